@@ -1,0 +1,105 @@
+"""The run configuration and a DeepSpeed JSON become the dictionary that the engine is started with.
+
+The JSON holds engine knobs only. What the run owns stands there as "auto" (or not at all); a literal that
+says something else is an error that names both, because silently preferring one would hide the other.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.errors import ConfigError
+
+AUTO = "auto"
+_OWNED_SECTIONS = ("optimizer", "scheduler")
+_QUIET = 2**31  # the loop prints its own progress
+
+
+def read_ds_config(path: Path) -> dict[str, Any]:
+    """The DeepSpeed JSON as written.
+
+    Raises:
+        ConfigError: the file is missing or is not a JSON object.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError("no such DeepSpeed configuration", remedy="See ds_configs/", place=path) from None
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"not a readable JSON file: {error}", place=path) from None
+    if not isinstance(values, dict):
+        raise ConfigError("a DeepSpeed configuration is a JSON object", place=path)
+    return values
+
+
+def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, place: str | Path) -> dict[str, Any]:
+    """Fill every "auto" of `ds_config` from the run.
+
+    Returns:
+        A new dictionary without any "auto", for `deepspeed.initialize`.
+
+    Raises:
+        ConfigError: lists every literal that disagrees with the run, and every "auto" that nothing fills.
+    """
+    result: dict[str, Any] = json.loads(json.dumps(ds_config))
+    problems = [
+        f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
+        for section in _OWNED_SECTIONS
+        if section in result
+    ]
+    stage = result.get("zero_optimization", {}).get("stage", 0)
+    for key, (owner, value) in _owned(run, num_ranks, stage).items():
+        seen = _get(result, key)
+        if seen not in (None, AUTO) and seen != value:
+            problems.append(f'{key}={seen!r} disagrees with {owner}={value!r} of the run; write "auto"')
+        _set(result, key, value)
+    problems += [f'nothing fills "auto" at {key}; write a value' for key in _autos(result)]
+    if stage not in (0, 1, 2, 3):
+        problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
+    if problems:
+        raise ConfigError("; ".join(problems), place=place)
+    return result
+
+
+def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, Any]]:
+    """DeepSpeed key -> (name of the fact in the run, its value)."""
+    train = run.train
+    # Gradients add up in fp32 over micro-batches; DeepSpeed can do that from ZeRO 1 on.
+    accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
+    accumulation = accumulation_steps(train, num_ranks)
+    return {
+        "train_batch_size": ("train.global_batch", train.global_batch),
+        "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
+        "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x ranks)", accumulation),
+        "gradient_clipping": ("optimizer.grad_clip", run.optimizer.grad_clip),
+        "bf16.enabled": ("(train.precision == 'bf16')", train.precision == "bf16"),
+        "data_types.grad_accum_dtype": ("(train.precision and the ZeRO stage)", accumulation_dtype),
+        "fp16.enabled": ("(train.precision == 'fp16')", False),
+        "steps_per_print": ("(the loop prints its own progress)", _QUIET),
+    }
+
+
+def _get(values: dict[str, Any], dotted: str) -> Any:
+    for part in dotted.split("."):
+        if not isinstance(values, dict) or part not in values:
+            return None
+        values = values[part]
+    return values
+
+
+def _set(values: dict[str, Any], dotted: str, value: Any) -> None:
+    *sections, leaf = dotted.split(".")
+    for section in sections:
+        values = values.setdefault(section, {})
+    values[leaf] = value
+
+
+def _autos(values: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _autos(value, f"{prefix}{key}.")
+        elif value == AUTO:
+            yield prefix + key

@@ -1,0 +1,106 @@
+"""Where a run configuration comes from: defaults, then a YAML file, then `--set section.key=value`."""
+
+import difflib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.errors import ConfigError
+
+
+def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, merge and type-check a run configuration.
+
+    Args:
+        path: YAML file that mirrors `RunConfig`; None for the defaults.
+        overrides: `section.key=value` texts, values in YAML; later ones win.
+
+    Returns:
+        The configuration; `model.train_len_tokens` follows `train.seq_len_tokens` where it is not given.
+
+    Raises:
+        ConfigError: names every unknown key (with the nearest known one) and every bad value at once.
+    """
+    values = _read_yaml(path) if path is not None else {}
+    for override in overrides:
+        _apply_override(values, override)
+    place = str(path) if path is not None else "--set"
+    try:
+        run = RunConfig.model_validate(values)
+    except ValidationError as error:
+        known = list(_keys(RunConfig))
+        raise ConfigError("; ".join(_problem(entry, known) for entry in error.errors()), place=place) from None
+    if "train_len_tokens" not in run.model.model_fields_set:
+        model = run.model.model_copy(update={"train_len_tokens": run.train.seq_len_tokens})
+        run = run.model_copy(update={"model": model})
+    return run
+
+
+def dump_yaml(config: BaseModel) -> str:
+    """The configuration as YAML, complete, in schema order; `load_run_config` reads it back."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except FileNotFoundError:
+        beside = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        found = f"there are {', '.join(beside)}" if beside else "there is no YAML file in that folder"
+        raise ConfigError("no such run configuration", remedy=f"Name an existing file: {found}", place=path) from None
+    except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
+        message = " ".join(str(error).split())
+        raise ConfigError(f"cannot read the run configuration: {message}", place=path) from None
+    if not isinstance(values, dict):
+        raise ConfigError(f"a run configuration is a mapping of sections, not a {type(values).__name__}", place=path)
+    return values
+
+
+def _apply_override(values: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals:
+        raise ConfigError(f"{override!r} has no '='", remedy="Write --set section.key=value", place=f"--set {override}")
+    *sections, leaf = key.strip().split(".")
+    for section in sections:
+        inner = values.setdefault(section, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{section!r} holds a value, not a section", place=f"--set {override}")
+        values = inner
+    try:
+        values[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ConfigError(f"{text!r} is not a YAML value", place=f"--set {override}") from None
+
+
+def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:
+    key = ".".join(str(part) for part in entry["loc"])
+    if entry["type"] == "extra_forbidden":
+        return f"unknown key {key!r}, did you mean {nearest(key, known)!r}?"
+    return f"{key}={entry['input']!r}: {entry['msg']}"
+
+
+def nearest(key: str, known: Sequence[str]) -> str:
+    """The known dotted key most like `key`; the same last part in another section counts as like."""
+    leaf = key.rpartition(".")[2]
+    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
+    if same_leaf:
+        return same_leaf[0]
+    return max(known, key=lambda candidate: _likeness(key, candidate))
+
+
+def _likeness(key: str, candidate: str) -> float:
+    whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+    leaves = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
+    return whole + leaves
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    for name, field in section.model_fields.items():
+        yield prefix + name
+        inner = field.annotation
+        if isinstance(inner, type) and issubclass(inner, BaseModel):
+            yield from _keys(inner, f"{prefix}{name}.")

@@ -1,0 +1,153 @@
+"""The typed run configuration: every field once, with its unit and the reason for its default.
+
+Defaults are the 151M BiPE-RoPE recipe of the paper. Rules that involve one field are types here;
+rules that involve several are in `validate.py`; where values come from is in `load.py`.
+"""
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+NonNegative = Annotated[int, Field(ge=0)]
+Encoding = Literal["bipe_rope", "bipe_alibi", "rope", "alibi"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class RopeScaling(_Section):
+    """Stretching of the rotary positions beyond the training length."""
+
+    type: Literal["linear", "dynamic"]
+    """linear: positions divided by `factor`; dynamic: base raised once the window exceeds `train_len_tokens`."""
+    factor: Annotated[float, Field(gt=1.0)]
+    """How many times the training length is wanted."""
+
+
+class ModelConfig(_Section):
+    """Shape and encoding of the network; everything that an exported model needs to know of itself."""
+
+    encoding: Encoding = "bipe_rope"
+    """Positional encoding; the `bipe_` ones add the intra table and feed segment counts to attention."""
+    num_layers: Positive = 12
+    """Transformer blocks."""
+    hidden_size: Positive = 768
+    """Width of the residual stream."""
+    num_heads: Positive = 12
+    """Query heads; head width is hidden_size / num_heads."""
+    num_kv_heads: Positive | None = None
+    """Key/value heads of grouped-query attention; null: as many as query heads."""
+    ffn_size: Positive = 3072
+    """Inner width of the SwiGLU layer."""
+    vocab_size: Positive = 32000
+    """Rows of the token table: at least the tokenizer's number of ids (LLaMA: 32,000)."""
+    intra_size: Positive = 1024
+    """Rows of the intra-segment table (bipe encodings); longer segments are clipped to the last row."""
+    train_len_tokens: Positive = 1024
+    """Window length the model is trained at: reference point of log_scale and of dynamic RoPE scaling."""
+    norm_eps: Annotated[float, Field(gt=0)] = 1e-5
+    """Added to the mean square in RMSNorm."""
+    init_std: Annotated[float, Field(gt=0)] = 0.02
+    """Standard deviation of the normal initialisation of all matrices."""
+    rope_base: Annotated[float, Field(gt=1)] = 10000.0
+    """Base of the rotary frequencies."""
+    rope_scaling: RopeScaling | None = None
+    """Null for training from scratch."""
+    log_scale: bool = False
+    """Multiply queries by ln(position + 1) / ln(train_len_tokens)."""
+    zero_last_row: bool = False
+    """Keep the last row of both embedding tables at zero and untrained, as the published models do by accident."""
+
+    @property
+    def bilevel(self) -> bool:
+        """True where the model takes segment positions and owns an intra table."""
+        return self.encoding.startswith("bipe_")
+
+    @property
+    def kv_heads(self) -> int:
+        """Key/value heads after the default is applied."""
+        return self.num_kv_heads or self.num_heads
+
+    @property
+    def head_width(self) -> int:
+        """Width of one head."""
+        return self.hidden_size // self.num_heads
+
+
+class DataConfig(_Section):
+    """What is read, and how it is cut into windows."""
+
+    path: Path = Path("data/pile")
+    """Dataset folder made by tools/preprocess.py."""
+    valid_path: Path | None = None
+    """Dataset folder for the validation loss; null: none is computed."""
+    segments: str | None = None
+    """Name of the segment rule the dataset must have been made with; null: whatever it has."""
+
+
+class OptimizerConfig(_Section):
+    """AdamW; the published recipe's values."""
+
+    lr: Annotated[float, Field(gt=0)] = 1e-4
+    """Peak learning rate."""
+    min_lr: Annotated[float, Field(ge=0)] = 0.0
+    """Learning rate at the end of the decay."""
+    warmup_steps: NonNegative = 10_000
+    """Steps of linear increase from 0 to lr."""
+    decay: Literal["polynomial", "cosine", "constant"] = "polynomial"
+    """Shape after the warm-up, down to min_lr at decay_steps."""
+    decay_power: Annotated[float, Field(gt=0)] = 1.0
+    """Power of the polynomial; 1 is linear."""
+    decay_steps: Positive | None = None
+    """Step at which min_lr is reached; null: train.steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+    """Decoupled decay of matrices and tables; norm weights are not decayed."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """Adam's moment decay rates."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """Adam's denominator offset."""
+    grad_clip: Annotated[float, Field(ge=0)] = 1.0
+    """Largest global L2 norm of the gradient; 0: no clipping."""
+
+
+class TrainConfig(_Section):
+    """Length, batch and rhythm of the run."""
+
+    steps: Positive = 500_000
+    """Optimizer steps; the published checkpoints are step 500,000."""
+    seq_len_tokens: Positive = 1024
+    """Window length."""
+    global_batch: Positive = 256
+    """Sequences an optimizer step, over all ranks."""
+    micro_batch: Positive = 8
+    """Sequences a forward pass on one rank; gradient accumulation follows from the rank count."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """Compute precision; bf16 keeps fp32 master weights and moments."""
+    seed: NonNegative = 1234
+    """Of the initial weights and of the sample order."""
+    log_every: Positive = 10
+    """Steps between progress lines; metrics.jsonl gets every step."""
+    valid_every: NonNegative = 1000
+    """Steps between validation losses; 0: never."""
+    valid_samples: Positive = 512
+    """Windows of the validation set that are read each time, always the same ones."""
+    save_every: NonNegative = 1000
+    """Steps between checkpoints; 0: only at the end."""
+
+
+class RunConfig(_Section):
+    """A whole training run; a YAML file mirrors it section by section."""
+
+    run_dir: Path = Path("runs/bipe_rope_151m")
+    """Folder of the run: resolved config, metrics, checkpoints. An existing run is continued."""
+    model: ModelConfig = ModelConfig()
+    """The network."""
+    data: DataConfig = DataConfig()
+    """The datasets."""
+    optimizer: OptimizerConfig = OptimizerConfig()
+    """The update rule and its schedule."""
+    train: TrainConfig = TrainConfig()
+    """Length, batch, rhythm."""

@@ -1,0 +1,96 @@
+"""All rules that involve more than one field, checked together and before any process group starts."""
+
+from collections.abc import Iterator
+
+from megatron_bipe.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron_bipe.errors import ConfigError
+
+
+def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
+    """Check a run configuration for `num_ranks` data-parallel ranks.
+
+    Raises:
+        ConfigError: lists every broken rule at once, each with the values seen.
+    """
+    problems = [*_model(run.model), *_optimizer(run.optimizer, run.train), *_batches(run.train, num_ranks)]
+    if run.data.valid_path is not None and run.data.valid_path == run.data.path:
+        problems.append(f"data.valid_path={run.data.valid_path} is the training set; name a held-out dataset")
+    if problems:
+        raise ConfigError("; ".join(problems), place=place)
+
+
+def accumulation_steps(train: TrainConfig, num_ranks: int) -> int:
+    """Micro-batches that each rank runs for one optimizer step."""
+    return train.global_batch // (train.micro_batch * num_ranks)
+
+
+def check_data(run: RunConfig, *, vocab_size: int, segments: str, fixed_length: int | None, place: str) -> None:
+    """Check a run against the dataset it names.
+
+    Args:
+        run: the run.
+        vocab_size: ids of the dataset's tokenizer.
+        segments: specification of the dataset's segment rule.
+        fixed_length: tokens a segment where the rule fixes it.
+        place: the dataset folder, for the message.
+
+    Raises:
+        ConfigError: lists every disagreement at once.
+    """
+    problems = []
+    model = run.model
+    if vocab_size > model.vocab_size:
+        problems.append(
+            f"model.vocab_size={model.vocab_size} is smaller than the {vocab_size} ids of the dataset's tokenizer; "
+            f"set model.vocab_size={vocab_size} or more"
+        )
+    if run.data.segments is not None and run.data.segments != segments:
+        problems.append(
+            f"data.segments={run.data.segments!r}, but the dataset was made with {segments!r}; "
+            f"make it again with tools/preprocess.py --segments {run.data.segments!r}"
+        )
+    longest = fixed_length or run.train.seq_len_tokens
+    if model.bilevel and model.intra_size < longest:
+        problems.append(
+            f"model.intra_size={model.intra_size} is smaller than the longest possible segment of {longest} tokens, "
+            f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
+        )
+    if problems:
+        raise ConfigError("; ".join(problems), place=place)
+
+
+def _model(model: ModelConfig) -> Iterator[str]:
+    if model.hidden_size % model.num_heads:
+        yield f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}"
+    elif "rope" in model.encoding and model.head_width % 2:
+        yield (
+            f"model.hidden_size / model.num_heads = {model.head_width} is odd, and RoPE rotates pairs; "
+            "choose an even head width"
+        )
+    if model.num_heads % model.kv_heads:
+        yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.kv_heads}"
+    if model.rope_scaling is not None and "rope" not in model.encoding:
+        yield f"model.rope_scaling has no meaning for model.encoding={model.encoding}; set it to null"
+    if model.log_scale and model.train_len_tokens < 2:
+        yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}); 2 is the least"
+
+
+def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
+    if optimizer.min_lr > optimizer.lr:
+        yield f"optimizer.min_lr={optimizer.min_lr} exceeds optimizer.lr={optimizer.lr}"
+    end = optimizer.decay_steps or train.steps
+    if optimizer.warmup_steps > end:
+        yield (
+            f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds the {end} steps of the schedule; "
+            "lower it, or raise train.steps or optimizer.decay_steps"
+        )
+
+
+def _batches(train: TrainConfig, num_ranks: int) -> Iterator[str]:
+    at_once = train.micro_batch * num_ranks
+    if train.global_batch % at_once:
+        yield (
+            f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} "
+            f"x {num_ranks} data-parallel ranks = {at_once}; set train.global_batch to "
+            f"{max(at_once, train.global_batch // at_once * at_once)}, or change train.micro_batch"
+        )

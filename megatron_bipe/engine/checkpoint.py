@@ -1,0 +1,144 @@
+"""Checkpoints of a run folder: where they lie, how one appears whole or not at all, how weights come out.
+
+RUN/checkpoints/step-00000100/   what the engine wrote after 100 updates
+RUN/checkpoints/latest           name of the newest one
+"""
+
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from torch import Tensor
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.errors import CheckpointError
+
+_STEP = re.compile(r"step-(\d{8,})")
+
+
+class Checkpoint(NamedTuple):
+    """A checkpoint that exists."""
+
+    folder: Path
+    run_dir: Path
+    step: int  # updates done
+
+
+def find_checkpoint(spec: str | Path) -> Checkpoint:
+    """The checkpoint that `RUN_DIR` (its newest) or `RUN_DIR@STEP` names.
+
+    Raises:
+        CheckpointError: there is no such run folder or checkpoint; the message lists the steps there are.
+    """
+    name, at, wanted = str(spec).rpartition("@")
+    run_dir = Path(name if at else wanted)
+    steps = list_steps(run_dir)
+    if not at:
+        pointer = run_dir / "checkpoints" / "latest"
+        wanted = (_step_of(pointer.read_text().strip()) if pointer.is_file() else None) or ""
+    found = {str(step): step for step in steps}
+    if wanted not in found:
+        listed = ", ".join(found) or "none"
+        raise CheckpointError(
+            f"no checkpoint {'of step ' + wanted if wanted else 'to be found'}; steps there are: {listed}",
+            remedy="Name a run folder made by pretrain.py, or RUN_DIR@STEP",
+            place=spec,
+        )
+    return Checkpoint(step_folder(run_dir, found[wanted]), run_dir, found[wanted])
+
+
+def is_run_dir(path: Path) -> bool:
+    """True where pretrain.py has worked: a resolved configuration and a folder of checkpoints."""
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def list_steps(run_dir: Path) -> list[int]:
+    """Steps of the checkpoints of a run, ascending."""
+    folder = run_dir / "checkpoints"
+    names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
+    return sorted(int(step) for step in map(_step_of, names) if step is not None)
+
+
+def step_folder(run_dir: Path, step: int) -> Path:
+    """Where the checkpoint of `step` lies."""
+    return run_dir / "checkpoints" / f"step-{step:08d}"
+
+
+def publish(
+    run_dir: Path, step: int, write: Callable[[Path], None], is_main: bool, barrier: Callable[[], None]
+) -> Path:
+    """Let all ranks `write` into a temporary folder, then make it the newest checkpoint.
+
+    A crash at any moment leaves the previous checkpoint and pointer as they were.
+    """
+    final = step_folder(run_dir, step)
+    temporary = final.with_name(f"writing-{final.name}")
+    write(temporary)
+    barrier()
+    if is_main:
+        _sync_tree(temporary)
+        if final.exists():  # the same step again, after a resume: same content
+            shutil.rmtree(final)
+        temporary.rename(final)
+        pointer = final.with_name("latest")
+        fresh = final.with_name("latest.writing")
+        fresh.write_text(final.name + "\n")
+        _sync(fresh)
+        fresh.rename(pointer)
+        _sync(final.parent)
+    barrier()
+    return final
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights under the plan's names, whole, in the run's compute precision, on the CPU.
+
+    Hides how DeepSpeed lays them out: in one file up to ZeRO 2, in every rank's shard with ZeRO 3.
+
+    Raises:
+        CheckpointError: files are missing or unreadable.
+    """
+    try:
+        whole = checkpoint.folder / "mp_rank_00_model_states.pt"
+        if whole.is_file():
+            states = torch.load(whole, map_location="cpu", weights_only=False)
+            return dict(states["module"])
+        return _join_zero3(checkpoint)
+    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
+        raise CheckpointError(
+            f"cannot read the weights: {error}",
+            remedy=f"Use another step of the run: {', '.join(map(str, list_steps(checkpoint.run_dir)))}",
+            place=checkpoint.folder,
+        ) from error
+
+
+def _join_zero3(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    precision = load_run_config(checkpoint.run_dir / "config.yaml").train.precision
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
+    return {name: weight.to(dtype) for name, weight in masters.items()}
+
+
+def _step_of(name: str) -> str | None:
+    match = _STEP.fullmatch(name)
+    return str(int(match[1])) if match else None
+
+
+def _sync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        if path.is_file():
+            _sync(path)
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,107 @@
+"""Names and layouts of weights: the training plan's on one side, LLaMA's (Hugging Face) on the other.
+
+The plan fuses query, key and value rows group by group and stacks gate over up; LLaMA keeps them apart.
+Both directions only cut and join rows, so a round trip is exact bit for bit.
+"""
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import CheckpointError
+
+INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no name for it
+
+_BLOCK_NAMES = {
+    "attention_norm.weight": "input_layernorm.weight",
+    "attention.out.weight": "self_attn.o_proj.weight",
+    "mlp_norm.weight": "post_attention_layernorm.weight",
+    "mlp.down.weight": "mlp.down_proj.weight",
+}
+_QKV, _GATE_UP = "attention.qkv.weight", "mlp.gate_up.weight"
+_QKV_PARTS = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
+_GATE_UP_PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
+
+
+def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Plan weights -> LLaMA names, in LLaMA's order.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or of another shape than `config` says.
+    """
+    last = config.num_layers + 1
+    rest = dict(weights)
+    result = {"model.embed_tokens.weight": _take(rest, "0.token.weight")}
+    if config.bilevel:
+        result[INTRA_TABLE] = _take(rest, "0.intra.weight")
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        groups = _take(rest, f"{layer + 1}.{_QKV}").unflatten(0, _qkv_shape(config))
+        queries, keys, values = groups.split((groups.shape[1] - 2, 1, 1), dim=1)
+        for name, part in zip(_QKV_PARTS, (queries, keys, values), strict=True):
+            result[prefix + name] = part.flatten(0, 2)
+        gate_up = _take(rest, f"{layer + 1}.{_GATE_UP}")
+        for name, part in zip(_GATE_UP_PARTS, gate_up.chunk(2), strict=True):
+            result[prefix + name] = part
+        for ours, theirs in _BLOCK_NAMES.items():
+            result[prefix + theirs] = _take(rest, f"{layer + 1}.{ours}")
+    result["model.norm.weight"] = _take(rest, f"{last}.norm.weight")
+    result["lm_head.weight"] = _take(rest, f"{last}.output.weight")
+    _refuse_rest(rest)
+    return result
+
+
+def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """LLaMA names -> plan weights; the inverse of `to_llama`.
+
+    Raises:
+        CheckpointError: a weight is missing or unexpected.
+    """
+    last = config.num_layers + 1
+    rest = dict(weights)
+    result = {"0.token.weight": _take(rest, "model.embed_tokens.weight")}
+    if config.bilevel:
+        result["0.intra.weight"] = _take(rest, INTRA_TABLE)
+    for layer in range(config.num_layers):
+        prefix = f"model.layers.{layer}."
+        groups, _, width = _qkv_shape(config)
+        parts = [_take(rest, prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
+        result[f"{layer + 1}.{_QKV}"] = torch.cat(parts, dim=1).flatten(0, 2)
+        result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([_take(rest, prefix + name) for name in _GATE_UP_PARTS])
+        for ours, theirs in _BLOCK_NAMES.items():
+            result[f"{layer + 1}.{ours}"] = _take(rest, prefix + theirs)
+    result[f"{last}.norm.weight"] = _take(rest, "model.norm.weight")
+    result[f"{last}.output.weight"] = _take(rest, "lm_head.weight")
+    _refuse_rest(rest)
+    return result
+
+
+def _qkv_shape(config: ModelConfig) -> tuple[int, int, int]:
+    """Groups, heads in a group (queries, one key, one value), head width."""
+    return config.kv_heads, config.num_heads // config.kv_heads + 2, config.head_width
+
+
+def _take(rest: dict[str, Tensor], name: str) -> Tensor:
+    if name not in rest:
+        raise CheckpointError(
+            f"weight {name!r} is missing",
+            remedy="Check that the weights and the configuration belong to the same model",
+            place=_some(rest),
+        )
+    return rest.pop(name)
+
+
+def _refuse_rest(rest: Mapping[str, Tensor]) -> None:
+    if rest:
+        raise CheckpointError(
+            f"{len(rest)} weights belong to no layer of the configured model",
+            remedy="Check that the weights and the configuration belong to the same model",
+            place=_some(rest),
+        )
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = sorted(names)
+    return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

@@ -1,0 +1,64 @@
+"""Causal attention that never materialises its scores, for any relative encoding.
+
+B batch · T positions · D width · N query heads · G key/value heads · R queries a group · H head width
+(lower case: this rank's share)
+"""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.positions import RelativeEncoding, make_encoding
+
+
+class Attention(nn.Module):
+    """Grouped-query attention over one fused projection.
+
+    The rows of `qkv` go group by group: R query heads, then the group's key head, then its value head, so
+    that a contiguous share of the rows is a whole number of groups.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        width, head_width = config.hidden_size, config.head_width
+        self.head_width = head_width
+        self.queries_per_group = config.num_heads // config.kv_heads
+        self.log_scale_base = math.log(config.train_len_tokens) if config.log_scale else None
+        self.encoding: RelativeEncoding = make_encoding(config)
+        self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
+        self.out = layers.row(config.num_heads * head_width, width)
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Attention output [B, T, D]; `positions_BT` is what the encoding sees."""
+        per_group = self.queries_per_group
+        qkv_BTgRH = self.qkv(hidden_BTD).unflatten(-1, (-1, per_group + 2, self.head_width))
+        q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
+        k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
+        v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
+        if self.log_scale_base is not None:
+            growth_BT = (positions_BT + 1).float().log() / self.log_scale_base
+            q_BnTH = q_BnTH * growth_BT.to(q_BnTH.dtype)[:, None, :, None]
+        q_BnTE, k_BgTE = self.encoding(q_BnTH, k_BgTH, positions_BT)
+        mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH)
+        return self.out(mixed_BnTH.transpose(1, 2).flatten(2))
+
+
+def causal_attention(q_BnTE: Tensor, k_BgTE: Tensor, v_BgTH: Tensor) -> Tensor:
+    """Stock flash attention; queries and keys may be wider than values (E >= H) by bias channels.
+
+    Scores are scaled by 1/sqrt(H). Values are padded with zeros to the same width, because the fused kernels
+    want one width, and the padding is cut off again. Returns [B, n, T, H].
+    """
+    head_width, extra = v_BgTH.shape[-1], q_BnTE.shape[-1] - v_BgTH.shape[-1]
+    mixed_BnTE = F.scaled_dot_product_attention(
+        q_BnTE,
+        k_BgTE,
+        F.pad(v_BgTH, (0, extra)) if extra else v_BgTH,
+        is_causal=True,
+        scale=1.0 / math.sqrt(head_width),
+        enable_gqa=q_BnTE.shape[1] != k_BgTE.shape[1],
+    )
+    return mixed_BnTE[..., :head_width]

@@ -1,0 +1,33 @@
+"""Layer 0: tokens and intra-segment ids become the residual stream; the intra ids stop here.
+
+B batch · T positions · D width
+"""
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.layers import LayerFactory
+
+
+class Embedding(nn.Module):
+    """Token table plus, for the bilevel encodings, the learned absolute table of intra-segment places."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        unused_row = -1 if config.zero_last_row else None
+        self.token = layers.table(config.vocab_size, config.hidden_size, unused_row)
+        # Small and looked up by position: whole on every rank.
+        self.intra = nn.Embedding(config.intra_size, config.hidden_size, unused_row) if config.bilevel else None
+
+    def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, T, D], positions int64 [B, T]).
+
+        The positions are what attention encodes: inter-segment ids, or the token's place in the window.
+        """
+        tokens_BT, intra_BT, inter_BT = ids
+        hidden_BTD = self.token(tokens_BT)
+        if self.intra is not None:
+            return hidden_BTD + self.intra(intra_BT), inter_BT
+        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
+        return hidden_BTD, places_T.expand_as(tokens_BT)

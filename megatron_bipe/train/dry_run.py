@@ -1,0 +1,88 @@
+"""What a run would be, without starting it: configuration, layers, parameters, memory, length."""
+
+from typing import Any
+
+from megatron_bipe.config.load import dump_yaml
+from megatron_bipe.config.schema import ModelConfig, RunConfig
+from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.errors import DataError
+from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+
+
+def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    """The text that `--dry-run` prints."""
+    parts = [
+        "# Resolved configuration\n" + dump_yaml(run),
+        "# Layers\n" + layer_table(run.model),
+        "# Memory of one rank, GiB (estimate)\n" + _memory_table(run, ds_config, num_ranks),
+        "# Length\n" + _length(run, num_ranks),
+        "# Data\n" + _data(run),
+    ]
+    return "\n".join(parts)
+
+
+def layer_table(model: ModelConfig) -> str:
+    """Index, kind and parameters of every layer, equal neighbours on one line."""
+    counts = count_parameters(model)
+    kinds = [layer.kind for layer in make_plan(model, seed=0)]
+    last = len(kinds) - 1
+    rows = [("0", kinds[0], counts[0]), (f"1-{last - 1}", f"{kinds[1]} x {last - 1}", sum(counts[1:last]))]
+    rows.append((str(last), kinds[last], counts[last]))
+    lines = [f"{index:>7}  {kind:<14}{count:>16,}" for index, kind, count in rows]
+    return "\n".join([*lines, f"{'':>7}  {'total':<14}{sum(counts):>16,}\n"])
+
+
+def memory_estimate_gib(run: RunConfig, stage: int, num_ranks: int) -> dict[str, float]:
+    """GiB of one rank by purpose.
+
+    Weights, gradients and optimizer state follow from the precision and the ZeRO stage; activations are what
+    autograd keeps for backward (per token and block: 9 hidden widths, 4 inner widths) and three copies of the
+    logits (compute precision, fp32, their gradient). Workspace of kernels and communication is not counted.
+    """
+    model, train = run.model, run.train
+    parameters = sum(count_parameters(model))
+    width = 2 if train.precision == "bf16" else 4
+    tokens = train.micro_batch * train.seq_len_tokens
+    block = 9 * model.hidden_size + 4 * model.ffn_size
+    master = 4 if train.precision == "bf16" else 0
+    sizes = {
+        "weights": parameters * width / (num_ranks if stage == 3 else 1),
+        "gradients": parameters * 4 / (num_ranks if stage >= 2 else 1),
+        "optimizer": parameters * (8 + master) / (num_ranks if stage >= 1 else 1),
+        "activations": tokens * width * model.num_layers * block,
+        "logits": tokens * model.vocab_size * (width + 8),
+    }
+    return {name: size / 2**30 for name, size in sizes.items()}
+
+
+def _memory_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    sizes = memory_estimate_gib(run, stage, num_ranks)
+    lines = [f"{name:>12}{size:>10.2f}" for name, size in sizes.items()]
+    return "\n".join([*lines, f"{'total':>12}{sum(sizes.values()):>10.2f}", f"(ZeRO {stage}, {num_ranks} ranks)\n"])
+
+
+def _length(run: RunConfig, num_ranks: int) -> str:
+    train = run.train
+    tokens_per_step = train.global_batch * train.seq_len_tokens
+    total = tokens_per_step * train.steps
+    flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
+    accumulation = accumulation_steps(train, num_ranks)
+    return (
+        f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
+        f"a step: {num_ranks} ranks x {accumulation} micro-batches x {train.micro_batch} windows of "
+        f"{train.seq_len_tokens} tokens\n"
+    )
+
+
+def _data(run: RunConfig) -> str:
+    try:
+        manifest = Manifest.load(run.data.path)
+    except DataError as error:
+        return f"not usable yet: {error}\n"
+    epochs = run.train.steps * run.train.global_batch * run.train.seq_len_tokens / max(1, manifest.num_tokens)
+    return (
+        f"{run.data.path}: {manifest.num_tokens:,} tokens in {manifest.num_documents:,} documents, "
+        f"segments {manifest.rule.spec}; the run reads it {epochs:.2f} times\n"
+    )

@@ -1,0 +1,95 @@
+"""Which windows a rank reads at a step: a pure function of the step, the rank and the datasets."""
+
+from collections.abc import Iterator
+
+import numpy as np
+from torch import Tensor
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.validate import accumulation_steps, check_data
+from megatron_bipe.data.collate import make_batch
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.order import SampleOrder
+from megatron_bipe.errors import DataError
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.types import Batch, IntArray
+
+
+class Feed:
+    """The training and validation batches of one rank.
+
+    Raises:
+        DataError: a dataset is missing, damaged, or shorter than a window.
+        ConfigError: a dataset does not fit the run.
+    """
+
+    def __init__(self, run: RunConfig, mesh: Mesh) -> None:
+        self._train, self._mesh = run.train, mesh
+        self._clip = run.model.intra_size - 1
+        self._dataset = _open(run, TokenDataset(run.data.path))
+        self._order = SampleOrder(self._dataset.num_windows(run.train.seq_len_tokens), run.train.seed)
+        self._valid = None
+        if run.data.valid_path is not None:
+            self._valid = _open(run, TokenDataset(run.data.valid_path))
+            self._valid.check_tokenizer(self.record.tokenizer.fingerprint, "data.path")
+            self._valid_windows = self._choose_valid_windows(self._valid)
+
+    @property
+    def record(self) -> DataRecord:
+        """What the model will remember of its training data."""
+        return self._dataset.manifest.record
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """The training set."""
+        return self._dataset
+
+    @property
+    def has_valid(self) -> bool:
+        """True where the run names a validation set."""
+        return self._valid is not None
+
+    def train_batches(self, step: int) -> Iterator[Batch[Tensor]]:
+        """This rank's micro-batches of update `step` (from 0).
+
+        The step holds samples [step x batch, (step + 1) x batch) of the order, whatever the number of ranks.
+        """
+        train, num_ranks = self._train, self._mesh.num_ranks
+        windows = self._order.window_indices(step * train.global_batch, train.global_batch)
+        shape = (accumulation_steps(train, num_ranks), num_ranks, train.micro_batch)
+        for micro_windows in windows.reshape(shape)[:, self._mesh.rank]:
+            yield make_batch(self._dataset, micro_windows, train.seq_len_tokens, self._clip)
+
+    def valid_batches(self) -> Iterator[Batch[Tensor]]:
+        """This rank's share of the validation windows, always the same ones."""
+        assert self._valid is not None
+        mine = self._valid_windows.reshape(self._mesh.num_ranks, -1)[self._mesh.rank]
+        for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
+            yield make_batch(self._valid, windows, self._train.seq_len_tokens, self._clip)
+
+    def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
+        """Windows spread evenly over the set, equally many whole micro-batches a rank."""
+        num_windows, num_ranks = dataset.num_windows(self._train.seq_len_tokens), self._mesh.num_ranks
+        wanted = min(self._train.valid_samples, num_windows)
+        unit = num_ranks * (self._train.micro_batch if wanted >= num_ranks * self._train.micro_batch else 1)
+        count = wanted // unit * unit
+        if count == 0:
+            raise DataError(
+                f"{wanted} validation windows cannot be shared by {num_ranks} ranks",
+                remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
+                place=dataset.path,
+            )
+        return np.linspace(0, num_windows - 1, count).astype(np.int64)
+
+
+def _open(run: RunConfig, dataset: TokenDataset) -> TokenDataset:
+    record = dataset.manifest.record
+    check_data(
+        run,
+        vocab_size=record.tokenizer.vocab_size,
+        segments=record.rule.spec,
+        fixed_length=record.rule.fixed_length,
+        place=str(dataset.path),
+    )
+    return dataset

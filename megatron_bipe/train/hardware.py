@@ -1,0 +1,38 @@
+"""What the machine could do: the denominator of the model FLOP utilisation."""
+
+import resource
+import time
+
+import torch
+
+# Dense bf16 tensor-core peaks from the vendors' data sheets, FLOP/s.
+_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
+_PROBE_SIZE, _PROBE_REPEATS = 1024, 5
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of one device, or None where it is not known.
+
+    GPUs: the data sheet's dense bf16 figure. CPU: the best of a few square matrix products, measured now with
+    the threads this rank has.
+    """
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        known = [peak for model, peak in _BF16_PEAKS.items() if model in name]
+        return known[0] if known and dtype == torch.bfloat16 else None
+    a, b = torch.ones(2, _PROBE_SIZE, _PROBE_SIZE, dtype=dtype)
+    best_s = min(_timed(a, b) for _ in range(_PROBE_REPEATS))
+    return 2 * _PROBE_SIZE**3 / best_s
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has used, GiB: device memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
+    start = time.perf_counter()
+    torch.mm(a, b)
+    return time.perf_counter() - start

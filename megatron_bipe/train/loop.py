@@ -1,0 +1,31 @@
+"""The order of a step, visible in one function."""
+
+import logging
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.engine.api import Engine
+from megatron_bipe.train.feed import Feed
+from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.schedule import learning_rate
+
+_log = logging.getLogger(__name__)
+
+
+def train(run: RunConfig, engine: Engine, feed: Feed, metrics: Metrics, start: int, stop: int) -> None:
+    """Do updates `start` (from 0) to `stop` of the run; the last one is always followed by a checkpoint."""
+    for step in range(start, stop):
+        lr = learning_rate(run.optimizer, run.train.steps, step)
+        result = engine.train_step(feed.train_batches(step), lr)
+        done = step + 1
+        metrics.step(done, result, lr)
+        if feed.has_valid and (_due(done, run.train.valid_every) or done == run.train.steps):
+            metrics.valid(done, engine.eval_loss(feed.valid_batches()))
+        if _due(done, run.train.save_every) or done == stop:
+            metrics.flush()
+            folder = engine.save(run.run_dir, done)
+            _log.info("step %d | saved %s", done, folder)
+            metrics.restart_clock()
+
+
+def _due(done: int, every: int) -> bool:
+    return every > 0 and done % every == 0

@@ -1,0 +1,106 @@
+"""The folder of a run: started once, continued ever after, never mixed with another run's.
+
+RUN/config.yaml       the resolved configuration
+RUN/data.json         tokenizer, segment rule and fingerprint of the training data
+RUN/tokenizer/        the tokenizer's files, so that an export needs nothing else
+RUN/metrics.jsonl     one line a step
+RUN/tensorboard/      the same for TensorBoard
+RUN/checkpoints/      see engine/checkpoint.py
+"""
+
+import logging
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_bipe.config.load import dump_yaml, load_run_config
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, list_steps
+from megatron_bipe.errors import CheckpointError
+
+_log = logging.getLogger(__name__)
+
+# What a continued run may change without becoming another run.
+_FREE = {
+    "run_dir",
+    "data.path",  # its content is compared through data.json
+    "data.valid_path",
+    "data.segments",
+    "train.steps",
+    "train.micro_batch",
+    "train.log_every",
+    "train.valid_every",
+    "train.valid_samples",
+    "train.save_every",
+}
+
+
+def resume_point(run: RunConfig, record: DataRecord) -> Checkpoint | None:
+    """The checkpoint that the run folder is to be continued from; None to start.
+
+    Raises:
+        CheckpointError: the folder holds another run: every difference is named.
+    """
+    if not list_steps(run.run_dir):
+        return None
+    old_run = load_run_config(run.run_dir / "config.yaml")
+    old_record = read_record(run.run_dir)
+    differences = [*_differences(old_run, run), *_data_differences(old_record, record)]
+    if differences:
+        raise CheckpointError(
+            f"the run folder holds another run: {'; '.join(differences)}",
+            remedy="Undo these changes to continue it, or start anew with --set run_dir=OTHER",
+            place=run.run_dir,
+        )
+    return find_checkpoint(run.run_dir)
+
+
+def write_run_folder(run: RunConfig, record: DataRecord, dataset_folder: Path) -> None:
+    """Write what describes the run; called on one rank before training."""
+    run.run_dir.mkdir(parents=True, exist_ok=True)
+    (run.run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
+    (run.run_dir / "data.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    shutil.copytree(dataset_folder / "tokenizer", run.run_dir / "tokenizer", dirs_exist_ok=True)
+
+
+def read_record(run_dir: Path) -> DataRecord:
+    """What the run was trained on.
+
+    Raises:
+        CheckpointError: the record is missing or damaged.
+    """
+    path = run_dir / "data.json"
+    try:
+        return DataRecord.model_validate_json(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"cannot read what the run was trained on: {error}", remedy="Restore the file", place=path
+        ) from None
+
+
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    for key, value in after.items():
+        if key not in _FREE and before.get(key) != value:
+            yield f"{key} was {before.get(key)!r} and is now {value!r}"
+
+
+def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[str]:
+    if old.tokenizer.fingerprint != new.tokenizer.fingerprint:
+        yield f"tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
+    if old.rule != new.rule:
+        yield f"segment rule was {old.rule.spec} and is now {new.rule.spec}"
+    if old.fingerprint != new.fingerprint:
+        yield f"dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            result |= _flat(value, f"{prefix}{key}.")
+        else:
+            result[prefix + key] = value
+    return result

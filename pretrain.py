@@ -1,0 +1,78 @@
+"""Train a model: load, validate, mesh, engine, loop.
+
+deepspeed pretrain.py --ds_config ds_configs/zero2.json [--config examples/NAME.yaml] [--set KEY=VALUE ...]
+"""
+
+import argparse
+import logging
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from megatron_bipe.config.deepspeed import engine_config, read_ds_config
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.validate import validate_run
+from megatron_bipe.engine.zero import ZeroEngine
+from megatron_bipe.errors import BipeError
+from megatron_bipe.parallel.mesh import Mesh, join_launch
+from megatron_bipe.train.dry_run import describe
+from megatron_bipe.train.feed import Feed
+from megatron_bipe.train.hardware import peak_flops
+from megatron_bipe.train.loop import train
+from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.run_folder import resume_point, write_run_folder
+
+ERROR_HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one must have spoken by then
+
+
+def main(args: argparse.Namespace, mesh: Mesh) -> None:
+    """Run or describe the training that the arguments name."""
+    run = load_run_config(args.config, args.set)
+    validate_run(run, mesh.num_ranks, str(args.config or "--set"))
+    ds_config = engine_config(run, read_ds_config(args.ds_config), mesh.num_ranks, args.ds_config)
+    if args.dry_run:
+        if mesh.is_main:
+            sys.stdout.write(describe(run, ds_config, mesh.num_ranks))
+        return
+    feed = Feed(run, mesh)
+    checkpoint = resume_point(run, feed.record)
+    engine = ZeroEngine(run, ds_config, mesh)
+    if mesh.is_main:
+        write_run_folder(run, feed.record, feed.dataset.path)
+    start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
+    if checkpoint is not None:
+        engine.load(checkpoint.folder)
+        start = checkpoint.step
+        logging.info("continuing %s from step %d", run.run_dir, start)
+    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
+    metrics = Metrics(run, mesh, start, peak_flops(mesh.device, dtype))
+    train(run, engine, feed, metrics, start, stop)
+    metrics.close()
+    engine.close()
+
+
+def parse_args() -> argparse.Namespace:
+    """The command line; `--local_rank` is what the deepspeed launcher adds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--ds_config", type=Path, required=True, help="engine knobs, see ds_configs/")
+    parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
+    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and leave")
+    parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    arguments, this = parse_args(), join_launch()
+    logging.basicConfig(level=logging.INFO if this.is_main else logging.WARNING, format="%(message)s")
+    try:
+        main(arguments, this)
+    except BipeError as error:
+        if this.is_main:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+        else:
+            time.sleep(ERROR_HEAD_START_S)
+        sys.exit(2)
