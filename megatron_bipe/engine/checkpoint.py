@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from torch import Tensor
 
 from megatron_bipe.config.load import load_run_config
@@ -118,6 +117,9 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
 
 
 def _join_zero3(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    # Importing deepspeed takes seconds and prints; whoever reads anything but ZeRO-3 shards is spared it.
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
     precision = load_run_config(checkpoint.run_dir / "config.yaml").train.precision
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)

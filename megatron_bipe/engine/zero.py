@@ -18,6 +18,8 @@ from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch
 
+_log = logging.getLogger(__name__)
+
 
 class ZeroEngine:
     """Implements `engine.api.Engine` with `deepspeed.initialize` over the whole model.
@@ -32,6 +34,8 @@ class ZeroEngine:
         self._mesh = mesh
         _quiet()
         deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo")
+        if run.train.precision == "bf16" and ds_config.get("zero_optimization", {}).get("stage", 0) == 0:
+            _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
         model = build_model(run.model, run.train.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=make_optimizer(model, run.optimizer), config=ds_config, dist_init_required=False

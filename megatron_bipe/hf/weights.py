@@ -29,7 +29,8 @@ def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
     """Plan weights -> LLaMA names, in LLaMA's order.
 
     Raises:
-        CheckpointError: a weight is missing, unexpected, or of another shape than `config` says.
+        CheckpointError: a weight is missing or unexpected.
+        RuntimeError: a weight has a shape that the layout of `config` cannot be cut from.
     """
     last = config.num_layers + 1
     rest = dict(weights)

@@ -76,8 +76,10 @@ def read_record(run_dir: Path) -> DataRecord:
         return DataRecord.model_validate_json(path.read_bytes())
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"cannot read what the run was trained on: {error}", remedy="Restore the file", place=path
-        ) from None
+            f"the record of the training data cannot be read: {error}",
+            remedy="Copy the whole run folder again",
+            place=path,
+        ) from error
 
 
 def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:

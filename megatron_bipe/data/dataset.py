@@ -1,0 +1,177 @@
+"""A dataset folder as one long row of tokens, and windows out of it. Torch-free."""
+
+from pathlib import Path
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bipe.data.format import Shard
+from megatron_bipe.data.layout import damaged
+from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.segments import SegmentRule, window_ends
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import BoolArray, IntArray, TokenArray
+
+
+class TokenDataset:
+    """The documents of a folder, concatenated in the order of its manifest.
+
+    Opening costs a few reads a shard, whatever its size; data is mapped when first touched, so copies in
+    several processes share it.
+
+    Raises:
+        DataError: no dataset there, or a shard that is not what the manifest says.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        self.dtype = np.dtype(self.manifest.dtype)
+        self.shards = [Shard(self.path, record) for record in self.manifest.shards]
+        for shard in self.shards:
+            if shard.dtype != self.dtype:
+                what = f"field dtype code (byte 17) stands for {shard.dtype.name}; the manifest says {self.dtype.name}"
+                raise damaged(shard.path("idx"), what)
+        counts = [shard.num_tokens for shard in self.shards]
+        self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)  # [shards + 1]
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
+        """Travel to another process as a path, not as the mapped data."""
+        return type(self), (self.path,)
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all shards."""
+        return int(self._starts[-1])
+
+    @property
+    def rule(self) -> SegmentRule:
+        """What the segment ends were made with."""
+        return self.manifest.rule
+
+    def check_tokenizer(self, expected_fingerprint: str, place: str | Path) -> None:
+        """Refuse data whose ids mean something else than the user of the data thinks.
+
+        Args:
+            expected_fingerprint: of the tokenizer that a model or a run was made with.
+            place: where that fingerprint comes from, for the message.
+
+        Raises:
+            DataError: naming both.
+        """
+        own = self.manifest.tokenizer
+        if own.fingerprint != expected_fingerprint:
+            raise DataError(
+                f"the dataset {self.path} was made with tokenizer {own.name} (fingerprint {own.fingerprint}), but "
+                f"{expected_fingerprint} is expected here: the same ids would mean other text",
+                remedy="Make the dataset again with the expected tokenizer, or use the model that belongs to it",
+                place=place,
+            )
+
+    def tokens(self, start: int, stop: int) -> TokenArray:
+        """Tokens [start, stop) in the storage type; read-only, and no copy inside one shard."""
+        parts = [self.shards[shard].tokens(low, high) for shard, low, high in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
+
+    def ends(self, start: int, stop: int) -> BoolArray:
+        """Segment ends of tokens [start, stop) as stored; `window_ends` makes them a window's."""
+        parts = [self.shards[shard].ends(low, high) for shard, low, high in self._pieces(start, stop)]
+        return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.bool_), *parts])
+
+    def document_bounds(self) -> IntArray:
+        """First token of each document and the end of the last, int64 [documents + 1]; reads all indices.
+
+        Raises:
+            DataError: an index is damaged.
+        """
+        bounds = [shard.document_bounds[1:] + start for shard, start in zip(self.shards, self._starts, strict=False)]
+        return np.concatenate([np.zeros(1, np.int64), *bounds])
+
+    def num_windows(self, seq_len_tokens: int) -> int:
+        """Windows of an epoch. Each has a token more than the model sees, the last label.
+
+        Raises:
+            DataError: there is not one.
+        """
+        if seq_len_tokens < 1:
+            raise ValueError(f"a window of {seq_len_tokens} tokens")
+        if self.num_tokens <= seq_len_tokens:
+            raise DataError(
+                f"the dataset has {self.num_tokens} tokens; one window of {seq_len_tokens} and its last label need "
+                f"{seq_len_tokens + 1}",
+                remedy="Use a shorter train.seq_len_tokens, or more text",
+                place=self.path,
+            )
+        return (self.num_tokens - 1) // seq_len_tokens
+
+    def windows(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
+        """Windows of an epoch: window i is tokens [i * seq_len, i * seq_len + seq_len + 1).
+
+        Returns:
+            tokens [B, seq_len + 1] in the storage type, and segment ends [B, seq_len] of all but the last token.
+
+        Raises:
+            DataError: the dataset is shorter than a window, or holds ids outside its vocabulary.
+        """
+        indices_B = np.asarray(indices_B, dtype=np.int64)
+        count = self.num_windows(seq_len_tokens)
+        if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < count:
+            raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {count}")
+        starts_B = indices_B * seq_len_tokens
+        shard_B = np.searchsorted(self._starts, starts_B, side="right") - 1
+        within_B = starts_B - self._starts[shard_B]
+        crosses_B = starts_B + seq_len_tokens + 1 > self._starts[shard_B + 1]
+        tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self.dtype)
+        # A byte more than a window's bits fill, since they may start inside a byte.
+        packed = np.zeros((indices_B.size, seq_len_tokens // 8 + 2), dtype=np.uint8)
+        places = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
+        for row, (shard, within, crosses) in enumerate(places):
+            if not crosses:
+                tokens[row] = self.shards[shard].all_tokens[within : within + seq_len_tokens + 1]
+                found = self.shards[shard].packed_ends[within // 8 : within // 8 + packed.shape[1]]
+                packed[row, : found.size] = found
+        ends = _unpack(packed, within_B % 8, seq_len_tokens)
+        for row in np.flatnonzero(crosses_B).tolist():
+            start = int(starts_B[row])
+            tokens[row] = self.tokens(start, start + seq_len_tokens + 1)
+            ends[row] = self.ends(start, start + seq_len_tokens)
+        self._check_ids(tokens, starts_B)
+        return tokens, window_ends(ends, self.rule)
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
+        """(shard, start, stop) inside each of the shards that tokens [start, stop) lie in."""
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a dataset of {self.num_tokens}")
+        first = int(np.searchsorted(self._starts, start, side="right")) - 1
+        pieces = []
+        for shard in range(first, len(self.shards)):
+            low, high = int(self._starts[shard]), int(self._starts[shard + 1])
+            if low >= stop:
+                break
+            pieces.append((shard, max(start, low) - low, min(stop, high) - low))
+        return pieces
+
+    def _check_ids(self, tokens: TokenArray, starts_B: IntArray) -> None:
+        """Refuse ids that only a damaged file can hold: in an embedding they would be nonsense, or crash a device."""
+        vocab_size = self.manifest.tokenizer.vocab_size
+        # As unsigned numbers negative ids are large, so one bound is enough.
+        unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
+        if tokens.size and int(unsigned.max()) >= vocab_size:
+            row, column = np.argwhere(unsigned >= vocab_size)[0].tolist()
+            [(shard, place, _)] = self._pieces(int(starts_B[row]) + column, int(starts_B[row]) + column + 1)
+            raise foreign_token(self.shards[shard], place, int(tokens[row, column]), vocab_size)
+
+
+def foreign_token(shard: Shard, place: int, token: int, vocab_size: int) -> DataError:
+    """A token that the vocabulary does not have, at `place` of a shard."""
+    what = f"token {place} (byte {place * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
+    return damaged(shard.path("bin"), what)
+
+
+def _unpack(packed_BK: npt.NDArray[np.uint8], shift_B: IntArray, count: int) -> BoolArray:
+    """Bits [B, count] that start `shift_B` bits into the first byte of each row."""
+    shift = shift_B.astype(np.uint8)[:, None]
+    # 8 - shift is 8 where nothing is to be taken from the next byte, and uint8 << 8 is 0 there.
+    low, high = packed_BK[:, :-1] >> shift, (packed_BK[:, 1:].astype(np.uint16) << (8 - shift)).astype(np.uint8)
+    return np.unpackbits(low | high, axis=1, count=count, bitorder="little").view(np.bool_)

@@ -1,0 +1,60 @@
+"""Writing that survives a crash, and checksums: what every file of a dataset is put down with."""
+
+import hashlib
+import os
+from pathlib import Path
+
+from megatron_bipe.errors import DataError
+
+PARTIAL_SUFFIX = ".partial"  # of a name that is still being written
+
+
+def partial_path(path: Path) -> Path:
+    """The temporary name that `path` is written under, in the same folder so that renaming is atomic."""
+    return path.with_name(path.name + PARTIAL_SUFFIX)
+
+
+def sha256_of(path: Path) -> str:
+    """SHA-256 of a file's bytes, in hex.
+
+    Raises:
+        DataError: the file is missing or unreadable.
+    """
+    try:
+        with path.open("rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise unreadable(path, error) from error
+
+
+def sync_folder(folder: Path) -> None:
+    """Force renames inside `folder` to the disk; a rename alone may be lost with the power."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader, or a crash, sees all of it or none."""
+    partial = partial_path(path)
+    try:
+        with partial.open("wb") as stream:
+            stream.write(data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    sync_folder(path.parent)
+
+
+def unreadable(path: Path, error: OSError) -> DataError:
+    """The one message for a file that is not there or cannot be opened."""
+    if isinstance(error, FileNotFoundError):
+        what, remedy = "the file is missing", "Copy the dataset again in full, or make it again"
+    else:
+        what, remedy = f"the file cannot be read: {error.strerror or error}", "Check its type and permissions"
+    return DataError(what, remedy=remedy, place=path)

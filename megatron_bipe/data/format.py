@@ -1,0 +1,277 @@
+"""A shard's writer and reader; the bytes themselves are in `layout.py`."""
+
+import hashlib
+import os
+from array import array
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bipe.data.files import partial_path, sync_folder, unreadable
+from megatron_bipe.data.layout import (
+    DTYPE_CODES,
+    FORMAT_VERSION,
+    IDX_HEADER,
+    MAX_DOCUMENT_TOKENS,
+    SEG_HEADER,
+    choose_dtype,
+    damaged,
+    pack_idx,
+    pack_seg,
+    packed_bytes,
+    parse_idx_header,
+    parse_seg_header,
+    shard_path,
+)
+from megatron_bipe.data.records import SUFFIXES, FileRecord, ShardRecord, Suffix
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
+
+__all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]
+
+
+class ShardWriter:
+    """Writes one shard under temporary names; `finish` makes it appear, leaving without it removes them.
+
+    To be used in a `with` statement. Memory: one bit a token and four bytes a document; tokens go
+    straight to disk.
+
+    Args:
+        folder: created if need be.
+        name: of the shard, without a suffix; existing files of that name are replaced by `finish`.
+        dtype: from `choose_dtype`.
+    """
+
+    def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
+        if dtype not in DTYPE_CODES:
+            raise ValueError(f"tokens are stored as uint16 or int32, not {dtype}")
+        self.name = name
+        self.num_tokens = 0
+        self.num_segments = 0
+        self._folder = Path(folder)
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self._dtype = np.dtype(dtype)
+        self._lengths = array("i")
+        self._text_bytes = 0
+        self._packed = bytearray()  # whole bytes of segment-end bits
+        self._loose: BoolArray = np.zeros(0, dtype=np.bool_)  # bits since the last whole byte
+        self._bin_sha256 = hashlib.sha256()
+        self._bin = self._partial("bin").open("wb")
+
+    @property
+    def num_documents(self) -> int:
+        """Documents added so far."""
+        return len(self._lengths)
+
+    def add(self, document: TokenizedDocument) -> None:
+        """Append a document, which may be empty.
+
+        Raises:
+            DataError: a token does not fit the storage type, or there are more tokens than an index entry counts.
+        """
+        tokens_T, ends_T = document.tokens_T, document.ends_T
+        if tokens_T.ndim != 1 or ends_T.shape != tokens_T.shape or ends_T.dtype != np.bool_:
+            raise ValueError(f"no document: tokens {tokens_T.shape}, ends {ends_T.shape} of {ends_T.dtype}")
+        if tokens_T.size > MAX_DOCUMENT_TOKENS:
+            what = f"document {self.num_documents} has {tokens_T.size} tokens; an index entry counts to"
+            raise DataError(f"{what} {MAX_DOCUMENT_TOKENS}", remedy="Split the document", place=self._path("idx"))
+        data = self._storable(tokens_T).tobytes()
+        self._bin.write(data)
+        self._bin_sha256.update(data)
+        bits = np.concatenate([self._loose, ends_T])
+        whole = bits.size - bits.size % 8
+        self._packed += np.packbits(bits[:whole], bitorder="little").tobytes()
+        self._loose = bits[whole:]
+        self._lengths.append(tokens_T.size)
+        self._text_bytes += document.text_bytes
+        self.num_tokens += tokens_T.size
+        self.num_segments += int(np.count_nonzero(ends_T))
+
+    def finish(self) -> ShardRecord:
+        """Write index and bits, force all to disk, then rename; the record is for the manifest."""
+        last = np.packbits(self._loose, bitorder="little").tobytes()  # fills up with zero bits
+        contents: dict[Suffix, bytes] = {
+            "idx": pack_idx(np.array(self._lengths, dtype=np.int64), self._dtype),
+            "seg": pack_seg(self.num_tokens, bytes(self._packed) + last),
+        }
+        files: dict[Suffix, FileRecord] = {"bin": _sync(self._bin, self._bin_sha256.hexdigest())}
+        self._bin.close()
+        for suffix, data in contents.items():
+            with self._partial(suffix).open("wb") as stream:
+                stream.write(data)
+                files[suffix] = _sync(stream, hashlib.sha256(data).hexdigest())
+        for suffix in SUFFIXES:
+            self._partial(suffix).replace(self._path(suffix))
+        sync_folder(self._folder)
+        return ShardRecord(
+            name=self.name,
+            documents=self.num_documents,
+            tokens=self.num_tokens,
+            segments=self.num_segments,
+            text_bytes=self._text_bytes,
+            files=files,
+        )
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bin.close()
+        for suffix in SUFFIXES:  # after `finish` there are none
+            self._partial(suffix).unlink(missing_ok=True)
+
+    def _path(self, suffix: Suffix) -> Path:
+        return shard_path(self._folder, self.name, suffix)
+
+    def _partial(self, suffix: Suffix) -> Path:
+        return partial_path(self._path(suffix))
+
+    def _storable(self, tokens_T: TokenArray) -> TokenArray:
+        """Tokens in the storage type, refusing ids that it cannot hold."""
+        bounds = np.iinfo(self._dtype)
+        if tokens_T.dtype != self._dtype and tokens_T.size:
+            low, high = int(tokens_T.min()), int(tokens_T.max())
+            if low < bounds.min or high > bounds.max:
+                raise DataError(
+                    f"document {self.num_documents} has token ids from {low} to {high}; {self._dtype.name} cannot "
+                    "hold them",
+                    remedy="State the tokenizer's number of ids rightly: it decides the type",
+                    place=self._path("bin"),
+                )
+        return tokens_T.astype(self._dtype, copy=False)
+
+
+class Shard:
+    """Reads one shard. Opening reads two headers; tokens and bits are mapped, the index is parsed, on first use.
+
+    Args:
+        folder: of the dataset.
+        record: from the manifest; or a bare name, to open three files without one.
+
+    Raises:
+        DataError: a file is missing, damaged, foreign, of a newer format, or not the one of the record.
+    """
+
+    def __init__(self, folder: Path, record: ShardRecord | str) -> None:
+        self.folder = Path(folder)
+        self.record = record if isinstance(record, ShardRecord) else None
+        self.name = record.name if isinstance(record, ShardRecord) else record
+        sizes = {suffix: self._size(suffix) for suffix in SUFFIXES}
+        self.num_tokens = parse_seg_header(self._head("seg", SEG_HEADER.size), sizes["seg"], self.path("seg"))
+        self._idx = parse_idx_header(self._head("idx", IDX_HEADER.size), sizes["idx"], self.path("idx"))
+        self.dtype, self.num_documents = self._idx
+        if self.record and self.num_tokens != self.record.tokens:
+            what = f"field tokens (byte 16) is {self.num_tokens}; the manifest says {self.record.tokens}"
+            raise damaged(self.path("seg"), what)
+        if self.record and self.num_documents != self.record.documents:
+            what = f"field sequences (byte 18) is {self.num_documents}; the manifest says {self.record.documents}"
+            raise damaged(self.path("idx"), what)
+        expected = self.num_tokens * self.dtype.itemsize
+        if sizes["bin"] != expected:
+            what = f"the file ends at byte {sizes['bin']}; {self.num_tokens} tokens (field tokens of the .seg file) of"
+            raise damaged(self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) make {expected}")
+
+    def __reduce__(self) -> tuple[type[Self], tuple[Path, ShardRecord | str]]:
+        """Travel to another process as a path, not as the mapped data."""
+        return type(self), (self.folder, self.record or self.name)
+
+    def path(self, suffix: Suffix) -> Path:
+        """One of the three files."""
+        return shard_path(self.folder, self.name, suffix)
+
+    @cached_property
+    def all_tokens(self) -> TokenArray:
+        """All tokens in the storage type, [num_tokens], read-only and mapped."""
+        return self._mapped("bin", self.dtype, 0, self.num_tokens)
+
+    @cached_property
+    def packed_ends(self) -> npt.NDArray[np.uint8]:
+        """Segment-end bits, eight a byte from the lowest bit, [ceil(num_tokens / 8)], read-only and mapped."""
+        return self._mapped("seg", np.dtype(np.uint8), SEG_HEADER.size, packed_bytes(self.num_tokens))
+
+    def tokens(self, start: int, stop: int) -> TokenArray:
+        """Tokens [start, stop), a read-only view in the storage type."""
+        self._check_range(start, stop)
+        return self.all_tokens[start:stop]
+
+    def ends(self, start: int, stop: int) -> BoolArray:
+        """Segment ends of tokens [start, stop)."""
+        self._check_range(start, stop)
+        bits = np.unpackbits(self.packed_ends[start // 8 : packed_bytes(stop)], bitorder="little")
+        return bits[start % 8 : start % 8 + stop - start].view(np.bool_)
+
+    @cached_property
+    def document_bounds(self) -> IntArray:
+        """First token of each document and the end of the last, int64 [num_documents + 1].
+
+        Raises:
+            DataError: the index contradicts itself or the number of tokens.
+        """
+        head, count = self._idx, self.num_documents
+        lengths = self._read("<i4", head.lengths_at, count)
+        self._check_entries(lengths >= 0, head.lengths_at, 4, "sequence lengths", "is negative")
+        bounds = np.zeros(count + 1, dtype=np.int64)
+        np.cumsum(lengths, out=bounds[1:])
+        at_length = self._read("<i8", head.offsets_at, count) == bounds[:-1] * self.dtype.itemsize
+        self._check_entries(at_length, head.offsets_at, 8, "byte offsets", "is not the sum of the lengths before it")
+        in_order = self._read("<i8", head.documents_at, count + 1) == np.arange(count + 1)
+        self._check_entries(in_order, head.documents_at, 8, "document indices", "is not one sequence a document")
+        if bounds[-1] != self.num_tokens:
+            what = f"field sequence lengths (byte {head.lengths_at}) adds up to {bounds[-1]} tokens"
+            raise damaged(self.path("idx"), f"{what}; the .seg file has {self.num_tokens}")
+        bounds.flags.writeable = False
+        return bounds
+
+    def _check_entries(self, good: BoolArray, at: int, width: int, field: str, what: str) -> None:
+        if not good.all():
+            wrong = int(np.argmin(good))
+            raise damaged(self.path("idx"), f"field {field}, entry {wrong} (byte {at + width * wrong}) {what}")
+
+    def _check_range(self, start: int, stop: int) -> None:
+        if not 0 <= start <= stop <= self.num_tokens:
+            raise IndexError(f"tokens [{start}, {stop}) of a shard of {self.num_tokens}")
+
+    def _size(self, suffix: Suffix) -> int:
+        try:
+            size = self.path(suffix).stat().st_size
+        except OSError as error:
+            raise unreadable(self.path(suffix), error) from error
+        expected = self.record.files[suffix].bytes if self.record else size
+        if size != expected:
+            raise damaged(self.path(suffix), f"the file ends at byte {size}; the manifest says {expected} bytes")
+        return size
+
+    def _head(self, suffix: Suffix, num_bytes: int) -> bytes:
+        try:
+            with self.path(suffix).open("rb") as stream:
+                return stream.read(num_bytes)
+        except OSError as error:
+            raise unreadable(self.path(suffix), error) from error
+
+    def _read(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
+        """Part of the index, in memory: read once, and its arrays lie unaligned in the file."""
+        return np.array(self._mapped("idx", np.dtype(dtype), offset, count))
+
+    def _mapped(self, suffix: Suffix, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
+        if count == 0:  # nothing cannot be mapped
+            return np.zeros(0, dtype=dtype)
+        try:
+            mapped = np.memmap(self.path(suffix), dtype=dtype, mode="r", offset=offset, shape=(count,))
+        except OSError as error:
+            raise unreadable(self.path(suffix), error) from error
+        except ValueError as error:  # cut short since it was opened
+            raise damaged(self.path(suffix), f"bytes from {offset} cannot be mapped: {error}") from error
+        return np.asarray(mapped)  # slices of a memmap object cost several times those of an array
+
+
+def _sync(stream: BinaryIO, sha256: str) -> FileRecord:
+    """Force an open file to the disk; the record of what is in it."""
+    stream.flush()
+    os.fsync(stream.fileno())
+    return FileRecord(bytes=stream.tell(), sha256=sha256)

@@ -1,0 +1,227 @@
+"""Where segments end, and the two ids of a token that follow from it.
+
+A rule is data: its name and the token ids it was resolved to travel with the dataset, the checkpoint
+and the exported model. Torch-free.
+"""
+
+import difflib
+import json
+from collections.abc import Callable, Iterable
+from typing import Annotated, Protocol, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import BoolArray, IntArray, TokenArray
+
+FULL_STOPS = frozenset(".。")
+CLOSERS = frozenset("\"'”’»›)]}」』）")  # what may stand between a full stop and the next sentence
+FIXED_PREFIX = "fixed:"
+RULE_FORMS = "reference, sentence, newline, fixed:N, a JSON list of token ids, a JSON list of strings"
+
+
+class Vocabulary(Protocol):
+    """What a rule needs to know of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids, special ones included."""
+        ...
+
+    def text_of(self, token_id: int, /) -> str | None:
+        """Text that one token adds inside a sequence; None for special, unused and partial-character tokens."""
+        ...
+
+
+class SegmentRule(BaseModel):
+    """Which tokens close a segment."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    spec: str
+    """The rule as it was asked for, lists in compact JSON."""
+    token_ids: tuple[Annotated[int, Field(ge=0)], ...]
+    """The ids it came out as, ascending; empty for `fixed:N`."""
+
+    @property
+    def fixed_length(self) -> int | None:
+        """N of `fixed:N`; None for rules that look at the tokens."""
+        return _fixed_length(self.spec)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if list(self.token_ids) != sorted(set(self.token_ids)):
+            raise ValueError("token_ids must ascend without repeats")
+        try:
+            by_place = self.fixed_length is not None
+        except DataError as error:
+            raise ValueError(error.message) from error
+        if by_place == bool(self.token_ids):
+            raise ValueError(f"rule {self.spec!r} with token_ids {self.token_ids}: fixed:N has none, others have some")
+        return self
+
+
+def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
+    """Turn the name of a rule into token ids of one vocabulary.
+
+    Args:
+        spec: one of `RULE_FORMS`.
+        vocabulary: the tokenizer the data is made with.
+
+    Raises:
+        DataError: no such rule, or the vocabulary has no token for it.
+    Source: He et al. 2024, section 3; `reference` is what the authors' code does with LLaMA's ids 869 and 13.
+    """
+    spec = spec.strip()
+    if _fixed_length(spec) is not None:
+        return SegmentRule(spec=spec, token_ids=())
+    if spec.startswith("["):
+        return _resolve_list(spec, vocabulary)
+    if spec == "reference":
+        return SegmentRule(spec=spec, token_ids=_ids_of_texts([" .", "\n"], spec, vocabulary))
+    named: dict[str, Callable[[str], bool]] = {"newline": _has_newline, "sentence": _closes_sentence}
+    if spec not in named:
+        near = difflib.get_close_matches(spec, ["reference", *named], n=1)
+        remedy = f"Did you mean {near[0]}? " if near else ""
+        raise DataError(f"no segment rule {spec!r}", remedy=f"{remedy}Rules are: {RULE_FORMS}", place="--segments")
+    token_ids = tuple(token_id for token_id, text in _texts(vocabulary) if named[spec](text))
+    if not token_ids:
+        raise DataError(
+            f"segment rule {spec!r}: none of the vocabulary's {vocabulary.vocab_size} tokens fits it",
+            remedy="Choose another rule, or fixed:N",
+            place="--segments",
+        )
+    return SegmentRule(spec=spec, token_ids=token_ids)
+
+
+def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
+    """True where a token of one document closes a segment.
+
+    Args:
+        tokens_T: ids of the document from its first token, any integer type.
+        rule: a resolved rule.
+    """
+    if rule.fixed_length is not None:
+        return _every(rule.fixed_length, tokens_T.shape[-1])
+    closes_V = np.zeros(max(rule.token_ids) + 2, dtype=np.bool_)
+    closes_V[list(rule.token_ids)] = True
+    # Ids beyond the table fall on its last entry, which is False.
+    ends: BoolArray = np.take(closes_V, tokens_T, mode="clip")
+    return ends
+
+
+def window_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
+    """Segment ends of windows [..., T] as the model is to see them.
+
+    A rule that looks at tokens needs nothing. `fixed:N` counts from a document's start on disk; here it
+    counts from the window's, so that ids depend on the window alone.
+    """
+    if rule.fixed_length is None:
+        return ends
+    return np.broadcast_to(_every(rule.fixed_length, ends.shape[-1]), ends.shape)
+
+
+def bilevel_ids(ends: BoolArray, clip: int) -> tuple[IntArray, IntArray]:
+    """Intra- and inter-segment ids of windows.
+
+    Args:
+        ends: [..., T], True where a token closes a segment; every window starts a fresh segment.
+        clip: largest intra id (rows of the intra table, minus one).
+
+    Returns:
+        (intra, inter), int64 [..., T], both from 0.
+    Source: He et al. 2024, section 3; ties with the authors' code are fixed by tests/golden.
+    """
+    length = ends.shape[-1]
+    place_T = np.arange(length, dtype=np.int32)  # half the memory traffic of int64, and windows are short
+    starts = np.zeros(ends.shape, dtype=np.int32)
+    inter = np.zeros(ends.shape, dtype=np.int64)
+    if length > 1:
+        before = ends[..., :-1]
+        np.cumsum(before, axis=-1, dtype=np.int64, out=inter[..., 1:])
+        # The latest segment start up to each token: starts marked at their own place, then carried on.
+        np.multiply(before, place_T[1:], out=starts[..., 1:])
+        np.maximum.accumulate(starts, axis=-1, out=starts)
+    intra = np.minimum(np.subtract(place_T, starts, out=starts), clip)
+    return intra.astype(np.int64), inter
+
+
+def _every(step: int, length: int) -> BoolArray:
+    """Bool [length], True at every `step`-th place."""
+    ends_T = np.zeros(length, dtype=np.bool_)
+    ends_T[step - 1 :: step] = True
+    return ends_T
+
+
+def _fixed_length(spec: str) -> int | None:
+    if not spec.startswith(FIXED_PREFIX):
+        return None
+    digits = spec.removeprefix(FIXED_PREFIX)
+    if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
+        raise DataError(
+            f"segment rule {spec!r}: {digits!r} is no positive whole number",
+            remedy="Write it as in fixed:16",
+            place="--segments",
+        )
+    return int(digits)
+
+
+def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
+    try:
+        items = json.loads(spec)
+    except json.JSONDecodeError as error:
+        raise DataError(
+            f"segment rule {spec!r} is no JSON list ({error.msg} at character {error.pos})",
+            remedy='Write it as in [13, 869] or ["\\n", " ."]',
+            place="--segments",
+        ) from error
+    canonical = json.dumps(items, ensure_ascii=False, separators=(",", ":"))
+    if items and all(type(item) is int for item in items):
+        outside = [item for item in items if not 0 <= item < vocabulary.vocab_size]
+        if outside:
+            raise DataError(
+                f"segment rule {canonical}: {outside} are no ids of a vocabulary of {vocabulary.vocab_size}",
+                remedy=f"Use ids from 0 to {vocabulary.vocab_size - 1}",
+                place="--segments",
+            )
+        return SegmentRule(spec=canonical, token_ids=tuple(sorted(set(items))))
+    if items and all(isinstance(item, str) for item in items):
+        return SegmentRule(spec=canonical, token_ids=_ids_of_texts(items, canonical, vocabulary))
+    raise DataError(
+        f"segment rule {canonical}: neither token ids throughout nor strings throughout",
+        remedy='Write it as in [13, 869] or ["\\n", " ."]',
+        place="--segments",
+    )
+
+
+def _ids_of_texts(wanted: list[str], spec: str, vocabulary: Vocabulary) -> tuple[int, ...]:
+    """Ids of all tokens whose text is one of `wanted`; each must have at least one."""
+    found: dict[str, list[int]] = {text: [] for text in wanted}
+    for token_id, text in _texts(vocabulary):
+        if text in found:
+            found[text].append(token_id)
+    absent = [text for text, ids in found.items() if not ids]
+    if absent:
+        raise DataError(
+            f"segment rule {spec!r}: no single token of this vocabulary has the text {', '.join(map(repr, absent))}",
+            remedy="Choose another rule (sentence, newline, fixed:N), or list token ids",
+            place="--segments",
+        )
+    return tuple(sorted({token_id for ids in found.values() for token_id in ids}))
+
+
+def _texts(vocabulary: Vocabulary) -> Iterable[tuple[int, str]]:
+    for token_id in range(vocabulary.vocab_size):
+        text = vocabulary.text_of(token_id)
+        if text is not None:
+            yield token_id, text
+
+
+def _has_newline(text: str) -> bool:
+    return "\n" in text
+
+
+def _closes_sentence(text: str) -> bool:
+    closing = all(char in FULL_STOPS or char in CLOSERS or char.isspace() for char in text)
+    return closing and any(char in FULL_STOPS or char == "\n" for char in text)

@@ -1,0 +1,115 @@
+"""Draws a document with its segments and both ids of every token. Torch-free."""
+
+import unicodedata
+from collections.abc import Iterator
+
+import numpy as np
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.segments import bilevel_ids
+from megatron_bipe.data.tokenizer import Tokenizer
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import BoolArray, TokenArray
+
+BACKGROUNDS = ("\x1b[48;5;24m\x1b[38;5;231m", "\x1b[48;5;94m\x1b[38;5;231m")  # blue, ochre; white text on both
+FAINT, RESET = "\x1b[2m", "\x1b[0m"
+VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥"}  # what would otherwise leave no mark
+MARGIN = 8  # columns of the inter id
+
+
+def show_document(
+    dataset: TokenDataset, tokenizer: Tokenizer, document: int, max_tokens: int, *, color: bool, width: int
+) -> str:
+    """A document as text: its inter id to the left of each segment, the intra id under each token.
+
+    Args:
+        dataset: an opened dataset.
+        tokenizer: the one it was made with.
+        document: its number in the dataset, from 0.
+        max_tokens: how much of it, from its first token.
+        color: mark segments by alternating ANSI backgrounds.
+        width: columns to fill.
+
+    Raises:
+        DataError: the dataset has no such document, or its index is damaged.
+    """
+    name, tokens_T, ends_T = _read(dataset, document)
+    shown_T, shown_ends_T = tokens_T[:max_tokens], ends_T[:max_tokens]
+    intra_T, inter_T = bilevel_ids(shown_ends_T, clip=shown_T.size)
+    lines = [
+        f"document {document} of {dataset.manifest.num_documents:,} ({name}): {tokens_T.size:,} tokens, "
+        f"{np.count_nonzero(ends_T):,} segment ends by rule {dataset.rule.spec}",
+        f"{'inter':>{MARGIN - 2}}  token, and its intra id below it",
+    ]
+    cells = [_visible(tokenizer, int(token)) for token in shown_T]
+    first = 0
+    for inter, length in enumerate(np.bincount(inter_T).tolist()):
+        stop = first + length
+        segment = list(zip(cells[first:stop], intra_T[first:stop].tolist(), strict=True))
+        background = BACKGROUNDS[inter % 2] if color else ""
+        lines.extend(_draw_segment(inter, segment, background, width))
+        first = stop
+    if shown_T.size < tokens_T.size:
+        lines.append(f"... {tokens_T.size - shown_T.size:,} more tokens")
+    return "\n".join(lines)
+
+
+def _read(dataset: TokenDataset, document: int) -> tuple[str, TokenArray, BoolArray]:
+    """Shard name, tokens and ends of a document; only the index of its shard is read."""
+    left = document
+    for shard in dataset.shards:
+        if 0 <= left < shard.num_documents:
+            start, stop = shard.document_bounds[left : left + 2].tolist()
+            return shard.name, shard.tokens(start, stop), shard.ends(start, stop)
+        left -= shard.num_documents
+    count = dataset.manifest.num_documents
+    raise DataError(
+        f"there is no document {document} among {count}", remedy="Count from 0", place=f"{dataset.path}, --document"
+    )
+
+
+def _draw_segment(inter: int, segment: list[tuple[str, int]], background: str, width: int) -> Iterator[str]:
+    """Two lines for each row of tokens that fits."""
+    margin = f"{inter:>{MARGIN - 2}}  "
+    for row in _rows(segment, max(width - MARGIN, 1)):
+        sizes = [max(_columns(text), len(str(intra))) for text, intra in row]
+        tokens = " ".join(text + " " * (size - _columns(text)) for (text, _), size in zip(row, sizes, strict=True))
+        ids = " ".join(f"{intra:<{size}}" for (_, intra), size in zip(row, sizes, strict=True)).rstrip()
+        yield margin + (f"{background}{tokens}{RESET}" if background else tokens.rstrip())
+        yield " " * MARGIN + (f"{FAINT}{ids}{RESET}" if background else ids)
+        margin = " " * MARGIN
+
+
+def _rows(segment: list[tuple[str, int]], width: int) -> Iterator[list[tuple[str, int]]]:
+    row: list[tuple[str, int]] = []
+    used = 0
+    for text, intra in segment:
+        size = max(_columns(text), len(str(intra))) + 1
+        if row and used + size > width:
+            yield row
+            row, used = [], 0
+        row.append((text, intra))
+        used += size
+    if row:
+        yield row
+
+
+def _visible(tokenizer: Tokenizer, token: int) -> str:
+    """What a token looks like: its text with blanks marked, a special one's role, else its number."""
+    text = tokenizer.text_of(token)
+    if text:
+        return "".join(VISIBLE.get(char) or _printable(char) for char in text)
+    roles = [role for role, special in tokenizer.special_ids.items() if special == token]
+    return f"<{roles[0]}>" if roles else f"#{token}"
+
+
+def _printable(char: str) -> str:
+    """The character, or its escape where a terminal would obey instead of print it."""
+    return char if char.isprintable() else char.encode("unicode_escape").decode()
+
+
+def _columns(text: str) -> int:
+    """Terminal columns that a text takes."""
+    return sum(
+        0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
+    )

@@ -1,0 +1,183 @@
+"""Perplexity of a model at one window length.
+
+B batch · T positions of a window · P predictions of a window · D width
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.segments import bilevel_ids, window_ends
+from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.subject import Subject
+from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
+from megatron_bipe.model.head import token_losses
+from megatron_bipe.types import Batch, IntArray
+
+HEAD_TOKENS = 2048  # logits that exist at a time: 260 MB in fp32 for LLaMA's vocabulary
+
+
+class Settings(NamedTuple):
+    """What an evaluation is run with, besides model, dataset and length."""
+
+    protocol: Protocol = "full"
+    """How the corpus is cut."""
+    max_tokens: int | None = None
+    """Evaluate on the dataset's first so many tokens, as if there were no more; None: on all."""
+    batch_tokens: int = 16_384
+    """Windows are batched up to so many tokens; a longer window goes alone."""
+    device: str = "cpu"
+    """Where the model runs."""
+    dtype: torch.dtype = torch.float32
+    """Precision it runs in; losses are always computed in fp32 and added up in fp64."""
+
+
+class LengthResult(NamedTuple):
+    """The outcome at one window length."""
+
+    length_tokens: int
+    """Window length asked for."""
+    perplexity: float
+    """exp(nats_per_token); infinite where that overflows."""
+    nats_per_token: float
+    """Mean loss by the protocol."""
+    bits_per_byte: float | None
+    """All losses over the raw text's UTF-8 bytes; only where the protocol reads the whole dataset."""
+    num_windows: int
+    """Windows, the last one of `full` possibly shorter."""
+    num_predictions: int
+    """Tokens predicted."""
+    num_tokens_read: int
+    """Tokens that any window touches."""
+    num_tokens_dropped: int
+    """Tokens that the protocol leaves out of those it is given."""
+    seconds: float
+    """Wall time."""
+
+
+def evaluate_perplexity(
+    subject: Subject,
+    dataset: TokenDataset,
+    length_tokens: int,
+    settings: Settings,
+    progress: Callable[[int], object] | None = None,
+) -> LengthResult:
+    """Run the model over all windows of one length.
+
+    Memory: activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
+
+    Args:
+        subject: moved to the device and precision of `settings`, in place.
+        dataset: one that `check_suits` lets pass.
+        length_tokens: L.
+        settings: see there.
+        progress: called with the number of tokens after each batch.
+
+    Raises:
+        ConfigError: an impossible length or setting.
+        DataError: the dataset is shorter than a window, or damaged.
+        CheckpointError: the model's loss is not a number.
+    """
+    if settings.batch_tokens < 1:
+        raise ConfigError(f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", place="--batch-tokens")
+    available = limit_tokens(dataset, settings.max_tokens)
+    windows = cut_windows(dataset, available, length_tokens, settings.protocol)
+    model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
+    started = time.perf_counter()
+    total_nats = 0.0
+    for rows in _batches(windows, max(1, settings.batch_tokens // length_tokens)):
+        batch = _read(dataset, windows, rows, subject.config.intra_size - 1)
+        total_nats += _sum_losses(model, Batch(*(ids.to(settings.device) for ids in batch)))
+        if not math.isfinite(total_nats):
+            raise CheckpointError(
+                f"the loss is {total_nats} in the batch of {length_tokens}-token windows from token "
+                f"{windows.starts[rows[0]]} on",
+                remedy="Evaluate with --dtype fp32, or another step: the weights may be damaged or have diverged",
+                place=subject.source,
+            )
+        if progress:
+            progress(batch.tokens_BT.numel())
+    seconds = time.perf_counter() - started
+    return _result(dataset, length_tokens, windows, available, total_nats, seconds)
+
+
+def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
+    """Tokens of the dataset that an evaluation limited to `max_tokens` may look at.
+
+    Raises:
+        ConfigError: `max_tokens` is not positive.
+    """
+    if max_tokens is None:
+        return dataset.num_tokens
+    if max_tokens < 1:
+        raise ConfigError(f"--max-tokens {max_tokens} leaves nothing", remedy="Use 1 or more", place="--max-tokens")
+    return min(max_tokens, dataset.num_tokens)
+
+
+def _batches(windows: Windows, num_together: int) -> Iterator[IntArray]:
+    """Row numbers of windows of equal size, at most `num_together` at a time."""
+    for size in np.unique(windows.num_inputs)[::-1]:
+        rows = np.flatnonzero(windows.num_inputs == size)
+        yield from np.split(rows, range(num_together, rows.size, num_together))
+
+
+def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) -> Batch[Tensor]:
+    """Windows of equal size with their ids; the labels are [B, P] with P <= T."""
+    num_inputs, num_predictions = int(windows.num_inputs[rows[0]]), int(windows.num_predictions[rows[0]])
+    reach = max(num_inputs, num_predictions + 1)
+    starts = windows.starts[rows].tolist()
+    tokens = np.stack([dataset.tokens(start, start + reach) for start in starts]).astype(np.int64)
+    vocab_size = dataset.manifest.tokenizer.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise DataError(
+            f"the tokens from {starts[0]} on hold an id outside the vocabulary of {vocab_size}",
+            remedy="Look for damage with tools/inspect_data.py verify",
+            place=dataset.path,
+        )
+    ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
+    intra, inter = bilevel_ids(window_ends(ends, dataset.rule), clip)
+    arrays = (tokens[:, :num_inputs], intra, inter, tokens[:, 1 : num_predictions + 1])
+    return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
+
+
+@torch.inference_mode()
+def _sum_losses(model: nn.Sequential, batch: Batch[Tensor]) -> float:
+    """Sum of the losses of all labels in nats; the head runs over parts, since logits dwarf everything else."""
+    hidden_BTD, positions_BT = model[:-1]((batch.tokens_BT, batch.intra_BT, batch.inter_BT))
+    num_predictions = batch.labels_BT.shape[1]
+    hidden_parts = hidden_BTD[:, :num_predictions].flatten(0, 1).split(HEAD_TOKENS)
+    label_parts = batch.labels_BT.flatten().split(HEAD_TOKENS)
+    total = torch.zeros((), dtype=torch.float64)
+    for hidden_KD, labels_K in zip(hidden_parts, label_parts, strict=True):
+        logits_KV = model[-1]((hidden_KD, positions_BT))
+        total += token_losses(logits_KV, labels_K).double().sum().cpu()
+    return total.item()
+
+
+def _result(
+    dataset: TokenDataset, length_tokens: int, windows: Windows, available: int, total_nats: float, seconds: float
+) -> LengthResult:
+    num_predictions = int(windows.num_predictions.sum())
+    # `reference` asks for the mean over blocks of the block's mean: the same, its blocks being of one size. The
+    # authors count a batch's mean once for each of its blocks, also in the last, smaller batch (accelerate cuts
+    # their eight copies to the blocks there are), so on one process theirs is this mean too.
+    nats = total_nats / num_predictions
+    complete = windows.num_tokens == dataset.num_tokens
+    text_bytes = dataset.manifest.text_bytes
+    return LengthResult(
+        length_tokens=length_tokens,
+        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        nats_per_token=nats,
+        bits_per_byte=total_nats / math.log(2) / text_bytes if complete and text_bytes else None,
+        num_windows=int(windows.starts.size),
+        num_predictions=num_predictions,
+        num_tokens_read=windows.num_tokens,
+        num_tokens_dropped=available - windows.num_tokens,
+        seconds=seconds,
+    )

@@ -1,0 +1,158 @@
+"""What an evaluation leaves behind: JSON with everything, CSV for spreadsheets, a plot, a table to read."""
+
+import csv
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
+from megatron_bipe.eval.plot import Curve, draw_perplexity
+from megatron_bipe.eval.subject import Subject
+from megatron_bipe.eval.windows import PROTOCOLS
+
+FORMAT_VERSION = 1
+JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
+
+
+class ModelResults(NamedTuple):
+    """One model at all its lengths, ascending."""
+
+    subject: Subject
+    results: tuple[LengthResult, ...]
+
+
+def prepare_output(folder: Path, overwrite: bool) -> None:
+    """Make the output folder, before anything long is begun.
+
+    Raises:
+        ConfigError: results are there already and may not be overwritten, or the folder cannot be made.
+    """
+    present = [name for name in (JSON_NAME, CSV_NAME, PNG_NAME) if (folder / name).exists()]
+    if present and not overwrite:
+        raise ConfigError(
+            f"there is already {', '.join(present)}",
+            remedy="Give --overwrite, or another --output",
+            place=folder,
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot make the folder: {error.strerror}", place=folder) from error
+
+
+def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> list[Path]:
+    """Write the three files; existing ones are replaced, each in one step."""
+    contents = {
+        JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False).encode() + b"\n",
+        CSV_NAME: as_csv(models).encode(),
+        PNG_NAME: draw_perplexity(
+            [
+                Curve(name, subject.config.train_len_tokens, [(r.length_tokens, r.perplexity) for r in results])
+                for name, (subject, results) in zip(unique_names(models), models, strict=True)
+            ],
+            title=f"Perplexity by window length: {_data_name(dataset)}",
+        ),
+    }
+    for name, data in contents.items():
+        write_atomically(folder / name, data)
+    return [folder / name for name in contents]
+
+
+def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> dict[str, Any]:
+    """Everything about the evaluation; infinite perplexities are null."""
+    manifest = dataset.manifest
+    return {
+        "format_version": FORMAT_VERSION,
+        "protocol": settings.protocol,
+        "protocol_means": PROTOCOLS[settings.protocol],
+        "data": {
+            "name": _data_name(dataset),
+            "fingerprint": manifest.fingerprint,
+            "tokenizer_fingerprint": manifest.tokenizer.fingerprint,
+            "segments": manifest.rule.spec,
+            "num_documents": manifest.num_documents,
+            "num_tokens": dataset.num_tokens,
+            "num_tokens_given": limit_tokens(dataset, settings.max_tokens),
+        },
+        "max_tokens": settings.max_tokens,
+        "batch_tokens": settings.batch_tokens,
+        "dtype": str(settings.dtype).removeprefix("torch."),
+        "device": settings.device,
+        "torch": torch.__version__,
+        "models": [
+            {
+                "name": name,
+                "source": subject.source,
+                "encoding": subject.config.encoding,
+                "num_parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
+                "train_len_tokens": subject.config.train_len_tokens,
+                "results": [_finite(result._asdict()) for result in results],
+            }
+            for name, (subject, results) in zip(unique_names(models), models, strict=True)
+        ],
+    }
+
+
+def as_csv(models: Sequence[ModelResults]) -> str:
+    """One row a model and length, with a header."""
+    text = io.StringIO()
+    columns = ("model", "encoding", "train_len_tokens", *LengthResult._fields)
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(columns)
+    for name, (subject, results) in zip(unique_names(models), models, strict=True):
+        for result in results:
+            writer.writerow((name, subject.config.encoding, subject.config.train_len_tokens, *result))
+    return text.getvalue()
+
+
+def as_table(models: Sequence[ModelResults]) -> str:
+    """Perplexities for a terminal: a row a model, a column a length; the training length is marked."""
+    lengths = [result.length_tokens for result in models[0].results]
+    rows = [["perplexity at", *(f"{length:,}" for length in lengths)]]
+    for name, (subject, results) in zip(unique_names(models), models, strict=True):
+        trained = subject.config.train_len_tokens
+        marks = ["*" if result.length_tokens == trained else " " for result in results]
+        cells = [f"{result.perplexity:,.2f}{mark}" for result, mark in zip(results, marks, strict=True)]
+        rows.append([name, *cells])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = [
+        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
+        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
+    ]
+    lines.insert(1, "-" * len(lines[0]))
+    return "\n".join([*(line.rstrip() for line in lines), "* training length"])
+
+
+def describe(dataset: TokenDataset, settings: Settings, results: Sequence[LengthResult]) -> str:
+    """What was read and what was left out, in one line a length."""
+    given = limit_tokens(dataset, settings.max_tokens)
+    lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
+    lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
+    lines += [
+        f"  {r.length_tokens:>9,} tokens: {r.num_windows:,} windows, {r.num_predictions:,} predictions, "
+        f"{r.num_tokens_read:,} tokens read, {r.num_tokens_dropped:,} dropped"
+        for r in results
+    ]
+    return "\n".join(lines)
+
+
+def unique_names(models: Sequence[ModelResults]) -> list[str]:
+    """Names for people; where two are the same, what they were loaded from instead."""
+    names = [subject.name for subject, _ in models]
+    return [subject.source if names.count(subject.name) > 1 else subject.name for subject, _ in models]
+
+
+def _data_name(dataset: TokenDataset) -> str:
+    return dataset.path.resolve().name
+
+
+def _finite(values: dict[str, Any]) -> dict[str, Any]:
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}

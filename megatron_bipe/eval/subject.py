@@ -1,0 +1,99 @@
+"""A model to be evaluated, with what it remembers of its training data; and whether a dataset suits it."""
+
+import logging
+from pathlib import Path
+from typing import NamedTuple
+
+from pydantic import ValidationError
+from torch import nn
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.errors import CheckpointError, DataError
+from megatron_bipe.hf.load import load_exported
+
+_log = logging.getLogger(__name__)
+
+
+class Subject(NamedTuple):
+    """One model under evaluation."""
+
+    name: str
+    """For tables and plots."""
+    source: str
+    """What it was loaded from, for messages."""
+    model: nn.Sequential
+    """(tokens, intra, inter) int64 [B, T] -> logits [B, T, V]."""
+    config: ModelConfig
+    """Its shape and encoding."""
+    tokenizer_fingerprint: str | None
+    """Of the tokenizer its training data was made with; None: not recorded."""
+    rule: SegmentRule | None
+    """Where the segments of its training data ended; None: not recorded."""
+
+
+def exported_subject(folder: Path) -> Subject:
+    """The model of an exported folder.
+
+    Raises:
+        CheckpointError: from `load_exported`, or an impossible segment rule.
+    """
+    loaded = load_exported(folder)
+    known = loaded.data or {}
+    try:
+        rule = SegmentRule(spec=known["segments_spec"], token_ids=known["token_ids"]) if known else None
+    except ValidationError as error:
+        reason = error.errors(include_url=False)[0]["msg"]
+        raise CheckpointError(
+            f"the segment rule is impossible: {reason}",
+            remedy='Correct "segments" in its config.json, or export the checkpoint again',
+            place=folder,
+        ) from error
+    fingerprint = known.get("tokenizer_fingerprint")
+    return Subject(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
+
+
+def check_suits(subject: Subject, dataset: TokenDataset) -> None:
+    """Refuse a dataset whose ids or segments mean something else than in the model's training.
+
+    Models without segment encoding take any segment rule. What a model does not record cannot be checked,
+    and is warned about.
+
+    Raises:
+        DataError: another tokenizer or another segment rule; the message names both.
+        CheckpointError: the model's token table is smaller than the dataset's vocabulary.
+    """
+    if subject.tokenizer_fingerprint is None:
+        _log.warning("%s does not record its tokenizer: taking the dataset's on trust", subject.source)
+    else:
+        dataset.check_tokenizer(subject.tokenizer_fingerprint, subject.source)
+    vocab_size = dataset.manifest.tokenizer.vocab_size
+    if vocab_size > subject.config.vocab_size:
+        raise CheckpointError(
+            f"the model has {subject.config.vocab_size} token ids, but the dataset {dataset.path} has {vocab_size}",
+            remedy="Evaluate on a dataset made with the model's tokenizer",
+            place=subject.source,
+        )
+    if subject.config.bilevel:
+        _check_rule(subject, dataset)
+
+
+def _check_rule(subject: Subject, dataset: TokenDataset) -> None:
+    if subject.rule is None:
+        _log.warning("%s does not record its segment rule: taking the dataset's on trust", subject.source)
+        return
+    ours, theirs = subject.rule, dataset.rule
+    # Names may differ where the resolved ids agree, as with a rule given as a list.
+    if (ours.token_ids, ours.fixed_length) != (theirs.token_ids, theirs.fixed_length):
+        raise DataError(
+            f"the model was trained with segment rule {_described(ours)}, but the dataset {dataset.path} was made "
+            f"with {_described(theirs)}",
+            remedy=f"Make the dataset again with --segments '{ours.spec}'",
+            place=subject.source,
+        )
+
+
+def _described(rule: SegmentRule) -> str:
+    listed = ", ".join(map(str, rule.token_ids[:6])) + (", ..." if len(rule.token_ids) > 6 else "")
+    return f"{rule.spec!r} (token ids {listed})" if rule.token_ids else repr(rule.spec)

@@ -1,0 +1,90 @@
+"""How a corpus is cut into evaluation windows: the two protocols, and nothing of the model.
+
+W windows
+"""
+
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.errors import ConfigError, DataError
+from megatron_bipe.types import IntArray
+
+Protocol = Literal["full", "reference"]
+PROTOCOLS: dict[Protocol, str] = {
+    "full": "windows of L tokens, each with the next token as its last label, the last window shorter: every token but "
+    "the first is predicted once, at every length; mean over predictions",
+    "reference": "the authors' protocol: documents in groups of 1000, each group's tokens cut into blocks of L, its "
+    "remainder and one whole block dropped; L - 1 predictions a block; mean over blocks",
+}
+GROUP_DOCUMENTS = 1000  # rows that one batched `datasets.map` call of the authors' script sees
+
+
+class Windows(NamedTuple):
+    """Windows in the order of the corpus, int64 [W] each."""
+
+    starts: IntArray
+    """First token of the window in the corpus."""
+    num_inputs: IntArray
+    """Tokens that the model reads."""
+    num_predictions: IntArray
+    """Labels that count: those of the window's first tokens."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the corpus that any window touches."""
+        reach = np.maximum(self.num_inputs, self.num_predictions + 1)
+        overlap = np.maximum(0, (self.starts + reach)[:-1] - self.starts[1:])
+        return int(reach.sum() - overlap.sum())
+
+
+def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> Windows:
+    """Cut the first `num_tokens` tokens of a dataset, as if there were no more.
+
+    Raises:
+        ConfigError: a length without a prediction.
+        DataError: there is not one whole window.
+    """
+    if length_tokens < 2:
+        raise ConfigError(
+            f"a window of {length_tokens} token(s) has no context to predict from",
+            remedy="Use lengths of 2 and more",
+            place="--lengths",
+        )
+    if protocol == "full":
+        windows = _cut_all(num_tokens, length_tokens)
+    else:
+        bounds = np.minimum(dataset.document_bounds(), num_tokens)
+        windows = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
+    if num_tokens <= length_tokens or not windows.starts.size:
+        limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
+        rule = (
+            f"of {length_tokens} and its last label need {length_tokens + 1}"
+            if protocol == "full"
+            else f"of {length_tokens} that the reference protocol keeps needs a group of {2 * length_tokens}"
+        )
+        raise DataError(
+            f"there are {num_tokens} tokens{limited} to evaluate on; one window {rule}",
+            remedy="Use shorter --lengths, or more text",
+            place=dataset.path,
+        )
+    return windows
+
+
+def _cut_all(num_tokens: int, length_tokens: int) -> Windows:
+    starts = np.arange(0, max(num_tokens - 1, 0), length_tokens, dtype=np.int64)
+    sizes = np.minimum(length_tokens, num_tokens - 1 - starts)
+    return Windows(starts, sizes, sizes)
+
+
+def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> Windows:
+    """Blocks of each group but its last whole one, which the authors' arithmetic loses with the remainder."""
+    starts = [np.zeros(0, dtype=np.int64)]
+    for first, stop in pairwise(group_bounds.tolist()):
+        num_blocks = max(0, (stop - first) // length_tokens - 1)
+        starts.append(first + length_tokens * np.arange(num_blocks, dtype=np.int64))
+    joined = np.concatenate(starts)
+    # The model reads the block's last token too, as the authors' does: dynamic RoPE scaling looks at the length.
+    return Windows(joined, np.full_like(joined, length_tokens), np.full_like(joined, length_tokens - 1))

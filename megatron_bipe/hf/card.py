@@ -1,0 +1,90 @@
+"""The model card of an exported model."""
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from megatron_bipe.config.schema import ModelConfig
+
+if TYPE_CHECKING:
+    from megatron_bipe.hf.export import DataFields
+
+_ENCODINGS = {
+    "bipe_rope": "bilevel (BiPE): learned intra-segment table, RoPE over segment counts",
+    "bipe_alibi": "bilevel (BiPE): learned intra-segment table, ALiBi over segment counts",
+    "rope": "RoPE over token positions",
+    "alibi": "ALiBi over token positions",
+}
+_HEAD = """---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {title}
+
+| | |
+|---|---|
+{rows}
+
+Parity: on sample windows the largest difference between a logit of this folder, loaded through transformers, and
+of the training model is {figure:.1e} of the largest logit (both in fp32, from the weights stored here).
+
+## Use
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("DIR"{code})
+tokenizer = AutoTokenizer.from_pretrained("DIR")
+inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
+```
+"""
+_SEGMENTS = """
+A segment ends with a separator token, which belongs to it. Positions follow from the tokens of the input alone:
+`model.bilevel_ids(input_ids, attention_mask)` shows them. Batches may be padded on either side if the attention
+mask says so; generation uses the dynamic cache.
+"""
+_SPECIAL = """
+The tokenizer opens a text with its BOS token, as in training, and reads special tokens written out in a text as
+plain characters; `split_special_tokens=False` changes that.
+"""
+
+
+def model_card(
+    title: str,
+    config: ModelConfig,
+    data: "DataFields",
+    figure: float,
+    tensors: Mapping[str, Tensor],
+    facts: Mapping[str, str],
+    has_tokenizer: bool,
+) -> str:
+    """README.md in Hugging Face's form."""
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    rows = {
+        "Positional encoding": _ENCODINGS[config.encoding],
+        "Parameters": f"{sum(t.numel() for t in tensors.values()):,} ({dtype})",
+        "Layers / width / heads / feed-forward": f"{config.num_layers} / {config.hidden_size} / {config.num_heads}"
+        f" ({config.kv_heads} key/value) / {config.ffn_size}",
+        "Vocabulary": f"{config.vocab_size:,}",
+        "Training length": f"{config.train_len_tokens:,} tokens",
+        "Segment rule": f"`{data.segments_spec}`, separator ids {_ids(data.token_ids)}",
+        "Tokenizer fingerprint": f"`{data.tokenizer_fingerprint}`" if data.tokenizer_fingerprint else "not known",
+    } | dict(facts)
+    table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
+    code = "" if config.encoding == "rope" and not config.log_scale else ", trust_remote_code=True"
+    text = _HEAD.format(title=title, rows=table, figure=figure, code=code)
+    return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
+
+
+def _ids(token_ids: Sequence[int]) -> str:
+    shown = ", ".join(map(str, list(token_ids)[:12]))
+    more = f", and {len(token_ids) - 12} more" if len(token_ids) > 12 else ""
+    return (shown + more) or "none"
+
+
+def _cell(text: str) -> str:
+    """One cell of a Markdown table."""
+    return text.replace("|", "\\|").replace("\n", "<br>")

@@ -1,0 +1,258 @@
+"""Weights of the training model -> a Hugging Face folder, published only once it has proved to be the same model.
+
+Everything is written beside the target, loaded back the way users will, compared with the training model
+on sample windows, and renamed into place last: a folder under the final name is always a correct one.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.card import model_card
+from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, plan_model
+from megatron_bipe.hf.tokenizer_files import TokenizerSource, write_tokenizer
+from megatron_bipe.hf.weights import to_llama
+
+# Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest
+# mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
+# 0.02, give 1e-3 and more.
+TOLERANCE = 2e-5
+REMOTE_CODE = ("configuration_bipe.py", "modeling_bipe.py", "positions_bipe.py")
+Windows = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
+
+
+class DataFields(NamedTuple):
+    """What the exported model has to know of its training data."""
+
+    segments_spec: str
+    """Name of the segment rule."""
+    token_ids: Sequence[int]
+    """The separators it was resolved to; empty for fixed:N."""
+    tokenizer_fingerprint: str | None
+    """SHA-256 of the tokenizer's definition; None where no tokenizer is known."""
+    special_ids: Mapping[str, int]
+    """Token ids by role: bos, eos, unk, pad, as far as they exist."""
+
+
+class ExportOptions(NamedTuple):
+    """How to write it."""
+
+    dtype: torch.dtype = torch.bfloat16
+    max_shard_bytes: int = 5 * 10**9
+    overwrite: bool = False
+    title: str = "BiPE language model"
+    facts: Mapping[str, str] = {}
+    """Rows for the model card: recipe, data fingerprint, step, ..."""
+
+
+def export_model(
+    weights: Mapping[str, Tensor],
+    config: ModelConfig,
+    folder: Path,
+    data: DataFields,
+    windows: Windows,
+    tokenizer: TokenizerSource | None = None,
+    options: ExportOptions | None = None,
+) -> float:
+    """Write an HF folder and return its parity figure.
+
+    Args:
+        weights: plan names, whole tensors.
+        config: the model they belong to.
+        folder: target; its parent must be writable.
+        data: goes into config.json and the generation settings.
+        windows: sample windows with the ids that training gave them; other ids of the exported model show
+            as a difference.
+        tokenizer: None only where none is known; the folder then has no tokenizer files.
+        options: dtype, sharding, overwriting, model card.
+
+    Returns:
+        Largest difference of a logit over the largest logit, both models in fp32 from the exported weights.
+
+    Raises:
+        CheckpointError: the folder exists, the weights do not fit, or the exported model is not the same one.
+    """
+    options = options or ExportOptions()
+    with _published(Path(folder), options.overwrite) as draft:
+        tensors = _llama_tensors(weights, config, options.dtype)
+        _write_weights(tensors, draft, options.max_shard_bytes)
+        settings = hf_settings(config, data, options.dtype)
+        _write_json(draft / CONFIG, settings)
+        _write_json(draft / "generation_config.json", _generation_settings(config, data))
+        if settings["model_type"] == "bipe":
+            _write_code(draft)
+        if tokenizer is not None:
+            write_tokenizer(tokenizer, draft, config.vocab_size)
+        figure = _parity(tensors, config, draft, windows)
+        if not figure <= TOLERANCE:
+            raise CheckpointError(
+                f"the exported model is not the trained one: logits differ by {figure:.2e} of the largest, "
+                f"allowed are {TOLERANCE:.0e}",
+                remedy="Check that the segment rule is the training data's; else this is a defect, please report it",
+                place=folder,
+            )
+        card = model_card(options.title, config, data, figure, tensors, options.facts, tokenizer is not None)
+        (draft / "README.md").write_text(card, "utf-8")
+    return figure
+
+
+def _llama_tensors(weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights as they will be stored."""
+    try:
+        return {name: tensor.to(dtype).contiguous() for name, tensor in to_llama(weights, config).items()}
+    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
+        raise CheckpointError(
+            f"the weights do not fit the configuration: {error}",
+            remedy="Check that the weights and the configuration belong to the same model",
+        ) from error
+
+
+def is_stock(config: ModelConfig) -> bool:
+    """True where transformers' own `LlamaForCausalLM` is the model."""
+    return config.encoding == "rope" and not config.log_scale
+
+
+def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json`; the keys that LLaMA does not know are the same for a stock model, which ignores them."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": config.rope_scaling.type, "factor": config.rope_scaling.factor}
+    stock = is_stock(config)
+    name = "Llama" if stock else "Bipe"
+    settings: dict[str, Any] = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "rope_parameters": rope,
+        "encoding": config.encoding,
+        "intra_size": config.intra_size,
+        "train_len_tokens": config.train_len_tokens,
+        "log_scale": config.log_scale,
+        "zero_last_row": config.zero_last_row,
+        "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "tie_word_embeddings": False,
+        **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
+    }
+    if stock:
+        more = {"max_position_embeddings": config.train_len_tokens, "hidden_act": "silu"}
+        return settings | more | {"attention_bias": False, "mlp_bias": False}
+    code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
+    return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
+
+
+def _generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]:
+    settings: dict[str, Any] = {
+        f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
+    }
+    if config.rope_scaling is not None and config.rope_scaling.type == "dynamic":
+        settings["use_cache"] = False  # each further token changes the base, and with it every cached key
+    return settings
+
+
+def _write_code(folder: Path) -> None:
+    """The remote code, its first file marked with the version of all.
+
+    transformers goes by the configuration's class: within one process, another version of the model under an
+    unchanged configuration file would be taken for the version it has seen first.
+    """
+    texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in REMOTE_CODE}
+    version = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
+    texts[REMOTE_CODE[0]] += f"\n# Version of this remote code: {version}\n"
+    for name, text in texts.items():
+        (folder / name).write_text(text, "utf-8")
+
+
+def _write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
+    """safetensors, in one file or in shards with an index."""
+    pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
+    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_bytes)
+    for file, names in split.filename_to_tensors.items():
+        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+    if split.is_sharded:
+        _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+
+
+def _parity(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path, windows: Windows) -> float:
+    """Largest difference of a logit over the largest logit; the two models are in memory one after the other."""
+    tokens_BT, intra_BT, inter_BT = windows
+    with torch.inference_mode():
+        trained = plan_model({name: t.float() for name, t in tensors.items()}, config)
+        expected_BTV = trained((tokens_BT, intra_BT, inter_BT))
+        del trained
+        try:
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
+            )
+            found_BTV = model.eval()(tokens_BT, use_cache=False).logits
+        except (ValueError, RuntimeError, OSError) as error:
+            raise CheckpointError(
+                f"the exported model cannot be loaded and run: {error}",
+                remedy="This is a defect, please report it",
+                place=folder,
+            ) from error
+    scale = float(expected_BTV.abs().max())
+    return float((found_BTV - expected_BTV).abs().max()) / max(scale, torch.finfo(torch.float32).tiny)
+
+
+@contextmanager
+def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """A draft folder that takes `folder`'s place when the block succeeds, and vanishes when it fails.
+
+    The draft has the final name inside a temporary parent: transformers names the module of remote code after it.
+    """
+    folder = folder.resolve()
+    if folder.exists() and not overwrite:
+        raise CheckpointError("the output exists already", remedy="Choose another, or add --overwrite", place=folder)
+    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", place=folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
+    try:
+        draft = scratch / folder.name
+        draft.mkdir()
+        yield draft
+        for file in draft.iterdir():
+            file.chmod(0o644)  # safetensors writes for the owner only
+            _flush(file)
+        if folder.exists():
+            folder.rename(scratch / "replaced")
+        draft.rename(folder)
+        _flush(folder.parent)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Have the disk hold what was written: a file's bytes, or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")

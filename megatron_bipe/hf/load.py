@@ -1,0 +1,174 @@
+"""An exported model, read back as the training model: evaluation always runs the plan, whatever it is given."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.weights import from_llama
+from megatron_bipe.model.block import Block
+from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.positions import make_encoding
+
+CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_OURS = "Export the checkpoint again with tools/export_hf.py"
+
+
+class LoadedModel(NamedTuple):
+    """An exported model on the CPU."""
+
+    model: nn.Sequential
+    """(tokens, intra, inter) int64 [B, T] -> logits [B, T, V]."""
+    config: ModelConfig
+    """Its shape and encoding."""
+    dtype: torch.dtype
+    """Of the stored weights, and of `model`."""
+    data: dict[str, Any] | None
+    """tokenizer_fingerprint (may be None), segments_spec, token_ids of the training data; None: not recorded."""
+
+
+def load_exported(folder: str | Path) -> LoadedModel:
+    """Read a folder made by the export: remote code is not run, only its weights and settings are read.
+
+    Raises:
+        CheckpointError: not such a folder, of another kind of model, incomplete or damaged.
+    """
+    folder = Path(folder)
+    settings = read_settings(folder)
+    config = model_config(settings, folder / CONFIG)
+    weights = read_safetensors(folder)
+    model = plan_model(weights, config, folder)
+    return LoadedModel(model, config, next(model.parameters()).dtype, data_fields(settings, folder / CONFIG))
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """`config.json` of a model folder, as it stands there."""
+    path = folder / CONFIG
+    if not path.is_file():
+        raise CheckpointError(f"there is no {CONFIG}", remedy="Name the folder of an exported model", place=folder)
+    try:
+        settings = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG} is no JSON: {error}", remedy=_OURS, place=path) from error
+    if not isinstance(settings, dict):
+        raise CheckpointError(f"{CONFIG} is a JSON {type(settings).__name__}, no object", remedy=_OURS, place=path)
+    return settings
+
+
+def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
+    """The model configuration that an exported `config.json` stands for.
+
+    Raises:
+        CheckpointError: of another kind of model, a key is missing or impossible, no segment rule.
+    """
+    kind, encoding = settings.get("model_type"), settings.get("encoding")
+    if kind not in ("bipe", "llama") or encoding is None or (kind == "llama" and encoding != "rope"):
+        published = "rpe_type" in settings
+        raise CheckpointError(
+            f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
+            f"{settings.get('rpe_type') if published else encoding!r} is no model of this project's export",
+            remedy="Convert the authors' models with tools/import_hf.py" if published else _OURS,
+            place=place,
+        )
+    try:
+        rope = settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
+        scaled = rope["rope_type"] != "default"
+        config = ModelConfig(
+            encoding=encoding,
+            num_layers=settings["num_hidden_layers"],
+            hidden_size=settings["hidden_size"],
+            num_heads=settings["num_attention_heads"],
+            num_kv_heads=settings.get("num_key_value_heads"),
+            ffn_size=settings["intermediate_size"],
+            vocab_size=settings["vocab_size"],
+            intra_size=settings["intra_size"],
+            train_len_tokens=settings["train_len_tokens"],
+            norm_eps=settings["rms_norm_eps"],
+            init_std=settings["initializer_range"],
+            rope_base=rope["rope_theta"],
+            rope_scaling=RopeScaling(type=rope["rope_type"], factor=rope["factor"]) if scaled else None,
+            log_scale=settings.get("log_scale", False),
+            zero_last_row=settings.get("zero_last_row", False),
+        )
+    except KeyError as error:
+        raise CheckpointError(f"key {error} is missing", remedy=_OURS, place=place) from error
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
+        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, place=place) from error
+    except TypeError as error:
+        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, place=place) from error
+    if config.bilevel and data_fields(settings, place) is None:
+        raise CheckpointError(
+            f"encoding {encoding!r} without a segment rule: nothing tells where segments end",
+            remedy='Put the rule of the training data into "segments": {"spec": ..., "token_ids": [...]}',
+            place=place,
+        )
+    return config
+
+
+def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | None:
+    """What `config.json` says of the training data; None where it has no segment rule."""
+    rule = settings.get("segments")
+    if rule is None:
+        return None
+    try:
+        fields = {"segments_spec": str(rule["spec"]), "token_ids": tuple(int(token) for token in rule["token_ids"])}
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(
+            f"segments {rule!r} is no segment rule",
+            remedy='Write it as {"spec": name of the rule, "token_ids": [its separators]}',
+            place=place,
+        ) from error
+    return {"tokenizer_fingerprint": settings.get("tokenizer_fingerprint")} | fields
+
+
+def read_safetensors(folder: Path) -> dict[str, Tensor]:
+    """All weights of a model folder, from one file or from the shards that its index names."""
+    files = [folder / WEIGHTS]
+    if (folder / INDEX).is_file():
+        try:
+            names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError("the index of shards is damaged", remedy=_OURS, place=folder / INDEX) from error
+        files = [folder / name for name in names]
+    weights: dict[str, Tensor] = {}
+    for file in files:
+        if not file.is_file():
+            raise CheckpointError(f"the weights {file.name} are missing", remedy=_OURS, place=folder)
+        try:
+            with safe_open(str(file), framework="pt") as shard:
+                weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"the weights cannot be read: {error}", remedy=_OURS, place=file) from error
+    return weights
+
+
+def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: str | Path = "") -> nn.Sequential:
+    """The training model around weights with LLaMA names; they are not copied where the layout allows it.
+
+    Raises:
+        CheckpointError: a weight is missing, left over, or of another shape.
+    """
+    with torch.device("meta"):  # allocates nothing, draws nothing
+        model = build_model(config)
+    try:
+        model.load_state_dict(from_llama(llama_weights, config), assign=True)
+    except RuntimeError as error:
+        text = " ".join(str(error).split())
+        raise CheckpointError(
+            f"the weights do not fit the configuration: {text[:300]}",
+            remedy="Check that the weights and the configuration belong to the same model",
+            place=place,
+        ) from error
+    for layer in model:
+        if isinstance(layer, Block):
+            layer.attention.encoding = make_encoding(config)  # its constants were made on the meta device
+    return model.eval()

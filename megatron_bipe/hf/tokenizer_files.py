@@ -1,0 +1,155 @@
+"""Tokenizer files of an exported model, such that `AutoTokenizer` gives the ids the model was trained on.
+
+transformers 5 rebuilds LLaMA's tokenizer from its vocabulary with another normaliser unless the settings
+name the generic class; then it runs `tokenizer.json` as it is. Whatever it does, the ids are compared.
+"""
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, normalizers, processors
+from tokenizers.models import BPE
+from transformers import AutoTokenizer
+
+from megatron_bipe.errors import CheckpointError
+
+_ROLES = ("bos", "eos", "unk", "pad")
+_SPACE = "\u2581"  # SentencePiece's sign for a space
+
+# Each of these comes out differently in some tokenizer class, normaliser or version.
+HARD_TEXTS = (
+    "",
+    " ",
+    "Hello world",
+    " leading",
+    "  two spaces  inside,   three ",
+    "a\nb\n\n c\r\n\td\n",
+    "He stopped . Then...\nNo.\" (Yes.) 'So.' .5 1.000,00",
+    "<s>text</s> <unk> <0x0A> <|endoftext|> [INST]",
+    f"{_SPACE}sign {_SPACE}{_SPACE} of a space",
+    "de\u0301compose\u0301 \u00e9 \ufb01ne \u2460 \uff21\uff22 \u212b \u1e9b\u0323",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \u6f22\u5b57\u3002\u5b57",
+    "\u0627\u0644\u0639 \u0939\u093f\u0928\u094d\u0926\u0940 \ud55c",
+    "a\u200bb\u00a0c\u2028d\ufeffe\u00adf \x01\x7f \u0085",
+    "def f(x):\n    return {'a': x ** 2}  # 100%\n\n\n\nclass B:\n\tpass",
+    "0123456789 3.14159 0x1F -17 1e-5",
+    "aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa\u00ff\u0100\U0010fffd",
+    "long " * 1500,
+)
+
+
+class TokenizerSource(NamedTuple):
+    """The tokenizer that made the training data."""
+
+    definition: Path
+    """tokenizer.json or tokenizer.model."""
+    special_ids: Mapping[str, int]
+    """Ids by role: bos, and where they exist eos, unk, pad."""
+    encode: Callable[[Sequence[str]], Sequence[Iterable[int]]]
+    """Training's own ids of plain texts, without special tokens."""
+
+
+def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> None:
+    """Write the tokenizer into `folder` and check it there.
+
+    Args:
+        source: the tokenizer.
+        folder: must hold the model's config.json already.
+        num_rows: of the model's token table.
+
+    Raises:
+        CheckpointError: `AutoTokenizer` gives other ids than training had, or more than the model knows.
+    """
+    shutil.copyfile(source.definition, folder / source.definition.name)
+    if source.definition.suffix == ".model":
+        from_sentencepiece(source.definition).save(str(folder / "tokenizer.json"))
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    if "bos" in source.special_ids and not _opens_with(backend, source.special_ids["bos"]):
+        _open_with(backend, source.special_ids["bos"])
+        backend.save(str(folder / "tokenizer.json"))
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
+    if largest >= num_rows:
+        raise CheckpointError(
+            f"the tokenizer has ids up to {largest}, the model's token table {num_rows} rows",
+            remedy="Use the tokenizer that the model was trained with",
+            place=source.definition,
+        )
+    settings: dict[str, Any] = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        # As in the training data: "<s>" within a text is three characters.
+        "split_special_tokens": True,
+        "clean_up_tokenization_spaces": False,
+        "padding_side": "left",
+    }
+    for role in _ROLES:
+        if role in source.special_ids:
+            settings[f"{role}_token"] = backend.id_to_token(source.special_ids[role])
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    check_tokenizer(folder, source)
+
+
+def _opens_with(backend: tokenizers.Tokenizer, bos_id: int) -> bool:
+    return list(backend.encode("a").ids) == [bos_id, *backend.encode("a", add_special_tokens=False).ids]
+
+
+def _open_with(backend: tokenizers.Tokenizer, bos_id: int) -> None:
+    """Let the definition itself put BOS first: transformers ignores `add_bos_token` beside a tokenizer.json."""
+    bos = backend.id_to_token(bos_id)
+    template = processors.TemplateProcessing(
+        single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
+    )
+    own = backend.post_processor
+    offsets_only = isinstance(own, processors.ByteLevel)
+    backend.post_processor = processors.Sequence([own, template]) if offsets_only else template
+
+
+def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] = HARD_TEXTS) -> None:
+    """Compare `AutoTokenizer` with training on `texts`, with and without the token that opens a document."""
+    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+    opening = [source.special_ids["bos"]] if "bos" in source.special_ids else []
+    for text, trained in zip(texts, source.encode(texts), strict=True):
+        expected = [int(token) for token in trained]
+        plain = list(loaded(text, add_special_tokens=False)["input_ids"])
+        opened = list(loaded(text)["input_ids"])
+        if plain != expected or opened != opening + expected:
+            shown = text if len(text) < 60 else text[:60] + "..."
+            raise CheckpointError(
+                f"AutoTokenizer gives other ids than training for {shown!r}: {opened[:12]} instead of "
+                f"{(opening + expected)[:12]}",
+                remedy="Check that the tokenizer files are those the data was made with",
+                place=source.definition,
+            )
+
+
+def from_sentencepiece(definition: Path) -> tokenizers.Tokenizer:
+    """A SentencePiece BPE model in the form of a tokenizer.json; whether it is the same, the caller must check."""
+    model = sentencepiece.SentencePieceProcessor(model_file=str(definition))
+    ids = range(model.get_piece_size())
+    vocabulary = {model.id_to_piece(i): i for i in ids}
+    special = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
+    unmerged = {*special, *(i for i in ids if model.is_byte(i) or model.is_unused(i))}
+    merges = []
+    for i in ids:
+        piece = model.id_to_piece(i)
+        if i not in unmerged:
+            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
+            known = [(vocabulary[a], vocabulary[b]) for a, b in halves if a in vocabulary and b in vocabulary]
+            merges += [(-model.get_score(i), i, *pair) for pair in known]
+    byte_fallback = any(model.is_byte(i) for i in ids)
+    pairs = [(model.id_to_piece(a), model.id_to_piece(b)) for _, _, a, b in sorted(merges)]
+    unknown = model.id_to_piece(model.unk_id())
+    result = tokenizers.Tokenizer(
+        BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
+    )
+    result.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    result.decoder = decoders.Sequence(steps)
+    result.add_special_tokens(
+        [tokenizers.AddedToken(model.id_to_piece(i), normalized=False, special=True) for i in special]
+    )
+    return result

@@ -1,0 +1,72 @@
+"""Run configuration and DeepSpeed JSON become one dictionary, or one error."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.config.deepspeed import engine_config, read_ds_config
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.errors import ConfigError
+
+DS_CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_engine_config_shipped_files_are_filled_from_the_run(path, precision):
+    run = load_run_config(None, [f"train.precision={precision}"])
+    filled = engine_config(run, read_ds_config(path), num_ranks=4, place=path)
+    assert "auto" not in json.dumps(filled)
+    assert filled["train_batch_size"] == 256 == 8 * filled["gradient_accumulation_steps"] * 4
+    assert filled["bf16"]["enabled"] is (precision == "bf16")
+    assert filled["gradient_clipping"] == run.optimizer.grad_clip
+    assert filled["zero_optimization"]["stage"] == int(path.stem[-1])
+
+
+def test_engine_config_all_stages_are_shipped():
+    assert [path.stem for path in DS_CONFIGS] == ["zero0", "zero1", "zero2", "zero3"]
+
+
+def test_engine_config_bf16_gradients_add_up_in_fp32_from_zero_1_on():
+    run = load_run_config(None)
+    dtypes = [engine_config(run, {"zero_optimization": {"stage": s}}, 1, "x")["data_types"] for s in range(4)]
+    assert [d["grad_accum_dtype"] for d in dtypes] == ["bf16", "fp32", "fp32", "fp32"]
+
+
+def test_engine_config_literal_that_agrees_is_fine():
+    assert engine_config(load_run_config(None), {"train_batch_size": 256}, 1, "x")["train_batch_size"] == 256
+
+
+@pytest.mark.parametrize(
+    ("literal", "named"),
+    [
+        ({"train_batch_size": 128}, ["train_batch_size=128", "train.global_batch=256"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["=4", "train.micro_batch=8"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.grad_clip=1.0"]),
+        ({"bf16": {"enabled": False}}, ["bf16.enabled=False", "train.precision"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled=True"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer' belongs to the run"]),
+        ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
+    ],
+)
+def test_engine_config_literal_that_disagrees_names_both(literal, named):
+    with pytest.raises(ConfigError) as error:
+        engine_config(load_run_config(None), literal, 1, "ds.json")
+    assert all(part in str(error.value) for part in named)
+    assert error.value.place == "ds.json"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", ""])
+def test_read_ds_config_damaged_file_is_named(tmp_path, text):
+    path = tmp_path / "ds.json"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as error:
+        read_ds_config(path)
+    assert error.value.place == str(path)
+
+
+def test_read_ds_config_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match="no such"):
+        read_ds_config(tmp_path / "ds.json")

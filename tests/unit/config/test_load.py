@@ -1,0 +1,101 @@
+"""Where a run configuration comes from, and what is said of a wrong one."""
+
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.config.load import dump_yaml, load_run_config
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.errors import ConfigError
+
+EXAMPLES = sorted((Path(__file__).parents[3] / "examples").rglob("*.yaml"))
+
+
+def test_load_without_file_is_the_published_151m_recipe():
+    run = load_run_config(None)
+    assert run == RunConfig()
+    assert (run.model.encoding, run.train.global_batch, run.optimizer.lr) == ("bipe_rope", 256, 1e-4)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_load_every_shipped_yaml_is_valid(path):
+    from megatron_bipe.config.validate import validate_run
+
+    validate_run(load_run_config(path), num_ranks=1)
+
+
+def test_load_examples_are_shipped():
+    assert len(EXAMPLES) >= 8
+
+
+def test_load_file_then_overrides_later_ones_win(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {encoding: alibi}\ntrain: {steps: 7}\n")
+    run = load_run_config(path, ["train.steps=8", "train.steps=9", "optimizer.lr=3e-4", "data.path=/x/y"])
+    assert (run.model.encoding, run.train.steps, run.optimizer.lr) == ("alibi", 9, 3e-4)
+    assert run.data.path == Path("/x/y")
+
+
+def test_load_training_length_of_the_model_follows_the_window_unless_given():
+    assert load_run_config(None, ["train.seq_len_tokens=256"]).model.train_len_tokens == 256
+    both = ["train.seq_len_tokens=4096", "model.train_len_tokens=1024"]
+    assert load_run_config(None, both).model.train_len_tokens == 1024
+
+
+def test_dump_then_load_is_the_same_run(tmp_path):
+    run = load_run_config(
+        None, ["model.rope_scaling={type: linear, factor: 4}", "data.valid_path=v", "model.encoding=rope"]
+    )
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run))
+    assert load_run_config(path) == run
+
+
+@pytest.mark.parametrize(
+    ("key", "nearest"),
+    [
+        ("model.hiden_size", "model.hidden_size"),
+        ("train.lr", "optimizer.lr"),
+        ("optimizer.warmup", "optimizer.warmup_steps"),
+        ("modle", "model"),
+        ("model.rope_scaling.kind", "model.rope_scaling"),
+    ],
+)
+def test_load_unknown_key_names_the_nearest_one(key, nearest):
+    value = "{type: linear, factor: 2}" if "rope" in key else "4"
+    overrides = [f"model.rope_scaling={value}"] if "rope" in key else []
+    with pytest.raises(ConfigError, match=f"unknown key '{key}', did you mean '{nearest}'") as error:
+        load_run_config(None, [*overrides, f"{key}=4"])
+    assert error.value.place == "--set"
+
+
+def test_load_all_problems_are_named_at_once():
+    with pytest.raises(ConfigError) as error:
+        load_run_config(None, ["train.steps=0", "model.encoding=rop", "optimizer.betas=[0.9, 1.0]", "oops=1"])
+    for part in ("train.steps=0", "model.encoding='rop'", "optimizer.betas", "unknown key 'oops'"):
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("model: [", "cannot read"), ("- 1", "mapping of sections"), ("model: 3", "model=3"), ("\x00", "cannot read")],
+)
+def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, message):
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=message) as error:
+        load_run_config(path)
+    assert error.value.place == str(path)
+
+
+def test_load_missing_file_lists_what_is_there(tmp_path):
+    (tmp_path / "there.yaml").write_text("")
+    with pytest.raises(ConfigError, match=r"there\.yaml"):
+        load_run_config(tmp_path / "absent.yaml")
+
+
+@pytest.mark.parametrize("override", ["train.steps", "train.steps.deep=1", "train.steps=[1"])
+def test_load_malformed_override_is_refused(override):
+    overrides = ["train.steps=5", override] if "deep" in override else [override]
+    with pytest.raises(ConfigError):
+        load_run_config(None, overrides)

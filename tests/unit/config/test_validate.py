@@ -1,0 +1,69 @@
+"""Rules across fields."""
+
+import pytest
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
+from megatron_bipe.errors import ConfigError
+
+
+def test_validate_default_run_passes_and_accumulates():
+    run = load_run_config(None)
+    validate_run(run, num_ranks=8)
+    assert accumulation_steps(run.train, 8) == 4
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_heads=7"], "model.hidden_size=768 is not a multiple of model.num_heads=7"),
+        (["model.hidden_size=36", "model.num_heads=12"], "is odd"),
+        (["model.num_kv_heads=5"], "not a multiple of model.num_kv_heads=5"),
+        (["model.encoding=alibi", "model.rope_scaling={type: linear, factor: 2}"], "has no meaning"),
+        (["model.log_scale=true", "model.train_len_tokens=1"], "2 is the least"),
+        (["optimizer.min_lr=1"], "exceeds optimizer.lr"),
+        (["train.steps=100"], "optimizer.warmup_steps=10000 exceeds the 100 steps"),
+        (["train.global_batch=20"], "train.global_batch=20 is not a multiple of train.micro_batch=8 x 2"),
+        (["data.path=a", "data.valid_path=a"], "is the training set"),
+    ],
+)
+def test_validate_contradiction_names_values_and_rule(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        validate_run(load_run_config(None, overrides), num_ranks=2, place="run.yaml")
+
+
+def test_validate_all_problems_are_named_at_once():
+    run = load_run_config(None, ["model.num_heads=7", "train.global_batch=20", "optimizer.min_lr=1"])
+    with pytest.raises(ConfigError) as error:
+        validate_run(run, num_ranks=2, place="run.yaml")
+    assert str(error.value).count(";") >= 2
+    assert error.value.place == "run.yaml"
+
+
+def _check(overrides, **facts):
+    facts = {"vocab_size": 32000, "segments": "reference", "fixed_length": None, "place": "data/x"} | facts
+    check_data(load_run_config(None, overrides), **facts)
+
+
+def test_check_data_fitting_dataset_passes():
+    _check([])
+    _check(["data.segments=reference"])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "facts", "message"),
+    [
+        ([], {"vocab_size": 32001}, "model.vocab_size=32000 is smaller than the 32001"),
+        (["data.segments=newline"], {}, "data.segments='newline', but the dataset was made with 'reference'"),
+        (["model.intra_size=1000"], {}, "model.intra_size=1000 is smaller than the longest possible segment of 1024"),
+        (["model.intra_size=8"], {"segments": "fixed:9", "fixed_length": 9}, "segment of 9 tokens"),
+    ],
+)
+def test_check_data_disagreement_names_both(overrides, facts, message):
+    with pytest.raises(ConfigError, match=message):
+        _check(overrides, **facts)
+
+
+def test_check_data_small_intra_table_is_fine_where_no_segment_exceeds_it():
+    _check(["model.intra_size=8"], segments="fixed:8", fixed_length=8)
+    _check(["model.intra_size=8", "model.encoding=rope"])

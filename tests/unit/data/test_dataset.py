@@ -1,0 +1,209 @@
+"""Windows over shards against plain lists, and everything that must be refused."""
+
+import pickle
+import struct
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids
+from megatron_bipe.errors import DataError
+
+Write = Callable[..., Manifest]
+SHARDS = [[[1, 2, 5, 5, 7], [1]], [], [[1, 5]], [[], [1, 9, 9, 5, 3, 3, 3, 3, 5, 4, 4]], [[1, 8, 5]]]
+FLAT = [token for documents in SHARDS for ids in documents for token in ids]
+
+shard_lists = st.lists(st.lists(st.lists(st.integers(0, 9), max_size=25), max_size=4), min_size=1, max_size=5)
+
+
+@settings(max_examples=50, deadline=None)
+@given(shards=shard_lists, vocab_size=st.sampled_from([100, 70_000]), data=st.data())
+def test_dataset_any_slice_equals_the_concatenation(
+    write_dataset: Write, shards: list[list[list[int]]], vocab_size: int, data: st.DataObject
+) -> None:
+    flat = [token for documents in shards for ids in documents for token in ids]
+    lengths = [len(ids) for documents in shards for ids in documents]
+    start = data.draw(st.integers(0, len(flat)))
+    stop = data.draw(st.integers(start, len(flat)))
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), shards, vocab_size=vocab_size)
+        dataset = TokenDataset(folder)
+        assert dataset.num_tokens == len(flat)
+        tokens = dataset.tokens(start, stop)
+        assert tokens.dtype == (np.uint16 if vocab_size == 100 else np.int32)
+        assert tokens.tolist() == flat[start:stop]
+        assert dataset.ends(start, stop).tolist() == [token == 5 for token in flat[start:stop]]
+        assert dataset.document_bounds().tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
+
+
+@settings(max_examples=60, deadline=None)
+@given(shards=shard_lists, seq_len=st.integers(1, 40), data=st.data())
+def test_dataset_windows_equal_a_plain_loop(
+    write_dataset: Write, shards: list[list[list[int]]], seq_len: int, data: st.DataObject
+) -> None:
+    flat = [token for documents in shards for ids in documents for token in ids]
+    with tempfile.TemporaryDirectory() as folder:
+        write_dataset(Path(folder), shards)
+        dataset = TokenDataset(folder)
+        if len(flat) <= seq_len:
+            with pytest.raises(DataError, match=f"has {len(flat)} tokens; one window of {seq_len} "):
+                dataset.windows(np.zeros(1, np.int64), seq_len)
+            return
+        count = dataset.num_windows(seq_len)
+        assert count == (len(flat) - 1) // seq_len
+        indices = [*data.draw(st.lists(st.integers(0, count - 1), max_size=6)), count - 1]
+        tokens, ends = dataset.windows(np.array(indices, np.int64), seq_len)
+        expected = [flat[i * seq_len : i * seq_len + seq_len + 1] for i in indices]
+        assert tokens.tolist() == expected
+        assert ends.tolist() == [[token == 5 for token in row[:-1]] for row in expected]
+        intra, inter = bilevel_ids(ends, clip=1023)
+        assert not intra[:, 0].any() and not inter[:, 0].any()
+
+
+def test_dataset_windows_of_an_epoch_cover_every_token_once(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    dataset = TokenDataset(tmp_path)
+    tokens, _ = dataset.windows(np.arange(dataset.num_windows(4)), 4)
+    assert tokens[:, :-1].ravel().tolist() == FLAT[: 4 * len(tokens)]
+    assert tokens[:, 1:].ravel().tolist() == FLAT[1 : 4 * len(tokens) + 1]
+
+
+def test_dataset_windows_of_a_fixed_rule_count_from_the_window(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS, rule=SegmentRule(spec="fixed:3", token_ids=()))
+    dataset = TokenDataset(tmp_path)
+    assert dataset.ends(0, 8).tolist() == [False, False, True, False, False, False, False, False]
+    _, ends = dataset.windows(np.array([0, 1, 2]), 5)
+    assert ends.tolist() == [[False, False, True, False, False]] * 3
+
+
+def test_dataset_windows_across_shards_start_at_zero(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    tokens, ends = TokenDataset(tmp_path).windows(np.array([0]), 20)  # over all five shards
+    assert tokens[0].tolist() == FLAT[:21]
+    intra, inter = bilevel_ids(ends, clip=3)
+    assert intra[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 3, 0, 1, 2]
+    assert inter[0].tolist() == [0, 0, 0, 1, 2, 2, 2, 2, 3, 3, 3, 3, 4, 4, 4, 4, 4, 5, 5, 5]
+
+
+@pytest.mark.parametrize("seq_len", [1, 2, 4, 8])
+def test_dataset_window_whose_label_alone_is_in_the_next_shard_has_it(
+    write_dataset: Write, tmp_path: Path, seq_len: int
+) -> None:
+    write_dataset(tmp_path, [[range(10, 18)], [range(20, 28)], [[30]]])
+    dataset = TokenDataset(tmp_path)
+    tokens, _ = dataset.windows(np.array([8 // seq_len - 1, 16 // seq_len - 1]), seq_len)
+    assert tokens.tolist() == [[*range(18 - seq_len, 18), 20], [*range(28 - seq_len, 28), 30]]
+
+
+@pytest.mark.parametrize(("num_tokens", "windows"), [(9, 1), (16, 1), (17, 2)])
+def test_dataset_num_windows_needs_a_label_more(
+    write_dataset: Write, tmp_path: Path, num_tokens: int, windows: int
+) -> None:
+    write_dataset(tmp_path, [[[1] * num_tokens]])
+    assert TokenDataset(tmp_path).num_windows(8) == windows
+
+
+@pytest.mark.parametrize("shards", [[], [[]], [[[]]], [[[1] * 8]]])
+def test_dataset_shorter_than_a_window_is_refused(write_dataset: Write, tmp_path: Path, shards: list) -> None:
+    write_dataset(tmp_path, shards)
+    dataset = TokenDataset(tmp_path)
+    with pytest.raises(DataError, match=r"has [08] tokens; one window of 8 and its last label need 9\. Use a shorter"):
+        dataset.num_windows(8)
+
+
+def test_dataset_without_tokens_opens_and_is_empty(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[]])
+    dataset = TokenDataset(tmp_path)
+    assert dataset.tokens(0, 0).tolist() == [] and dataset.ends(0, 0).tolist() == []
+    assert dataset.document_bounds().tolist() == [0]
+
+
+@pytest.mark.parametrize("indices", [[-1], [0, 5]])
+def test_dataset_window_outside_the_epoch_is_an_index_error(
+    write_dataset: Write, tmp_path: Path, indices: list[int]
+) -> None:
+    write_dataset(tmp_path, SHARDS)
+    with pytest.raises(IndexError, match="of 5"):
+        TokenDataset(tmp_path).windows(np.array(indices), 4)
+
+
+def test_dataset_range_outside_is_an_index_error(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    for start, stop in [(-1, 1), (0, len(FLAT) + 1), (3, 2)]:
+        with pytest.raises(IndexError, match=f"of a dataset of {len(FLAT)}"):
+            TokenDataset(tmp_path).tokens(start, stop)
+
+
+def test_dataset_check_tokenizer_of_another_names_both(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    dataset = TokenDataset(tmp_path)
+    dataset.check_tokenizer("a" * 64, "run")
+    with pytest.raises(DataError, match=f"{'a' * 64}.*{'c' * 64}.*the run"):
+        dataset.check_tokenizer("c" * 64, "the run")
+
+
+def test_dataset_shard_of_another_type_than_the_manifest_says_is_refused(write_dataset: Write, tmp_path: Path) -> None:
+    manifest = write_dataset(tmp_path, SHARDS)
+    manifest.model_copy(update={"dtype": "int32"}).save(tmp_path)
+    with pytest.raises(DataError, match=r"stands for uint16; the manifest says int32.*part-00000\.idx"):
+        TokenDataset(tmp_path)
+
+
+def test_dataset_with_a_damaged_shard_is_refused_on_opening(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    (tmp_path / "part-00003.seg").unlink()
+    with pytest.raises(DataError, match=r"missing.*part-00003\.seg"):
+        TokenDataset(tmp_path)
+
+
+def test_dataset_shards_swapped_are_refused(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    (tmp_path / "part-00000.bin").replace(tmp_path / "x")
+    (tmp_path / "part-00002.bin").replace(tmp_path / "part-00000.bin")
+    (tmp_path / "x").replace(tmp_path / "part-00002.bin")
+    with pytest.raises(DataError, match=r"ends at byte 4; the manifest says 12 bytes.*part-00000\.bin"):
+        TokenDataset(tmp_path)
+
+
+@pytest.mark.parametrize(("vocab_size", "token", "kind"), [(100, 100, "H"), (70_000, 70_000, "i"), (70_000, -1, "i")])
+def test_dataset_token_outside_the_vocabulary_is_refused_with_its_byte(
+    write_dataset: Write, tmp_path: Path, vocab_size: int, token: int, kind: str
+) -> None:
+    write_dataset(tmp_path, SHARDS, vocab_size=vocab_size)
+    width = struct.calcsize(kind)
+    path = tmp_path / "part-00003.bin"
+    content = bytearray(path.read_bytes())
+    content[7 * width : 8 * width] = struct.pack("<" + kind, token)
+    path.write_bytes(content)
+    with pytest.raises(
+        DataError, match=rf"token 7 \(byte {7 * width}\) is {token}; .* {vocab_size} ids.*part-00003\.bin"
+    ):
+        TokenDataset(tmp_path).windows(np.arange(5), 4)
+
+
+def test_dataset_opening_does_not_read_the_indices(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, SHARDS)
+    path = tmp_path / "part-00003.idx"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    dataset = TokenDataset(tmp_path)
+    dataset.windows(np.array([0, 1, 4]), 4)
+    with pytest.raises(DataError, match=r"document indices.*part-00003\.idx"):
+        dataset.document_bounds()
+
+
+def test_dataset_pickled_after_use_carries_no_data(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[[1] * 5000]])
+    dataset = TokenDataset(tmp_path)
+    dataset.tokens(0, 5000)
+    data = pickle.dumps(dataset)
+    assert len(data) < 1000
+    assert pickle.loads(data).num_tokens == 5000

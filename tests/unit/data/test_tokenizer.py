@@ -1,0 +1,302 @@
+"""Tokenizers: special tokens in raw text, the text of single tokens, and files that are missing or damaged."""
+
+import hashlib
+import io
+import json
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from megatron_bipe.data.token_text import byte_characters, byte_of
+from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.errors import DataError
+
+LLAMA = Path(__file__).resolve().parents[4] / "shared" / "llama_tokenizer"
+TEXTS = (
+    "plain words, and more words.\n\tindented  twice .\r\n",
+    "  leading and trailing  ",
+    "\u4e2d\u6587 \u0627\u0644 e\u0301 \U0001f469\u200d\U0001f680\ufeff\x00",
+    "",
+)
+WITH_SPECIALS = ("<s>", "a<s>b", "a <s> b", "<s>hello</s>", "x\n<s>\ny", "end</s>", "<unk><s><s> \u2581<s>")
+
+needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="../shared/llama_tokenizer is not there")
+
+
+@pytest.fixture(scope="session")
+def piece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece-type tokenizer as tokenizer.json, its pieces chosen by hand."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    merged = ["\u2581.", "wo", "rd", "word", "\u2581word", "\u2581\u2581", ".."]
+    pieces += [*merged, "\u2581", *"abcdefghijklmnopqrstuvwxyz.,<>/", "\ufffd"]
+    merges = [
+        ("\u2581", "."),
+        ("w", "o"),
+        ("r", "d"),
+        ("wo", "rd"),
+        ("\u2581", "word"),
+        ("\u2581", "\u2581"),
+        (".", "."),
+    ]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    backend = tokenizers.Tokenizer(models.BPE(vocabulary, merges, unk_token="<unk>", byte_fallback=True, fuse_unk=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    strip = decoders.Strip(" ", 1, 0)
+    steps = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), strip]
+    backend.decoder = decoders.Sequence(steps)
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return save(backend, tmp_path_factory.mktemp("pieces"), bos_token="<s>", eos_token={"content": "</s>"})
+
+
+@pytest.fixture(scope="session")
+def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A byte-level BPE tokenizer such as GPT-2's."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, initial_alphabet=alphabet, special_tokens=["<|endoftext|>"], show_progress=False
+    )
+    backend.train_from_iterator(["some words . and \u4e2d\u6587 words .\n\n  and more words .\n"] * 20, trainer)
+    backend.add_tokens(["   three spaces"])
+    return save(backend, tmp_path_factory.mktemp("bytes"), bos_token="<|endoftext|>", eos_token="<|endoftext|>")
+
+
+@pytest.fixture(scope="session")
+def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A SentencePiece model."""
+    written = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(["plain words and more words . indented twice ."] * 9),
+        model_writer=written,
+        vocab_size=300,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    file = tmp_path_factory.mktemp("model") / "tokenizer.model"
+    file.write_bytes(written.getvalue())
+    return file
+
+
+def save(backend: tokenizers.Tokenizer, folder: Path, **config: object) -> Path:
+    backend.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_load_tokenizer_reads_names_ids_and_fingerprint(piece_folder: Path) -> None:
+    tokenizer = load_tokenizer(piece_folder)
+    content = (piece_folder / "tokenizer.json").read_bytes()
+    assert tokenizer.name == piece_folder.name
+    assert tokenizer.fingerprint == hashlib.sha256(content).hexdigest()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (1, 2, 0)
+    assert tokenizer.vocab_size == max(json.loads(content)["model"]["vocab"].values()) + 1
+    assert [file.name for file in tokenizer.files] == ["tokenizer.json", "tokenizer_config.json"]
+
+
+def test_encode_batch_special_strings_are_plain_text(piece_folder: Path) -> None:
+    ids = load_tokenizer(piece_folder).encode_batch(WITH_SPECIALS)
+    assert all(tokens.dtype == np.int32 for tokens in ids)
+    assert not any(np.isin(tokens, (0, 1, 2)).any() for tokens in ids)
+    tokenizer = load_tokenizer(piece_folder)
+    assert [tokenizer.decode(tokens.tolist()) for tokens in ids[:-1]] == list(WITH_SPECIALS[:-1])
+
+
+def test_encode_batch_special_in_text_makes_special_tokens(piece_folder: Path) -> None:
+    ids = load_tokenizer(piece_folder, special_in_text=True).encode_batch(WITH_SPECIALS)
+    assert all(np.isin(tokens, (0, 1, 2)).any() for tokens in ids)
+
+
+@pytest.mark.parametrize("folder", ["piece_folder", "byte_level_folder"])
+def test_encode_batch_other_text_equals_the_stock_path(folder: str, request: pytest.FixtureRequest) -> None:
+    place = request.getfixturevalue(folder)
+    stock = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
+    for text, tokens in zip(TEXTS, load_tokenizer(place).encode_batch(TEXTS), strict=True):
+        assert tokens.tolist() == stock.encode(text, add_special_tokens=False).ids
+
+
+def test_encode_batch_truncation_and_padding_in_the_file_are_ignored(piece_folder: Path, tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer.from_file(str(piece_folder / "tokenizer.json"))
+    backend.enable_truncation(4)
+    backend.enable_padding(length=64)
+    ids = load_tokenizer(save(backend, tmp_path, bos_token="<s>")).encode_batch([TEXTS[0]])
+    assert ids[0].tolist() == load_tokenizer(piece_folder).encode_batch([TEXTS[0]])[0].tolist()
+
+
+def test_text_of_pieces_is_what_they_add_inside_a_sequence(piece_folder: Path) -> None:
+    tokenizer = load_tokenizer(piece_folder)
+    vocabulary = json.loads((piece_folder / "tokenizer.json").read_bytes())["model"]["vocab"]
+    assert tokenizer.text_of(13) == "\n"
+    assert tokenizer.text_of(vocabulary["\u2581."]) == " ."
+    assert [tokenizer.text_of(i) for i in (0, 1, 2, 3 + 0x80, 3 + 0xFF, tokenizer.vocab_size)] == [None] * 6
+    assert_decodes_as_told(tokenizer)
+
+
+def test_text_of_byte_level_tokens_is_what_they_add_inside_a_sequence(byte_level_folder: Path) -> None:
+    tokenizer = load_tokenizer(byte_level_folder)
+    vocabulary = tokenizers.Tokenizer.from_file(str(byte_level_folder / "tokenizer.json")).get_vocab()
+    assert tokenizer.text_of(vocabulary["\u010a"]) == "\n"
+    assert tokenizer.text_of(vocabulary["\u0120."]) == " ."
+    assert tokenizer.text_of(vocabulary["   three spaces"]) == "   three spaces"
+    assert tokenizer.text_of(tokenizer.bos_id) is None
+    assert sum(tokenizer.text_of(i) is None for i in range(tokenizer.vocab_size)) >= 128  # lone bytes of characters
+    assert_decodes_as_told(tokenizer)
+
+
+def test_text_of_model_pieces_is_what_they_add_inside_a_sequence(model_file: Path) -> None:
+    tokenizer = load_tokenizer(model_file)
+    assert [tokenizer.text_of(i) for i in (0, 1, 2, 13, 3 + 0x80, -1, 300)] == [
+        None,
+        None,
+        None,
+        "\n",
+        None,
+        None,
+        None,
+    ]
+    assert " ." in {tokenizer.text_of(i) for i in range(tokenizer.vocab_size)}
+    assert_decodes_as_told(tokenizer)
+
+
+def assert_decodes_as_told(tokenizer: object) -> None:
+    """`text_of` against the library's own decoder, for every token."""
+    anchor = tokenizer.encode_batch(["words"])[0].tolist()
+    start = tokenizer.decode(anchor)
+    for token_id in range(tokenizer.vocab_size):
+        told = tokenizer.text_of(token_id)
+        decoded = tokenizer.decode([*anchor, token_id])
+        assert decoded == start + told if told is not None else decoded == start or "\ufffd" in decoded
+
+
+def test_text_of_unknown_kind_of_vocabulary_is_an_error(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.WordLevel({"[BOS]": 0, "a": 1, "[UNK]": 2}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    tokenizer = load_tokenizer(save(backend, tmp_path))
+    assert tokenizer.encode_batch(["a"])[0].tolist() == [1]
+    with pytest.raises(DataError, match=r"WordPiece.*fixed:N"):
+        tokenizer.text_of(1)
+
+
+def test_byte_names_and_byte_characters_cover_every_byte_once() -> None:
+    assert [byte_of(f"<0x{byte:02X}>") for byte in range(256)] == list(range(256))
+    assert [byte_of(token) for token in ("<0x0>", "<0xZZ>", "0x0A", "<s>")] == [None] * 4
+    assert sorted(byte_characters().values()) == list(range(256))
+    assert byte_characters().keys() == set(pre_tokenizers.ByteLevel.alphabet())
+
+
+def test_sentencepiece_model_alone_treats_special_strings_as_text(model_file: Path) -> None:
+    tokenizer = load_tokenizer(model_file)
+    backend = sentencepiece.SentencePieceProcessor(model_file=str(model_file))
+    ids = tokenizer.encode_batch([*TEXTS, *WITH_SPECIALS])
+    assert [tokens.tolist() for tokens in ids] == backend.encode([*TEXTS, *WITH_SPECIALS])
+    assert not any(np.isin(tokens, (1, 2)).any() for tokens in ids)
+    assert tokenizer.special_ids == {"bos": 1, "eos": 2, "unk": 0}
+    assert tokenizer.decode([1, *ids[0].tolist(), 2]) == TEXTS[0]
+    with pytest.raises(DataError, match=r"tokenizer\.json"):
+        load_tokenizer(model_file, special_in_text=True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "file", "oddly named file", "model file beside a tokenizer.json"])
+def test_copy_to_gives_a_folder_that_loads_as_the_same_tokenizer(
+    piece_folder: Path, model_file: Path, tmp_path: Path, kind: str
+) -> None:
+    place = {"folder": piece_folder, "file": piece_folder / "tokenizer.json"}.get(kind, tmp_path / "mine.json")
+    if kind == "oddly named file":
+        place.write_bytes((piece_folder / "tokenizer.json").read_bytes())
+    elif kind.startswith("model"):
+        place = tmp_path / "tokenizer.model"
+        place.write_bytes(model_file.read_bytes())
+        (tmp_path / "tokenizer.json").write_bytes((piece_folder / "tokenizer.json").read_bytes())
+    tokenizer = load_tokenizer(place)
+    tokenizer.copy_to(tmp_path / "copy")
+    copy = load_tokenizer(tmp_path / "copy")
+    assert (copy.fingerprint, copy.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)
+
+
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+@pytest.mark.parametrize("content", [b"", b'{"version": "1.0", "mod', b"\xff\xfe", b"{}", b"[]", b"null"])
+def test_load_tokenizer_damaged_definition_is_named(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=rf"cannot be read.*{name}"):
+        load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"bos_token": {"text": 1}}'])
+def test_load_tokenizer_damaged_settings_are_named(piece_folder: Path, tmp_path: Path, content: bytes) -> None:
+    load_tokenizer(piece_folder).copy_to(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_bytes(content)
+    with pytest.raises(DataError, match=r"cannot be read.*tokenizer_config\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_folder_without_definition_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model.*train_tokenizer"):
+        load_tokenizer(tmp_path)
+
+
+def test_load_tokenizer_no_path_and_no_hub_name_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="no such file or folder"):
+        load_tokenizer(tmp_path / "gone")  # an absolute path is no Hub name: nothing is asked of the network
+
+
+def test_load_tokenizer_without_bos_is_an_error(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
+    with pytest.raises(DataError, match=r"no beginning-of-sequence token.*bos_token"):
+        load_tokenizer(save(backend, tmp_path, bos_token="<absent>"))
+
+
+def test_load_tokenizer_settings_name_the_bos(byte_level_folder: Path, tmp_path: Path) -> None:
+    load_tokenizer(byte_level_folder).copy_to(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "Z", "eos_token": null}')
+    tokenizer = load_tokenizer(tmp_path)
+    vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json")).get_vocab()
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.unk_id) == (vocabulary["Z"], None, None)
+
+
+def test_load_tokenizer_imports_neither_torch_nor_transformers() -> None:
+    code = "import sys, megatron_bipe.data.tokenizer; sys.exit(bool({'torch', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@needs_llama
+def test_llama_real_text_equals_the_stock_path_and_sentencepiece() -> None:
+    ours = load_tokenizer(LLAMA)
+    stock = tokenizers.Tokenizer.from_file(str(LLAMA / "tokenizer.json"))
+    model = load_tokenizer(LLAMA / "tokenizer.model")
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("[a-d]*.py"))
+    texts = [file.read_bytes().decode() for file in files] + list(TEXTS)
+    assert sum(map(len, texts)) > 500_000
+    for text, ids in zip(texts, ours.encode_batch(texts), strict=True):
+        assert ids.tolist() == stock.encode(text, add_special_tokens=False).ids
+        assert ids.tolist() == model.encode_batch([text])[0].tolist()
+
+
+@needs_llama
+def test_llama_literal_special_strings_are_cut_as_sentencepiece_cuts_them() -> None:
+    ours, model = load_tokenizer(LLAMA), load_tokenizer(LLAMA / "tokenizer.model")
+    stock = tokenizers.Tokenizer.from_file(str(LLAMA / "tokenizer.json"))
+    for text in WITH_SPECIALS:
+        ids = ours.encode_batch([text])[0].tolist()
+        assert ids == model.encode_batch([text])[0].tolist()
+        assert ids != stock.encode(text, add_special_tokens=False).ids
+
+
+@needs_llama
+def test_llama_text_of_is_exact_for_every_token() -> None:
+    tokenizer, model = load_tokenizer(LLAMA), load_tokenizer(LLAMA / "tokenizer.model")
+    assert {i: tokenizer.text_of(i) for i in (869, 13, 29889)} == {869: " .", 13: "\n", 29889: "."}
+    assert all(tokenizer.text_of(i) == model.text_of(i) for i in range(32000))
+    assert_decodes_as_told(tokenizer)

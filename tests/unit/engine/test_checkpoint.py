@@ -1,0 +1,80 @@
+"""Checkpoints appear whole or not at all, and are found by name."""
+
+import pytest
+import torch
+
+from megatron_bipe.engine.checkpoint import find_checkpoint, is_run_dir, list_steps, publish, read_weights, step_folder
+from megatron_bipe.errors import CheckpointError
+
+
+def _write(text):
+    def write(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "state.pt").write_text(text)
+
+    return write
+
+
+def _publish(run_dir, step, write):
+    return publish(run_dir, step, write, is_main=True, barrier=lambda: None)
+
+
+def test_publish_then_find_newest_and_by_step(tmp_path):
+    for step in (10, 20):
+        _publish(tmp_path, step, _write(str(step)))
+    assert find_checkpoint(tmp_path) == (step_folder(tmp_path, 20), tmp_path, 20)
+    assert find_checkpoint(f"{tmp_path}@10").step == 10
+    assert list_steps(tmp_path) == [10, 20]
+
+
+def test_publish_same_step_again_replaces_it(tmp_path):
+    _publish(tmp_path, 10, _write("old"))
+    _publish(tmp_path, 10, _write("new"))
+    assert (find_checkpoint(tmp_path).folder / "state.pt").read_text() == "new"
+
+
+def test_publish_failing_write_leaves_the_previous_checkpoint(tmp_path):
+    _publish(tmp_path, 10, _write("good"))
+
+    def break_off(folder):
+        _write("half")(folder)
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        _publish(tmp_path, 20, break_off)
+    assert find_checkpoint(tmp_path).step == 10
+    assert list_steps(tmp_path) == [10]
+
+
+@pytest.mark.parametrize("spec", ["@30", ""])
+def test_find_missing_checkpoint_lists_the_steps(tmp_path, spec):
+    folder = tmp_path
+    if spec:
+        _publish(tmp_path, 10, _write(""))
+    else:
+        folder = tmp_path / "nowhere"
+    with pytest.raises(CheckpointError, match="steps there are: 10" if spec else "steps there are: none"):
+        find_checkpoint(f"{folder}{spec}")
+
+
+def test_is_run_dir_needs_configuration_and_checkpoints(tmp_path):
+    assert not is_run_dir(tmp_path)
+    (tmp_path / "config.yaml").write_text("")
+    _publish(tmp_path, 10, _write(""))
+    assert is_run_dir(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "foreign", "missing"])
+def test_read_weights_damaged_files_are_one_error(tmp_path, damage):
+    folder = _publish(tmp_path, 10, _write(""))
+    (tmp_path / "config.yaml").write_text("")
+    path = folder / "mp_rank_00_model_states.pt"
+    if damage != "missing":
+        torch.save({"module": {"0.token.weight": torch.zeros(2, 2)}}, path)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:200])
+    if damage == "foreign":
+        torch.save({"other": 1}, path)
+    with pytest.raises(CheckpointError, match="cannot read the weights") as error:
+        read_weights(find_checkpoint(tmp_path))
+    assert error.value.place == str(folder)

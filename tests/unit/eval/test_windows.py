@@ -1,0 +1,84 @@
+"""How a corpus is cut, against plain arithmetic."""
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_bipe.errors import ConfigError, DataError
+from megatron_bipe.eval.windows import GROUP_DOCUMENTS, cut_windows
+
+
+class Corpus:
+    """What cutting needs of a dataset."""
+
+    path = "corpus"
+
+    def __init__(self, sizes):
+        self.bounds = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self.num_tokens = int(self.bounds[-1])
+
+    def document_bounds(self):
+        return self.bounds
+
+
+@given(num_tokens=st.integers(3, 400), length=st.integers(2, 50))
+def test_cut_windows_full_predicts_every_token_but_the_first_once(num_tokens, length):
+    if num_tokens <= length:
+        return
+    windows = cut_windows(Corpus([num_tokens]), num_tokens, length, "full")
+    spans = zip((windows.starts + 1).tolist(), windows.num_predictions.tolist(), strict=True)
+    predicted = [label for first, count in spans for label in range(first, first + count)]
+    assert predicted == list(range(1, num_tokens))
+    assert windows.num_inputs.max() == length
+    assert (windows.num_inputs == windows.num_predictions).all()
+    assert windows.num_tokens == num_tokens
+
+
+@given(
+    sizes=st.lists(st.integers(0, 3), min_size=1, max_size=3 * GROUP_DOCUMENTS).map(lambda sizes: sizes * 3),
+    length=st.integers(2, 60),
+)
+def test_cut_windows_reference_equals_the_arithmetic_of_the_authors(sizes, length):
+    wanted, first = [], 0
+    for group in range(0, len(sizes), GROUP_DOCUMENTS):
+        in_group = sum(sizes[group : group + GROUP_DOCUMENTS])
+        kept = in_group // length * length - length
+        wanted += [first + start for start in range(0, kept, length)]
+        first += in_group
+    corpus = Corpus(sizes)
+    if not wanted:
+        with pytest.raises(DataError):
+            cut_windows(corpus, corpus.num_tokens, length, "reference")
+        return
+    windows = cut_windows(corpus, corpus.num_tokens, length, "reference")
+    assert windows.starts.tolist() == wanted
+    assert set(windows.num_inputs) == {length} and set(windows.num_predictions) == {length - 1}
+    assert windows.num_tokens == len(wanted) * length
+
+
+def test_cut_windows_reference_drops_the_remainder_and_a_block_of_each_group_of_1000():
+    corpus = Corpus([1] * 1000 + [1] * 999)  # groups of 1000 and 999 tokens
+    windows = cut_windows(corpus, corpus.num_tokens, 300, "reference")
+    assert windows.starts.tolist() == [0, 300, 1000, 1300]
+
+
+@pytest.mark.parametrize("protocol", ["full", "reference"])
+@pytest.mark.parametrize("length", [1, 0, -5])
+def test_cut_windows_length_below_two_is_refused(protocol, length):
+    with pytest.raises(ConfigError, match=f"a window of {length} token"):
+        cut_windows(Corpus([100]), 100, length, protocol)
+
+
+@pytest.mark.parametrize(("protocol", "needed"), [("full", 101), ("reference", 200)])
+def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol, needed):
+    corpus = Corpus([needed - 1])
+    with pytest.raises(DataError, match=rf"there are {needed - 1} tokens to evaluate on; .* {needed}\."):
+        cut_windows(corpus, corpus.num_tokens, 100, protocol)
+    corpus = Corpus([needed])
+    assert cut_windows(corpus, corpus.num_tokens, 100, protocol).starts.tolist() == [0]
+
+
+def test_cut_windows_limit_shorter_than_a_window_names_the_option():
+    with pytest.raises(DataError, match=r"there are 50 tokens \(of 500, by --max-tokens\)"):
+        cut_windows(Corpus([500]), 50, 100, "full")

@@ -1,0 +1,87 @@
+"""Tiny models with large weights, so that a wrong position or name shows in the logits."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.hf.configuration_bipe import BipeConfig
+from megatron_bipe.hf.export import DataFields, hf_settings
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
+from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.model.plan import build_model
+
+SEPARATORS = (3, 5)
+DATA = DataFields("[3,5]", SEPARATORS, "f" * 64, {"bos": 1, "eos": 2})
+
+
+def tiny_config(**changes):
+    shape = {"num_layers": 2, "hidden_size": 32, "num_heads": 4, "ffn_size": 48, "vocab_size": 64}
+    rest = {"intra_size": 12, "train_len_tokens": 32, "init_std": 0.2}
+    return ModelConfig(**{**shape, **rest, **changes})
+
+
+def tiny_plan(config, seed=0):
+    model = build_model(config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def as_hf(plan, config, data=DATA):
+    settings = hf_settings(config, data, torch.float32) | {"model_type": "bipe"}
+    model = BipeForCausalLM(BipeConfig(**settings)).eval()
+    model.load_state_dict(to_llama(plan.state_dict(), config))
+    model.generation_config.eos_token_id = None  # generation goes on to the length asked for
+    model.generation_config.pad_token_id = 0
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    return tiny_config
+
+
+@pytest.fixture(scope="session")
+def plan_of():
+    return tiny_plan
+
+
+@pytest.fixture(scope="session")
+def hf_of():
+    return as_hf
+
+
+@pytest.fixture(scope="session")
+def fields():
+    return DATA
+
+
+@pytest.fixture(scope="session")
+def tokens_of():
+    """Random tokens [rows, length] with separators in runs and alone."""
+
+    def make(rows, length, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+        tokens = torch.randint(6, 64, (rows, length), generator=generator)
+        chosen = torch.rand(rows, length, generator=generator)
+        return tokens.masked_fill(chosen < 0.2, SEPARATORS[0]).masked_fill(chosen > 0.85, SEPARATORS[1])
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def golden():
+    return Path(__file__).parents[2] / "golden"
+
+
+@pytest.fixture(scope="session")
+def oracle():
+    folder = Path(__file__).parents[4] / "shared" / "oracle"
+    if not folder.is_dir():
+        pytest.skip("the full oracle is not beside the repository")
+    return folder

@@ -1,0 +1,72 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tokenizers
+import torch
+import yaml
+from tokenizers import models, pre_tokenizers
+
+from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
+from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
+from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.hf.load import load_exported
+
+TOOL = Path(__file__).parents[3] / "tools" / "export_hf.py"
+
+
+def run_export(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+
+
+@pytest.fixture
+def run_dir(tmp_path, tiny, plan_of):
+    """A run folder as pretrain.py leaves it, whose training data is gone."""
+    folder = tmp_path / "run"
+    (folder / "tokenizer").mkdir(parents=True)
+    words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 60)}}
+    backend = tokenizers.Tokenizer(models.WordLevel(words, unk_token="w2"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.save(str(folder / "tokenizer" / "tokenizer.json"))
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    config = tiny(init_std=0.02)
+    run = RunConfig(
+        model=config,
+        data=DataConfig(path=tmp_path / "gone"),
+        train=TrainConfig(seq_len_tokens=32, precision="bf16", steps=7),
+    )
+    (folder / "config.yaml").write_text(yaml.safe_dump(run.model_dump(mode="json")))
+    known = {"name": "w", "fingerprint": tokenizer.fingerprint, "vocab_size": 60, "special_ids": tokenizer.special_ids}
+    record = DataRecord(
+        tokenizer=TokenizerRecord(**known), rule=SegmentRule(spec="[3,5]", token_ids=(3, 5)), fingerprint="a" * 64
+    )
+    (folder / "data.json").write_text(record.model_dump_json())
+    checkpoint = folder / "checkpoints" / "step-00000007"
+    checkpoint.mkdir(parents=True)
+    weights = {name: weight.bfloat16() for name, weight in plan_of(config).state_dict().items()}
+    torch.save({"module": weights}, checkpoint / "mp_rank_00_model_states.pt")
+    (checkpoint.parent / "latest").write_text("step-00000007\n")
+    return folder
+
+
+def test_export_tool_turns_a_run_into_a_model(run_dir, tmp_path):
+    done = run_export("--checkpoint", f"{run_dir}@7", "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert "of the training model's largest" in done.stdout
+    loaded = load_exported(tmp_path / "out")
+    assert loaded.dtype == torch.bfloat16
+    assert loaded.data["segments_spec"] == "[3,5]"
+    assert loaded.data["tokenizer_fingerprint"] == load_tokenizer(run_dir / "tokenizer").fingerprint
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "a" * 64 in card and "weight_decay: 0.01" in card and "| Step | 7 |" in card
+
+
+def test_export_tool_without_data_record_refuses(run_dir, tmp_path):
+    (run_dir / "data.json").unlink()
+    done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out")
+    assert done.returncode == 2
+    assert "data.json" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,148 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.load import load_exported
+from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
+
+TOOL = Path(__file__).parents[3] / "tools" / "import_hf.py"
+
+
+@pytest.fixture
+def published(golden, tmp_path):
+    """A copy of the golden BiPE-ALiBi model, to be damaged."""
+    return Path(shutil.copytree(golden / "models" / "bipe_alibi", tmp_path / "published"))
+
+
+def run_import(*arguments):
+    command = [sys.executable, str(TOOL), *map(str, arguments)]
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"}
+    )
+
+
+def edit(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not ...}))
+
+
+@pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi"])
+def test_imported_and_exported_weights_are_the_same_bits(encoding, golden, tmp_path):
+    source = golden / "models" / encoding
+    done = run_import("--input", source, "--output", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    found = load_file(tmp_path / "out" / "model.safetensors")
+    for name, weight in load_file(source / "model.safetensors").items():
+        if not name.endswith("alibi"):
+            assert torch.equal(found.pop(name.replace("embeds.0", "embed_intra")), weight)
+    assert not found
+    loaded = load_exported(tmp_path / "out")
+    assert loaded.config == read_published(source).config
+    assert loaded.config.zero_last_row
+    assert loaded.data == {
+        "tokenizer_fingerprint": None,
+        "segments_spec": "reference",
+        "token_ids": PUBLISHED_SEPARATORS,
+    }
+    data = load_file(source / "data.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    with torch.no_grad():
+        logits = model(data["ext_input_ids"]).logits
+    torch.testing.assert_close(logits[..., ::20], data["ext_logits_every_20th"], rtol=0, atol=5e-4)
+    # The same again refuses, and says what to do.
+    again = run_import("--input", source, "--output", tmp_path / "out")
+    assert again.returncode == 2
+    assert "--overwrite" in again.stderr and "Traceback" not in again.stderr
+
+
+def test_import_of_float16_keeps_the_bits(published, tmp_path):
+    weights = {name: t.half() for name, t in load_file(published / "model.safetensors").items()}
+    save_file(weights, published / "model.safetensors")
+    edit(published, torch_dtype="float16")
+    done = run_import("--input", published, "--output", tmp_path / "out", "--segments", "[7,13]")
+    assert done.returncode == 0, done.stderr
+    loaded = load_exported(tmp_path / "out")
+    assert loaded.dtype == torch.float16
+    assert loaded.data["token_ids"] == (7, 13)
+    assert torch.equal(loaded.model.state_dict()["0.token.weight"], weights["model.embed_tokens.weight"])
+
+
+@pytest.mark.parametrize("sharded", [False, True])
+def test_pickled_weights_are_read(published, sharded):
+    weights = load_file(published / "model.safetensors")
+    expected = read_published(published).weights
+    (published / "model.safetensors").unlink()
+    weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
+    names = list(weights)
+    files = {"a.bin": names[:9], "b.bin": names[9:]} if sharded else {"pytorch_model.bin": names}
+    for file, part in files.items():
+        torch.save({name: weights[name] for name in part}, published / file)
+    if sharded:
+        index = {"weight_map": {name: file for file, part in files.items() for name in part}}
+        (published / "pytorch_model.bin.index.json").write_text(json.dumps(index))
+    found = read_published(published).weights
+    assert set(found) == set(expected)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+class Malicious:
+    def __reduce__(self):
+        return (os.mkdir, ("harm",))
+
+
+def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (published / "model.safetensors").unlink()
+    torch.save({"x": Malicious()}, published / "pytorch_model.bin")
+    with pytest.raises(CheckpointError, match="hold more than tensors"):
+        read_published(published)
+    assert not (tmp_path / "harm").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rpe_type": ...}, "rpe_type None: not the authors' layout"),
+        ({"model_type": "bipe"}, "model_type 'bipe', rpe_type 'bipe_alibi': not the authors' layout"),
+        ({"rpe_type": "xpos"}, "a value that no model here has: .*xpos"),
+        ({"rpe_type": "alibi"}, "belong to no layer"),
+        ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, "a value that no model here has: .*yarn"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic RoPE scaling from 64 tokens, trained at 128"),
+        ({"tie_word_embeddings": True}, "tied embeddings"),
+        ({"rms_norm_eps": ...}, "'rms_norm_eps' is missing"),
+        ({"num_hidden_layers": 4}, "model.layers.3.* is missing"),
+    ],
+)
+def test_read_of_impossible_model_refuses(published, changes, message):
+    edit(published, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        read_published(published)
+
+
+def test_read_without_or_with_damaged_weights_refuses(published):
+    (published / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_published(published)
+    (published / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+        read_published(published)
+    (published / "pytorch_model.bin").write_bytes(b"nonsense")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        read_published(published)
+
+
+def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
+    done = run_import("--input", published, "--output", tmp_path / "out", "--segments", "sentence")
+    assert done.returncode == 2
+    assert "--tokenizer" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,128 @@
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.export import ExportOptions, export_model
+from megatron_bipe.hf.load import load_exported
+from megatron_bipe.hf.weights import to_llama
+
+
+def export(plan, config, folder, fields, tokens, **options):
+    places = torch.arange(tokens.shape[1]).expand_as(tokens)
+    windows = (tokens, places * 0, places * 0)
+    if config.bilevel:
+        fields = fields._replace(segments_spec="fixed:4", token_ids=())
+        windows = (tokens, places % 4, places // 4)
+    export_model(plan.state_dict(), config, folder, fields, windows, None, ExportOptions(**options))
+
+
+@pytest.fixture
+def folder(tmp_path, tiny, plan_of, fields, tokens_of):
+    config = tiny()
+    export(plan_of(config), config, tmp_path / "model", fields, tokens_of(1, 16), dtype=torch.float32)
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"encoding": "bipe_rope", "rope_scaling": RopeScaling(type="linear", factor=2.0), "rope_base": 5000.0},
+        {"encoding": "bipe_alibi", "num_kv_heads": 2, "log_scale": True},
+        {"encoding": "rope", "rope_scaling": RopeScaling(type="dynamic", factor=2.0), "num_kv_heads": 1},
+        {"encoding": "alibi", "zero_last_row": True, "norm_eps": 1e-3},
+    ],
+)
+def test_loaded_model_is_the_exported_one(tmp_path, changes, dtype, tiny, plan_of, fields, tokens_of):
+    config, tokens = tiny(**changes), tokens_of(1, 16)
+    plan = plan_of(config)
+    export(plan, config, tmp_path / "m", fields, tokens, dtype=dtype, max_shard_bytes=20_000)
+    assert len(list((tmp_path / "m").glob("model-0*.safetensors"))) > 1
+    loaded = load_exported(tmp_path / "m")
+    assert loaded.config == config.model_copy(update={"num_kv_heads": config.kv_heads})
+    assert loaded.dtype == dtype
+    weights = loaded.model.state_dict()
+    assert all(torch.equal(weights[name], weight.to(dtype)) for name, weight in plan.state_dict().items())
+    spec, ids = ("fixed:4", ()) if config.bilevel else (fields.segments_spec, fields.token_ids)
+    assert loaded.data == {"tokenizer_fingerprint": "f" * 64, "segments_spec": spec, "token_ids": ids}
+    if dtype == torch.float32:  # runs, with constants that were made on the right device
+        ids = torch.zeros_like(tokens)
+        torch.testing.assert_close(loaded.model((tokens, ids, ids)), plan((tokens, ids, ids)))
+
+
+def edit_config(folder, **changes):
+    path = folder / "config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in (settings | changes).items() if v is not ...}))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type 'gpt2'"),
+        ({"model_type": "llama"}, "no model of this project's export"),
+        ({"model_type": "llama", "encoding": ..., "rpe_type": "rope"}, "import_hf.py"),
+        ({"segments": None}, "without a segment rule"),
+        ({"segments": {"spec": "reference"}}, "is no segment rule"),
+        ({"segments": {"spec": "reference", "token_ids": ["x"]}}, "is no segment rule"),
+        ({"hidden_size": ...}, "'hidden_size' is missing"),
+        ({"hidden_size": -3}, "impossible value for hidden_size"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "impossible value for type"),
+        ({"rope_parameters": [1]}, "wrong form"),
+        ({"intra_size": 13}, "do not fit the configuration"),
+        ({"num_hidden_layers": 3}, "model.layers.2"),
+        ({"num_hidden_layers": 1}, "belong to no layer"),
+        ({"num_key_value_heads": 2}, "do not fit the configuration"),
+    ],
+)
+def test_load_of_wrong_config_refuses(folder, changes, message):
+    edit_config(folder, **changes)
+    with pytest.raises(CheckpointError, match=message):
+        load_exported(folder)
+
+
+def test_load_without_config_refuses(tmp_path):
+    with pytest.raises(CheckpointError, match=r"no config\.json"):
+        load_exported(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_load_of_damaged_config_refuses(folder, content):
+    (folder / "config.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"config\.json is"):
+        load_exported(folder)
+
+
+def test_load_of_damaged_weights_refuses(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for content in (b"", whole[:100], whole[:-5], b"\xff" * 50):
+        weights.write_bytes(content)
+        with pytest.raises(CheckpointError, match="cannot be read"):
+            load_exported(folder)
+    weights.unlink()
+    with pytest.raises(CheckpointError, match=r"model\.safetensors are missing"):
+        load_exported(folder)
+
+
+def test_load_with_missing_shard_or_damaged_index_refuses(folder):
+    weights = load_file(folder / "model.safetensors")
+    index = folder / "model.safetensors.index.json"
+    save_file(weights, folder / "a.safetensors")
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": "b.safetensors"}}))
+    with pytest.raises(CheckpointError, match=r"b\.safetensors are missing"):
+        load_exported(folder)
+    index.write_text('{"weight_map": 3}')
+    with pytest.raises(CheckpointError, match="index of shards is damaged"):
+        load_exported(folder)
+
+
+def test_load_of_weights_in_another_layout_refuses(folder, tiny, plan_of):
+    weights = to_llama(plan_of(tiny(num_kv_heads=2)).state_dict(), tiny(num_kv_heads=2))
+    save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="do not fit"):
+        load_exported(folder)

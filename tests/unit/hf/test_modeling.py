@@ -1,0 +1,325 @@
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import DynamicCache, StaticCache
+
+from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, window_ends
+from megatron_bipe.hf.configuration_bipe import BipeConfig
+from megatron_bipe.hf.load import plan_model
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
+from megatron_bipe.hf.positions_bipe import Places, memorise, recall
+from megatron_bipe.hf.published import read_published
+from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.model.head import mean_loss
+
+ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
+NEAR = {"rtol": 0, "atol": 2e-5}  # logits reach about 10
+PUBLISHED = SegmentRule(spec="reference", token_ids=(13, 869))
+
+
+def ids_of(tokens, config, rule=None):
+    rule = rule or SegmentRule(spec="[3,5]", token_ids=(3, 5))
+    ends = window_ends(segment_ends(tokens.numpy(), rule), rule)
+    return tuple(torch.from_numpy(ids) for ids in bilevel_ids(ends, config.intra_size - 1))
+
+
+@pytest.fixture(scope="module", params=ENCODINGS)
+def model(request, tiny, plan_of, hf_of):
+    config = tiny(encoding=request.param, num_kv_heads=2)
+    return hf_of(plan_of(config), config)
+
+
+@pytest.fixture(scope="module")
+def bilevel(tiny, plan_of, hf_of):
+    config = tiny()
+    return hf_of(plan_of(config), config)
+
+
+def published(folder, hf_of, fields):
+    found = read_published(folder)
+    plan = plan_model(to_llama(found.weights, found.config), found.config)
+    return hf_of(plan, found.config, fields._replace(token_ids=PUBLISHED.token_ids))
+
+
+@pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi"])
+def test_model_on_golden_input_matches_reference(encoding, golden, hf_of, fields):
+    model = published(golden / "models" / encoding, hf_of, fields)
+    data = load_file(golden / "models" / encoding / "data.safetensors")
+    for part in ("", "ext_"):
+        tokens = data[part + "input_ids"]
+        with torch.no_grad():
+            found = model(tokens, labels=tokens)
+        torch.testing.assert_close(found.logits[..., ::20], data[part + "logits_every_20th"], rtol=0, atol=5e-4)
+        torch.testing.assert_close(found.logits.logsumexp(-1), data[part + "logsumexp"], rtol=0, atol=5e-4)
+        assert torch.equal(found.logits.argmax(-1), data[part + "argmax"])
+        torch.testing.assert_close(found.loss, data[part + "loss"][0], rtol=0, atol=2e-5)
+        intra, inter = model.bilevel_ids(tokens)
+        assert torch.equal(intra, data[part + "intra_ids"].clamp(max=127))
+        assert torch.equal(inter, data[part + "inter_ids"])
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_of, fields):
+    folder = oracle / "models" / encoding
+    model = published(folder, hf_of, fields)
+    data, gradients = load_file(folder / "data.safetensors"), load_file(folder / "grads.safetensors")
+    for part in ("", "ext_"):
+        torch.testing.assert_close(model(data[part + "input_ids"]).logits, data[part + "logits"], rtol=0, atol=5e-4)
+    found = model(data["input_ids"], labels=data["input_ids"])
+    torch.testing.assert_close(found.loss, data["loss"][0], rtol=0, atol=2e-5)
+    found.loss.backward()
+    for name, parameter in model.named_parameters():
+        expected = gradients[name.replace("embed_intra", "embeds.0")]
+        assert float((parameter.grad - expected).norm() / expected.norm()) < 1e-4, name
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"num_kv_heads": 2},
+        {"num_kv_heads": 1, "log_scale": True},
+        {"rope_scaling": RopeScaling(type="linear", factor=3.0)},
+        {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "log_scale": True},
+        {"num_heads": 2, "rope_base": 500.0, "zero_last_row": True},
+        {"num_heads": 1, "norm_eps": 1e-2},
+    ],
+)
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_model_with_any_option_matches_plan(encoding, changes, tiny, plan_of, hf_of, tokens_of):
+    config = tiny(encoding=encoding, **changes)
+    plan = plan_of(config)
+    for length in (1, 20, 90):  # 90 is beyond train_len_tokens: dynamic scaling sets in
+        tokens = tokens_of(2, length)
+        with torch.no_grad():
+            expected = plan((tokens, *ids_of(tokens, config)))
+            torch.testing.assert_close(hf_of(plan, config)(tokens).logits, expected, **NEAR)
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    st.lists(st.lists(st.integers(0, 9), min_size=30, max_size=30), min_size=1, max_size=3),
+    st.sampled_from([None, 1, 2, 7, 40]),
+)
+def test_bilevel_ids_equal_those_of_the_data(rows, length):
+    spec, token_ids = ("[3,5]", (3, 5)) if length is None else (f"fixed:{length}", ())
+    shape = {"hidden_size": 8, "num_attention_heads": 1, "num_hidden_layers": 0, "vocab_size": 10, "intra_size": 6}
+    config = BipeConfig(**shape, segments={"spec": spec, "token_ids": list(token_ids)})
+    tokens = torch.tensor(rows)
+    rule = SegmentRule(spec=spec, token_ids=token_ids)
+    ends = np.broadcast_to(segment_ends(np.array(rows), rule), tokens.shape)
+    expected = bilevel_ids(window_ends(ends, rule), 5)
+    for found, wanted in zip(BipeForCausalLM(config).bilevel_ids(tokens), expected, strict=True):
+        assert found.dtype == torch.int64
+        np.testing.assert_array_equal(found.numpy(), wanted)
+
+
+@pytest.mark.parametrize("side", ["left", "right", "both"])
+def test_model_on_padded_batch_gives_unpadded_results(model, tokens_of, side):
+    tokens, mask = tokens_of(3, 40), torch.ones(3, 40, dtype=torch.long)
+    kept = {"left": slice(13, 40), "right": slice(0, 27), "both": slice(5, 33)}[side]
+    mask[1] = 0
+    mask[1, kept] = 1
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask).logits
+        torch.testing.assert_close(found[1, kept], model(tokens[1:2, kept]).logits[0], **NEAR)
+        torch.testing.assert_close(found[::2], model(tokens[::2]).logits, **NEAR)
+    if hasattr(model.model, "embed_intra"):
+        ids = model.bilevel_ids(tokens, mask)
+        for whole, part in zip(ids, model.bilevel_ids(tokens[1:2, kept]), strict=True):
+            assert torch.equal(whole[1, kept], part[0])
+
+
+def test_model_on_padded_batch_trains_without_nan(model, tokens_of):
+    tokens, mask = tokens_of(2, 12), torch.ones(2, 12, dtype=torch.long)
+    mask[0, :7] = 0
+    model.zero_grad()
+    model(tokens, attention_mask=mask, labels=tokens.masked_fill(mask == 0, -100)).loss.backward()
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+    model.zero_grad()
+
+
+@pytest.mark.parametrize(
+    "mode",
+    [
+        {},
+        {"do_sample": True, "temperature": 1.3},
+        {"num_beams": 3},
+        {"prefill_chunk_size": 7},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+    ids=["greedy", "sampling", "beams", "chunked", "lookup"],
+)
+def test_generate_with_cache_equals_without(model, tokens_of, mode):
+    rows = 1 if "prompt_lookup_num_tokens" in mode else 3
+    prompt, mask = tokens_of(rows, 16, seed=3), torch.ones(rows, 16, dtype=torch.long)
+    if rows == 3:
+        mask[0, :9] = 0
+        mask[2, :1] = 0
+    # No loops, and separators often: what is generated must move the positions.
+    shared = {"no_repeat_ngram_size": 2, "sequence_bias": {(3,): 4.0, (5,): 4.0}, "max_new_tokens": 24}
+    cacheless = {name: value for name, value in mode.items() if name in ("do_sample", "temperature", "num_beams")}
+    torch.manual_seed(0)
+    cached = model.generate(prompt, attention_mask=mask, use_cache=True, **shared, **mode)
+    torch.manual_seed(0)
+    assert torch.equal(cached, model.generate(prompt, attention_mask=mask, use_cache=False, **shared, **cacheless))
+    assert cached.shape == (rows, 40)
+    assert int(torch.isin(cached[:, 16:], torch.tensor([3, 5])).sum()) > 2
+
+
+@settings(deadline=None, max_examples=12)
+@given(cuts=st.lists(st.integers(1, 39), max_size=6, unique=True), seed=st.integers(0, 99), padded=st.integers(0, 20))
+def test_forward_in_any_chunks_equals_one_pass(model, tokens_of, cuts, seed, padded):
+    tokens, mask = tokens_of(2, 40, seed), torch.ones(2, 40, dtype=torch.long)
+    mask[1, :padded] = 0
+    cache, parts = DynamicCache(), []
+    bounds = [0, *sorted(cuts), 40]
+    with torch.no_grad():
+        whole = model(tokens, attention_mask=mask, use_cache=False).logits
+        for start, stop in itertools.pairwise(bounds):
+            chunk = tokens[:, start:stop]
+            parts.append(model(chunk, attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True).logits)
+    found = torch.cat(parts, dim=1)
+    torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], rtol=0, atol=1e-4)
+
+
+@settings(deadline=None, max_examples=50)
+@given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9))
+def test_cache_in_bf16_remembers_places_exactly(counts):
+    next_intra, next_inter = torch.tensor(counts).T[:, None]
+    places = Places(next_intra, next_inter, next_intra, next_inter)
+    cache = DynamicCache()
+    keys = torch.cat([torch.randn(1, 1, len(counts), 8), memorise(places)], dim=-1).bfloat16()
+    cache.update(keys, keys[..., :8], 0)
+    found = recall(cache, 8)
+    assert torch.equal(found.next_intra, next_intra)
+    assert torch.equal(found.next_inter, next_inter)
+
+
+def test_attention_on_plain_causal_path_is_never_materialised(model, tokens_of, monkeypatch):
+    seen = []
+    plain = torch.nn.functional.scaled_dot_product_attention
+
+    def spy(*args, attn_mask=None, is_causal=False, **kwargs):
+        seen.append((attn_mask, is_causal))
+        return plain(*args, attn_mask=attn_mask, is_causal=is_causal, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    model(tokens_of(2, 30))
+    assert seen == [(None, True)] * 2
+
+
+def test_eager_attention_equals_sdpa(model, tokens_of):
+    tokens, mask = tokens_of(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits
+        model.set_attn_implementation("eager")
+        found = model(tokens, attention_mask=mask).logits
+        model.set_attn_implementation("sdpa")
+    torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **NEAR)
+
+
+def test_labels_give_the_shifted_mean_loss(model, tokens_of):
+    tokens = tokens_of(2, 20)
+    found = model(tokens, labels=tokens)
+    torch.testing.assert_close(found.loss, mean_loss(found.logits[:, :-1], tokens[:, 1:]))
+    assert found.past_key_values is None
+    ignored = model(tokens, labels=tokens.masked_fill(torch.arange(20) > 9, -100)).loss
+    torch.testing.assert_close(ignored, mean_loss(found.logits[:, :9], tokens[:, 1:10]))
+
+
+def test_gradient_checkpointing_gives_the_same_gradients(bilevel, tokens_of):
+    tokens, gradients = tokens_of(2, 20), []
+    bilevel.train()
+    for switch in (bilevel.gradient_checkpointing_disable, bilevel.gradient_checkpointing_enable):
+        switch()
+        bilevel.zero_grad()
+        bilevel(tokens, labels=tokens).loss.backward()
+        gradients.append([parameter.grad.clone() for parameter in bilevel.parameters()])
+    bilevel.gradient_checkpointing_disable()
+    bilevel.eval()
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_logits_to_keep_gives_the_last_ones(bilevel, tokens_of):
+    tokens = tokens_of(1, 10)
+    torch.testing.assert_close(bilevel(tokens, logits_to_keep=2).logits, bilevel(tokens).logits[:, -2:])
+
+
+def test_new_model_is_initialised_like_the_plan(tiny, plan_of, hf_of, fields):
+    config = tiny(hidden_size=64, vocab_size=500, intra_size=200, init_std=0.02, zero_last_row=True)
+    settings_ = hf_of(plan_of(config), config).config
+    torch.manual_seed(0)
+    for name, parameter in BipeForCausalLM(settings_).named_parameters():
+        if parameter.ndim == 1:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            continue
+        if "embed" in name:
+            assert not parameter[-1].any(), name
+        assert abs(float(parameter.detach().std()) / 0.02 - 1) < 0.05, name
+        assert abs(float(parameter.detach().mean())) < 1e-3, name
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        ({"position_ids": torch.arange(4)[None]}, "position_ids are not taken"),
+        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\]; positions need \[1, 4\]"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask is"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)}, "give input_ids"),
+        ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+    ],
+)
+def test_forward_with_unknowable_places_refuses(bilevel, call, message):
+    with pytest.raises(ValueError, match=message):
+        bilevel(**({"input_ids": torch.tensor([[1, 3, 7, 8]])} | call))
+
+
+def test_forward_with_foreign_caches_refuses(bilevel, tokens_of):
+    tokens, foreign = tokens_of(1, 5), DynamicCache()
+    foreign.update(torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 3, 8), 0)
+    with pytest.raises(ValueError, match="do not hold the segment positions"):
+        bilevel(tokens, past_key_values=foreign)
+    with pytest.raises(ValueError, match="only the plain dynamic cache"):
+        bilevel(tokens, past_key_values=StaticCache(config=bilevel.config, max_cache_len=20))
+    with pytest.raises(ValueError, match="only the plain dynamic cache"):
+        bilevel.generate(tokens, max_new_tokens=3, cache_implementation="static")
+
+
+def test_cached_continuation_with_dynamic_scaling_beyond_training_refuses(tiny, plan_of, hf_of, tokens_of):
+    config = tiny(rope_scaling=RopeScaling(type="dynamic", factor=2.0))
+    model, prompt = hf_of(plan_of(config), config), tokens_of(1, 28)
+    with torch.no_grad(), pytest.raises(ValueError, match="use_cache=False"):
+        model.generate(prompt, max_new_tokens=10, use_cache=True)
+    assert model.generate(prompt, max_new_tokens=10, use_cache=False).shape == (1, 38)
+    within = [model.generate(prompt, max_new_tokens=4, use_cache=flag) for flag in (True, False)]
+    assert torch.equal(*within)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"segments": None}, "needs the segment rule"),
+        ({"encoding": "xpos"}, "'xpos' is none of"),
+        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "'yarn' is not implemented"),
+        ({"num_key_value_heads": 3}, "3 key/value heads do not divide"),
+    ],
+)
+def test_model_of_impossible_config_refuses(changes, message):
+    good = {"hidden_size": 8, "num_attention_heads": 2, "num_hidden_layers": 1}
+    rule = {"segments": {"spec": "x", "token_ids": [1]}}
+    with pytest.raises(ValueError, match=message):
+        BipeForCausalLM(BipeConfig(**(good | rule | changes)))
+
+
+def test_bilevel_ids_of_plain_encoding_refuses(tiny, plan_of, hf_of):
+    config = tiny(encoding="alibi")
+    with pytest.raises(ValueError, match="has no segments"):
+        hf_of(plan_of(config), config).bilevel_ids(torch.tensor([[1]]))

@@ -1,0 +1,190 @@
+"""Training a tokenizer: LLaMA's layout, two files that agree, and clear limits."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import sentencepiece
+
+from megatron_bipe.data.segments import resolve_rule
+from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.errors import DataError
+from preprocessing import train_tokenizer as module
+from preprocessing.llama_layout import STOP_PIECE
+from preprocessing.tokenizer_check import HARD_TEXTS, CheckSample, check_agreement
+from preprocessing.train_tokenizer import TrainOptions, cut_line, train_tokenizer
+
+
+def write_lines(file: Path, *texts: str) -> list[str]:
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return [str(file)]
+
+
+def test_train_has_the_layout_of_llama(tokenizer_folder: Path) -> None:
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_folder / "tokenizer.model"))
+    assert [model.id_to_piece(i) for i in range(3)] == ["<unk>", "<s>", "</s>"]
+    assert [model.id_to_piece(3 + byte) for byte in range(256)] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert model.get_piece_size() == 340
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert (tokenizer.text_of(13), tokenizer.vocab_size) == ("\n", 340)
+    assert tokenizer.special_ids == {"bos": 1, "eos": 2, "unk": 0}
+    assert set(resolve_rule("reference", tokenizer).token_ids) == {13, model.piece_to_id(STOP_PIECE)}
+
+
+def test_train_both_files_and_hugging_face_give_the_same_ids(tokenizer_folder: Path, texts: list[str]) -> None:
+    transformers = pytest.importorskip("transformers")
+    ours = load_tokenizer(tokenizer_folder)
+    model = load_tokenizer(tokenizer_folder / "tokenizer.model")
+    theirs = transformers.AutoTokenizer.from_pretrained(str(tokenizer_folder))
+    for text in (*texts, *HARD_TEXTS):
+        ids = ours.encode_batch([text])[0].tolist()
+        assert model.encode_batch([text])[0].tolist() == ids
+        if "<s>" not in text:
+            assert theirs(text, add_special_tokens=False)["input_ids"] == ids
+            assert theirs(text)["input_ids"] == [1, *ids]
+    assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
+
+
+def test_train_text_without_a_spaced_stop_still_gets_its_token(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", *["some words without any stop at all and more words"] * 9)
+    tokenizer = load_tokenizer(train_tokenizer(TrainOptions(inputs, 290, tmp_path / "made")))
+    assert "took the place of the rarest merge" in caplog.text
+    assert [tokenizer.text_of(int(i)) for i in tokenizer.encode_batch(["words .\n"])[0]][-2:] == [" .", "\n"]
+    assert tokenizer.vocab_size == 290
+
+
+def test_train_digits_stay_single_and_runs_of_spaces_become_pieces(tmp_path: Path) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", *["in 2024 .\n    in    2024 ."] * 30)
+    tokenizer = load_tokenizer(train_tokenizer(TrainOptions(inputs, 273, tmp_path / "made")))
+    texts = [tokenizer.text_of(i) or "" for i in range(259, 273)]
+    assert not any(sum(char.isdigit() for char in text) > 1 for text in texts)
+    assert "    " in texts
+
+
+def test_train_same_input_gives_the_same_bytes_in_every_format(tmp_path: Path, inputs: dict[str, Path]) -> None:
+    made = []
+    for kind, path in inputs.items():
+        folder = train_tokenizer(TrainOptions([str(path)], 330, tmp_path / f"made-{kind}"))
+        made.append({file.name: file.read_bytes() for file in folder.iterdir()})
+    assert made[0] == made[1] == made[2] == made[3]
+    assert made[0].keys() == {
+        "tokenizer.model",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+    }
+
+
+def test_train_vocabulary_too_large_names_the_largest_possible(tmp_path: Path) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
+    with pytest.raises(DataError, match=r"largest possible size is (\d+)") as caught:
+        train_tokenizer(TrainOptions(inputs, 5000, tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+    largest = int(str(caught.value).split("largest possible size is ")[1].split(".")[0])
+    train_tokenizer(TrainOptions(inputs, largest, tmp_path / "made"))
+    with pytest.raises(DataError, match="largest possible"):
+        train_tokenizer(TrainOptions(inputs, largest + 1, tmp_path / "more"))
+
+
+@pytest.mark.parametrize("size", [0, -1, 200, 262])
+def test_train_vocabulary_too_small_is_an_error(tmp_path: Path, size: int) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
+    with pytest.raises(DataError, match="too small"):
+        train_tokenizer(TrainOptions(inputs, size, tmp_path / "made"))
+
+
+def test_train_without_room_for_a_merge_is_an_error(tmp_path: Path) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", "a")
+    with pytest.raises(DataError, match=r"room for a single merge|too small|largest possible"):
+        train_tokenizer(TrainOptions(inputs, 262, tmp_path / "made"))
+
+
+def test_train_existing_tokenizer_is_kept_without_overwrite(tmp_path: Path) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
+    options = TrainOptions(inputs, 270, tmp_path / "made")
+    train_tokenizer(options)
+    with pytest.raises(DataError, match=r"tokenizer\.model.*--overwrite"):
+        train_tokenizer(options)
+    train_tokenizer(TrainOptions(inputs, 271, tmp_path / "made", overwrite=True))
+    assert load_tokenizer(tmp_path / "made").vocab_size == 271
+
+
+def test_train_no_text_or_bad_lines_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="hold no text"):
+        train_tokenizer(TrainOptions(write_lines(tmp_path / "in.jsonl", "", ""), 300, tmp_path / "made"))
+    (tmp_path / "bad.jsonl").write_text("bad\n" * 20)
+    with pytest.raises(DataError, match=r"20 of 20 lines are malformed"):
+        train_tokenizer(TrainOptions([str(tmp_path / "bad.jsonl")], 300, tmp_path / "made"))
+
+
+def test_train_disagreeing_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = write_lines(tmp_path / "in.jsonl", *["the words there, then the other words ."] * 5)
+    make = module.tokenizer_json
+
+    def without_merges(model: object) -> bytes:
+        content = json.loads(make(model))
+        content["model"]["merges"] = []
+        return json.dumps(content).encode()
+
+    monkeypatch.setattr(module, "tokenizer_json", without_merges)
+    with pytest.raises(DataError, match="disagree"):
+        train_tokenizer(TrainOptions(inputs, 300, tmp_path / "made"))
+    assert not (tmp_path / "made").exists()
+
+
+def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> None:
+    model = (tokenizer_folder / "tokenizer.model").read_bytes()
+    content = json.loads((tokenizer_folder / "tokenizer.json").read_bytes())
+    piece = max(sentencepiece.SentencePieceProcessor(model_proto=model).encode("lazy", out_type=str), key=len)
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if pair.replace(" ", "") != piece]
+    definition = json.dumps(content).encode()
+    check_agreement(model, definition, ["nothing of its kind"])
+    with pytest.raises(DataError, match="disagree"):
+        check_agreement(model, definition, ["nothing of its kind", "a lazy one"])
+
+
+def test_check_sample_takes_all_of_little_text_and_a_share_of_much() -> None:
+    sample = CheckSample()
+    texts = ["x" * 1000] * 100
+    assert list(sample.tapped(iter(texts))) == texts
+    assert len(sample.texts) == 100
+    sample = CheckSample()
+    for _ in sample.tapped("y" * 50_000 for _ in range(1000)):
+        pass
+    assert 490_000 <= sum(map(len, sample.texts)) <= 600_000
+
+
+def test_train_sample_bytes_takes_from_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in "abc":
+        write_lines(tmp_path / f"{name}.jsonl", *[f"{name} words here\n"] * 2000)
+    seen: list[bytes] = []
+    train = sentencepiece.SentencePieceTrainer.train
+
+    def spy(sentence_iterator: object, model_writer: io.BytesIO, **settings: object) -> None:
+        seen.extend(sentence_iterator)
+        train(sentence_iterator=iter(seen), model_writer=model_writer, **settings)
+
+    monkeypatch.setattr(module.sentencepiece.SentencePieceTrainer, "train", spy)
+    train_tokenizer(TrainOptions([str(tmp_path)], 275, tmp_path / "made", sample_bytes=3000))
+    assert sum(len(line) + 1 for line in seen) == pytest.approx(3000, abs=60)
+    assert {line[:1] for line in seen} == {b"a", b"b", b"c"}
+
+
+def test_cut_line_loses_nothing_but_spaces_and_no_character_is_cut() -> None:
+    line = ("word " * 50 + "\u4e2d" * 60 + " tail").encode()
+    pieces = list(cut_line(line, 40))
+    assert all(0 < len(piece) <= 40 for piece in pieces)
+    assert b"".join(pieces).replace(b" ", b"") == line.replace(b" ", b"")
+    assert all(piece.decode() for piece in pieces)
+    assert list(cut_line(b"short", 40)) == [b"short"]
+
+
+def test_train_long_lines_and_reserved_characters_are_not_dropped(tmp_path: Path) -> None:
+    long = "zebra " * 3000  # one line of 18 kB, where SentencePiece would drop it
+    inputs = write_lines(tmp_path / "in.jsonl", "a b .", long, "quagga \u2585 " * 50)
+    tokenizer = load_tokenizer(train_tokenizer(TrainOptions(inputs, 285, tmp_path / "made")))
+    assert len(tokenizer.encode_batch([" zebra"])[0]) <= 2
+    assert len(tokenizer.encode_batch([" quagga"])[0]) <= 3

@@ -1,0 +1,100 @@
+"""Which windows a rank reads."""
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import TokenizerRecord
+from megatron_bipe.data.order import SampleOrder
+from megatron_bipe.errors import ConfigError, DataError
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.train.feed import Feed
+
+SEQ, GLOBAL, MICRO = 8, 8, 2
+
+
+def _mesh(rank=0, num_ranks=1):
+    return Mesh(rank, rank, num_ranks, num_ranks, torch.device("cpu"))
+
+
+@pytest.fixture
+def run(tmp_path, write_dataset):
+    generator = np.random.default_rng(0)
+    for name in ("train", "valid"):
+        write_dataset(tmp_path / name, [[generator.integers(2, 100, 90).tolist() for _ in range(4)] for _ in range(2)])
+    return load_run_config(
+        None,
+        [
+            f"data.path={tmp_path / 'train'}",
+            f"data.valid_path={tmp_path / 'valid'}",
+            f"train.seq_len_tokens={SEQ}",
+            f"train.global_batch={GLOBAL}",
+            f"train.micro_batch={MICRO}",
+            "train.valid_samples=21",
+            "model.vocab_size=100",
+        ],
+    )
+
+
+def _tokens(batches):
+    return [batch.tokens_BT for batch in batches]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_ranks):
+    dataset = TokenDataset(run.data.path)
+    order = SampleOrder(dataset.num_windows(SEQ), run.train.seed)
+    for step in (0, 3, 40):  # 40 lies epochs later
+        feeds = [Feed(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(feed.train_batches(step)) for feed in feeds]
+        assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
+        read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
+        expected = dataset.windows(order.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
+        assert np.array_equal(read.numpy(), expected)
+
+
+def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
+    feeds = [Feed(run, _mesh(rank, 2)) for rank in range(2)]
+    shares = [torch.cat(_tokens(feed.valid_batches())) for feed in feeds]
+    assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
+    assert torch.equal(shares[0], torch.cat(_tokens(feeds[0].valid_batches())))
+    assert not torch.equal(shares[0], shares[1])
+
+
+def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
+    big = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 10_000})})
+    windows = TokenDataset(run.data.valid_path).num_windows(SEQ)
+    assert len(torch.cat(_tokens(Feed(big, _mesh()).valid_batches()))) == windows // MICRO * MICRO
+
+
+def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
+    one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
+    with pytest.raises(DataError, match="cannot be shared by 2 ranks"):
+        Feed(one, _mesh(0, 2))
+
+
+def test_feed_missing_data_names_the_command_that_makes_it(run, tmp_path):
+    absent = run.model_copy(update={"data": run.data.model_copy(update={"path": tmp_path / "absent"})})
+    with pytest.raises(DataError, match=r"tools/preprocess\.py"):
+        Feed(absent, _mesh())
+
+
+def test_feed_window_longer_than_the_corpus_is_refused(run):
+    long = run.model_copy(update={"train": run.train.model_copy(update={"seq_len_tokens": 1000})})
+    with pytest.raises(DataError, match="720 tokens; one window of 1000"):
+        Feed(long, _mesh())
+
+
+def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
+    other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
+    write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
+    with pytest.raises(DataError, match="a" * 64):
+        Feed(run, _mesh())
+
+
+def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):
+    small = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 99})})
+    with pytest.raises(ConfigError, match="smaller than the 100 ids"):
+        Feed(small, _mesh())

@@ -1,0 +1,40 @@
+"""A model by what the user calls it: the folder of an exported model, or a run folder, `RUN_DIR[@STEP]`."""
+
+from pathlib import Path
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, is_run_dir, read_weights
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.eval.subject import Subject, exported_subject
+from megatron_bipe.hf.load import plan_model
+from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.train.run_folder import read_record
+
+
+def load_subject(spec: str) -> Subject:
+    """Load the model that `spec` names.
+
+    Raises:
+        CheckpointError: there is none, or it is incomplete or damaged.
+    """
+    if (Path(spec) / "config.json").is_file():
+        return exported_subject(Path(spec))
+    run_dir = Path(spec if Path(spec).exists() else spec.rpartition("@")[0] or spec)
+    if is_run_dir(run_dir):
+        return _checkpoint_subject(find_checkpoint(spec), named_step=run_dir != Path(spec))
+    what = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
+    raise CheckpointError(
+        what,
+        remedy="Name a folder made by tools/export_hf.py or tools/import_hf.py, or RUN_DIR[@STEP] of pretrain.py",
+        place=spec,
+    )
+
+
+def _checkpoint_subject(checkpoint: Checkpoint, named_step: bool) -> Subject:
+    config = load_run_config(checkpoint.run_dir / "config.yaml").model
+    model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
+    record = read_record(checkpoint.run_dir)
+    run_name = checkpoint.run_dir.resolve().name
+    name = f"{run_name} step {checkpoint.step:,}" if named_step else run_name
+    source = f"{checkpoint.run_dir}@{checkpoint.step}"
+    return Subject(name, source, model, config, record.tokenizer.fingerprint, record.rule)

@@ -1,0 +1,91 @@
+"""A training checkpoint to a Hugging Face folder, checked against the training model before it appears.
+
+Example: python tools/export_hf.py --checkpoint runs/bipe_rope_151m@500000 --output exported/bipe_rope_151m
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+import torch
+import yaml
+from transformers.utils.logging import disable_progress_bar
+
+from _cli import run_tool
+from _samples import random_windows
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.collate import make_batch
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
+from megatron_bipe.errors import DataError
+from megatron_bipe.hf.export import DataFields, ExportOptions, Windows, export_model
+from megatron_bipe.hf.tokenizer_files import TokenizerSource
+from megatron_bipe.train.run_folder import read_record
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Parse the command line, export, and say how near the result is."""
+    arguments = _parser().parse_args()
+    disable_progress_bar()
+    checkpoint = find_checkpoint(arguments.checkpoint)
+    run = load_run_config(checkpoint.run_dir / "config.yaml")
+    record = read_record(checkpoint.run_dir)
+    tokenizer = load_tokenizer(checkpoint.run_dir / "tokenizer")
+    recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
+    recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
+    facts = {
+        "Step": f"{checkpoint.step:,}",
+        "Training data fingerprint": f"`{record.fingerprint}`",
+        "Recipe": f"`{recipe.strip()}`",
+    }
+    figure = export_model(
+        read_weights(checkpoint),
+        run.model,
+        arguments.output,
+        DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),
+        _windows(run, record),
+        TokenizerSource(tokenizer.definition, tokenizer.special_ids, tokenizer.encode_batch),
+        ExportOptions(
+            DTYPES[arguments.dtype or run.train.precision],
+            int(arguments.max_shard_gb * 1e9),
+            arguments.overwrite,
+            arguments.output.name,
+            facts,
+        ),
+    )
+    print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+
+
+def _windows(run: RunConfig, record: DataRecord) -> Windows:
+    """Two windows of the training data with the ids that training saw; random ones where the data is gone."""
+    try:
+        dataset = TokenDataset(run.data.path)
+        if dataset.manifest.fingerprint == record.fingerprint:
+            count = min(2, dataset.num_windows(run.train.seq_len_tokens))
+            batch = make_batch(dataset, torch.arange(count).numpy(), run.train.seq_len_tokens, run.model.intra_size - 1)
+            return batch.tokens_BT, batch.intra_BT, batch.inter_BT
+        log.info("%s is not the data of this run any more: comparing on random tokens", run.data.path)
+    except DataError as error:
+        log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
+    return random_windows(run.model, record.rule, run.train.seq_len_tokens)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--checkpoint", required=True, metavar="RUN_DIR[@STEP]", help="run folder; without a step its newest")
+    add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
+    add("--dtype", choices=DTYPES, help="precision of the stored weights (default: that of the training)")
+    add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a model that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,50 @@
+"""Let an exported model continue prompts, through transformers' own `generate`."""
+
+import argparse
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+from transformers.utils.logging import disable_progress_bar
+
+from _cli import run_tool
+from megatron_bipe.errors import CheckpointError
+
+
+def main() -> None:
+    """Parse the command line and print each prompt with its continuation."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
+    parser.add_argument("--prompt", nargs="+", required=True, help="texts to continue")
+    parser.add_argument("--max-new-tokens", type=int, default=60, help="default: %(default)s")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--output", type=Path, help="also write the texts to this file")
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        raise CheckpointError(
+            "no exported model here", remedy="Make one with tools/export_hf.py", place=arguments.model
+        )
+    disable_progress_bar()
+    texts = generate(arguments)
+    print("\n\n".join(texts))
+    if arguments.output:
+        arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+
+
+def generate(arguments: argparse.Namespace) -> list[str]:
+    """Prompts with their continuations, one by one."""
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=torch.float32).eval()
+    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
+    texts = []
+    for prompt in arguments.prompt:
+        set_seed(arguments.seed)
+        encoded = tokenizer(prompt, return_tensors="pt")
+        output = model.generate(**encoded, max_new_tokens=arguments.max_new_tokens, **sampling)
+        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,95 @@
+"""A model in the authors' published layout to this project's Hugging Face layout.
+
+Example: python tools/import_hf.py --input downloads/BiPE_RoPE-151M --output models/bipe_rope_151m
+"""
+
+import argparse
+from pathlib import Path
+
+from transformers.utils.logging import disable_progress_bar
+
+from _cli import run_tool
+from _samples import random_windows
+from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
+from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
+from megatron_bipe.errors import DataError
+from megatron_bipe.hf.export import DataFields, ExportOptions, export_model
+from megatron_bipe.hf.load import read_settings
+from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
+from megatron_bipe.hf.tokenizer_files import TokenizerSource
+
+
+def main() -> None:
+    """Parse the command line, convert, and say how near the result is."""
+    arguments = _parser().parse_args()
+    disable_progress_bar()
+    model = read_published(arguments.input)
+    tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
+    rule = _rule(arguments.segments, tokenizer, model.config.vocab_size)
+    settings = read_settings(arguments.input)
+    named = {role: settings.get(f"{role}_token_id") for role in ("bos", "eos")}
+    special_ids = tokenizer.special_ids if tokenizer else {role: i for role, i in named.items() if isinstance(i, int)}
+    source = TokenizerSource(tokenizer.definition, special_ids, tokenizer.encode_batch) if tokenizer else None
+    figure = export_model(
+        model.weights,
+        model.config,
+        arguments.output,
+        DataFields(rule.spec, rule.token_ids, tokenizer.fingerprint if tokenizer else None, special_ids),
+        random_windows(model.config, rule, model.config.train_len_tokens),
+        source,
+        ExportOptions(
+            dtype=model.dtype,
+            overwrite=arguments.overwrite,
+            title=arguments.output.name,
+            facts={"Converted from": f"the BiPE authors' layout, folder `{arguments.input.resolve().name}`"},
+        ),
+    )
+    print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+
+
+def _tokenizer(place: Path, required: bool) -> Tokenizer | None:
+    """The tokenizer asked for, or the one beside the weights if there is one."""
+    if required or any((place / name).is_file() for name in DEFINITIONS):
+        return load_tokenizer(place)
+    return None
+
+
+class _IdsOnly:
+    """A vocabulary of which nothing but the size is known."""
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+
+    def text_of(self, _token_id: int) -> None:
+        """No token's text is known."""
+
+
+def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRule:
+    """The segment rule; without a tokenizer, the reference rule is the authors' ids."""
+    if tokenizer is not None:
+        return resolve_rule(spec, tokenizer)
+    if spec == "reference":
+        return SegmentRule(spec=spec, token_ids=PUBLISHED_SEPARATORS)
+    try:
+        return resolve_rule(spec, _IdsOnly(vocab_size))
+    except DataError as error:
+        raise DataError(
+            f"{error.message}; there is no tokenizer to resolve it with",
+            remedy="Give --tokenizer, or use reference, fixed:N or a list of ids",
+            place="--segments",
+        ) from error
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--input", required=True, type=Path, metavar="DIR", help="folder in the authors' layout")
+    add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
+    add("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder (default: the input folder, if it has one)")
+    add("--segments", default="reference", metavar="RULE", help="segment rule of the model (default: %(default)s)")
+    add("--overwrite", action="store_true", help="replace a model that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)

@@ -1,0 +1,47 @@
+"""Train a tokenizer in LLaMA's layout (SentencePiece BPE with byte fallback) on raw text.
+
+Example: python tools/train_tokenizer.py --input pile/train --vocab-size 32000 --output tokenizers/pile-32k
+"""
+
+import argparse
+from pathlib import Path
+
+from _cli import run_tool
+from preprocessing.readers import SUFFIXES
+from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_tokenizer
+
+
+def main() -> None:
+    """Parse the command line, train, and say where the tokenizer is."""
+    options = TrainOptions(**vars(_parser().parse_args()))
+    print(f"{train_tokenizer(options)}: {options.vocab_size} tokens")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    kinds = ", ".join(SUFFIXES)
+    add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=f"files, folders or globs of {kinds}")
+    add("--vocab-size", type=int, required=True, metavar="N", help="tokens, special and byte tokens included")
+    add("--output", required=True, type=Path, metavar="DIR", help="tokenizer folder to make")
+    add(
+        "--sample-bytes",
+        type=int,
+        default=SAMPLE_BYTES,
+        metavar="N",
+        help="train on so much of the text, every file in proportion to its size (default: %(default)s); "
+        "memory is about 14 times that",
+    )
+    add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
+    add(
+        "--max-malformed",
+        type=int,
+        metavar="N",
+        help="malformed lines to let pass (default: 10, or 1%% of the lines read so far if that is more)",
+    )
+    add("--overwrite", action="store_true", help="replace a tokenizer that is there")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
