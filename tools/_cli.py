@@ -1,6 +1,8 @@
 """What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it)."""
 
+import argparse
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -12,11 +14,25 @@ def run_tool(main: Callable[[], None]) -> None:
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
         main()
+        sys.stdout.flush()
     except BipeError as error:
         sys.exit(_say(f"{type(error).__name__}: {error}"))
+    except BrokenPipeError:  # the reader has seen enough, as in `... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(1)
+
+
+def add_max_malformed(parser: argparse.ArgumentParser) -> None:
+    """The option of every command that reads raw text."""
+    parser.add_argument(
+        "--max-malformed",
+        type=int,
+        metavar="N",
+        help="malformed lines to let pass (default: 10, or 1%% of the lines read so far if that is more)",
+    )
 
 
 def _say(message: str) -> int:

@@ -6,7 +6,7 @@ Example: python tools/preprocess.py --input pile/train --tokenizer llama_tokeniz
 import argparse
 from pathlib import Path
 
-from _cli import run_tool
+from _cli import add_max_malformed, run_tool
 from preprocessing.build import SHARD_TOKENS, BuildOptions, build
 from preprocessing.readers import SUFFIXES
 
@@ -39,12 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="most tokens in a shard (default: 2^30)")
     add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
     add("--special-in-text", action="store_true", help='make a literal "<s>" in the text a special token')
-    add(
-        "--max-malformed",
-        type=int,
-        metavar="N",
-        help="malformed lines to let pass (default: 10, or 1%% of the lines read so far if that is more)",
-    )
+    add_max_malformed(parser)
     add("--overwrite", action="store_true", help="replace a dataset that is there")
     return parser
 

@@ -11,6 +11,7 @@ import shlex
 import subprocess
 import sys
 import time
+from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from megatron_bipe.errors import BipeError
 
 CONFIG = Path("examples/quickstart.yaml")
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
+BAND = 0.05  # how much worse than at the training length still counts as holding
 STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
 NOISE = ("[20", "Warning:", "  return func(", "  warn")  # log lines of the launcher, warnings of libraries
 
@@ -175,13 +177,24 @@ def read_perplexities(path: Path) -> dict[str, dict[int, float]]:
 
 
 def verdict(perplexities: dict[str, dict[int, float]]) -> str:
-    """Whether the paper's effect shows: RoPE worse beyond its training length, the bilevel models not."""
-    growth = {name: row[max(row)] / row[min(row)] for name, row in perplexities.items()}
-    told = ", ".join(f"{name} x {factor:.2f}" for name, factor in growth.items())
-    bilevel = max(factor for name, factor in growth.items() if name.startswith("bipe_"))
-    shows = growth["rope"] > 1.1 and bilevel < 1.05
-    text = "shows" if shows else "does NOT show clearly at this size"
-    return f"From 1 to {max(STRETCHES)} times the training length perplexity grows: {told}. The paper's effect {text}."
+    """Up to which length each model holds its perplexity, and whether that is the paper's effect."""
+    reaches = {name: reach(by_length) for name, by_length in perplexities.items()}
+    told = ", ".join(f"{name} up to {length} tokens" for name, length in reaches.items())
+    shows = min(length for name, length in reaches.items() if name.startswith("bipe_")) > reaches["rope"]
+    effect = (
+        "The bilevel models reach further than RoPE" if shows else "The bilevel models do NOT reach further than RoPE"
+    )
+    return (
+        f"Within {BAND:.0%} of the perplexity at the training length: {told}.\n{effect}"
+        f"{', the effect of the paper.' if shows else ' in this run: the effect of the paper does not show.'}"
+    )
+
+
+def reach(by_length: dict[int, float]) -> int:
+    """The longest length up to which perplexity never leaves the band above that of the shortest one."""
+    lengths = sorted(by_length)
+    limit = by_length[lengths[0]] * (1 + BAND)
+    return max(takewhile(lambda length: by_length[length] <= limit, lengths))
 
 
 if __name__ == "__main__":

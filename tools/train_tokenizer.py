@@ -6,7 +6,7 @@ Example: python tools/train_tokenizer.py --input pile/train --vocab-size 32000 -
 import argparse
 from pathlib import Path
 
-from _cli import run_tool
+from _cli import add_max_malformed, run_tool
 from preprocessing.readers import SUFFIXES
 from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_tokenizer
 
@@ -33,12 +33,7 @@ def _parser() -> argparse.ArgumentParser:
         "memory is about 14 times that",
     )
     add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
-    add(
-        "--max-malformed",
-        type=int,
-        metavar="N",
-        help="malformed lines to let pass (default: 10, or 1%% of the lines read so far if that is more)",
-    )
+    add_max_malformed(parser)
     add("--overwrite", action="store_true", help="replace a tokenizer that is there")
     return parser
 

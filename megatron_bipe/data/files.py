@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
 
 PARTIAL_SUFFIX = ".partial"  # of a name that is still being written
@@ -27,15 +28,6 @@ def sha256_of(path: Path) -> str:
         raise unreadable(path, error) from error
 
 
-def sync_folder(folder: Path) -> None:
-    """Force renames inside `folder` to the disk; a rename alone may be lost with the power."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
 def write_atomically(path: Path, data: bytes) -> None:
     """Put `data` at `path` so that a reader, or a crash, sees all of it or none."""
     partial = partial_path(path)
@@ -48,7 +40,7 @@ def write_atomically(path: Path, data: bytes) -> None:
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync_folder(path.parent)
+    sync(path.parent)
 
 
 def unreadable(path: Path, error: OSError) -> DataError:

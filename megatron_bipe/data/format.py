@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.files import partial_path, sync_folder, unreadable
+from megatron_bipe.data.files import partial_path, unreadable
 from megatron_bipe.data.layout import (
     DTYPE_CODES,
     FORMAT_VERSION,
@@ -28,6 +28,7 @@ from megatron_bipe.data.layout import (
     shard_path,
 )
 from megatron_bipe.data.records import SUFFIXES, FileRecord, ShardRecord, Suffix
+from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
 
@@ -106,7 +107,7 @@ class ShardWriter:
                 files[suffix] = _sync(stream, hashlib.sha256(data).hexdigest())
         for suffix in SUFFIXES:
             self._partial(suffix).replace(self._path(suffix))
-        sync_folder(self._folder)
+        sync(self._folder)
         return ShardRecord(
             name=self.name,
             documents=self.num_documents,

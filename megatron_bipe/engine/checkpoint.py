@@ -4,7 +4,6 @@ RUN/checkpoints/step-00000100/   what the engine wrote after 100 updates
 RUN/checkpoints/latest           name of the newest one
 """
 
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 
 _STEP = re.compile(r"step-(\d{8,})")
@@ -87,9 +87,9 @@ def publish(
         pointer = final.with_name("latest")
         fresh = final.with_name("latest.writing")
         fresh.write_text(final.name + "\n")
-        _sync(fresh)
+        sync(fresh)
         fresh.rename(pointer)
-        _sync(final.parent)
+        sync(final.parent)
     barrier()
     return final
 
@@ -134,13 +134,5 @@ def _step_of(name: str) -> str | None:
 def _sync_tree(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
-            _sync(path)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+            sync(path)
+    sync(folder)

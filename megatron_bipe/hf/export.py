@@ -6,7 +6,6 @@ on sample windows, and renamed into place last: a folder under the final name is
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import model_card
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, plan_model
@@ -236,22 +236,13 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield draft
         for file in draft.iterdir():
             file.chmod(0o644)  # safetensors writes for the owner only
-            _flush(file)
+            sync(file)
         if folder.exists():
             folder.rename(scratch / "replaced")
         draft.rename(folder)
-        _flush(folder.parent)
+        sync(folder.parent)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def _flush(path: Path) -> None:
-    """Have the disk hold what was written: a file's bytes, or a folder's entries."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -7,10 +7,8 @@ Example: python tools/bench/preprocess.py --megabytes 20 --tokenizer llama_token
 """
 
 import argparse
-import importlib.metadata
 import logging
 import os
-import platform
 import resource
 import statistics
 import sys
@@ -30,6 +28,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
 from preprocessing.build import BuildOptions, build
 from preprocessing.readers import parse_block, read_blocks
@@ -131,7 +130,7 @@ def main() -> None:
             for label in CONTENDERS:
                 with tempfile.TemporaryDirectory(dir=folder) as output:
                     costs[label].append(_run_apart(label, corpus, definition, Path(output)))
-    print(_machine())
+    print(describe_machine("tokenizers", "datasets", "transformers"))
     print(f"{documents} documents, {text_bytes / 1e6:.1f} MB of text, median of {arguments.repeats} runs")
     _print_table(costs, text_bytes)
 
@@ -194,15 +193,6 @@ def _collect(file: Path, max_bytes: float) -> tuple[Path, int, int]:
 def _batches(corpus: Path) -> Iterator[list[str]]:
     for block in read_blocks(corpus):
         yield [document.text for document in parse_block(block, "text", None).documents]
-
-
-def _machine() -> str:
-    names = ("tokenizers", "datasets", "transformers")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-    return f"{model}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
 
 
 def _print_table(costs: dict[str, list[Cost]], text_bytes: int) -> None:

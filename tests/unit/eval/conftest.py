@@ -5,12 +5,10 @@ import pytest
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.format import ShardWriter, choose_dtype
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
-from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.data.manifest import TokenizerRecord
+from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.eval.subject import Subject
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.types import TokenizedDocument
 
 VOCAB = 40
 FINGERPRINT = "a" * 64
@@ -18,23 +16,15 @@ NEWLINE = SegmentRule(spec="newline", token_ids=(13,))
 
 
 @pytest.fixture
-def make_dataset(tmp_path):
-    """Maker of a TokenDataset in two shards; each token stands for 3 bytes of text."""
+def make_dataset(tmp_path, write_dataset):
+    """Makes a TokenDataset of two shards from lists of ids; each token stands for 3 bytes of text."""
 
     def make(documents, rule=NEWLINE, name="corpus", vocab_size=VOCAB, fingerprint=FINGERPRINT):
-        folder = tmp_path / name
-        dtype = choose_dtype(vocab_size)
         half = len(documents) // 2
-        records = []
-        for number, part in enumerate((documents[:half], documents[half:])):
-            with ShardWriter(folder, f"{name}-{number:05d}", dtype) as writer:
-                for document in part:
-                    tokens = np.asarray(document, dtype=dtype)
-                    writer.add(TokenizedDocument(tokens, segment_ends(tokens, rule), 3 * tokens.size, ""))
-                records.append(writer.finish())
         tokenizer = TokenizerRecord(name="test", fingerprint=fingerprint, vocab_size=vocab_size, special_ids={})
-        Manifest(tokenizer=tokenizer, rule=rule, dtype=dtype.name, shards=tuple(records), source={}).save(folder)
-        return TokenDataset(folder)
+        shards = [documents[:half], documents[half:]]
+        write_dataset(tmp_path / name, shards, rule=rule, vocab_size=vocab_size, tokenizer=tokenizer)
+        return TokenDataset(tmp_path / name)
 
     return make
 

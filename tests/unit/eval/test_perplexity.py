@@ -187,7 +187,7 @@ def test_damaged_weights_are_reported_not_averaged(make_dataset, make_subject, d
 
 def test_damaged_tokens_are_reported_not_looked_up(make_dataset, make_subject, documents):
     dataset = make_dataset(documents)
-    file = dataset.path / "corpus-00001.bin"
+    file = dataset.path / "part-00001.bin"
     content = bytearray(file.read_bytes())
     content[20:22] = (1000).to_bytes(2, "little")
     file.write_bytes(content)

@@ -1,0 +1,78 @@
+"""The quickstart's plan and its honesty; the commands themselves are tested where they belong."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.errors import BipeError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """The script as a module, from the repository's root as the working folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        patch.chdir(ROOT)
+        spec = importlib.util.spec_from_file_location("quickstart_script", ROOT / "tools" / "quickstart.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_plan_is_commands_of_the_project_with_values_filled_in(quickstart):
+    steps = quickstart.plan(Path("some where"), ["train.steps=7", "optimizer.warmup_steps=1"])
+    assert len(steps) == 4 + 3 + 1 + 3 + 1
+    for step in steps:
+        script = next(word for word in step.command if word.endswith(".py"))
+        assert (ROOT / script).is_file()
+        assert not any("{" in word or "}" in word for word in step.command)
+        assert step.result.is_relative_to("some where")
+    train = next(step for step in steps if step.title == "Train rope")
+    assert train.result.name == "step-00000007"
+    assert train.command[-4:] == ["--set", "train.steps=7", "--set", "optimizer.warmup_steps=1"]
+    assert "data.path=some where/data/train" in train.command
+
+
+def test_run_step_finished_before_is_not_run_again(quickstart, tmp_path, capsys):
+    (tmp_path / "result").touch()
+    quickstart.run_step(quickstart.Step("Fail", ["false"], tmp_path / "result"), "1/1", tmp_path / "logs")
+    assert "done before" in capsys.readouterr().out
+
+
+def test_run_step_keeps_all_output_and_shows_what_matters(quickstart, tmp_path, capsys):
+    code = "print('[2026-01-01] noise'); print('step 1'); open('result', 'w')".replace(
+        "result", str(tmp_path / "result")
+    )
+    step = quickstart.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
+    quickstart.run_step(step, "1/1", tmp_path / "logs")
+    shown = capsys.readouterr().out
+    assert "    step 1\n" in shown and "    [2026" not in shown
+    assert "noise" in (tmp_path / "logs" / "01-Do_it.log").read_text()
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
+def test_run_step_failing_or_without_result_names_its_log(quickstart, tmp_path, code):
+    step = quickstart.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
+    with pytest.raises(BipeError, match="did not make") as error:
+        quickstart.run_step(step, "2/9", tmp_path / "logs")
+    assert error.value.place == str(tmp_path / "logs" / "02-Do_it.log")
+
+
+BASE = {64: 20.0, 128: 19.0, 256: 20.9, 512: 25.0}
+
+
+@pytest.mark.parametrize(("changes", "length"), [({}, 256), ({128: 21.1}, 64), ({256: 21.1}, 128), ({512: 21.0}, 512)])
+def test_reach_ends_where_perplexity_first_leaves_the_band(quickstart, changes, length):
+    assert quickstart.reach(BASE | changes) == length
+
+
+@pytest.mark.parametrize(("rope_at_128", "shows"), [(30.0, True), (20.0, False)])
+def test_verdict_says_whether_every_bilevel_model_reaches_further(quickstart, rope_at_128, shows):
+    rope = BASE | {128: rope_at_128}
+    text = quickstart.verdict({"rope": rope, "bipe_rope": BASE, "bipe_alibi": BASE | {512: 20.0}})
+    assert ("NOT" not in text) is shows
+    assert "bipe_rope up to 256 tokens" in text and "bipe_alibi up to 512 tokens" in text
