@@ -19,7 +19,7 @@ from megatron_bipe.errors import BipeError
 from megatron_bipe.parallel.mesh import Mesh, join_launch
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.hardware import peak_flops
+from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.train.loop import train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.run_folder import resume_point, write_run_folder
@@ -36,6 +36,8 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, mesh.num_ranks))
         return
+    if mesh.device.type == "cpu":
+        keep_freed_memory()
     feed = Feed(run, mesh)
     checkpoint = resume_point(run, feed.record)
     engine = ZeroEngine(run, ds_config, mesh)

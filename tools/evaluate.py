@@ -15,6 +15,7 @@ from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_t
 from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, write_report
 from megatron_bipe.eval.subject import Subject, check_suits
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
+from megatron_bipe.train.hardware import keep_freed_memory
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
@@ -36,6 +37,8 @@ def perplexity(arguments: argparse.Namespace) -> None:
         device=pick_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
     )
+    if settings.device == "cpu":
+        keep_freed_memory()
     prepare_output(arguments.output, arguments.overwrite)
     dataset = TokenDataset(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from _cli import run_tool
 from megatron_bipe.errors import CheckpointError
@@ -26,6 +26,7 @@ def main() -> None:
             "no exported model here", remedy="Make one with tools/export_hf.py", place=arguments.model
         )
     disable_progress_bar()
+    set_verbosity_error()  # it reminds of the training length, which these models may exceed
     texts = generate(arguments)
     print("\n\n".join(texts))
     if arguments.output:
@@ -34,7 +35,7 @@ def main() -> None:
 
 def generate(arguments: argparse.Namespace) -> list[str]:
     """Prompts with their continuations, one by one."""
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=torch.float32).eval()
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     texts = []

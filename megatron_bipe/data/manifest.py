@@ -167,7 +167,7 @@ def _no_dataset(folder: Path) -> DataError:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
         listed = f"; datasets inside it: {', '.join(inside[:8])}" if inside else ""
         what = f"the folder has no {MANIFEST_NAME}, so it is no dataset, or an unfinished one{listed}"
-    command = "python tools/preprocess.py --input FILES... --tokenizer DIR --output DIR"
+    command = f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
     return DataError(what, remedy=f"Name a finished dataset, or make one: {command}", place=folder)
 
 

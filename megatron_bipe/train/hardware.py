@@ -1,5 +1,6 @@
-"""What the machine could do: the denominator of the model FLOP utilisation."""
+"""What the machine could do, and what keeps it from doing so."""
 
+import ctypes
 import resource
 import time
 
@@ -7,6 +8,9 @@ import torch
 
 # Dense bf16 tensor-core peaks from the vendors' data sheets, FLOP/s.
 _BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
+# glibc's malloc.h: never map large blocks by themselves, never trim the heap, grow it by 64 MiB.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
 _PROBE_SIZE, _PROBE_REPEATS = 1024, 5
 
 
@@ -30,6 +34,22 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def keep_freed_memory() -> bool:
+    """Let glibc hand freed memory to the next tensor instead of returning it to the system; for work on a CPU.
+
+    By default every large tensor is mapped anew and faulted in page by page, at every step. Measured on two cores
+    with the quickstart's model: 24% more tokens a second. The process keeps its peak memory until it ends.
+
+    Returns:
+        Whether the C library took the settings; others than glibc do not know them.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, value) == 1 for option, value in _KEEP_MEMORY.items())
 
 
 def _timed(a: torch.Tensor, b: torch.Tensor) -> float:
