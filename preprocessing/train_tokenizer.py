@@ -14,8 +14,9 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
 from megatron_bipe.data.files import write_atomically
+from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
-from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files, tokenizer_json
+from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
 from preprocessing.readers import find_inputs, parse_block, read_blocks
 from preprocessing.tally import Tally, require_at_least
 from preprocessing.tokenizer_check import CheckSample, check_agreement
@@ -63,7 +64,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
     tally = Tally(options.max_malformed)
     lines = _lines(sample.tapped(_texts(files, options, tally)))
     model = _train(lines, options)
-    definition = tokenizer_json(model)
+    definition = sentencepiece_to_json(model.SerializeToString())
     check_agreement(model.SerializeToString(), definition, sample.texts)
     contents = {"tokenizer.model": model.SerializeToString(), **settings_files(), "tokenizer.json": definition}
     options.output.mkdir(parents=True, exist_ok=True)

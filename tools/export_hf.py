@@ -50,7 +50,7 @@ def main() -> None:
         arguments.output,
         DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),
         _windows(run, record),
-        TokenizerSource(tokenizer.definition, tokenizer.special_ids, tokenizer.encode_batch),
+        TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch),
         ExportOptions(
             DTYPES[arguments.dtype or run.train.precision],
             int(arguments.max_shard_gb * 1e9),

@@ -29,7 +29,11 @@ def main() -> None:
     settings = read_settings(arguments.input)
     named = {role: settings.get(f"{role}_token_id") for role in ("bos", "eos")}
     special_ids = tokenizer.special_ids if tokenizer else {role: i for role, i in named.items() if isinstance(i, int)}
-    source = TokenizerSource(tokenizer.definition, special_ids, tokenizer.encode_batch) if tokenizer else None
+    source = (
+        TokenizerSource(tokenizer.definition, tokenizer.to_json(), special_ids, tokenizer.encode_batch)
+        if tokenizer
+        else None
+    )
     figure = export_model(
         model.weights,
         model.config,

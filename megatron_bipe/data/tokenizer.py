@@ -19,6 +19,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
+from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.data.token_text import byte_of, json_token_texts
 from megatron_bipe.errors import DataError
 
@@ -75,6 +76,10 @@ class Tokenizer(ABC):
     def text_of(self, token_id: int) -> str | None:
         """Exact text that this token adds inside a sequence; None for special, unused and partial-character tokens."""
 
+    @abstractmethod
+    def to_json(self) -> bytes:
+        """Content of a `tokenizer.json` for this tokenizer; for a SentencePiece model a conversion, to be compared."""
+
     def copy_to(self, folder: Path) -> None:
         """Copy the tokenizer's files into `folder`, named so that `load_tokenizer(folder)` finds the same one."""
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,6 +133,10 @@ class JsonTokenizer(Tokenizer):
             self._texts = json_token_texts(self._spec, vocabulary, special, self.definition)
         return self._texts.get(token_id)
 
+    def to_json(self) -> bytes:
+        """The definition as it is."""
+        return self.definition.read_bytes()
+
 
 class SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model` alone, run by the `sentencepiece` library; control symbols in raw text are plain text."""
@@ -168,6 +177,10 @@ class SentencePieceTokenizer(Tokenizer):
             byte = byte_of(piece)
             return chr(byte) if byte is not None and byte < 0x80 else None
         return str(piece).replace("\u2581", " ")
+
+    def to_json(self) -> bytes:
+        """The definition converted; whether it gives the same ids, the caller has to check."""
+        return sentencepiece_to_json(self.definition.read_bytes())
 
 
 def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer:

@@ -10,10 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import sentencepiece
 import tokenizers
-from tokenizers import decoders, normalizers, processors
-from tokenizers.models import BPE
+from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_bipe.errors import CheckpointError
@@ -48,6 +46,8 @@ class TokenizerSource(NamedTuple):
 
     definition: Path
     """tokenizer.json or tokenizer.model."""
+    json: bytes
+    """The same as a tokenizer.json, converted where it is a tokenizer.model."""
     special_ids: Mapping[str, int]
     """Ids by role: bos, and where they exist eos, unk, pad."""
     encode: Callable[[Sequence[str]], Sequence[Iterable[int]]]
@@ -65,9 +65,9 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
     Raises:
         CheckpointError: `AutoTokenizer` gives other ids than training had, or more than the model knows.
     """
-    shutil.copyfile(source.definition, folder / source.definition.name)
     if source.definition.suffix == ".model":
-        from_sentencepiece(source.definition).save(str(folder / "tokenizer.json"))
+        shutil.copyfile(source.definition, folder / source.definition.name)
+    (folder / "tokenizer.json").write_bytes(source.json)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
     if "bos" in source.special_ids and not _opens_with(backend, source.special_ids["bos"]):
         _open_with(backend, source.special_ids["bos"])
@@ -124,32 +124,3 @@ def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] 
                 remedy="Check that the tokenizer files are those the data was made with",
                 place=source.definition,
             )
-
-
-def from_sentencepiece(definition: Path) -> tokenizers.Tokenizer:
-    """A SentencePiece BPE model in the form of a tokenizer.json; whether it is the same, the caller must check."""
-    model = sentencepiece.SentencePieceProcessor(model_file=str(definition))
-    ids = range(model.get_piece_size())
-    vocabulary = {model.id_to_piece(i): i for i in ids}
-    special = [i for i in ids if model.is_control(i) or model.is_unknown(i)]
-    unmerged = {*special, *(i for i in ids if model.is_byte(i) or model.is_unused(i))}
-    merges = []
-    for i in ids:
-        piece = model.id_to_piece(i)
-        if i not in unmerged:
-            halves = [(piece[:cut], piece[cut:]) for cut in range(1, len(piece))]
-            known = [(vocabulary[a], vocabulary[b]) for a, b in halves if a in vocabulary and b in vocabulary]
-            merges += [(-model.get_score(i), i, *pair) for pair in known]
-    byte_fallback = any(model.is_byte(i) for i in ids)
-    pairs = [(model.id_to_piece(a), model.id_to_piece(b)) for _, _, a, b in sorted(merges)]
-    unknown = model.id_to_piece(model.unk_id())
-    result = tokenizers.Tokenizer(
-        BPE(vocab=vocabulary, merges=pairs, unk_token=unknown, fuse_unk=True, byte_fallback=byte_fallback)
-    )
-    result.normalizer = normalizers.Sequence([normalizers.Prepend(_SPACE), normalizers.Replace(" ", _SPACE)])
-    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    result.decoder = decoders.Sequence(steps)
-    result.add_special_tokens(
-        [tokenizers.AddedToken(model.id_to_piece(i), normalized=False, special=True) for i in special]
-    )
-    return result

@@ -203,7 +203,7 @@ def test_export_of_weights_of_another_model_refuses(tmp_path, changes, message, 
 
 def source_of(folder):
     tokenizer = load_tokenizer(folder)
-    return TokenizerSource(tokenizer.definition, tokenizer.special_ids, tokenizer.encode_batch)
+    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch)
 
 
 @pytest.fixture(scope="module")

@@ -122,14 +122,14 @@ def test_train_no_text_or_bad_lines_is_an_error(tmp_path: Path) -> None:
 
 def test_train_disagreeing_files_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", *["the words there, then the other words ."] * 5)
-    make = module.tokenizer_json
+    make = module.sentencepiece_to_json
 
-    def without_merges(model: object) -> bytes:
+    def without_merges(model: bytes) -> bytes:
         content = json.loads(make(model))
         content["model"]["merges"] = []
         return json.dumps(content).encode()
 
-    monkeypatch.setattr(module, "tokenizer_json", without_merges)
+    monkeypatch.setattr(module, "sentencepiece_to_json", without_merges)
     with pytest.raises(DataError, match="disagree"):
         train_tokenizer(TrainOptions(inputs, 300, tmp_path / "made"))
     assert not (tmp_path / "made").exists()
@@ -139,7 +139,7 @@ def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> Non
     model = (tokenizer_folder / "tokenizer.model").read_bytes()
     content = json.loads((tokenizer_folder / "tokenizer.json").read_bytes())
     piece = max(sentencepiece.SentencePieceProcessor(model_proto=model).encode("lazy", out_type=str), key=len)
-    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if pair.replace(" ", "") != piece]
+    content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != piece]
     definition = json.dumps(content).encode()
     check_agreement(model, definition, ["nothing of its kind"])
     with pytest.raises(DataError, match="disagree"):
