@@ -34,13 +34,15 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no such run folder or checkpoint; the message lists the steps there are.
     """
-    name, at, wanted = str(spec).rpartition("@")
-    run_dir = Path(name if at else wanted)
-    steps = list_steps(run_dir)
-    if not at:
-        pointer = run_dir / "checkpoints" / "latest"
-        wanted = (_step_of(pointer.read_text().strip()) if pointer.is_file() else None) or ""
-    found = {str(step): step for step in steps}
+    run_dir, wanted = Path(spec), ""
+    if not run_dir.is_dir():  # a folder's own name may have an @
+        name, at, step = str(spec).rpartition("@")
+        run_dir, wanted = (Path(name), step) if at else (run_dir, "")
+    found = {str(step): step for step in list_steps(run_dir)}
+    if not wanted and found:
+        wanted = _pointed_at(run_dir)
+        if wanted not in found:  # a crash may have come between the checkpoint and the pointer to it
+            wanted = list(found)[-1]
     if wanted not in found:
         listed = ", ".join(found) or "none"
         raise CheckpointError(
@@ -124,6 +126,11 @@ def _join_zero3(checkpoint: Checkpoint) -> dict[str, Tensor]:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
     return {name: weight.to(dtype) for name, weight in masters.items()}
+
+
+def _pointed_at(run_dir: Path) -> str:
+    pointer = run_dir / "checkpoints" / "latest"
+    return (_step_of(pointer.read_text().strip()) if pointer.is_file() else None) or ""
 
 
 def _step_of(name: str) -> str | None:

@@ -27,6 +27,28 @@ def test_publish_then_find_newest_and_by_step(tmp_path):
     assert list_steps(tmp_path) == [10, 20]
 
 
+def test_find_checkpoint_folder_names_may_hold_an_at_sign(tmp_path):
+    _publish(tmp_path / "lr@3e-4", 10, _write(""))
+    assert find_checkpoint(tmp_path / "lr@3e-4").step == 10
+    assert find_checkpoint(f"{tmp_path}/lr@3e-4@10").run_dir == tmp_path / "lr@3e-4"
+
+
+@pytest.mark.parametrize("pointer", [None, "step-00000030\n", "nonsense"])
+def test_find_checkpoint_pointer_missing_or_wrong_takes_the_newest(tmp_path, pointer):
+    for step in (10, 20):
+        _publish(tmp_path, step, _write(""))
+    path = tmp_path / "checkpoints" / "latest"
+    path.unlink() if pointer is None else path.write_text(pointer)
+    assert find_checkpoint(tmp_path).step == 20
+
+
+def test_find_checkpoint_follows_the_pointer_back(tmp_path):
+    for step in (10, 20):
+        _publish(tmp_path, step, _write(""))
+    (tmp_path / "checkpoints" / "latest").write_text("step-00000010\n")
+    assert find_checkpoint(tmp_path).step == 10
+
+
 def test_publish_same_step_again_replaces_it(tmp_path):
     _publish(tmp_path, 10, _write("old"))
     _publish(tmp_path, 10, _write("new"))
