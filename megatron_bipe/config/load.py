@@ -84,11 +84,7 @@ def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """The known dotted key most like `key`; the same last part in another section counts as like."""
-    leaf = key.rpartition(".")[2]
-    same_leaf = [candidate for candidate in known if candidate.rpartition(".")[2] == leaf]
-    if same_leaf:
-        return same_leaf[0]
+    """The known dotted key most like `key`, its last part counting double."""
     return max(known, key=lambda candidate: _likeness(key, candidate))
 
 

@@ -55,6 +55,17 @@ def test_publish_same_step_again_replaces_it(tmp_path):
     assert (find_checkpoint(tmp_path).folder / "state.pt").read_text() == "new"
 
 
+def test_publish_waits_for_all_ranks_before_and_after_the_rename(tmp_path):
+    seen = []
+    publish(tmp_path, 10, _write(""), is_main=True, barrier=lambda: seen.append(step_folder(tmp_path, 10).exists()))
+    assert seen == [False, True]
+
+
+def test_publish_other_ranks_leave_the_renaming_to_the_main_one(tmp_path):
+    publish(tmp_path, 10, _write(""), is_main=False, barrier=lambda: None)
+    assert list_steps(tmp_path) == []
+
+
 def test_publish_failing_write_leaves_the_previous_checkpoint(tmp_path):
     _publish(tmp_path, 10, _write("good"))
 
