@@ -21,7 +21,8 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
 from megatron_bipe.errors import DataError
-from megatron_bipe.hf.export import DataFields, ExportOptions, Windows, export_model
+from megatron_bipe.hf.export import ExportOptions, Windows, export_model
+from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.train.run_folder import read_record
 

@@ -13,9 +13,10 @@ from _samples import random_windows
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.hf.export import DataFields, ExportOptions, export_model
+from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import read_settings
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
+from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 
 

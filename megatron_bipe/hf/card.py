@@ -1,14 +1,11 @@
 """The model card of an exported model."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-
-if TYPE_CHECKING:
-    from megatron_bipe.hf.export import DataFields
+from megatron_bipe.hf.settings import DataFields
 
 _ENCODINGS = {
     "bipe_rope": "bilevel (BiPE): learned intra-segment table, RoPE over segment counts",
@@ -55,7 +52,7 @@ plain characters; `split_special_tokens=False` changes that.
 def model_card(
     title: str,
     config: ModelConfig,
-    data: "DataFields",
+    data: DataFields,
     figure: float,
     tensors: Mapping[str, Tensor],
     facts: Mapping[str, str],

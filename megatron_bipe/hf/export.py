@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +24,7 @@ from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import model_card
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, plan_model
+from megatron_bipe.hf.settings import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.tokenizer_files import TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weights import to_llama
 
@@ -33,19 +34,6 @@ from megatron_bipe.hf.weights import to_llama
 TOLERANCE = 2e-5
 REMOTE_CODE = ("configuration_bipe.py", "modeling_bipe.py", "positions_bipe.py")
 Windows = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
-
-
-class DataFields(NamedTuple):
-    """What the exported model has to know of its training data."""
-
-    segments_spec: str
-    """Name of the segment rule."""
-    token_ids: Sequence[int]
-    """The separators it was resolved to; empty for fixed:N."""
-    tokenizer_fingerprint: str | None
-    """SHA-256 of the tokenizer's definition; None where no tokenizer is known."""
-    special_ids: Mapping[str, int]
-    """Token ids by role: bos, eos, unk, pad, as far as they exist."""
 
 
 class ExportOptions(NamedTuple):
@@ -92,7 +80,7 @@ def export_model(
         _write_weights(tensors, draft, options.max_shard_bytes)
         settings = hf_settings(config, data, options.dtype)
         _write_json(draft / CONFIG, settings)
-        _write_json(draft / "generation_config.json", _generation_settings(config, data))
+        _write_json(draft / "generation_config.json", generation_settings(config, data))
         if settings["model_type"] == "bipe":
             _write_code(draft)
         if tokenizer is not None:
@@ -119,57 +107,6 @@ def _llama_tensors(weights: Mapping[str, Tensor], config: ModelConfig, dtype: to
             f"the weights do not fit the configuration: {error}",
             remedy="Check that the weights and the configuration belong to the same model",
         ) from error
-
-
-def is_stock(config: ModelConfig) -> bool:
-    """True where transformers' own `LlamaForCausalLM` is the model."""
-    return config.encoding == "rope" and not config.log_scale
-
-
-def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json`; the keys that LLaMA does not know are the same for a stock model, which ignores them."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_scaling is not None:
-        rope |= {"rope_type": config.rope_scaling.type, "factor": config.rope_scaling.factor}
-    stock = is_stock(config)
-    name = "Llama" if stock else "Bipe"
-    settings: dict[str, Any] = {
-        "architectures": [f"{name}ForCausalLM"],
-        "model_type": name.lower(),
-        "dtype": str(dtype).removeprefix("torch."),
-        "vocab_size": config.vocab_size,
-        "hidden_size": config.hidden_size,
-        "intermediate_size": config.ffn_size,
-        "num_hidden_layers": config.num_layers,
-        "num_attention_heads": config.num_heads,
-        "num_key_value_heads": config.kv_heads,
-        "rms_norm_eps": config.norm_eps,
-        "initializer_range": config.init_std,
-        "rope_parameters": rope,
-        "encoding": config.encoding,
-        "intra_size": config.intra_size,
-        "train_len_tokens": config.train_len_tokens,
-        "log_scale": config.log_scale,
-        "zero_last_row": config.zero_last_row,
-        "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
-        "tokenizer_fingerprint": data.tokenizer_fingerprint,
-        "tie_word_embeddings": False,
-        **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
-    }
-    if stock:
-        more = {"max_position_embeddings": config.train_len_tokens, "hidden_act": "silu"}
-        return settings | more | {"attention_bias": False, "mlp_bias": False}
-    code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
-    return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
-
-
-def _generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]:
-    settings: dict[str, Any] = {
-        f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
-    }
-    if config.rope_scaling is not None and config.rope_scaling.type == "dynamic":
-        settings["use_cache"] = False  # each further token changes the base, and with it every cached key
-    return settings
 
 
 def _write_code(folder: Path) -> None:

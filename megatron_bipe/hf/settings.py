@@ -1,0 +1,73 @@
+"""What an exported model says of itself: config.json and generation_config.json."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+
+from megatron_bipe.config.schema import ModelConfig
+
+
+class DataFields(NamedTuple):
+    """What the exported model has to know of its training data."""
+
+    segments_spec: str
+    """Name of the segment rule."""
+    token_ids: Sequence[int]
+    """The separators it was resolved to; empty for fixed:N."""
+    tokenizer_fingerprint: str | None
+    """SHA-256 of the tokenizer's definition; None where no tokenizer is known."""
+    special_ids: Mapping[str, int]
+    """Token ids by role: bos, eos, unk, pad, as far as they exist."""
+
+
+def is_stock(config: ModelConfig) -> bool:
+    """True where transformers' own `LlamaForCausalLM` is the model."""
+    return config.encoding == "rope" and not config.log_scale
+
+
+def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:
+    """`config.json`; the keys that LLaMA does not know are the same for a stock model, which ignores them."""
+    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
+    if config.rope_scaling is not None:
+        rope |= {"rope_type": config.rope_scaling.type, "factor": config.rope_scaling.factor}
+    stock = is_stock(config)
+    name = "Llama" if stock else "Bipe"
+    settings: dict[str, Any] = {
+        "architectures": [f"{name}ForCausalLM"],
+        "model_type": name.lower(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden_size,
+        "intermediate_size": config.ffn_size,
+        "num_hidden_layers": config.num_layers,
+        "num_attention_heads": config.num_heads,
+        "num_key_value_heads": config.kv_heads,
+        "rms_norm_eps": config.norm_eps,
+        "initializer_range": config.init_std,
+        "rope_parameters": rope,
+        "encoding": config.encoding,
+        "intra_size": config.intra_size,
+        "train_len_tokens": config.train_len_tokens,
+        "log_scale": config.log_scale,
+        "zero_last_row": config.zero_last_row,
+        "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
+        "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "tie_word_embeddings": False,
+        **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
+    }
+    if stock:
+        more = {"max_position_embeddings": config.train_len_tokens, "hidden_act": "silu"}
+        return settings | more | {"attention_bias": False, "mlp_bias": False}
+    code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
+    return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
+
+
+def generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]:
+    """`generation_config.json`."""
+    settings: dict[str, Any] = {
+        f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
+    }
+    if config.rope_scaling is not None and config.rope_scaling.type == "dynamic":
+        settings["use_cache"] = False  # each further token changes the base, and with it every cached key
+    return settings
