@@ -28,7 +28,7 @@ _FREE = {
     "data.path",  # its content is compared through data.json
     "data.valid_path",
     "data.segments",
-    "train.steps",
+    "train.steps",  # the decay then ends at the new number, unless optimizer.decay_steps holds it
     "train.micro_batch",
     "train.log_every",
     "train.valid_every",
