@@ -40,9 +40,9 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         keep_freed_memory()
     feed = Feed(run, mesh)
     checkpoint = resume_point(run, feed.record)
-    engine = ZeroEngine(run, ds_config, mesh)
     if mesh.is_main:
         write_run_folder(run, feed.record, feed.dataset.path)
+    engine = ZeroEngine(run, ds_config, mesh)
     start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
     if checkpoint is not None:
         engine.load(checkpoint.folder)

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_bipe.data.files import PARTIAL_SUFFIX
 from megatron_bipe.data.format import ShardWriter, choose_dtype
-from megatron_bipe.data.manifest import MANIFEST_NAME, Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerRecord
 from megatron_bipe.data.records import ShardRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
@@ -21,7 +21,6 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenizedDocument
 
 SHARD_PREFIX = "tokens"
-TOKENIZER_FOLDER = "tokenizer"
 MAX_PARTITIONS = 1000  # each keeps a file open; a key with more values than this is hardly meant
 OWN_FILE = re.compile(rf"({SHARD_PREFIX}-\d+\.(bin|idx|seg)|{re.escape(MANIFEST_NAME)})({re.escape(PARTIAL_SUFFIX)})?")
 

@@ -17,7 +17,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
 from megatron_bipe.errors import DataError
@@ -37,7 +37,7 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments.checkpoint)
     run = load_run_config(checkpoint.run_dir / "config.yaml")
     record = read_record(checkpoint.run_dir)
-    tokenizer = load_tokenizer(checkpoint.run_dir / "tokenizer")
+    tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
     recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
     recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
     facts = {

@@ -9,13 +9,12 @@ from megatron_bipe.data.dataset import TokenDataset, foreign_token
 from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.format import Shard
 from megatron_bipe.data.layout import SEG_HEADER, damaged
-from megatron_bipe.data.manifest import MANIFEST_NAME, Manifest
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
 from megatron_bipe.data.records import SUFFIXES
 from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 
-TOKENIZER_FOLDER = "tokenizer"
 CHUNK_TOKENS = 1 << 22  # looked at together: bounds the memory that checking takes
 
 

@@ -14,9 +14,19 @@ from megatron_bipe.data.records import FileRecord, Record, Sha256, ShardRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import DataError
 
-__all__ = ["MANIFEST_NAME", "DataRecord", "FileRecord", "Manifest", "SegmentRule", "ShardRecord", "TokenizerRecord"]
+__all__ = [
+    "MANIFEST_NAME",
+    "TOKENIZER_FOLDER",
+    "DataRecord",
+    "FileRecord",
+    "Manifest",
+    "SegmentRule",
+    "ShardRecord",
+    "TokenizerRecord",
+]
 
 MANIFEST_NAME = "manifest.json"
+TOKENIZER_FOLDER = "tokenizer"  # beside the manifest, and in a run folder: the tokenizer's own files
 
 
 class TokenizerRecord(Record):

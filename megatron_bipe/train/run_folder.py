@@ -16,9 +16,9 @@ from typing import Any
 
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, list_steps
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, DataError
 
 _log = logging.getLogger(__name__)
 
@@ -58,11 +58,22 @@ def resume_point(run: RunConfig, record: DataRecord) -> Checkpoint | None:
 
 
 def write_run_folder(run: RunConfig, record: DataRecord, dataset_folder: Path) -> None:
-    """Write what describes the run; called on one rank before training."""
+    """Write what describes the run; called on one rank before training.
+
+    Raises:
+        DataError: the dataset has lost its tokenizer, and with it every checkpoint would.
+    """
+    tokenizer = dataset_folder / TOKENIZER_FOLDER
+    if not tokenizer.is_dir():
+        raise DataError(
+            "the dataset's tokenizer is missing, which checkpoints and exports need",
+            remedy="Copy the dataset again in full",
+            place=tokenizer,
+        )
     run.run_dir.mkdir(parents=True, exist_ok=True)
     (run.run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
     (run.run_dir / "data.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.copytree(dataset_folder / "tokenizer", run.run_dir / "tokenizer", dirs_exist_ok=True)
+    shutil.copytree(tokenizer, run.run_dir / TOKENIZER_FOLDER, dirs_exist_ok=True)
 
 
 def read_record(run_dir: Path) -> DataRecord:
