@@ -14,6 +14,7 @@ import torch
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
+from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.zero import ZeroEngine
 from megatron_bipe.errors import BipeError
 from megatron_bipe.parallel.mesh import Mesh, join_launch
@@ -36,13 +37,13 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, mesh.num_ranks))
         return
-    if mesh.device.type == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
+    tokenizer = open_tokenizer(feed.dataset)
     checkpoint = resume_point(run, feed.record)
+    engine = ZeroEngine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
     if mesh.is_main:
-        write_run_folder(run, feed.record, feed.dataset.path)
-    engine = ZeroEngine(run, ds_config, mesh)
+        write_run_folder(run, feed.record, tokenizer)
     start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
     if checkpoint is not None:
         engine.load(checkpoint.folder)

@@ -37,8 +37,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
         device=pick_device(arguments.device),
         dtype=DTYPES[arguments.dtype],
     )
-    if settings.device == "cpu":
-        keep_freed_memory()
+    keep_freed_memory(torch.device(settings.device))
     prepare_output(arguments.output, arguments.overwrite)
     dataset = TokenDataset(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]

@@ -8,8 +8,6 @@ RUN/tensorboard/      the same for TensorBoard
 RUN/checkpoints/      see engine/checkpoint.py
 """
 
-import logging
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,10 +15,9 @@ from typing import Any
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
+from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, list_steps
-from megatron_bipe.errors import CheckpointError, DataError
-
-_log = logging.getLogger(__name__)
+from megatron_bipe.errors import CheckpointError
 
 # What a continued run may change without becoming another run.
 _FREE = {
@@ -57,23 +54,12 @@ def resume_point(run: RunConfig, record: DataRecord) -> Checkpoint | None:
     return find_checkpoint(run.run_dir)
 
 
-def write_run_folder(run: RunConfig, record: DataRecord, dataset_folder: Path) -> None:
-    """Write what describes the run; called on one rank before training.
-
-    Raises:
-        DataError: the dataset has lost its tokenizer, and with it every checkpoint would.
-    """
-    tokenizer = dataset_folder / TOKENIZER_FOLDER
-    if not tokenizer.is_dir():
-        raise DataError(
-            "the dataset's tokenizer is missing, which checkpoints and exports need",
-            remedy="Copy the dataset again in full",
-            place=tokenizer,
-        )
+def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -> None:
+    """Write what describes the run; called on one rank, once all have read what an earlier start wrote."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     (run.run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
     (run.run_dir / "data.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
-    shutil.copytree(tokenizer, run.run_dir / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    tokenizer.copy_to(run.run_dir / TOKENIZER_FOLDER)
 
 
 def read_record(run_dir: Path) -> DataRecord:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -123,7 +124,11 @@ def test_line_exported_model_speaks_hugging_face(line):
 
 def test_line_bad_commands_leave_with_code_2_and_one_message(line, free_port):
     folder, data = line["folder"], line["data"]
+    bare, fresh = folder / "bare", folder / "fresh"
+    shutil.copytree(folder / "train", bare)
+    shutil.rmtree(bare / "tokenizer")
     cases = {
+        "tokenizer's files are missing": [f"data.path={bare}", f"run_dir={fresh}"],
         "did you mean 'train.steps'": ["train.step=3"],
         "not a multiple of": ["train.global_batch=6"],
         "tools/preprocess.py": [f"data.path={folder / 'absent'}"],
@@ -134,6 +139,7 @@ def test_line_bad_commands_leave_with_code_2_and_one_message(line, free_port):
     for message, settings in cases.items():
         output = pretrain(settings=[*data, *settings], ranks=2, port=free_port(), code=2)
         assert output.count("Error: ") == 1 and message in output, output
+    assert not fresh.exists()  # refused before anything is written
     missing = python(
         "tools/evaluate.py",
         "perplexity",

@@ -38,7 +38,7 @@ def test_keep_freed_memory_takes_hold_on_glibc_and_freed_tensors_are_reused():
     code = (
         "import torch, resource\n"
         "from megatron_bipe.train.hardware import keep_freed_memory\n"
-        "print(keep_freed_memory())\n"
+        "print(keep_freed_memory(torch.device('cpu')))\n"
         "for _ in range(10): torch.ones(2**24)\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt\n"
         "for _ in range(20): torch.ones(2**24)\n"
