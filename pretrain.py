@@ -9,14 +9,13 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.zero import ZeroEngine
 from megatron_bipe.errors import BipeError
+from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh, join_launch
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
@@ -49,8 +48,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         engine.load(checkpoint.folder)
         start = checkpoint.step
         logging.info("continuing %s from step %d", run.run_dir, start)
-    dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
-    metrics = Metrics(run, mesh, start, peak_flops(mesh.device, dtype))
+    metrics = Metrics(run, mesh, start, peak_flops(mesh.device, DTYPES[run.train.precision]))
     train(run, engine, feed, metrics, start, stop)
     metrics.close()
     engine.close()

@@ -15,9 +15,9 @@ from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_t
 from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, write_report
 from megatron_bipe.eval.subject import Subject, check_suits
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
+from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.hardware import keep_freed_memory
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 _log = logging.getLogger(__name__)
 
 

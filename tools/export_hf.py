@@ -24,9 +24,9 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
+from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.run_folder import read_record
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 log = logging.getLogger(__name__)
 
 

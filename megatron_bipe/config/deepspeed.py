@@ -35,6 +35,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     return values
 
 
+def zero_stage(ds_config: dict[str, Any]) -> Any:
+    """The ZeRO stage as written; DeepSpeed's default, 0, where it is not."""
+    return ds_config.get("zero_optimization", {}).get("stage", 0)
+
+
 def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, place: str | Path) -> dict[str, Any]:
     """Fill every "auto" of `ds_config` from the run.
 
@@ -50,7 +55,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         for section in _OWNED_SECTIONS
         if section in result
     ]
-    stage = result.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(result)
     for key, (owner, value) in _owned(run, num_ranks, stage).items():
         seen = _get(result, key)
         if seen not in (None, AUTO) and seen != value:

@@ -16,6 +16,7 @@ from torch import Tensor
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.model.precision import DTYPES
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -122,8 +123,7 @@ def _join_zero3(checkpoint: Checkpoint) -> dict[str, Tensor]:
     # Importing deepspeed takes seconds and prints; whoever reads anything but ZeRO-3 shards is spared it.
     from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
-    precision = load_run_config(checkpoint.run_dir / "config.yaml").train.precision
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
     masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
     return {name: weight.to(dtype) for name, weight in masters.items()}
 

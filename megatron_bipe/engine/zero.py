@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.checkpoint import publish
@@ -34,7 +35,7 @@ class ZeroEngine:
         self._mesh = mesh
         _quiet()
         deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo")
-        if run.train.precision == "bf16" and ds_config.get("zero_optimization", {}).get("stage", 0) == 0:
+        if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
         model = build_model(run.model, run.train.seed)
         self._engine, self._optimizer, _, _ = deepspeed.initialize(

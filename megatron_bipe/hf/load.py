@@ -82,15 +82,9 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
         scaled = rope["rope_type"] != "default"
         config = ModelConfig(
             encoding=encoding,
-            num_layers=settings["num_hidden_layers"],
-            hidden_size=settings["hidden_size"],
-            num_heads=settings["num_attention_heads"],
-            num_kv_heads=settings.get("num_key_value_heads"),
-            ffn_size=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
+            **llama_shape(settings),
             intra_size=settings["intra_size"],
             train_len_tokens=settings["train_len_tokens"],
-            norm_eps=settings["rms_norm_eps"],
             init_std=settings["initializer_range"],
             rope_base=rope["rope_theta"],
             rope_scaling=RopeScaling(type=rope["rope_type"], factor=rope["factor"]) if scaled else None,
@@ -112,6 +106,23 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             place=place,
         )
     return config
+
+
+def llama_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of `ModelConfig` that stand under LLaMA's keys in every layout.
+
+    Raises:
+        KeyError: one is missing.
+    """
+    return {
+        "num_layers": settings["num_hidden_layers"],
+        "hidden_size": settings["hidden_size"],
+        "num_heads": settings["num_attention_heads"],
+        "num_kv_heads": settings.get("num_key_value_heads"),
+        "ffn_size": settings["intermediate_size"],
+        "vocab_size": settings["vocab_size"],
+        "norm_eps": settings["rms_norm_eps"],
+    }
 
 
 def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | None:

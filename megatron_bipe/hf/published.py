@@ -16,7 +16,7 @@ from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, read_safetensors, read_settings
+from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings
 from megatron_bipe.hf.weights import INTRA_TABLE, from_llama
 
 # The ids that the authors' code compares tokens with, whatever the tokenizer: LLaMA's newline byte and its
@@ -74,15 +74,9 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], pl
     try:
         config = ModelConfig(
             encoding=encoding,
-            num_layers=settings["num_hidden_layers"],
-            hidden_size=settings["hidden_size"],
-            num_heads=settings["num_attention_heads"],
-            num_kv_heads=settings.get("num_key_value_heads"),
-            ffn_size=settings["intermediate_size"],
-            vocab_size=settings["vocab_size"],
+            **llama_shape(settings),
             intra_size=len(weights[INTRA_TABLE]) if INTRA_TABLE in weights else 1024,
             train_len_tokens=train_len,
-            norm_eps=settings["rms_norm_eps"],
             init_std=settings.get("initializer_range", 0.02),
             rope_base=settings.get("rope_theta", 10000.0),
             rope_scaling=RopeScaling(**scaling) if scaling else None,

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
@@ -57,7 +58,7 @@ def memory_estimate_gib(run: RunConfig, stage: int, num_ranks: int) -> dict[str,
 
 
 def _memory_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
-    stage = ds_config.get("zero_optimization", {}).get("stage", 0)
+    stage = zero_stage(ds_config)
     sizes = memory_estimate_gib(run, stage, num_ranks)
     lines = [f"{name:>12}{size:>10.2f}" for name, size in sizes.items()]
     return "\n".join([*lines, f"{'total':>12}{sum(sizes.values()):>10.2f}", f"(ZeRO {stage}, {num_ranks} ranks)\n"])

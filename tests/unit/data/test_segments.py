@@ -12,11 +12,11 @@ from pydantic import ValidationError
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, resolve_rule, segment_ends, window_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from tests.beside import LLAMA, ORACLE
 
 REPOSITORY = Path(__file__).parents[3]
 GOLDEN = REPOSITORY / "tests" / "golden" / "bilevel_ids.npz"
-ORACLE = REPOSITORY.parent / "shared" / "oracle" / "bilevel_ids" / "cases.npz"
-LLAMA = REPOSITORY.parent / "shared" / "llama_tokenizer"
+FULL = ORACLE / "bilevel_ids" / "cases.npz"
 REFERENCE = SegmentRule(spec="reference", token_ids=(13, 869))
 
 
@@ -62,9 +62,9 @@ def test_bilevel_ids_of_golden_cases_equal_the_authors() -> None:
     check_golden(GOLDEN, 11)
 
 
-@pytest.mark.skipif(not ORACLE.exists(), reason="the full set of golden ids is not beside the repository")
+@pytest.mark.skipif(not FULL.exists(), reason="the full set of golden ids is not beside the repository")
 def test_bilevel_ids_of_all_cases_equal_the_authors() -> None:
-    check_golden(ORACLE, 25)
+    check_golden(FULL, 25)
 
 
 @given(hnp.arrays(np.bool_, hnp.array_shapes(min_dims=1, max_dims=3, min_side=0, max_side=40)), st.integers(0, 50))

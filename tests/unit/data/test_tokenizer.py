@@ -17,8 +17,8 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_bipe.data.token_text import byte_characters, byte_of
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from tests.beside import LLAMA
 
-LLAMA = Path(__file__).resolve().parents[4] / "shared" / "llama_tokenizer"
 TEXTS = (
     "plain words, and more words.\n\tindented  twice .\r\n",
     "  leading and trailing  ",

@@ -11,6 +11,7 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.settings import DataFields, hf_settings
 from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.plan import build_model
+from tests.beside import ORACLE
 
 SEPARATORS = (3, 5)
 DATA = DataFields("[3,5]", SEPARATORS, "f" * 64, {"bos": 1, "eos": 2})
@@ -81,7 +82,6 @@ def golden():
 
 @pytest.fixture(scope="session")
 def oracle():
-    folder = Path(__file__).parents[4] / "shared" / "oracle"
-    if not folder.is_dir():
-        pytest.skip("the full oracle is not beside the repository")
-    return folder
+    if not ORACLE.is_dir():
+        pytest.skip(reason="the full oracle is not beside the repository")
+    return ORACLE

@@ -20,10 +20,10 @@ from megatron_bipe.hf import export as export_module
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
 from megatron_bipe.hf.weights import to_llama
+from tests.beside import LLAMA
 
 FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps: 3", "Data": "a|b"})
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
-LLAMA = Path(__file__).parents[4] / "shared" / "llama_tokenizer"
 
 
 @pytest.fixture
@@ -259,7 +259,7 @@ def test_exported_tokenizer_gives_training_ids(tmp_path, make, encoding, text_fi
 
 def test_exported_llama_tokenizer_gives_training_ids(tmp_path, tiny, plan_of, fields, windows):
     if not LLAMA.is_dir():
-        pytest.skip("the LLaMA tokenizer is not beside the repository")
+        pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
     config = tiny(encoding="rope", vocab_size=32000, hidden_size=8, num_heads=1, num_layers=1)
     export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, source_of(LLAMA), FP32)
     check_tokenizer(tmp_path / "m", source_of(LLAMA))

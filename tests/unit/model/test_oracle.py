@@ -13,9 +13,9 @@ from megatron_bipe.hf.weights import from_llama, to_llama
 from megatron_bipe.model.head import mean_loss
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
+from tests.beside import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"
-ORACLE = Path(__file__).parents[4] / "shared" / "oracle"
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle is not beside the repository")
 
