@@ -5,6 +5,7 @@ a defect or a broken machine and leaves with code 1 and a traceback.
 """
 
 from pathlib import Path
+from typing import Any
 
 
 class BipeError(Exception):
@@ -22,6 +23,14 @@ class BipeError(Exception):
         self.place = str(place)
         text = " ".join(_sentence(part) for part in (message, remedy) if part)
         super().__init__(f"{text}  [{self.place}]" if self.place else text)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Travel to another process whole."""
+        return _rebuilt, (type(self), self.message, self.remedy, self.place)
+
+
+def _rebuilt(kind: type[BipeError], message: str, remedy: str, place: str) -> BipeError:
+    return kind(message, remedy=remedy, place=place)
 
 
 def _sentence(text: str) -> str:

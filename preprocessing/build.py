@@ -1,22 +1,37 @@
-"""Raw files -> dataset folders: reads in order, tokenizes in parallel, writes in order, the manifest last."""
+"""Raw text -> dataset folders: plan ranges, have workers and ranks do those that are not done, put them together."""
 
+import itertools
 import logging
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import resolve_rule
-from megatron_bipe.data.tokenizer import load_tokenizer
-from preprocessing.output import Contents, OutputFolders, prepare_folder
+from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import Document
+from preprocessing import duplicates
+from preprocessing.backend import Choice, Name, choose_backend
+from preprocessing.documents import read_input
+from preprocessing.inputs import Input, Piece, find_inputs, plan_ranges
+from preprocessing.output import Contents, finish_publishing, has_output, publish, remove_if_empty
+from preprocessing.parse import Keys, Malformed
 from preprocessing.progress import Progress
-from preprocessing.readers import Block, find_inputs, read_blocks
+from preprocessing.ranges import Job
+from preprocessing.ranks import Ranks
+from preprocessing.split import Split
 from preprocessing.tally import Tally, require_at_least
-from preprocessing.tokenize import Recipe, tokenize_blocks
+from preprocessing.tokenize import Recipe
+from preprocessing.work import PUBLISHED_NAME, STOCK_NAME, RangeRecord, WorkFolder
+from preprocessing.workers import Task, do_ranges, range_weight, share_out
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the whole Pile, and no file too large to copy again
+CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
+FIRST_CHARS = 200_000  # of the input, compared before the run
 
 log = logging.getLogger(__name__)
 
@@ -31,66 +46,244 @@ class BuildOptions:
     segments: str = "reference"
     workers: int = 1
     partition_by: str | None = None
+    split: str | None = None  # as `Split.parse` reads it
     shard_tokens: int = SHARD_TOKENS
     text_key: str = "text"
     special_in_text: bool = False
+    append_eos: bool = False
+    deduplicate: bool = False
+    backend: Choice = "auto"
+    check_share: float = CHECK_SHARE
+    on_difference: str = "stop"  # or "fall-back"
     max_malformed: int | None = None  # None: as `Tally` has it
     overwrite: bool = False
 
 
-def build(options: BuildOptions) -> dict[Path, Manifest]:
-    """Make the dataset, or one for each partition.
+def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manifest]:
+    """Make the dataset, or one for each partition and split. Killed and called again, it goes on.
+
+    Args:
+        options: see there.
+        ranks: the processes that share the work; each calls this.
 
     Returns:
-        Manifests by folder.
+        Manifests by folder, on rank 0; nothing on the others.
 
     Raises:
-        DataError: bad options, inputs, tokenizer or output folder; too many malformed lines; no text at all.
-            Whatever was written by then is removed.
+        DataError: bad options, inputs, tokenizer or output folder; too many malformed lines; no text at all; the disk
+            is full. Finished shards stay for the next call, except when there is no text.
     """
+    ranks = ranks or Ranks()
+    plan = _plan(options)
+    work = WorkFolder(options.output)
+    existed = options.output.exists()
+    try:
+        ranks.first(partial(_begin, work, plan, options))
+        with work.locked(alone=False):
+            try:
+                backend = ranks.first(partial(_choose_backend, plan, options))
+                return _run(plan, options, backend, ranks)
+            except DataError:
+                if ranks.size == 1 and not any(work.has_documents(n) for n in range(len(plan.ranges))):
+                    work.remove()  # there is nothing in it to go on with
+                raise
+    finally:
+        if ranks.rank == 0 and not existed:
+            remove_if_empty(options.output)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What follows from the options and the inputs."""
+
+    inputs: list[Input]
+    ranges: list[list[Piece]]
+    tokenizer: Tokenizer
+    recipe: Recipe
+    keys: Keys
+
+    def job(self, options: BuildOptions) -> dict[str, Any]:
+        """All that decides the output's bytes."""
+        return {
+            "inputs": [[item.name, item.size, item.modified_ns] for item in self.inputs],
+            "tokenizer": self.tokenizer.fingerprint,
+            "special_ids": self.tokenizer.special_ids,
+            "rule": self.recipe.rule.model_dump(mode="json"),
+            "text_key": options.text_key,
+            "partition_by": options.partition_by,
+            "split": options.split,
+            "shard_tokens": options.shard_tokens,
+            "special_in_text": options.special_in_text,
+            "append_eos": options.append_eos,
+            "deduplicate": options.deduplicate,
+            "ranges": len(self.ranges),
+        }
+
+
+def _plan(options: BuildOptions) -> _Plan:
     require_at_least("--workers", options.workers, 1)
     require_at_least("--shard-tokens", options.shard_tokens, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
-    files = find_inputs(options.inputs)
+    if not 0 <= options.check_share <= 1:
+        raise DataError(f"--check-share is {options.check_share}", remedy="Give 0 to 1", place="--check-share")
+    inputs = find_inputs(options.inputs)
     tokenizer = load_tokenizer(options.tokenizer, options.special_in_text)
-    rule = resolve_rule(options.segments, tokenizer)
-    recipe = Recipe(tokenizer.definition, rule, options.text_key, options.partition_by, options.special_in_text)
-    prepare_folder(options.output, options.overwrite)
-    tally = Tally(options.max_malformed)
-    contents = Contents(tokenizer, rule, options.shard_tokens)
-    sizes = {str(file): file.stat().st_size for file in files}
-    with (
-        OutputFolders(options.output, contents, options.partition_by is not None) as output,
-        Progress(sum(sizes.values()), "Tokenizing") as progress,
-    ):
-        for block, done in tokenize_blocks(recipe, _all_blocks(files), options.workers):
-            counts = {"num_documents": len(done.lengths_D), "num_empty": done.num_empty, "num_lines": done.num_lines}
-            tally.add(done.malformed, **counts)
-            for document in done.documents():
-                output.add(document)
-            progress.update(block.read_bytes, int(done.text_bytes_D.sum()))
-        tally.finish(options.inputs)
-        log.info(progress.line())
-        return output.finish(_source(options, sizes, tally))
+    if options.append_eos and tokenizer.eos_id is None:
+        raise DataError(
+            "The tokenizer has no end-of-sequence token to append",
+            remedy='Name one as "eos_token" in its tokenizer_config.json, or leave --append-eos out',
+            place=tokenizer.definition,
+        )
+    recipe = Recipe(
+        tokenizer_file=tokenizer.definition,
+        rule=resolve_rule(options.segments, tokenizer),
+        special_in_text=options.special_in_text,
+        append_eos=options.append_eos,
+        split=Split.parse(options.split) if options.split is not None else None,
+        check_share=options.check_share,
+    )
+    keys = Keys(options.text_key, options.partition_by)
+    return _Plan(inputs, plan_ranges(inputs, options.shard_tokens), tokenizer, recipe, keys)
 
 
-def _all_blocks(files: list[Path]) -> Iterator[Block]:
-    for file in files:
-        yield from read_blocks(file)
+def _begin(work: WorkFolder, plan: _Plan, options: BuildOptions) -> None:
+    found = has_output(options.output)
+    with work.locked(alone=True):  # nobody else is at work
+        work.begin(plan.job(options), has_output=found, overwrite=options.overwrite)
 
 
-def _source(options: BuildOptions, sizes: dict[str, int], tally: Tally) -> dict[str, Any]:
+def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
+    documents: list[Document] = []
+    parts = (parsed.documents for item in plan.inputs for parsed in read_input(item, plan.keys))
+    total = 0
+    for document in itertools.chain.from_iterable(parts):
+        total += len(document.text)
+        if total > FIRST_CHARS:
+            break
+        documents.append(document)
+    return choose_backend(plan.tokenizer, options.backend, options.special_in_text, documents)
+
+
+def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dict[Path, Manifest]:
+    """Do what is not done, then publish."""
+    work = WorkFolder(options.output)
+    recipe = replace(plan.recipe, backend="stock" if work.has(STOCK_NAME) else backend)
+    job = Job(
+        output=options.output,
+        ranges=plan.ranges,
+        keys=plan.keys,
+        recipe=recipe,
+        shard_tokens=options.shard_tokens,
+        drop_duplicates=options.deduplicate,
+        fall_back=options.on_difference == "fall-back",
+    )
+    numbers = range(len(plan.ranges))
+    if work.has(PUBLISHED_NAME):
+        return ranks.first(partial(finish_publishing, work))
+    if options.deduplicate:
+        _mark_duplicates(job, work, options, ranks)
+    _do_all(job, "tokenize", [n for n in numbers if not work.is_done(n)], options, ranks)
+    if work.has(STOCK_NAME):  # gigatoken was found to be wrong: what it did before is not to be trusted
+        stock = replace(job, recipe=replace(recipe, backend="stock"))
+        _do_all(stock, "tokenize", [n for n in numbers if work.load_range(n).backend != "stock"], options, ranks)
+    if ranks.rank != 0:
+        return {}
+    records = [work.load_range(n) for n in numbers]
+    tally = _tally(records, plan.ranges, options.max_malformed)
+    tally.finish(options.inputs)
+    duplicates_found = sum(record.duplicates for record in records)
+    source = _source(options, plan.inputs, tally, duplicates_found)
+    return publish(work, records, Contents(plan.tokenizer, plan.recipe.rule, source))
+
+
+def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:
+    folders = [work.range_folder(n) for n in range(len(job.ranges))]
+    unhashed = [n for n, folder in enumerate(folders) if not duplicates.has_hashes(folder)]
+    _do_all(job, "hash_texts", unhashed, options, ranks)
+    if ranks.rank == 0 and not all(map(duplicates.has_dropped, folders)):
+        log.info("%d texts occur earlier too and are left out", duplicates.mark_duplicates(folders))
+    ranks.wait()
+
+
+def _do_all(job: Job, task: Task, numbers: list[int], options: BuildOptions, ranks: Ranks) -> None:
+    """A task for all of `numbers`, this rank's share of it by this process and its workers."""
+    ranks.wait()  # all have seen the same ranges to be undone
+    weights = [range_weight(job.ranges[n]) for n in numbers]
+    mine = share_out(numbers, weights, ranks.size)[ranks.rank]
+    if len(numbers) < len(job.ranges):
+        log.info("Going on: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
+    total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
+    guard = Tally(options.max_malformed, quiet=True)
+    with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
+        for number in do_ranges(job, task, mine, options.workers, progress.update):
+            if task == "tokenize":
+                _guard(guard if options.max_malformed is not None else Tally(quiet=True), job, number)
+        if ranks.rank == 0 and mine:
+            log.info(progress.line())
+    ranks.wait()
+
+
+def _guard(tally: Tally, job: Job, number: int) -> None:
+    """Stop early where a range alone, or under --max-malformed all so far, hold too much that is malformed."""
+    record = WorkFolder(job.output).load_range(number)
+    _add(tally, record, list(record.first_malformed))
+
+
+def _tally(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> Tally:
+    """Totals, and malformed lines by their numbers in their files; checks that the pieces fit together."""
+    tally = Tally(max_malformed)
+    lines: dict[str, int] = {}  # passed in each input
+    owed: dict[str, int] = {}  # bytes that a line took beyond its piece, for the next ones to skip
+    for record, pieces in zip(records, ranges, strict=True):
+        before = []
+        for piece, end in zip(pieces, record.ends, strict=True):
+            name = piece.input.name
+            before.append(lines.get(name, 0))
+            lines[name] = before[-1] + end.num_lines
+            owed[name] = owed.get(name, 0) - end.skipped_bytes
+            if owed[name] != 0 and (end.num_lines or end.overrun_bytes):
+                raise _misfit(piece)
+            owed[name] += end.overrun_bytes
+        places = zip(record.first_malformed, record.malformed_pieces, strict=True)
+        named = [bad._replace(file=pieces[place].input.name, line=bad.line + before[place]) for bad, place in places]
+        _add(tally, record, named)
+    return tally
+
+
+def _add(tally: Tally, record: RangeRecord, named: list[Malformed]) -> None:
+    tally.add(
+        named,
+        num_lines=record.lines,
+        num_documents=record.documents,
+        num_empty=record.empty,
+        num_malformed=record.malformed,
+    )
+
+
+def _misfit(piece: Piece) -> DataError:
+    return DataError(
+        f"The parts of the file before and after byte {piece.start} do not fit together: it was changed while it was "
+        "read, or different versions of zstandard or zlib took part",
+        remedy="Run again with --overwrite, in one environment",
+        place=piece.input.name,
+    )
+
+
+def _source(options: BuildOptions, inputs: list[Input], tally: Tally, num_duplicates: int) -> dict[str, Any]:
     """The manifest's account of the input; free of times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
-        "inputs": [{"file": _printable(file), "bytes": size} for file, size in sizes.items()],
+        "inputs": [{"file": _printable(item.name), "bytes": item.size} for item in inputs],
         "text_key": options.text_key,
         "partition_by": options.partition_by,
+        "split_by": options.split,
         "special_in_text": options.special_in_text,
         "document_starts_with": "bos",
+        "document_ends_with": "eos" if options.append_eos else None,
         "lines": tally.num_lines,
         "documents": tally.num_documents,
         "empty_texts": tally.num_empty,
+        "duplicate_texts": num_duplicates if options.deduplicate else None,
         "malformed_lines": tally.num_malformed,
         "first_malformed": [line._replace(file=_printable(line.file))._asdict() for line in tally.first_malformed],
     }

@@ -18,14 +18,16 @@ class Progress:
     Args:
         total_bytes: of the input files as they lie on disk.
         what: the work, for the line's head.
+        quiet: show nothing: another process does.
     """
 
-    def __init__(self, total_bytes: int, what: str) -> None:
+    def __init__(self, total_bytes: int, what: str, quiet: bool = False) -> None:
         self._total_bytes = total_bytes
         self._what = what
         self._done_bytes = self._text_bytes = 0
         self._began_s = self._last_line_s = time.monotonic()
-        show_bar = sys.stderr.isatty()
+        self._quiet = quiet
+        show_bar = sys.stderr.isatty() and not quiet
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=not show_bar)
 
     def __enter__(self) -> "Progress":
@@ -48,7 +50,7 @@ class Progress:
         if not self._bar.disable:
             self._bar.set_postfix_str(f"{self.text_mb_per_s:.1f} MB/s of text", refresh=False)
             self._bar.update(done_bytes)
-        elif time.monotonic() - self._last_line_s >= LINE_EVERY_S:
+        elif not self._quiet and time.monotonic() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.monotonic()
             log.info(self.line())
 

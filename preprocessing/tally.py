@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers import Malformed
+from preprocessing.parse import Malformed
 
 MALFORMED_NAMED = 10  # so many are named; also so many are always let pass
 MALFORMED_SHARE = 0.01  # of the lines read so far: more of them, and the input is not what it is taken for
@@ -18,15 +18,31 @@ class Tally:
     Args:
         max_malformed: lines to let pass; None for `MALFORMED_NAMED`, or `MALFORMED_SHARE` of the lines read so far
             if that is more.
+        quiet: warn of no line.
     """
 
-    def __init__(self, max_malformed: int | None = None) -> None:
-        self._max_malformed = max_malformed
+    def __init__(self, max_malformed: int | None = None, quiet: bool = False) -> None:
+        self._max_malformed, self._quiet = max_malformed, quiet
         self.num_lines = self.num_documents = self.num_empty = self.num_malformed = 0
         self.first_malformed: list[Malformed] = []
 
-    def add(self, malformed: Sequence[Malformed], *, num_lines: int, num_documents: int, num_empty: int) -> None:
-        """Count one block, and warn of its malformed lines.
+    def add(
+        self,
+        malformed: Sequence[Malformed],
+        *,
+        num_lines: int,
+        num_documents: int,
+        num_empty: int,
+        num_malformed: int | None = None,
+    ) -> None:
+        """Count one part of the input, and warn of its malformed lines.
+
+        Args:
+            malformed: lines to name.
+            num_lines: that are not blank.
+            num_documents: that were used.
+            num_empty: texts of no characters.
+            num_malformed: where not all of them are in `malformed`.
 
         Raises:
             DataError: more malformed lines than are let pass.
@@ -34,19 +50,21 @@ class Tally:
         self.num_lines += num_lines
         self.num_documents += num_documents
         self.num_empty += num_empty
-        self.num_malformed += len(malformed)
+        self.num_malformed += len(malformed) if num_malformed is None else num_malformed
         for line in malformed[: MALFORMED_NAMED - len(self.first_malformed)]:
-            log.warning("Left out %s", _named(line))
+            if not self._quiet:
+                log.warning("Left out %s", _named(line))
             self.first_malformed.append(line)
         allowed = self._max_malformed
         if allowed is None:
             allowed = max(MALFORMED_NAMED, int(MALFORMED_SHARE * self.num_lines))
         if self.num_malformed > allowed:
+            example = malformed[0] if malformed else self.first_malformed[0]
             raise DataError(
                 f"{self.num_malformed} of {self.num_lines} lines are malformed, more than the {allowed} that are let "
-                f"pass, such as {_named(malformed[0])}",
+                f"pass, such as {_named(example)}",
                 remedy="Mend the input, name the right --text-key or --partition-by, or raise --max-malformed",
-                place=malformed[0].file,
+                place=example.file,
             )
 
     def finish(self, inputs: Sequence[str]) -> None:

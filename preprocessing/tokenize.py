@@ -1,19 +1,8 @@
-"""Blocks of raw text -> token ids and segment ends, in this process or in worker processes.
+"""Documents -> token ids and segment ends, many at a time and no Python object a token."""
 
-Blocks go out and come back in order, a bounded number at a time, so neither memory nor the result depends on the
-number of workers. What crosses between processes is bytes one way and arrays the other.
-"""
-
-import os
-import signal
-import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
+import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
-from multiprocessing import get_context, parent_process
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,132 +11,103 @@ import numpy as np
 from megatron_bipe.data.format import choose_dtype
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bipe.errors import DataError
-from megatron_bipe.types import BoolArray, Document, IntArray, TokenArray, TokenizedDocument
-from preprocessing.readers import Block, Malformed, parse_block
+from megatron_bipe.types import BoolArray, Document, IntArray, TokenArray
+from preprocessing.backend import CheckedBackend, Name, open_backend
+from preprocessing.split import Split
 
-BLOCKS_AHEAD = 3  # per worker: one in work, one waiting so that no worker is idle, one done and waiting its turn
+HASH_BYTES = 16  # two texts of a corpus of 10^12 share one by chance once in 10^14 corpora
+
+
+class Destination(NamedTuple):
+    """Which dataset a document goes to."""
+
+    split: str  # "" where the output is not split
+    partition: str  # "" where it is not partitioned
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides which tokens a block gives; hashable, so that each process prepares it once."""
+    """All that decides which tokens a document gives, and where they go."""
 
     tokenizer_file: Path
     rule: SegmentRule
-    text_key: str = "text"
-    partition_key: str | None = None
     special_in_text: bool = False
+    append_eos: bool = False
+    split: Split | None = None
+    backend: Name = "stock"
+    check_share: float = 0.0  # of the text, compared with the stock tokenizer's ids
 
 
-class TokenizedBlock(NamedTuple):
-    """A block's documents, laid end to end (T tokens, D documents), and what had to be left out."""
+class TokenizedDocuments(NamedTuple):
+    """D documents laid end to end, T tokens together."""
 
     tokens_T: TokenArray  # storage dtype
     ends_T: BoolArray
     lengths_D: IntArray  # tokens
     text_bytes_D: IntArray
-    partitions: list[str]  # the values that occur
-    partition_D: IntArray  # index into `partitions`
-    malformed: list[Malformed]
-    num_lines: int
-    num_empty: int
-
-    def documents(self) -> Iterator[TokenizedDocument]:
-        """The documents, as views of the block's arrays."""
-        stops = np.cumsum(self.lengths_D)
-        for stop, length, size, value in zip(
-            stops.tolist(), self.lengths_D.tolist(), self.text_bytes_D.tolist(), self.partition_D.tolist(), strict=True
-        ):
-            here = slice(stop - length, stop)
-            yield TokenizedDocument(self.tokens_T[here], self.ends_T[here], size, self.partitions[value])
+    destinations: list[Destination]  # of each document
 
 
-def tokenize_blocks(recipe: Recipe, blocks: Iterable[Block], workers: int) -> Iterator[tuple[Block, TokenizedBlock]]:
-    """Tokenize blocks in order; each comes back with its source (whose content is dropped).
+class DocumentTokenizer:
+    """A recipe made ready.
 
     Args:
-        recipe: what to do with a block.
-        blocks: read lazily, at most `BLOCKS_AHEAD` per worker beyond the one being handed out.
-        workers: processes; 1 works in this process.
+        recipe: what to do.
 
-    Raises:
-        DataError: a worker process died.
+    Attributes:
+        backend: that gives the ids.
+        dtype: of the tokens as stored.
     """
-    if workers == 1:
-        for block in blocks:
-            yield block._replace(content=b""), tokenize_block(recipe, block)
-        return
-    pool = ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_start_worker)
-    waiting: deque[tuple[Block, Future[TokenizedBlock]]] = deque()
-    try:
-        for block in blocks:
-            waiting.append((block._replace(content=b""), pool.submit(tokenize_block, recipe, block)))
-            if len(waiting) > BLOCKS_AHEAD * workers:
-                source, done = waiting.popleft()
-                yield source, done.result()
-        while waiting:
-            source, done = waiting.popleft()
-            yield source, done.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            "A worker process died (most often killed by the system for want of memory)",
-            remedy="Use fewer --workers, or look into the system log",
-            place=waiting[0][0].file if waiting else "",
-        ) from error
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self.backend = recipe.backend
+        self._tokenizer: Tokenizer = load_tokenizer(recipe.tokenizer_file, recipe.special_in_text)
+        self._backend: CheckedBackend = open_backend(
+            self._tokenizer, recipe.backend, recipe.special_in_text, recipe.check_share
+        )
+        self.dtype = choose_dtype(self._tokenizer.vocab_size)
+
+    def __call__(self, documents: Sequence[Document]) -> TokenizedDocuments:
+        """Each document's BOS, its text, and EOS if asked for.
+
+        Raises:
+            TokenizerDifferenceError: the fast tokenizer was found to be wrong.
+        """
+        encoded = self._backend.encode_documents(documents)
+        eos = [self._tokenizer.eos_id] if self._recipe.append_eos else []
+        lengths_D = np.diff(encoded.offsets_D1) + 1 + len(eos)
+        stops_D = np.cumsum(lengths_D)
+        tokens_T = np.empty(int(lengths_D.sum()), self.dtype)
+        is_text_T = np.ones(tokens_T.size, np.bool_)
+        for places, token in [(stops_D - lengths_D, self._tokenizer.bos_id), *((stops_D - 1, token) for token in eos)]:
+            tokens_T[places] = token
+            is_text_T[places] = False
+        tokens_T[is_text_T] = encoded.tokens_T
+        return TokenizedDocuments(
+            tokens_T=tokens_T,
+            ends_T=_ends(tokens_T, lengths_D, self._recipe.rule),
+            lengths_D=lengths_D,
+            text_bytes_D=np.array([_utf8_bytes(document.text) for document in documents], dtype=np.int64),
+            destinations=[Destination(self._split_of(document), document.partition) for document in documents],
+        )
+
+    def _split_of(self, document: Document) -> str:
+        return self._recipe.split.of(text_hash(document.text)) if self._recipe.split else ""
 
 
-def tokenize_block(recipe: Recipe, block: Block) -> TokenizedBlock:
-    """Parse a block and tokenize its documents: BOS, then the text, no EOS."""
-    parsed = parse_block(block, recipe.text_key, recipe.partition_key)
-    tokenizer = _tokenizer_of(recipe)
-    dtype = choose_dtype(tokenizer.vocab_size)
-    ids = _with_bos(tokenizer, parsed.documents, dtype)
-    partitions = list(dict.fromkeys(document.partition for document in parsed.documents))
-    index = {value: number for number, value in enumerate(partitions)}
-    tokens_T = np.concatenate([np.empty(0, dtype), *ids])
-    return TokenizedBlock(
-        tokens_T=tokens_T,
-        ends_T=_ends(tokens_T, ids, recipe.rule),
-        lengths_D=np.array([len(document_T) for document_T in ids], dtype=np.int64),
-        text_bytes_D=np.array([len(document.text.encode()) for document in parsed.documents], dtype=np.int64),
-        partitions=partitions,
-        partition_D=np.array([index[document.partition] for document in parsed.documents], dtype=np.int64),
-        malformed=parsed.malformed,
-        num_lines=parsed.num_lines,
-        num_empty=parsed.num_empty,
-    )
+def text_hash(text: str) -> bytes:
+    """What tells two texts apart: decides the split, and finds duplicates."""
+    return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 
-def _with_bos(tokenizer: Tokenizer, documents: list[Document], dtype: np.dtype) -> list[TokenArray]:
-    bos = np.array([tokenizer.bos_id], dtype=dtype)
-    encoded = tokenizer.encode_batch([document.text for document in documents])
-    return [np.concatenate((bos, tokens_T), dtype=dtype, casting="unsafe") for tokens_T in encoded]
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
 
 
-def _ends(tokens_T: TokenArray, documents: list[TokenArray], rule: SegmentRule) -> BoolArray:
-    """Segment ends of all documents; one pass, unless the rule counts from each document's start."""
+def _ends(tokens_T: TokenArray, lengths_D: IntArray, rule: SegmentRule) -> BoolArray:
+    """Segment ends of all documents in one pass; a rule that counts starts again with each."""
     if rule.fixed_length is None:
         return segment_ends(tokens_T, rule)
-    return np.concatenate([np.empty(0, np.bool_), *(segment_ends(document_T, rule) for document_T in documents)])
-
-
-@cache
-def _tokenizer_of(recipe: Recipe) -> Tokenizer:
-    """The recipe's tokenizer, loaded once a process."""
-    return load_tokenizer(recipe.tokenizer_file, recipe.special_in_text)
-
-
-def _start_worker() -> None:
-    """Let the parent alone answer Ctrl-C, and leave when the parent is gone (a pool's worker would wait for ever)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
-
-
-def _leave_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
+    place_T = np.arange(1, tokens_T.size + 1) - np.repeat(np.cumsum(lengths_D) - lengths_D, lengths_D)
+    return place_T % rule.fixed_length == 0

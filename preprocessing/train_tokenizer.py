@@ -16,8 +16,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
+from preprocessing.documents import read_input
+from preprocessing.inputs import Input, find_inputs
 from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
-from preprocessing.readers import find_inputs, parse_block, read_blocks
+from preprocessing.parse import Keys
 from preprocessing.tally import Tally, require_at_least
 from preprocessing.tokenizer_check import CheckSample, check_agreement
 
@@ -73,16 +75,15 @@ def train_tokenizer(options: TrainOptions) -> Path:
     return options.output
 
 
-def _texts(files: list[Path], options: TrainOptions, tally: Tally) -> Iterator[str]:
+def _texts(inputs: list[Input], options: TrainOptions, tally: Tally) -> Iterator[str]:
     """Texts up to `sample_bytes`, from every file in proportion to its size on disk, from its beginning on."""
-    sizes = [file.stat().st_size for file in files]
+    total = sum(item.size for item in inputs)
     taken = passed = 0
-    for file, size in zip(files, sizes, strict=True):
-        passed += size
-        quota = options.sample_bytes * passed // max(sum(sizes), 1)
-        blocks = read_blocks(file)
-        while taken < quota and (block := next(blocks, None)) is not None:
-            parsed = parse_block(block, options.text_key, None)
+    for item in inputs:
+        passed += item.size
+        quota = options.sample_bytes * passed // max(total, 1)
+        parts = read_input(item, Keys(options.text_key))
+        while taken < quota and (parsed := next(parts, None)) is not None:
             counts = {"num_lines": parsed.num_lines, "num_empty": parsed.num_empty}
             tally.add(parsed.malformed, num_documents=len(parsed.documents), **counts)
             for document in parsed.documents:

@@ -1,31 +1,36 @@
-"""Raw text to a dataset: tokens, segment ends and a manifest.
+"""Raw text to a dataset: tokens, segment ends and a manifest. Stopped at any moment, the same command goes on.
 
 Example: python tools/preprocess.py --input pile/train --tokenizer llama_tokenizer --output data/pile --workers 8
+Several nodes that share a file system: mpiexec -n 64 python tools/preprocess.py --input ... (the same options).
 """
 
 import argparse
 from pathlib import Path
 
 from _cli import add_max_malformed, run_tool
-from preprocessing.build import SHARD_TOKENS, BuildOptions, build
-from preprocessing.readers import SUFFIXES
+from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
+from preprocessing.inputs import SUFFIXES
+from preprocessing.ranks import join_ranks
+from preprocessing.split import EXAMPLE
 
 
 def main() -> None:
     """Parse the command line, build, and say what was made."""
     options = BuildOptions(**vars(_parser().parse_args()))
-    for folder, made in build(options).items():
-        print(
-            f"{folder}: {made.num_documents} documents, {made.num_tokens} tokens, {made.num_segments} segments, "
-            f"{made.text_bytes / 1e6:.1f} MB of text, {len(made.shards)} shard(s)"
-        )
+    with join_ranks() as ranks:
+        for folder, made in build(options, ranks).items():
+            print(
+                f"{folder}: {made.num_documents} documents, {made.num_tokens} tokens, {made.num_segments} segments, "
+                f"{made.text_bytes / 1e6:.1f} MB of text, {len(made.shards)} shard(s)"
+            )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     kinds = ", ".join(SUFFIXES)
-    add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=f"files, folders or globs of {kinds}")
+    inputs = f"files, folders or globs of {kinds}; folders saved by `datasets`; names on the Hub (org/name:split)"
+    add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=inputs)
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="tokenizer folder or file, or a name on the Hub")
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
     add(
@@ -34,13 +39,36 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RULE",
         help="reference, sentence, newline, fixed:N, or a JSON list of token ids or of strings (default: %(default)s)",
     )
-    add("--workers", type=int, default=1, metavar="N", help="processes that tokenize (default: %(default)s)")
+    add("--workers", type=int, default=1, metavar="N", help="processes, or processes a rank (default: %(default)s)")
     add("--partition-by", metavar="KEY", help="one dataset per value of this key, e.g. meta.pile_set_name")
+    add("--split", metavar="NAME=SHARE,...", help=f"one dataset per split, by a hash of the text, e.g. {EXAMPLE}")
+    add("--deduplicate", action="store_true", help="leave out texts that equal an earlier one; reads everything twice")
+    add("--append-eos", action="store_true", help="end every document with the tokenizer's EOS token")
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="most tokens in a shard (default: 2^30)")
-    add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
+    add("--text-key", default="text", metavar="KEY", help="key of the text in a record (default: %(default)s)")
     add("--special-in-text", action="store_true", help='make a literal "<s>" in the text a special token')
+    add(
+        "--backend",
+        choices=("auto", "gigatoken", "stock"),
+        default="auto",
+        help="gigatoken is fast; stock is the tokenizer's own library; auto: gigatoken where both agree "
+        "(default: %(default)s)",
+    )
+    add(
+        "--check-share",
+        type=float,
+        default=CHECK_SHARE,
+        metavar="X",
+        help="of the text, also tokenized by the stock library and compared (default: %(default)s)",
+    )
+    add(
+        "--on-difference",
+        choices=("stop", "fall-back"),
+        default="stop",
+        help="when a comparison fails: stop and name the document, or begin again with stock (default: %(default)s)",
+    )
     add_max_malformed(parser)
-    add("--overwrite", action="store_true", help="replace a dataset that is there")
+    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
     return parser
 
 

@@ -72,23 +72,41 @@ class ShardWriter:
         """Append a document, which may be empty.
 
         Raises:
-            DataError: a token does not fit the storage type, or there are more tokens than an index entry counts.
+            DataError: as `append`.
         """
-        tokens_T, ends_T = document.tokens_T, document.ends_T
+        lengths_D = np.array([document.tokens_T.size], dtype=np.int64)
+        self.append(document.tokens_T, document.ends_T, lengths_D, document.text_bytes)
+
+    def append(self, tokens_T: TokenArray, ends_T: BoolArray, lengths_D: IntArray, text_bytes: int) -> None:
+        """Append documents that lie end to end.
+
+        Args:
+            tokens_T: their tokens.
+            ends_T: True where a token closes a segment.
+            lengths_D: tokens of each document.
+            text_bytes: UTF-8 length of their raw text together.
+
+        Raises:
+            DataError: a token does not fit the storage type, or a document has more tokens than an index entry counts.
+        """
         if tokens_T.ndim != 1 or ends_T.shape != tokens_T.shape or ends_T.dtype != np.bool_:
-            raise ValueError(f"no document: tokens {tokens_T.shape}, ends {ends_T.shape} of {ends_T.dtype}")
-        if tokens_T.size > MAX_DOCUMENT_TOKENS:
-            what = f"document {self.num_documents} has {tokens_T.size} tokens; an index entry counts to"
-            raise DataError(f"{what} {MAX_DOCUMENT_TOKENS}", remedy="Split the document", place=self._path("idx"))
-        data = self._storable(tokens_T).tobytes()
+            raise ValueError(f"no documents: tokens {tokens_T.shape}, ends {ends_T.shape} of {ends_T.dtype}")
+        if int(lengths_D.sum()) != tokens_T.size:
+            raise ValueError(f"documents of {lengths_D.sum()} tokens together, and {tokens_T.size} tokens")
+        longest = int(lengths_D.max(initial=0))
+        if longest > MAX_DOCUMENT_TOKENS:
+            what = f"document {self.num_documents + int(np.argmax(lengths_D))} has {longest} tokens"
+            what = f"{what}; an index entry counts to {MAX_DOCUMENT_TOKENS}"
+            raise DataError(what, remedy="Split the document", place=self._path("idx"))
+        data = np.ascontiguousarray(self._storable(tokens_T)).data
         self._bin.write(data)
         self._bin_sha256.update(data)
         bits = np.concatenate([self._loose, ends_T])
         whole = bits.size - bits.size % 8
         self._packed += np.packbits(bits[:whole], bitorder="little").tobytes()
-        self._loose = bits[whole:]
-        self._lengths.append(tokens_T.size)
-        self._text_bytes += document.text_bytes
+        self._loose = bits[whole:].copy()  # a view would keep all of `bits` alive
+        self._lengths.frombytes(lengths_D.astype(np.int32).tobytes())
+        self._text_bytes += text_bytes
         self.num_tokens += tokens_T.size
         self.num_segments += int(np.count_nonzero(ends_T))
 

@@ -18,6 +18,7 @@ from megatron_bipe.types import BoolArray, IntArray, TokenArray
 FULL_STOPS = frozenset(".。")
 CLOSERS = frozenset("\"'”’»›)]}」』）")  # what may stand between a full stop and the next sentence
 FIXED_PREFIX = "fixed:"
+FEW_IDS = 4  # so many comparisons cost less than looking each token up
 RULE_FORMS = "reference, sentence, newline, fixed:N, a JSON list of token ids, a JSON list of strings"
 
 
@@ -104,11 +105,15 @@ def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
     """
     if rule.fixed_length is not None:
         return _every(rule.fixed_length, tokens_T.shape[-1])
+    if len(rule.token_ids) <= FEW_IDS:
+        ends = np.zeros(tokens_T.shape, dtype=np.bool_)
+        for token_id in rule.token_ids:
+            ends |= tokens_T == token_id
+        return ends
     closes_V = np.zeros(max(rule.token_ids) + 2, dtype=np.bool_)
     closes_V[list(rule.token_ids)] = True
     # Ids beyond the table fall on its last entry, which is False.
-    ends: BoolArray = np.take(closes_V, tokens_T, mode="clip")
-    return ends
+    return np.take(closes_V, tokens_T, mode="clip")
 
 
 def window_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:

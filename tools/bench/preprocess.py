@@ -1,12 +1,15 @@
-"""Preprocessing against what people use: `datasets.map` with the same tokenizer, and `tokenizers` by itself.
+"""Preprocessing against what people use: `tokenizers`, `sentencepiece`, `datasets.map`, Megatron's one line at a time.
 
-Every contender gets the same .jsonl.zst of Python library sources and runs in a process of its own; imports and
-loading the tokenizer are timed for none. Medians of the repeats, which take turns.
+Every contender reads the same .jsonl.zst and runs in a process of its own; imports and loading the tokenizer are timed
+for none. The slow ones get the first part of the corpus only: their rate does not depend on the length. Medians of the
+repeats, which take turns.
 
-Example: python tools/bench/preprocess.py --megabytes 20 --tokenizer llama_tokenizer
+Example: python tools/bench/preprocess.py --megabytes 190 --tokenizer llama_tokenizer --roots / --repeats 3
 """
 
 import argparse
+import hashlib
+import io
 import logging
 import os
 import resource
@@ -15,11 +18,13 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from multiprocessing import get_context
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from multiprocessing import Pool, get_context
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+from unittest import mock
 
 import numpy as np
 import orjson
@@ -30,12 +35,20 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import run_tool
 from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.types import Document
+from preprocessing import tokenize
+from preprocessing.backend import CheckedBackend, Encoded, GigatokenBackend, StockBackend
 from preprocessing.build import BuildOptions, build
-from preprocessing.readers import parse_block, read_blocks
+from preprocessing.documents import read_input
+from preprocessing.inputs import find_inputs
+from preprocessing.parse import Keys
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 
 BATCH = 1000  # documents; the default of `datasets.map`
 VOCAB_SIZE = 8000  # of the tokenizer trained here when none is given
+SUFFIXES = (".py", ".rst", ".txt", ".md", ".html", ".h", ".c", ".hpp", ".js", ".pyi")
+MAX_FILE_BYTES = 2_000_000
+SKIPPED = ("/proc", "/sys", "/dev", "/tmp")
 
 
 class Job(NamedTuple):
@@ -52,24 +65,55 @@ class Cost(NamedTuple):
 
     wall_s: float
     cpu_s: float  # of this process and its children
+    peak_mb: float  # of the largest process
     tokens: int
 
 
-def ours(job: Job) -> int:
-    """Run tools/preprocess.py's library: zst in, shards, segment ends and manifest out."""
-    options = BuildOptions([str(job.corpus)], str(job.tokenizer), job.output, segments="newline", workers=job.workers)
+def ours(job: Job, **more: Any) -> int:
+    """Run tools/preprocess.py's library: zst in, shards, segment ends, checksums and manifest out."""
+    options = BuildOptions([str(job.corpus)], str(job.tokenizer), job.output / "made", workers=job.workers, **more)
     return sum(manifest.num_tokens for manifest in build(options).values())
 
 
-def ours_without_tokenizing(job: Job) -> int:
-    """Read and parse alone: how little of the time is not the tokenizer's."""
-    for block in read_blocks(job.corpus):
-        parse_block(block, "text", None)
-    return 0
+def ours_but_the_tokenizer(job: Job) -> int:
+    """The same with a tokenizer that takes no time: one id for every 3.7 characters."""
+
+    class Instant:
+        def encode(self, texts: Sequence[str]) -> Encoded:
+            counts = [len(text) * 10 // 37 for text in texts]
+            return Encoded(np.full(sum(counts), 1000, np.uint32), np.cumsum([0, *counts]))
+
+    instant = CheckedBackend(Instant(), Instant(), 0.0)
+    with mock.patch.object(tokenize, "open_backend", return_value=instant):
+        return ours(job, backend="stock")
+
+
+def tokenizer_alone(kind: str, job: Job) -> int:
+    """A backend over texts in memory, in the blocks that a worker gives it."""
+    tokenizer = load_tokenizer(job.tokenizer)
+    backend = GigatokenBackend(tokenizer, False) if kind == "gigatoken" else StockBackend(tokenizer)
+    return sum(backend.encode([document.text for document in part]).tokens_T.size for part in _parts(job.corpus))
+
+
+def encode_batch(job: Job) -> int:
+    """`encode_batch` of the `tokenizers` library over texts in memory; nothing is written."""
+    import tokenizers
+
+    backend = tokenizers.Tokenizer.from_file(str(job.tokenizer))
+    parts = _parts(job.corpus)
+    return sum(len(e.ids) for part in parts for e in backend.encode_batch([document.text for document in part]))
+
+
+def sentence_piece(job: Job) -> int:
+    """`sentencepiece` over texts in memory; nothing is written."""
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(job.tokenizer.with_name("tokenizer.model")))
+    return sum(len(model.encode(document.text)) + 1 for part in _parts(job.corpus) for document in part)
 
 
 def datasets_map(job: Job) -> int:
-    """Load, batched map with the Hugging Face tokenizer, then all ids into one file."""
+    """Load, batched map with the Hugging Face tokenizer as the authors do, then all ids into one file."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -93,25 +137,62 @@ def datasets_map(job: Job) -> int:
     return total
 
 
-def stock_tokenizers(job: Job) -> int:
-    """`encode_batch` of the `tokenizers` library over texts in memory, on all cores; nothing is written."""
+def megatron_style(job: Job) -> int:
+    """Lines to a pool of encoders, one document each, into megatron-core's own dataset builder."""
+    from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
+
+    builder = IndexedDatasetBuilder(str(job.output / "made.bin"), dtype=np.uint16)
+    total = 0
+    with Pool(job.workers, initializer=_start_encoder, initargs=(job.tokenizer,)) as pool:
+        for ids in pool.imap(_encode_line, _lines(job.corpus), 32):
+            builder.add_document(ids, [len(ids)])
+            total += len(ids)
+    builder.finalize(str(job.output / "made.idx"))
+    return total
+
+
+_encoder: Any = None  # of a process of the pool above
+
+
+def _start_encoder(definition: Path) -> None:
     import tokenizers
 
-    backend = tokenizers.Tokenizer.from_file(str(job.tokenizer))
-    return sum(len(e.ids) for part in _batches(job.corpus) for e in backend.encode_batch(part))
+    globals()["_encoder"] = tokenizers.Tokenizer.from_file(str(definition))
 
 
-CONTENDERS: dict[str, tuple[Callable[[Job], int], int, bool]] = {  # what to run, workers, tokenizer on one core
-    "preprocess.py, 1 worker": (ours, 1, True),
-    "preprocess.py, 2 workers": (ours, 2, True),
-    "datasets.map, 1 process, 1 thread": (datasets_map, 1, True),
-    "datasets.map, 1 process, all cores": (datasets_map, 1, False),
-    "datasets.map, 2 processes": (datasets_map, 2, True),
-    "tokenizers.encode_batch, 1 thread": (stock_tokenizers, 1, True),
-    "tokenizers.encode_batch, all cores": (stock_tokenizers, 1, False),
-    "reading and parsing only": (ours_without_tokenizing, 1, True),
+def _encode_line(line: bytes) -> list[int]:
+    ids: list[int] = _encoder.encode(orjson.loads(line)["text"]).ids
+    return ids
+
+
+def _lines(corpus: Path) -> Iterator[bytes]:
+    with corpus.open("rb") as raw:
+        yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))
+
+
+class Contender(NamedTuple):
+    """How one is run."""
+
+    run: Callable[[Job], int]
+    workers: int = 1
+    is_fast: bool = False  # enough to be given all of the corpus
+
+
+CONTENDERS = {
+    "preprocess.py, 1 worker": Contender(ours, 1, True),
+    "preprocess.py, 2 workers": Contender(ours, 2, True),
+    "  its tokenizer alone (gigatoken)": Contender(partial(tokenizer_alone, "gigatoken"), 1, True),
+    "  all but the tokenizer": Contender(ours_but_the_tokenizer, 1, True),
+    "  --backend stock": Contender(partial(ours, backend="stock")),
+    "tokenizers, encode_batch": Contender(encode_batch),
+    "tokenizers, one text at a time": Contender(partial(tokenizer_alone, "stock")),
+    "sentencepiece": Contender(sentence_piece),
+    "datasets.map, 1 process": Contender(datasets_map),
+    "datasets.map, 2 processes": Contender(datasets_map, 2),
+    "Megatron's way, 1 process": Contender(megatron_style),
+    "Megatron's way, 2 processes": Contender(megatron_style, 2),
 }
-BASE = "datasets.map, 1 process, 1 thread"  # the ratios' denominator
+BASE = "tokenizers, encode_batch"  # the ratios' denominator
 
 
 def main() -> None:
@@ -120,19 +201,24 @@ def main() -> None:
     logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        corpus, text_bytes, documents = _collect(folder / "corpus.jsonl.zst", arguments.megabytes * 1e6)
+        roots = arguments.roots or [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
+        sizes = {
+            True: _collect(folder / "corpus.jsonl.zst", roots, arguments.megabytes * 1e6),
+            False: _collect(folder / "part.jsonl.zst", roots, min(arguments.megabytes, arguments.peer_megabytes) * 1e6),
+        }
+        files = {True: folder / "corpus.jsonl.zst", False: folder / "part.jsonl.zst"}
         tokenizer = arguments.tokenizer or train_tokenizer(
-            TrainOptions([str(corpus)], VOCAB_SIZE, folder / "tokenizer")
+            TrainOptions([str(files[False])], VOCAB_SIZE, folder / "tokenizer")
         )
         definition = load_tokenizer(tokenizer).definition
         costs: dict[str, list[Cost]] = {label: [] for label in CONTENDERS}
         for _ in range(arguments.repeats):
-            for label in CONTENDERS:
+            for label, contender in CONTENDERS.items():
                 with tempfile.TemporaryDirectory(dir=folder) as output:
-                    costs[label].append(_run_apart(label, corpus, definition, Path(output)))
-    print(describe_machine("tokenizers", "datasets", "transformers"))
-    print(f"{documents} documents, {text_bytes / 1e6:.1f} MB of text, median of {arguments.repeats} runs")
-    _print_table(costs, text_bytes)
+                    costs[label].append(_run_apart(label, files[contender.is_fast], definition, Path(output)))
+    print(describe_machine("gigatoken", "tokenizers", "sentencepiece", "datasets", "megatron-core"))
+    print(f"{sizes[True] / 1e6:.1f} MB of text, {sizes[False] / 1e6:.1f} for the slow; median of {arguments.repeats}")
+    _print_table(costs, sizes)
 
 
 def _run_apart(label: str, corpus: Path, definition: Path, output: Path) -> Cost:
@@ -148,69 +234,96 @@ def _run_apart(label: str, corpus: Path, definition: Path, output: Path) -> Cost
 
 
 def _timed(label: str, corpus: Path, definition: Path, output: Path, sender: Connection) -> None:
-    run, workers, one_core = CONTENDERS[label]
-    os.environ["TOKENIZERS_PARALLELISM"] = "false" if one_core else "true"
+    contender = CONTENDERS[label]
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable(logging.WARNING)
-    if run is datasets_map:  # its imports take seconds
+    if contender.run is datasets_map:  # its imports take seconds
         import datasets
         import transformers
 
         datasets.disable_caching()
         transformers.logging.set_verbosity_error()
-    load_tokenizer(definition)
-    began_s, cpu_before_s = time.perf_counter(), _cpu_s()
-    target = output / "made" if run is ours else output
-    tokens = run(Job(corpus, definition, target, workers))
-    sender.send(Cost(time.perf_counter() - began_s, _cpu_s() - cpu_before_s, tokens))
+    elif contender.run is megatron_style:
+        import megatron.core.datasets.indexed_dataset  # noqa: F401
+    GigatokenBackend(load_tokenizer(definition), False).encode(["warm"])
+    began_s, cpu_before_s = time.perf_counter(), _usage()[0]
+    tokens = contender.run(Job(corpus, definition, output, contender.workers))
+    cpu_s, peak_mb = _usage()
+    sender.send(Cost(time.perf_counter() - began_s, cpu_s - cpu_before_s, peak_mb, tokens))
 
 
-def _cpu_s() -> float:
+def _usage() -> tuple[float, float]:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+    return sum(u.ru_utime + u.ru_stime for u in usages), max(u.ru_maxrss for u in usages) / 1e3
 
 
-def _collect(file: Path, max_bytes: float) -> tuple[Path, int, int]:
-    """Library sources of this interpreter, as lines of JSON; returns the file, bytes of text and documents."""
-    text_bytes = documents = 0
+def _collect(file: Path, roots: Sequence[Path], max_bytes: float) -> int:
+    """Sources and documentation found under `roots`, as lines of JSON; returns the bytes of text."""
+    text_bytes = 0
+    seen: set[int] = set()
     with file.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
-        for folder in (sysconfig.get_paths()["stdlib"], sysconfig.get_paths()["purelib"]):
-            for source in sorted(Path(folder).rglob("*.py")):
-                text = source.read_bytes()
-                if text_bytes + len(text) > max_bytes:
-                    break
-                try:
-                    line = orjson.dumps({"text": text.decode(), "meta": {"file": source.name}})
-                except UnicodeDecodeError:
-                    continue
-                if b"<s>" in text or b"</s>" in text or b"<unk>" in text or not text:
-                    continue  # the others take these for special tokens: the counts must be comparable
-                stream.write(line + b"\n")
-                text_bytes += len(text)
-                documents += 1
-    return file, text_bytes, documents
+        for source in _sources(roots):
+            text = source.read_bytes()
+            # The others take these for special tokens: the counts must be comparable.
+            if hash(text) in seen or not text or any(mark in text for mark in (b"<s>", b"</s>", b"<unk>")):
+                continue
+            seen.add(hash(text))
+            try:
+                line = orjson.dumps({"text": text.decode(), "meta": {"file": source.name}})
+            except ValueError:  # not UTF-8, in the text or the name
+                continue
+            stream.write(line + b"\n")
+            text_bytes += len(text)
+            if text_bytes > max_bytes:
+                break
+    return text_bytes
 
 
-def _batches(corpus: Path) -> Iterator[list[str]]:
-    for block in read_blocks(corpus):
-        yield [document.text for document in parse_block(block, "text", None).documents]
+def _sources(roots: Sequence[Path]) -> list[Path]:
+    """In an order of no meaning, so that the first part of a corpus is like all of it."""
+    return sorted(_files_below(roots), key=lambda path: hashlib.md5(os.fsencode(path)).digest())
 
 
-def _print_table(costs: dict[str, list[Cost]], text_bytes: int) -> None:
-    base_s = statistics.median(cost.wall_s for cost in costs[BASE])
-    print(f"{'':36} {'MB/s':>8} {'ratio':>7} {'MB per CPU-s':>13} {'tokens':>12}")
+def _files_below(roots: Sequence[Path]) -> Iterator[Path]:
+    for root in roots:
+        for folder, subfolders, names in os.walk(root):
+            subfolders[:] = sorted(name for name in subfolders if str(Path(folder) / name) not in SKIPPED)
+            for name in sorted(names):
+                path = Path(folder) / name
+                if name.endswith(SUFFIXES) and path.is_file() and path.stat().st_size < MAX_FILE_BYTES:
+                    yield path
+
+
+def _parts(corpus: Path) -> Iterator[list[Document]]:
+    (item,) = find_inputs([str(corpus)])
+    return (parsed.documents for parsed in read_input(item, Keys()))
+
+
+def _print_table(costs: dict[str, list[Cost]], sizes: dict[bool, int]) -> None:
+    per_core = {
+        label: sizes[CONTENDERS[label].is_fast] / 1e6 / statistics.median(cost.cpu_s for cost in runs)
+        for label, runs in costs.items()
+    }
+    print(f"{'':36} {'MB/s':>7} {'MB per CPU-s':>13} {'ratio':>7} {'peak MB':>8} {'tokens':>12}")
     for label, runs in costs.items():
-        wall_s = statistics.median(cost.wall_s for cost in runs)
-        cpu_s = statistics.median(cost.cpu_s for cost in runs)
-        rates = f"{text_bytes / 1e6 / wall_s:8.2f} {base_s / wall_s:7.2f} {text_bytes / 1e6 / cpu_s:13.2f}"
-        print(f"{label:36} {rates} {runs[0].tokens or '':>12}")
-    print(f"ratio: against {BASE}")
+        rate = sizes[CONTENDERS[label].is_fast] / 1e6 / statistics.median(cost.wall_s for cost in runs)
+        peak_mb = max(cost.peak_mb for cost in runs)
+        figures = f"{rate:7.2f} {per_core[label]:13.2f} {per_core[label] / per_core[BASE]:7.2f} {peak_mb:8.0f}"
+        print(f"{label:36} {figures} {runs[0].tokens:>12}")
+    print(f"ratio: of MB per CPU-second, against {BASE}")
+    ideal = 1 / (1 / per_core["  its tokenizer alone (gigatoken)"] + 1 / per_core["  all but the tokenizer"])
+    share = per_core["preprocess.py, 1 worker"] / ideal
+    print(f"1 worker reaches {share:.0%} of what its tokenizer and all the rest, each alone, add up to")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--megabytes", type=float, default=20.0, help="size of the corpus (default: %(default)s)")
-    parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="default: one of 8000 tokens, trained here")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
+    add = parser.add_argument
+    add("--megabytes", type=float, default=20.0, help="size of the corpus (default: %(default)s)")
+    add("--peer-megabytes", type=float, default=20.0, help="of it, for the slow ones (default: %(default)s)")
+    add("--roots", type=Path, nargs="+", metavar="DIR", help="where to look for text (default: Python's libraries)")
+    add("--tokenizer", type=Path, metavar="DIR", help="default: one of 8000 tokens, trained here")
+    add("--repeats", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser
 
 

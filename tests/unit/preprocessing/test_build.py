@@ -3,6 +3,7 @@
 import itertools
 import json
 import logging
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
-from preprocessing import output
+from preprocessing import ranges
 from preprocessing.build import BuildOptions, build
 from preprocessing.output import partition_slug
 
@@ -110,9 +111,13 @@ def test_build_malformed_lines_are_named_counted_and_let_pass_up_to_the_limit(
         (str(file), 4),
     ]
     assert f"{file}, line 2: no JSON" in caplog.text
+    strict = options_for(tmp_path, tokenizer_folder, file, name="strict", max_malformed=1)
     with pytest.raises(DataError, match=r"2 of 4 lines are malformed, more than the 1 .*line 2.*--max-malformed"):
-        build(options_for(tmp_path, tokenizer_folder, file, name="strict", max_malformed=1))
-    assert not (tmp_path / "strict").exists()
+        build(strict)
+    with pytest.raises(DataError, match="no manifest"):
+        TokenDataset(strict.output)
+    build(replace(strict, max_malformed=2))  # goes on with what was done
+    assert content(strict.output) == content(tmp_path / "out")
 
 
 def test_build_by_default_more_than_ten_lines_and_one_in_a_hundred_malformed_is_an_error(
@@ -150,20 +155,6 @@ def test_build_failing_midway_leaves_nothing(tmp_path: Path, tokenizer_folder: P
     with pytest.raises(DataError):
         build(options)
     assert list(options.output.iterdir()) == []
-
-
-def test_build_killed_before_the_manifest_is_no_dataset_and_needs_overwrite(
-    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"], shard_tokens=30)
-    with monkeypatch.context() as patch:
-        patch.setattr(output.OutputFolders, "finish", lambda self, source: {})  # as if killed: shards, no manifest
-        build(options)
-    assert list(options.output.glob("*.bin"))
-    with pytest.raises(DataError):
-        TokenDataset(options.output)
-    with pytest.raises(DataError, match=r"unfinished dataset.*--overwrite"):
-        build(options)
 
 
 def test_build_overwrite_replaces_all_of_an_earlier_dataset(
@@ -214,7 +205,7 @@ def test_build_bad_option_is_named(
 def test_build_too_many_partitions_is_an_error(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(output, "MAX_PARTITIONS", 1)
+    monkeypatch.setattr(ranges, "MAX_PARTITIONS", 1)
     with pytest.raises(DataError, match="more than 1 values"):
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name"))
 

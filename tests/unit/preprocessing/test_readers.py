@@ -1,8 +1,11 @@
-"""Readers: which files, which blocks, which documents, and what is wrong with the rest."""
+"""Readers: which blocks, whole files and ranges of them, and what is wrong with the rest."""
 
 import gzip
+import itertools
 import os
+from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import orjson
 import pytest
@@ -11,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers import Block, find_inputs, parse_block, read_blocks
-
-
-def lines_of(content: bytes, first_line: int = 1) -> Block:
-    return Block("f.jsonl", first_line, content, True, len(content))
+from preprocessing import content
+from preprocessing.content import Content
+from preprocessing.inputs import find_inputs
+from preprocessing.parse import Keys, parse_block
+from preprocessing.readers import LineReader, read_blocks, reading
 
 
 def texts_in(file: Path, block_bytes: int = 1 << 20) -> list[str]:
-    parsed = [parse_block(block, "text", None) for block in read_blocks(file, block_bytes)]
+    parsed = [parse_block(block, Keys()) for block in read_blocks(file, block_bytes)]
     assert not any(part.malformed for part in parsed)
     return [document.text for part in parsed for document in part.documents]
 
@@ -27,7 +30,7 @@ def texts_in(file: Path, block_bytes: int = 1 << 20) -> list[str]:
 def test_read_blocks_any_format_gives_the_same_texts(inputs: dict[str, Path], texts: list[str]) -> None:
     for kind in ("jsonl", "zst", "gz"):
         assert texts_in(inputs[kind]) == texts
-    assert [text for file in find_inputs([str(inputs["txt"])]) for text in texts_in(file)] == texts
+    assert [text for item in find_inputs([str(inputs["txt"])]) for text in texts_in(Path(item.name))] == texts
 
 
 @settings(max_examples=60, deadline=None)
@@ -91,66 +94,87 @@ def test_read_blocks_unreadable_file_is_named(tmp_path: Path) -> None:
         list(read_blocks(tmp_path / "gone.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("line", "reason"),
-    [
-        (b'{"text": "a"', "no JSON"),
-        (b'{"text": "\\ud800"}', "no JSON"),  # half a surrogate pair
-        (b'{"text": "\xff"}', "no JSON"),  # not UTF-8
-        (b'["text"]', 'no text at "text"'),
-        (b'{"txt": "a"}', 'no text at "text"'),
-        (b'{"text": null}', 'no text at "text"'),
-        (b'{"text": 3}', '"text" holds int, not a string'),
-        (b'{"text": "a"} {}', "no JSON"),
-    ],
-)
-def test_parse_block_malformed_line_is_named_and_its_neighbours_kept(line: bytes, reason: str) -> None:
-    parsed = parse_block(lines_of(b'{"text": "before"}\n\n' + line + b'\n{"text": "after"}', 7), "text", None)
-    assert [(document.text, document.line) for document in parsed.documents] == [("before", 7), ("after", 10)]
-    assert [(bad.file, bad.line) for bad in parsed.malformed] == [("f.jsonl", 9)]
-    assert reason in parsed.malformed[0].reason
-    assert parsed.num_lines == 3
+def packed(data: st.DataObject, content: bytes, kind: str) -> bytes:
+    """Content as one frame or several, with and without checksums, sizes, empty and skippable frames between."""
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(content)), max_size=4)))
+    parts = [content[a:b] for a, b in itertools.pairwise([0, *cuts, len(content)])]
+    if kind == "":
+        return content
+    if kind == ".gz":
+        return b"".join(map(gzip.compress, parts)) + bytes(data.draw(st.sampled_from([0, 5])))
+    out = b""
+    for part in parts:
+        options = {"write_checksum": data.draw(st.booleans()), "write_content_size": data.draw(st.booleans())}
+        skippable = b"\x50\x2a\x4d\x18" + (4).to_bytes(4, "little") + b"skip"
+        out += (skippable if data.draw(st.booleans()) else b"") + zstandard.ZstdCompressor(**options).compress(part)
+    return out
 
 
-def test_parse_block_empty_text_is_counted_and_space_is_text() -> None:
-    parsed = parse_block(lines_of(b'{"text": ""}\n{"text": " "}\r\n \n'), "text", None)
-    assert [document.text for document in parsed.documents] == [" "]
-    assert (parsed.num_empty, parsed.num_lines, parsed.malformed) == (1, 2, [])
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), kind=st.sampled_from(["", ".gz", ".zst"]), ends_with_newline=st.booleans())
+def test_line_reader_any_ranges_in_any_order_give_every_line_once(
+    tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, ends_with_newline: bool
+) -> None:
+    lengths = data.draw(st.lists(st.sampled_from([0, 1, 5, 40, 300]), max_size=25))
+    whole = b"\n".join(bytes([97 + n % 26]) * size for n, size in enumerate(lengths))
+    whole += b"\n" if ends_with_newline else b""
+    file = tmp_path_factory.mktemp("ranges") / f"x.jsonl{kind}"
+    file.write_bytes(packed(data, whole, kind))
+    size = file.stat().st_size
+    bounds = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=6))})
+    ranges = list(itertools.pairwise(bounds))
+    found, ends = {}, {}
+    with (
+        mock.patch.object(content, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
+        LineReader(file) as reader,
+    ):
+        for number in data.draw(st.permutations(range(len(ranges)))):
+            blocks = list(reader.blocks(*ranges[number], data.draw(st.sampled_from([1, 50, 10_000]))))
+            found[number] = b"".join(block.content for block in blocks)
+            ends[number] = reader.skipped_bytes, reader.overrun_bytes
+            assert reader.num_lines == found[number].count(b"\n")
+            assert sum(block.read_bytes for block in blocks) <= ranges[number][1] - ranges[number][0]
+    assert b"".join(found[number] for number in range(len(ranges))) == whole
+    owed = 0
+    for number in range(len(ranges)):  # what a range takes beyond its end, the next ones skip
+        owed -= ends[number][0]
+        assert owed == 0 or not found[number]
+        owed += ends[number][1]
+    assert owed == 0
 
 
-def test_parse_block_dotted_keys_reach_nested_values_and_literal_ones_win() -> None:
-    line = b'{"meta": {"set": "nested", "n": 5, "body": "t"}, "meta.lit": "literal"}'
-    for key, value in (("meta.set", "nested"), ("meta.n", "5"), ("meta.lit", "literal")):
-        assert parse_block(lines_of(line), "meta.body", key).documents[0].partition == value
+def random_lines(count: int) -> bytes:
+    return b"".join(os.urandom(40).hex().encode() + b"\n" for _ in range(count))
 
 
-@pytest.mark.parametrize("meta", [b"{}", b'"x"', b'{"set": null}', b'{"set": ""}', b'{"set": ["a"]}'])
-def test_parse_block_missing_partition_is_malformed(meta: bytes) -> None:
-    parsed = parse_block(lines_of(b'{"text": "a", "meta": ' + meta + b"}"), "text", "meta.set")
-    assert not parsed.documents
-    assert 'no value at "meta.set"' in parsed.malformed[0].reason
+@pytest.mark.parametrize("pack", [zstandard.compress, gzip.compress])
+def test_line_reader_neighbouring_ranges_decompress_once(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
+    file = tmp_path / ("x.jsonl.zst" if pack is zstandard.compress else "x.jsonl.gz")
+    file.write_bytes(pack(random_lines(20_000)))
+    bounds = [file.stat().st_size * n // 5 for n in range(6)]
+    with mock.patch.object(Content, "_restart", autospec=True, side_effect=Content._restart) as restart:
+        with LineReader(file) as reader:
+            for start, stop in itertools.pairwise(bounds):
+                assert list(reader.blocks(start, stop))
+        assert restart.call_count == 1
 
 
-def test_parse_block_text_file_bad_bytes_and_missing_partition_are_malformed() -> None:
-    block = Block("f.txt", 1, b"a\nb\xff", False, 4)
-    assert (parsed := parse_block(block, "text", None)).malformed[0].line == 2
-    assert parsed.malformed[0].reason == "not UTF-8"
-    good = block._replace(content=b"a")
-    assert "partition" in parse_block(good, "text", "meta.set").malformed[0].reason
-    assert parse_block(good._replace(content=b""), "text", None).num_empty == 1
+def test_content_many_frames_starts_in_the_one_before(tmp_path: Path) -> None:
+    frame = zstandard.compress(random_lines(100))
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(frame * 100)
+    with Content(file) as opened, mock.patch.object(opened, "_restart", wraps=opened._restart) as restart:
+        assert opened.seek(len(frame) * 90)
+        assert opened.position == len(frame) * 90
+        opened.seek(len(frame) * 50 + 1)  # too little for any content: back one more
+        opened.seek(len(frame) * 51 - 1)
+    assert [call.args[0] // len(frame) for call in restart.call_args_list] == [89, 50, 49]
 
 
-def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[str, Path]) -> None:
-    folder = inputs["jsonl"].parent
-    (folder / "notes.md").write_text("not an input")
-    found = find_inputs([str(inputs["gz"]), str(folder / "*.jsonl*"), str(folder)])
-    names = [str(file.relative_to(folder)) for file in found]
-    assert names == ["c.jsonl.gz", "a.jsonl", "b.jsonl.zst", *(f"d/{n}.txt" for n in range(5))]
-
-
-@pytest.mark.parametrize("name", ["gone.jsonl", "*.jsonl", "empty", "notes.md"])
-def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty").mkdir()
-    (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(DataError, match=r"\.jsonl\.zst"):
-        find_inputs([str(tmp_path / name)])
+def test_line_reader_file_that_shrank_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    file.write_bytes(b'{"text": "a"}\n' * 100)
+    with LineReader(file) as reader:
+        os.truncate(file, 300)
+        with pytest.raises(DataError, match=r"damaged or cut short.*x\.jsonl"), reading(file):
+            list(reader.blocks(0, 1400))

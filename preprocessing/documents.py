@@ -1,0 +1,101 @@
+"""Pieces of inputs -> documents, whatever the kind of input."""
+
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+from preprocessing import tables
+from preprocessing.inputs import Input, Piece
+from preprocessing.parse import Keys, Parsed, parse_block
+from preprocessing.readers import LineReader, read_text_file, reading
+
+
+class PieceEnd(NamedTuple):
+    """What remains to be known of a piece that has been read, to fit it to its neighbours."""
+
+    num_lines: int  # newlines, or rows
+    skipped_bytes: int  # of content: the end of a line that an earlier piece has
+    overrun_bytes: int  # of content beyond the piece, which belong to its last line
+
+
+class DocumentReader:
+    """Reads pieces, and keeps the last file open: the piece that follows in it costs no seeking.
+
+    Args:
+        keys: where a record has its text.
+
+    Attributes:
+        end: of the piece read last.
+    """
+
+    def __init__(self, keys: Keys) -> None:
+        self._keys = keys
+        self._open: tuple[str, LineReader] | None = None
+        self._close = ExitStack()
+        self.end = PieceEnd(0, 0, 0)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._close.close()
+
+    def read(self, piece: Piece) -> Iterator[Parsed]:
+        """Documents that begin in the piece, in bounded batches.
+
+        Raises:
+            DataError: the input cannot be read, or is damaged.
+        """
+        with reading(piece.input.name):
+            yield from READERS[piece.input.kind.reader](self, piece)
+
+    def _lines(self, piece: Piece) -> Iterator[Parsed]:
+        if self._open is None or self._open[0] != piece.input.name:
+            self._close.close()
+            self._open = piece.input.name, self._close.enter_context(LineReader(Path(piece.input.name)))
+        reader = self._open[1]
+        # How many lines come before a piece is not known until all is read: these count from its start.
+        name = f"{piece.input.name}, from byte {piece.start}" if piece.start else piece.input.name
+        for block in reader.blocks(piece.start, piece.stop):
+            yield parse_block(block._replace(file=name), self._keys)
+        self.end = PieceEnd(reader.num_lines, reader.skipped_bytes, reader.overrun_bytes)
+
+    def _text(self, piece: Piece) -> Iterator[Parsed]:
+        yield parse_block(read_text_file(Path(piece.input.name)), self._keys)
+        self.end = PieceEnd(0, 0, 0)
+
+    def _parquet(self, piece: Piece) -> Iterator[Parsed]:
+        yield from self._counted(tables.read_parquet(Path(piece.input.name), piece.start, piece.stop, self._keys))
+
+    def _arrow(self, piece: Piece) -> Iterator[Parsed]:
+        yield from self._counted(tables.read_arrow(Path(piece.input.name), self._keys))
+
+    def _hub(self, piece: Piece) -> Iterator[Parsed]:
+        for part in range(piece.start, piece.stop):
+            yield from self._counted(tables.read_hub(piece.input.name, part, self._keys))
+
+    def _counted(self, rows: Iterator[Parsed]) -> Iterator[Parsed]:
+        num_rows = 0
+        for parsed in rows:
+            num_rows += parsed.num_lines
+            yield parsed
+        self.end = PieceEnd(num_rows, 0, 0)
+
+
+READERS = {
+    "lines": DocumentReader._lines,
+    "text": DocumentReader._text,
+    "parquet": DocumentReader._parquet,
+    "arrow": DocumentReader._arrow,
+    "hub": DocumentReader._hub,
+}
+
+
+def read_input(item: Input, keys: Keys) -> Iterator[Parsed]:
+    """All documents of one input."""
+    with DocumentReader(keys) as reader:
+        yield from reader.read(Piece(item, 0, item.size))

@@ -1,0 +1,188 @@
+"""A dataset repository of the Hugging Face Hub to a folder: goes on where it stopped, and checks what it got.
+
+A file is written as NAME.partial, checked against the checksum that the Hub states, and only then given its name. The
+folder's receipt remembers which files were found whole, so that a later run reads none of them again unless asked.
+"""
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+from httpx2 import HTTPError
+from huggingface_hub.utils import WeakFileLock
+
+from megatron_bipe.data.files import partial_path
+from megatron_bipe.disk import sync
+from megatron_bipe.errors import DataError
+from preprocessing.download_meter import FileBar, Meter, in_parallel
+from preprocessing.download_plan import (
+    DownloadOptions,
+    Item,
+    Plan,
+    State,
+    find_snapshot,
+    receipt_for,
+    rest_bytes,
+    some_of,
+    survey,
+)
+from preprocessing.download_receipt import LOCK_NAME, Receipt
+from preprocessing.hub_transfer import (
+    GO_ON,
+    HubFile,
+    Snapshot,
+    disk_errors,
+    hub_errors,
+    is_whole,
+    receive,
+    require_transferable,
+)
+from preprocessing.tally import require_at_least
+
+LOCK_WAIT_S = 1.0
+ATTEMPTS = 3  # to get a file's content as the Hub states it
+WAITS_S = (10.0, 20.0, 40.0, 80.0)  # while no byte comes: the network is down, or the Hub is busy
+
+log = logging.getLogger(__name__)
+
+
+class Outcome(NamedTuple):
+    """What a download did: all files of the snapshot are whole now."""
+
+    snapshot: Snapshot
+    num_fetched: int
+
+
+def download(options: DownloadOptions) -> Outcome:
+    """Bring the folder to hold the chosen files, each as the Hub states it.
+
+    Raises:
+        DataError: as `make_plan`; another run in the same folder, files in the way, too little space, or files that
+            do not arrive whole. What has arrived stays, and the next run goes on from it.
+    """
+    require_at_least("--workers", options.workers, 1)
+    snapshot = find_snapshot(options)
+    log.info("%s at commit %s; licence: %s", snapshot.repo, snapshot.commit, snapshot.licence)
+    with _alone_in(options.output):
+        receipt = receipt_for(options.output, snapshot)
+        receipt.save(options.output)  # before the first part, which belongs to this commit
+        plan = _check(options, survey(options, snapshot, receipt), receipt)
+        wanted = [item for item in plan.items if item.state != State.WHOLE]
+        _require_ours(wanted, receipt, options)
+        require_transferable([item.file for item in wanted])
+        plan.require_space()
+        _fetch_all(options, snapshot, wanted, receipt)
+    return Outcome(snapshot, len(wanted))
+
+
+def _check(options: DownloadOptions, plan: Plan, receipt: Receipt) -> Plan:
+    """Read the files that may be whole; each comes out whole, and in the receipt, or damaged."""
+    unchecked = [item for item in plan.items if item.state == State.UNCHECKED]
+    verdicts: dict[str, Item] = {}
+
+    def look(item: Item) -> bool:
+        whole = is_whole(options.output / item.file.path, item.file)
+        meter.add(item.file.size_bytes)
+        return whole
+
+    def note(item: Item, whole: bool) -> None:
+        path = options.output / item.file.path
+        if whole:
+            receipt.add(item.file, path)
+            verdicts[item.file.path] = item._replace(state=State.WHOLE)
+        else:
+            receipt.doubt(item.file)
+            verdicts[item.file.path] = Item(item.file, State.DAMAGED, rest_bytes(path, item.file))
+        receipt.save(options.output)
+
+    with Meter("Checking", sum(item.file.size_bytes for item in unchecked)) as meter:
+        in_parallel(look, unchecked, options.workers, note, meter)
+    return plan._replace(items=tuple(verdicts.get(item.file.path, item) for item in plan.items))
+
+
+def _require_ours(wanted: list[Item], receipt: Receipt, options: DownloadOptions) -> None:
+    """Refuse to replace what no earlier run put there."""
+    damaged = [item.file.path for item in wanted if item.state == State.DAMAGED]
+    foreign = [path for path in damaged if path not in receipt.files]
+    if foreign and not options.overwrite:
+        raise DataError(
+            f"{len(foreign)} file(s) here are not as the Hub states them, nor from this tool: {some_of(foreign)}",
+            remedy="Name another folder, or add --overwrite to replace them",
+            place=options.output,
+        )
+    for path in damaged:
+        log.warning("%s is not as the Hub states it; it is fetched again", options.output / path)
+
+
+def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item], receipt: Receipt) -> None:
+    failed: list[str] = []
+
+    def note(item: Item, whole: bool) -> None:
+        if not whole:
+            failed.append(item.file.path)
+            return
+        receipt.add(item.file, options.output / item.file.path)
+        receipt.save(options.output)
+
+    with Meter("Downloading", sum(item.fetch_bytes for item in wanted)) as meter:
+        in_parallel(lambda item: _fetch(item, options, snapshot, meter), wanted, options.workers, note, meter)
+    if failed:
+        raise DataError(
+            f"{len(failed)} of {len(wanted)} files did not arrive as the Hub states them, in {ATTEMPTS} attempts: "
+            f"{some_of(failed)}",
+            remedy=f"See whether a proxy alters them, and {GO_ON}",
+            place=options.output,
+        )
+
+
+def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: Meter) -> bool:
+    """Give a file its name once its content is right; False if it never is."""
+    path = options.output / item.file.path
+    part = partial_path(path)
+    bar = FileBar(meter, item.file.size_bytes - item.fetch_bytes)
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(ATTEMPTS):
+        _receive_patiently(snapshot, item.file, options.endpoint, part, bar)
+        if is_whole(part, item.file):
+            with disk_errors(path):
+                sync(part)
+                part.replace(path)
+                sync(path.parent)
+            return True
+        if part.stat().st_size >= item.file.size_bytes:
+            log.warning("%s arrived with a wrong checksum", item.file.path)
+            part.unlink()
+    return False
+
+
+def _receive_patiently(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: FileBar) -> None:
+    waits, there_bytes = iter(WAITS_S), -1
+    with hub_errors(snapshot.repo):
+        while True:
+            try:
+                return receive(snapshot, file, endpoint, part, bar)
+            except HTTPError as error:
+                if part.stat().st_size > there_bytes:
+                    waits, there_bytes = iter(WAITS_S), part.stat().st_size
+                wait_s = next(waits, None)
+                if wait_s is None:
+                    raise
+                log.warning("%s: %s; trying again in %.0f s", file.path, " ".join(str(error).split()), wait_s)
+                bar.meter.wait(wait_s)
+
+
+@contextmanager
+def _alone_in(folder: Path) -> Iterator[None]:
+    """Make the folder, and keep other runs out of it: two that append to one part would spoil it."""
+    with disk_errors(folder), ExitStack() as stack:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            stack.enter_context(WeakFileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S))
+        except TimeoutError as error:
+            raise DataError(
+                "Another run is downloading into this folder", remedy="Wait for it, or name another", place=folder
+            ) from error
+        yield

@@ -1,0 +1,50 @@
+"""Datasets that have a short name here, and what is done with their files next."""
+
+import shlex
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Known:
+    """A dataset repository on the Hub, or part of one.
+
+    Args:
+        repo: OWNER/NAME.
+        include: patterns of the files meant; none: all.
+        next_commands: pattern of files, and the command that takes them; `{folder}` is where they are.
+    """
+
+    repo: str
+    include: tuple[str, ...] = ()
+    next_commands: tuple[tuple[str, str], ...] = ()
+
+
+_PREPROCESS = "python tools/preprocess.py --tokenizer TOKENIZER --workers 8 --input {folder}/"
+_PILE_REPO = "monology/pile-uncopyrighted"
+_PILE_NEXT = (
+    ("train/*", _PREPROCESS + "train --output data/pile"),
+    ("val.jsonl.zst", _PREPROCESS + "val.jsonl.zst --output data/pile-val"),
+    # The evaluation subsets of the paper come out as folders gutenberg-pg-19, arxiv and github.
+    ("val.jsonl.zst", _PREPROCESS + "val.jsonl.zst --output data/pile-subsets --partition-by meta.pile_set_name"),
+)
+
+KNOWN = {
+    "pile": Known(_PILE_REPO, (), _PILE_NEXT),
+    "pile-val": Known(_PILE_REPO, ("val.jsonl.zst",), _PILE_NEXT),
+}
+DEFAULT = KNOWN["pile"].repo
+
+
+def find_known(name: str) -> Known:
+    """The dataset of a short name or of a repository's; any other repository is taken as it is."""
+    return next((known for short, known in KNOWN.items() if name in (short, known.repo)), Known(name))
+
+
+def next_commands(known: Known, folder: Path, files: Iterable[str]) -> list[str]:
+    """Commands that go on from these files in a folder."""
+    there = list(files)
+    wanted = [command for pattern, command in known.next_commands if any(fnmatchcase(file, pattern) for file in there)]
+    return [command.format(folder=shlex.quote(str(folder))) for command in wanted]

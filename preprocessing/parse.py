@@ -1,0 +1,110 @@
+"""Blocks of bytes, or rows of tables -> documents, and what has to be left out and why."""
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import orjson
+
+from megatron_bipe.types import Document
+from preprocessing.readers import Block
+
+
+class Keys(NamedTuple):
+    """Where a record has what is wanted: keys, or dotted paths."""
+
+    text: str = "text"
+    partition: str | None = None  # of the value by which the data is split; None to keep it whole
+
+
+class Malformed(NamedTuple):
+    """A line (or a table's row) that is no document, and why."""
+
+    file: str
+    line: int  # from 1, at the start of the file or range that was read
+    reason: str
+
+
+class Parsed(NamedTuple):
+    """Usable documents in order, malformed lines in order, and how many texts were empty."""
+
+    documents: list[Document]
+    malformed: list[Malformed]
+    num_lines: int  # that are not blank
+    num_empty: int
+    read_bytes: int  # of the file as it lies on disk
+
+
+def parse_block(block: Block, keys: Keys) -> Parsed:
+    """Documents of a block, and the lines that hold none."""
+    if not block.is_json:
+        return _parse_text_file(block, keys.partition)
+    lines = ((number, line) for number, line in enumerate(block.content.split(b"\n"), start=block.first_line) if line)
+    found = ((number, _parse_line(line, keys)) for number, line in lines if not line.isspace())
+    return _collect(block.file, found, block.read_bytes)
+
+
+def parse_rows(file: str, first_row: int, records: Iterable[Any], keys: Keys, read_bytes: int) -> Parsed:
+    """Documents of a table's rows, each a dictionary; `first_row` is the number of the first, from 1."""
+    found = ((number, _parse_record(record, keys)) for number, record in enumerate(records, start=first_row))
+    return _collect(file, found, read_bytes)
+
+
+def _collect(file: str, found: Iterable[tuple[int, tuple[str, str] | str]], read_bytes: int) -> Parsed:
+    documents: list[Document] = []
+    malformed: list[Malformed] = []
+    num_empty = 0
+    for number, item in found:
+        if isinstance(item, str):
+            malformed.append(Malformed(file, number, item))
+        elif not item[0]:
+            num_empty += 1
+        else:
+            documents.append(Document(item[0], file, number, item[1]))
+    num_lines = len(documents) + len(malformed) + num_empty
+    return Parsed(documents, malformed, num_lines, num_empty, read_bytes)
+
+
+def _parse_line(line: bytes, keys: Keys) -> tuple[str, str] | str:
+    """(text, partition) of a JSON line, or why there is none."""
+    try:
+        return _parse_record(orjson.loads(line), keys)
+    except orjson.JSONDecodeError as error:  # bad UTF-8 and lone surrogates among them
+        return f"no JSON: {error.msg} (column {error.colno})"
+
+
+def _parse_record(record: Any, keys: Keys) -> tuple[str, str] | str:
+    text = _look_up(record, keys.text)
+    if text is None:
+        return f'no text at "{keys.text}"'
+    if not isinstance(text, str):
+        return f'"{keys.text}" holds {type(text).__name__}, not a string'
+    if keys.partition is None:
+        return text, ""
+    partition = _look_up(record, keys.partition)
+    if not isinstance(partition, str | int) or partition == "":
+        return f'no value at "{keys.partition}" to partition by'
+    return text, str(partition)
+
+
+def _look_up(record: Any, path: str) -> Any:
+    """Value at a key or, where there is no such key, at a dotted path; None where either leads nowhere."""
+    if isinstance(record, dict) and path in record:
+        return record[path]
+    for key in path.split("."):
+        if not isinstance(record, dict):
+            return None
+        record = record.get(key)
+    return record
+
+
+def _parse_text_file(block: Block, partition_key: str | None) -> Parsed:
+    def result(documents: list[Document], malformed: list[Malformed]) -> Parsed:
+        return Parsed(documents, malformed, 1, 1 - len(documents) - len(malformed), block.read_bytes)
+
+    try:
+        text = block.content.decode()
+    except UnicodeDecodeError as error:
+        return result([], [Malformed(block.file, block.content.count(b"\n", 0, error.start) + 1, "not UTF-8")])
+    if text and partition_key is not None:
+        return result([], [Malformed(block.file, 1, f'a text file has no "{partition_key}" to partition by')])
+    return result([Document(text, block.file, 1, "")] if text else [], [])

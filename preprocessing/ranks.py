@@ -1,0 +1,84 @@
+"""`mpiexec -n N python tools/preprocess.py ...`: which of N cooperating processes this one is.
+
+The only place that knows MPI. Ranks share a file system and little else: each does ranges of its own, and they meet
+at barriers. A rank that fails takes the others with it; what they had finished stays.
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+from megatron_bipe.errors import BipeError, DataError
+
+# Set for every process of a job by Open MPI, MPICH and Intel MPI, and Slurm's `srun --mpi=pmix`.
+LAUNCH_VARIABLES = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "PMIX_RANK")
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """This process among the others.
+
+    Args:
+        communicator: mpi4py's world; None when there is but this process.
+    """
+
+    def __init__(self, communicator: Any = None) -> None:
+        self._communicator = communicator
+        self.rank = communicator.Get_rank() if communicator else 0
+        self.size = communicator.Get_size() if communicator else 1
+
+    def first(self, work: Callable[[], Result]) -> Result:
+        """Have rank 0 alone do something, and tell all the result."""
+        result = work() if self.rank == 0 else None
+        if self._communicator is not None:
+            result = self._communicator.bcast(result)
+        return result  # type: ignore[return-value]
+
+    def wait(self) -> None:
+        """Go on when all have come this far."""
+        if self._communicator is not None:
+            self._communicator.Barrier()
+
+
+@contextmanager
+def join_ranks() -> Iterator[Ranks]:
+    """Take part in the MPI job that this process was started in, or be alone.
+
+    Raises:
+        DataError: there is a job, and no mpi4py.
+    """
+    if not any(name in os.environ for name in LAUNCH_VARIABLES):
+        yield Ranks()
+        return
+    try:
+        from mpi4py import MPI
+    except ImportError as error:
+        raise DataError(
+            f"This process was started by MPI, but mpi4py cannot be loaded: {error}",
+            remedy="pip install 'megatron-bipe[mpi]', or start it without mpiexec and with --workers",
+            place="mpiexec",
+        ) from error
+    ranks = Ranks(MPI.COMM_WORLD)
+    try:
+        yield ranks
+    except BipeError as error:
+        if ranks.size == 1:
+            raise
+        _end_all(f"{type(error).__name__}: {error}  (rank {ranks.rank} of {ranks.size})", 2)
+    except BaseException:
+        if ranks.size == 1:
+            raise
+        sys.excepthook(*sys.exc_info())
+        _end_all(f"Rank {ranks.rank} of {ranks.size} failed", 1)
+
+
+def _end_all(message: str, code: int) -> None:
+    """Say why, and end every rank: the others would wait for this one for ever."""
+    from mpi4py import MPI
+
+    sys.stderr.write(message + "\n")
+    sys.stderr.flush()
+    MPI.COMM_WORLD.Abort(code)

@@ -1,0 +1,34 @@
+"""Splits: by the text alone, in the shares asked for."""
+
+import pytest
+
+from megatron_bipe.errors import DataError
+from preprocessing.split import EXAMPLE, Split
+from preprocessing.tokenize import text_hash
+
+
+def test_split_shares_are_kept() -> None:
+    split = Split.parse("train=0.9,valid=0.06,test=0.04")
+    found = [split.of(text_hash(f"text {n}")) for n in range(20_000)]
+    shares = [found.count(name) / len(found) for name in ("train", "valid", "test")]
+    assert shares == pytest.approx([0.9, 0.06, 0.04], abs=0.007)  # four standard deviations of the largest
+
+
+def test_split_ends_of_the_range_have_a_place() -> None:
+    split = Split.parse(EXAMPLE)
+    assert split.of(bytes(16)) == "train"
+    assert split.of(b"\xff" * 16) == "test"
+
+
+def test_split_is_fixed_for_ever() -> None:
+    split = Split.parse("a=0.5,b=0.5")
+    assert "".join(split.of(text_hash(str(n))) for n in range(12)) == "aababbbbaaab"
+
+
+UNFIT = "|train|train=|train=0.9|train=0.9,valid=0.2|a=0,b=1|a=0.5,a=0.5|../x=1|A=1|a=nan|tokenizer=1|unfinished=1"
+
+
+@pytest.mark.parametrize("text", UNFIT.split("|"))
+def test_split_that_is_none_is_an_error(text: str) -> None:
+    with pytest.raises(DataError, match=r"--split"):
+        Split.parse(text)

@@ -1,0 +1,68 @@
+"""Fetch a dataset from the Hugging Face Hub; run again, it goes on where it stopped and fetches nothing twice.
+
+Example: python tools/download_data.py --output pile --include 'train/0*' val.jsonl.zst
+"""
+
+import argparse
+import logging
+from pathlib import Path
+
+from _cli import run_tool
+from preprocessing.download import download
+from preprocessing.download_plan import DownloadOptions, Plan, in_bytes, make_plan
+from preprocessing.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+
+
+def main() -> None:
+    """Parse the command line; download, or show what there is to download."""
+    arguments = vars(_parser().parse_args())
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, with signed addresses in it
+    dry_run = arguments.pop("dry_run")
+    known = find_known(arguments.pop("dataset"))
+    options = DownloadOptions(**arguments | {"repo": known.repo, "include": arguments["include"] or known.include})
+    if dry_run:
+        _show(make_plan(options))
+        return
+    snapshot, num_fetched = download(options)
+    print(
+        f"{options.output}: {len(snapshot.files)} file(s) of {snapshot.repo} at commit {snapshot.commit}, all whole; "
+        f"{num_fetched} fetched now"
+    )
+    for command in next_commands(known, options.output, (file.path for file in snapshot.files)):
+        print(f"Next: {command}")
+
+
+def _show(plan: Plan) -> None:
+    print(f"{plan.snapshot.repo} at commit {plan.snapshot.commit}; licence: {plan.snapshot.licence}")
+    for file, state, _ in plan.items:
+        print(f"  {in_bytes(file.size_bytes):>7}  {state:<13} {file.path}")
+    total_bytes = sum(file.size_bytes for file in plan.snapshot.files)
+    print(
+        f"{len(plan.items)} file(s), {in_bytes(total_bytes)}; to fetch: {in_bytes(plan.fetch_bytes)}; "
+        f"free on the disk: {in_bytes(plan.free_bytes)}"
+    )
+    plan.require_space()
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--output", required=True, type=Path, metavar="DIR", help="folder to fill; the files keep their paths in it")
+    add(
+        "--dataset",
+        default=DEFAULT,
+        metavar="NAME",
+        help=f"dataset repository, OWNER/NAME, or one of {', '.join(KNOWN)} (default: %(default)s)",
+    )
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="only files that match, e.g. 'train/0*'")
+    add("--revision", metavar="REV", help="branch, tag or commit (default: what DIR holds already, else main)")
+    add("--workers", type=int, default=4, metavar="N", help="files at a time (default: %(default)s)")
+    add("--verify", action="store_true", help="read every file again, also those known to be whole")
+    add("--overwrite", action="store_true", help="replace files in DIR that differ and did not come from this tool")
+    add("--dry-run", action="store_true", help="list files, sizes and free disk space, and fetch nothing")
+    add("--endpoint", metavar="URL", help="of a mirror of the Hub (default: the Hub, or HF_ENDPOINT)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
