@@ -16,13 +16,13 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.types import Document
 from preprocessing import duplicates
 from preprocessing.backend import Choice, Name, choose_backend
-from preprocessing.documents import read_input
-from preprocessing.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.output import Contents, finish_publishing, has_output, publish, remove_if_empty
-from preprocessing.parse import Keys, Malformed
 from preprocessing.progress import Progress
 from preprocessing.ranges import Job
 from preprocessing.ranks import Ranks
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
+from preprocessing.readers.parse import Keys, Malformed
 from preprocessing.split import Split
 from preprocessing.tally import Tally, require_at_least
 from preprocessing.tokenize import Recipe
@@ -105,7 +105,7 @@ class _Plan:
     def job(self, options: BuildOptions) -> dict[str, Any]:
         """All that decides the output's bytes."""
         return {
-            "inputs": [[item.name, item.size, item.modified_ns] for item in self.inputs],
+            "inputs": [[item.name, item.size, item.version] for item in self.inputs],
             "tokenizer": self.tokenizer.fingerprint,
             "special_ids": self.tokenizer.special_ids,
             "rule": self.recipe.rule.model_dump(mode="json"),

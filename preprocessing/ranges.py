@@ -16,10 +16,10 @@ from megatron_bipe.data.format import ShardWriter
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import Document
 from preprocessing.backend import Name, TokenizerDifferenceError
-from preprocessing.documents import DocumentReader, PieceEnd
 from preprocessing.duplicates import hash_rows, load_dropped, save_hashes
-from preprocessing.inputs import Piece
-from preprocessing.parse import Keys, Malformed, Parsed
+from preprocessing.readers.documents import DocumentReader, PieceEnd
+from preprocessing.readers.inputs import Piece
+from preprocessing.readers.parse import Keys, Malformed, Parsed
 from preprocessing.tally import MALFORMED_NAMED
 from preprocessing.tokenize import Destination, DocumentTokenizer, Recipe, TokenizedDocuments
 from preprocessing.work import STOCK_NAME, RangeRecord, RangeShard, WorkFolder

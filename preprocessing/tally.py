@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 
 from megatron_bipe.errors import DataError
-from preprocessing.parse import Malformed
+from preprocessing.readers.parse import Malformed
 
 MALFORMED_NAMED = 10  # so many are named; also so many are always let pass
 MALFORMED_SHARE = 0.01  # of the lines read so far: more of them, and the input is not what it is taken for

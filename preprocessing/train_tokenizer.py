@@ -16,10 +16,10 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
-from preprocessing.documents import read_input
-from preprocessing.inputs import Input, find_inputs
 from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
-from preprocessing.parse import Keys
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.inputs import Input, find_inputs
+from preprocessing.readers.parse import Keys
 from preprocessing.tally import Tally, require_at_least
 from preprocessing.tokenizer_check import CheckSample, check_agreement
 

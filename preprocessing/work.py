@@ -21,8 +21,8 @@ from megatron_bipe.data.files import unreadable, write_atomically
 from megatron_bipe.data.records import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
 from preprocessing.backend import Name
-from preprocessing.documents import PieceEnd
-from preprocessing.parse import Malformed
+from preprocessing.readers.documents import PieceEnd
+from preprocessing.readers.parse import Malformed
 from preprocessing.tokenize import Destination
 
 WORK_FOLDER = "unfinished"

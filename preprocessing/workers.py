@@ -16,8 +16,8 @@ from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from megatron_bipe.errors import BipeError, DataError
-from preprocessing.inputs import Piece
 from preprocessing.ranges import Advance, Job, RangeWorker
+from preprocessing.readers.inputs import Piece
 from preprocessing.work import WorkFolder
 
 Task = Literal["hash_texts", "tokenize"]

@@ -8,9 +8,9 @@ import logging
 from pathlib import Path
 
 from _cli import run_tool
-from preprocessing.download import download
-from preprocessing.download_plan import DownloadOptions, Plan, in_bytes, make_plan
-from preprocessing.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+from preprocessing.hub.download import download
+from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+from preprocessing.hub.plan import DownloadOptions, Plan, in_bytes, make_plan
 
 
 def main() -> None:

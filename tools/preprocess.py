@@ -9,8 +9,8 @@ from pathlib import Path
 
 from _cli import add_max_malformed, run_tool
 from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
-from preprocessing.inputs import SUFFIXES
 from preprocessing.ranks import join_ranks
+from preprocessing.readers.inputs import SUFFIXES
 from preprocessing.split import EXAMPLE
 
 

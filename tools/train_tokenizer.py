@@ -7,7 +7,7 @@ import argparse
 from pathlib import Path
 
 from _cli import add_max_malformed, run_tool
-from preprocessing.inputs import SUFFIXES
+from preprocessing.readers.inputs import SUFFIXES
 from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_tokenizer
 
 

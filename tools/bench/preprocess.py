@@ -39,9 +39,9 @@ from megatron_bipe.types import Document
 from preprocessing import tokenize
 from preprocessing.backend import CheckedBackend, Encoded, GigatokenBackend, StockBackend
 from preprocessing.build import BuildOptions, build
-from preprocessing.documents import read_input
-from preprocessing.inputs import find_inputs
-from preprocessing.parse import Keys
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.inputs import find_inputs
+from preprocessing.readers.parse import Keys
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 
 BATCH = 1000  # documents; the default of `datasets.map`

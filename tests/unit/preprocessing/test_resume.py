@@ -16,10 +16,10 @@ import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import DataError
-from preprocessing import inputs as inputs_module
 from preprocessing import output, ranges, workers
 from preprocessing.build import BuildOptions, build
 from preprocessing.ranges import RangeWorker
+from preprocessing.readers import inputs as inputs_module
 from preprocessing.work import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"

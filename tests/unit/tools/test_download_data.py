@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from preprocessing.known_datasets import DEFAULT
+from preprocessing.hub.known_datasets import DEFAULT
 from tests.hub import Fault, Hub, serve
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "download_data.py"

@@ -6,10 +6,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from preprocessing import tables
-from preprocessing.inputs import Input, Piece
-from preprocessing.parse import Keys, Parsed, parse_block
-from preprocessing.readers import LineReader, read_text_file, reading
+from preprocessing.readers import tables
+from preprocessing.readers.inputs import Input, Piece
+from preprocessing.readers.lines import LineReader, read_text_file, reading
+from preprocessing.readers.parse import Keys, Parsed, parse_block
 
 
 class PieceEnd(NamedTuple):
@@ -75,8 +75,9 @@ class DocumentReader:
         yield from self._counted(tables.read_arrow(Path(piece.input.name), self._keys))
 
     def _hub(self, piece: Piece) -> Iterator[Parsed]:
+        found = piece.input
         for part in range(piece.start, piece.stop):
-            yield from self._counted(tables.read_hub(piece.input.name, part, self._keys))
+            yield from self._counted(tables.read_hub(found.name, part, found.version, self._keys))
 
     def _counted(self, rows: Iterator[Parsed]) -> Iterator[Parsed]:
         num_rows = 0

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megatron_bipe.errors import DataError
-from preprocessing.tables import is_saved_dataset, open_hub, saved_files
+from preprocessing.readers.tables import is_saved_dataset, open_hub, saved_files
 
 
 class Kind(NamedTuple):
@@ -46,7 +46,7 @@ class Input(NamedTuple):
     name: str
     kind: Kind
     size: int  # bytes on disk; parts of a Hub dataset
-    modified_ns: int
+    version: str  # time of modification, or commit: what another content has another of
 
 
 class Piece(NamedTuple):
@@ -83,7 +83,7 @@ def _inputs_of(entry: str) -> list[Input]:
     else:
         files = sorted(Path(name) for name in glob.glob(entry, recursive=True) if Path(name).is_file())  # noqa: PTH207
         if not files and HUB_NAME.fullmatch(entry) and not entry.endswith(SUFFIXES):
-            return [Input(entry, HUB, open_hub(entry), 0)]
+            return [Input(entry, HUB, *open_hub(entry))]
     if not files:
         raise DataError(
             f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", place=entry
@@ -100,7 +100,7 @@ def _file_input(file: Path) -> Input:
             place=file,
         )
     status = file.stat()
-    return Input(str(file), kind, status.st_size, status.st_mtime_ns)
+    return Input(str(file), kind, status.st_size, str(status.st_mtime_ns))
 
 
 def plan_ranges(inputs: Sequence[Input], shard_tokens: int) -> list[list[Piece]]:

@@ -9,9 +9,9 @@ import zstandard
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.tokenizer import load_tokenizer
 from preprocessing.build import BuildOptions, build
-from preprocessing.download import download
-from preprocessing.download_plan import DownloadOptions
-from preprocessing.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+from preprocessing.hub.download import download
+from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+from preprocessing.hub.plan import DownloadOptions
 from tests.hub import serve
 
 

@@ -10,11 +10,13 @@ import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import huggingface_hub
 
 from megatron_bipe.errors import DataError
-from preprocessing.parse import Keys, Parsed
-from preprocessing.readers import BLOCK_BYTES, reading
+from preprocessing.readers.lines import BLOCK_BYTES, reading
+from preprocessing.readers.parse import Keys, Parsed
 
 ROWS_AT_ONCE = 4  # out of a parquet file: few enough for rows of 50 MB, and still far faster than tokenizing
 HUB_ROWS_AT_ONCE = 1000
@@ -38,7 +40,7 @@ def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Pars
     with _optional_packages(file):
         from pyarrow.parquet import ParquetFile
 
-        from preprocessing.arrow_rows import parse_batches, reading_table, require_columns, top_columns
+        from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns, top_columns
     with (
         reading_table(file),
         ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
@@ -75,7 +77,7 @@ def _row_group_batches(table: Any, size: int, start: int, stop: int, columns: li
 def _position(group: Any) -> int:
     """Byte of the file at which a row group begins: that of its first page.
 
-    Source: `getOffset` of parquet-java's ParquetMetadataConverter, by which Hadoop and Spark share out files.
+    Any one byte would do to share out groups; parquet-java, and so Spark, goes by the one in the group's middle.
     """
     columns = [group.column(number) for number in range(group.num_columns)]
     pages = [page for column in columns for page in (column.data_page_offset, column.dictionary_page_offset)]
@@ -132,7 +134,7 @@ def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
     with _optional_packages(file):
         import pyarrow
 
-        from preprocessing.arrow_rows import parse_batches, reading_table, require_columns
+        from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns
     with reading_table(file), pyarrow.memory_map(str(file)) as source:
         is_stream = source.read(len(ARROW_FILE_START)) != ARROW_FILE_START
         source.seek(0)
@@ -162,32 +164,44 @@ def _file_batches(reader: Any, size: int) -> Batches:
         yield None, size
 
 
-def open_hub(name: str) -> int:
-    """Number of parts of a dataset on the Hub.
+class HubTable(NamedTuple):
+    """A dataset on the Hub, as it is now."""
+
+    parts: int
+    commit: str
+
+
+def open_hub(name: str) -> HubTable:
+    """Look a dataset up.
 
     Raises:
         DataError: no network, no such dataset, configuration or split, no access, or data that only a script makes.
     """
-    return int(_hub_dataset(name).num_shards)
+    _hub_dataset(name, None)  # which explains best what may be wrong
+    with _hub_errors(name, _OPENING):
+        commit = str(huggingface_hub.HfApi().dataset_info(_parse_name(name)[0]).sha)
+    return HubTable(int(_hub_dataset(name, commit).num_shards), commit)
 
 
-def read_hub(name: str, part: int, keys: Keys) -> Iterator[Parsed]:
+def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
     """Rows of one part of a dataset on the Hub, in order, in batches of about `BLOCK_BYTES` of text.
 
     Args:
         name: `ORG/NAME[/CONFIG][:SPLIT]`.
-        part: from 0, below `open_hub(name)`.
+        part: from 0.
+        commit: from `open_hub`: parts read at different times belong together.
         keys: where a row has its text. `Parsed.read_bytes` is 1 for the last batch, else 0: parts are what is counted.
 
     Raises:
-        DataError: as `open_hub` and `read_parquet`; or the dataset has fewer parts than it had.
+        DataError: as `open_hub` and `read_parquet`; or the dataset has no such part.
     """
     with _optional_packages(name):
-        from preprocessing.arrow_rows import parse_batches
-    dataset = _hub_dataset(name)
+        from preprocessing.readers.arrow_rows import parse_batches
+    dataset = _hub_dataset(name, commit)
     if part >= dataset.num_shards:
         raise DataError(
-            f"Part {part} (from 0) is due, but the dataset has {dataset.num_shards} parts; it has changed on the Hub",
+            f"Part {part} (from 0) is due, but the dataset has {dataset.num_shards} parts: another version of "
+            "`datasets` counts them otherwise",
             remedy="Start over with --overwrite",
             place=name,
         )
@@ -196,7 +210,7 @@ def read_hub(name: str, part: int, keys: Keys) -> Iterator[Parsed]:
 
 
 def _hub_batches(name: str, tables: Iterator[Any], keys: Keys) -> Batches:
-    from preprocessing.arrow_rows import require_columns
+    from preprocessing.readers.arrow_rows import require_columns
 
     while True:
         with _hub_errors(name, _READING):
@@ -209,15 +223,21 @@ def _hub_batches(name: str, tables: Iterator[Any], keys: Keys) -> Batches:
     yield None, 1
 
 
-def _hub_dataset(name: str) -> Any:
+def _parse_name(name: str) -> tuple[str, str | None, str]:
+    """Repository, configuration and split."""
+    path, _, split = name.partition(":")
+    names = path.split("/")
+    return "/".join(names[:2]), "/".join(names[2:]) or None, split or "train"
+
+
+def _hub_dataset(name: str, commit: str | None) -> Any:
     with _optional_packages(name):
         from datasets import load_dataset
-    path, _, split = name.partition(":")
-    repo, config = "/".join(path.split("/")[:2]), "/".join(path.split("/")[2:]) or None
+    repo, config, split = _parse_name(name)
     if Path(repo).exists():  # `datasets` would take that
         raise DataError(f"There is {repo} on this disk", remedy="Name files in it, or rename it", place=name)
     with _hub_errors(name, _OPENING):
-        return load_dataset(repo, config, split=split or "train", streaming=True)
+        return load_dataset(repo, config, split=split, revision=commit, streaming=True)
 
 
 _FETCH = "fetch its files by tools/download_data.py and name those as the input"

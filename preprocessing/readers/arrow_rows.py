@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from megatron_bipe.errors import DataError
-from preprocessing.parse import Keys, Parsed, parse_rows
-from preprocessing.readers import BLOCK_BYTES, reading
+from preprocessing.readers.lines import BLOCK_BYTES, reading
+from preprocessing.readers.parse import Keys, Parsed, parse_rows
 
 LONGEST_TYPE_NAMED = 60  # characters, in messages
 

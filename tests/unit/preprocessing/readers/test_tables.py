@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.parse import Keys, Parsed
-from preprocessing.readers import BLOCK_BYTES
-from preprocessing.tables import is_saved_dataset, open_hub, read_arrow, read_hub, read_parquet, saved_files
+from preprocessing.readers.lines import BLOCK_BYTES
+from preprocessing.readers.parse import Keys, Parsed
+from preprocessing.readers.tables import is_saved_dataset, open_hub, read_arrow, read_hub, read_parquet, saved_files
 from tests.hub import Fault, serve
 
 ROOT = Path(__file__).parents[3]
@@ -126,10 +126,13 @@ def test_read_rows_dotted_key_reaches_into_structs_and_a_literal_column_wins(
 
 def test_read_rows_bad_utf8_is_malformed_and_its_neighbours_kept(write: Callable[[pa.Table], Path]) -> None:
     good_and_bad = pa.array([b"before", b"\xff", b"after"]).view(pa.string())
-    for column in (good_and_bad, pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), good_and_bad)):
-        groups = all_of(write(pa.table({"text": column})))
-        assert texts_of(groups) == ["before", "after"]
-        assert reasons_of(groups) == [(2, '"text" holds bytes, not a string')]
+    file = write(pa.table({"text": good_and_bad}))
+    groups = all_of(file)
+    assert texts_of(groups) == ["before", "after"]
+    assert reasons_of(groups) == [(2, '"text" holds bytes, not a string')]
+    if file.suffix == ".arrow":  # pyarrow itself refuses such a dictionary in a parquet file
+        encoded = pa.DictionaryArray.from_arrays(pa.array([0, 1, 2]), good_and_bad)
+        assert reasons_of(all_of(write(pa.table({"text": encoded})))) == reasons_of(groups)
 
 
 def test_read_rows_row_without_partition_is_malformed(write: Callable[[pa.Table], Path]) -> None:
@@ -281,12 +284,41 @@ def test_read_parquet_damaged_page_is_an_error(tmp_path: Path, checksum: bool) -
 def test_read_arrow_offsets_that_lead_outside_are_an_error(tmp_path: Path) -> None:
     wrong = pa.StringArray.from_buffers(2, pa.py_buffer(b"\0\0\0\0\xff\xff\xff\x7f\2\0\0\0"), pa.py_buffer(b"ab"))
     parent = pa.StructArray.from_arrays([wrong], ["text"])
-    short = pa.Array.from_buffers(pa.struct({"text": pa.string()}), 3, [None], children=[pa.array(["a", "b"])])
     codes = pa.DictionaryArray.from_arrays(pa.array([0, 7]), pa.array(["a"]), safe=False)
-    for column, key in ((wrong, "text"), (parent, "text.text"), (short, "text.text"), (codes, "text")):
+    for column, key in ((wrong, "text"), (parent, "text.text"), (codes, "text")):
         write_stream(tmp_path / "t.arrow", pa.table({"text": column, "set": ["x"] * len(column)}))
         with pytest.raises(DataError, match=r"is damaged.*t\.arrow"):
             all_of(tmp_path / "t.arrow", Keys(key, "set"))
+
+
+def test_read_arrow_lengths_that_disagree_are_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "t.arrow"
+    write_stream(file, pa.table({"meta": [{"body": "a"}] * 3, "set": ["x"] * 3}))
+    node = (3).to_bytes(8, "little") + bytes(8)  # length and nulls, of the column, then of what is inside it
+    content = file.read_bytes()
+    place = content.index(2 * node) + len(node)
+    file.write_bytes(content[:place] + b"\2" + content[place + 1 :])
+    with pytest.raises(DataError, match=r"is damaged.*t\.arrow"):
+        all_of(file, Keys("meta.body", "set"))
+
+
+def test_read_parquet_counts_that_disagree_lose_no_rows_quietly(tmp_path: Path) -> None:
+    file = tmp_path / "t.parquet"
+    options = {"compression": "none", "use_dictionary": False, "write_statistics": False}
+    pq.write_table(pa.table({"text": [f"{n}" for n in range(77)]}), file, **options)
+    content = file.read_bytes()
+    count, fewer = b"\x9a\x01", b"\x8c\x01"  # 77 and 70, as the format writes them
+    places = [place for place in range(len(content)) if content[place:].startswith(count)]
+    outcomes = []
+    for place in places:
+        file.write_bytes(content[:place] + fewer + content[place + 2 :])
+        try:
+            outcomes.append(len(texts_of(all_of(file))))
+        except DataError as error:
+            outcomes.append(error.message)
+    assert len([outcome for outcome in outcomes if outcome != 77]) >= 3
+    assert all("is damaged" in outcome for outcome in outcomes if isinstance(outcome, str))
+    assert {outcome for outcome in outcomes if isinstance(outcome, int)} <= {77}
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
@@ -305,7 +337,7 @@ def iter_all_of_gone(file: Path) -> Iterator[Parsed]:
         ("pyarrow.parquet", lambda: list(read_parquet(Path("t.parquet"), 0, 1, TEXT))),
         ("pyarrow", lambda: list(read_arrow(Path("t.arrow"), TEXT))),
         ("datasets", lambda: open_hub("org/name")),
-        ("datasets", lambda: list(read_hub("org/name", 0, TEXT))),
+        ("datasets", lambda: list(read_hub("org/name", 0, "c0ffee", TEXT))),
     ],
 )
 def test_read_rows_missing_package_says_what_to_install(
@@ -374,14 +406,14 @@ def test_saved_files_incomplete_folder_is_an_error(saved: Path) -> None:
 ASK = f"""
 import json, sys
 from megatron_bipe.errors import DataError
-from preprocessing.parse import Keys
-from preprocessing.tables import open_hub, read_hub
+from preprocessing.readers.parse import Keys
+from preprocessing.readers.tables import open_hub, read_hub
 
 def answer(name, part, text):
     try:
         if part is None:
             return open_hub(name)
-        groups = list(read_hub(name, part, Keys(text, "{SET_NAME}")))
+        groups = list(read_hub(name, part, open_hub(name).commit, Keys(text, "{SET_NAME}")))
         rows = [(row.text, row.partition, row.file, row.line) for group in groups for row in group.documents]
         return [rows, sum(group.read_bytes for group in groups)]
     except DataError as error:
@@ -393,11 +425,11 @@ print(json.dumps([answer(*question) for question in json.loads(sys.argv[1])]))
 Question = tuple[str, int | None, str]
 
 
-def ask(questions: list[Question], **environment: str) -> dict[Question, Any]:
+def ask(questions: list[Question], script: str = ASK, **environment: str) -> dict[Question, Any]:
     """What `open_hub` and, where a part is named, `read_hub` answer with such an environment."""
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
-        [sys.executable, "-c", ASK, json.dumps(questions)],
+        [sys.executable, "-c", script, json.dumps(questions)],
         env=kept | {"PYTHONPATH": str(ROOT), "USE_TORCH": "0", "HF_HUB_OFFLINE": "0"} | environment,
         capture_output=True,
         text=True,
@@ -459,7 +491,7 @@ QUESTIONS: list[Question] = [
 
 
 def test_read_hub_parts_give_all_rows_in_order(answers: dict[Question, Any]) -> None:
-    assert answers["org/tables", None, "text"] == 3
+    assert answers["org/tables", None, "text"][0] == 3
     for part in range(3):
         rows, read = answers["org/tables", part, "text"]
         numbers = range(20 * part, 20 * part + 20)
@@ -467,10 +499,21 @@ def test_read_hub_parts_give_all_rows_in_order(answers: dict[Question, Any]) -> 
         assert read == 1
 
 
+def test_read_hub_reads_the_commit_that_was_opened(tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/train.jsonl").write_text(json_lines([{"text": "new", "meta": {"pile_set_name": "x"}}]))
+    ask_after = ASK.replace("open_hub(name).commit", '"0" * 40')
+    with serve({"org/name": {"main": tmp_path / "data"}}) as hub:
+        environment = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home")}
+        question: Question = ("org/name", 0, "text")
+        assert ask([("org/name", None, "text")], **environment)["org/name", None, "text"] == [1, hub.commit("org/name")]
+        assert isinstance(ask([question], ask_after, **environment)[question], str)  # no such commit
+
+
 def test_read_hub_name_chooses_config_and_split(answers: dict[Question, Any]) -> None:
-    assert answers["org/tables:validation", None, "text"] == 1
+    assert answers["org/tables:validation", None, "text"][0] == 1
     assert [row[0] for row in answers["org/tables:validation", 0, "text"][0]] == ["text 0 é"]
-    assert answers["org/lines", None, "text"] == 1
+    assert answers["org/lines", None, "text"][0] == 1
     assert [row[0] for row in answers["org/lines", 0, "text"][0]] == ["lines 0", "lines 1", "lines 2"]
     assert answers["org/configs/two:train", 0, "text"][0][0][0] == "configs/two 0"
 
@@ -478,7 +521,7 @@ def test_read_hub_name_chooses_config_and_split(answers: dict[Question, Any]) ->
 @pytest.mark.parametrize(
     ("question", "words"),
     [
-        (("org/tables", 3, "text"), ["Part 3", "has 3 parts", "changed", "--overwrite"]),
+        (("org/tables", 3, "text"), ["Part 3", "has 3 parts", "--overwrite"]),
         (("org/tables", 0, "body"), ['nothing at "body"', "text (string)", "--text-key"]),
         (("org/tables:test", None, "text"), ["test", "train", "validation", "ORG/NAME[/CONFIG][:SPLIT]"]),
         (("org/configs", None, "text"), ["one", "two", "ORG/NAME[/CONFIG][:SPLIT]"]),

@@ -6,7 +6,7 @@ from pydantic import BaseModel, ValidationError
 
 from megatron_bipe.data.files import PARTIAL_SUFFIX, unreadable, write_atomically
 from megatron_bipe.errors import DataError
-from preprocessing.hub_transfer import HubFile, disk_errors
+from preprocessing.hub.transfer import HubFile, disk_errors
 
 RECEIPT_NAME = "download-receipt.json"
 LOCK_NAME = ".download.lock"

@@ -16,8 +16,8 @@ from huggingface_hub.utils import WeakFileLock
 from megatron_bipe.data.files import partial_path
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
-from preprocessing.download_meter import FileBar, Meter, in_parallel
-from preprocessing.download_plan import (
+from preprocessing.hub.meter import FileBar, Meter, in_parallel
+from preprocessing.hub.plan import (
     DownloadOptions,
     Item,
     Plan,
@@ -28,8 +28,8 @@ from preprocessing.download_plan import (
     some_of,
     survey,
 )
-from preprocessing.download_receipt import LOCK_NAME, Receipt
-from preprocessing.hub_transfer import (
+from preprocessing.hub.receipt import LOCK_NAME, Receipt
+from preprocessing.hub.transfer import (
     GO_ON,
     HubFile,
     Snapshot,

@@ -2,8 +2,8 @@
 
 import pytest
 
-from preprocessing.parse import Keys, parse_block, parse_rows
-from preprocessing.readers import Block
+from preprocessing.readers.lines import Block
+from preprocessing.readers.parse import Keys, parse_block, parse_rows
 
 
 def lines_of(content: bytes, first_line: int = 1) -> Block:

@@ -14,11 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing import content
-from preprocessing.content import Content
-from preprocessing.inputs import find_inputs
-from preprocessing.parse import Keys, parse_block
-from preprocessing.readers import LineReader, read_blocks, reading
+from preprocessing.readers import content
+from preprocessing.readers.content import Content
+from preprocessing.readers.inputs import find_inputs
+from preprocessing.readers.lines import LineReader, read_blocks, reading
+from preprocessing.readers.parse import Keys, parse_block
 
 
 def texts_in(file: Path, block_bytes: int = 1 << 20) -> list[str]:

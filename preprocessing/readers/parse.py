@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megatron_bipe.types import Document
-from preprocessing.readers import Block
+from preprocessing.readers.lines import Block
 
 
 class Keys(NamedTuple):

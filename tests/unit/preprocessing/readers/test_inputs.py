@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.inputs import KINDS, LEAST_RANGE_TEXT_BYTES, RANGES, Input, find_inputs, plan_ranges
+from preprocessing.readers.inputs import KINDS, LEAST_RANGE_TEXT_BYTES, RANGES, Input, find_inputs, plan_ranges
 
 
 def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[str, Path]) -> None:
@@ -31,7 +31,7 @@ def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> No
     shard_tokens=st.integers(1, 10**10),
 )
 def test_plan_ranges_covers_every_byte_once_and_in_order(sizes: list[tuple[int, str]], shard_tokens: int) -> None:
-    inputs = [Input(f"{n}{suffix}", KINDS[suffix], size, 0) for n, (size, suffix) in enumerate(sizes)]
+    inputs = [Input(f"{n}{suffix}", KINDS[suffix], size, "") for n, (size, suffix) in enumerate(sizes)]
     at = dict.fromkeys(inputs, 0)
     order = []
     for pieces in plan_ranges(inputs, max(shard_tokens, 10**7)):
@@ -47,8 +47,8 @@ def test_plan_ranges_covers_every_byte_once_and_in_order(sizes: list[tuple[int, 
 
 
 def test_plan_ranges_gather_small_files_and_cut_large_ones_to_like_sizes() -> None:
-    small = [Input(f"{n}.txt", KINDS[".txt"], 1000, 0) for n in range(50_000)]
-    large = Input("large.jsonl", KINDS[".jsonl"], 10**9, 0)
+    small = [Input(f"{n}.txt", KINDS[".txt"], 1000, "") for n in range(50_000)]
+    large = Input("large.jsonl", KINDS[".jsonl"], 10**9, "")
     ranges = plan_ranges([*small, large], 1 << 30)
     sizes = [sum(piece.stop - piece.start for piece in pieces) for pieces in ranges]
     assert len(ranges) <= RANGES

@@ -14,11 +14,11 @@ import pytest
 from huggingface_hub.utils import WeakFileLock
 
 from megatron_bipe.errors import DataError
-from preprocessing import download as library
-from preprocessing.download import download
-from preprocessing.download_meter import Meter, Stopped, in_parallel
-from preprocessing.download_plan import DownloadOptions, State, make_plan
-from preprocessing.download_receipt import LOCK_NAME, RECEIPT_NAME
+from preprocessing.hub import download as library
+from preprocessing.hub.download import download
+from preprocessing.hub.meter import Meter, Stopped, in_parallel
+from preprocessing.hub.plan import DownloadOptions, State, make_plan
+from preprocessing.hub.receipt import LOCK_NAME, RECEIPT_NAME
 from tests.hub import Fault, Hub, serve
 
 REPO = "owner/corpus"
@@ -405,7 +405,7 @@ def test_download_names_of_its_own_in_the_repository_are_left_out(
 def test_download_file_beyond_what_http_serves_is_refused_with_another_way(
     options: DownloadOptions, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocessing.hub_transfer.MAX_HTTP_DOWNLOAD_SIZE", NUM_BYTES - 1)
+    monkeypatch.setattr("preprocessing.hub.transfer.MAX_HTTP_DOWNLOAD_SIZE", NUM_BYTES - 1)
     with pytest.raises(DataError, match=r"README\.md has 0 GB.*hf download"):
         download(options)
     assert hub.downloads("*") == []

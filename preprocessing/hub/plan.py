@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from megatron_bipe.data.files import partial_path
 from megatron_bipe.errors import DataError
-from preprocessing.download_receipt import Receipt, is_own
-from preprocessing.hub_transfer import HubFile, Snapshot, list_snapshot
+from preprocessing.hub.receipt import Receipt, is_own
+from preprocessing.hub.transfer import HubFile, Snapshot, list_snapshot
 
 
 @dataclass(frozen=True)
