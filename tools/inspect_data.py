@@ -1,17 +1,29 @@
-"""Look at a dataset folder: `verify` checks all of it, `stats` counts, `show` draws a document's segments."""
+"""Look at dataset folders: `verify` checks all of one, `stats` counts, `show` draws a document's segments.
+
+`resegment` makes a dataset again under another segment rule, without tokenizing again.
+"""
 
 import argparse
+import json
+import os
 import shutil
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 
 from tqdm import tqdm
 
 from _cli import run_tool
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.inspect import find_problems, open_tokenizer, stats_table
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.data.inspect import find_datasets, open_tokenizer
 from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.resegment import resegment
+from megatron_bipe.data.segments import RULE_FORMS
 from megatron_bipe.data.show import show_document
+from megatron_bipe.data.stats import SAMPLE_TOKENS, Statistics, count_dataset
+from megatron_bipe.data.stats_text import as_json, datasets_table, distribution_tables, stats_table
+from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
 
 
@@ -21,48 +33,49 @@ def main() -> None:
     arguments.run(arguments)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    helps = {
-        "verify": "read every byte: checksums, structure, ids, and bits against a new segmentation",
-        "stats": "documents, tokens, segments, text bytes, segment length",
-        "show": "draw a document with its segments and both ids of each token",
-    }
-    runs = {"verify": verify, "stats": stats, "show": show}
-    for name, run in runs.items():
-        command = commands.add_parser(name, help=helps[name], description=helps[name])
-        command.add_argument("folder", type=Path, metavar="DIR", help="dataset folder: the one with manifest.json")
-        command.set_defaults(run=run)
-        if name == "show":
-            command.add_argument("--document", type=int, default=0, metavar="N", help="number from 0 (default: 0)")
-            command.add_argument("--tokens", type=int, default=256, metavar="M", help="at most M (default: 256)")
-            command.add_argument(
-                "--color",
-                action=argparse.BooleanOptionalAction,
-                default=sys.stdout.isatty(),
-                help="mark segments by background colour (default: on a terminal)",
-            )
-    return parser
-
-
 def verify(arguments: argparse.Namespace) -> None:
     """Print every problem as it is found; end with an error if there was one."""
-    dataset = TokenDataset(arguments.folder)
-    total = sum(file.bytes for shard in dataset.manifest.shards for file in shard.files.values())
+    _require_workers(arguments)
+    if not 0 <= arguments.sample <= 1:
+        raise DataError(f"--sample is {arguments.sample}", remedy="Give a share, 0 to 1", place="--sample")
+    datasets = [TokenDataset(folder) for folder in find_datasets(arguments.folder)]
+    shards = [shard for dataset in datasets for shard in dataset.manifest.shards]
+    total = sum(file.bytes for shard in shards for file in shard.files.values())
     count = 0
     with tqdm(total=total, unit="B", unit_scale=True, desc="verify", disable=None) as bar:
-        for problem in find_problems(dataset, bar.update):
+        for problem in find_problems(datasets, workers=arguments.workers, sample=arguments.sample, advance=bar.update):
             bar.write(f"{problem}", file=sys.stderr)
             count += 1
     if count:
         raise DataError(f"{count} problem(s), listed above", remedy="See each of them", place=arguments.folder)
-    print(f"{arguments.folder}: whole. {len(dataset.shards)} shards, {dataset.num_tokens:,} tokens, {total:,} bytes.")
+    among = f"{len(datasets)} datasets, " if len(datasets) > 1 else ""
+    part = "" if arguments.sample == 1 else f" Ids and bits were looked at in a share of {arguments.sample:g}."
+    tokens = sum(dataset.num_tokens for dataset in datasets)
+    print(f"{arguments.folder}: whole. {among}{len(shards)} shards, {tokens:,} tokens, {total:,} bytes.{part}")
 
 
 def stats(arguments: argparse.Namespace) -> None:
-    """Print the counts; only the manifest is read."""
-    print(stats_table(Manifest.load(arguments.folder)))
+    """Print what the manifests say, then distributions of lengths; write the picture and JSON that are asked for."""
+    _require_workers(arguments)
+    if arguments.sample_tokens < 1:
+        raise DataError(
+            f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", place="--sample-tokens"
+        )
+    for file in filter(None, (arguments.png, arguments.json)):
+        _check_file(file, arguments.overwrite)
+    folders = find_datasets(arguments.folder)
+    datasets = {_name(folder, arguments.folder): TokenDataset(folder) for folder in folders}
+    manifests = {name: dataset.manifest for name, dataset in datasets.items()}
+    print(datasets_table(manifests) if len(manifests) > 1 else stats_table(*manifests.values()), end="\n\n")
+    found = _count(datasets, arguments)
+    print(distribution_tables(found))
+    if arguments.json:
+        content = {name: as_json(*counted) for name, counted in found.items()}
+        write_atomically(arguments.json, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
+    if arguments.png:
+        from megatron_bipe.data.stats_plot import draw_stats  # matplotlib takes a second to import
+
+        write_atomically(arguments.png, draw_stats({name: counted for name, (_, counted) in found.items()}))
 
 
 def show(arguments: argparse.Namespace) -> None:
@@ -73,6 +86,120 @@ def show(arguments: argparse.Namespace) -> None:
     width = shutil.get_terminal_size((120, 24)).columns
     tokenizer = open_tokenizer(dataset)
     print(show_document(dataset, tokenizer, arguments.document, arguments.tokens, color=arguments.color, width=width))
+
+
+def make_again(arguments: argparse.Namespace) -> None:
+    """Write the dataset under another rule."""
+    _require_workers(arguments)
+    total = Manifest.load(arguments.folder).num_tokens
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="resegment", disable=None) as bar:
+        made = resegment(
+            arguments.folder,
+            arguments.segments,
+            arguments.output,
+            workers=arguments.workers,
+            overwrite=arguments.overwrite,
+            advance=bar.update,
+        )
+    print(f"{arguments.output}: {made.num_tokens} tokens, {made.num_segments} segments by rule {made.rule.spec}")
+
+
+def _count(
+    datasets: Mapping[str, TokenDataset], arguments: argparse.Namespace
+) -> dict[str, tuple[Manifest, Statistics]]:
+    limit = None if arguments.all else arguments.sample_tokens
+    total = sum(min(dataset.num_tokens, limit or dataset.num_tokens) for dataset in datasets.values())
+    with tqdm(total=total, unit=" tokens", unit_scale=True, desc="stats", disable=None, leave=False) as bar:
+        return {
+            name: (dataset.manifest, count_dataset(dataset, limit, workers=arguments.workers, advance=bar.update))
+            for name, dataset in datasets.items()
+        }
+
+
+def _name(folder: Path, within: Path) -> str:
+    return str(folder) if folder == within else str(folder.relative_to(within))
+
+
+def _require_workers(arguments: argparse.Namespace) -> None:
+    if arguments.workers < 1:
+        raise DataError(f"--workers is {arguments.workers}", remedy="Give 1 or more", place="--workers")
+
+
+def _check_file(file: Path, overwrite: bool) -> None:
+    """Refuse a file that cannot be written before the counting starts."""
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
+    if file.exists() and not overwrite:
+        raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_verify(commands.add_parser("verify", help="checksums, structure, ids, and bits against a new segmentation"))
+    _add_stats(commands.add_parser("stats", help="counts, and how long segments and documents are"))
+    _add_show(commands.add_parser("show", help="draw a document with its segments and both ids of each token"))
+    _add_resegment(
+        commands.add_parser("resegment", help="the same tokens under another segment rule, as a new dataset")
+    )
+    return parser
+
+
+def _add_verify(command: argparse.ArgumentParser) -> None:
+    command.description = "Read all of it: checksums, structure, ids, and bits against a new segmentation."
+    _add_folder(command, "dataset folder, or one with several: the output of --partition-by or --split")
+    _add_workers(command)
+    share = "of the tokens whose ids and bits are looked at, 0 to 1; checksums are of all (default: %(default)g)"
+    command.add_argument("--sample", type=float, default=1.0, metavar="FRACTION", help=share)
+    command.set_defaults(run=verify)
+
+
+def _add_stats(command: argparse.ArgumentParser) -> None:
+    command.description = "Documents, tokens, segments; lengths of segments and documents, and segments in 1024 tokens."
+    _add_folder(command, "dataset folder, or one with several: the output of --partition-by or --split")
+    _add_workers(command)
+    add = command.add_argument
+    add("--all", action="store_true", help="count all of each dataset, not a sample")
+    sample = "to count of a dataset, in evenly spread blocks (default: %(default)s)"
+    add("--sample-tokens", type=int, default=SAMPLE_TOKENS, metavar="N", help=sample)
+    add("--png", type=Path, metavar="FILE", help="draw the distributions, a curve a dataset")
+    add("--json", type=Path, metavar="FILE", help="write the figures for scripts")
+    add("--overwrite", action="store_true", help="replace these files")
+    command.set_defaults(run=stats)
+
+
+def _add_show(command: argparse.ArgumentParser) -> None:
+    command.description = "Draw a document with its segments and both ids of each token."
+    _add_folder(command, "dataset folder: the one with manifest.json")
+    add = command.add_argument
+    add("--document", type=int, default=0, metavar="N", help="number from 0 (default: 0)")
+    add("--tokens", type=int, default=256, metavar="M", help="at most M (default: 256)")
+    color = "mark segments by background colour (default: on a terminal)"
+    add("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(), help=color)
+    command.set_defaults(run=show)
+
+
+def _add_resegment(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Make the dataset that tools/preprocess.py would make with another rule. Tokens are not copied where the file "
+        "system has hard links."
+    )
+    _add_folder(command, "dataset folder: the one with manifest.json")
+    add = command.add_argument
+    add("--segments", required=True, metavar="RULE", help=RULE_FORMS)
+    add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
+    _add_workers(command)
+    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
+    command.set_defaults(run=make_again)
+
+
+def _add_folder(command: argparse.ArgumentParser, what: str) -> None:
+    command.add_argument("folder", type=Path, metavar="DIR", help=what)
+
+
+def _add_workers(command: argparse.ArgumentParser) -> None:
+    cores = len(os.sched_getaffinity(0))  # that this process may use, which a scheduler may have limited
+    command.add_argument("--workers", type=int, default=cores, metavar="N", help="shards read at once (default: cores)")
 
 
 if __name__ == "__main__":

@@ -1,45 +1,38 @@
-"""Is a dataset folder whole, and what is in it. Torch-free; `show.py` draws single documents."""
+"""Which datasets a folder holds, and the tokenizer beside one: where every look at a dataset starts."""
 
-import itertools
-from collections.abc import Callable, Iterator
+from pathlib import Path
 
-import numpy as np
-
-from megatron_bipe.data.dataset import TokenDataset, foreign_token
-from megatron_bipe.data.files import sha256_of
-from megatron_bipe.data.format import Shard
-from megatron_bipe.data.layout import SEG_HEADER, damaged
-from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
-from megatron_bipe.data.records import SUFFIXES
-from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 
-CHUNK_TOKENS = 1 << 22  # looked at together: bounds the memory that checking takes
+FOLDERS_NAMED = 8  # in one message
 
 
-def find_problems(dataset: TokenDataset, advance: Callable[[int], object] = lambda _: None) -> Iterator[DataError]:
-    """Everything that opening does not look at: tokenizer, checksums, indices, ids, bits.
+def find_datasets(folder: Path) -> list[Path]:
+    """The folder itself if it has a manifest, else the datasets one or two levels below it, by name.
 
-    Args:
-        dataset: an opened dataset, which is itself a check of sizes and headers.
-        advance: told the size of every file that has been read, for a progress bar.
+    That is what a split or partitioned output is. A folder without any is returned as it is: opening it says so best.
 
-    Yields:
-        One error for each wrong file checksum, and the first other problem of each shard.
+    Raises:
+        DataError: shards without a manifest lie below it: some of the datasets are unfinished.
     """
-    yield from _tokenizer_problems(dataset)
-    for shard, record in zip(dataset.shards, dataset.manifest.shards, strict=True):
-        for suffix in SUFFIXES:
-            path, recorded = shard.path(suffix), record.files[suffix]
-            found = sha256_of(path)
-            if found != recorded.sha256:
-                yield damaged(path, f"its SHA-256 is {found}; the manifest says {recorded.sha256}")
-            advance(recorded.bytes)
-        try:
-            _check_shard(shard, dataset.rule, dataset.manifest.tokenizer.vocab_size)
-        except DataError as error:
-            yield error
+    folder = Path(folder)
+    if (folder / MANIFEST_NAME).exists():
+        return [folder]
+    below = [path for pattern in ("*", "*/*") for path in sorted(folder.glob(pattern)) if path.is_dir()]
+    found = [path for path in below if (path / MANIFEST_NAME).exists()]
+    unfinished = [path for path in below if path not in found and next(path.glob("*.seg"), None)]
+    if unfinished:
+        names = ", ".join(str(path.relative_to(folder)) for path in unfinished[:FOLDERS_NAMED])
+        more = ", ..." if len(unfinished) > FOLDERS_NAMED else ""
+        raise DataError(
+            f"{len(unfinished)} folders in it hold shards but no {MANIFEST_NAME}, so are unfinished: {names}{more}",
+            remedy="Finish them with the command that began, copy all again in full, or name one that is finished",
+            place=folder,
+        )
+    return found or [folder]
 
 
 def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
@@ -54,81 +47,3 @@ def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
     tokenizer = load_tokenizer(folder)
     dataset.check_tokenizer(tokenizer.fingerprint, folder)
     return tokenizer
-
-
-def stats_table(manifest: Manifest) -> str:
-    """Counts and means: a line a shard and one for all."""
-    rows = [["shard", "documents", "tokens", "segments", "text bytes", "tokens/segment", "segments/1024 tokens"]]
-    rows += [_stats_row(s.name, s.documents, s.tokens, s.segments, s.text_bytes) for s in manifest.shards]
-    counts = manifest.num_documents, manifest.num_tokens, manifest.num_segments, manifest.text_bytes
-    rows.append(_stats_row("all", *counts))
-    ids = manifest.rule.token_ids
-    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
-    tokenizer = manifest.tokenizer
-    return "\n".join(
-        [
-            f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}",
-            f"segments   {manifest.rule.spec}" + (f": {len(ids)} token ids ({shown})" if ids else ""),
-            f"stored as  {manifest.dtype} and one bit a token, fingerprint {manifest.fingerprint[:16]}",
-            "",
-            _align(rows),
-        ]
-    )
-
-
-def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:
-    try:
-        rule = resolve_rule(dataset.rule.spec, open_tokenizer(dataset))
-    except DataError as error:
-        yield error
-        return
-    if rule != dataset.rule:
-        yield DataError(
-            f"field rule.token_ids lists {len(dataset.rule.token_ids)} ids; rule {rule.spec!r} comes out as "
-            f"{len(rule.token_ids)} others with the dataset's own tokenizer",
-            remedy="Make the dataset again",
-            place=dataset.path / MANIFEST_NAME,
-        )
-
-
-def _check_shard(shard: Shard, rule: SegmentRule, vocab_size: int) -> None:
-    """Index, padding, ids, bits against a new segmentation, and their number against the record."""
-    bounds = shard.document_bounds
-    spare_bits = -shard.num_tokens % 8
-    if spare_bits and int(shard.packed_ends[-1]) >> (8 - spare_bits):
-        last = SEG_HEADER.size + shard.packed_ends.size - 1
-        raise damaged(shard.path("seg"), f"byte {last}, the last, has bits set beyond the {shard.num_tokens} tokens")
-    # A rule that looks at tokens does not care where documents start; one that counts does.
-    chunks = [*range(0, shard.num_tokens, CHUNK_TOKENS), shard.num_tokens]
-    num_segments = 0
-    for start, stop in itertools.pairwise(chunks if rule.fixed_length is None else bounds.tolist()):
-        tokens, ends = shard.tokens(start, stop), shard.ends(start, stop)
-        foreign = np.flatnonzero(tokens.view(f"u{tokens.dtype.itemsize}") >= vocab_size)
-        if foreign.size:
-            raise foreign_token(shard, start + int(foreign[0]), int(tokens[foreign[0]]), vocab_size)
-        wrong = np.flatnonzero(ends != segment_ends(tokens, rule))
-        if wrong.size:
-            place = start + int(wrong[0])
-            where = f"byte {SEG_HEADER.size + place // 8}, bit {place % 8} (token {place}, id {tokens[wrong[0]]})"
-            what = f"{where} is {int(ends[wrong[0]])}; rule {rule.spec!r} makes it {int(not ends[wrong[0]])}"
-            raise damaged(shard.path("seg"), what)
-        num_segments += int(np.count_nonzero(ends))
-    if shard.record and num_segments != shard.record.segments:
-        what = f"{num_segments} bits are set; the manifest says {shard.record.segments} segments"
-        raise damaged(shard.path("seg"), what)
-
-
-def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes: int) -> list[str]:
-    length = f"{tokens / segments:.2f}" if segments else "-"
-    density = f"{1024 * segments / tokens:.2f}" if tokens else "-"
-    return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", f"{text_bytes:,}", length, density]
-
-
-def _align(rows: list[list[str]]) -> str:
-    """Names to the left, figures to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)

@@ -8,7 +8,6 @@ Example: python tools/bench/preprocess.py --megabytes 190 --tokenizer llama_toke
 """
 
 import argparse
-import hashlib
 import io
 import logging
 import os
@@ -33,6 +32,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._corpus import collect
 from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.types import Document
@@ -46,9 +46,6 @@ from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 
 BATCH = 1000  # documents; the default of `datasets.map`
 VOCAB_SIZE = 8000  # of the tokenizer trained here when none is given
-SUFFIXES = (".py", ".rst", ".txt", ".md", ".html", ".h", ".c", ".hpp", ".js", ".pyi")
-MAX_FILE_BYTES = 2_000_000
-SKIPPED = ("/proc", "/sys", "/dev", "/tmp")
 
 
 class Job(NamedTuple):
@@ -203,8 +200,8 @@ def main() -> None:
         folder = Path(name)
         roots = arguments.roots or [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
         sizes = {
-            True: _collect(folder / "corpus.jsonl.zst", roots, arguments.megabytes * 1e6),
-            False: _collect(folder / "part.jsonl.zst", roots, min(arguments.megabytes, arguments.peer_megabytes) * 1e6),
+            True: collect(folder / "corpus.jsonl.zst", roots, arguments.megabytes * 1e6),
+            False: collect(folder / "part.jsonl.zst", roots, min(arguments.megabytes, arguments.peer_megabytes) * 1e6),
         }
         files = {True: folder / "corpus.jsonl.zst", False: folder / "part.jsonl.zst"}
         tokenizer = arguments.tokenizer or train_tokenizer(
@@ -255,43 +252,6 @@ def _timed(label: str, corpus: Path, definition: Path, output: Path, sender: Con
 def _usage() -> tuple[float, float]:
     usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     return sum(u.ru_utime + u.ru_stime for u in usages), max(u.ru_maxrss for u in usages) / 1e3
-
-
-def _collect(file: Path, roots: Sequence[Path], max_bytes: float) -> int:
-    """Sources and documentation found under `roots`, as lines of JSON; returns the bytes of text."""
-    text_bytes = 0
-    seen: set[int] = set()
-    with file.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
-        for source in _sources(roots):
-            text = source.read_bytes()
-            # The others take these for special tokens: the counts must be comparable.
-            if hash(text) in seen or not text or any(mark in text for mark in (b"<s>", b"</s>", b"<unk>")):
-                continue
-            seen.add(hash(text))
-            try:
-                line = orjson.dumps({"text": text.decode(), "meta": {"file": source.name}})
-            except ValueError:  # not UTF-8, in the text or the name
-                continue
-            stream.write(line + b"\n")
-            text_bytes += len(text)
-            if text_bytes > max_bytes:
-                break
-    return text_bytes
-
-
-def _sources(roots: Sequence[Path]) -> list[Path]:
-    """In an order of no meaning, so that the first part of a corpus is like all of it."""
-    return sorted(_files_below(roots), key=lambda path: hashlib.md5(os.fsencode(path)).digest())
-
-
-def _files_below(roots: Sequence[Path]) -> Iterator[Path]:
-    for root in roots:
-        for folder, subfolders, names in os.walk(root):
-            subfolders[:] = sorted(name for name in subfolders if str(Path(folder) / name) not in SKIPPED)
-            for name in sorted(names):
-                path = Path(folder) / name
-                if name.endswith(SUFFIXES) and path.is_file() and path.stat().st_size < MAX_FILE_BYTES:
-                    yield path
 
 
 def _parts(corpus: Path) -> Iterator[list[Document]]:
