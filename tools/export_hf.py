@@ -15,12 +15,12 @@ from _cli import run_tool
 from _samples import random_windows
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
-from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -66,13 +66,14 @@ def main() -> None:
 def _windows(run: RunConfig, record: DataRecord) -> Windows:
     """Two windows of the training data with the ids that training saw; random ones where the data is gone."""
     try:
-        dataset = TokenDataset(run.data.path)
-        if dataset.manifest.fingerprint == record.fingerprint:
-            count = min(2, dataset.num_windows(run.train.seq_len_tokens))
-            batch = make_batch(dataset, torch.arange(count).numpy(), run.train.seq_len_tokens, run.model.intra_size - 1)
+        blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
+        if blend.record.fingerprint == record.fingerprint:
+            windows = torch.arange(min(2, blend.num_windows)).numpy()
+            batch = make_batch(blend, windows, run.train.seq_len_tokens, run.model.intra_size - 1)
             return batch.tokens_BT, batch.intra_BT, batch.inter_BT
-        log.info("%s is not the data of this run any more: comparing on random tokens", run.data.path)
-    except DataError as error:
+        folders = ", ".join(map(str, run.data.folders))
+        log.info("%s: not the data of this run any more; comparing on random tokens", folders)
+    except (ConfigError, DataError) as error:
         log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
     return random_windows(run.model, record.rule, run.train.seq_len_tokens)
 

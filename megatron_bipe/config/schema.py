@@ -7,7 +7,7 @@ rules that involve several are in `validate.py`; where values come from is in `l
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -77,15 +77,46 @@ class ModelConfig(_Section):
         return self.hidden_size // self.num_heads
 
 
+def _form_of(path: object) -> str | None:
+    """Which of the forms of `DataPath` a value has, so that errors are about that one alone."""
+    forms = {str: "folder", Path: "folder", list: "folders", tuple: "folders", dict: "weights"}
+    return next((form for kind, form in forms.items() if isinstance(path, kind)), None)
+
+
+Weight = Annotated[float, Field(gt=0)]
+Folder = Annotated[str, Field(min_length=1)]
+DataPath = Annotated[
+    Annotated[Path, Tag("folder")]
+    | Annotated[tuple[Folder, ...], Field(min_length=1), Tag("folders")]
+    | Annotated[dict[Folder, Weight], Field(min_length=1), Tag("weights")],
+    Discriminator(
+        _form_of,
+        custom_error_type="data_path",
+        custom_error_message="Input should be a dataset folder, a list of folders, or a mapping of folders to weights",
+    ),
+]
+
+
 class DataConfig(_Section):
     """What is read, and how it is cut into windows."""
 
-    path: Path = Path("data/pile")
-    """Dataset folder made by tools/preprocess.py."""
+    path: DataPath = Path("data/pile")
+    """Dataset folder made by tools/preprocess.py. Several are a blend: `{FOLDER: WEIGHT, ...}` takes them in the ratio
+    of their weights, `[FOLDER, ...]` in that of their tokens."""
     valid_path: Path | None = None
     """Dataset folder for the validation loss; null: none is computed."""
     segments: str | None = None
     """Name of the segment rule the dataset must have been made with; null: whatever it has."""
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """Dataset folders of the training data, in the order they are named."""
+        return (self.path,) if isinstance(self.path, Path) else tuple(map(Path, self.path))
+
+    @property
+    def weights(self) -> tuple[float, ...] | None:
+        """How often each folder's windows are taken, in any unit; None: in proportion to its tokens."""
+        return tuple(self.path.values()) if isinstance(self.path, dict) else None
 
 
 class OptimizerConfig(_Section):

@@ -1,8 +1,9 @@
 """All rules that involve more than one field, checked together and before any process group starts."""
 
+from collections import Counter
 from collections.abc import Iterator
 
-from megatron_bipe.config.schema import ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
 from megatron_bipe.errors import ConfigError
 
 
@@ -12,9 +13,12 @@ def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
     Raises:
         ConfigError: lists every broken rule at once, each with the values seen.
     """
-    problems = [*_model(run.model), *_optimizer(run.optimizer, run.train), *_batches(run.train, num_ranks)]
-    if run.data.valid_path is not None and run.data.valid_path == run.data.path:
-        problems.append(f"data.valid_path={run.data.valid_path} is the training set; name a held-out dataset")
+    problems = [
+        *_model(run.model),
+        *_data(run.data),
+        *_optimizer(run.optimizer, run.train),
+        *_batches(run.train, num_ranks),
+    ]
     if problems:
         raise ConfigError("; ".join(problems), place=place)
 
@@ -73,6 +77,14 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.rope_scaling has no meaning for model.encoding={model.encoding}; set it to null"
     if model.log_scale and model.train_len_tokens < 2:
         yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}); 2 is the least"
+
+
+def _data(data: DataConfig) -> Iterator[str]:
+    if data.valid_path is not None and data.valid_path in data.folders:
+        yield f"data.valid_path={data.valid_path} is the training set; name a held-out dataset"
+    repeated = [str(folder) for folder, count in Counter(data.folders).items() if count > 1]
+    if repeated:
+        yield f"data.path names {', '.join(repeated)} more than once; name it once, with the sum of its weights"
 
 
 def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:

@@ -17,6 +17,7 @@ from megatron_bipe.errors import DataError
 __all__ = [
     "MANIFEST_NAME",
     "TOKENIZER_FOLDER",
+    "BlendMember",
     "DataRecord",
     "FileRecord",
     "Manifest",
@@ -42,15 +43,28 @@ class TokenizerRecord(Record):
     """Ids of the special tokens by name."""
 
 
+class BlendMember(Record):
+    """One dataset of a blend, as a model remembers it."""
+
+    path: str
+    """For people: its folder. Not compared."""
+    fingerprint: Sha256
+    """Of the dataset's manifest."""
+    slots: Annotated[int, Field(gt=0)]
+    """Its share: slots of the blend's pattern."""
+
+
 class DataRecord(Record):
-    """What a model remembers of the dataset it was trained on: enough to refuse another one."""
+    """What a model remembers of the data it was trained on: enough to refuse other data."""
 
     tokenizer: TokenizerRecord
     """What its token ids mean."""
     rule: SegmentRule
     """Where its segments end."""
     fingerprint: Sha256
-    """Of the dataset's manifest."""
+    """Of the dataset's manifest; of a blend, over the fingerprints and slots of its members."""
+    blend: tuple[BlendMember, ...] = ()
+    """The datasets in their order, where they are several."""
 
 
 class Manifest(Record):

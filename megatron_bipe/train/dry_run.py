@@ -1,11 +1,13 @@
 """What a run would be, without starting it: configuration, layers, parameters, memory, length."""
 
+from pathlib import Path
 from typing import Any
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
@@ -79,11 +81,19 @@ def _length(run: RunConfig, num_ranks: int) -> str:
 
 def _data(run: RunConfig) -> str:
     try:
-        manifest = Manifest.load(run.data.path)
+        manifests = [Manifest.load(folder) for folder in run.data.folders]
     except DataError as error:
         return f"not usable yet: {error}\n"
-    epochs = run.train.steps * run.train.global_batch * run.train.seq_len_tokens / max(1, manifest.num_tokens)
+    weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
+    slots = slot_counts(weights, run.data.folders)
+    rows = zip(run.data.folders, manifests, slots, strict=True)
+    return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
+
+
+def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, share: float) -> str:
+    of_a_blend = f"{share:.2%} of the windows; " if share < 1 else ""
+    tokens = share * run.train.steps * run.train.global_batch * run.train.seq_len_tokens
     return (
-        f"{run.data.path}: {manifest.num_tokens:,} tokens in {manifest.num_documents:,} documents, "
-        f"segments {manifest.rule.spec}; the run reads it {epochs:.2f} times\n"
+        f"{folder}: {of_a_blend}{manifest.num_tokens:,} tokens in {manifest.num_documents:,} documents, "
+        f"segments {manifest.rule.spec}; the run reads it {tokens / max(1, manifest.num_tokens):.2f} times\n"
     )

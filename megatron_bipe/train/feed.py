@@ -7,10 +7,10 @@ from torch import Tensor
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps, check_data
+from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.data.order import SampleOrder
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch, IntArray
@@ -27,23 +27,25 @@ class Feed:
     def __init__(self, run: RunConfig, mesh: Mesh) -> None:
         self._train, self._mesh = run.train, mesh
         self._clip = run.model.intra_size - 1
-        self._dataset = _open(run, TokenDataset(run.data.path))
-        self._order = SampleOrder(self._dataset.num_windows(run.train.seq_len_tokens), run.train.seed)
+        self._blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
+        for dataset in self._blend.datasets:
+            _check(run, dataset)
         self._valid = None
         if run.data.valid_path is not None:
-            self._valid = _open(run, TokenDataset(run.data.valid_path))
-            self._valid.check_tokenizer(self.record.tokenizer.fingerprint, "data.path")
+            self._valid = TokenDataset(run.data.valid_path)
+            _check(run, self._valid)
+            self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
             self._valid_windows = self._choose_valid_windows(self._valid)
 
     @property
     def record(self) -> DataRecord:
         """What the model will remember of its training data."""
-        return self._dataset.manifest.record
+        return self._blend.record
 
     @property
     def dataset(self) -> TokenDataset:
-        """The training set."""
-        return self._dataset
+        """The training set; of a blend its first, whose tokenizer is that of all."""
+        return self._blend.datasets[0]
 
     @property
     def has_valid(self) -> bool:
@@ -56,10 +58,10 @@ class Feed:
         The step holds samples [step x batch, (step + 1) x batch) of the order, whatever the number of ranks.
         """
         train, num_ranks = self._train, self._mesh.num_ranks
-        windows = self._order.window_indices(step * train.global_batch, train.global_batch)
+        windows = self._blend.window_indices(step * train.global_batch, train.global_batch)
         shape = (accumulation_steps(train, num_ranks), num_ranks, train.micro_batch)
         for micro_windows in windows.reshape(shape)[:, self._mesh.rank]:
-            yield make_batch(self._dataset, micro_windows, train.seq_len_tokens, self._clip)
+            yield make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
         """This rank's share of the validation windows, always the same ones."""
@@ -83,13 +85,11 @@ class Feed:
         return np.linspace(0, num_windows - 1, count).astype(np.int64)
 
 
-def _open(run: RunConfig, dataset: TokenDataset) -> TokenDataset:
-    record = dataset.manifest.record
+def _check(run: RunConfig, dataset: TokenDataset) -> None:
     check_data(
         run,
-        vocab_size=record.tokenizer.vocab_size,
-        segments=record.rule.spec,
-        fixed_length=record.rule.fixed_length,
+        vocab_size=dataset.manifest.tokenizer.vocab_size,
+        segments=dataset.rule.spec,
+        fixed_length=dataset.rule.fixed_length,
         place=str(dataset.path),
     )
-    return dataset

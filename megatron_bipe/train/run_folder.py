@@ -8,13 +8,14 @@ RUN/tensorboard/      the same for TensorBoard
 RUN/checkpoints/      see engine/checkpoint.py
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
+from megatron_bipe.data.blend import PATTERN_SLOTS
+from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, list_steps
 from megatron_bipe.errors import CheckpointError
@@ -58,7 +59,8 @@ def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -
     """Write what describes the run; called on one rank, once all have read what an earlier start wrote."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     (run.run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
-    (run.run_dir / "data.json").write_text(record.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    described = record.model_dump_json(indent=2, exclude_defaults=True)
+    (run.run_dir / "data.json").write_text(described + "\n", encoding="utf-8")
     tokenizer.copy_to(run.run_dir / TOKENIZER_FOLDER)
 
 
@@ -91,14 +93,32 @@ def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[str]:
         yield f"tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
     if old.rule != new.rule:
         yield f"segment rule was {old.rule.spec} and is now {new.rule.spec}"
-    if old.fingerprint != new.fingerprint:
+    if len(old.blend) != len(new.blend):
+        yield f"the training data was {_size(old)} and is now {_size(new)}"
+    elif old.blend:
+        yield from _member_differences(old.blend, new.blend)
+    elif old.fingerprint != new.fingerprint:
         yield f"dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}"
+
+
+def _member_differences(old: Sequence[BlendMember], new: Sequence[BlendMember]) -> Iterator[str]:
+    for number, (before, after) in enumerate(zip(old, new, strict=True), start=1):
+        if before.fingerprint != after.fingerprint:
+            was, now = (f"{member.path} ({member.fingerprint[:12]})" for member in (before, after))
+            yield f"dataset {number} of the blend was {was} and is now {now}"
+        if before.slots != after.slots:
+            was, now = (f"{member.slots / PATTERN_SLOTS:.2%}" for member in (before, after))
+            yield f"the share of dataset {number} of the blend, {after.path}, was {was} and is now {now}"
+
+
+def _size(record: DataRecord) -> str:
+    return f"a blend of {len(record.blend)} datasets" if record.blend else "one dataset"
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict):
+        if isinstance(value, dict) and prefix + key not in _FREE:  # the data of a blend is free as a whole
             result |= _flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value

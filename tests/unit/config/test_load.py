@@ -42,6 +42,48 @@ def test_load_training_length_of_the_model_follows_the_window_unless_given():
     assert load_run_config(None, both).model.train_len_tokens == 1024
 
 
+@pytest.mark.parametrize(
+    ("value", "folders", "weights"),
+    [
+        ("data/pile", ["data/pile"], None),
+        ("[data/b, data/a]", ["data/b", "data/a"], None),
+        ("{data/b: 3, data/a: 0.5}", ["data/b", "data/a"], (3.0, 0.5)),
+    ],
+)
+def test_load_data_path_is_one_folder_or_a_blend_in_the_order_given(tmp_path, value, folders, weights):
+    run = load_run_config(None, [f"data.path={value}"])
+    assert (run.data.folders, run.data.weights) == (tuple(map(Path, folders)), weights)
+    path = tmp_path / "config.yaml"
+    path.write_text(dump_yaml(run))
+    assert load_run_config(path) == run
+    assert load_run_config(path).data.folders == run.data.folders
+
+
+def test_load_one_weight_of_a_blend_can_be_overridden(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {path: {data/a: 1, data/b: 2}}\n")
+    assert load_run_config(path, ["data.path.data/b=5"]).data.weights == (1.0, 5.0)
+    assert load_run_config(path, ["data.path=data/c"]).data.folders == (Path("data/c"),)
+
+
+@pytest.mark.parametrize(
+    ("value", "messages"),
+    [
+        ("{}", ["data.path.weights={}", "at least 1 item"]),
+        ("[]", ["data.path.folders=[]", "at least 1 item"]),
+        ("{a: 0, b: -1}", ["weights.a=0: Input should be greater than 0", "weights.b=-1"]),
+        ("{a: .nan, b: .inf, c: x}", ["weights.a=nan", "weights.b=inf", "weights.c='x'"]),
+        ("[a, 3]", ["data.path.folders.1=3"]),
+        ("5", ["data.path=5: Input should be a dataset folder, a list of folders, or a mapping"]),
+        ("null", ["data.path=None: Input should be a dataset folder"]),
+    ],
+)
+def test_load_impossible_data_path_says_what_is_wrong_with_the_form_it_has(value, messages):
+    with pytest.raises(ConfigError) as error:
+        load_run_config(None, [f"data.path={value}"])
+    assert all(message in str(error.value) for message in messages)
+
+
 def test_dump_then_load_is_the_same_run(tmp_path):
     run = load_run_config(
         None, ["model.rope_scaling={type: linear, factor: 4}", "data.valid_path=v", "model.encoding=rope"]

@@ -25,6 +25,10 @@ def test_validate_default_run_passes_and_accumulates():
         (["train.steps=100"], "optimizer.warmup_steps=10000 exceeds the 100 steps"),
         (["train.global_batch=20"], "train.global_batch=20 is not a multiple of train.micro_batch=8 x 2"),
         (["data.path=a", "data.valid_path=a"], "is the training set"),
+        (["data.path={b: 1, a: 2}", "data.valid_path=a"], "data.valid_path=a is the training set"),
+        (["data.path=[b, a]", "data.valid_path=a/"], "data.valid_path=a is the training set"),
+        (["data.path=[b, a, a/]"], "data.path names a more than once"),
+        (["data.path={a: 1, b: 1, ./a: 2}"], "data.path names a more than once"),
     ],
 )
 def test_validate_contradiction_names_values_and_rule(overrides, message):

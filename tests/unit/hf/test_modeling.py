@@ -16,7 +16,7 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.positions_bipe import Places, memorise, recall
 from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import to_llama
-from megatron_bipe.model.head import mean_loss
+from megatron_bipe.model.loss import mean_loss
 
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 NEAR = {"rtol": 0, "atol": 2e-5}  # logits reach about 10

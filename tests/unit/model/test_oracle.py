@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import from_llama, to_llama
-from megatron_bipe.model.head import mean_loss
+from megatron_bipe.model.loss import mean_loss
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
 from tests.beside import ORACLE

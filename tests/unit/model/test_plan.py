@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.head import mean_loss, token_losses
+from megatron_bipe.model.loss import mean_loss, token_losses
 from megatron_bipe.model.plan import build_model, count_parameters, make_plan, train_flops_per_token
 
 

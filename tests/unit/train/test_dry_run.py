@@ -27,6 +27,24 @@ def test_describe_existing_data_says_how_often_it_is_read(tmp_path, write_datase
     assert "reads it 51.20 times" in describe(run, {}, num_ranks=1)
 
 
+def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_dataset):
+    for name, tokens in (("small", 1000), ("big", 4000)):
+        write_dataset(tmp_path / name, [[[1] * tokens]])
+    length = ["train.steps=2", "train.seq_len_tokens=100"]  # 51,200 tokens
+    small, big = str(tmp_path / "small"), str(tmp_path / "big")
+    weighted = describe(load_run_config(None, [f"data.path={{{small}: 1, {big}: 3}}", *length]), {}, num_ranks=1)
+    assert f"{small}: 25.00% of the windows; 1,000 tokens" in weighted and "reads it 12.80 times" in weighted
+    assert f"{big}: 75.00% of the windows; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
+    by_tokens = describe(load_run_config(None, [f"data.path=[{small}, {big}]", *length]), {}, num_ranks=1)
+    assert by_tokens.count("reads it 10.24 times") == 2
+
+
+def test_describe_empty_dataset_is_described(tmp_path, write_dataset):
+    write_dataset(tmp_path / "empty", [[[]]])
+    run = load_run_config(None, [f"data.path=[{tmp_path / 'empty'}]"])
+    assert f"{tmp_path / 'empty'}: 0 tokens" in describe(run, {}, num_ranks=1)
+
+
 def test_memory_estimate_shards_what_the_zero_stage_shards():
     run = load_run_config(None)
     whole = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes a parameter in bf16

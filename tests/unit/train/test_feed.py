@@ -5,6 +5,8 @@ import pytest
 import torch
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import DataConfig
+from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.order import SampleOrder
@@ -53,6 +55,30 @@ def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = dataset.windows(order.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_ranks(run, write_dataset, num_ranks):
+    second = run.data.path.with_name("second")
+    write_dataset(second, [[list(range(2, 100))]])
+    data = DataConfig(path={str(run.data.path): 1, str(second): 3}, valid_path=run.data.valid_path)
+    blended = run.model_copy(update={"data": data})
+    blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
+    for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
+        feeds = [Feed(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(feed.train_batches(step)) for feed in feeds]
+        read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
+        expected = blend.windows(blend.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
+        assert np.array_equal(read.numpy(), expected)
+    assert feeds[0].record == blend.record
+    assert feeds[0].dataset.path == run.data.path
+
+
+def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refused(run):
+    path = {str(run.data.path): 1, str(run.data.valid_path): 1}
+    data = DataConfig(path=path, segments="reference")
+    with pytest.raises(ConfigError, match="the dataset was made with"):
+        Feed(run.model_copy(update={"data": data}), _mesh())
 
 
 def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
