@@ -6,19 +6,21 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
+from megatron_bipe.data.files import allow_open_files
 from megatron_bipe.data.format import Shard
-from megatron_bipe.data.layout import damaged
+from megatron_bipe.data.layout import damaged, packed_bytes
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule, window_ends
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
+FILES_A_SHARD = 2  # kept open: tokens and segment ends
+
 
 class TokenDataset:
     """The documents of a folder, concatenated in the order of its manifest.
 
-    Opening costs a few reads a shard, whatever its size; data is mapped when first touched, so copies in
-    several processes share it.
+    Opening costs a few reads a shard, whatever its size. Windows are read where they lie, with nothing around them.
 
     Raises:
         DataError: no dataset there, or a shard that is not what the manifest says.
@@ -28,6 +30,7 @@ class TokenDataset:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self.dtype = np.dtype(self.manifest.dtype)
+        allow_open_files(FILES_A_SHARD * len(self.manifest.shards))
         self.shards = [Shard(self.path, record) for record in self.manifest.shards]
         for shard in self.shards:
             if shard.dtype != self.dtype:
@@ -37,7 +40,7 @@ class TokenDataset:
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)  # [shards + 1]
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        """Travel to another process as a path, not as the mapped data."""
+        """Travel to another process as a path, not as open files."""
         return type(self), (self.path,)
 
     @property
@@ -70,7 +73,7 @@ class TokenDataset:
             )
 
     def tokens(self, start: int, stop: int) -> TokenArray:
-        """Tokens [start, stop) in the storage type; read-only, and no copy inside one shard."""
+        """Tokens [start, stop) in the storage type."""
         parts = [self.shards[shard].tokens(low, high) for shard, low, high in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
 
@@ -128,9 +131,9 @@ class TokenDataset:
         places = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
         for row, (shard, within, crosses) in enumerate(places):
             if not crosses:
-                tokens[row] = self.shards[shard].all_tokens[within : within + seq_len_tokens + 1]
-                found = self.shards[shard].packed_ends[within // 8 : within // 8 + packed.shape[1]]
-                packed[row, : found.size] = found
+                self.shards[shard].read_tokens(within, tokens[row])
+                last = packed_bytes(within + seq_len_tokens)
+                self.shards[shard].read_packed_ends(within // 8, packed[row, : last - within // 8])
         ends = _unpack(packed, within_B % 8, seq_len_tokens)
         for row in np.flatnonzero(crosses_B).tolist():
             start = int(starts_B[row])

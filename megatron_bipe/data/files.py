@@ -1,7 +1,9 @@
 """Writing that survives a crash, and checksums: what every file of a dataset is put down with."""
 
+import errno
 import hashlib
 import os
+import resource
 from pathlib import Path
 
 from megatron_bipe.disk import sync
@@ -43,10 +45,25 @@ def write_atomically(path: Path, data: bytes) -> None:
     sync(path.parent)
 
 
+def allow_open_files(count: int) -> None:
+    """Raise this process's limit on open files by `count`, as far as the system lets it; never lowers it.
+
+    The limit that processes start with (often 1024) is meant for programs that wait for many files at once; the one
+    that they may raise it to is the real one.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return
+    wanted = soft + count
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
+
+
 def unreadable(path: Path, error: OSError) -> DataError:
     """The one message for a file that is not there or cannot be opened."""
     if isinstance(error, FileNotFoundError):
         what, remedy = "the file is missing", "Copy the dataset again in full, or make it again"
+    elif error.errno in (errno.EMFILE, errno.ENFILE):
+        what, remedy = "too many files are open", "Raise the limit (ulimit -n), or make the dataset with larger shards"
     else:
         what, remedy = f"the file cannot be read: {error.strerror or error}", "Check its type and permissions"
     return DataError(what, remedy=remedy, place=path)

@@ -4,6 +4,7 @@ import hashlib
 import os
 from array import array
 from functools import cached_property
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Self
@@ -167,7 +168,7 @@ class ShardWriter:
 
 
 class Shard:
-    """Reads one shard. Opening reads two headers; tokens and bits are mapped, the index is parsed, on first use.
+    """Reads one shard. Opening reads two headers; files stay open from their first use on, the index is kept then.
 
     Args:
         folder: of the dataset.
@@ -181,6 +182,7 @@ class Shard:
         self.folder = Path(folder)
         self.record = record if isinstance(record, ShardRecord) else None
         self.name = record.name if isinstance(record, ShardRecord) else record
+        self._open: dict[Suffix, FileIO] = {}
         sizes = {suffix: self._size(suffix) for suffix in SUFFIXES}
         self.num_tokens = parse_seg_header(self._head("seg", SEG_HEADER.size), sizes["seg"], self.path("seg"))
         self._idx = parse_idx_header(self._head("idx", IDX_HEADER.size), sizes["idx"], self.path("idx"))
@@ -197,33 +199,39 @@ class Shard:
             raise damaged(self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) make {expected}")
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, ShardRecord | str]]:
-        """Travel to another process as a path, not as the mapped data."""
+        """Travel to another process as a path, not as open files."""
         return type(self), (self.folder, self.record or self.name)
 
     def path(self, suffix: Suffix) -> Path:
         """One of the three files."""
         return shard_path(self.folder, self.name, suffix)
 
-    @cached_property
-    def all_tokens(self) -> TokenArray:
-        """All tokens in the storage type, [num_tokens], read-only and mapped."""
-        return self._mapped("bin", self.dtype, 0, self.num_tokens)
-
-    @cached_property
-    def packed_ends(self) -> npt.NDArray[np.uint8]:
-        """Segment-end bits, eight a byte from the lowest bit, [ceil(num_tokens / 8)], read-only and mapped."""
-        return self._mapped("seg", np.dtype(np.uint8), SEG_HEADER.size, packed_bytes(self.num_tokens))
-
     def tokens(self, start: int, stop: int) -> TokenArray:
-        """Tokens [start, stop), a read-only view in the storage type."""
+        """Tokens [start, stop) in the storage type."""
         self._check_range(start, stop)
-        return self.all_tokens[start:stop]
+        tokens = np.empty(stop - start, dtype=self.dtype)
+        self.read_tokens(start, tokens)
+        return tokens
 
     def ends(self, start: int, stop: int) -> BoolArray:
         """Segment ends of tokens [start, stop)."""
         self._check_range(start, stop)
-        bits = np.unpackbits(self.packed_ends[start // 8 : packed_bytes(stop)], bitorder="little")
+        bits = np.unpackbits(self.packed_ends(start // 8, packed_bytes(stop)), bitorder="little")
         return bits[start % 8 : start % 8 + stop - start].view(np.bool_)
+
+    def packed_ends(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
+        """Bytes [start, stop) of the segment-end bits, eight a byte from the lowest bit."""
+        packed = np.empty(stop - start, dtype=np.uint8)
+        self.read_packed_ends(start, packed)
+        return packed
+
+    def read_tokens(self, start: int, into: TokenArray) -> None:
+        """Fill an array of the storage type with the tokens from `start` on."""
+        self._read_into("bin", start * self.dtype.itemsize, into)
+
+    def read_packed_ends(self, start: int, into: npt.NDArray[np.uint8]) -> None:
+        """Fill an array with the bytes of segment-end bits from byte `start` on."""
+        self._read_into("seg", SEG_HEADER.size + start, into)
 
     @cached_property
     def document_bounds(self) -> IntArray:
@@ -274,19 +282,25 @@ class Shard:
             raise unreadable(self.path(suffix), error) from error
 
     def _read(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        """Part of the index, in memory: read once, and its arrays lie unaligned in the file."""
-        return np.array(self._mapped("idx", np.dtype(dtype), offset, count))
+        """Part of the index."""
+        found = np.empty(count, dtype=dtype)
+        self._read_into("idx", offset, found)
+        return found
 
-    def _mapped(self, suffix: Suffix, dtype: np.dtype[Any], offset: int, count: int) -> npt.NDArray[Any]:
-        if count == 0:  # nothing cannot be mapped
-            return np.zeros(0, dtype=dtype)
+    def _read_into(self, suffix: Suffix, offset: int, into: npt.NDArray[Any]) -> None:
+        """Fill a contiguous array from a file. Not mapped: a window's pages would bring their neighbours along."""
         try:
-            mapped = np.memmap(self.path(suffix), dtype=dtype, mode="r", offset=offset, shape=(count,))
+            stream = self._open.get(suffix)
+            if stream is None:
+                stream = self._open[suffix] = self.path(suffix).open("rb", buffering=0)
+            # A system call reads 2 GiB at most.
+            view = memoryview(into).cast("B") if into.size else memoryview(b"")
+            while view and (count := os.preadv(stream.fileno(), [view], offset)):
+                view, offset = view[count:], offset + count
         except OSError as error:
             raise unreadable(self.path(suffix), error) from error
-        except ValueError as error:  # cut short since it was opened
-            raise damaged(self.path(suffix), f"bytes from {offset} cannot be mapped: {error}") from error
-        return np.asarray(mapped)  # slices of a memmap object cost several times those of an array
+        if view:
+            raise damaged(self.path(suffix), f"the file ends at byte {offset}; it was longer when it was opened")
 
 
 def _sync(stream: BinaryIO, sha256: str) -> FileRecord:

@@ -143,7 +143,7 @@ def blocks_of(shard: Shard) -> int:
 
 def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
     shard, chosen = work
-    shard = Shard(shard.folder, shard.record or shard.name)  # one whose mapped bits can go when it has been counted
+    shard = Shard(shard.folder, shard.record or shard.name)  # whose files are closed when it has been counted
     parts: list[Statistics] = []
     last_end: int | None = None
     for block in chosen:
@@ -156,7 +156,7 @@ def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
         places = np.flatnonzero(shard.ends(start, stop)) + start
         known = places if last_end is None else np.concatenate([[last_end], places])
         windows = (stop - start) // WINDOW_TOKENS
-        packed = shard.packed_ends[start // 8 : start // 8 + windows * WINDOW_TOKENS // 8]
+        packed = shard.packed_ends(start // 8, start // 8 + windows * WINDOW_TOKENS // 8)
         documents = [shard.num_documents * edge // blocks_of(shard) for edge in (block, block + 1)]
         parts.append(
             Statistics(

@@ -99,7 +99,7 @@ def _time_ids(dataset: TokenDataset, order: SampleOrder, repeats: int, loop_repe
 
 
 def _time_loading(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Timed:
-    shards = [shard.all_tokens for shard in dataset.shards]
+    shards = [np.memmap(shard.path("bin"), dtype=shard.dtype, mode="r") for shard in dataset.shards]
 
     def indices(n: int) -> IntArray:
         return order.window_indices(n * BATCH, BATCH)
@@ -117,7 +117,7 @@ def _time_loading(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Ti
 
 
 def _time_tensors(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Timed:
-    shards = [shard.all_tokens for shard in dataset.shards]
+    shards = [np.memmap(shard.path("bin"), dtype=shard.dtype, mode="r") for shard in dataset.shards]
     contenders = {
         "tokens and labels alone": lambda n: tokens_as_tensors(shards, order.window_indices(n * BATCH, BATCH)),
         "make_batch: and both ids": lambda n: make_batch(

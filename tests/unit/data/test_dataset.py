@@ -1,6 +1,7 @@
 """Windows over shards against plain lists, and everything that must be refused."""
 
 import pickle
+import resource
 import struct
 import tempfile
 from collections.abc import Callable
@@ -198,6 +199,18 @@ def test_dataset_opening_does_not_read_the_indices(write_dataset: Write, tmp_pat
     dataset.windows(np.array([0, 1, 4]), 4)
     with pytest.raises(DataError, match=r"document indices.*part-00003\.idx"):
         dataset.document_bounds()
+
+
+def test_dataset_of_many_shards_raises_the_limit_on_open_files(write_dataset: Write, tmp_path: Path) -> None:
+    write_dataset(tmp_path, [[[1] * 50]] * 40)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    used = len(list(Path("/proc/self/fd").iterdir()))
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, hard))
+        dataset = TokenDataset(tmp_path)
+        assert dataset.windows(np.arange(199), 10)[0].shape == (199, 11)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def test_dataset_pickled_after_use_carries_no_data(write_dataset: Write, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Shard files: exact bytes, round trips, Megatron's own reader and writer, and every kind of damage."""
 
+import errno
 import hashlib
 import os
 import pickle
@@ -7,6 +8,7 @@ import re
 import struct
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -336,7 +338,14 @@ def test_shard_file_cut_after_opening_is_one_error(tmp_path: Path, suffix: str) 
     shard = Shard(tmp_path, write(tmp_path, EXAMPLE))
     (tmp_path / f"s-00000.{suffix}").write_bytes(b"\0")
     with pytest.raises(DataError, match=rf"s-00000\.{suffix}\]"):
-        _ = shard.all_tokens if suffix == "bin" else shard.packed_ends
+        _ = shard.tokens(0, 10) if suffix == "bin" else shard.ends(0, 10)
+
+
+def test_shard_out_of_file_descriptors_is_one_error(tmp_path: Path) -> None:
+    shard = Shard(tmp_path, write(tmp_path, EXAMPLE))
+    error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+    with mock.patch.object(Path, "open", side_effect=error), pytest.raises(DataError, match="ulimit -n"):
+        shard.tokens(0, 1)
 
 
 def test_shard_range_outside_is_an_index_error(tmp_path: Path) -> None:
