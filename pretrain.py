@@ -13,7 +13,7 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
-from megatron_bipe.engine.zero import ZeroEngine
+from megatron_bipe.engine.start import start_engine
 from megatron_bipe.errors import BipeError
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh, join_launch
@@ -30,6 +30,7 @@ ERROR_HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
     """Run or describe the training that the arguments name."""
     run = load_run_config(args.config, args.set)
+    mesh = mesh.laid_out(run.parallel)
     validate_run(run, mesh.num_ranks, str(args.config or "--set"))
     ds_config = engine_config(run, read_ds_config(args.ds_config), mesh.num_ranks, args.ds_config)
     if args.dry_run:
@@ -40,7 +41,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     checkpoint = resume_point(run, feed.record)
-    engine = ZeroEngine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
+    engine = start_engine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
     if mesh.is_main:
         write_run_folder(run, feed.record, tokenizer)
     start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)

@@ -62,6 +62,11 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
             problems.append(f'{key}={seen!r} disagrees with {owner}={value!r} of the run; write "auto"')
         _set(result, key, value)
     problems += [f'nothing fills "auto" at {key}; write a value' for key in _autos(result)]
+    if run.parallel.pipeline > 1 and stage in (2, 3):
+        problems.append(
+            f"parallel.pipeline={run.parallel.pipeline} with zero_optimization.stage={stage}: the pipeline engine "
+            "cannot shard gradients; use ds_configs/zero1.json, or parallel.pipeline=1"
+        )
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
     if problems:
@@ -74,11 +79,11 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
     train = run.train
     # Gradients add up in fp32 over micro-batches; DeepSpeed can do that from ZeRO 1 on.
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
-    accumulation = accumulation_steps(train, num_ranks)
+    accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))
     return {
         "train_batch_size": ("train.global_batch", train.global_batch),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
-        "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x ranks)", accumulation),
+        "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x data-parallel ranks)", accumulation),
         "gradient_clipping": ("optimizer.grad_clip", run.optimizer.grad_clip),
         "bf16.enabled": ("(train.precision == 'bf16')", train.precision == "bf16"),
         "data_types.grad_accum_dtype": ("(train.precision and the ZeRO stage)", accumulation_dtype),

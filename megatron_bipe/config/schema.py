@@ -169,6 +169,23 @@ class TrainConfig(_Section):
     """Steps between checkpoints; 0: only at the end."""
 
 
+class ParallelConfig(_Section):
+    """How the model is spread over ranks; each group of tensor x pipeline ranks holds one copy of it."""
+
+    tensor: Positive = 1
+    """Ranks that share each layer: heads, inner width and vocabulary are split."""
+    pipeline: Positive = 1
+    """Stages that the layers are cut into."""
+    sequence: bool = False
+    """With tensor > 1: what lies between the split layers is split, too, along the window."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """What backward computes again: selective, all but matrix products and attention; full, whole blocks."""
+
+    def data_ranks(self, num_ranks: int) -> int:
+        """Copies of the model on `num_ranks` ranks: they share the windows of a batch."""
+        return num_ranks // (self.tensor * self.pipeline)
+
+
 class RunConfig(_Section):
     """A whole training run; a YAML file mirrors it section by section."""
 
@@ -182,3 +199,5 @@ class RunConfig(_Section):
     """The update rule and its schedule."""
     train: TrainConfig = TrainConfig()
     """Length, batch, rhythm."""
+    parallel: ParallelConfig = ParallelConfig()
+    """The layout over ranks."""

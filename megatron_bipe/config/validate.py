@@ -8,7 +8,7 @@ from megatron_bipe.errors import ConfigError
 
 
 def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
-    """Check a run configuration for `num_ranks` data-parallel ranks.
+    """Check a run configuration for a launch of `num_ranks` ranks.
 
     Raises:
         ConfigError: lists every broken rule at once, each with the values seen.
@@ -17,15 +17,16 @@ def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
         *_model(run.model),
         *_data(run.data),
         *_optimizer(run.optimizer, run.train),
-        *_batches(run.train, num_ranks),
+        *_layout(run, num_ranks),
+        *_batches(run.train, max(1, run.parallel.data_ranks(num_ranks))),
     ]
     if problems:
         raise ConfigError("; ".join(problems), place=place)
 
 
-def accumulation_steps(train: TrainConfig, num_ranks: int) -> int:
-    """Micro-batches that each rank runs for one optimizer step."""
-    return train.global_batch // (train.micro_batch * num_ranks)
+def accumulation_steps(train: TrainConfig, data_ranks: int) -> int:
+    """Micro-batches that each copy of the model runs for one optimizer step."""
+    return train.global_batch // (train.micro_batch * data_ranks)
 
 
 def check_data(run: RunConfig, *, vocab_size: int, segments: str, fixed_length: int | None, place: str) -> None:
@@ -98,11 +99,39 @@ def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
         )
 
 
-def _batches(train: TrainConfig, num_ranks: int) -> Iterator[str]:
-    at_once = train.micro_batch * num_ranks
+def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
+    parallel, model = run.parallel, run.model
+    copy_ranks = parallel.tensor * parallel.pipeline
+    if num_ranks % copy_ranks:
+        yield (
+            f"a launch of {num_ranks} ranks does not hold whole copies of parallel.tensor={parallel.tensor} x "
+            f"parallel.pipeline={parallel.pipeline} = {copy_ranks} ranks; start a multiple of {copy_ranks}"
+        )
+    sizes = {
+        "model.num_heads": model.num_heads,
+        "model.num_kv_heads": model.kv_heads,
+        "model.ffn_size": model.ffn_size,
+        "model.vocab_size": model.vocab_size,
+    }
+    if parallel.sequence:
+        sizes["train.seq_len_tokens"] = run.train.seq_len_tokens
+    for name, size in sizes.items():
+        if size % parallel.tensor:
+            yield f"{name}={size} is not a multiple of parallel.tensor={parallel.tensor}, which splits it"
+    if parallel.sequence and parallel.tensor == 1:
+        yield "parallel.sequence=True splits windows among tensor-parallel ranks, and parallel.tensor=1; make it false"
+    if parallel.pipeline > model.num_layers + 2:
+        yield (
+            f"parallel.pipeline={parallel.pipeline} stages are more than the {model.num_layers + 2} layers "
+            "(model.num_layers, the embedding and the head)"
+        )
+
+
+def _batches(train: TrainConfig, data_ranks: int) -> Iterator[str]:
+    at_once = train.micro_batch * data_ranks
     if train.global_batch % at_once:
         yield (
             f"train.global_batch={train.global_batch} is not a multiple of train.micro_batch={train.micro_batch} "
-            f"x {num_ranks} data-parallel ranks = {at_once}; set train.global_batch to "
+            f"x {data_ranks} data-parallel ranks = {at_once}; set train.global_batch to "
             f"{max(at_once, train.global_batch // at_once * at_once)}, or change train.micro_batch"
         )

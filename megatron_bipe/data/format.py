@@ -294,7 +294,7 @@ class Shard:
             if stream is None:
                 stream = self._open[suffix] = self.path(suffix).open("rb", buffering=0)
             # A system call reads 2 GiB at most.
-            view = memoryview(into).cast("B") if into.size else memoryview(b"")
+            view = into.data.cast("B") if into.size else memoryview(b"")
             while view and (count := os.preadv(stream.fileno(), [view], offset)):
                 view, offset = view[count:], offset + count
         except OSError as error:

@@ -1,4 +1,4 @@
-"""The plan as one sequence under DeepSpeed's data-parallel engine: ZeRO 0 to 3, one stage."""
+"""The plan as one sequence under DeepSpeed's plain engine: ZeRO 0 to 3, one stage."""
 
 import logging
 from collections.abc import Iterable
@@ -8,13 +8,20 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.schema import OptimizerConfig, RunConfig
+from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.checkpoint import publish
-from megatron_bipe.model.head import mean_loss
+from megatron_bipe.engine.common import (
+    PlainGradients,
+    clips_itself,
+    make_grid,
+    make_layers,
+    make_optimizer,
+    start_deepspeed,
+)
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch
@@ -33,13 +40,20 @@ class ZeroEngine:
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
         self._mesh = mesh
-        _quiet()
-        deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo")
+        start_deepspeed(mesh)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
-        model = build_model(run.model, run.train.seed)
+        self._layers = make_layers(mesh)
+        model = build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
+        grid = make_grid(mesh) if mesh.tensor > 1 else None
+        optimizer = make_optimizer(model, run.optimizer)
+        self._plain = None
+        if not clips_itself(run, ds_config):
+            group = grid.get_slice_parallel_group() if grid else None
+            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
+            ds_config = ds_config | {"gradient_clipping": 0.0}
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make_optimizer(model, run.optimizer), config=ds_config, dist_init_required=False
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=grid
         )
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
@@ -51,11 +65,10 @@ class ZeroEngine:
             loss = self._loss(batch)
             self._engine.backward(loss)
             losses.append(loss.detach())
-            grad_norm = self._plain_grad_norm()
             self._engine.step()
-        if grad_norm is None:
-            grad_norm = self._engine.get_global_grad_norm()
-        return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), grad_norm)
+        norm = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
+        assert norm is not None  # after a step
+        return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), norm)
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         """See `Engine.eval_loss`."""
@@ -84,36 +97,8 @@ class ZeroEngine:
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
-        return mean_loss(self._engine((tokens, intra, inter)), labels)
-
-    def _plain_grad_norm(self) -> Tensor | None:
-        """Norm of the reduced gradients in the one case where DeepSpeed does not keep it: fp32 without ZeRO."""
-        engine = self._engine
-        if engine.zero_optimization_stage() > 0 or engine.bfloat16_enabled():
-            return None
-        if not engine.is_gradient_accumulation_boundary():
-            return None
-        return torch.nn.utils.get_total_norm([p.grad for p in engine.module.parameters() if p.grad is not None])
+        return self._layers.token_losses(self._engine((tokens, intra, inter)), labels).mean()
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
         return value / self._mesh.num_ranks
-
-
-def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices and tables decay, norm weights do not."""
-    decayed = [p for p in model.parameters() if p.ndim > 1]
-    plain = [p for p in model.parameters() if p.ndim == 1]
-    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
-    return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
-    )
-
-
-def _quiet() -> None:
-    """Keep DeepSpeed from announcing what works, and from compiling a collective that only inference uses.
-
-    On a CPU it would build that shared-memory operator at every first start on a machine, for about a minute.
-    """
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -17,7 +17,7 @@ from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.subject import Subject
 from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
-from megatron_bipe.model.head import token_losses
+from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray
 
 HEAD_TOKENS = 2048  # logits that exist at a time: 260 MB in fp32 for LLaMA's vocabulary

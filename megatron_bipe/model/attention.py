@@ -27,7 +27,8 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.queries_per_group = config.num_heads // config.kv_heads
         self.log_scale_base = math.log(config.train_len_tokens) if config.log_scale else None
-        self.encoding: RelativeEncoding = make_encoding(config)
+        heads_here = config.num_heads // layers.ranks
+        self.encoding: RelativeEncoding = make_encoding(config, layers.rank * heads_here, heads_here)
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 

@@ -17,8 +17,7 @@ class Embedding(nn.Module):
         super().__init__()
         unused_row = -1 if config.zero_last_row else None
         self.token = layers.table(config.vocab_size, config.hidden_size, unused_row)
-        # Small and looked up by position: whole on every rank.
-        self.intra = nn.Embedding(config.intra_size, config.hidden_size, unused_row) if config.bilevel else None
+        self.intra = layers.small_table(config.intra_size, config.hidden_size, unused_row) if config.bilevel else None
 
     def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, T, D], positions int64 [B, T]).
@@ -30,4 +29,4 @@ class Embedding(nn.Module):
         if self.intra is not None:
             return hidden_BTD + self.intra(intra_BT), inter_BT
         places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        return hidden_BTD, places_T.expand_as(tokens_BT)
+        return hidden_BTD, places_T.expand_as(tokens_BT).contiguous()  # pipeline stages send no views

@@ -6,13 +6,14 @@ import torch
 from torch import nn
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.layers import share_of
 
 
 def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
     """Fill one layer of the plan in place: matrices from N(0, init_std), norm weights with ones.
 
-    Drawn on the CPU in fp32, parameter by parameter in definition order, so that neither the device nor the
-    number of layers on this rank matters. Layers on the meta device are left alone.
+    Drawn whole, on the CPU, in fp32, parameter by parameter in definition order, so that neither the device nor the
+    number of layers on this rank nor how they are split matters. Layers on the meta device are left alone.
     """
     generator = torch.Generator().manual_seed(layer_seed(seed, index))
     for parameter in layer.parameters():
@@ -22,7 +23,10 @@ def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) * config.init_std)
+                share = share_of(parameter)
+                shape = share.whole_shape(parameter.shape) if share else parameter.shape
+                whole = torch.randn(shape, generator=generator) * config.init_std
+                parameter.copy_(share.of(whole) if share else whole)
     for module in layer.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
             with torch.no_grad():

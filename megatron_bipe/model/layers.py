@@ -1,37 +1,56 @@
-"""The layer factory: the only place that knows which classes hold the matrices of the model.
+"""The layer factory: the only place that knows which classes hold the parameters of the model.
 
-The model asks for a layer by its role in tensor parallelism (column, row, table, output); one process
-gets plain torch layers from here, `parallel.tensor` may hand in a factory whose layers hold a share.
+The model asks for a layer by its role in tensor parallelism; one process gets plain torch layers from here,
+`parallel.tensor` hands in a factory whose layers hold a share and speak to the other ranks.
+
+B batch · T positions · V vocabulary (lower case: this rank's share)
 """
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
-from torch import nn
+import torch
+from torch import Tensor, nn
+
+from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model.norm import RMSNorm
 
 
 class LayerFactory(Protocol):
-    """Makes the matrices of the model; widths are those of the whole model, not of this rank."""
+    """Makes the layers with parameters; widths are those of the whole model, not of this rank."""
 
+    rank: int
+    """This rank among those that share the heads, the inner feed-forward width and the vocabulary."""
     ranks: int
-    """Tensor-parallel ranks that share the heads, the inner feed-forward width and the vocabulary."""
+    """How many do; each has a contiguous share."""
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """Bias-free matrix whose output is split over ranks, each of its `blocks` equal parts by itself."""
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
-        """Bias-free matrix whose input is split over ranks; the output is whole on every rank."""
+        """Bias-free matrix whose input is split over ranks; the sum of all outputs goes to the residual stream."""
 
     def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """Token embedding, split by rows; the gradient of `padding_row` is zero."""
+        """Token embedding, split by rows, into the residual stream; the gradient of `padding_row` is zero."""
+
+    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """Embedding that is whole on every rank, into the residual stream."""
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """Norm of the residual stream, whole on every rank."""
 
     def output(self, width_in: int, rows: int) -> nn.Module:
-        """Bias-free projection to the vocabulary, split by rows."""
+        """Bias-free projection to the vocabulary, split by rows; logits stay with their rank."""
+
+    def token_losses(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats of every token, fp32 [B, T], from what `output` gives."""
 
 
 class LocalLayers:
     """Plain torch layers: the whole model on one rank."""
 
-    ranks = 1
+    rank, ranks = 0, 1
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """A whole matrix; `blocks` matters only where it is split."""
@@ -46,6 +65,48 @@ class LocalLayers:
         """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
+    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """A whole embedding table."""
+        return nn.Embedding(rows, width, padding_idx=padding_row)
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """A plain norm."""
+        return RMSNorm(width, eps)
+
     def output(self, width_in: int, rows: int) -> nn.Module:
         """A whole output projection."""
         return nn.Linear(width_in, rows, bias=False)
+
+    def token_losses(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy over whole rows of logits."""
+        return token_losses(logits_BTv, labels_BT)
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which part of a whole parameter this rank holds: of each block along `dim`, the `rank`-th of `ranks` parts."""
+
+    dim: int
+    blocks: int
+    rank: int
+    ranks: int
+
+    def whole_shape(self, part: Sequence[int]) -> list[int]:
+        """Shape of the parameter that a part of this shape belongs to."""
+        return [size * self.ranks if dim == self.dim else size for dim, size in enumerate(part)]
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This rank's part of a whole parameter."""
+        split = whole.unflatten(self.dim, (self.blocks, self.ranks, -1))
+        return split.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
+
+    def join(self, parts: Sequence[Tensor]) -> Tensor:
+        """The whole parameter from the parts of all ranks, in order."""
+        split = [part.unflatten(self.dim, (self.blocks, 1, -1)) for part in parts]
+        return torch.cat(split, dim=self.dim + 1).flatten(self.dim, self.dim + 2)
+
+
+def share_of(parameter: Tensor) -> Share | None:
+    """How a parameter is split; None where it is whole on every rank."""
+    share: Share | None = getattr(parameter, "share", None)
+    return share

@@ -18,6 +18,7 @@ from megatron_bipe.model.embedding import Embedding
 from megatron_bipe.model.head import Head
 from megatron_bipe.model.init import init_layer
 from megatron_bipe.model.layers import LayerFactory, LocalLayers
+from megatron_bipe.model.recompute import Recompute
 
 
 @dataclass(frozen=True)
@@ -29,22 +30,31 @@ class LayerPlan:
     build: Callable[[], nn.Module]
 
 
-def make_plan(config: ModelConfig, seed: int, layers: LayerFactory | None = None) -> list[LayerPlan]:
+def make_plan(
+    config: ModelConfig, seed: int, layers: LayerFactory | None = None, recompute: Recompute = "none"
+) -> list[LayerPlan]:
     """The layers of the model in order; nothing is allocated until a layer is built."""
-    kinds: list[type[Embedding] | type[Block] | type[Head]] = [Embedding, *[Block] * config.num_layers, Head]
     factory = layers or LocalLayers()
+    block = partial(Block, config, factory, recompute)
+    kinds: list[tuple[str, Callable[[], nn.Module]]] = [
+        ("Embedding", partial(Embedding, config, factory)),
+        *[("Block", block)] * config.num_layers,
+        ("Head", partial(Head, config, factory)),
+    ]
 
     def build(index: int) -> nn.Module:
-        layer = kinds[index](config, factory)
+        layer = kinds[index][1]()
         init_layer(layer, index, config, seed)
         return layer
 
-    return [LayerPlan(index, kind.__name__, partial(build, index)) for index, kind in enumerate(kinds)]
+    return [LayerPlan(index, kind, partial(build, index)) for index, (kind, _) in enumerate(kinds)]
 
 
-def build_model(config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None) -> nn.Sequential:
+def build_model(
+    config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, recompute: Recompute = "none"
+) -> nn.Sequential:
     """The whole model in one process: (tokens, intra, inter) int64 [B, T] each -> logits [B, T, V]."""
-    return nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers)))
+    return nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers, recompute)))
 
 
 def count_parameters(config: ModelConfig) -> list[int]:

@@ -27,12 +27,13 @@ class RelativeEncoding(Protocol):
         """Encoded queries and keys; their last width may have grown (equally, to a multiple of 8)."""
 
 
-def make_encoding(config: ModelConfig) -> RelativeEncoding:
-    """The relative encoding that `config.encoding` names."""
+def make_encoding(config: ModelConfig, first_head: int = 0, num_heads: int | None = None) -> RelativeEncoding:
+    """The relative encoding that `config.encoding` names, for `num_heads` query heads (all) from `first_head` on."""
     if config.encoding in ("rope", "bipe_rope"):
         return Rotary(config)
     factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
-    return KeyBias(torch.tensor(alibi_slopes(config.num_heads)) * factor, config.head_width)
+    slopes_N = torch.tensor(alibi_slopes(config.num_heads)) * factor
+    return KeyBias(slopes_N.narrow(0, first_head, num_heads or config.num_heads), config.head_width)
 
 
 class Rotary:

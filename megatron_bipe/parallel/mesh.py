@@ -4,21 +4,66 @@ import os
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
+
+from megatron_bipe.config.schema import ParallelConfig
 
 
 class Mesh(NamedTuple):
-    """This process among all of a launch; every rank is a data-parallel one."""
+    """This process among all of a launch.
+
+    Ranks are laid out in three axes, the tensor-parallel ones next to each other, since they speak most:
+    rank = (stage x data-parallel ranks + data rank) x tensor-parallel ranks + tensor rank.
+    """
 
     rank: int
     local_rank: int
     num_ranks: int
     num_local_ranks: int
     device: torch.device
+    tensor: int = 1  # ranks that share each layer
+    pipeline: int = 1  # stages
+    sequence: bool = False  # whether tensor-parallel ranks share windows, too
+
+    def laid_out(self, parallel: ParallelConfig) -> "Mesh":
+        """The same process in a layout."""
+        return self._replace(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
+
+    @property
+    def data_ranks(self) -> int:
+        """Copies of the model."""
+        return self.num_ranks // (self.tensor * self.pipeline)
+
+    @property
+    def tensor_rank(self) -> int:
+        """Place among those that share a layer."""
+        return self.rank % self.tensor
+
+    @property
+    def data_rank(self) -> int:
+        """Which copy of the model this rank is part of."""
+        return self.rank // self.tensor % self.data_ranks
+
+    @property
+    def stage(self) -> int:
+        """Which part of the layers it has."""
+        return self.rank // (self.tensor * self.data_ranks)
 
     @property
     def is_main(self) -> bool:
         """True on the rank that writes logs, metrics and pointers."""
         return self.rank == 0
+
+
+def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
+    """The ranks that share this rank's layers; every rank of the launch calls this, to form all such groups."""
+    own: dist.ProcessGroup | None = None
+    for first in range(0, mesh.num_ranks, mesh.tensor):
+        ranks = range(first, first + mesh.tensor)
+        group = dist.new_group(list(ranks))
+        own = group if mesh.rank in ranks else own
+    assert own is not None
+    return own
 
 
 def join_launch() -> Mesh:

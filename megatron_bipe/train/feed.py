@@ -57,28 +57,28 @@ class Feed:
 
         The step holds samples [step x batch, (step + 1) x batch) of the order, whatever the number of ranks.
         """
-        train, num_ranks = self._train, self._mesh.num_ranks
+        train, data_ranks = self._train, self._mesh.data_ranks
         windows = self._blend.window_indices(step * train.global_batch, train.global_batch)
-        shape = (accumulation_steps(train, num_ranks), num_ranks, train.micro_batch)
-        for micro_windows in windows.reshape(shape)[:, self._mesh.rank]:
+        shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
+        for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
             yield make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
         """This rank's share of the validation windows, always the same ones."""
         assert self._valid is not None
-        mine = self._valid_windows.reshape(self._mesh.num_ranks, -1)[self._mesh.rank]
+        mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
         for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
             yield make_batch(self._valid, windows, self._train.seq_len_tokens, self._clip)
 
     def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
-        """Windows spread evenly over the set, equally many whole micro-batches a rank."""
-        num_windows, num_ranks = dataset.num_windows(self._train.seq_len_tokens), self._mesh.num_ranks
+        """Windows spread evenly over the set, equally many whole micro-batches a copy of the model."""
+        num_windows, data_ranks = dataset.num_windows(self._train.seq_len_tokens), self._mesh.data_ranks
         wanted = min(self._train.valid_samples, num_windows)
-        unit = num_ranks * (self._train.micro_batch if wanted >= num_ranks * self._train.micro_batch else 1)
+        unit = data_ranks * (self._train.micro_batch if wanted >= data_ranks * self._train.micro_batch else 1)
         count = wanted // unit * unit
         if count == 0:
             raise DataError(
-                f"{wanted} validation windows cannot be shared by {num_ranks} ranks",
+                f"{wanted} validation windows cannot be shared by {data_ranks} data-parallel ranks",
                 remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
                 place=dataset.path,
             )

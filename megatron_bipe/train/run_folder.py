@@ -32,6 +32,8 @@ _FREE = {
     "train.valid_every",
     "train.valid_samples",
     "train.save_every",
+    "parallel.sequence",  # what is stored is the same
+    "parallel.recompute",
 }
 
 

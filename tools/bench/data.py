@@ -11,7 +11,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -57,7 +57,7 @@ def main() -> None:
         _print_table(_time_tensors(dataset, order, arguments.repeats), "tokens and labels alone")
 
 
-def read_tokens_alone(shards: list[TokenArray], indices_B: IntArray) -> TokenArray:
+def read_tokens_alone(shards: Sequence[TokenArray], indices_B: IntArray) -> TokenArray:
     """The peer: one slice a window, out of whichever mapped file it is in."""
     bounds = np.cumsum([0, *(shard.size for shard in shards)])
     starts_B = indices_B * SEQ_LEN
@@ -72,7 +72,7 @@ def read_tokens_alone(shards: list[TokenArray], indices_B: IntArray) -> TokenArr
     return tokens
 
 
-def tokens_as_tensors(shards: list[TokenArray], indices_B: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
+def tokens_as_tensors(shards: Sequence[TokenArray], indices_B: IntArray) -> tuple[torch.Tensor, torch.Tensor]:
     """The peer's batch: tokens and labels."""
     tokens = read_tokens_alone(shards, indices_B)
     return torch.from_numpy(tokens[:, :-1].astype(np.int64)), torch.from_numpy(tokens[:, 1:].astype(np.int64))

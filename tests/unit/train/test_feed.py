@@ -97,7 +97,7 @@ def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
 
 def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
     one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
-    with pytest.raises(DataError, match="cannot be shared by 2 ranks"):
+    with pytest.raises(DataError, match="cannot be shared by 2 data-parallel ranks"):
         Feed(one, _mesh(0, 2))
 
 

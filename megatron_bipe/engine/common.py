@@ -1,0 +1,88 @@
+"""What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
+
+import logging
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
+from torch import Tensor, nn
+
+from megatron_bipe.config.deepspeed import zero_stage
+from megatron_bipe.config.schema import OptimizerConfig, RunConfig
+from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
+from megatron_bipe.parallel.mesh import Mesh, tensor_group
+from megatron_bipe.parallel.tensor import TensorLayers
+
+_log = logging.getLogger(__name__)
+
+
+def start_deepspeed(mesh: Mesh) -> None:
+    """Form the process group of all ranks, if there is none yet.
+
+    Keeps DeepSpeed from announcing what works, and from compiling a collective that only inference uses: on a CPU it
+    would build that shared-memory operator at every first start on a machine, for about a minute.
+    """
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo")
+
+
+def make_layers(mesh: Mesh) -> LayerFactory:
+    """The factory that this mesh asks for; every rank of the launch calls it."""
+    return LocalLayers() if mesh.tensor == 1 else TensorLayers(tensor_group(mesh), mesh.sequence)
+
+
+def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
+    """The mesh in DeepSpeed's words; its order of ranks is the same."""
+    return PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.data_ranks)
+
+
+def make_grid(mesh: Mesh) -> PipelineParallelGrid:
+    """DeepSpeed's groups of the mesh, for its engine."""
+    return PipelineParallelGrid(topology=make_topology(mesh))
+
+
+def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
+    """Fused AdamW; matrices and tables decay, norm weights do not."""
+    decayed = [p for p in model.parameters() if p.ndim > 1]
+    plain = [p for p in model.parameters() if p.ndim == 1]
+    groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
+    return torch.optim.AdamW(
+        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+    )
+
+
+def clips_itself(run: RunConfig, ds_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed keeps the gradient norm and clips by it: in all cases but fp32 without ZeRO."""
+    return run.train.precision != "fp32" or zero_stage(ds_config) > 0
+
+
+class PlainGradients:
+    """Norm and clipping where DeepSpeed keeps no norm, and counts that of stages wrongly.
+
+    Args:
+        optimizer: whose steps are to be preceded by this; DeepSpeed must not clip before.
+        clip: largest norm; 0: no clipping.
+        mesh: this process among the ranks.
+        model_group: ranks that hold the parts of one model, over stages and tensor-parallel ranks; None if it is one.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, clip: float, mesh: Mesh, model_group: dist.ProcessGroup | None
+    ) -> None:
+        self._clip, self._mesh, self._group = clip, mesh, model_group
+        self.norm: Tensor | None = None
+        optimizer.register_step_pre_hook(self._before_step)
+
+    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        # What is whole on every tensor-parallel rank counts once.
+        counted = [p.grad for p in parameters if self._mesh.tensor_rank == 0 or share_of(p) is not None]
+        squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
+        if self._group is not None:
+            dist.all_reduce(squares, group=self._group)
+        self.norm = squares.sqrt()
+        if self._clip > 0:
+            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)

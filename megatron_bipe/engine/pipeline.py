@@ -1,0 +1,134 @@
+"""The plan cut into stages under DeepSpeed's pipeline engine: ZeRO 0 and 1."""
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch.distributed as dist
+from deepspeed.pipe import LayerSpec, PipelineModule
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.engine.api import StepResult
+from megatron_bipe.engine.checkpoint import publish
+from megatron_bipe.engine.common import (
+    PlainGradients,
+    clips_itself,
+    make_layers,
+    make_optimizer,
+    make_topology,
+    start_deepspeed,
+)
+from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.plan import LayerPlan, make_plan
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel.stages import cut_stages
+from megatron_bipe.types import Batch
+
+
+class PipelineEngine:
+    """Implements `engine.api.Engine` with a `PipelineModule` over the plan.
+
+    Args:
+        run: the run configuration, validated.
+        ds_config: result of `config.deepspeed.engine_config`.
+        mesh: this process among the ranks.
+    """
+
+    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
+        self._mesh = mesh
+        start_deepspeed(mesh)
+        layers = make_layers(mesh)
+        plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
+        module = _Stages(plan, cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline), layers, mesh)
+        optimizer = make_optimizer(module, run.optimizer)
+        self._plain = None
+        if not clips_itself(run, ds_config):
+            group = module.mpu().get_model_parallel_group()
+            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
+            ds_config = ds_config | {"gradient_clipping": 0.0}
+        if mesh.sequence:  # tensor-parallel ranks hold different positions: none can send a share of another's
+            ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
+        )
+
+    def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
+        """See `Engine.train_step`."""
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        loss = self._engine.train_batch(self._payloads(micro_batches))
+        norm = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
+        assert norm is not None  # after a step
+        return StepResult(loss, norm)
+
+    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
+        """See `Engine.eval_loss`."""
+        total, count = 0.0, 0
+        for _, group in itertools.groupby(batches, key=lambda batch: batch.tokens_BT.shape):
+            alike = list(group)  # stages agree on one shape for as long as they are not told otherwise
+            self._engine.reset_activation_shape()
+            mean = self._engine.eval_batch(self._payloads(alike), num_micro_batches=len(alike))
+            total, count = total + float(mean) * len(alike), count + len(alike)
+        self._engine.reset_activation_shape()
+        self._engine.module.train()
+        return total / count
+
+    def save(self, run_dir: Path, step: int) -> Path:
+        """See `Engine.save`."""
+
+        def write(folder: Path) -> None:
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+        return publish(run_dir, step, write, self._mesh.is_main, dist.barrier)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.destroy()
+        dist.destroy_process_group()
+
+    def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
+        """What the first and the last stage take: (tokens, intra, inter), labels."""
+        for batch in batches:
+            tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
+            yield (tokens, intra, inter), labels
+
+
+class _Stages(PipelineModule):
+    """The layers of this rank's stage; `bounds` has the first layer of each stage and the end of the last."""
+
+    def __init__(self, plan: list[LayerPlan], bounds: list[int], layers: LayerFactory, mesh: Mesh) -> None:
+        self._bounds = bounds
+
+        def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+            return layers.token_losses(logits_BTv, labels_BT).mean()
+
+        with redirect_stdout(io.StringIO()):  # it prints what no one asked for
+            super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
+
+    def _partition_layers(self, method: str = "") -> None:
+        """Where DeepSpeed would cut by itself; it would build every layer to count its parameters."""
+        del method
+        self.parts = self._bounds
+        self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
+
+
+class _PlannedLayer(LayerSpec):
+    """A layer that the plan knows how to build."""
+
+    def __init__(self, layer: LayerPlan) -> None:
+        super().__init__(nn.Module)
+        self._layer = layer
+
+    def build(self, log: bool = False) -> nn.Module:
+        """Called on the ranks of its stage alone."""
+        del log
+        return self._layer.build()

@@ -1,0 +1,21 @@
+"""Which engine a layout needs."""
+
+from typing import Any
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.engine.api import Engine
+from megatron_bipe.engine.pipeline import PipelineEngine
+from megatron_bipe.engine.zero import ZeroEngine
+from megatron_bipe.parallel.mesh import Mesh
+
+
+def start_engine(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> Engine:
+    """The engine of this rank; waits for all ranks.
+
+    Args:
+        run: the run configuration, validated.
+        ds_config: result of `config.deepspeed.engine_config`.
+        mesh: this process, laid out.
+    """
+    kind = PipelineEngine if mesh.pipeline > 1 else ZeroEngine
+    return kind(run, ds_config, mesh)

@@ -1,0 +1,46 @@
+"""Trading computation for memory: what backward computes again instead of keeping it."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+Recompute = Literal["none", "selective", "full"]
+
+# Kept by "selective": products of matrices, attention, and what came from other ranks. The rest costs little time.
+_KEPT_NAMES = (
+    "aten.mm",
+    "aten.addmm",
+    "aten.bmm",
+    "aten._scaled_dot_product_flash_attention",
+    "aten._scaled_dot_product_flash_attention_for_cpu",
+    "aten._scaled_dot_product_efficient_attention",
+    "aten._scaled_dot_product_cudnn_attention",
+    "_c10d_functional.all_reduce",
+    "_c10d_functional.all_gather_into_tensor",
+    "_c10d_functional.reduce_scatter_tensor",
+)
+
+
+def recomputing(function: Callable[..., Tensor], what: Recompute) -> Callable[..., Tensor]:
+    """The function, with `what` of it computed again in backward; its results and gradients are the same bits."""
+    if what == "none":
+        return function
+    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if what == "selective" else {}
+    return partial(_run, function, contexts)
+
+
+def _run(function: Callable[..., Tensor], contexts: dict[str, Any], *inputs: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return function(*inputs)
+    # Nothing in a block is random, so there is no generator to be set back.
+    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+    return result
+
+
+def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    is_kept = str(operator.overloadpacket) in _KEPT_NAMES
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE

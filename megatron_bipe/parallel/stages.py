@@ -1,0 +1,39 @@
+"""Where a pipeline cuts the plan of layers."""
+
+from megatron_bipe.config.schema import ModelConfig
+
+
+def layer_costs(model: ModelConfig, seq_len_tokens: int) -> list[int]:
+    """Multiplications of each layer of the plan for one token, forward: what its stage spends its time on.
+
+    Args:
+        model: its shape.
+        seq_len_tokens: of a window, half of which a token attends to.
+    """
+    heads_width = model.num_heads * model.head_width
+    attention = model.hidden_size * (2 * model.num_heads + 2 * model.kv_heads) * model.head_width
+    block = attention + heads_width * seq_len_tokens + 3 * model.hidden_size * model.ffn_size
+    return [0, *[block] * model.num_layers, model.hidden_size * model.vocab_size]
+
+
+def cut_stages(model: ModelConfig, seq_len_tokens: int, num_stages: int) -> list[int]:
+    """First layer of each stage, and the end of the last: the cut whose most costly stage costs least.
+
+    Among cuts of equal cost, the one whose costs are most even. Every stage has a layer.
+    """
+    costs = layer_costs(model, seq_len_tokens)
+    # best[n]: (largest cost, sum of squares, cuts) of n layers in the stages so far
+    best: list[tuple[int, int, list[int]] | None] = [(0, 0, [0]), *[None] * len(costs)]
+    for _ in range(num_stages):
+        following: list[tuple[int, int, list[int]] | None] = [None] * (len(costs) + 1)
+        for stop in range(1, len(costs) + 1):
+            for start in range(stop):
+                if (before := best[start]) is not None:
+                    cost = sum(costs[start:stop])
+                    found = max(before[0], cost), before[1] + cost * cost, [*before[2], stop]
+                    if following[stop] is None or found < following[stop]:  # type: ignore[operator]
+                        following[stop] = found
+        best = following
+    chosen = best[-1]
+    assert chosen is not None  # validation has seen to there being layers enough
+    return chosen[2]
