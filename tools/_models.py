@@ -3,7 +3,8 @@
 from pathlib import Path
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, is_run_dir, read_weights
+from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, is_run_dir
+from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.eval.subject import Subject, exported_subject
 from megatron_bipe.hf.load import plan_model

@@ -19,7 +19,8 @@ from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
+from megatron_bipe.engine.checkpoint import find_checkpoint
+from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields

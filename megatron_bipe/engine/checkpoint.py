@@ -1,4 +1,4 @@
-"""Checkpoints of a run folder: where they lie, how one appears whole or not at all, how weights come out.
+"""Checkpoints of a run folder: where they lie, how one appears whole or not at all.
 
 RUN/checkpoints/step-00000100/   what the engine wrote after 100 updates
 RUN/checkpoints/latest           name of the newest one
@@ -10,13 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor
-
-from megatron_bipe.config.load import load_run_config
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.model.precision import DTYPES
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -95,37 +90,6 @@ def publish(
         sync(final.parent)
     barrier()
     return final
-
-
-def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights under the plan's names, whole, in the run's compute precision, on the CPU.
-
-    Hides how DeepSpeed lays them out: in one file up to ZeRO 2, in every rank's shard with ZeRO 3.
-
-    Raises:
-        CheckpointError: files are missing or unreadable.
-    """
-    try:
-        whole = checkpoint.folder / "mp_rank_00_model_states.pt"
-        if whole.is_file():
-            states = torch.load(whole, map_location="cpu", weights_only=False)
-            return dict(states["module"])
-        return _join_zero3(checkpoint)
-    except (OSError, RuntimeError, KeyError, ValueError, EOFError) as error:
-        raise CheckpointError(
-            f"cannot read the weights: {error}",
-            remedy=f"Use another step of the run: {', '.join(map(str, list_steps(checkpoint.run_dir)))}",
-            place=checkpoint.folder,
-        ) from error
-
-
-def _join_zero3(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    # Importing deepspeed takes seconds and prints; whoever reads anything but ZeRO-3 shards is spared it.
-    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
-
-    dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
-    masters = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint.folder.parent), tag=checkpoint.folder.name)
-    return {name: weight.to(dtype) for name, weight in masters.items()}
 
 
 def _pointed_at(run_dir: Path) -> str:

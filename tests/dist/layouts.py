@@ -34,6 +34,7 @@ class Outcome(NamedTuple):
     losses: list[float]
     norms: list[float]
     held_out: float
+    weights: dict[str, torch.Tensor] | None  # whole, out of a checkpoint; on the main rank
 
 
 def run_config(layout: Layout, run_dir: Path) -> RunConfig:
@@ -79,9 +80,20 @@ def train_steps(engine: Any, mesh: Mesh, steps: range) -> tuple[list[float], lis
 
 def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Outcome]:
     """Each layout for `STEPS` updates, one after the other in the same processes."""
+    from megatron_bipe.config.load import dump_yaml
+    from megatron_bipe.engine.checkpoint import find_checkpoint
+    from megatron_bipe.engine.weights import read_weights
+
     found = {}
-    for layout in layouts:
-        engine, laid_out = start(layout, mesh, Path(work_dir))
+    for number, layout in enumerate(layouts):
+        run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
+        engine, laid_out = start(layout, mesh, run_dir)
         losses, norms = train_steps(engine, laid_out, range(STEPS))
-        found[layout] = Outcome(losses, norms, engine.eval_loss(batches(99, laid_out)))
+        held_out = engine.eval_loss(batches(99, laid_out))
+        engine.save(run_dir, STEPS)
+        weights = None
+        if mesh.is_main:
+            (run_dir / "config.yaml").write_text(dump_yaml(run_config(layout, run_dir)))
+            weights = read_weights(find_checkpoint(run_dir))
+        found[layout] = Outcome(losses, norms, held_out, weights)
     return found

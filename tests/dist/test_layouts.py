@@ -5,11 +5,13 @@ Measured in fp32 over 8 steps (largest over the layouts here): losses differ by 
 """
 
 import pytest
+import torch
 
 from tests.dist.launch import run_ranks
 from tests.dist.layouts import Layout, Outcome, train_layouts
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-5  # relative
+WEIGHT_TOLERANCE = 5e-5  # absolute: Adam divides small gradients by their own size
 LAYOUTS = [
     Layout(pipeline=4, zero=0),
     Layout("bipe_alibi", pipeline=2, recompute="selective"),
@@ -43,3 +45,15 @@ def test_layout_gives_losses_and_gradient_norms_of_one_process(
         assert found.held_out == pytest.approx(expected.held_out, rel=LOSS_TOLERANCE)
     if layout.pipeline == 4:
         assert ranks[0][layout].losses == expected.losses
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_layout_checkpoint_holds_the_weights_of_one_process(
+    outcomes: tuple[dict[Layout, Outcome], list[dict[Layout, Outcome]]], layout: Layout
+) -> None:
+    alone, ranks = outcomes
+    expected, found = alone[Layout(layout.encoding)].weights, ranks[0][layout].weights
+    assert expected is not None and found is not None
+    assert found.keys() == expected.keys()
+    for name, weight in expected.items():
+        torch.testing.assert_close(found[name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)

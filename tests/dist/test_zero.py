@@ -46,7 +46,8 @@ def _batches(step: int, mesh: Mesh) -> list[Batch[torch.Tensor]]:
 
 def _train(mesh: Mesh, work_dir: str) -> dict[tuple[int, str], dict[str, Any]]:
     """Every stage and precision: 8 steps, then 4 more from the checkpoint of step 4."""
-    from megatron_bipe.engine.checkpoint import find_checkpoint, read_weights
+    from megatron_bipe.engine.checkpoint import find_checkpoint
+    from megatron_bipe.engine.weights import read_weights
     from megatron_bipe.engine.zero import ZeroEngine
 
     results = {}

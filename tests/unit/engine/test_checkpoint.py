@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from megatron_bipe.engine.checkpoint import find_checkpoint, is_run_dir, list_steps, publish, read_weights, step_folder
+from megatron_bipe.engine.checkpoint import find_checkpoint, is_run_dir, list_steps, publish, step_folder
+from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import CheckpointError
 
 
