@@ -2,8 +2,8 @@
 
 import itertools
 import logging
-import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,17 +16,19 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.types import Document
 from preprocessing import duplicates
 from preprocessing.backend import Choice, Name, choose_backend
-from preprocessing.output import Contents, finish_publishing, has_output, publish, remove_if_empty
+from preprocessing.lock import locked
+from preprocessing.output import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
 from preprocessing.progress import Progress
 from preprocessing.ranges import Job
 from preprocessing.ranks import Ranks
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
-from preprocessing.readers.parse import Keys, Malformed
+from preprocessing.readers.parse import Keys
 from preprocessing.split import Split
-from preprocessing.tally import Tally, require_at_least
+from preprocessing.tally import Tally, printable, require_at_least
 from preprocessing.tokenize import Recipe
-from preprocessing.work import PUBLISHED_NAME, STOCK_NAME, RangeRecord, WorkFolder
+from preprocessing.totals import add_range, tally_of
+from preprocessing.work import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Task, do_ranges, range_weight, share_out
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the whole Pile, and no file too large to copy again
@@ -78,14 +80,19 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
     work = WorkFolder(options.output)
     existed = options.output.exists()
     try:
-        ranks.first(partial(_begin, work, plan, options))
-        with work.locked(alone=False):
+        with work.writing(), ExitStack() as held:
+            if ranks.rank == 0:
+                require_own(options.output)
+                held.enter_context(locked(work.path, partial(_begin, work, plan, options)))
+            ranks.wait()
+            if ranks.rank > 0:
+                held.enter_context(locked(work.path))
             try:
                 backend = ranks.first(partial(_choose_backend, plan, options))
                 return _run(plan, options, backend, ranks)
             except DataError:
-                if ranks.size == 1 and not any(work.has_documents(n) for n in range(len(plan.ranges))):
-                    work.remove()  # there is nothing in it to go on with
+                if ranks.size == 1 and not _has_begun(work, len(plan.ranges)):
+                    work.remove()
                 raise
     finally:
         if ranks.rank == 0 and not existed:
@@ -134,6 +141,12 @@ def _plan(options: BuildOptions) -> _Plan:
             remedy='Name one as "eos_token" in its tokenizer_config.json, or leave --append-eos out',
             place=tokenizer.definition,
         )
+    if tokenizer.definition.resolve().is_relative_to(options.output.resolve()):
+        raise DataError(
+            "The tokenizer lies in the output folder, which is to be made anew",
+            remedy="Copy it to another place, and name the copy",
+            place=tokenizer.definition,
+        )
     recipe = Recipe(
         tokenizer_file=tokenizer.definition,
         rule=resolve_rule(options.segments, tokenizer),
@@ -147,9 +160,12 @@ def _plan(options: BuildOptions) -> _Plan:
 
 
 def _begin(work: WorkFolder, plan: _Plan, options: BuildOptions) -> None:
-    found = has_output(options.output)
-    with work.locked(alone=True):  # nobody else is at work
-        work.begin(plan.job(options), has_output=found, overwrite=options.overwrite)
+    work.begin(plan.job(options), has_output=has_output(options.output), overwrite=options.overwrite)
+
+
+def _has_begun(work: WorkFolder, num_ranges: int) -> bool:
+    """Whether there is anything to go on with."""
+    return work.has(STOCK_NAME) or any(work.has_documents(n) for n in range(num_ranges))
 
 
 def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
@@ -167,113 +183,79 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
 def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dict[Path, Manifest]:
     """Do what is not done, then publish."""
     work = WorkFolder(options.output)
-    recipe = replace(plan.recipe, backend="stock" if work.has(STOCK_NAME) else backend)
+    # What is found on the disk is looked up by one rank: others may see it earlier or later.
+    if ranks.first(partial(work.has, PUBLISHED_NAME)):
+        return finish_publishing(work) if ranks.rank == 0 else {}
+    fall_back = options.on_difference == "fall-back"
+    if ranks.first(partial(work.has, STOCK_NAME)):
+        if backend != "stock" and not fall_back:
+            raise _known_to_differ(work)
+        backend = "stock"
     job = Job(
         output=options.output,
         ranges=plan.ranges,
         keys=plan.keys,
-        recipe=recipe,
+        recipe=replace(plan.recipe, backend=backend),
         shard_tokens=options.shard_tokens,
         drop_duplicates=options.deduplicate,
-        fall_back=options.on_difference == "fall-back",
+        fall_back=fall_back,
     )
-    numbers = range(len(plan.ranges))
-    if work.has(PUBLISHED_NAME):
-        return ranks.first(partial(finish_publishing, work))
     if options.deduplicate:
         _mark_duplicates(job, work, options, ranks)
-    _do_all(job, "tokenize", [n for n in numbers if not work.is_done(n)], options, ranks)
-    if work.has(STOCK_NAME):  # gigatoken was found to be wrong: what it did before is not to be trusted
-        stock = replace(job, recipe=replace(recipe, backend="stock"))
-        _do_all(stock, "tokenize", [n for n in numbers if work.load_range(n).backend != "stock"], options, ranks)
+    _do_all(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
+    if ranks.first(partial(work.has, STOCK_NAME)):  # what gigatoken did before is not to be trusted
+        stock = replace(job, recipe=replace(plan.recipe, backend="stock"))
+        _do_all(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
     if ranks.rank != 0:
         return {}
-    records = [work.load_range(n) for n in numbers]
-    tally = _tally(records, plan.ranges, options.max_malformed)
+    records = [work.load_range(n) for n in range(len(plan.ranges))]
+    tally = tally_of(records, plan.ranges, options.max_malformed)
     tally.finish(options.inputs)
     duplicates_found = sum(record.duplicates for record in records)
     source = _source(options, plan.inputs, tally, duplicates_found)
     return publish(work, records, Contents(plan.tokenizer, plan.recipe.rule, source))
 
 
+def _known_to_differ(work: WorkFolder) -> DataError:
+    return DataError(
+        "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
+        remedy="Add --backend stock, or --on-difference fall-back",
+        place=work.output,
+    )
+
+
 def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:
     folders = [work.range_folder(n) for n in range(len(job.ranges))]
-    unhashed = [n for n, folder in enumerate(folders) if not duplicates.has_hashes(folder)]
-    _do_all(job, "hash_texts", unhashed, options, ranks)
+    _do_all(job, "hash_texts", lambda n: not duplicates.has_hashes(folders[n]), options, ranks)
     if ranks.rank == 0 and not all(map(duplicates.has_dropped, folders)):
         log.info("%d texts occur earlier too and are left out", duplicates.mark_duplicates(folders))
-    ranks.wait()
 
 
-def _do_all(job: Job, task: Task, numbers: list[int], options: BuildOptions, ranks: Ranks) -> None:
-    """A task for all of `numbers`, this rank's share of it by this process and its workers."""
-    ranks.wait()  # all have seen the same ranges to be undone
+def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
+    """A task for all ranges for which it is due, this rank's share of it by this process and its workers."""
+    numbers = ranks.first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
     weights = [range_weight(job.ranges[n]) for n in numbers]
     mine = share_out(numbers, weights, ranks.size)[ranks.rank]
     if len(numbers) < len(job.ranges):
         log.info("Going on: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
     total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
-    guard = Tally(options.max_malformed, quiet=True)
+    # Stop early where a range alone, or under --max-malformed all so far, hold too much that is malformed.
+    tally = Tally(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
         for number in do_ranges(job, task, mine, options.workers, progress.update):
             if task == "tokenize":
-                _guard(guard if options.max_malformed is not None else Tally(quiet=True), job, number)
+                record = WorkFolder(job.output).load_range(number)
+                add_range(Tally(quiet=True) if options.max_malformed is None else tally, record, record.first_malformed)
         if ranks.rank == 0 and mine:
             log.info(progress.line())
     ranks.wait()
-
-
-def _guard(tally: Tally, job: Job, number: int) -> None:
-    """Stop early where a range alone, or under --max-malformed all so far, hold too much that is malformed."""
-    record = WorkFolder(job.output).load_range(number)
-    _add(tally, record, list(record.first_malformed))
-
-
-def _tally(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> Tally:
-    """Totals, and malformed lines by their numbers in their files; checks that the pieces fit together."""
-    tally = Tally(max_malformed)
-    lines: dict[str, int] = {}  # passed in each input
-    owed: dict[str, int] = {}  # bytes that a line took beyond its piece, for the next ones to skip
-    for record, pieces in zip(records, ranges, strict=True):
-        before = []
-        for piece, end in zip(pieces, record.ends, strict=True):
-            name = piece.input.name
-            before.append(lines.get(name, 0))
-            lines[name] = before[-1] + end.num_lines
-            owed[name] = owed.get(name, 0) - end.skipped_bytes
-            if owed[name] != 0 and (end.num_lines or end.overrun_bytes):
-                raise _misfit(piece)
-            owed[name] += end.overrun_bytes
-        places = zip(record.first_malformed, record.malformed_pieces, strict=True)
-        named = [bad._replace(file=pieces[place].input.name, line=bad.line + before[place]) for bad, place in places]
-        _add(tally, record, named)
-    return tally
-
-
-def _add(tally: Tally, record: RangeRecord, named: list[Malformed]) -> None:
-    tally.add(
-        named,
-        num_lines=record.lines,
-        num_documents=record.documents,
-        num_empty=record.empty,
-        num_malformed=record.malformed,
-    )
-
-
-def _misfit(piece: Piece) -> DataError:
-    return DataError(
-        f"The parts of the file before and after byte {piece.start} do not fit together: it was changed while it was "
-        "read, or different versions of zstandard or zlib took part",
-        remedy="Run again with --overwrite, in one environment",
-        place=piece.input.name,
-    )
 
 
 def _source(options: BuildOptions, inputs: list[Input], tally: Tally, num_duplicates: int) -> dict[str, Any]:
     """The manifest's account of the input; free of times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
-        "inputs": [{"file": _printable(item.name), "bytes": item.size} for item in inputs],
+        "inputs": [{"file": printable(item.name), "bytes": item.size} for item in inputs],
         "text_key": options.text_key,
         "partition_by": options.partition_by,
         "split_by": options.split,
@@ -285,10 +267,5 @@ def _source(options: BuildOptions, inputs: list[Input], tally: Tally, num_duplic
         "empty_texts": tally.num_empty,
         "duplicate_texts": num_duplicates if options.deduplicate else None,
         "malformed_lines": tally.num_malformed,
-        "first_malformed": [line._replace(file=_printable(line.file))._asdict() for line in tally.first_malformed],
+        "first_malformed": [line._asdict() for line in tally.first_malformed],
     }
-
-
-def _printable(file: str) -> str:
-    """A file name without the surrogates that stand for bytes outside UTF-8."""
-    return os.fsencode(file).decode(errors="backslashreplace")

@@ -24,7 +24,7 @@ from preprocessing.tokenize import Destination
 from preprocessing.work import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
 
 SHARD_PREFIX = "tokens"
-RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER)  # no dataset's folder may have these names
+RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME)  # no dataset's folder may have these names
 OWN_FILE = re.compile(rf"({SHARD_PREFIX}-\d+\.(bin|idx|seg)|{re.escape(MANIFEST_NAME)})({re.escape(PARTIAL_SUFFIX)})?")
 LEVELS = 2  # of folders with datasets below the output: split and partition
 
@@ -60,7 +60,8 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
         folder: _publish_dataset(folder, shards[destination], contents, destination)
         for destination, folder in dataset_folders(work.output, list(shards)).items()
     }
-    sync(work.output)
+    for folder in {work.output, *(folder.parent for folder in made)}:
+        sync(folder)
     work.mark(PUBLISHED_NAME)
     work.remove()
     return made
@@ -86,6 +87,8 @@ def _publish_dataset(
     sync(folder)
     tokenizer = contents.tokenizer
     tokenizer.copy_to(folder / TOKENIZER_FOLDER)
+    for path in (*(folder / TOKENIZER_FOLDER).iterdir(), folder / TOKENIZER_FOLDER):
+        sync(path)
     chosen = {key: value for key, value in destination._asdict().items() if value}
     manifest = Manifest(
         tokenizer=TokenizerRecord(
@@ -110,7 +113,7 @@ def _move(origin: Path, target: Path) -> None:
         if not target.exists():  # else an earlier try moved it
             raise DataError(
                 "A finished shard is gone from the unfinished output",
-                remedy="Run the same command again with --overwrite, to start anew",
+                remedy=f"Remove the folder {WORK_FOLDER!r}, and run the same command again with --overwrite",
                 place=origin,
             ) from error
 
@@ -136,13 +139,18 @@ def partition_slug(value: str, taken: set[str]) -> str:
 
 
 def has_output(folder: Path) -> bool:
-    """Whether the folder holds anything of a dataset, finished or not.
+    """Whether the folder holds anything of a dataset, finished or not."""
+    return any(path.name != WORK_FOLDER for path in folder.iterdir())
+
+
+def require_own(folder: Path) -> None:
+    """Refuse an output that is not there for this tool.
 
     Raises:
         DataError: it is a file, or holds something that this tool did not write.
     """
     if not folder.exists():
-        return False
+        return
     if not folder.is_dir():
         raise DataError("The output must be a folder, and this is a file", remedy="Name another", place=folder)
     foreign = next(_foreign(folder, LEVELS), None)
@@ -152,7 +160,6 @@ def has_output(folder: Path) -> bool:
             remedy="Name another folder, or move it away",
             place=folder,
         )
-    return any(path.name != WORK_FOLDER for path in folder.iterdir())
 
 
 def clear_output(folder: Path) -> None:
@@ -176,8 +183,8 @@ def remove_if_empty(folder: Path) -> None:
 def _foreign(folder: Path, levels: int) -> Iterator[Path]:
     """What this tool did not write."""
     for path in sorted(folder.iterdir()):
-        if not path.is_dir():
-            if OWN_FILE.fullmatch(path.name) is None:
+        if not path.is_dir() or path.is_symlink():
+            if OWN_FILE.fullmatch(path.name) is None or path.is_symlink():
                 yield path
         elif path.name == TOKENIZER_FOLDER:
             yield from (file for file in path.iterdir() if file.name not in COMPANIONS)

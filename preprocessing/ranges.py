@@ -1,9 +1,8 @@
 """One range of the inputs -> its shards: the whole work of a worker, done alone and in one pass."""
 
-import errno
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
@@ -20,11 +19,11 @@ from preprocessing.duplicates import hash_rows, load_dropped, save_hashes
 from preprocessing.readers.documents import DocumentReader, PieceEnd
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Keys, Malformed, Parsed
-from preprocessing.tally import MALFORMED_NAMED
+from preprocessing.tally import MALFORMED_NAMED, printable
 from preprocessing.tokenize import Destination, DocumentTokenizer, Recipe, TokenizedDocuments
 from preprocessing.work import STOCK_NAME, RangeRecord, RangeShard, WorkFolder
 
-MAX_PARTITIONS = 1000  # each keeps a file open; a key with more values than this is hardly meant
+MAX_DATASETS = 1000  # each keeps a file open; a key with more values than this is hardly meant
 
 
 @dataclass(frozen=True)
@@ -74,7 +73,7 @@ class RangeWorker:
             for parsed in self._reader.read(piece):
                 hashes.append(hash_rows(document.text for document in parsed.documents))
                 self._advance(parsed.read_bytes, 0)
-        with _writing(self._work):
+        with self._work.writing():
             save_hashes(self._work.range_folder(number), hashes)
 
     def tokenize(self, number: int) -> None:
@@ -88,10 +87,10 @@ class RangeWorker:
         try:
             self._tokenize(number, self._tokenizer)
         except TokenizerDifferenceError as error:
+            self._work.mark(STOCK_NAME)  # the next run may not happen to compare this document
             if not self._job.fall_back:
                 raise
             log.warning("Going on with the stock tokenizer. %s", error)
-            self._work.mark(STOCK_NAME)
             self._tokenizer = DocumentTokenizer(replace(self._job.recipe, backend="stock"))
             self._tokenize(number, self._tokenizer)
 
@@ -99,7 +98,7 @@ class RangeWorker:
         folder = self._work.range_folder(number)
         dropped = load_dropped(folder) if self._job.drop_duplicates else None
         counts = _Counts()
-        with _writing(self._work), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
+        with self._work.writing(), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
             for place, piece in enumerate(self._job.ranges[number]):
                 for parsed in self._reader.read(piece):
                     counts.add(parsed, place)
@@ -129,7 +128,7 @@ class _Counts:
 
     def add(self, parsed: Parsed, piece: int) -> None:
         named = parsed.malformed[: MALFORMED_NAMED - len(self.first_malformed)]
-        self.first_malformed += named
+        self.first_malformed += [bad._replace(file=printable(bad.file)) for bad in named]
         self.malformed_pieces += [piece] * len(named)
         self.lines += parsed.num_lines
         self.empty += parsed.num_empty
@@ -216,9 +215,10 @@ class _RangeWriter:
         self._open[destination].append(tokens_T, ends_T, lengths_D, text_bytes)
 
     def _begin(self, destination: Destination) -> ShardWriter:
-        if len({found.partition for found in self._order} | {destination.partition}) > MAX_PARTITIONS:
+        if len({*self._order, destination}) > MAX_DATASETS:
             raise DataError(
-                f"The partition key has more than {MAX_PARTITIONS} values; the last seen is {destination.partition!r}",
+                f"The output has more than {MAX_DATASETS} partitions, or splits of partitions; the last value seen is "
+                f"{destination.partition!r}",
                 remedy="Partition by a key with few values, such as meta.pile_set_name",
                 place="--partition-by",
             )
@@ -230,17 +230,3 @@ class _RangeWriter:
     def _close(self, destination: Destination) -> None:
         shard = self._open.pop(destination).finish()
         self._done[int(shard.name)] = RangeShard(destination=destination, shard=shard)
-
-
-@contextmanager
-def _writing(work: WorkFolder) -> Iterator[None]:
-    """Say what becomes of a run whose disk fails it."""
-    try:
-        yield
-    except OSError as error:
-        mend = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend it"
-        raise DataError(
-            f"The output cannot be written: {error.strerror or error}",
-            remedy=f"{mend}, and run the same command again: finished shards are kept",
-            place=error.filename or work.path,
-        ) from error

@@ -1,6 +1,7 @@
 """Counts of what was read and what was left out of it, and when to stop over the latter."""
 
 import logging
+import os
 from collections.abc import Sequence
 
 from megatron_bipe.errors import DataError
@@ -94,3 +95,8 @@ def require_at_least(option: str, value: int | None, least: int) -> None:
 
 def _named(line: Malformed) -> str:
     return f"{line.file}, line {line.line}: {line.reason}"
+
+
+def printable(file: str) -> str:
+    """A file name without the surrogates that stand for bytes outside UTF-8."""
+    return os.fsencode(file).decode(errors="backslashreplace")

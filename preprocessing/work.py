@@ -6,14 +6,13 @@ DIR/unfinished/
   00000/000.bin ...    its shards
 """
 
-import fcntl
+import errno
 import json
 import shutil
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -21,13 +20,13 @@ from megatron_bipe.data.files import unreadable, write_atomically
 from megatron_bipe.data.records import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
 from preprocessing.backend import Name
+from preprocessing.lock import LOCK_NAME
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
 from preprocessing.tokenize import Destination
 
 WORK_FOLDER = "unfinished"
-LOCK_WAIT_S = 10.0  # for processes of a killed run to be gone
-JOB_NAME, RANGE_NAME, LOCK_NAME = "job.json", "range.json", "lock"
+JOB_NAME, RANGE_NAME = "job.json", "range.json"
 CLEARED_NAME, PUBLISHED_NAME, STOCK_NAME = "cleared", "published", "stock"  # marks: empty files
 
 
@@ -102,7 +101,7 @@ class WorkFolder:
             raise unreadable(path, error) from error
         except ValidationError as error:
             raise DataError(
-                f"The record of a finished range is damaged: {error}",
+                f"The record of a finished range is damaged: {error.errors()[0]['msg']}",
                 remedy="Remove the folder it lies in, and run the same command again",
                 place=path,
             ) from error
@@ -168,48 +167,29 @@ class WorkFolder:
         write_atomically(self.path / mark, b"")
 
     def remove(self) -> None:
-        """Empty the folder, the marks last, so that a removal that is cut short can be told from a job.
+        """Empty the folder, the marks after the job, so that a removal that is cut short can be told from a job.
 
         The lock stays until it is let go, which removes an empty folder.
         """
-        found = sorted(self.path.iterdir(), key=lambda path: path.is_file()) if self.path.exists() else []
-        for path in found:
+        found = list(self.path.iterdir()) if self.path.exists() else []
+        for path in sorted(found, key=lambda path: (path.is_file(), path.name != JOB_NAME)):
             if path.is_dir():
                 shutil.rmtree(path)
             elif path.name != LOCK_NAME:
                 path.unlink(missing_ok=True)
 
     @contextmanager
-    def locked(self, *, alone: bool) -> Iterator[Self]:
-        """Hold the folder: alone to look after it, together with others to work in it. Ends with the process.
-
-        File systems that have no locks go without.
-
-        Raises:
-            DataError: another run is at work here.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / LOCK_NAME).open("a") as stream:
-            until_s = time.monotonic() + LOCK_WAIT_S
-            while True:
-                try:
-                    fcntl.flock(stream, (fcntl.LOCK_EX if alone else fcntl.LOCK_SH) | fcntl.LOCK_NB)
-                    break
-                except BlockingIOError:
-                    if time.monotonic() > until_s:
-                        raise DataError(
-                            "Another run is writing to this folder",
-                            remedy="Wait for it or stop it, or name another folder",
-                            place=self.output,
-                        ) from None
-                    time.sleep(0.1)
-                except OSError:
-                    break
-            try:
-                yield self
-            finally:
-                if self.path.exists() and [path.name for path in self.path.iterdir()] == [LOCK_NAME]:
-                    shutil.rmtree(self.path, ignore_errors=True)
+    def writing(self) -> Iterator[None]:
+        """Says what becomes of a run whose disk fails it."""
+        try:
+            yield
+        except OSError as error:
+            mend = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend it"
+            raise DataError(
+                f"The output cannot be written: {error.strerror or error}",
+                remedy=f"{mend}, and run the same command again: finished shards are kept",
+                place=error.filename or self.path,
+            ) from error
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:

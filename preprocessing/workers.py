@@ -16,6 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from megatron_bipe.errors import BipeError, DataError
+from preprocessing.lock import locked
 from preprocessing.ranges import Advance, Job, RangeWorker
 from preprocessing.readers.inputs import Piece
 from preprocessing.work import WorkFolder
@@ -92,11 +93,12 @@ class _Pool:
                     assert isinstance(ready, Connection)
                     yield from self._receive(ready)
         finally:
+            if self._at:  # something went wrong: what they do is not wanted any more
+                for process in self._processes:
+                    process.terminate()
             for connection in self._at:
                 connection.close()
             for process in self._processes:
-                if self._at:  # something went wrong: what they do is not wanted any more
-                    process.terminate()
                 process.join()
 
     def _receive(self, connection: Connection) -> Iterator[int]:
@@ -118,11 +120,13 @@ class _Pool:
             longest = max(self._runs, key=len)
             taken = [longest.pop() for _ in range((len(longest) + 1) // 2)]
             self._runs[worker].extend(reversed(taken))
-        if self._runs[worker]:
-            self._doing[worker] = self._runs[worker].popleft()
-            connection.send(self._doing[worker])
-        else:
-            connection.send(None)
+        number = self._runs[worker].popleft() if self._runs[worker] else None
+        self._doing[worker] = self._doing[worker] if number is None else number
+        try:
+            connection.send(number)
+        except OSError as error:
+            raise self._died(connection) from error
+        if number is None:
             del self._at[connection]
             connection.close()
 
@@ -144,7 +148,7 @@ def _work(job: Job, task: Task, connection: Connection) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
     threading.Thread(target=_leave_with_parent, daemon=True).start()
     advance = _Teller(connection)
-    with WorkFolder(job.output).locked(alone=False), RangeWorker(job, advance) as worker:
+    with locked(WorkFolder(job.output).path), RangeWorker(job, advance) as worker:
         while (number := connection.recv()) is not None:
             try:
                 getattr(worker, task)(number)

@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from preprocessing.readers import tables
-from preprocessing.readers.inputs import Input, Piece
+from preprocessing.readers.inputs import Input, Piece, require_unchanged
 from preprocessing.readers.lines import LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, Parsed, parse_block
 
@@ -48,10 +48,12 @@ class DocumentReader:
         """Documents that begin in the piece, in bounded batches.
 
         Raises:
-            DataError: the input cannot be read, or is damaged.
+            DataError: the input cannot be read, is damaged, or is not the one that was found.
         """
         with reading(piece.input.name):
+            require_unchanged(piece.input)
             yield from READERS[piece.input.kind.reader](self, piece)
+            require_unchanged(piece.input)  # while it was read, either
 
     def _lines(self, piece: Piece) -> Iterator[Parsed]:
         if self._open is None or self._open[0] != piece.input.name:

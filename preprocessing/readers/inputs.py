@@ -3,11 +3,14 @@
 import glob
 import itertools
 import logging
+import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.data.manifest import TOKENIZER_FOLDER
+from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from preprocessing.readers.tables import is_saved_dataset, open_hub, saved_files
 
@@ -77,7 +80,7 @@ def _inputs_of(entry: str) -> list[Input]:
     if path.is_dir():
         if is_saved_dataset(path):
             return [_file_input(file) for file in saved_files(path)]
-        files = sorted(file for file in path.rglob("*") if file.is_file() and file.name.endswith(SUFFIXES))
+        files = sorted(_files_below(path))
     elif path.exists():
         files = [path]
     else:
@@ -89,6 +92,40 @@ def _inputs_of(entry: str) -> list[Input]:
             f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", place=entry
         )
     return [_file_input(file) for file in files]
+
+
+def _files_below(folder: Path) -> Iterator[Path]:
+    """Files of the kinds that are read, except what belongs to the tokenizer of a dataset, such as `merges.txt`."""
+    for name, folders, files in os.walk(folder, onerror=_refuse):
+        place = Path(name)
+        for linked in filter(Path.is_symlink, (place / inner for inner in folders)):
+            log.warning("%s is a link to a folder and is not searched; name it as an input to have it read", linked)
+        not_texts = COMPANIONS if place.name == TOKENIZER_FOLDER else ()
+        for file in files:
+            if file.endswith(SUFFIXES) and file not in not_texts and (place / file).is_file():
+                yield place / file
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(
+        f"The folder cannot be searched: {error.strerror}",
+        remedy="Mend its permissions, or name the files to read",
+        place=error.filename,
+    ) from error
+
+
+def require_unchanged(item: Input) -> None:
+    """Refuse a file that has another size or date than when it was found.
+
+    Raises:
+        DataError: it has.
+    """
+    if item.kind.reader != HUB.reader and _file_input(Path(item.name)) != item:
+        raise DataError(
+            "The file was changed after the run had begun",
+            remedy="Run again with --overwrite, and leave the inputs alone until the end",
+            place=item.name,
+        )
 
 
 def _file_input(file: Path) -> Input:

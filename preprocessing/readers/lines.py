@@ -91,8 +91,8 @@ class LineReader:
                     continue
                 last, chunk = b"\n", chunk[end:]
             if chunk:
-                chunk = chunk.removeprefix(BYTE_ORDER_MARK) if start == 0 and last == b"" else chunk
-                last = chunk[-1:] or last
+                chunk = chunk.removeprefix(BYTE_ORDER_MARK) if last == b"" else chunk
+                last = chunk[-1:]
                 yield chunk
         self._kept, self._kept_at, self.overrun_bytes = b"", stop if last else None, 0
         if last and last != b"\n":
@@ -100,9 +100,10 @@ class LineReader:
 
     def _beginning(self, start: int, stop: int) -> Generator[bytes, None, bytes | None]:
         """Go to the range's start. Returns None inside a line, else the last byte before (none at the file's start)."""
-        kept, self._kept = self._kept, b""
+        kept, kept_at = self._kept, self._kept_at
+        self._kept, self._kept_at = b"", None  # a range that is broken off leaves nothing to go on from
         self.skipped_bytes = 0
-        if self._kept_at == start and self._content.position <= stop:
+        if kept_at == start and self._content.position <= stop:
             self.skipped_bytes = self.overrun_bytes
             if kept:
                 yield kept

@@ -18,6 +18,7 @@ from preprocessing.backend import (
     GigatokenBackend,
     StockBackend,
     TokenizerDifferenceError,
+    check_ids,
     choose_backend,
 )
 from tests.beside import LLAMA
@@ -59,6 +60,16 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Tokeniz
     return load_tokenizer(LLAMA)
 
 
+@pytest.fixture(scope="session")
+def fast(tokenizer: Tokenizer) -> GigatokenBackend:
+    return GigatokenBackend(tokenizer, False)
+
+
+@pytest.fixture(scope="session")
+def stock(tokenizer: Tokenizer) -> StockBackend:
+    return StockBackend(tokenizer)
+
+
 class Wrong:
     """Gives the stock ids, but for one word."""
 
@@ -77,17 +88,18 @@ def ids(encoded: Encoded) -> list[list[int]]:
     return [part.tolist() for part in np.split(encoded.tokens_T, encoded.offsets_D1[1:-1])]
 
 
-def test_gigatoken_gives_the_stock_ids_in_every_hard_case(tokenizer: Tokenizer) -> None:
-    texts = list(CASES.values())
-    fast, stock = GigatokenBackend(tokenizer, False).encode(texts), StockBackend(tokenizer).encode(texts)
-    wrong = [name for name, a, b in zip(CASES, ids(fast), ids(stock), strict=True) if a != b]
+def test_gigatoken_gives_the_stock_ids_in_every_hard_case(fast: GigatokenBackend, stock: StockBackend) -> None:
+    found, expected = (ids(backend.encode(list(CASES.values()))) for backend in (fast, stock))
+    wrong = [name for name, a, b in zip(CASES, found, expected, strict=True) if a != b]
     assert not wrong
 
 
 @settings(max_examples=100, deadline=None)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
-def test_gigatoken_gives_the_stock_ids_of_any_text(tokenizer: Tokenizer, texts: list[str]) -> None:
-    assert ids(GigatokenBackend(tokenizer, False).encode(texts)) == ids(StockBackend(tokenizer).encode(texts))
+def test_gigatoken_gives_the_stock_ids_of_any_text(
+    fast: GigatokenBackend, stock: StockBackend, texts: list[str]
+) -> None:
+    assert ids(fast.encode(texts)) == ids(stock.encode(texts))
 
 
 def test_gigatoken_special_in_text_gives_the_stock_ids(tokenizer_folder: Path) -> None:
@@ -141,9 +153,18 @@ def test_checked_backend_compares_the_share_and_names_the_document(tokenizer: To
     for _ in range(8):
         checked.encode_documents(documents_of(*["the same length"] * 50))
     assert sum(calls) == pytest.approx(40, abs=1)
-    CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 0.0).encode_documents(documents_of(*texts))
+    CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 0.0).encode_documents(documents_of(*texts[200:]))
 
 
 def test_checked_backend_leaves_out_texts_that_the_stock_one_takes_for_ever(tokenizer: Tokenizer) -> None:
     long = documents_of("wrong " * backend.MOST_COMPARED_CHARS)
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 1.0).encode_documents(long)
+
+
+def test_check_ids_that_end_early_or_late_differ_from_there(stock: StockBackend) -> None:
+    (document,) = documents_of("some words of a text")
+    ids_T = stock.encode([document.text]).tokens_T
+    check_ids(document, ids_T, stock)
+    for found_T, place in ((ids_T[:-1], ids_T.size - 1), (np.append(ids_T, 7), ids_T.size)):
+        with pytest.raises(TokenizerDifferenceError, match=f"from token {place} on"):
+            check_ids(document, found_T, stock)

@@ -1,20 +1,29 @@
 """Building datasets: same bytes for any number of workers, nothing unfinished, nothing overwritten unasked."""
 
+import gzip
 import itertools
 import json
 import logging
+import os
+import random
+import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
+import zstandard
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from preprocessing import build as build_module
 from preprocessing import ranges
 from preprocessing.build import BuildOptions, build
-from preprocessing.output import partition_slug
+from preprocessing.output import clear_output, partition_slug
+from preprocessing.readers import inputs as inputs_module
 
 
 def options_for(
@@ -63,7 +72,7 @@ def test_build_all_input_formats_give_the_same_dataset(
 
 
 def test_build_two_workers_give_the_bytes_of_one(
-    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "in.jsonl"
     lines = [json.dumps({"text": f"{n} words .\n" * (n % 90), "set": f"S {n % 3}"}) for n in range(4000)]
@@ -71,9 +80,11 @@ def test_build_two_workers_give_the_bytes_of_one(
     made = []
     for workers in (1, 2):
         more = {"workers": workers, "partition_by": "set", "shard_tokens": 100_000, "name": f"out{workers}"}
-        build(options_for(tmp_path, tokenizer_folder, file, **more))
+        with caplog.at_level(logging.INFO):
+            build(options_for(tmp_path, tokenizer_folder, file, **more))
         made.append(content(tmp_path / f"out{workers}"))
     assert made[0] == made[1]
+    assert caplog.text.count("Tokenizing: 100.0%") == 2
     assert {"s-0/tokens-00001.bin", "s-2/manifest.json", "s-1/tokenizer/tokenizer.json"} <= made[0].keys()
 
 
@@ -173,7 +184,9 @@ def test_build_overwrite_replaces_all_of_an_earlier_dataset(
     assert content(options.output) == content(tmp_path / "fresh")
 
 
-@pytest.mark.parametrize("place", ["notes.md", "arxiv/notes.md", "tokenizer/notes.md", "pictures/a/b.png"])
+@pytest.mark.parametrize(
+    "place", ["notes.md", "arxiv/notes.md", "tokenizer/notes.md", "pictures/a/b.png", "arxiv/unfinished/job.json"]
+)
 def test_build_overwrite_never_touches_foreign_files(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], place: str
 ) -> None:
@@ -193,7 +206,17 @@ def test_build_output_that_is_a_file_is_an_error(
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], overwrite=True))
 
 
-@pytest.mark.parametrize("bad", [{"workers": 0}, {"shard_tokens": 0}, {"max_malformed": -1}, {"segments": "no rule"}])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        {"workers": 0},
+        {"shard_tokens": 0},
+        {"max_malformed": -1},
+        {"segments": "no rule"},
+        {"check_share": 1.1},
+        {"check_share": -0.1},
+    ],
+)
 def test_build_bad_option_is_named(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], bad: dict[str, object]
 ) -> None:
@@ -205,8 +228,8 @@ def test_build_bad_option_is_named(
 def test_build_too_many_partitions_is_an_error(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "MAX_PARTITIONS", 1)
-    with pytest.raises(DataError, match="more than 1 values"):
+    monkeypatch.setattr(ranges, "MAX_DATASETS", 1)
+    with pytest.raises(DataError, match="more than 1 partitions"):
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name"))
 
 
@@ -218,3 +241,253 @@ def test_partition_slug_is_safe_and_unlike_the_ones_taken() -> None:
         slug = partition_slug(value, set())
         assert slug.strip(".") and "/" not in slug and "\x00" not in slug and not slug.startswith(".")
         assert slug != "tokenizer"  # the name of the folder that no partition may replace
+
+
+@pytest.mark.parametrize("value", ["manifest.json", "tokenizer", "unfinished"])
+def test_partition_slug_is_no_name_with_a_meaning(value: str) -> None:
+    assert partition_slug(value, set()).startswith(f"{value}-")
+
+
+def test_build_partitions_of_like_names_stay_apart_wherever_they_first_appear(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 800)
+    values = ["b", "B!", "a", "b", "b?", "A", "manifest.json"]
+    for n, value in enumerate(values):
+        (tmp_path / f"{n}.jsonl").write_text(json.dumps({"text": f"text {n}", "set": value}) + "\n" + " " * 900 + "\n")
+    made = build(options_for(tmp_path, tokenizer_folder, tmp_path, partition_by="set", split="x=1", name="made/out"))
+    assert list(dict.fromkeys(values)) == [manifest.source["partition"] for manifest in made.values()]
+    assert [decoded(folder) for folder in made] == [["text 0", "text 3"], *([f"text {n}"] for n in (1, 2, 4, 5, 6))]
+    names = [folder.name.partition("-")[0] for folder in made]
+    assert names == ["b", "b", "a", "b", "a", "manifest.json"] and len({folder.name for folder in made}) == 6
+
+
+def test_build_output_inside_the_input_is_no_input(tmp_path: Path, tokenizer_folder: Path) -> None:
+    tokenizer = tmp_path / "tokenizer-with-merges"
+    shutil.copytree(tokenizer_folder, tokenizer)
+    (tokenizer / "merges.txt").write_text("not a text")
+    folder = tmp_path / "in"
+    folder.mkdir()
+    (folder / "a.txt").write_text("a text")
+    for overwrite in (False, True):
+        options = BuildOptions([str(folder)], str(tokenizer), folder / "out", overwrite=overwrite)
+        build(options)
+        assert (options.output / "tokenizer" / "merges.txt").exists()
+        assert decoded(options.output) == ["a text"]
+
+
+def test_build_tokenizer_inside_the_output_is_refused_and_left_there(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
+) -> None:
+    options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"])
+    build(options)
+    before = content(options.output)
+    with pytest.raises(DataError, match=r"tokenizer lies in the output folder.*Copy it.*tokenizer\.json\]"):
+        build(replace(options, tokenizer=str(options.output / "tokenizer"), overwrite=True))
+    assert content(options.output) == before
+
+
+def test_build_file_name_that_is_not_utf8_is_spelled_out(tmp_path: Path, tokenizer_folder: Path) -> None:
+    file = Path(os.fsdecode(os.fsencode(tmp_path / "in") + b"\xff.jsonl"))
+    file.write_text('{"text": "a"}\nbad\n')
+    options = options_for(tmp_path, tokenizer_folder, file)
+    with pytest.raises(DataError, match=r"more than the 0 .*in\\xff\.jsonl, line 2"):
+        build(replace(options, max_malformed=0))
+    (manifest,) = build(options).values()
+    assert manifest.source["inputs"] == [{"file": f"{tmp_path}/in\\xff.jsonl", "bytes": 18}]
+    assert manifest.source["first_malformed"][0]["file"] == f"{tmp_path}/in\\xff.jsonl"
+
+
+@pytest.mark.parametrize("name", ["out/linked", "out/tokenizer", "out/tokens-00000.bin"])
+def test_build_link_in_the_output_is_foreign(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], name: str
+) -> None:
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "tokenizer.json").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / name).symlink_to(tmp_path / "precious")
+    with pytest.raises(DataError, match=f"no part of a dataset: {Path(name).name}"):
+        build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], overwrite=True))
+    assert (tmp_path / name).is_symlink() and (tmp_path / "precious" / "tokenizer.json").exists()
+
+
+def test_build_output_that_cannot_be_made_is_one_error(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
+) -> None:
+    with pytest.raises(DataError, match=r"output cannot be written: Not a directory\. Mend it.*a\.jsonl/out"):
+        build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], name="inputs/a.jsonl/out"))
+
+
+def test_build_splits_of_partitions_count_as_datasets(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranges, "MAX_DATASETS", 2)
+    options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name")
+    build(options)
+    with pytest.raises(DataError, match=r"more than 2 partitions, or splits of partitions; .*'(ArXiv|Gutenberg)"):
+        build(replace(options, split="a=0.5,b=0.5", output=tmp_path / "split"))
+
+
+def test_build_tokenizer_is_on_the_disk_before_the_manifest(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced: set[Path] = set()
+    fsync, save = os.fsync, Manifest.save
+
+    def note(descriptor: int) -> None:
+        synced.add(Path(f"/proc/self/fd/{descriptor}").readlink())
+        fsync(descriptor)
+
+    def saved(manifest: Manifest, folder: Path) -> None:
+        assert {folder, folder / "tokenizer", *(folder / "tokenizer").iterdir()} <= synced
+        save(manifest, folder)
+        synced.discard(folder.parent)
+
+    monkeypatch.setattr(os, "fsync", note)
+    monkeypatch.setattr(Manifest, "save", saved)
+    options = options_for(
+        tmp_path, tokenizer_folder, inputs["jsonl"], split="a=0.5,b=0.5", partition_by="meta.pile_set_name"
+    )
+    made = build(options)
+    assert {folder.parent for folder in made} <= synced
+
+
+def test_build_range_with_too_much_malformed_stops_every_run(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 1000)
+    (tmp_path / "a.jsonl").write_text("bad\n" * 11 + '{"text": "a"}\n' * 80)
+    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' * 3000)
+    options = options_for(tmp_path, tokenizer_folder, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
+    for _ in range(2):
+        with pytest.raises(DataError, match=r"11 of \d\d lines are malformed, more than the 10"):
+            build(options)
+    (manifest,) = build(replace(options, max_malformed=11)).values()
+    assert manifest.source["malformed_lines"] == 11
+
+
+def test_build_inputs_without_text_are_passed_over(tmp_path: Path, tokenizer_folder: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for name in ("a.jsonl", "b.jsonl.zst", "c.txt"):
+        (folder / name).touch()
+    (folder / "d.jsonl").write_bytes(b"\n \n\r\n")
+    (folder / "e.jsonl.zst").write_bytes(zstandard.compress(b""))
+    for more in ({}, {"deduplicate": True}):
+        with pytest.raises(DataError, match=r"hold no text \(1 lines, 0 malformed, 1 empty\)"):
+            build(options_for(tmp_path, tokenizer_folder, folder, **more))
+        assert not (tmp_path / "out").exists()
+    (folder / "f.txt").write_bytes(b"x")
+    (manifest,) = build(options_for(tmp_path, tokenizer_folder, folder, deduplicate=True)).values()
+    assert (manifest.num_documents, manifest.source["empty_texts"]) == (1, 1)
+
+
+@pytest.mark.parametrize("pack", [bytes, zstandard.compress, gzip.compress])
+def test_build_lines_longer_than_ranges_are_whole_whoever_reads_them(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
+) -> None:
+    monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 5000)
+    texts = [
+        "first",
+        random.Random(0).randbytes(30_000).hex(),
+        "second",
+        random.Random(1).randbytes(9_000).hex(),
+        "last",
+    ]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)  # no newline at the end
+    file = tmp_path / ("in.jsonl" + {bytes: "", zstandard.compress: ".zst", gzip.compress: ".gz"}[pack])
+    file.write_bytes(pack(lines.encode()))
+    options = options_for(tmp_path, tokenizer_folder, file, shard_tokens=1)
+    for order in (1, -1):  # backwards: no range goes on from the one before
+        monkeypatch.setattr(build_module, "share_out", lambda numbers, weights, count: [numbers[::order]])  # noqa: B023
+        output = tmp_path / str(order)
+        build(replace(options, output=output))
+        assert decoded(output) == texts
+
+
+def test_build_first_texts_of_the_input_decide_the_backend(
+    tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "first"}\nbad\n')
+    (tmp_path / "b.jsonl").write_text('{"text": "second"}\n{"text": "third"}\n')
+    chosen = mock.Mock(return_value="stock")
+    monkeypatch.setattr(build_module, "choose_backend", chosen)
+    monkeypatch.setattr(build_module, "FIRST_CHARS", len("firstsecond"))
+    build(options_for(tmp_path, tokenizer_folder, tmp_path / "a.jsonl", tmp_path / "b.jsonl", special_in_text=True))
+    _, choice, special_in_text, documents = chosen.call_args.args
+    assert (choice, special_in_text) == ("auto", True)
+    assert [document.text for document in documents] == ["first", "second"]
+
+
+def test_build_special_in_text_and_append_eos_make_special_tokens(
+    tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "a.txt").write_text("a<s>b")
+    for special, eos in itertools.product((False, True), repeat=2):
+        output = f"{special}-{eos}"
+        more = {"special_in_text": special, "append_eos": eos, "name": output}
+        (manifest,) = build(options_for(tmp_path, tokenizer_folder, tmp_path / "a.txt", **more)).values()
+        ids = TokenDataset(tmp_path / output).tokens(0, manifest.num_tokens).tolist()
+        assert (ids.count(1), ids[-1] == 2) == (1 + special, eos)
+        assert manifest.source["special_in_text"] == special
+        assert manifest.source["document_ends_with"] == ("eos" if eos else None)
+    assert "slower" not in caplog.text  # the fast tokenizer was compared with the one that does the same
+
+
+def test_build_append_eos_without_such_a_token_is_an_error(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "bare").mkdir()
+    shutil.copy(tokenizer_folder / "tokenizer.json", tmp_path / "bare")
+    (tmp_path / "a.txt").write_text("a")
+    with pytest.raises(DataError, match=r"no end-of-sequence token.*--append-eos.*tokenizer\.json\]"):
+        build(options_for(tmp_path, tmp_path / "bare", tmp_path / "a.txt", append_eos=True))
+
+
+def test_build_shard_is_filled_to_the_last_token(tmp_path: Path, tokenizer_folder: Path) -> None:
+    line = '{"text": "the same text"}\n'
+    (tmp_path / "a.jsonl").write_text(line * 2)
+    (tmp_path / "b.jsonl").write_text(line * 2)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    (whole,) = build(options_for(tmp_path, tokenizer_folder, *files, name="whole")).values()
+    for documents, shards in ((4, [4]), (3, [3, 1]), (2, [2, 2]), (1, [1, 1, 1, 1])):
+        more = {"shard_tokens": documents * whole.num_tokens // 4, "name": str(documents)}
+        (manifest,) = build(options_for(tmp_path, tokenizer_folder, *files, **more)).values()
+        assert [shard.documents for shard in manifest.shards] == shards
+
+
+def test_build_duplicates_are_left_out_and_counted(tmp_path: Path, tokenizer_folder: Path) -> None:
+    (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n % 4}"}}\n' for n in range(9)))
+    (tmp_path / "b.txt").write_text("3")
+    options = options_for(tmp_path, tokenizer_folder, tmp_path / "a.jsonl", tmp_path / "b.txt", deduplicate=True)
+    (manifest,) = build(options).values()
+    assert decoded(options.output) == ["0", "1", "2", "3"]
+    assert (manifest.source["duplicate_texts"], manifest.source["lines"]) == (6, 10)
+
+
+def test_build_malformed_lines_of_files_in_one_range_go_by_their_files(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
+) -> None:
+    for name, lines in (("a.jsonl", "bad\n" * 7), ("b.jsonl", '{"text": "b"}\n' + "bad\n" * 7)):
+        (tmp_path / name).write_text(lines)
+    files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
+    (manifest,) = build(options_for(tmp_path, tokenizer_folder, *files, max_malformed=14)).values()
+    places = [(Path(bad["file"]).name, bad["line"]) for bad in manifest.source["first_malformed"]]
+    assert places == [*(("a.jsonl", n) for n in range(1, 8)), *(("b.jsonl", n) for n in (2, 3, 4))]
+
+
+def test_partition_slug_of_long_values_is_a_file_name_and_unlike_others() -> None:
+    first = partition_slug("a" * 300 + "1", set())
+    second = partition_slug("a" * 300 + "2", {first})
+    assert first != second and max(len(first), len(second)) < 150
+
+
+def test_clear_output_removes_each_manifest_first(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name"))
+    iterdir, unlink, removed = Path.iterdir, Path.unlink, []
+    monkeypatch.setattr(Path, "iterdir", lambda path: sorted(iterdir(path), reverse=True))
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: removed.append(path) or unlink(path, **more))
+    clear_output(tmp_path / "out")
+    first = {path.parent.name: path.name for path in reversed(removed)}
+    assert first == dict.fromkeys(("arxiv", "gutenberg-pg-19", "out"), "manifest.json")
+    assert list((tmp_path / "out").iterdir()) == []

@@ -1,50 +1,64 @@
 """Runs that end before their time: the same command goes on, and the bytes are those of an undisturbed run."""
 
 import errno
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import DataError
-from preprocessing import output, ranges, workers
+from preprocessing import build as build_module
+from preprocessing import output, ranges
+from preprocessing.backend import TokenizerDifferenceError
 from preprocessing.build import BuildOptions, build
+from preprocessing.lock import locked
 from preprocessing.ranges import RangeWorker
 from preprocessing.readers import inputs as inputs_module
+from preprocessing.readers.lines import LineReader
 from preprocessing.work import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
 
 
-@pytest.fixture(autouse=True)
-def small_ranges(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 16_000)
+@pytest.fixture(scope="module", autouse=True)
+def small_ranges() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 16_000)
+        patch.setattr(LineReader.blocks, "__defaults__", (1000,))
+        yield
 
 
-@pytest.fixture
-def options(tmp_path: Path, tokenizer_folder: Path) -> BuildOptions:
-    """Six ranges of three kinds of file, to three partitions and two splits."""
-    folder = tmp_path / "in"
-    folder.mkdir()
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("corpus")
     for file in range(3):
         lines = [
             json.dumps({"text": f"{n} words of file {n % 70} .\n" * (n % 9 + 1), "set": f"S {n % 3}"})
             for n in range(file, 300, 3)
         ]
         (folder / f"{file}.jsonl").write_text("\n".join([*lines, "bad"]) + "\n")
+    return folder
+
+
+def options_for(corpus: Path, tokenizer_folder: Path, output: Path) -> BuildOptions:
+    """Thirteen ranges of three files, to three partitions and two splits."""
     return BuildOptions(
-        [str(folder)],
+        [str(corpus)],
         str(tokenizer_folder),
-        tmp_path / "out",
+        output,
         partition_by="set",
         split="train=0.7,valid=0.3",
         deduplicate=True,
@@ -53,10 +67,21 @@ def options(tmp_path: Path, tokenizer_folder: Path) -> BuildOptions:
 
 
 @pytest.fixture
-def expected(options: BuildOptions, tmp_path: Path) -> dict[str, bytes]:
+def options(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> BuildOptions:
+    return options_for(corpus, tokenizer_folder, tmp_path / "out")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The output of an undisturbed run."""
-    build(replace(options, output=tmp_path / "undisturbed"))
-    return content(tmp_path / "undisturbed")
+    output = tmp_path_factory.mktemp("undisturbed") / "out"
+    build(options_for(corpus, tokenizer_folder, output))
+    return output
+
+
+@pytest.fixture
+def expected(undisturbed: Path) -> dict[str, bytes]:
+    return content(undisturbed)
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -86,6 +111,40 @@ def interrupted(options: BuildOptions, owner: object, name: str, replacement: ob
     """A build that Ctrl-C ends where `replacement` raises it."""
     with mock.patch.object(owner, name, replacement), pytest.raises(KeyboardInterrupt):
         build(options)
+
+
+STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
+
+
+def dies_before_step(number: int, options: BuildOptions) -> bool:
+    """Build in another process, which is gone without a word before the given one of its steps on the disk."""
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(number))
+        sys.addaudithook(lambda event, _: os._exit(9) if event in STEPS and next(steps, None) is None else None)
+        build(options)
+        os._exit(0)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_goes_on(
+    options: BuildOptions, undisturbed: Path, overwrite: bool
+) -> None:
+    options = replace(options, partition_by=None, split=None, shard_tokens=4000, overwrite=overwrite, backend="stock")
+    whole = replace(options, output=options.output.with_name("whole"))
+    build(whole)
+    for number in itertools.count(40, 61):
+        shutil.rmtree(options.output, ignore_errors=True)
+        if overwrite:
+            shutil.copytree(undisturbed, options.output)
+        died = dies_before_step(number, options)
+        for manifest in options.output.rglob("manifest.json"):
+            TokenDataset(manifest.parent)
+        if not died:
+            break
+        build(options)
+        assert content(options.output) == content(whole.output)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -176,6 +235,17 @@ def test_build_input_that_becomes_unreadable_keeps_finished_shards(
     assert content(options.output) == expected
 
 
+def test_build_finished_shard_that_is_gone_is_an_error(options: BuildOptions, expected: dict[str, bytes]) -> None:
+    interrupted(options, build_module, "publish", mock.Mock(side_effect=KeyboardInterrupt))
+    (options.output / WORK_FOLDER / "00001" / "000.idx").unlink()
+    with pytest.raises(DataError, match=r"finished shard is gone.*Remove the folder 'unfinished'.*00001/000\.idx\]"):
+        build(options)
+    assert no_dataset_in(options.output)
+    shutil.rmtree(options.output / WORK_FOLDER)
+    build(replace(options, overwrite=True))
+    assert content(options.output) == expected
+
+
 def test_build_other_job_in_the_way_is_named_and_left_alone(options: BuildOptions, expected: dict[str, bytes]) -> None:
     interrupted(options, RangeWorker, "tokenize", failing_at(2, KeyboardInterrupt()))
     with pytest.raises(DataError, match=r"another job; it differs in shard_tokens, rule|rule.*shard_tokens"):
@@ -197,30 +267,144 @@ def test_build_other_job_in_the_way_is_named_and_left_alone(options: BuildOption
     assert content(options.output) == content(options.output.with_name("fresh"))
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"text_key": "set"},
+        {"partition_by": None},
+        {"split": None},
+        {"shard_tokens": 7},
+        {"special_in_text": True},
+        {"append_eos": True},
+        {"deduplicate": False},
+    ],
+)
+def test_build_option_that_decides_the_bytes_makes_another_job(
+    options: BuildOptions, change: dict[str, object]
+) -> None:
+    interrupted(options, RangeWorker, "hash_texts", mock.Mock(side_effect=KeyboardInterrupt))
+    with pytest.raises(DataError, match=rf"differs in {next(iter(change))}[,.] "):
+        build(replace(options, **change))
+
+
+def test_build_limits_of_malformed_lines_stop_a_run_early_and_hold_over_resumption(
+    tmp_path: Path, tokenizer_folder: Path
+) -> None:
+    blank, good = " " * 14_000 + "\n", '{"text": "a"}\n'
+    parts = [good * 2000, "bad\n" * 9 + good * 100 + blank, "bad\n" * 9 + good * 100 + blank, good * 1000]
+    for n, part in enumerate(parts):
+        (tmp_path / f"{n}.jsonl").write_text(part)
+    options = BuildOptions([str(tmp_path)], str(tokenizer_folder), tmp_path / "out" / "a")
+    with pytest.raises(DataError, match="18 of 2218 lines are malformed, more than the 10"):
+        build(replace(options, max_malformed=10))
+    assert num_done(options) == 4  # of five: the first file makes two, the last was not begun
+    (tmp_path / "1.jsonl").write_text("bad\n" * 11 + good * 100 + blank)
+    options = replace(options, output=tmp_path / "out" / "b")
+    with pytest.raises(DataError, match="11 of 111 lines are malformed, more than the 10"):
+        build(options)
+    assert num_done(options) == 3
+    (tmp_path / "1.jsonl").write_text(parts[1])
+    options = replace(options, output=tmp_path / "out" / "c")
+    interrupted(options, RangeWorker, "tokenize", failing_at(2, KeyboardInterrupt()))
+    (manifest,) = build(options).values()  # no range alone has too many, nor have all together
+    assert manifest.source["malformed_lines"] == 18
+
+
 def test_build_two_runs_at_once_are_refused(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocessing.work.LOCK_WAIT_S", 0.0)
-    with WorkFolder(options.output).locked(alone=False), pytest.raises(DataError, match="Another run"):
+    monkeypatch.setattr("preprocessing.lock.LOCK_WAIT_S", 0.0)
+    with locked(options.output / WORK_FOLDER), pytest.raises(DataError, match="Another run"):
         build(options)
     build(options)
 
 
-@pytest.mark.parametrize("on_difference", ["stop", "fall-back"])
-def test_build_wrong_fast_tokenizer_stops_or_falls_back(
-    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, on_difference: str
+def test_build_that_waited_for_another_run_sees_its_dataset(
+    options: BuildOptions, undisturbed: Path, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build(replace(options, backend="stock", output=tmp_path / "stock"))
-    wrong = replace(options, check_share=1.0, on_difference=on_difference)
+    other = ExitStack()
+    other.enter_context(locked(options.output / WORK_FOLDER))
+
+    def the_other_ends(_: float) -> None:
+        shutil.copytree(undisturbed, options.output, dirs_exist_ok=True)
+        other.close()
+
+    monkeypatch.setattr(time, "sleep", the_other_ends)
+    with pytest.raises(DataError, match="holds a dataset"):
+        build(replace(options, shard_tokens=5000))
+    assert content(options.output) == expected
+
+
+def test_build_disk_full_at_any_write_is_one_error_and_goes_on(
+    options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = replace(options, partition_by=None, split=None, shard_tokens=4000)
+    build(replace(options, output=tmp_path / "whole"))
+    fsync = os.fsync
+    for number in itertools.count(0, 7):
+        left = iter(range(number))
+
+        def full(descriptor: int, left: Iterator[int] = left) -> None:
+            if next(left, None) is None:
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            fsync(descriptor)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with (
+                suppress(DataError) if number else pytest.raises(DataError, match=r"No space left.*Make room, and run")
+            ):
+                build(options)
+        written = next(left, None) is not None
+        if not written:
+            build(options)
+        assert content(options.output) == content(tmp_path / "whole")
+        if written:
+            break
+        shutil.rmtree(options.output)
+
+
+@pytest.mark.parametrize("way_out", [{"on_difference": "fall-back"}, {"backend": "stock"}])
+def test_build_wrong_fast_tokenizer_stops_until_told_to_go_on(
+    options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, way_out: dict[str, str]
+) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.tokenize.open_backend", _open_wrong_backend)
-        if on_difference == "stop":
-            with pytest.raises(
-                DataError, match=r"disagree from token .*'261 words.*0\.jsonl, from byte \d+, line 13\]"
-            ):
-                build(wrong)
-            assert no_dataset_in(options.output)
-            return
-        build(wrong)
-    assert content(options.output) == content(tmp_path / "stock")
+        with pytest.raises(DataError, match=r"disagree from token .*'261 words.*0\.jsonl, from byte \d+, line \d+\]"):
+            build(replace(options, check_share=1.0))
+        with pytest.raises(DataError, match=r"In an earlier run .* disagreed.*--backend stock, or --on-diff.*out\]"):
+            build(replace(options, check_share=0.0))  # would not see it
+        assert no_dataset_in(options.output)
+        with mock.patch("preprocessing.tokenize.open_backend", side_effect=_open_wrong_backend) as opened:
+            build(replace(options, check_share=0.0, **way_out))
+    assert {call.args[1] for call in opened.call_args_list} == {"stock"}
+    assert content(options.output) == expected
+
+
+def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options: BuildOptions) -> None:
+    class Wrong:
+        dtype = np.dtype(np.uint16)
+
+        def __init__(self, recipe: object) -> None: ...
+
+        def __call__(self, documents: object) -> None:
+            raise TokenizerDifferenceError("disagree")
+
+    with mock.patch("preprocessing.ranges.DocumentTokenizer", Wrong), pytest.raises(DataError, match="disagree"):
+        build(options)
+    with pytest.raises(DataError, match="In an earlier run"):
+        build(options)
+
+
+def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
+    options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("preprocessing.tokenize.open_backend", _open_wrong_backend)
+    with mock.patch.object(RangeWorker, "tokenize", autospec=True, side_effect=RangeWorker.tokenize) as tokenize:
+        build(replace(options, check_share=1.0, on_difference="fall-back"))
+    numbers = [call.args[1] for call in tokenize.call_args_list]
+    count = len(set(numbers))
+    assert numbers == [*range(count), *range(len(numbers) - count)]  # what came before the difference, once more
+    assert count < len(numbers) < 2 * count
+    assert content(options.output) == expected
 
 
 def _open_wrong_backend(tokenizer: object, name: str, special_in_text: bool, share: float) -> object:
@@ -235,35 +419,7 @@ def _open_wrong_backend(tokenizer: object, name: str, special_in_text: bool, sha
     return CheckedBackend(stock if name == "stock" else WrongLater(tokenizer), stock, share)
 
 
-def test_do_ranges_worker_that_dies_is_an_error_and_its_work_is_done_later(
-    options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(workers, "_work", _die)
-        with pytest.raises(DataError, match=r"worker process died \(exit code -9.*fewer --workers"):
-            build(replace(options, workers=2))
-    build(replace(options, workers=2))
-    assert content(options.output) == expected
-
-
-def _die(*_: object) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_share_out_gives_neighbours_and_like_weights() -> None:
-    weights = [1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 8.0, 1.0]
-    runs = workers.share_out(list(range(10)), weights, 3)
-    assert [number for run in runs for number in run] == list(range(10))
-    assert [sum(weights[number] for number in run) for run in runs] == [8.0, 12.0, 1.0] or max(
-        sum(weights[number] for number in run) for run in runs
-    ) <= sum(weights) / 3 + max(weights)
-    assert workers.share_out([], [], 2) == [[], []]
-
-
-@pytest.mark.parametrize("after", [0, 2, 5])
-def test_preprocess_killed_goes_on_and_ends_with_the_same_bytes(
-    tmp_path: Path, tokenizer_folder: Path, after: int
-) -> None:
+def test_preprocess_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} words of a text .\n" * 40}) + "\n" for n in range(9000)))
 
@@ -271,13 +427,13 @@ def test_preprocess_killed_goes_on_and_ends_with_the_same_bytes(
         paths = ["--input", str(file), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / name)]
         return [sys.executable, str(PREPROCESS), *paths, "--shard-tokens", "250000", "--workers", "2"]
 
-    subprocess.run(command("whole"), check=True, capture_output=True)
     process = subprocess.Popen(command("out"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     until_s = time.monotonic() + 60
-    while len(list((tmp_path / "out" / WORK_FOLDER).glob("*/range.json"))) < after and time.monotonic() < until_s:
+    while len(list((tmp_path / "out" / WORK_FOLDER).glob("*/range.json"))) < 3 and time.monotonic() < until_s:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
     again = subprocess.run(command("out"), check=True, capture_output=True, text=True)
-    assert not after or "ranges are done" in again.stderr
+    assert "ranges are done" in again.stderr
+    subprocess.run([*command("whole"), "--workers", "1"], check=True, capture_output=True)
     assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -18,6 +18,8 @@ def test_split_ends_of_the_range_have_a_place() -> None:
     split = Split.parse(EXAMPLE)
     assert split.of(bytes(16)) == "train"
     assert split.of(b"\xff" * 16) == "test"
+    half = Split.parse("a=0.5,b=0.5")
+    assert [half.of(place.to_bytes(8, "little") + bytes(8)) for place in (2**63 - 2**11, 2**63)] == ["a", "b"]
 
 
 def test_split_is_fixed_for_ever() -> None:

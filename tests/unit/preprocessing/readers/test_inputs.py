@@ -1,5 +1,7 @@
 """Inputs: which are found, and how they are cut into ranges."""
 
+import errno
+import os
 from pathlib import Path
 
 import pytest
@@ -7,7 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers.inputs import KINDS, LEAST_RANGE_TEXT_BYTES, RANGES, Input, find_inputs, plan_ranges
+from preprocessing.readers.inputs import (
+    HUB,
+    KINDS,
+    LEAST_RANGE_TEXT_BYTES,
+    RANGES,
+    Input,
+    Piece,
+    find_inputs,
+    plan_ranges,
+)
 
 
 def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[str, Path]) -> None:
@@ -24,6 +35,55 @@ def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> No
     (tmp_path / "notes.md").write_text("x")
     with pytest.raises(DataError, match=r"\.jsonl\.zst"):
         find_inputs([str(tmp_path / name)])
+
+
+def test_find_inputs_tokenizer_of_a_dataset_is_no_text(tmp_path: Path) -> None:
+    for name in ("a.txt", "merges.txt", "out/tokenizer/merges.txt", "out/tokenizer/a.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x")
+    found = [str(Path(item.name).relative_to(tmp_path)) for item in find_inputs([str(tmp_path)])]
+    assert found == ["a.txt", "merges.txt", "out/tokenizer/a.txt"]
+
+
+def test_find_inputs_linked_folder_is_named_and_a_linked_file_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder, away = tmp_path / "in", tmp_path / "away"
+    away.mkdir()
+    folder.mkdir()
+    (away / "a.jsonl").write_text("x")
+    (folder / "linked").symlink_to(away)
+    (folder / "b.jsonl").symlink_to(away / "a.jsonl")
+    (folder / "broken.jsonl").symlink_to(away / "gone")
+    (found,) = find_inputs([str(folder)])
+    assert (found.name, found.size) == (str(folder / "b.jsonl"), 1)
+    assert f"{folder / 'linked'} is a link to a folder" in caplog.text
+    assert len(find_inputs([str(folder / "linked")])) == 1
+
+
+def test_find_inputs_folder_that_may_not_be_searched_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "secret").mkdir()
+    (tmp_path / "a.jsonl").write_text("x")
+    scandir = os.scandir
+
+    def refusing(path: str) -> object:
+        if str(path).endswith("secret"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(DataError, match=r"cannot be searched: Permission denied.*secret\]"):
+        find_inputs([str(tmp_path)])
+
+
+def test_find_inputs_file_named_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").write_text("x")
+    found = find_inputs([str(tmp_path / "b.txt"), str(tmp_path)])
+    assert [Path(item.name).name for item in found] == ["b.txt", "a.txt"]
+    assert "named twice" in caplog.text
 
 
 @given(
@@ -56,3 +116,25 @@ def test_plan_ranges_gather_small_files_and_cut_large_ones_to_like_sizes() -> No
     assert sorted(sizes)[1] > LEAST_RANGE_TEXT_BYTES / 2  # all but the last of the small files
     one_a_shard = plan_ranges([large], 500_000)
     assert max(piece.stop - piece.start for (piece,) in one_a_shard) <= 4 * 500_000
+
+
+def test_plan_ranges_parts_on_the_hub_are_a_range_each() -> None:
+    item = Input("org/name", HUB, 5, "c0ffee")
+    for shard_tokens in (1, 1 << 30):
+        assert plan_ranges([item], shard_tokens) == [[Piece(item, n, n + 1)] for n in range(5)]
+
+
+@pytest.mark.parametrize(
+    ("sizes", "shard_tokens", "lengths"),
+    [
+        ([4 << 20] * 3, 1 << 30, [8 << 20, 4 << 20]),
+        ([20 << 20], 1 << 30, [6990506, 6990507, 6990507]),
+        ([20 << 20], 1, [1 << 20] * 20),
+        ([256 << 25], 1 << 30, [1 << 25] * 256),
+        ([300 << 30], 1 << 30, [1 << 30] * 300),
+        ([300 << 30], 1 << 25, [1 << 27] * 2400),
+    ],
+)
+def test_plan_ranges_division_is_fixed_for_ever(sizes: list[int], shard_tokens: int, lengths: list[int]) -> None:
+    ranges = plan_ranges([Input(f"{n}.jsonl", KINDS[".jsonl"], size, "") for n, size in enumerate(sizes)], shard_tokens)
+    assert [sum(piece.stop - piece.start for piece in pieces) for pieces in ranges] == lengths

@@ -10,7 +10,7 @@ from unittest import mock
 import orjson
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
@@ -37,17 +37,24 @@ def test_read_blocks_any_format_gives_the_same_texts(inputs: dict[str, Path], te
 @given(
     lines=st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=12),
     block_bytes=st.integers(1, 60),
+    read_bytes=st.sampled_from([1, 5, 30, 1000]),
     ends_with_newline=st.booleans(),
 )
+@example(lines=[b"a" * 40, b"b" * 10, b"c" * 40], block_bytes=5, read_bytes=30, ends_with_newline=True)
 def test_read_blocks_any_block_size_keeps_bytes_and_line_numbers(
-    tmp_path_factory: pytest.TempPathFactory, lines: list[bytes], block_bytes: int, ends_with_newline: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    lines: list[bytes],
+    block_bytes: int,
+    read_bytes: int,
+    ends_with_newline: bool,
 ) -> None:
     file = tmp_path_factory.mktemp("blocks") / "x.jsonl"
-    content = b"\n".join([b"{}", *lines]) + (b"\n" if ends_with_newline else b"")
-    file.write_bytes(content)
-    blocks = list(read_blocks(file, block_bytes))
-    assert b"".join(block.content for block in blocks) == content
-    assert sum(block.read_bytes for block in blocks) == len(content)
+    whole = b"\n".join([b"{}", *lines]) + (b"\n" if ends_with_newline else b"")
+    file.write_bytes(whole)
+    with mock.patch.object(content, "READ_BYTES", read_bytes):
+        blocks = list(read_blocks(file, block_bytes))
+    assert b"".join(block.content for block in blocks) == whole
+    assert sum(block.read_bytes for block in blocks) == len(whole)
     before = b""
     for block in blocks:
         assert block.first_line == before.count(b"\n") + 1
@@ -68,6 +75,19 @@ def test_read_blocks_byte_order_mark_is_no_text(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa")
     assert texts_in(tmp_path / "a.jsonl") == texts_in(tmp_path / "b.txt") == ["a"]
+
+
+def test_read_blocks_byte_order_mark_further_on_is_kept(tmp_path: Path) -> None:
+    lines = b'{"text": "a"}\n\xef\xbb\xbfb\n'
+    (tmp_path / "a.jsonl").write_bytes(lines)
+    with mock.patch.object(content, "READ_BYTES", 14), LineReader(tmp_path / "a.jsonl") as reader:
+        assert b"".join(block.content for block in reader.blocks(0, len(lines))) == lines
+        assert b"".join(block.content for block in reader.blocks(14, len(lines))) == lines[14:]
+
+
+def test_read_blocks_carriage_returns_are_no_text_and_blank_lines_none(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n \t\r\n{"text": "b\\r"}\r\n')
+    assert texts_in(tmp_path / "a.jsonl") == ["a", "b\r"]
 
 
 @pytest.mark.parametrize("kind", ["zst", "gz"])
@@ -159,6 +179,33 @@ def test_line_reader_neighbouring_ranges_decompress_once(tmp_path: Path, pack: C
         assert restart.call_count == 1
 
 
+def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    lines = [b"a" * 5 + b"\n", b"b" * 20 + b"\n", b"c" * 3 + b"\n"]
+    file.write_bytes(b"".join(lines))
+    # The second range is all in memory after the first, and ends inside a line.
+    with mock.patch.object(content, "READ_BYTES", 10), LineReader(file) as reader:
+        found = [
+            b"".join(block.content for block in reader.blocks(*bounds))
+            for bounds in itertools.pairwise([0, 3, 13, file.stat().st_size])
+        ]
+    assert found == lines
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
+def test_line_reader_range_that_was_broken_off_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"x.jsonl{suffix}"
+    content = random_lines(9000)
+    file.write_bytes({"": bytes, ".zst": zstandard.compress, ".gz": gzip.compress}[suffix](content))
+    size = file.stat().st_size
+    with LineReader(file) as reader:
+        first = list(reader.blocks(0, cut := size // 3 + 1))
+        next(reader.blocks(cut, size, 1000))
+        second = list(reader.blocks(cut, size))
+        assert reader.num_lines == b"".join(block.content for block in second).count(b"\n")
+    assert b"".join(block.content for block in first + second) == content
+
+
 def test_content_many_frames_starts_in_the_one_before(tmp_path: Path) -> None:
     frame = zstandard.compress(random_lines(100))
     file = tmp_path / "x.jsonl.zst"
@@ -169,6 +216,15 @@ def test_content_many_frames_starts_in_the_one_before(tmp_path: Path) -> None:
         opened.seek(len(frame) * 50 + 1)  # too little for any content: back one more
         opened.seek(len(frame) * 51 - 1)
     assert [call.args[0] // len(frame) for call in restart.call_args_list] == [89, 50, 49]
+
+
+def test_content_blocks_of_one_repeated_byte_do_not_hide_where_frames_begin(tmp_path: Path) -> None:
+    frame = zstandard.compress(b"a" * 500_000 + b"\n" + random_lines(20))
+    file = tmp_path / "x.jsonl.zst"
+    file.write_bytes(frame * 10)
+    with Content(file) as opened, mock.patch.object(opened, "_restart", wraps=opened._restart) as restart:
+        assert opened.seek(len(frame) * 9)
+        assert restart.call_args.args[0] == len(frame) * 8
 
 
 def test_line_reader_file_that_shrank_is_an_error(tmp_path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Totals over the ranges: line numbers of whole files, limits, and pieces that must fit together."""
+
+import pytest
+
+from megatron_bipe.errors import DataError
+from preprocessing.readers.documents import PieceEnd
+from preprocessing.readers.inputs import KINDS, Input, Piece
+from preprocessing.readers.parse import Malformed
+from preprocessing.totals import tally_of
+from preprocessing.work import RangeRecord
+
+FILE = Input("f.jsonl", KINDS[".jsonl"], 400, "")
+OTHER = Input("g.jsonl", KINDS[".jsonl"], 100, "")
+QUARTERS = [Piece(FILE, start, start + 100) for start in range(0, 400, 100)]
+
+
+def record(*ends: PieceEnd, lines: int = 100, malformed: tuple[tuple[int, int], ...] = ()) -> RangeRecord:
+    """Of a range of these pieces; `malformed` are a piece and a line each."""
+    return RangeRecord(
+        shards=(),
+        ends=ends,
+        lines=lines,
+        documents=lines - len(malformed),
+        empty=1,
+        duplicates=0,
+        malformed=len(malformed),
+        backend="stock",
+        first_malformed=tuple(Malformed("f.jsonl, from byte 7", line, "bad") for _, line in malformed)[:10],
+        malformed_pieces=tuple(piece for piece, _ in malformed)[:10],
+    )
+
+
+def fits(*ends: tuple[int, int, int]) -> bool:
+    """Whether pieces of one file that end so fit together, a range each."""
+    try:
+        tally_of([record(PieceEnd(*end)) for end in ends], [[piece] for piece in QUARTERS], None)
+    except DataError as error:
+        return not ("do not fit together" in error.message and "'unfinished'" in error.remedy)
+    return True
+
+
+def test_tally_of_pieces_that_skip_what_was_taken_fit() -> None:
+    assert fits((3, 0, 5), (2, 5, 0), (2, 0, 9), (1, 9, 0))
+    assert fits((3, 0, 250), (0, 100, 0), (0, 100, 0), (1, 50, 0))  # one line over three pieces
+    assert fits((3, 0, 300), (0, 100, 0), (0, 100, 0), (0, 100, 0))
+
+
+@pytest.mark.parametrize(
+    "ends",
+    [
+        ((3, 0, 5), (2, 4, 0), (2, 0, 0), (1, 0, 0)),
+        ((3, 0, 5), (2, 6, 0), (2, 0, 0), (1, 0, 0)),
+        ((3, 0, 5), (2, 0, 0), (2, 5, 0), (1, 0, 0)),
+        ((3, 0, 0), (2, 5, 0), (2, 0, 0), (1, 0, 0)),
+        ((3, 0, 5), (0, 0, 7), (2, 12, 0), (1, 0, 0)),
+        ((3, 0, 5), (0, 0, 0), (0, 0, 0), (0, 0, 0)),  # nobody skipped it
+        ((3, 0, 0), (2, 0, 0), (2, 0, 5), (0, 4, 0)),
+    ],
+)
+def test_tally_of_pieces_that_disagree_are_refused(ends: tuple[tuple[int, int, int], ...]) -> None:
+    assert not fits(*ends)
+
+
+def test_tally_of_malformed_lines_are_counted_from_the_start_of_their_file() -> None:
+    ranges = [[QUARTERS[0]], [QUARTERS[1], QUARTERS[2]], [QUARTERS[3], Piece(OTHER, 0, 100)]]
+    end = PieceEnd(10, 0, 0)
+    records = [
+        record(end, malformed=((0, 3),)),
+        record(end, end, malformed=((0, 3), (1, 3))),
+        record(end, end, malformed=((0, 4), (1, 5))),
+    ]
+    tally = tally_of(records, ranges, None)
+    named = [(bad.file, bad.line) for bad in tally.first_malformed]
+    assert named == [("f.jsonl", 3), ("f.jsonl", 13), ("f.jsonl", 23), ("f.jsonl", 34), ("g.jsonl", 5)]
+    assert (tally.num_lines, tally.num_documents, tally.num_empty, tally.num_malformed) == (300, 295, 3, 5)
+
+
+@pytest.mark.parametrize("max_malformed", [None, 10, 11])
+def test_tally_of_range_with_too_much_is_refused_as_when_it_was_done(max_malformed: int | None) -> None:
+    ranges = [[QUARTERS[0]], [QUARTERS[1]]]
+    records = [record(PieceEnd(9, 0, 0), lines=10**6), record(PieceEnd(9, 0, 0), malformed=((0, 1),) * 11)]
+    if max_malformed == 11:
+        assert tally_of(records, ranges, max_malformed).num_malformed == 11
+        return
+    with pytest.raises(DataError, match=r"11 of (100|1000100) lines are malformed, more than the 10"):
+        tally_of(records, ranges, max_malformed)
+
+
+def test_tally_of_first_malformed_lines_of_all_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    records = [record(PieceEnd(9, 0, 0), malformed=tuple((0, line) for line in range(1, 8))) for _ in QUARTERS]
+    tally = tally_of(records, [[piece] for piece in QUARTERS], 100)
+    assert [bad.line for bad in tally.first_malformed] == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12]
+    assert caplog.text.count("Left out") == 10
+    assert tally.num_malformed == 28

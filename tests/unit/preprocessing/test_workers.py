@@ -1,0 +1,134 @@
+"""Sharing ranges out: to whom, what when one has no more, and what when one dies."""
+
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+from collections import deque
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest import mock
+
+import pytest
+
+from megatron_bipe.errors import DataError
+from preprocessing import workers
+from preprocessing.build import BuildOptions, build
+from preprocessing.readers import inputs as inputs_module
+from preprocessing.readers.inputs import KINDS, Input, Piece
+from preprocessing.workers import _Pool, share_out
+
+PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
+
+
+def pool_of(*runs: list[int]) -> tuple[_Pool, list[mock.Mock]]:
+    """A pool whose processes and connections are none; each is at work on range 0."""
+    pool, connections = object.__new__(_Pool), [mock.Mock() for _ in runs]
+    pool._runs = [deque(run) for run in runs]
+    pool._at = {connection: number for number, connection in enumerate(connections)}  # type: ignore[misc]
+    pool._doing = dict.fromkeys(range(len(runs)), 0)
+    pool._processes = [mock.Mock(exitcode=-9) for _ in runs]
+    pool._job = mock.Mock(ranges=[[PIECE]] * 10)
+    return pool, connections
+
+
+def handed_out(pool: _Pool, connection: mock.Mock) -> int | None:
+    pool._hand_out(connection)
+    number: int | None = connection.send.call_args.args[0]
+    return number
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "runs"),
+    [
+        ([1.0, 1.0, 1.0, 1.0], 2, [[0, 1], [2, 3]]),
+        ([1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 8.0, 1.0], 3, [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]]),
+        ([4.0, 1.0, 1.0], 2, [[0], [1, 2]]),
+        ([1.0], 3, [[], [0], []]),
+        ([1.0, 0.0], 2, [[], [0, 1]]),
+        ([0.0, 0.0], 2, [[0, 1], []]),
+        ([], 2, [[], []]),
+    ],
+)
+def test_share_out_gives_neighbours_and_like_weights(weights: list[float], count: int, runs: list[list[int]]) -> None:
+    assert share_out(list(range(len(weights))), weights, count) == runs
+
+
+def test_pool_worker_that_has_finished_takes_the_second_half_of_the_longest_run() -> None:
+    pool, (first, second, third) = pool_of([], [1, 2, 3, 4, 5], [6, 7])
+    assert [handed_out(pool, first) for _ in range(3)] == [3, 4, 5]
+    assert [handed_out(pool, connection) for connection in (first, third)] == [2, 6]
+    assert [handed_out(pool, third) for _ in range(3)] == [7, 1, None]
+    assert handed_out(pool, second) is None and handed_out(pool, first) is None
+    assert not pool._at
+    assert all(connection.close.called for connection in (first, second, third))
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
+def test_pool_worker_that_dies_at_work_is_an_error(error: type[Exception]) -> None:
+    pool, (connection,) = pool_of([1])
+    connection.recv.side_effect = error
+    with pytest.raises(DataError, match=r"process died \(exit code -9.*fewer --workers.*in\.jsonl, from byte 50"):
+        list(pool._receive(connection))
+
+
+@pytest.mark.parametrize("run", [[1], []])
+def test_pool_worker_that_is_dead_when_work_is_handed_out_is_an_error(run: list[int]) -> None:
+    pool, (connection,) = pool_of(run)
+    connection.send.side_effect = BrokenPipeError
+    with pytest.raises(DataError, match="worker process died"):
+        pool._hand_out(connection)
+
+
+@pytest.fixture
+def options(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch) -> BuildOptions:
+    """Four ranges."""
+    monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 5000)
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": f"{n} words ." * 5}) + "\n" for n in range(250)))
+    return BuildOptions([str(tmp_path / "in.jsonl")], str(tokenizer_folder), tmp_path / "out", workers=2)
+
+
+def test_do_ranges_worker_that_dies_ends_the_others_and_the_work_is_done_later(options: BuildOptions) -> None:
+    terminate = BaseProcess.terminate
+    with (
+        mock.patch.object(workers, "_work", _die),
+        mock.patch.object(BaseProcess, "terminate", autospec=True, side_effect=terminate) as ended,
+        pytest.raises(DataError, match=r"worker process died \(exit code -9"),
+    ):
+        build(options)
+    assert ended.call_count == 2 and not multiprocessing.active_children()
+    (manifest,) = build(options).values()
+    assert manifest.num_documents == 250
+
+
+def _die(*_: object) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+ORPHAN = """
+import multiprocessing, sys, types
+from pathlib import Path
+from preprocessing.workers import _work
+
+context = multiprocessing.get_context("fork")  # so that it holds both ends, and would wait for ever
+_, theirs = context.Pipe()
+job = types.SimpleNamespace(output=Path(sys.argv[1]), keys=None)
+context.Process(target=_work, args=(job, "tokenize", theirs)).start()
+print("started", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_work_ends_with_its_parent(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", ORPHAN, str(tmp_path)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, start_new_session=True) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"started\n"
+        parent.kill()
+        try:
+            parent.communicate(timeout=30)  # until the last process that holds the other end is gone
+        except subprocess.TimeoutExpired:
+            os.killpg(parent.pid, signal.SIGKILL)
+            raise
