@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_bipe.data.format import choose_dtype
+from megatron_bipe.data.segmenter import fixed_ends
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.types import BoolArray, Document, IntArray, TokenArray
@@ -109,5 +110,5 @@ def _ends(tokens_T: TokenArray, lengths_D: IntArray, rule: SegmentRule) -> BoolA
     """Segment ends of all documents in one pass; a rule that counts starts again with each."""
     if rule.fixed_length is None:
         return segment_ends(tokens_T, rule)
-    place_T = np.arange(1, tokens_T.size + 1) - np.repeat(np.cumsum(lengths_D) - lengths_D, lengths_D)
-    return place_T % rule.fixed_length == 0
+    bounds_D1 = np.concatenate([[0], np.cumsum(lengths_D)])
+    return fixed_ends(bounds_D1, rule.fixed_length, 0, tokens_T.size)

@@ -1,6 +1,7 @@
 """What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
 
 import logging
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -11,11 +12,10 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
+from megatron_bipe.engine.checkpoint import publish
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.parallel.mesh import Mesh, tensor_group
 from megatron_bipe.parallel.tensor import TensorLayers
-
-_log = logging.getLogger(__name__)
 
 
 def start_deepspeed(mesh: Mesh) -> None:
@@ -54,7 +54,7 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     )
 
 
-def clips_itself(run: RunConfig, ds_config: dict[str, Any]) -> bool:
+def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
     """Whether DeepSpeed keeps the gradient norm and clips by it: in all cases but fp32 without ZeRO."""
     return run.train.precision != "fp32" or zero_stage(ds_config) > 0
 
@@ -86,3 +86,38 @@ class PlainGradients:
         self.norm = squares.sqrt()
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)
+
+
+class DeepSpeedEngine:
+    """What does not depend on how the plan is run; `__init__` of a kind of engine sets these attributes."""
+
+    _mesh: Mesh
+    _engine: Any  # DeepSpeed's
+    _optimizer: Any  # what DeepSpeed made of ours
+    _plain: PlainGradients | None = None
+
+    def save(self, run_dir: Path, step: int) -> Path:
+        """See `Engine.save`."""
+
+        def write(folder: Path) -> None:
+            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+
+        return publish(run_dir, step, write, self._mesh.is_main, dist.barrier)
+
+    def load(self, folder: Path) -> None:
+        """See `Engine.load`."""
+        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+
+    def close(self) -> None:
+        """See `Engine.close`."""
+        self._engine.destroy()
+        dist.destroy_process_group()
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+
+    def _grad_norm(self) -> Tensor | float:
+        norm: Tensor | float | None = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
+        assert norm is not None  # after a step
+        return norm

@@ -4,20 +4,18 @@ import io
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
-from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
-from megatron_bipe.engine.checkpoint import publish
 from megatron_bipe.engine.common import (
+    DeepSpeedEngine,
     PlainGradients,
-    clips_itself,
+    deepspeed_clips,
     make_layers,
     make_optimizer,
     make_topology,
@@ -30,7 +28,7 @@ from megatron_bipe.parallel.stages import cut_stages
 from megatron_bipe.types import Batch
 
 
-class PipelineEngine:
+class PipelineEngine(DeepSpeedEngine):
     """Implements `engine.api.Engine` with a `PipelineModule` over the plan.
 
     Args:
@@ -46,8 +44,7 @@ class PipelineEngine:
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         module = _Stages(plan, cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline), layers, mesh)
         optimizer = make_optimizer(module, run.optimizer)
-        self._plain = None
-        if not clips_itself(run, ds_config):
+        if not deepspeed_clips(run, ds_config):
             group = module.mpu().get_model_parallel_group()
             self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
@@ -59,12 +56,9 @@ class PipelineEngine:
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         """See `Engine.train_step`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         loss = self._engine.train_batch(self._payloads(micro_batches))
-        norm = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
-        assert norm is not None  # after a step
-        return StepResult(loss, norm)
+        return StepResult(loss, self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         """See `Engine.eval_loss`."""
@@ -77,23 +71,6 @@ class PipelineEngine:
         self._engine.reset_activation_shape()
         self._engine.module.train()
         return total / count
-
-    def save(self, run_dir: Path, step: int) -> Path:
-        """See `Engine.save`."""
-
-        def write(folder: Path) -> None:
-            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-        return publish(run_dir, step, write, self._mesh.is_main, dist.barrier)
-
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._engine.destroy()
-        dist.destroy_process_group()
 
     def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
         """What the first and the last stage take: (tokens, intra, inter), labels."""

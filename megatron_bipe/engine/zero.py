@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,10 +12,10 @@ from torch import Tensor
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
-from megatron_bipe.engine.checkpoint import publish
 from megatron_bipe.engine.common import (
+    DeepSpeedEngine,
     PlainGradients,
-    clips_itself,
+    deepspeed_clips,
     make_grid,
     make_layers,
     make_optimizer,
@@ -29,7 +28,7 @@ from megatron_bipe.types import Batch
 _log = logging.getLogger(__name__)
 
 
-class ZeroEngine:
+class ZeroEngine(DeepSpeedEngine):
     """Implements `engine.api.Engine` with `deepspeed.initialize` over the whole model.
 
     Args:
@@ -47,8 +46,7 @@ class ZeroEngine:
         model = build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
         optimizer = make_optimizer(model, run.optimizer)
-        self._plain = None
-        if not clips_itself(run, ds_config):
+        if not deepspeed_clips(run, ds_config):
             group = grid.get_slice_parallel_group() if grid else None
             self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
@@ -58,17 +56,14 @@ class ZeroEngine:
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         """See `Engine.train_step`."""
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
+        self._set_lr(lr)
         losses = []
         for batch in micro_batches:
             loss = self._loss(batch)
             self._engine.backward(loss)
             losses.append(loss.detach())
             self._engine.step()
-        norm = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
-        assert norm is not None  # after a step
-        return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), norm)
+        return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         """See `Engine.eval_loss`."""
@@ -77,23 +72,6 @@ class ZeroEngine:
             losses = torch.stack([self._loss(batch) for batch in batches])
         self._engine.train()
         return float(self._mean_over_ranks(losses.mean()))
-
-    def save(self, run_dir: Path, step: int) -> Path:
-        """See `Engine.save`."""
-
-        def write(folder: Path) -> None:
-            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
-
-        return publish(run_dir, step, write, self._mesh.is_main, dist.barrier)
-
-    def load(self, folder: Path) -> None:
-        """See `Engine.load`."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
-
-    def close(self) -> None:
-        """See `Engine.close`."""
-        self._engine.destroy()
-        dist.destroy_process_group()
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
