@@ -142,9 +142,11 @@ class ShardWriter:
     def __exit__(
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._bin.close()
-        for suffix in SUFFIXES:  # after `finish` there are none
-            self._partial(suffix).unlink(missing_ok=True)
+        try:
+            self._bin.close()  # which writes what is buffered, and fails on a full disk
+        finally:
+            for suffix in SUFFIXES:  # after `finish` there are none
+                self._partial(suffix).unlink(missing_ok=True)
 
     def _path(self, suffix: Suffix) -> Path:
         return shard_path(self._folder, self.name, suffix)

@@ -4,7 +4,7 @@ Hides how DeepSpeed lays them out. M is the tensor-parallel rank (of the first s
 
     mp_rank_M_model_states.pt                    one stage, ZeRO 0 to 2
     layer_K-model_M-model_states.pt              stages
-    zero_pp_rank_D_mp_rank_M_{model,optim}_...   ZeRO 3: shards of every data-parallel rank D
+    (bf16_)zero_pp_rank_D_mp_rank_M_...          ZeRO 3: shards of every data-parallel rank D
 """
 
 import re
@@ -24,7 +24,7 @@ from megatron_bipe.parallel.tensor import shares_of
 
 _LAYER = re.compile(r"layer_(\d+)-model_(\d+)-model_states\.pt")
 _WHOLE = re.compile(r"mp_rank_(\d+)_model_states\.pt")
-_SHARD = re.compile(r"zero_pp_rank_\d+_mp_rank_(\d+)_(model|optim)_states\.pt")
+_SHARD = re.compile(r"(?:bf16_)?zero_pp_rank_\d+_mp_rank_(\d+)_(model|optim)_states\.pt")
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

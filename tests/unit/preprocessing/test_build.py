@@ -356,8 +356,8 @@ def test_build_range_with_too_much_malformed_stops_every_run(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 1000)
-    (tmp_path / "a.jsonl").write_text("bad\n" * 11 + '{"text": "a"}\n' * 80)
-    (tmp_path / "b.jsonl").write_text('{"text": "b"}\n' * 3000)
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n' * 3000)  # so 11 are not too many of all
+    (tmp_path / "b.jsonl").write_text("bad\n" * 11 + '{"text": "b"}\n' * 60)
     options = options_for(tmp_path, tokenizer_folder, tmp_path / "a.jsonl", tmp_path / "b.jsonl")
     for _ in range(2):
         with pytest.raises(DataError, match=r"11 of \d\d lines are malformed, more than the 10"):
