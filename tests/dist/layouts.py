@@ -1,4 +1,4 @@
-"""Runs a small model in any layout over ranks, for the tests and for the table of docs/parallelism.md."""
+"""Runs a small model in any layout over ranks."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
