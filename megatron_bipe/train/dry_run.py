@@ -1,5 +1,6 @@
 """What a run would be, without starting it: configuration, layers, parameters, memory, length."""
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.parallel.stages import cut_stages
 
 
 def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
@@ -41,20 +43,28 @@ def memory_estimate_gib(run: RunConfig, stage: int, num_ranks: int) -> dict[str,
 
     Weights, gradients and optimizer state follow from the precision and the ZeRO stage; activations are what
     autograd keeps for backward (per token and block: 9 hidden widths, 4 inner widths) and three copies of the
-    logits (compute precision, fp32, their gradient). Workspace of kernels and communication is not counted.
+    logits (compute precision, fp32, their gradient). Of stages, the one with most parameters is meant, with as many
+    micro-batches under way as there are stages. What tensor parallelism and recomputation save of activations, and
+    workspace of kernels and communication, is not counted.
     """
-    model, train = run.model, run.train
-    parameters = sum(count_parameters(model))
+    model, train, parallel = run.model, run.train, run.parallel
+    counts = count_parameters(model)
+    bounds = cut_stages(model, train.seq_len_tokens, parallel.pipeline)
+    stages = [counts[start:stop] for start, stop in itertools.pairwise(bounds)]
+    parameters = max(map(sum, stages)) / parallel.tensor
+    layers = model.num_layers / parallel.pipeline
+    data_ranks = max(1, parallel.data_ranks(num_ranks))
+    under_way = min(parallel.pipeline, max(1, accumulation_steps(train, data_ranks)))
     width = 2 if train.precision == "bf16" else 4
     tokens = train.micro_batch * train.seq_len_tokens
     block = 9 * model.hidden_size + 4 * model.ffn_size
     master = 4 if train.precision == "bf16" else 0
     sizes = {
-        "weights": parameters * width / (num_ranks if stage == 3 else 1),
-        "gradients": parameters * 4 / (num_ranks if stage >= 2 else 1),
-        "optimizer": parameters * (8 + master) / (num_ranks if stage >= 1 else 1),
-        "activations": tokens * width * model.num_layers * block,
-        "logits": tokens * model.vocab_size * (width + 8),
+        "weights": parameters * width / (data_ranks if stage == 3 else 1),
+        "gradients": parameters * 4 / (data_ranks if stage >= 2 else 1),
+        "optimizer": parameters * (8 + master) / (data_ranks if stage >= 1 else 1),
+        "activations": under_way * tokens * width * layers * block,
+        "logits": tokens * model.vocab_size / parallel.tensor * (width + 8),
     }
     return {name: size / 2**30 for name, size in sizes.items()}
 
@@ -71,10 +81,11 @@ def _length(run: RunConfig, num_ranks: int) -> str:
     tokens_per_step = train.global_batch * train.seq_len_tokens
     total = tokens_per_step * train.steps
     flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
-    accumulation = accumulation_steps(train, num_ranks)
+    data_ranks = max(1, run.parallel.data_ranks(num_ranks))
+    accumulation = accumulation_steps(train, data_ranks)
     return (
         f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
-        f"a step: {num_ranks} ranks x {accumulation} micro-batches x {train.micro_batch} windows of "
+        f"a step: {data_ranks} copies of the model x {accumulation} micro-batches x {train.micro_batch} windows of "
         f"{train.seq_len_tokens} tokens\n"
     )
 

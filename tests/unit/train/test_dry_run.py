@@ -14,7 +14,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         f"{PARAMETERS:,}",
         "Block x 12",
         "131,072,000,000 tokens",
-        "8 ranks x 4 micro-batches x 8 windows",
+        "8 copies of the model x 4 micro-batches x 8 windows",
         "ZeRO 1, 8 ranks",
         "tools/preprocess.py",
     ):
@@ -54,3 +54,18 @@ def test_memory_estimate_shards_what_the_zero_stage_shards():
         for name, width in whole.items():
             share = 4 if name in names else 1
             assert sizes[name] * 2**30 == PARAMETERS * width / share
+
+
+def test_memory_estimate_layout_splits_what_it_splits():
+    plain = memory_estimate_gib(load_run_config(None), 1, num_ranks=16)
+    split = memory_estimate_gib(load_run_config(None, ["parallel.tensor=2"]), 1, num_ranks=32)
+    for name in ("weights", "gradients", "optimizer", "logits"):
+        assert split[name] == plain[name] / 2
+    staged = memory_estimate_gib(load_run_config(None, ["parallel.pipeline=2"]), 1, num_ranks=32)
+    assert plain["weights"] / 2 < staged["weights"] < plain["weights"]
+    assert staged["activations"] == plain["activations"]  # half the blocks, two micro-batches under way
+
+
+def test_describe_copies_of_the_model_share_a_batch():
+    run = load_run_config(None, ["parallel={tensor: 2, pipeline: 2}"])
+    assert "8 copies of the model x 4 micro-batches" in describe(run, {}, num_ranks=32)
