@@ -110,6 +110,19 @@ def test_gigatoken_special_in_text_gives_the_stock_ids(tokenizer_folder: Path) -
     assert 1 in ids(fast)[0]
 
 
+def test_gigatoken_document_of_50_megabytes_gets_the_stock_ids(tokenizer_folder: Path) -> None:
+    """The stock library takes minutes for it: what it gives two, three and four copies tells what it gives many."""
+    tokenizer = load_tokenizer(tokenizer_folder)
+    passage = "".join(f"{n} words of a long text .\n\tand 'code' {n * n}\r\n" for n in range(2000))
+    few = ids(StockBackend(tokenizer).encode([passage * count for count in (2, 3, 4)]))
+    again = len(few[1]) - len(few[0])
+    head, copy = few[0][:-again], few[0][-again:]
+    assert few[1] == head + copy * 2 and few[2] == head + copy * 3
+    count = 50_000_000 // len(passage) + 1
+    fast = GigatokenBackend(tokenizer, False).encode([passage * count]).tokens_T
+    np.testing.assert_array_equal(fast, np.concatenate([head, np.tile(copy, count - 1)]))
+
+
 def test_choose_backend_takes_gigatoken_where_it_agrees(tokenizer: Tokenizer) -> None:
     assert choose_backend(tokenizer, "auto", False, documents_of("some text")) == "gigatoken"
     assert choose_backend(tokenizer, "stock", False, []) == "stock"
