@@ -55,7 +55,7 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
     shards: dict[Destination, list[tuple[Path, ShardRecord]]] = {}
     for number, record in enumerate(records):
         for entry in record.shards:
-            shards.setdefault(Destination(*entry.destination), []).append((work.range_folder(number), entry.shard))
+            shards.setdefault(entry.destination, []).append((work.range_folder(number), entry.shard))
     made = {
         folder: _publish_dataset(folder, shards[destination], contents, destination)
         for destination, folder in dataset_folders(work.output, list(shards)).items()

@@ -96,6 +96,31 @@ class DeepSpeedEngine:
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
 
+    def _initialize(
+        self,
+        model: nn.Module,
+        run: RunConfig,
+        ds_config: dict[str, Any],
+        model_group: dist.ProcessGroup | None,
+        mpu: PipelineParallelGrid | None = None,
+    ) -> None:
+        """Hand the model and its optimizer to DeepSpeed, and take over the gradient norm where it keeps none.
+
+        Args:
+            model: this rank's part.
+            run: the run configuration.
+            ds_config: see `ZeroEngine`.
+            model_group: as `PlainGradients` takes it.
+            mpu: DeepSpeed's groups, where the model does not bring them.
+        """
+        optimizer = make_optimizer(model, run.optimizer)
+        if not deepspeed_clips(run, ds_config):
+            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
+            ds_config = ds_config | {"gradient_clipping": 0.0}
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
+        )
+
     def save(self, run_dir: Path, step: int) -> Path:
         """See `Engine.save`."""
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import redirect_stdout
 from typing import Any
 
-import deepspeed
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 
@@ -14,10 +13,7 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
-    PlainGradients,
-    deepspeed_clips,
     make_layers,
-    make_optimizer,
     make_topology,
     start_deepspeed,
 )
@@ -43,16 +39,9 @@ class PipelineEngine(DeepSpeedEngine):
         layers = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         module = _Stages(plan, cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline), layers, mesh)
-        optimizer = make_optimizer(module, run.optimizer)
-        if not deepspeed_clips(run, ds_config):
-            group = module.mpu().get_model_parallel_group()
-            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
-            ds_config = ds_config | {"gradient_clipping": 0.0}
         if mesh.sequence:  # tensor-parallel ranks hold different positions: none can send a share of another's
             ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=ds_config, dist_init_required=False
-        )
+        self._initialize(module, run, ds_config, module.mpu().get_model_parallel_group())
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         """See `Engine.train_step`."""

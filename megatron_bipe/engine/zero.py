@@ -4,7 +4,6 @@ import logging
 from collections.abc import Iterable
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,11 +13,8 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
-    PlainGradients,
-    deepspeed_clips,
     make_grid,
     make_layers,
-    make_optimizer,
     start_deepspeed,
 )
 from megatron_bipe.model.plan import build_model
@@ -45,14 +41,7 @@ class ZeroEngine(DeepSpeedEngine):
         self._layers = make_layers(mesh)
         model = build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
-        optimizer = make_optimizer(model, run.optimizer)
-        if not deepspeed_clips(run, ds_config):
-            group = grid.get_slice_parallel_group() if grid else None
-            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, mesh, group)
-            ds_config = ds_config | {"gradient_clipping": 0.0}
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=grid
-        )
+        self._initialize(model, run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         """See `Engine.train_step`."""

@@ -7,11 +7,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def mean_loss(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Mean cross-entropy in nats a token, fp32 scalar."""
-    return F.cross_entropy(logits_BTV.flatten(0, -2).float(), labels_BT.flatten())
-
-
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
     """Cross-entropy in nats of every token, fp32 [B, T]; evaluation adds these up by its own protocol."""
     losses = F.cross_entropy(logits_BTV.flatten(0, -2).float(), labels_BT.flatten(), reduction="none")

@@ -121,20 +121,6 @@ class LineReader:
                 break
 
 
-def read_blocks(file: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All of a file in blocks.
-
-    Raises:
-        DataError: the file cannot be read, or its compressed data is damaged or cut short.
-    """
-    with reading(file):
-        if file.name.endswith(".txt"):
-            yield read_text_file(file)
-            return
-        with LineReader(file) as reader:
-            yield from reader.blocks(0, file.stat().st_size, block_bytes)
-
-
 def read_text_file(file: Path) -> Block:
     """A text file in one block."""
     content = file.read_bytes()

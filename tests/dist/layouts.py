@@ -52,13 +52,13 @@ def run_config(layout: Layout, run_dir: Path) -> RunConfig:
     return load_run_config(None, settings)
 
 
-def batches(step: int, mesh: Mesh) -> list[Batch[torch.Tensor]]:
-    """Sixteen rows that count in threes, micro-batches of 2, cut like the feed cuts them."""
+def batches(step: int, mesh: Mesh, rows: int = 16) -> list[Batch[torch.Tensor]]:
+    """Rows that count in threes, micro-batches of 2, cut like the feed cuts them."""
     generator = torch.Generator().manual_seed(step)
-    tokens = (torch.randint(0, 64, (16, 1), generator=generator) + 3 * torch.arange(17)) % 64
+    tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(17)) % 64
     places = torch.arange(16).expand(2, 16)
     mine = tokens.view(-1, mesh.data_ranks, 2, 17)[:, mesh.data_rank]
-    return [Batch(rows[:, :-1], places % 5, places // 5, rows[:, 1:]) for rows in mine]
+    return [Batch(micro[:, :-1], places % 5, places // 5, micro[:, 1:]) for micro in mine]
 
 
 def start(layout: Layout, mesh: Mesh, run_dir: Path) -> Any:

@@ -15,11 +15,10 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.types import Batch
 from tests.dist.launch import run_ranks
+from tests.dist.layouts import DS_CONFIGS, batches
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-STEPS, HALF, LR = 8, 4, 5e-3
+STEPS, HALF, LR, ROWS = 8, 4, 5e-3, 8
 LOSS_TOLERANCE = {"fp32": 1e-6, "bf16": 5e-4}  # relative
 WEIGHT_TOLERANCE = 2e-5  # absolute, fp32
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -33,15 +32,6 @@ def _run(run_dir: Path, precision: str) -> RunConfig:
         f"train={{steps: 8, seq_len_tokens: 16, global_batch: 8, micro_batch: 2, precision: {precision}}}",
     ]
     return load_run_config(None, settings)
-
-
-def _batches(step: int, mesh: Mesh) -> list[Batch[torch.Tensor]]:
-    """Eight rows that count in threes, micro-batches of 2, cut like the feed cuts them."""
-    generator = torch.Generator().manual_seed(step)
-    tokens = (torch.randint(0, 64, (8, 1), generator=generator) + 3 * torch.arange(17)) % 64
-    places = torch.arange(16).expand(2, 16)
-    mine = tokens.view(-1, mesh.num_ranks, 2, 17)[:, mesh.rank]
-    return [Batch(rows[:, :-1], places % 5, places // 5, rows[:, 1:]) for rows in mine]
 
 
 def _train(mesh: Mesh, work_dir: str) -> dict[tuple[int, str], dict[str, Any]]:
@@ -59,23 +49,23 @@ def _train(mesh: Mesh, work_dir: str) -> dict[tuple[int, str], dict[str, Any]]:
             engine = ZeroEngine(run, ds_config, mesh)
             outcomes = []
             for step in range(STEPS):
-                result = engine.train_step(_batches(step, mesh), LR)
+                result = engine.train_step(batches(step, mesh, ROWS), LR)
                 outcomes.append((float(result.loss_nats), float(result.grad_norm)))
                 if step + 1 in (HALF, STEPS):
                     engine.save(run.run_dir, step + 1)
-            held_out = engine.eval_loss(_batches(99, mesh))
+            held_out = engine.eval_loss(batches(99, mesh, ROWS))
             again = ZeroEngine(run, ds_config, mesh)
             again.load(find_checkpoint(f"{run.run_dir}@{HALF}").folder)
             resumed = []
             for step in range(HALF, STEPS):
-                result = again.train_step(_batches(step, mesh), LR)
+                result = again.train_step(batches(step, mesh, ROWS), LR)
                 resumed.append((float(result.loss_nats), float(result.grad_norm)))
             (run.run_dir / "config.yaml").write_text(f"train: {{precision: {precision}}}")
             results[stage, precision] = {
                 "outcomes": outcomes,
                 "resumed": resumed,
                 "held_out": held_out,
-                "resumed_held_out": again.eval_loss(_batches(99, mesh)),
+                "resumed_held_out": again.eval_loss(batches(99, mesh, ROWS)),
                 "weights": read_weights(find_checkpoint(run.run_dir)) if mesh.is_main else None,
             }
     return results

@@ -12,14 +12,7 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.show import show_document
 from megatron_bipe.errors import DataError
 
-TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
 Write = Callable[..., Manifest]
-
-
-@pytest.fixture
-def folder(write_text_dataset: Write, tmp_path: Path) -> Path:
-    write_text_dataset(tmp_path, TEXTS)
-    return tmp_path
 
 
 def test_find_datasets_in_a_dataset_is_itself(folder: Path) -> None:

@@ -15,15 +15,9 @@ from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.manifest import Manifest, SegmentRule
 from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
+from tests.unit.data.conftest import TEXTS
 
-TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
 Write = Callable[..., Manifest]
-
-
-@pytest.fixture
-def folder(write_text_dataset: Write, tmp_path: Path) -> Path:
-    write_text_dataset(tmp_path, TEXTS)
-    return tmp_path
 
 
 def problems(folder: Path) -> list[str]:

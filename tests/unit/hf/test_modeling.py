@@ -16,7 +16,7 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.positions_bipe import Places, memorise, recall
 from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import to_llama
-from megatron_bipe.model.loss import mean_loss
+from megatron_bipe.model.loss import token_losses
 
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 NEAR = {"rtol": 0, "atol": 2e-5}  # logits reach about 10
@@ -229,10 +229,10 @@ def test_eager_attention_equals_sdpa(model, tokens_of):
 def test_labels_give_the_shifted_mean_loss(model, tokens_of):
     tokens = tokens_of(2, 20)
     found = model(tokens, labels=tokens)
-    torch.testing.assert_close(found.loss, mean_loss(found.logits[:, :-1], tokens[:, 1:]))
+    torch.testing.assert_close(found.loss, token_losses(found.logits[:, :-1], tokens[:, 1:]).mean())
     assert found.past_key_values is None
     ignored = model(tokens, labels=tokens.masked_fill(torch.arange(20) > 9, -100)).loss
-    torch.testing.assert_close(ignored, mean_loss(found.logits[:, :9], tokens[:, 1:10]))
+    torch.testing.assert_close(ignored, token_losses(found.logits[:, :9], tokens[:, 1:10]).mean())
 
 
 def test_gradient_checkpointing_gives_the_same_gradients(bilevel, tokens_of):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import from_llama, to_llama
-from megatron_bipe.model.loss import mean_loss
+from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
 from tests.beside import ORACLE
@@ -33,7 +33,7 @@ def run(model, data, part):
 
 
 def check_loss(logits, data, part):
-    loss = mean_loss(logits[:, :-1], data[part + "input_ids"][:, 1:])
+    loss = token_losses(logits[:, :-1], data[part + "input_ids"][:, 1:]).mean()
     torch.testing.assert_close(loss, data[part + "loss"][0], rtol=0, atol=2e-5)
     return loss
 
@@ -83,7 +83,7 @@ def test_plan_trained_on_oracle_batches_follows_the_trajectory():
         opened = torch.where(ends, places + 1, 0).cummax(-1).values.roll(1, -1)
         opened[:, 0] = 0
         logits = model((tokens, (places - opened).clamp(max=config.intra_size - 1), inter))
-        return mean_loss(logits[:, :-1], tokens[:, 1:])
+        return token_losses(logits[:, :-1], tokens[:, 1:]).mean()
 
     for batch, expected in zip(data["batches"], data["losses"], strict=True):
         optimizer.zero_grad()

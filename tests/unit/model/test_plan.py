@@ -6,7 +6,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.loss import mean_loss, token_losses
+from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model, count_parameters, make_plan, train_flops_per_token
 
 
@@ -87,7 +87,7 @@ def test_losses_mean_and_by_token_agree_with_log_softmax():
     labels = torch.randint(50, (2, 7), generator=torch.Generator().manual_seed(0))
     want = -logits.double().log_softmax(-1).gather(-1, labels[..., None])[..., 0]
     torch.testing.assert_close(token_losses(logits, labels).double(), want, atol=1e-6, rtol=0)
-    torch.testing.assert_close(mean_loss(logits, labels).double(), want.mean(), atol=1e-6, rtol=0)
+    torch.testing.assert_close(token_losses(logits, labels).mean().double(), want.mean(), atol=1e-6, rtol=0)
     assert token_losses(logits.bfloat16(), labels).dtype == torch.float32
 
 
@@ -97,7 +97,7 @@ def test_train_flops_equal_the_flop_counter_but_for_the_causal_half():
     model = build_model(config)
     # The counter knows no CPU flash kernel; the materialised one shows as two batched products forward, four back.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-        mean_loss(model(tokens), tokens[0]).backward()
+        token_losses(model(tokens), tokens[0]).mean().backward()
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
     attention_whole = 6 * 2 * config.num_layers * config.num_heads * config.head_width * num_tokens
 

@@ -56,7 +56,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Tokeniz
         name = "tokenizer.model" if request.param.endswith(".model") else "tokenizer.json"
         return load_tokenizer(tokenizer_folder / name)
     if not LLAMA.exists():
-        pytest.skip("the published tokenizer is not here")
+        pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
     return load_tokenizer(LLAMA)
 
 

@@ -3,7 +3,7 @@
 import gzip
 import itertools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
 
@@ -17,8 +17,18 @@ from megatron_bipe.errors import DataError
 from preprocessing.readers import content
 from preprocessing.readers.content import Content
 from preprocessing.readers.inputs import find_inputs
-from preprocessing.readers.lines import LineReader, read_blocks, reading
+from preprocessing.readers.lines import BLOCK_BYTES, Block, LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, parse_block
+
+
+def read_blocks(file: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
+    """All of a file in blocks."""
+    with reading(file):
+        if file.name.endswith(".txt"):
+            yield read_text_file(file)
+            return
+        with LineReader(file) as reader:
+            yield from reader.blocks(0, file.stat().st_size, block_bytes)
 
 
 def texts_in(file: Path, block_bytes: int = 1 << 20) -> list[str]:
