@@ -69,6 +69,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         )
     if stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
+    for key in ("offload_optimizer", "offload_param"):
+        if _get(result, f"zero_optimization.{key}.device") == "nvme":
+            problems.append(f'zero_optimization.{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
     if problems:
         raise ConfigError("; ".join(problems), place=place)
     return result

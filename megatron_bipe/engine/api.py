@@ -29,7 +29,7 @@ class Engine(Protocol):
         """Write a checkpoint after `step` updates and point the run folder at it. Returns its folder."""
 
     def load(self, folder: Path) -> None:
-        """Continue from a checkpoint of the same layout, bit for bit."""
+        """Continue from a checkpoint of any layout; from one of the same layout bit for bit."""
 
     def close(self) -> None:
         """Leave the process group."""

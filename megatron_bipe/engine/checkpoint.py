@@ -67,18 +67,39 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 
 def publish(
-    run_dir: Path, step: int, write: Callable[[Path], None], is_main: bool, barrier: Callable[[], None]
+    run_dir: Path,
+    step: int,
+    write: Callable[[Path], None],
+    finish: Callable[[Path], None],
+    is_main: bool,
+    barrier: Callable[[], None],
 ) -> Path:
-    """Let all ranks `write` into a temporary folder, then make it the newest checkpoint.
+    """Make a folder the newest checkpoint once all of it is on the disk.
 
     A crash at any moment leaves the previous checkpoint and pointer as they were.
+
+    Args:
+        run_dir: of the run.
+        step: updates done.
+        write: called on every rank with a temporary folder; what it writes is on the disk when it returns.
+        finish: the same, called on the main rank after all have written.
+        is_main: whether this is that rank.
+        barrier: waits for all ranks.
+
+    Returns:
+        The folder of the checkpoint.
     """
     final = step_folder(run_dir, step)
     temporary = final.with_name(f"writing-{final.name}")
+    if is_main:
+        shutil.rmtree(temporary, ignore_errors=True)  # an attempt that was broken off, perhaps by more ranks
+        temporary.mkdir(parents=True)
+    barrier()
     write(temporary)
     barrier()
     if is_main:
-        _sync_tree(temporary)
+        finish(temporary)
+        sync(temporary)
         if final.exists():  # the same step again, after a resume: same content
             shutil.rmtree(final)
         temporary.rename(final)
@@ -100,10 +121,3 @@ def _pointed_at(run_dir: Path) -> str:
 def _step_of(name: str) -> str | None:
     match = _STEP.fullmatch(name)
     return str(int(match[1])) if match else None
-
-
-def _sync_tree(folder: Path) -> None:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            sync(path)
-    sync(folder)

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.engine.checkpoint import publish
+from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
+from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragments, write_index
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.parallel.mesh import Mesh, tensor_group
 from megatron_bipe.parallel.tensor import TensorLayers
@@ -45,12 +47,15 @@ def make_grid(mesh: Mesh) -> PipelineParallelGrid:
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices and tables decay, norm weights do not."""
+    """Fused AdamW; matrices and tables decay, norm weights do not.
+
+    The learning rate is 0 until a step is to be taken: DeepSpeed's bf16 optimizer without ZeRO takes one as it starts.
+    """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
     groups: list[dict[str, Any]] = [{"params": decayed}, {"params": plain, "weight_decay": 0.0}]
     return torch.optim.AdamW(
-        groups, lr=config.lr, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
+        groups, lr=0.0, betas=config.betas, eps=config.eps, weight_decay=config.weight_decay, fused=True
     )
 
 
@@ -120,18 +125,33 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
         )
+        forget_steps(self._optimizer)
 
     def save(self, run_dir: Path, step: int) -> Path:
         """See `Engine.save`."""
+        mesh, zero = self._mesh, self._engine.zero_optimization_stage()
+        layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
 
         def write(folder: Path) -> None:
-            self._engine.save_checkpoint(str(folder.parent), tag=folder.name, save_latest=False)
+            write_fragments(folder, mesh.rank, self._fragments_to_write())
 
-        return publish(run_dir, step, write, self._mesh.is_main, dist.barrier)
+        def finish(folder: Path) -> None:
+            write_index(folder, step, optimizer_steps(self._optimizer), layout)
+
+        return publish(run_dir, step, write, finish, mesh.is_main, dist.barrier)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        self._engine.load_checkpoint(str(folder.parent), tag=folder.name)
+        fill(self._engine.module, self._optimizer, StateReader(folder))
+
+    def _fragments_to_write(self) -> list[Fragment]:
+        """What this rank has, without what another writes: of equal copies each rank writes a part."""
+        mesh = self._mesh
+        mine = fragments(self._engine.module, self._optimizer)
+        mine = [fragment for fragment in mine if fragment.share is not None or mesh.tensor_rank == 0]
+        if is_shared_out(self._optimizer):
+            return mine
+        return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]
 
     def close(self) -> None:
         """See `Engine.close`."""

@@ -45,6 +45,16 @@ class Mesh(NamedTuple):
         return self.rank // self.tensor % self.data_ranks
 
     @property
+    def replica_ranks(self) -> int:
+        """Ranks that have the same part of the model, this one included."""
+        return self.num_ranks // (self.tensor * self.pipeline)
+
+    @property
+    def replica_rank(self) -> int:
+        """Place among them."""
+        return self.rank // self.tensor % self.replica_ranks
+
+    @property
     def stage(self) -> int:
         """Which part of the layers it has."""
         return self.rank // (self.tensor * self.data_ranks)

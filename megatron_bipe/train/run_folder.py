@@ -32,8 +32,7 @@ _FREE = {
     "train.valid_every",
     "train.valid_samples",
     "train.save_every",
-    "parallel.sequence",  # what is stored is the same
-    "parallel.recompute",
+    "parallel",  # checkpoints say nothing of a layout
 }
 
 
@@ -120,7 +119,7 @@ def _size(record: DataRecord) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and prefix + key not in _FREE:  # the data of a blend is free as a whole
+        if isinstance(value, dict) and prefix + key not in _FREE:  # sections that are free as a whole, blends
             result |= _flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value

@@ -21,17 +21,31 @@ def test_engine_config_shipped_files_are_filled_from_the_run(path, precision):
     assert filled["train_batch_size"] == 256 == 8 * filled["gradient_accumulation_steps"] * 4
     assert filled["bf16"]["enabled"] is (precision == "bf16")
     assert filled["gradient_clipping"] == run.optimizer.grad_clip
-    assert filled["zero_optimization"]["stage"] == int(path.stem[-1])
+    assert filled["zero_optimization"]["stage"] == int(path.stem.removesuffix("_offload")[-1])
+    assert ("offload_optimizer" in filled["zero_optimization"]) is path.stem.endswith("_offload")
 
 
 def test_engine_config_all_stages_are_shipped():
-    assert [path.stem for path in DS_CONFIGS] == ["zero0", "zero1", "zero2", "zero3"]
+    assert [path.stem for path in DS_CONFIGS] == [
+        "zero0",
+        "zero1",
+        "zero2",
+        "zero2_offload",
+        "zero3",
+        "zero3_offload",
+    ]
 
 
 def test_engine_config_bf16_gradients_add_up_in_fp32_from_zero_1_on():
     run = load_run_config(None)
     dtypes = [engine_config(run, {"zero_optimization": {"stage": s}}, 1, "x")["data_types"] for s in range(4)]
     assert [d["grad_accum_dtype"] for d in dtypes] == ["bf16", "fp32", "fp32", "fp32"]
+
+
+@pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
+def test_engine_config_states_on_nvme_are_refused(key):
+    with pytest.raises(ConfigError, match=f'{key}.device="nvme": checkpoints cannot read'):
+        engine_config(load_run_config(None), {"zero_optimization": {"stage": 3, key: {"device": "nvme"}}}, 1, "x.json")
 
 
 def test_engine_config_literal_that_agrees_is_fine():

@@ -1,0 +1,160 @@
+"""Training state on disk: whatever layout wrote it, whatever layout reads it."""
+
+import json
+import os
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_bipe.config.load import dump_yaml, load_run_config
+from megatron_bipe.engine.checkpoint import find_checkpoint, publish
+from megatron_bipe.engine.state_files import INDEX, KINDS, Fragment, StateReader, write_fragments, write_index
+from megatron_bipe.engine.weights import read_weights
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.model.layers import Share
+
+# name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
+PARAMETERS = {
+    "0.token.weight": ((8, 6), (0, 1)),
+    "1.mlp.down.weight": ((6, 8), (1, 1)),
+    "1.mlp.gate_up.weight": ((16, 6), (0, 2)),
+    "10.norm.weight": ((6,), None),
+}
+
+
+def whole_state(name):
+    shape = PARAMETERS[name][0]
+    generator = torch.Generator().manual_seed(len(name))
+    return {kind: torch.randn(shape, generator=generator) for kind in KINDS}
+
+
+def fragment(name, tensor_rank, tensor, part=0, parts=1):
+    split = PARAMETERS[name][1]
+    share = Share(*split, tensor_rank, tensor) if split and tensor > 1 else None
+    state = {kind: share.of(x) if share else x for kind, x in whole_state(name).items()}
+    shape = tuple(state["weight"].shape)
+    flat = {kind: x.flatten() for kind, x in state.items()}
+    return Fragment(name, shape, share, 0, flat).part(part, parts)
+
+
+def write(folder, tensor=1, replicas=1):
+    """What ranks of a layout write: each a part of its share; the first of a tensor-parallel group what is whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(tensor * replicas):
+        names = [name for name, (_, split) in PARAMETERS.items() if split or rank % tensor == 0]
+        held = [fragment(name, rank % tensor, tensor, rank // tensor, replicas) for name in names]
+        write_fragments(folder, rank, held)
+    write_index(folder, step=7, optimizer_steps=6, layout={"ranks": tensor * replicas})
+    return folder
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+@pytest.mark.parametrize("replicas", [1, 3, 16])
+def test_reader_gives_back_whole_parameters_of_any_layout(tmp_path, tensor, replicas):
+    reader = StateReader(write(tmp_path, tensor, replicas))
+    assert (reader.index.step, reader.index.optimizer_steps) == (7, 6)
+    assert list(reader.index.parameters) == list(PARAMETERS)  # in the order of the plan: 10 after 1
+    for name in PARAMETERS:
+        for kind, expected in whole_state(name).items():
+            assert torch.equal(reader.whole(kind, name), expected)
+
+
+layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 5))
+
+
+@settings(max_examples=60, deadline=None)
+@given(written=layouts, read=layouts, choice=st.data())
+def test_reader_gives_any_rank_of_another_layout_its_run(tmp_path_factory, written, read, choice):
+    reader = StateReader(write(tmp_path_factory.mktemp("state"), *written))
+    tensor, replicas = read
+    rank, part = choice.draw(st.integers(0, tensor - 1)), choice.draw(st.integers(0, replicas - 1))
+    for name in PARAMETERS:
+        wanted = fragment(name, rank, tensor, part, replicas)
+        for kind, expected in wanted.state.items():
+            assert torch.equal(reader.run(kind, wanted), expected)
+
+
+@pytest.mark.parametrize("size", [0, 1, 2, 7])
+@pytest.mark.parametrize("parts", [1, 2, 3, 8])
+def test_fragment_parts_make_it_up_without_gap_or_overlap(size, parts):
+    state = {kind: torch.arange(float(size)) for kind in KINDS}
+    found = [Fragment("0.x", (size,), None, 5, state).part(index, parts) for index in range(parts)]
+    assert torch.equal(torch.cat([part.state["exp_avg"] for part in found]), torch.arange(float(size)))
+    for part in found:
+        assert torch.equal(part.state["weight"] + 5, torch.arange(part.start, part.start + part.size).float())
+
+
+def rewrite(folder, change):
+    index = json.loads((folder / INDEX).read_text())
+    change(index)
+    (folder / INDEX).write_text(json.dumps(index))
+
+
+def read_everything(folder):
+    reader = StateReader(folder)
+    return {name: reader.whole(kind, name) for name in reader.index.parameters for kind in KINDS}
+
+
+def drop_rank(index):
+    runs = index["parameters"]["0.token.weight"]["runs"]
+    index["parameters"]["0.token.weight"]["runs"] = [run for run in runs if run["tensor_rank"] != 1]
+
+
+def shift(index):
+    index["parameters"]["1.mlp.down.weight"]["runs"][0]["start"] = 1
+
+
+DAMAGES = {
+    "no index": (lambda folder: (folder / INDEX).unlink(), "there is no state.json"),
+    "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), "state.json cannot be read"),
+    "unknown field": (lambda folder: rewrite(folder, lambda index: index.update(more=1)), "state.json cannot be read"),
+    "later version": (lambda folder: rewrite(folder, lambda index: index.update(format_version=9)), "version 9"),
+    "share missing": (lambda folder: rewrite(folder, drop_rank), "0.token.weight ends at element 0"),
+    "gap": (lambda folder: rewrite(folder, shift), "1.mlp.down.weight ends at element 0"),
+    "file missing": (lambda folder: (folder / "rank-00001.safetensors").unlink(), "rank-00001.safetensors cannot"),
+    "file cut off": (lambda folder: os.truncate(folder / "rank-00001.safetensors", 900), "rank-00001.safetensors"),
+    "other file": (lambda folder: (folder / "rank-00000.safetensors").write_bytes(b"x" * 64), "rank-00000.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_reader_damage_is_one_error_that_names_it(tmp_path, damage):
+    folder = write(tmp_path, tensor=2, replicas=2)
+    harm, expected = DAMAGES[damage]
+    harm(folder)
+    with pytest.raises(CheckpointError, match=expected) as error:
+        read_everything(folder)
+    assert error.value.place == str(folder)
+    assert "RUN_DIR@STEP" in error.value.remedy
+
+
+def test_reader_file_of_another_checkpoint_is_an_error(tmp_path):
+    folder, other = write(tmp_path / "a", replicas=2), write(tmp_path / "b", replicas=3)
+    (other / "rank-00001.safetensors").replace(folder / "rank-00001.safetensors")
+    with pytest.raises(CheckpointError, match=r"rank-00001\.safetensors"):
+        read_everything(folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "expected"),
+    [("9.other.weight", (6,), "no parameter 9.other.weight"), ("10.norm.weight", (5,), r"is \[6\] there, and \[5\]")],
+)
+def test_reader_parameter_that_does_not_fit_is_an_error(tmp_path, name, shape, expected):
+    reader = StateReader(write(tmp_path))
+    wanted = Fragment(name, shape, None, 0, {"weight": torch.zeros(shape)})
+    with pytest.raises(CheckpointError, match=expected):
+        reader.run("weight", wanted)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_read_weights_are_whole_and_in_compute_precision(tmp_path, precision):
+    publish(tmp_path, 7, lambda folder: write(folder, tensor=2), lambda folder: None, True, lambda: None)
+    run = load_run_config(None, [f"train.precision={precision}"])
+    (tmp_path / "config.yaml").write_text(dump_yaml(run))
+    weights = read_weights(find_checkpoint(tmp_path))
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
+    assert list(weights) == list(PARAMETERS)
+    for name, weight in weights.items():
+        assert torch.equal(weight, whole_state(name)["weight"].to(dtype))
