@@ -60,6 +60,8 @@ class ModelConfig(_Section):
     """Multiply queries by ln(position + 1) / ln(train_len_tokens)."""
     zero_last_row: bool = False
     """Keep the last row of both embedding tables at zero and untrained, as the published models do by accident."""
+    tied_output: bool = False
+    """Project to the vocabulary with the token table, in place of a matrix of its own."""
 
     @property
     def bilevel(self) -> bool:

@@ -76,6 +76,8 @@ def _model(model: ModelConfig) -> Iterator[str]:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.kv_heads}"
     if model.rope_scaling is not None and "rope" not in model.encoding:
         yield f"model.rope_scaling has no meaning for model.encoding={model.encoding}; set it to null"
+    if model.tied_output and model.zero_last_row:
+        yield "model.tied_output=True trains the last row that model.zero_last_row=True keeps at zero; make one false"
     if model.log_scale and model.train_len_tokens < 2:
         yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}); 2 is the least"
 

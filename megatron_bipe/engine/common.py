@@ -16,6 +16,7 @@ from megatron_bipe.engine.checkpoint import publish
 from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
 from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragments, write_index
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
+from megatron_bipe.model.tied import copied
 from megatron_bipe.parallel.mesh import Mesh, tensor_group
 from megatron_bipe.parallel.tensor import TensorLayers
 
@@ -83,8 +84,9 @@ class PlainGradients:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # What is whole on every tensor-parallel rank counts once.
-        counted = [p.grad for p in parameters if self._mesh.tensor_rank == 0 or share_of(p) is not None]
+        # What is whole on every tensor-parallel rank counts once, and so does what two stages have.
+        whole_here = self._mesh.tensor_rank == 0
+        counted = [p.grad for p in parameters if (whole_here or share_of(p) is not None) and not copied(p)]
         squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
@@ -147,8 +149,8 @@ class DeepSpeedEngine:
     def _fragments_to_write(self) -> list[Fragment]:
         """What this rank has, without what another writes: of equal copies each rank writes a part."""
         mesh = self._mesh
-        mine = fragments(self._engine.module, self._optimizer)
-        mine = [fragment for fragment in mine if fragment.share is not None or mesh.tensor_rank == 0]
+        held = [f for f in fragments(self._engine.module, self._optimizer) if not f.is_copy]
+        mine = [fragment for fragment in held if fragment.share is not None or mesh.tensor_rank == 0]
         if is_shared_out(self._optimizer):
             return mine
         return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]

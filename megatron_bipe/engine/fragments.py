@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.engine.state_files import KINDS, WEIGHT, Fragment, StateReader
 from megatron_bipe.model.layers import share_of
+from megatron_bipe.model.tied import copied
 
 _STEP = "step"  # updates so far, as torch's Adam names them
 
@@ -36,7 +37,7 @@ class _Place(NamedTuple):
 
 
 def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
-    """The state of this rank, in the order of the parameters.
+    """The state of this rank, in the order of the parameters; copies have the name of what they are copies of.
 
     Args:
         module: the rank's part of the model, under the plan's names.
@@ -44,12 +45,13 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
     """
     adam = _torch_optimizer(optimizer)
     found = []
-    for name, parameter in module.named_parameters():
+    for own_name, parameter in module.named_parameters():
+        name = copied(parameter) or own_name
         for place in _places(parameter, optimizer):
             state = {WEIGHT: place.master.detach(), **{kind: adam.state[place.master][kind] for kind in KINDS[1:]}}
             views = {kind: x.flatten().narrow(0, place.offset, place.size) for kind, x in state.items()}
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves an empty tensor in place
-            found.append(Fragment(name, shape, share_of(parameter), place.start, views))
+            found.append(Fragment(name, shape, share_of(parameter), place.start, views, is_copy=name != own_name))
     return found
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
@@ -19,7 +20,8 @@ from megatron_bipe.engine.common import (
 )
 from megatron_bipe.model.layers import LayerFactory
 from megatron_bipe.model.plan import LayerPlan, make_plan
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.model.tied import TOKEN_TABLE, copied
+from megatron_bipe.parallel.mesh import Mesh, end_stages_group
 from megatron_bipe.parallel.stages import cut_stages
 from megatron_bipe.types import Batch
 
@@ -38,7 +40,8 @@ class PipelineEngine(DeepSpeedEngine):
         start_deepspeed(mesh)
         layers = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
-        module = _Stages(plan, cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline), layers, mesh)
+        bounds = cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline)
+        module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)
         if mesh.sequence:  # tensor-parallel ranks hold different positions: none can send a share of another's
             ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         self._initialize(module, run, ds_config, module.mpu().get_model_parallel_group())
@@ -71,7 +74,9 @@ class PipelineEngine(DeepSpeedEngine):
 class _Stages(PipelineModule):
     """The layers of this rank's stage; `bounds` has the first layer of each stage and the end of the last."""
 
-    def __init__(self, plan: list[LayerPlan], bounds: list[int], layers: LayerFactory, mesh: Mesh) -> None:
+    def __init__(
+        self, plan: list[LayerPlan], bounds: list[int], layers: LayerFactory, mesh: Mesh, tied_output: bool
+    ) -> None:
         self._bounds = bounds
 
         def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
@@ -79,6 +84,15 @@ class _Stages(PipelineModule):
 
         with redirect_stdout(io.StringIO()):  # it prints what no one asked for
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
+        tables = [p for name, p in self.named_parameters() if TOKEN_TABLE in (name, copied(p))]
+        group = end_stages_group(mesh) if tied_output else None
+        self._tied = [(table, group) for table in tables if group is not None]
+        for table in filter(copied, tables):
+            table.ds_pipe_replicated = True  # counts once in the gradient norm
+
+    def get_tied_weights_and_groups(self) -> list[tuple[Tensor, ProcessGroup]]:
+        """Whose gradients DeepSpeed sums over stages before it sums them over copies of the model."""
+        return self._tied
 
     def _partition_layers(self, method: str = "") -> None:
         """Where DeepSpeed would cut by itself; it would build every layer to count its parameters."""

@@ -39,6 +39,7 @@ class Fragment(NamedTuple):
     share: Share | None  # how it is split over tensor-parallel ranks
     start: int  # first element, of the flattened parameter on its rank
     state: Mapping[str, Tensor]  # by kind: flat fp32, all of one length; views of what the optimizer works on
+    is_copy: bool = False  # whether a rank of another stage has the parameter, too
 
     @property
     def size(self) -> int:

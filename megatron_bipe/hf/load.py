@@ -90,6 +90,7 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             rope_scaling=RopeScaling(type=rope["rope_type"], factor=rope["factor"]) if scaled else None,
             log_scale=settings.get("log_scale", False),
             zero_last_row=settings.get("zero_last_row", False),
+            tied_output=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
         raise CheckpointError(f"key {error} is missing", remedy=_OURS, place=place) from error

@@ -225,7 +225,10 @@ class BipeModel(BipePreTrainedModel):
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
-    """The language model; its output matrix is its own."""
+    """The language model."""
+
+    # Where the configuration ties them.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (no ClassVar in its base)
 
     def __init__(self, config: BipeConfig) -> None:
         super().__init__(config)

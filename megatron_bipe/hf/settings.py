@@ -53,7 +53,7 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         "zero_last_row": config.zero_last_row,
         "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
-        "tie_word_embeddings": False,
+        "tie_word_embeddings": config.tied_output,
         **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
     }
     if stock:

@@ -49,7 +49,8 @@ def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
         for ours, theirs in _BLOCK_NAMES.items():
             result[prefix + theirs] = _take(rest, f"{layer + 1}.{ours}")
     result["model.norm.weight"] = _take(rest, f"{last}.norm.weight")
-    result["lm_head.weight"] = _take(rest, f"{last}.output.weight")
+    if not config.tied_output:
+        result["lm_head.weight"] = _take(rest, f"{last}.output.weight")
     _refuse_rest(rest)
     return result
 
@@ -74,7 +75,8 @@ def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
         for ours, theirs in _BLOCK_NAMES.items():
             result[f"{layer + 1}.{ours}"] = _take(rest, prefix + theirs)
     result[f"{last}.norm.weight"] = _take(rest, "model.norm.weight")
-    result[f"{last}.output.weight"] = _take(rest, "lm_head.weight")
+    tied = config.tied_output
+    result[f"{last}.output.weight"] = result["0.token.weight"] if tied else _take(rest, "lm_head.weight")
     _refuse_rest(rest)
     return result
 

@@ -19,6 +19,7 @@ from megatron_bipe.model.head import Head
 from megatron_bipe.model.init import init_layer
 from megatron_bipe.model.layers import LayerFactory, LocalLayers
 from megatron_bipe.model.recompute import Recompute
+from megatron_bipe.model.tied import copied, tie, tie_to_copy
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ def make_plan(
     def build(index: int) -> nn.Module:
         layer = kinds[index][1]()
         init_layer(layer, index, config, seed)
+        if config.tied_output and isinstance(layer, Head):
+            tie_to_copy(layer, embedding=build(0))
         return layer
 
     return [LayerPlan(index, kind, partial(build, index)) for index, (kind, _) in enumerate(kinds)]
@@ -54,13 +57,17 @@ def build_model(
     config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, recompute: Recompute = "none"
 ) -> nn.Sequential:
     """The whole model in one process: (tokens, intra, inter) int64 [B, T] each -> logits [B, T, V]."""
-    return nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers, recompute)))
+    model = nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers, recompute)))
+    if config.tied_output:
+        tie(model[-1], embedding=model[0])
+    return model
 
 
 def count_parameters(config: ModelConfig) -> list[int]:
-    """Parameters of each layer of the plan, in order; no memory is allocated for them."""
+    """Parameters of each layer of the plan, in order, a tied output with layer 0; no memory is allocated for them."""
     with torch.device("meta"):
-        return [sum(p.numel() for p in layer.build().parameters()) for layer in make_plan(config, seed=0)]
+        counted = [[p for p in layer.build().parameters() if not copied(p)] for layer in make_plan(config, seed=0)]
+    return [sum(p.numel() for p in parameters) for parameters in counted]
 
 
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:

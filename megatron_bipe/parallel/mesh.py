@@ -1,6 +1,7 @@
 """Who this process is among the ranks: the only place that reads the launcher's environment."""
 
 import os
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -67,12 +68,24 @@ class Mesh(NamedTuple):
 
 def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
     """The ranks that share this rank's layers; every rank of the launch calls this, to form all such groups."""
+    starts = range(0, mesh.num_ranks, mesh.tensor)
+    own = _own_group(mesh, [range(start, start + mesh.tensor) for start in starts])
+    assert own is not None
+    return own
+
+
+def end_stages_group(mesh: Mesh) -> dist.ProcessGroup | None:
+    """This rank and its like on the other end of the pipeline, None between them; every rank calls this."""
+    ranks_a_stage = mesh.num_ranks // mesh.pipeline
+    return _own_group(mesh, [(rank, mesh.num_ranks - ranks_a_stage + rank) for rank in range(ranks_a_stage)])
+
+
+def _own_group(mesh: Mesh, all_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
+    """Forms groups of ranks; the one that this rank is in."""
     own: dist.ProcessGroup | None = None
-    for first in range(0, mesh.num_ranks, mesh.tensor):
-        ranks = range(first, first + mesh.tensor)
+    for ranks in all_ranks:
         group = dist.new_group(list(ranks))
         own = group if mesh.rank in ranks else own
-    assert own is not None
     return own
 
 

@@ -21,6 +21,7 @@ def test_validate_default_run_passes_and_accumulates():
         (["model.num_kv_heads=5"], "not a multiple of model.num_kv_heads=5"),
         (["model.encoding=alibi", "model.rope_scaling={type: linear, factor: 2}"], "has no meaning"),
         (["model.log_scale=true", "model.train_len_tokens=1"], "2 is the least"),
+        (["model.tied_output=true", "model.zero_last_row=true"], "trains the last row"),
         (["optimizer.min_lr=1"], "exceeds optimizer.lr"),
         (["train.steps=100"], "optimizer.warmup_steps=10000 exceeds the 100 steps"),
         (["train.global_batch=20"], "train.global_batch=20 is not a multiple of train.micro_batch=8 x 2"),

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from safetensors.torch import save_file
 
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.hf.weights import to_llama
+from tests.checkpoints import write_checkpoint
 
 TOOLS = Path(__file__).parents[3] / "tools"
 
@@ -50,11 +50,8 @@ def save_run(tmp_path):
         run_dir = tmp_path / subject.name
         model = {k: v for k, v in subject.config.model_dump(mode="json").items() if v is not None}
         for step in steps:
-            folder = run_dir / "checkpoints" / f"step-{step:08d}"
-            folder.mkdir(parents=True)
             weights = {name: weight * (step / steps[-1]) for name, weight in subject.model.state_dict().items()}
-            torch.save({"module": weights}, folder / "mp_rank_00_model_states.pt")
-        (run_dir / "checkpoints" / "latest").write_text(f"step-{steps[-1]:08d}\n")
+            write_checkpoint(run_dir, step, weights)
         (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"precision": "fp32"}}))
         (run_dir / "data.json").write_text(dataset.manifest.record.model_dump_json())
         return run_dir

@@ -18,6 +18,7 @@ from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf import export as export_module
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
+from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
 from megatron_bipe.hf.weights import to_llama
 from tests.beside import LLAMA
@@ -59,6 +60,25 @@ def test_exported_model_loads_through_auto_classes_and_is_the_plan(
         assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
     if encoding.startswith("bipe"):
         assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(windows[0]), windows[1:], strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["bipe_alibi", "rope"])
+def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(
+    tmp_path, encoding, tiny, plan_of, fields, windows
+):
+    config = tiny(encoding=encoding, tied_output=True)
+    plan = plan_of(config)
+    weights = dict(plan.named_parameters())  # as a checkpoint has them: the table once
+    export_model(weights, config, tmp_path / "m", fields, windows, None, FP32)
+    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=encoding != "rope")
+    with torch.no_grad():
+        found, expected = model(windows[0]).logits, plan(windows)
+    assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
+    loaded = load_exported(tmp_path / "m")
+    assert loaded.config.tied_output
+    with torch.no_grad():
+        assert torch.equal(loaded.model(windows), expected)
 
 
 def test_export_of_rope_is_a_stock_llama(tmp_path, tiny, plan_of, fields, windows):

@@ -13,6 +13,7 @@ from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.hf.load import load_exported
+from tests.checkpoints import write_checkpoint
 
 TOOL = Path(__file__).parents[3] / "tools" / "export_hf.py"
 
@@ -44,11 +45,7 @@ def run_dir(tmp_path, tiny, plan_of):
         tokenizer=TokenizerRecord(**known), rule=SegmentRule(spec="[3,5]", token_ids=(3, 5)), fingerprint="a" * 64
     )
     (folder / "data.json").write_text(record.model_dump_json())
-    checkpoint = folder / "checkpoints" / "step-00000007"
-    checkpoint.mkdir(parents=True)
-    weights = {name: weight.bfloat16() for name, weight in plan_of(config).state_dict().items()}
-    torch.save({"module": weights}, checkpoint / "mp_rank_00_model_states.pt")
-    (checkpoint.parent / "latest").write_text("step-00000007\n")
+    write_checkpoint(folder, 7, plan_of(config).state_dict())
     return folder
 
 

@@ -8,6 +8,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model, count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.model.tied import copied
 
 
 def small_config(**changes):
@@ -50,6 +51,24 @@ def test_count_parameters_equals_the_built_model_layer_by_layer():
     config = small_config()
     built = [sum(p.numel() for p in layer.parameters()) for layer in build_model(config)]
     assert count_parameters(config) == built
+
+
+def test_tied_output_is_the_token_table_and_counts_once():
+    config = small_config(tied_output=True)
+    model = build_model(config, seed=1)
+    assert model[-1].output.weight is model[0].token.weight
+    names = [name for name, _ in model.named_parameters()]
+    assert "0.token.weight" in names and not any("output" in name for name in names)
+    assert sum(count_parameters(config)) == sum(p.numel() for p in model.parameters())
+
+
+def test_tied_output_built_alone_begins_as_the_table_and_is_marked_a_copy():
+    config = small_config(tied_output=True)
+    plan = make_plan(config, seed=1)
+    embedding, head = plan[0].build(), plan[-1].build()
+    assert torch.equal(head.output.weight, embedding.token.weight)
+    assert copied(head.output.weight) == "0.token.weight"
+    assert copied(embedding.token.weight) is None
 
 
 def test_count_parameters_allocates_no_weights():
