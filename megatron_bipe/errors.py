@@ -47,3 +47,7 @@ class DataError(BipeError):
 
 class CheckpointError(BipeError):
     """A checkpoint or an exported model is missing, damaged or belongs to something else."""
+
+
+class DivergenceError(BipeError):
+    """Ranks that must hold the same numbers do not."""

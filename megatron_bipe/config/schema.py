@@ -169,6 +169,8 @@ class TrainConfig(_Section):
     """Windows of the validation set that are read each time, always the same ones."""
     save_every: NonNegative = 1000
     """Steps between checkpoints; 0: only at the end."""
+    check_replicas_every: NonNegative = 100
+    """Steps between comparisons of the bits of weights that several ranks hold alike; 0: never."""
 
 
 class ParallelConfig(_Section):
@@ -182,6 +184,9 @@ class ParallelConfig(_Section):
     """With tensor > 1: what lies between the split layers is split, too, along the window."""
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again: selective, all but matrix products and attention; full, whole blocks."""
+    timeout_s: Positive = 600
+    """Longest time without progress, at the start, in a micro-batch or in a checkpoint; then the launch ends and names
+    the ranks it waited for. Ten minutes are many times what a checkpoint of the 1.6B model takes."""
 
     def data_ranks(self, num_ranks: int) -> int:
         """Copies of the model on `num_ranks` ranks: they share the windows of a batch."""

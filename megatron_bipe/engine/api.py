@@ -31,5 +31,12 @@ class Engine(Protocol):
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of any layout; from one of the same layout bit for bit."""
 
+    def check_replicas(self, step: int) -> None:
+        """Compare the bits of what several ranks hold alike, after update `step`.
+
+        Raises:
+            DivergenceError: on all ranks, if any differ.
+        """
+
     def close(self) -> None:
         """Leave the process group."""

@@ -1,6 +1,7 @@
 """What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
 
 import logging
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +19,35 @@ from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragme
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
 from megatron_bipe.parallel.mesh import Mesh, tensor_group
+from megatron_bipe.parallel.replicas import Replicas, check_replicas
 from megatron_bipe.parallel.tensor import TensorLayers
 
+WATCHDOG_HEAD_START_S = 30
 
-def start_deepspeed(mesh: Mesh) -> None:
+
+def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
     """Form the process group of all ranks, if there is none yet.
 
     Keeps DeepSpeed from announcing what works, and from compiling a collective that only inference uses: on a CPU it
     would build that shared-memory operator at every first start on a machine, for about a minute.
+
+    Args:
+        mesh: this process.
+        timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives get some more, so that the watchdog,
+            which can name the ranks, is the first to see it.
     """
+    timeout = timedelta(seconds=timeout_s + WATCHDOG_HEAD_START_S)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo")
+    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", timeout=timeout)
 
 
-def make_layers(mesh: Mesh) -> LayerFactory:
-    """The factory that this mesh asks for; every rank of the launch calls it."""
-    return LocalLayers() if mesh.tensor == 1 else TensorLayers(tensor_group(mesh), mesh.sequence)
+def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
+    """The factory that this mesh asks for, and the ranks that share layers; every rank of the launch calls it."""
+    if mesh.tensor == 1:
+        return LocalLayers(), None
+    group = tensor_group(mesh)
+    return TensorLayers(group, mesh.sequence), group
 
 
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
@@ -102,6 +115,7 @@ class DeepSpeedEngine:
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
+    _tensor_group: dist.ProcessGroup | None  # ranks that share this one's layers; None where none does
 
     def _initialize(
         self,
@@ -154,6 +168,19 @@ class DeepSpeedEngine:
         if is_shared_out(self._optimizer):
             return mine
         return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]
+
+    def check_replicas(self, step: int) -> None:
+        """See `Engine.check_replicas`."""
+        weights, checks = dict(self._engine.module.named_parameters()), []
+        if self._tensor_group is not None:
+            whole = {name: p for name, p in weights.items() if share_of(p) is None}
+            held = [f for f in fragments(self._engine.module, self._optimizer) if f.share is None]
+            alike = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in whole.items()}
+            alike |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}
+            checks.append(Replicas("tensor-parallel ranks", self._tensor_group, alike))
+        if self._engine.zero_optimization_stage() < 3:  # which holds no weight whole
+            checks.append(Replicas("copies of the model on ranks", self._engine.data_parallel_group, weights))
+        check_replicas(checks, step)
 
     def close(self) -> None:
         """See `Engine.close`."""

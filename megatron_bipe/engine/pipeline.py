@@ -37,8 +37,8 @@ class PipelineEngine(DeepSpeedEngine):
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
         self._mesh = mesh
-        start_deepspeed(mesh)
-        layers = make_layers(mesh)
+        start_deepspeed(mesh, run.parallel.timeout_s)
+        layers, self._tensor_group = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         bounds = cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline)
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)

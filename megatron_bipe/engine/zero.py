@@ -35,10 +35,10 @@ class ZeroEngine(DeepSpeedEngine):
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
         self._mesh = mesh
-        start_deepspeed(mesh)
+        start_deepspeed(mesh, run.parallel.timeout_s)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
-        self._layers = make_layers(mesh)
+        self._layers, self._tensor_group = make_layers(mesh)
         model = build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
         self._initialize(model, run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)

@@ -32,6 +32,7 @@ _FREE = {
     "train.valid_every",
     "train.valid_samples",
     "train.save_every",
+    "train.check_replicas_every",
     "parallel",  # checkpoints say nothing of a layout
 }
 
