@@ -6,7 +6,6 @@ deepspeed pretrain.py --ds_config ds_configs/zero2.json [--config examples/NAME.
 import argparse
 import logging
 import sys
-import time
 from pathlib import Path
 
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
@@ -14,9 +13,11 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.start import start_engine
-from megatron_bipe.errors import BipeError
 from megatron_bipe.model.precision import DTYPES
-from megatron_bipe.parallel.mesh import Mesh, join_launch
+from megatron_bipe.parallel.failure import run_rank
+from megatron_bipe.parallel.launch import connect_store
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
@@ -24,34 +25,35 @@ from megatron_bipe.train.loop import train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.run_folder import resume_point, write_run_folder
 
-ERROR_HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one must have spoken by then
-
 
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
     """Run or describe the training that the arguments name."""
+    logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")
     run = load_run_config(args.config, args.set)
     mesh = mesh.laid_out(run.parallel)
-    validate_run(run, mesh.num_ranks, str(args.config or "--set"))
-    ds_config = engine_config(run, read_ds_config(args.ds_config), mesh.num_ranks, args.ds_config)
-    if args.dry_run:
+    num_ranks = args.dry_run or mesh.num_ranks
+    validate_run(run, num_ranks, str(args.config or "--set"))
+    ds_config = engine_config(run, read_ds_config(args.ds_config), num_ranks, args.ds_config)
+    if args.dry_run is not None:
         if mesh.is_main:
-            sys.stdout.write(describe(run, ds_config, mesh.num_ranks))
+            sys.stdout.write(describe(run, ds_config, num_ranks))
         return
     keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     checkpoint = resume_point(run, feed.record)
-    engine = start_engine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
-    if mesh.is_main:
-        write_run_folder(run, feed.record, tokenizer)
     start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
-    if checkpoint is not None:
-        engine.load(checkpoint.folder)
-        start = checkpoint.step
-        logging.info("continuing %s from step %d", run.run_dir, start)
-    metrics = Metrics(run, mesh, start, peak_flops(mesh.device, DTYPES[run.train.precision]))
-    train(run, engine, feed, metrics, start, stop)
-    metrics.close()
+    with Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog:
+        engine = start_engine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
+        if mesh.is_main:
+            write_run_folder(run, feed.record, tokenizer)
+        if checkpoint is not None:
+            engine.load(checkpoint.folder)
+            start = checkpoint.step
+            logging.info("continuing %s from step %d", run.run_dir, start)
+        metrics = Metrics(run, mesh, start, peak_flops(mesh.device, DTYPES[run.train.precision]))
+        train(run, engine, feed, metrics, watchdog, start, stop)
+        metrics.close()
     engine.close()
 
 
@@ -61,20 +63,13 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ds_config", type=Path, required=True, help="engine knobs, see ds_configs/")
     parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
-    parser.add_argument("--dry-run", action="store_true", help="print what the run would be, and leave")
+    parser.add_argument(
+        "--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="print what the run would be (on RANKS ranks)"
+    )
     parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 if __name__ == "__main__":
-    arguments, this = parse_args(), join_launch()
-    logging.basicConfig(level=logging.INFO if this.is_main else logging.WARNING, format="%(message)s")
-    try:
-        main(arguments, this)
-    except BipeError as error:
-        if this.is_main:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-        else:
-            time.sleep(ERROR_HEAD_START_S)
-        sys.exit(2)
+    run_rank(main, parse_args())

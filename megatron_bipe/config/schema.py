@@ -185,8 +185,8 @@ class ParallelConfig(_Section):
     recompute: Literal["none", "selective", "full"] = "none"
     """What backward computes again: selective, all but matrix products and attention; full, whole blocks."""
     timeout_s: Positive = 600
-    """Longest time without progress, at the start, in a micro-batch or in a checkpoint; then the launch ends and names
-    the ranks it waited for. Ten minutes are many times what a checkpoint of the 1.6B model takes."""
+    """Longest time without progress, in a micro-batch, in a checkpoint or at the start; then the launch ends, and the
+    ranks it waited for are named. The default is what torch gives NCCL's collectives."""
 
     def data_ranks(self, num_ranks: int) -> int:
         """Copies of the model on `num_ranks` ranks: they share the windows of a batch."""

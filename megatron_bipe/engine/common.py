@@ -22,7 +22,7 @@ from megatron_bipe.parallel.mesh import Mesh, tensor_group
 from megatron_bipe.parallel.replicas import Replicas, check_replicas
 from megatron_bipe.parallel.tensor import TensorLayers
 
-WATCHDOG_HEAD_START_S = 30
+_WATCHDOG_HEAD_START_S = 30
 
 
 def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
@@ -36,7 +36,7 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives get some more, so that the watchdog,
             which can name the ranks, is the first to see it.
     """
-    timeout = timedelta(seconds=timeout_s + WATCHDOG_HEAD_START_S)
+    timeout = timedelta(seconds=timeout_s + _WATCHDOG_HEAD_START_S)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", timeout=timeout)

@@ -63,11 +63,14 @@ def build_model(
     return model
 
 
-def count_parameters(config: ModelConfig) -> list[int]:
-    """Parameters of each layer of the plan, in order, a tied output with layer 0; no memory is allocated for them."""
+def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) -> list[int]:
+    """Parameters of each layer of the plan, in order, on a rank whose layers come from `layers`.
+
+    A tied output counts with layer 0. No memory is allocated for them.
+    """
     with torch.device("meta"):
-        counted = [[p for p in layer.build().parameters() if not copied(p)] for layer in make_plan(config, seed=0)]
-    return [sum(p.numel() for p in parameters) for parameters in counted]
+        built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
+    return [sum(p.numel() for p in layer.parameters() if not copied(p)) for layer in built]
 
 
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:

@@ -36,6 +36,11 @@ def make_encoding(config: ModelConfig, first_head: int = 0, num_heads: int | Non
     return KeyBias(slopes_N.narrow(0, first_head, num_heads or config.num_heads), config.head_width)
 
 
+def bias_channels(config: ModelConfig) -> int:
+    """By how much the encoding widens heads."""
+    return 0 if config.encoding in ("rope", "bipe_rope") else _widening(config.head_width)
+
+
 class Rotary:
     """RoPE in the half-rotation layout, with optional linear or dynamic scaling.
 
@@ -115,10 +120,15 @@ class KeyBias:
         back_BT = positions_BT[:, -1:] - positions_BT  # segments or tokens before the last key, >= 0
         coarse_BT = back_BT // _BF16_INTEGERS * _BF16_INTEGERS
         keys_BT6 = torch.stack((coarse_BT,) * 3 + (back_BT - coarse_BT,) * 3, dim=-1).neg()
-        pad = -(head_width + 6) % 8
+        pad = _widening(head_width) - 6
         q_channels = slopes_N6.to(dtype)[None, :, None].expand(*q_BNTH.shape[:3], 6)
         k_channels = keys_BT6.to(dtype)[:, None].expand(*k_BGTH.shape[:3], 6)
         return _append(q_BNTH, q_channels, pad), _append(k_BGTH, k_channels, pad)
+
+
+def _widening(head_width: int) -> int:
+    """Six channels, and what fills the width up to a multiple of 8."""
+    return 6 + -(head_width + 6) % 8
 
 
 def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,10 +1,10 @@
 """Weights that several ranks hold must stay the same bits; how ranks make sure of it, at little cost.
 
-Ranks compare fingerprints: what they send is 16 bytes a tensor, whatever its size. A difference means that a rank
-computed or remembered something wrongly; the losses would not show it for a long time.
+Ranks compare hashes: what they send is 16 bytes a tensor, whatever its size. A difference means that a rank computed or
+remembered something wrongly; the losses would not show it for a long time.
 """
 
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -13,111 +13,110 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from megatron_bipe.errors import ReplicaError
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.errors import DivergenceError
 
 _CHUNK = 1 << 20  # elements at a time: 8 bytes each for a moment
-_ODD = 0x9E3779B97F4A7C15 - (1 << 64)  # 2^64 over the golden ratio, as int64
+_FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, its bits well mixed: 2^64 over the golden ratio, as int64
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-_NAMED = 3  # tensors of a rank that a message names
+_NAMED = 3  # tensors that a message names
 
 
-class Copies(NamedTuple):
+class Replicas(NamedTuple):
     """What all ranks of a group hold alike.
 
     Args:
+        ranks: what they are to each other, for the message.
         group: the ranks.
-        kind: which ranks these are, for the message.
         tensors: the same names in the same order on each of them.
     """
 
+    ranks: str
     group: ProcessGroup
-    kind: str
     tensors: Mapping[str, Tensor]
 
 
-def fingerprint(x: Tensor) -> Tensor:
-    """64 bits that tell a tensor from others, int64 [], on its device.
-
-    The sum of its elements' bits, taken as integers, each times an odd number that depends on its place: another
-    element, sign of zero or order gives another sum, and the same bits the same sum on any device, NaN or not.
-    """
-    bits = x.detach().flatten().view(_INTEGERS[x.element_size()])
-    odd = torch.arange(1, 2 * min(_CHUNK, len(bits)), 2, device=x.device)
-    total = torch.zeros((), dtype=torch.int64, device=x.device)
-    for part in bits.split(_CHUNK):
-        total = total * _ODD + (odd[: len(part)] * part).sum()
-    return total
-
-
-def check_copies(copies: Sequence[Copies], everyone: ProcessGroup, mesh: Mesh, step: int) -> None:
-    """Compare what ranks hold alike; all ranks call this together, and none is left behind by an error.
+def check_replicas(checks: Sequence[Replicas], step: int) -> None:
+    """Compare what ranks hold alike; all ranks of the launch call this together.
 
     Args:
-        copies: what this rank holds; ranks of a group list its groups in the same order.
-        everyone: all ranks of the launch.
-        mesh: this process among them.
+        checks: what this rank holds; ranks of a group list their groups in the same order.
         step: updates done, for the message.
 
     Raises:
-        ReplicaError: on all ranks, if any two copies differ; names the ranks that are unlike most others.
+        DivergenceError: on all ranks, if any two replicas differ; names the ranks that are unlike most of their group.
     """
-    prints = [_fingerprints(held.tensors.values(), mesh.device) for held in copies]
-    differs = [_differs(mine, held.group) for mine, held in zip(prints, copies, strict=True)]
-    trouble = torch.tensor(any(bool(flags.any()) for flags in differs), dtype=torch.int64, device=mesh.device)
-    dist.all_reduce(trouble, dist.ReduceOp.MAX, group=everyone)
+    device = torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")
+    hashes = [bits_hash(check.tensors.values()).to(device) for check in checks]
+    differ = [_differ(hashes_N, check.group) for check, hashes_N in zip(checks, hashes, strict=True)]
+    trouble = torch.tensor(int(any(differ)), device=device)
+    dist.all_reduce(trouble, dist.ReduceOp.MAX)  # a group that is alike must not go on without the others
     if trouble:
-        found = {held.kind: _odd_names(held, mine) for held, mine in zip(copies, prints, strict=True)}
-        _raise(found, everyone, mesh, step)
+        reports = [line for check, hashes_N in zip(checks, hashes, strict=True) for line in _report(check, hashes_N)]
+        _raise(reports, step)
 
 
-def coordinates(mesh: Mesh) -> str:
-    """Where a rank is."""
-    return f"rank {mesh.rank} (stage {mesh.stage}, data rank {mesh.data_rank}, tensor rank {mesh.tensor_rank})"
+def bits_hash(tensors: Iterable[Tensor]) -> Tensor:
+    """64 bits for each tensor, int64 [N], on the device of the first.
+
+    The sum of a tensor's elements, their bits taken as integers, each times an odd number that depends on its place:
+    another element, sign of zero or order gives another sum, and the same bits the same sum on any device, NaN or not.
+    """
+    hashes = [_bits_hash(tensor) for tensor in tensors]
+    return torch.stack([one.to(hashes[0].device) for one in hashes])
 
 
-def _fingerprints(tensors: Iterable[Tensor], device: torch.device) -> Tensor:
-    return torch.stack([fingerprint(x).to(device) for x in tensors])
+def _bits_hash(tensor: Tensor) -> Tensor:
+    bits = tensor.detach().flatten().view(_INTEGERS[tensor.element_size()])
+    odd = torch.arange(min(_CHUNK, len(bits)), device=bits.device) * 2 + 1
+    total = torch.zeros((), dtype=torch.int64, device=bits.device)
+    for start in range(0, len(bits), _CHUNK):
+        part = bits[start : start + _CHUNK]
+        total = total * _FACTOR + (odd[: len(part)] * part).sum()  # modulo 2^64
+    return total
 
 
-def _differs(prints_P: Tensor, group: ProcessGroup) -> Tensor:
-    """Whether the largest and the smallest of the ranks differ; -1 - x turns the smallest into the largest."""
-    both_2P = torch.cat([prints_P, ~prints_P])
-    dist.all_reduce(both_2P, dist.ReduceOp.MAX, group=group)
-    largest_P, smallest_P = both_2P[: len(prints_P)], ~both_2P[len(prints_P) :]
-    return largest_P != smallest_P
+def _differ(hashes_N: Tensor, group: ProcessGroup) -> bool:
+    """Whether the largest and the smallest of the ranks do; ~x = -1 - x turns the smallest into the largest."""
+    both_2N = torch.cat([hashes_N, ~hashes_N])
+    dist.all_reduce(both_2N, dist.ReduceOp.MAX, group=group)
+    return not torch.equal(both_2N[: len(hashes_N)], ~both_2N[len(hashes_N) :])
 
 
-def _odd_names(held: Copies, prints_P: Tensor) -> list[str]:
-    """Tensors of this rank that are unlike those of most ranks in the group; of all ranks, if there is no majority."""
-    gathered = [torch.empty_like(prints_P) for _ in range(held.group.size())]
-    dist.all_gather(gathered, prints_P, group=held.group)
-    columns = torch.stack(gathered).T.tolist()
-    mine = prints_P.tolist()
+def _report(check: Replicas, hashes_N: Tensor) -> list[str]:
+    """Which ranks of a group are unlike most of it, and in what; a line from the first of its ranks, none elsewhere."""
+    ranks = dist.get_process_group_ranks(check.group)
+    of_ranks = [torch.empty_like(hashes_N) for _ in ranks]
+    dist.all_gather(of_ranks, hashes_N, group=check.group)
+    if check.group.rank() != 0:
+        return []
+    names_of = defaultdict(list)
+    for name, column in zip(check.tensors, torch.stack(of_ranks, dim=1).tolist(), strict=True):
+        names_of[tuple(rank for rank, odd in zip(ranks, _unlike_most(column), strict=True) if odd)].append(name)
     return [
-        name for name, own, all_ranks in zip(held.tensors, mine, columns, strict=True) if own != _majority(all_ranks)
+        f"{check.ranks} {ranks}: rank {' and '.join(map(str, odd))} in {_listed(names)}."
+        for odd, names in names_of.items()
+        if odd
     ]
 
 
-def _majority(values: list[int]) -> int | None:
+def _unlike_most(values: list[int]) -> list[bool]:
+    """All are, where no value is that of more than half."""
     value, count = Counter(values).most_common(1)[0]
-    return value if 2 * count > len(values) else None
-
-
-def _raise(found: dict[str, list[str]], everyone: ProcessGroup, mesh: Mesh, step: int) -> None:
-    """Tell all ranks of what each found on itself."""
-    here = "; ".join(f"{_listed(names)}, unlike other {kind} ranks" for kind, names in found.items() if names)
-    reports: list[str | None] = [None] * everyone.size()
-    dist.all_gather_object(reports, f"{coordinates(mesh)}: {here}" if here else None, group=everyone)
-    raise ReplicaError(
-        f"after step {step}, weights of which ranks hold copies are no longer the same bits. "
-        + ". ".join(report for report in reports if report),
-        remedy="Start the same command again: it continues from the last checkpoint. If it happens again on the same "
-        "rank, suspect its hardware and leave its node out",
-        place=f"step {step}",
-    )
+    return [mine != value or 2 * count <= len(values) for mine in values]
 
 
 def _listed(names: list[str]) -> str:
     more = len(names) - _NAMED
     return ", ".join(names[:_NAMED]) + (f" and {more} more" if more > 0 else "")
+
+
+def _raise(reports: list[str], step: int) -> None:
+    of_ranks: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, reports)
+    raise DivergenceError(
+        f"after step {step} ranks differ in what they must hold alike, bit for bit. "
+        + " ".join(line for lines in of_ranks for line in lines),
+        remedy="Continue from the last checkpoint by the same command. If the same rank differs again, suspect its "
+        "hardware, and leave its node out",
+        place=f"step {step}",
+    )

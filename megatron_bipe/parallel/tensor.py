@@ -19,7 +19,7 @@ from torch.distributed import ProcessGroup
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layers import Share, share_of
 from megatron_bipe.model.norm import RMSNorm
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.plan import build_model, count_parameters
 from megatron_bipe.parallel.collectives import from_ranks, gather, own_tokens, scatter, to_ranks
 from megatron_bipe.parallel.cross_entropy import token_losses
 
@@ -91,6 +91,11 @@ def shares_of(config: ModelConfig, ranks: int) -> dict[str, Share]:
         model = build_model(config, layers=TensorLayers(cast(ProcessGroup, _NoGroup(ranks))))
     found = {name: share_of(parameter) for name, parameter in model.named_parameters()}
     return {name: share for name, share in found.items() if share is not None}
+
+
+def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
+    """Parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
+    return count_parameters(config, TensorLayers(cast(ProcessGroup, _NoGroup(ranks))))
 
 
 class _NoGroup(NamedTuple):

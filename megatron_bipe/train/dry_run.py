@@ -1,6 +1,6 @@
-"""What a run would be, without starting it: configuration, layers, parameters, memory, length."""
+"""What a run would be, without starting it, on any number of ranks: configuration, layers, layout, memory, length."""
 
-import itertools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,15 +12,20 @@ from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
-from megatron_bipe.parallel.stages import cut_stages
+from megatron_bipe.train.memory import StageMemory, stage_memories
+from megatron_bipe.train.traffic import bubble, step_traffic
 
 
 def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
     """The text that `--dry-run` prints."""
+    stages = stage_memories(run, ds_config, num_ranks)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
         "# Layers\n" + layer_table(run.model),
-        "# Memory of one rank, GiB (estimate)\n" + _memory_table(run, ds_config, num_ranks),
+        "# Layout\n" + _layout(run, ds_config, num_ranks),
+        "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
+        "# Memory of a rank of each stage, GiB (estimate)\n" + _memory_table(stages),
+        "# Sent by a rank in a step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
         "# Length\n" + _length(run, num_ranks),
         "# Data\n" + _data(run),
     ]
@@ -34,46 +39,72 @@ def layer_table(model: ModelConfig) -> str:
     last = len(kinds) - 1
     rows = [("0", kinds[0], counts[0]), (f"1-{last - 1}", f"{kinds[1]} x {last - 1}", sum(counts[1:last]))]
     rows.append((str(last), kinds[last], counts[last]))
-    lines = [f"{index:>7}  {kind:<14}{count:>16,}" for index, kind, count in rows]
-    return "\n".join([*lines, f"{'':>7}  {'total':<14}{sum(counts):>16,}\n"])
+    return _table([("layers", "kind", "parameters"), *((i, k, f"{n:,}") for i, k, n in rows), _total(sum(counts))])
 
 
-def memory_estimate_gib(run: RunConfig, stage: int, num_ranks: int) -> dict[str, float]:
-    """GiB of one rank by purpose.
-
-    Weights, gradients and optimizer state follow from the precision and the ZeRO stage; activations are what
-    autograd keeps for backward (per token and block: 9 hidden widths, 4 inner widths) and three copies of the
-    logits (compute precision, fp32, their gradient). Of stages, the one with most parameters is meant, with as many
-    micro-batches under way as there are stages. What tensor parallelism and recomputation save of activations, and
-    workspace of kernels and communication, is not counted.
-    """
-    model, train, parallel = run.model, run.train, run.parallel
-    counts = count_parameters(model)
-    bounds = cut_stages(model, train.seq_len_tokens, parallel.pipeline)
-    stages = [counts[start:stop] for start, stop in itertools.pairwise(bounds)]
-    parameters = max(map(sum, stages)) / parallel.tensor
-    layers = model.num_layers / parallel.pipeline
-    data_ranks = max(1, parallel.data_ranks(num_ranks))
-    under_way = min(parallel.pipeline, max(1, accumulation_steps(train, data_ranks)))
-    width = 2 if train.precision == "bf16" else 4
-    tokens = train.micro_batch * train.seq_len_tokens
-    block = 9 * model.hidden_size + 4 * model.ffn_size
-    master = 4 if train.precision == "bf16" else 0
-    sizes = {
-        "weights": parameters * width / (data_ranks if stage == 3 else 1),
-        "gradients": parameters * 4 / (data_ranks if stage >= 2 else 1),
-        "optimizer": parameters * (8 + master) / (data_ranks if stage >= 1 else 1),
-        "activations": under_way * tokens * width * layers * block,
-        "logits": tokens * model.vocab_size / parallel.tensor * (width + 8),
-    }
-    return {name: size / 2**30 for name, size in sizes.items()}
+def _total(count: int) -> tuple[str, ...]:
+    return "", "total", f"{count:,}"
 
 
-def _memory_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
-    stage = zero_stage(ds_config)
-    sizes = memory_estimate_gib(run, stage, num_ranks)
-    lines = [f"{name:>12}{size:>10.2f}" for name, size in sizes.items()]
-    return "\n".join([*lines, f"{'total':>12}{sum(sizes.values()):>10.2f}", f"(ZeRO {stage}, {num_ranks} ranks)\n"])
+def _layout(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    parallel = run.parallel
+    tensor, copies = parallel.tensor, parallel.data_ranks(num_ranks)
+    starts = [stage * copies * tensor for stage in range(parallel.pipeline)]
+    first_copy = [f"{start}-{start + tensor - 1}" if tensor > 1 else str(start) for start in starts]
+    return (
+        f"{num_ranks} ranks = {tensor} tensor x {parallel.pipeline} pipeline x {copies} data, "
+        f"ZeRO {zero_stage(ds_config)}\n"
+        f"the first copy of the model is on ranks {', '.join(first_copy)}: a run of {tensor} for each stage\n"
+    )
+
+
+def _stage_table(stages: Sequence[StageMemory]) -> str:
+    rows = [
+        (
+            str(stage.stage),
+            f"{stage.first_layer}-{stage.last_layer}",
+            f"{stage.parameters:,}",
+            f"{stage.cost_share:.1%}",
+        )
+        for stage in stages
+    ]
+    return _table([("stage", "layers", "parameters a rank", "share of the work"), *rows])
+
+
+def _bubble(run: RunConfig, num_ranks: int) -> str:
+    if run.parallel.pipeline == 1:
+        return ""
+    waits = f"an average stage waits {bubble(run, num_ranks):.1%} of a step"
+    return f"{waits}: the pipeline fills and empties, and stages differ\n"
+
+
+def _memory_table(stages: Sequence[StageMemory]) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
+    rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
+    return _table([("stage", *names[:-2], "in all", "on the host"), *rows])
+
+
+def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    rows = [
+        (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
+        for kind in step_traffic(run, ds_config, num_ranks)
+    ]
+    return _table([("axis", "what", "times", "GiB"), *rows]) if rows else "nothing: one rank\n"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they need to be; words to the left, numbers to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(not cell or cell[0].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        for row in rows
+    ]
+    return "".join(line.rstrip() + "\n" for line in lines)
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:
@@ -81,12 +112,11 @@ def _length(run: RunConfig, num_ranks: int) -> str:
     tokens_per_step = train.global_batch * train.seq_len_tokens
     total = tokens_per_step * train.steps
     flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
-    data_ranks = max(1, run.parallel.data_ranks(num_ranks))
-    accumulation = accumulation_steps(train, data_ranks)
+    copies = run.parallel.data_ranks(num_ranks)
     return (
         f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
-        f"a step: {data_ranks} copies of the model x {accumulation} micro-batches x {train.micro_batch} windows of "
-        f"{train.seq_len_tokens} tokens\n"
+        f"a step: {copies} copies of the model x {accumulation_steps(train, copies)} micro-batches x "
+        f"{train.micro_batch} windows of {train.seq_len_tokens} tokens\n"
     )
 
 

@@ -12,7 +12,9 @@ from typing import Any
 TIME_LIMIT_S = 300
 
 
-def run_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, **arguments: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, folder: Path, *, time_limit_s: float = TIME_LIMIT_S, **arguments: Any
+) -> list[Any]:
     """Call `function(mesh, **arguments)` on every rank of a launch; its results, by rank.
 
     `function` must be importable by name. Fails with the first rank's traceback, or when time is up.
@@ -28,14 +30,14 @@ def run_ranks(function: Callable[..., Any], num_ranks: int, folder: Path, **argu
         process.start()
     try:
         for process in ranks:
-            process.join(TIME_LIMIT_S)
+            process.join(time_limit_s)
     finally:
         for process in ranks:
             process.kill()
     results = []
     for rank in range(num_ranks):
         path = folder / f"rank-{rank}.pickle"
-        assert path.is_file(), f"rank {rank} of {num_ranks} did not finish within {TIME_LIMIT_S} s"
+        assert path.is_file(), f"rank {rank} of {num_ranks} did not finish within {time_limit_s} s"
         outcome, value = pickle.loads(path.read_bytes())
         assert outcome == "done", f"rank {rank} of {num_ranks}:\n{value}"
         results.append(value)
@@ -52,7 +54,7 @@ def _rank(function: Any, rank: int, num_ranks: int, port: int, folder: Path, arg
         MASTER_PORT=str(port),
         OMP_NUM_THREADS="1",
     )
-    from megatron_bipe.parallel.mesh import join_launch  # after the environment is set
+    from megatron_bipe.parallel.launch import join_launch  # after the environment is set
 
     try:
         outcome = ("done", function(join_launch(), **arguments))

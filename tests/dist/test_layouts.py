@@ -1,59 +1,62 @@
-"""Layouts of four ranks against one process.
+"""Layouts of four and eight ranks against one process: each axis, each pair of axes, and what models may have besides.
 
-Measured in fp32 over 8 steps (largest over the layouts here): losses differ by 4.3e-7 relative, gradient norms by
-4.7e-6; with stages alone losses are the same bits.
+`make test-parallel` runs every layout, see docs/parallelism.md. Measured over the layouts here: XXX.
 """
 
 import pytest
-import torch
 
 from tests.dist.launch import run_ranks
-from tests.dist.layouts import Layout, Outcome, train_layouts
+from tests.dist.layouts import Difference, Layout, Outcome, allowed, difference, reference, train_layouts
 
-LOSS_TOLERANCE, NORM_TOLERANCE = 2e-6, 2e-5  # relative
-WEIGHT_TOLERANCE = 5e-5  # absolute: Adam divides small gradients by their own size
-LAYOUTS = [
+OF_FOUR = [
     Layout(pipeline=4, zero=0),
+    Layout(pipeline=4, clip=0.0),
     Layout("bipe_alibi", pipeline=2, recompute="selective"),
     Layout("alibi", tensor=2, pipeline=2, zero=0),
     Layout("bipe_alibi", tensor=2, pipeline=2, sequence=True, recompute="full"),
     Layout("rope", tensor=2, zero=2),
     Layout(tensor=4, zero=0, sequence=True),
     Layout(tensor=2, zero=3, sequence=True),
+    Layout("bipe_alibi", tensor=2, zero=2, sequence=True, model="num_kv_heads: 2"),
+    Layout(tensor=4, sequence=True, model="zero_last_row: true"),
+    Layout(pipeline=2, model="num_kv_heads: 1, zero_last_row: true"),
+    Layout(tensor=2, pipeline=2, sequence=True, precision="bf16"),
+    Layout("bipe_alibi", tensor=2, zero=3, precision="bf16"),
 ]
+OF_EIGHT = [Layout(tensor=2, pipeline=2, sequence=True, recompute="selective")]
+PLACED = [*((4, layout) for layout in OF_FOUR), *((8, layout) for layout in OF_EIGHT)]
 
 
 @pytest.fixture(scope="module")
-def outcomes(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[Layout, Outcome], list[dict[Layout, Outcome]]]:
-    """Of one process by encoding, and of every rank of four."""
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Layout, Outcome]]]:
+    """What every rank of one, four and eight found."""
     folder = tmp_path_factory.mktemp("layouts")
-    single = [Layout(encoding) for encoding in dict.fromkeys(layout.encoding for layout in LAYOUTS)]
-    (alone,) = run_ranks(train_layouts, 1, folder / "1", layouts=single, work_dir=str(folder))
-    return alone, run_ranks(train_layouts, 4, folder / "4", layouts=LAYOUTS, work_dir=str(folder))
+    single = list({reference(layout) for _, layout in PLACED})
+    return {
+        num_ranks: run_ranks(train_layouts, num_ranks, folder / str(num_ranks), layouts=layouts, work_dir=str(folder))
+        for num_ranks, layouts in ((1, single), (4, OF_FOUR), (8, OF_EIGHT))
+    }
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layout_gives_losses_and_gradient_norms_of_one_process(
-    outcomes: tuple[dict[Layout, Outcome], list[dict[Layout, Outcome]]], layout: Layout
+def found(ranks: dict[int, list[dict[Layout, Outcome]]], num_ranks: int, layout: Layout) -> Difference:
+    return difference([rank[layout] for rank in ranks[num_ranks]], ranks[1][0][reference(layout)])
+
+
+@pytest.mark.parametrize(("num_ranks", "layout"), PLACED, ids=str)
+def test_layout_gives_losses_norms_and_weights_of_one_process(
+    ranks: dict[int, list[dict[Layout, Outcome]]], num_ranks: int, layout: Layout
 ) -> None:
-    alone, ranks = outcomes
-    expected = alone[Layout(layout.encoding)]
+    expected = ranks[1][0][reference(layout)]
     assert expected.losses[-1] < expected.losses[0] - 0.1  # it learns something
-    for found in (rank[layout] for rank in ranks):
-        assert found.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE)
-        assert found.norms == pytest.approx(expected.norms, rel=NORM_TOLERANCE)
-        assert found.held_out == pytest.approx(expected.held_out, rel=LOSS_TOLERANCE)
-    if layout.pipeline == 4:
-        assert ranks[0][layout].losses == expected.losses
+    assert not layout.clip or min(expected.norms) > layout.clip  # in every step
+    limits = allowed(layout, num_ranks)
+    assert found(ranks, num_ranks, layout).within(limits), (found(ranks, num_ranks, layout), limits)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_layout_checkpoint_holds_the_weights_of_one_process(
-    outcomes: tuple[dict[Layout, Outcome], list[dict[Layout, Outcome]]], layout: Layout
-) -> None:
-    alone, ranks = outcomes
-    expected, found = alone[Layout(layout.encoding)].weights, ranks[0][layout].weights
-    assert expected is not None and found is not None
-    assert found.keys() == expected.keys()
-    for name, weight in expected.items():
-        torch.testing.assert_close(found[name], weight, rtol=0, atol=WEIGHT_TOLERANCE, msg=name)
+def test_layout_padding_row_stays_zero(ranks: dict[int, list[dict[Layout, Outcome]]]) -> None:
+    for layout in (layout for layout in OF_FOUR if "zero_last_row" in layout.model):
+        weights = ranks[4][0][layout].weights
+        assert weights is not None
+        for name in ("0.token.weight", "0.intra.weight"):
+            assert not weights[name][-1].any()
+            assert weights[name][-2].any()

@@ -1,7 +1,7 @@
 """What a run would be, in words and numbers."""
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.train.dry_run import describe, memory_estimate_gib
+from megatron_bipe.train.dry_run import describe
 
 PARAMETERS = 163_203_840  # of the default run
 
@@ -13,9 +13,10 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "hidden_size: 768",
         f"{PARAMETERS:,}",
         "Block x 12",
+        "gradients, all-reduced",
         "131,072,000,000 tokens",
         "8 copies of the model x 4 micro-batches x 8 windows",
-        "ZeRO 1, 8 ranks",
+        "8 ranks = 1 tensor x 1 pipeline x 8 data, ZeRO 1",
         "tools/preprocess.py",
     ):
         assert part in text
@@ -45,27 +46,21 @@ def test_describe_empty_dataset_is_described(tmp_path, write_dataset):
     assert f"{tmp_path / 'empty'}: 0 tokens" in describe(run, {}, num_ranks=1)
 
 
-def test_memory_estimate_shards_what_the_zero_stage_shards():
-    run = load_run_config(None)
-    whole = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes a parameter in bf16
-    sharded = {0: set(), 1: {"optimizer"}, 2: {"optimizer", "gradients"}, 3: {"optimizer", "gradients", "weights"}}
-    for stage, names in sharded.items():
-        sizes = memory_estimate_gib(run, stage, num_ranks=4)
-        for name, width in whole.items():
-            share = 4 if name in names else 1
-            assert sizes[name] * 2**30 == PARAMETERS * width / share
-
-
-def test_memory_estimate_layout_splits_what_it_splits():
-    plain = memory_estimate_gib(load_run_config(None), 1, num_ranks=16)
-    split = memory_estimate_gib(load_run_config(None, ["parallel.tensor=2"]), 1, num_ranks=32)
-    for name in ("weights", "gradients", "optimizer", "logits"):
-        assert split[name] == plain[name] / 2
-    staged = memory_estimate_gib(load_run_config(None, ["parallel.pipeline=2"]), 1, num_ranks=32)
-    assert plain["weights"] / 2 < staged["weights"] < plain["weights"]
-    assert staged["activations"] == plain["activations"]  # half the blocks, two micro-batches under way
-
-
 def test_describe_copies_of_the_model_share_a_batch():
     run = load_run_config(None, ["parallel={tensor: 2, pipeline: 2}"])
     assert "8 copies of the model x 4 micro-batches" in describe(run, {}, num_ranks=32)
+
+
+def test_describe_stages_names_layers_ranks_and_bubble():
+    run = load_run_config(None, ["parallel={tensor: 2, pipeline: 4}", "train.micro_batch=4"])
+    text = describe(run, {"zero_optimization": {"stage": 1}}, num_ranks=32)
+    assert "32 ranks = 2 tensor x 4 pipeline x 4 data" in text
+    assert "first copy of the model is on ranks 0-1, 8-9, 16-17, 24-25" in text
+    for stage, layers in enumerate(("0-4", "5-7", "8-10", "11-13")):
+        assert f"{stage}  {layers.rjust(6)}" in text
+    assert "an average stage waits" in text
+
+
+def test_describe_one_rank_says_nothing_to_others():
+    text = describe(load_run_config(None), {}, num_ranks=1)
+    assert "nothing: one rank" in text and "waits" not in text

@@ -9,7 +9,7 @@ from megatron_bipe.train.schedule import learning_rate
 
 
 class Notes:
-    """Engine, feed and metrics in one: everything that was asked of them, in order."""
+    """Engine, feed, metrics and watchdog in one: everything that was asked of them, in order."""
 
     has_valid = True
 
@@ -43,6 +43,12 @@ class Notes:
     def flush(self):
         pass
 
+    def at(self, place):
+        pass
+
+    def over(self, place, batches):
+        return batches
+
     restart_clock = flush
 
 
@@ -55,7 +61,7 @@ def run():
 
 def test_train_steps_validate_and_save_when_due(run):
     notes = Notes()
-    train(run, notes, notes, notes, start=0, stop=6)
+    train(run, notes, notes, notes, notes, start=0, stop=6)
     names = [call[0] for call in notes.calls]
     assert names == ["step", "step", "eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
     assert notes.calls[3] == ("step", "batches 2", learning_rate(run.optimizer, 6, 2))
@@ -63,7 +69,7 @@ def test_train_steps_validate_and_save_when_due(run):
 
 def test_train_stopped_early_saves_and_keeps_the_schedule(run):
     notes = Notes()
-    train(run, notes, notes, notes, start=3, stop=5)
+    train(run, notes, notes, notes, notes, start=3, stop=5)
     assert [call for call in notes.calls if call[0] == "save"] == [("save", 4), ("save", 5)]
     assert notes.calls[0] == ("step", "batches 3", learning_rate(run.optimizer, 6, 3))
 
@@ -71,5 +77,5 @@ def test_train_stopped_early_saves_and_keeps_the_schedule(run):
 def test_train_without_intervals_saves_once_at_the_end(run):
     quiet = run.model_copy(update={"train": run.train.model_copy(update={"valid_every": 0, "save_every": 0})})
     notes = Notes()
-    train(quiet, notes, notes, notes, start=0, stop=6)
+    train(quiet, notes, notes, notes, notes, start=0, stop=6)
     assert [call[0] for call in notes.calls] == ["step"] * 6 + ["eval", "save"]

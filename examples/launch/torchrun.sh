@@ -1,0 +1,21 @@
+#!/usr/bin/env bash
+# torchrun, started on every host; each has its own NODE_RANK, from 0, and the same HEAD, the first host's address:
+#
+#   NODES=2 NODE_RANK=1 HEAD=node-1 examples/launch/torchrun.sh [FURTHER OPTIONS OF pretrain.py]
+#
+# A rank that fails ends the others of its host at once, and those of other hosts within seconds.
+set -euo pipefail
+
+NODES=${NODES:-1}
+NODE_RANK=${NODE_RANK:-0}
+GPUS=${GPUS:-8} # a host
+HEAD=${HEAD:-127.0.0.1}
+PORT=${PORT:-29500} # of the first host
+CONFIG=${CONFIG:-examples/bipe_rope_151m.yaml}
+DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
+
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+exec torchrun --nnodes "$NODES" --node-rank "$NODE_RANK" --nproc-per-node "$GPUS" \
+    --master-addr "$HEAD" --master-port "$PORT" \
+    pretrain.py --ds_config "$DS_CONFIG" --config "$CONFIG" "$@"

@@ -1,0 +1,151 @@
+"""Ends a launch in which a rank died or stands still, and names it.
+
+A collective waits for ranks that will never come, and cannot tell which. So every rank has a thread that leaves a sign
+of life in the store of the launch. A process that was killed or stopped, or whose host is gone, gives none; one that
+is caught in a loop gives signs from another place than those that wait for it.
+"""
+
+import math
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import TypeVar
+
+import torch.distributed as dist
+
+from megatron_bipe.parallel.failure import FAILED, describe, exit_code, leave, place_in_layout, rank_name, say
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel.roll_call import ANSWER_S, End, RollCall, Sign, Signs, silent_ranks, where_ranks_are
+
+BEAT_S = 1.0  # between signs of life
+LOOK_S = 2.5  # between the two looks that tell who gives none
+LAST_WORDS_S = 15.0  # a rank that failed gives the one that failed first this long to tell all why
+
+LOST = (dist.DistError, TimeoutError)  # what a roll call raises without a store
+Item = TypeVar("Item")
+Look = Callable[[Signs, Signs, int], Iterable[str]]
+
+
+class Watchdog:
+    """Watches over this rank while it is entered, and ends it when another has failed.
+
+    An error in its block ends the process here, after a message; so does work that stands still for `timeout_s`.
+
+    Args:
+        mesh: this process, laid out.
+        timeout_s: longest time between two calls of `at`, or two micro-batches.
+        connect: opens a connection to the store of the launch, within the seconds it is given.
+    """
+
+    def __init__(self, mesh: Mesh, timeout_s: float, connect: Callable[[float], dist.Store]) -> None:
+        self._mesh, self._timeout_s, self._connect = mesh, timeout_s, connect
+        self._name = f"{rank_name(mesh)} ({place_in_layout(mesh)})"
+        self._worker = threading.get_ident()
+        self._over = threading.Event()
+        self._roll_call: RollCall | None = None
+        self._clock_s = 0.0  # without time in which this process was suspended
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self.at("the start")
+
+    def at(self, place: str) -> None:
+        """Note where this rank is, and that it has come so far."""
+        self._place, self._since_s = place, self._clock_s
+
+    def over(self, place: str, items: Iterable[Item]) -> Iterator[Item]:
+        """Micro-batches one by one; each that is asked for is progress."""
+        self.at(place)
+
+        def noted() -> Iterator[Item]:
+            for number, item in enumerate(items, 1):
+                self.at(f"{place}, micro-batch {number}")
+                yield item
+
+        return noted()
+
+    def __enter__(self) -> "Watchdog":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            # The launcher ends the ranks that are left when one has died; there is something to be said first.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+            self._fail(describe(error, self._who()), type(error).__name__, exit_code(error), silent_ranks)
+            self._thread.join(LAST_WORDS_S)  # it ends this process once the first to fail has told why
+            leave(f"{self._who()} leaves", exit_code(error))
+        self._over.set()
+        self._thread.join()
+        if self._roll_call is not None:
+            self._roll_call.finish(self._timeout_s)
+
+    def _watch(self) -> None:
+        """The thread: leaves signs of life, and looks for the end."""
+        last, beats, failed_at_s = time.monotonic(), 0, math.inf
+        while not self._over.wait(BEAT_S):
+            now = time.monotonic()
+            self._clock_s, last, beats = self._clock_s + min(now - last, BEAT_S + ANSWER_S), now, beats + 1
+            stands_still = self._clock_s - self._since_s > self._timeout_s
+            try:
+                self._beat(beats)
+            except dist.DistError as error:
+                leave(f"{self._who()} leaves: {_state_of_store(error)}", FAILED)
+            except TimeoutError as error:
+                if stands_still:
+                    leave(f"{self._stack()}\n{_state_of_store(error)}", FAILED)
+            if stands_still and failed_at_s == math.inf:
+                failed_at_s = self._clock_s
+                self._fail(self._stack(), f"no progress for {self._timeout_s:g} s", FAILED, where_ranks_are)
+            if self._clock_s - failed_at_s > LAST_WORDS_S:
+                leave(f"{self._who()} leaves", FAILED)
+
+    def _beat(self, beats: int) -> None:
+        if self._roll_call is None:
+            self._roll_call = RollCall(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+        frame = sys._current_frames()[self._worker]
+        place = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        self._roll_call.sign(Sign(beats, self._name, place))
+        end = self._roll_call.ended()
+        if end is not None:
+            leave(f"{self._who()} leaves: {end.text}", end.code)
+
+    def _fail(self, text: str, reason: str, code: int, look: Look) -> None:
+        """Say what happened; the first to fail also looks at the others, tells all ranks, and leaves."""
+        roll_call = self._roll_call
+        if roll_call is None:
+            leave(text, code)
+        try:
+            if not roll_call.is_first_to_fail():
+                say(f"{self._who()} failed, too: {reason}")
+                return
+        except LOST as error:
+            leave(f"{text}\n{_state_of_store(error)}", code)
+        say(text)
+        try:
+            before = roll_call.signs()
+            time.sleep(LOOK_S)
+            seen = "\n".join(look(before, roll_call.signs(), self._mesh.rank))
+            self._over.set()
+            roll_call.end(End(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code))
+        except LOST as error:
+            seen = _state_of_store(error)
+        leave(seen or f"{self._who()} leaves", code)
+
+    def _stack(self) -> str:
+        stack = "".join(traceback.format_stack(sys._current_frames()[self._worker])).rstrip()
+        slow = "If it was only slow, raise parallel.timeout_s"
+        return f"{self._who()} has made no progress for {self._timeout_s:g} s. {slow}. It is in\n{stack}"
+
+    def _who(self) -> str:
+        return f"{self._name}, at {self._place},"
+
+
+def _state_of_store(error: Exception) -> str:
+    state = "does not answer" if isinstance(error, TimeoutError) else f"is gone ({error})"
+    return f"the store of the launch, with rank 0 or its launcher, {state}"

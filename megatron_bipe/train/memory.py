@@ -1,0 +1,161 @@
+"""What one rank of a layout will hold, in bytes; nothing is allocated to find out.
+
+Weights, gradients and optimizer state are counted exactly, from the layers as this layout builds them. Activations are
+what autograd keeps on the CPU, whose norms keep fp32 copies (a test compares); a fused norm on a GPU keeps less. Not
+counted: buffers of kernels and of communication, fragmentation, what the framework itself needs.
+
+Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
+"""
+
+import itertools
+from typing import Any, NamedTuple
+
+from megatron_bipe.config.deepspeed import zero_stage
+from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
+from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.model.positions import bias_channels
+from megatron_bipe.parallel.stages import cut_stages, layer_costs
+from megatron_bipe.parallel.tensor import parameters_of_rank
+
+_FP32 = 4
+
+
+class StageMemory(NamedTuple):
+    """One rank of a stage; bytes unless said otherwise."""
+
+    stage: int
+    first_layer: int
+    last_layer: int
+    parameters: int  # that the rank computes with
+    cost_share: float  # of all multiplications
+    weights: float
+    gradients: float
+    optimizer: float  # fp32 weights where the compute weights are others, Adam's two means
+    activations: float
+    logits: float
+    host: float  # offloaded to the CPU's memory
+
+    @property
+    def device(self) -> float:
+        """All that is on the device."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.logits
+
+
+def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[StageMemory]:
+    """Memory of a rank of each stage.
+
+    Args:
+        run: the run configuration, validated for `num_ranks`.
+        ds_config: the DeepSpeed configuration.
+        num_ranks: of the launch.
+    """
+    parallel, model = run.parallel, run.model
+    bounds = cut_stages(model, run.train.seq_len_tokens, parallel.pipeline)
+    counts = parameters_of_rank(model, parallel.tensor)
+    costs = layer_costs(model, run.train.seq_len_tokens)
+    stages = []
+    for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
+        here = counts[start:stop]
+        if model.tied_output and parallel.pipeline > 1 and stage == parallel.pipeline - 1:
+            here = [*here, model.vocab_size * model.hidden_size // parallel.tensor]  # its copy of the table
+        state, host = _state_bytes(sum(here), max(here), run, ds_config, num_ranks)
+        blocks = len(range(max(start, 1), min(stop, model.num_layers + 1)))
+        activations = blocks * _micro_batches_kept(run, stage, num_ranks) * _kept_a_block(run)
+        stages.append(
+            StageMemory(
+                stage,
+                start,
+                stop - 1,
+                sum(here),
+                sum(costs[start:stop]) / sum(costs),
+                *state,
+                activations + _recomputed(run),
+                logits_bytes(run) if stage == parallel.pipeline - 1 else 0.0,
+                host,
+            )
+        )
+    return stages
+
+
+def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, recompute: str) -> float:
+    """What a block keeps for backward, on one rank, for each token of its micro-batch.
+
+    Args:
+        model: its shape.
+        parallel: its layout.
+        width: bytes of a number in compute precision.
+        recompute: as `ParallelConfig.recompute` has it.
+    """
+    stream = model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # split along the window
+    input_ids = 8
+    if recompute == "full":
+        return stream * width + input_ids
+    split = parallel.tensor
+    queries, keys = model.num_heads * model.head_width / split, model.kv_heads * model.head_width / split
+    ffn, head_sums = model.ffn_size / split, model.num_heads / split * _FP32
+    biased = 1 + bias_channels(model) / model.head_width  # queries, keys, values and output are wider
+    attention_output = queries * biased * width + head_sums
+    if recompute == "selective":  # inputs, products of matrices, attention, what came from other ranks
+        products = queries + 2 * keys + 2 * ffn + 2 * model.hidden_size
+        received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
+        return (stream + products + received) * width + attention_output + input_ids
+    norms = 2 * (2 * stream * _FP32 + _FP32)
+    gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
+    encoded = (queries + keys) * biased
+    if bias_channels(model):
+        values = keys * biased
+    else:
+        values = queries + 2 * keys  # a view of the whole projection
+        encoded += model.head_width  # cosines and sines
+    mlp = 4 * ffn
+    return norms + gathered + (encoded + values + queries + mlp) * width + attention_output
+
+
+def logits_bytes(run: RunConfig) -> float:
+    """The most that the logits of a micro-batch take: in compute precision, in fp32, and their gradient in fp32."""
+    tokens = run.train.micro_batch * run.train.seq_len_tokens
+    return tokens * run.model.vocab_size / run.parallel.tensor * (compute_width(run) + 2 * _FP32)
+
+
+def compute_width(run: RunConfig) -> int:
+    """Bytes of a number in compute precision."""
+    return 2 if run.train.precision == "bf16" else _FP32
+
+
+def _kept_a_block(run: RunConfig) -> float:
+    tokens = run.train.micro_batch * run.train.seq_len_tokens
+    return tokens * block_bytes_per_token(run.model, run.parallel, compute_width(run), run.parallel.recompute)
+
+
+def _recomputed(run: RunConfig) -> float:
+    """Of the one block that backward is at."""
+    if run.parallel.recompute == "none":
+        return 0.0
+    tokens = run.train.micro_batch * run.train.seq_len_tokens
+    return tokens * block_bytes_per_token(run.model, run.parallel, compute_width(run), "none")
+
+
+def _micro_batches_kept(run: RunConfig, stage: int, num_ranks: int) -> int:
+    """Forward passes that a stage has done and not yet gone back through, at most: one for each stage from it on."""
+    under_way = run.parallel.pipeline - stage
+    return min(under_way, accumulation_steps(run.train, run.parallel.data_ranks(num_ranks)))
+
+
+def _state_bytes(
+    parameters: int, largest_layer: int, run: RunConfig, ds_config: dict[str, Any], num_ranks: int
+) -> tuple[tuple[float, float, float], float]:
+    """(weights, gradients, optimizer) on the device, and what is offloaded.
+
+    With ZeRO 3, the weights of two layers are there whole: the one at work, and one fetched ahead.
+    """
+    zero, width = zero_stage(ds_config), compute_width(run)
+    copies = num_ranks // (run.parallel.tensor * run.parallel.pipeline)
+    part = {stage: parameters / copies if zero >= stage else parameters for stage in (1, 2, 3)}
+    has_masters = width < _FP32 or zero > 0
+    weights = part[3] * width + (2 * largest_layer * width if zero == 3 else 0)
+    gradients = part[2] * (width if zero == 0 else _FP32)
+    optimizer = part[1] * (3 if has_masters else 2) * _FP32
+    device = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
+    if device == "cpu":  # gradients are summed there, too
+        return (weights, 0.0, 0.0), gradients + optimizer
+    return (weights, gradients, optimizer), 0.0

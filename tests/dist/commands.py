@@ -1,0 +1,79 @@
+"""Starts launchers as a user types them, on a small model, and sees what they leave behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import uuid
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+TIME_LIMIT_S = 300
+MARK = "STARTED_BY_TEST"
+MODEL = "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 48, vocab_size: 400, intra_size: 64}"
+TRAIN = "seq_len_tokens: 32, global_batch: 8, micro_batch: 2, precision: fp32, log_every: 1"
+TEXTS = [["hello world. this is a text of some length. " * 20] * 20]
+
+
+class Ended(NamedTuple):
+    """A command that has ended."""
+
+    code: int
+    output: str
+    left: list[int]  # its processes that still ran
+
+
+def options(data: Path, run_dir: Path, *settings: str, steps: int = 2) -> list[str]:
+    """Options of pretrain.py for a model of two layers."""
+    train = f"train={{steps: {steps}, {TRAIN}}}"
+    given = [
+        f"data.path={data}",
+        "data.valid_path=null",
+        f"run_dir={run_dir}",
+        MODEL,
+        "optimizer.warmup_steps=0",
+        train,
+    ]
+    return [part for setting in (*given, *settings) for part in ("--set", setting)]
+
+
+def run_all(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None) -> list[Ended]:
+    """Run commands side by side from the repository's folder; kills all of theirs that is left in the end."""
+    mark = uuid.uuid4().hex
+    full = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", MARK: mark}
+    full |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
+    full.pop("VIRTUAL_ENV", None)
+    started = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=full | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+        for command in commands
+    ]
+    outputs = []
+    try:
+        outputs = [process.communicate(timeout=TIME_LIMIT_S)[0] for process in started]
+    finally:
+        left = _marked(mark)
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    return [Ended(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
+
+
+def run(*command: str, env: Mapping[str, str] | None = None) -> Ended:
+    """Run one command."""
+    return run_all([command], env)[0]
+
+
+def _marked(mark: str) -> list[int]:
+    """Processes that were started with the mark in their environment, or by such a one."""
+    found = []
+    for folder in Path("/proc").iterdir():
+        try:
+            if folder.name.isdecimal() and f"{MARK}={mark}".encode() in (folder / "environ").read_bytes():
+                found.append(int(folder.name))
+        except OSError:  # it has ended meanwhile
+            continue
+    return found

@@ -1,0 +1,140 @@
+"""Every layout of up to 8 ranks against one process; writes the table of docs/parallelism.md.
+
+    python -m tests.dist.table
+
+For each way to share out 1, 2, 4 or 8 ranks, each ZeRO stage that it allows and each encoding: 8 updates in fp32 with
+clipping at work, a held-out loss and the weights of a checkpoint. Stages alone also without clipping, where all but the
+norm must be the same bits. Exit code 1, and no table, where a difference is larger than allowed.
+"""
+
+import itertools
+import resource
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, get_args
+
+from megatron_bipe.config.schema import Encoding
+from tests.dist.launch import run_ranks
+from tests.dist.layouts import Difference, Layout, allowed, difference, reference, train_layouts
+
+DOC = Path(__file__).parents[2] / "docs" / "parallelism.md"
+BEGIN, END = "<!-- written by make test-parallel: begin -->", "<!-- written by make test-parallel: end -->"
+MAX_RANKS, SIZES = 8, (1, 2, 4)
+MICRO = 4  # sequences in a micro-batch: 4 micro-batches without data parallelism, 1 with 4 copies of the model
+TIME_LIMIT_S = 3600  # of the layouts of one encoding on one number of ranks
+
+
+class Shape(NamedTuple):
+    """A row of the table."""
+
+    tensor: int
+    pipeline: int
+    data: int
+    sequence: bool
+    clip: bool
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    def layouts(self, encoding: str) -> list[Layout]:
+        """One for each ZeRO stage: the pipeline engine has two of them."""
+        plain = Layout(encoding, self.tensor, self.pipeline, sequence=self.sequence, micro=MICRO)
+        layout = plain if self.clip else plain._replace(clip=0.0)
+        return [layout._replace(zero=zero) for zero in range(4 if self.pipeline == 1 else 2)]
+
+
+class Cell(NamedTuple):
+    """One layout's outcome with one encoding."""
+
+    shape: Shape
+    layout: Layout
+    difference: Difference
+
+    @property
+    def is_broken(self) -> bool:
+        return not self.difference.within(allowed(self.layout, self.shape.ranks))
+
+
+def shapes() -> list[Shape]:
+    """Rows of the table, in order."""
+    found = itertools.starmap(Shape, itertools.product(SIZES, SIZES, SIZES, (False, True), (True, False)))
+    return [shape for shape in found if _is_meant(shape)]
+
+
+def _is_meant(shape: Shape) -> bool:
+    stages_alone = shape.tensor == shape.data == 1 and shape.pipeline > 1
+    return shape.ranks <= MAX_RANKS and (shape.tensor > 1 or not shape.sequence) and (shape.clip or stages_alone)
+
+
+def measure(rows: list[Shape], encoding: str, folder: Path) -> Iterator[Cell]:
+    """All layouts of an encoding; one launch for each number of ranks."""
+    references = {reference(layout) for row in rows for layout in row.layouts(encoding)}
+    (alone,) = _train(1, list(references), folder / "alone")
+    for num_ranks in sorted({row.ranks for row in rows}):
+        chosen = {layout: row for row in rows if row.ranks == num_ranks for layout in row.layouts(encoding)}
+        sys.stderr.write(f"{encoding}: {len(chosen)} layouts of {num_ranks} ranks\n")
+        ranks = _train(num_ranks, list(chosen), folder / str(num_ranks))
+        for layout, row in chosen.items():
+            yield Cell(row, layout, difference([rank[layout] for rank in ranks], alone[reference(layout)]))
+
+
+def _train(num_ranks: int, layouts: list[Layout], folder: Path) -> list:
+    return run_ranks(train_layouts, num_ranks, folder, time_limit_s=TIME_LIMIT_S, layouts=layouts, work_dir=str(folder))
+
+
+def render(rows: list[Shape], cells: list[Cell]) -> str:
+    """The table in Markdown; a figure is the largest of all encodings."""
+    lines = [
+        "| tensor | pipeline | data | sequence | clipping | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 | norms | weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        here = [cell for cell in cells if cell.shape == row]
+        losses = [[cell.difference.loss for cell in here if cell.layout.zero == zero] for zero in range(4)]
+        norms, weights = [cell.difference.norm for cell in here], [cell.difference.weight for cell in here]
+        sizes = [str(row.tensor), str(row.pipeline), str(row.data), _yes(row.sequence), _yes(row.clip)]
+        lines.append(f"| {' | '.join([*sizes, *map(_largest, (*losses, norms, weights))])} |")
+    return "\n".join(lines)
+
+
+def _yes(value: bool) -> str:
+    return "yes" if value else "no"
+
+
+def _largest(differences: list[float]) -> str:
+    if not differences:
+        return ""
+    return f"{max(differences):.0e}".replace("e-0", "e-") if max(differences) else "0"
+
+
+def put_table(page: str, table: str) -> str:
+    """The page with what is between its marks replaced."""
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    assert begin and end, f"{DOC.name} has no place for the table"
+    return f"{before}{begin}\n{table}\n{end}{after}"
+
+
+def main() -> int:
+    # DeepSpeed's groups of ranks stay open until their process ends, and each takes sockets.
+    _, most_files = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most_files, most_files))
+    rows, cells = shapes(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for encoding in get_args(Encoding):
+            cells += measure(rows, encoding, Path(folder) / encoding)
+    broken = [cell for cell in cells if cell.is_broken]
+    for cell in broken:
+        limits = allowed(cell.layout, cell.shape.ranks)
+        sys.stderr.write(f"{cell.layout} on {cell.shape.ranks} ranks: {cell.difference}; allowed: {limits}\n")
+    if broken:
+        return 1
+    DOC.write_text(put_table(DOC.read_text(encoding="utf-8"), render(rows, cells)), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""What blocks keep for backward is what the dry run says, to the byte: every tensor that is alive is looked at."""
+
+import gc
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ModelConfig, ParallelConfig
+from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.plan import make_plan
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.train.memory import block_bytes_per_token
+from tests.dist.launch import run_ranks
+
+TOKENS = 64
+MODELS = {
+    "bipe_rope": {"encoding": "bipe_rope"},
+    "bipe_alibi": {"encoding": "bipe_alibi"},
+    "grouped rope": {"encoding": "rope", "num_kv_heads": 2},
+    "grouped alibi": {"encoding": "alibi", "num_kv_heads": 2},
+}
+RECOMPUTE = ("none", "selective", "full")
+DTYPES = (torch.bfloat16, torch.float32)
+
+
+def config(name: str) -> ModelConfig:
+    return ModelConfig(hidden_size=128, num_heads=4, ffn_size=192, **MODELS[name])
+
+
+def alive() -> dict[int, int]:
+    """Bytes of every storage that a tensor holds."""
+    gc.collect()
+    storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
+    return {storage.data_ptr(): storage.nbytes() for storage in storages}
+
+
+def kept_bytes_per_token(name: str, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> float:
+    """What autograd and recomputation hold after the forward pass of a block, its output left out."""
+    block = make_plan(config(name), 0, layers, recompute)[1].build().to(dtype)
+    hidden = torch.randn(1, tokens_here, 128, dtype=dtype, requires_grad=True)
+    positions = torch.arange(TOKENS)[None] // 7
+    before = alive()
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    saved: dict[int, int] = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        output, _ = block((hidden, positions))
+    result = output.untyped_storage().data_ptr()
+    fresh = {pointer: size for pointer, size in alive().items() if pointer not in before | {result: 0}}
+    return sum((saved | fresh).values()) / TOKENS
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", MODELS)
+def test_block_keeps_what_the_estimate_says(name: str, recompute: Any, dtype: torch.dtype) -> None:
+    measured = kept_bytes_per_token(name, recompute, dtype, LocalLayers(), TOKENS)
+    assert block_bytes_per_token(config(name), ParallelConfig(), dtype.itemsize, recompute) == measured
+
+
+def measure_split(mesh: Mesh) -> dict[tuple[Any, ...], float]:
+    """Every model and mode in two layouts."""
+    import torch.distributed as dist
+
+    from megatron_bipe.parallel.tensor import TensorLayers
+
+    dist.init_process_group("gloo")
+    return {
+        (name, recompute, dtype, sequence): kept_bytes_per_token(
+            name,
+            recompute,
+            dtype,
+            TensorLayers(dist.group.WORLD, sequence),
+            TOKENS // mesh.num_ranks if sequence else TOKENS,
+        )
+        for name in MODELS
+        for recompute in RECOMPUTE
+        for dtype in DTYPES
+        for sequence in (False, True)
+    }
+
+
+@pytest.fixture(scope="module")
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], float]:
+    return run_ranks(measure_split, 2, tmp_path_factory.mktemp("split"))[0]
+
+
+@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("name", MODELS)
+def test_split_block_keeps_what_the_estimate_says(
+    split: Any, name: str, recompute: Any, dtype: torch.dtype, sequence: bool
+) -> None:
+    parallel = ParallelConfig(tensor=2, sequence=sequence)
+    estimate = block_bytes_per_token(config(name), parallel, dtype.itemsize, recompute)
+    assert estimate == split[name, recompute, dtype, sequence]

@@ -1,0 +1,110 @@
+"""Cross-entropy over a vocabulary split over ranks, against torch's over the whole one in float64.
+
+Measured on 2 and 4 ranks (largest over the cases): XXX
+"""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from megatron_bipe.parallel.mesh import Mesh
+from tests.dist.launch import run_ranks
+
+ROWS, PLACES, VOCABULARY = 2, 8, 64
+COLLECTIVES = ("reduce", "gather", "scatter", "broadcast", "all_to_all")
+FP32, BF16 = 2e-6, 1e-2  # of the largest loss and the largest gradient of a case
+
+
+def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Logits [B, T, V] and labels [B, T]."""
+    generator = torch.Generator().manual_seed(5)
+    logits = torch.randn(ROWS, PLACES, VOCABULARY, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (ROWS, PLACES), generator=generator)
+    first, last = torch.arange(0, VOCABULARY, 16), torch.arange(15, VOCABULARY, 16)  # of each share on 4 ranks
+    far = logits.scatter(-1, labels[..., None], 1e4)
+    return {
+        "usual": (logits, labels),
+        "labels on the borders of shares": (logits, torch.cat([first, last]).expand(ROWS, PLACES)),
+        "one label": (logits, torch.zeros_like(labels)),
+        "huge": (1e4 * logits, labels),
+        "huge and negative": (-1e4 + logits, labels),
+        "label far above": (far, labels),
+        "label far below": (-far, labels),
+        "all alike": (torch.full_like(logits, 3.0), labels),
+        "bf16": (4 * logits.bfloat16(), labels),
+    }
+
+
+def split_losses(mesh: Mesh) -> dict[str, Any]:
+    """Losses and gradients of each case, where the logits are split, and how many elements were sent."""
+    import torch.distributed as dist
+
+    from megatron_bipe.parallel.cross_entropy import token_losses
+
+    dist.init_process_group("gloo")
+    results = {}
+    for name, (logits, labels) in cases().items():
+        mine = logits.chunk(mesh.num_ranks, dim=-1)[mesh.rank].clone().requires_grad_()
+        with Sent() as sent:
+            losses = token_losses(mine, labels, dist.group.WORLD)
+            (losses * importance()).sum().backward()
+        results[name] = {"losses": losses.detach(), "gradient": mine.grad, "sent": sent.sizes}
+    return results
+
+
+def importance() -> torch.Tensor:
+    """What tokens count for, so that a gradient that went to another token shows."""
+    return torch.linspace(0.5, 1.5, ROWS * PLACES).view(ROWS, PLACES)
+
+
+class Sent(torch.utils._python_dispatch.TorchDispatchMode):
+    """Notes the elements of each tensor that goes to other ranks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "c10d" in func.namespace and any(word in func.name() for word in COLLECTIVES):
+            self.sizes += [x.numel() for x in torch.utils._pytree.tree_leaves(args) if isinstance(x, torch.Tensor)]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(scope="module", params=[2, 4])
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_ranks(split_losses, request.param, tmp_path_factory.mktemp("cross_entropy"))
+
+
+@pytest.mark.parametrize("case", cases())
+def test_split_token_losses_are_those_of_the_whole_vocabulary(ranks: list[Any], case: str) -> None:
+    logits, labels = cases()[case]
+    whole = logits.double().requires_grad_()
+    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none").view(ROWS, PLACES)
+    (expected * importance()).sum().backward()
+    gradient = torch.cat([rank[case]["gradient"] for rank in ranks], dim=-1)
+    assert gradient.dtype == logits.dtype
+    for rank in ranks:
+        assert rank[case]["losses"].dtype == torch.float32
+        assert worst(rank[case]["losses"], expected.detach()) < FP32
+    assert whole.grad is not None
+    assert worst(gradient, whole.grad) < (BF16 if logits.dtype == torch.bfloat16 else FP32)
+
+
+def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value; NaN if there is one."""
+    return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
+
+
+def test_split_token_losses_are_the_same_bits_on_all_ranks(ranks: list[Any]) -> None:
+    for case in cases():
+        for rank in ranks[1:]:
+            assert torch.equal(rank[case]["losses"], ranks[0][case]["losses"]), case
+
+
+def test_split_token_losses_send_three_numbers_a_token(ranks: list[Any]) -> None:
+    """The highest score forward, then two sums at once; nothing of the vocabulary's size, and nothing backward."""
+    tokens = ROWS * PLACES
+    for case in cases():
+        assert ranks[0][case]["sent"] == [tokens, 2 * tokens]

@@ -1,0 +1,145 @@
+"""The launch scripts of examples/: what they say exists, and two ranks of a small model train by each of them."""
+
+import json
+import os
+import re
+import shutil
+import stat
+import subprocess
+
+import pytest
+from deepspeed.launcher import runner
+from torch.distributed.run import get_args_parser
+
+import pretrain
+from megatron_bipe.config.load import load_run_config
+from tests.dist.commands import BIN, ROOT, TEXTS, options, run
+
+SCRIPTS = ROOT / "examples" / "launch"
+NAMES = ("one_machine.sh", "hostfile.sh", "slurm.sbatch", "mpi.sh", "torchrun.sh")
+# What srun gives the tasks of a step. Its own options end where the program begins.
+SRUN = """#!/usr/bin/env bash
+while [[ $1 == --* ]]; do shift; done
+export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
+for task in 0 1; do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    tasks+=($!)
+done
+for task in "${tasks[@]}"; do wait "$task" || code=$?; done
+exit "${code:-0}"
+"""
+
+
+def commands_of(name: str) -> str:
+    """The lines of a script that are no comments, with continued ones joined."""
+    text = re.sub(r"^\s*#.*$", "", (SCRIPTS / name).read_text(), flags=re.MULTILINE)
+    return text.replace("\\\n", " ")
+
+
+def launched(name: str, word: str) -> tuple[list[str], list[str]]:
+    """Options that a script gives its launcher, and those it gives pretrain.py."""
+    command = re.search(rf"^exec {word} (.*)$", commands_of(name), re.MULTILINE)[1]
+    before, after = command.split(" pretrain.py ")
+    return [re.findall(r"(?<!\S)--?[a-z][\w-]*", part) for part in (before, after)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_script_is_sound_bash_that_can_be_started(name):
+    script = SCRIPTS / name
+    subprocess.run(["bash", "-n", str(script)], check=True)
+    assert script.stat().st_mode & stat.S_IXUSR
+    text = script.read_text()
+    assert "set -euo pipefail" in text and text.rstrip().endswith('"$@"')
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_script_passes_shellcheck(name):
+    shellcheck = shutil.which("shellcheck", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+    if shellcheck is None:
+        pytest.skip(reason="there is no shellcheck")
+    done = subprocess.run([shellcheck, str(SCRIPTS / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_script_names_files_that_exist(name):
+    files = re.findall(r"(?:examples|ds_configs)/[\w./]*\w", (SCRIPTS / name).read_text())
+    assert f"examples/launch/{name}" in files
+    assert [file for file in files if not (ROOT / file).is_file()] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_script_gives_pretrain_options_that_it_has(name, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["pretrain.py", "--ds_config", "a", "--config", "b"])
+    word = {"slurm.sbatch": "srun", "mpi.sh": "mpiexec", "torchrun.sh": "torchrun"}.get(name, "deepspeed")
+    given = launched(name, word)[1]
+    assert given == ["--ds_config", "--config"]
+    assert set(vars(pretrain.parse_args())) >= {option.lstrip("-") for option in given}
+
+
+@pytest.mark.parametrize("name", ["one_machine.sh", "hostfile.sh"])
+def test_launch_script_gives_deepspeed_options_that_it_has(name):
+    given = launched(name, "deepspeed")[0]
+    words = [word for option in given for word in (option, "1")]
+    parsed = runner.parse_args([*words, "pretrain.py"])
+    assert given and parsed.user_script == "pretrain.py"
+    parsed = runner.parse_args(["--no_ssh", "--node_rank", "0", "pretrain.py"])  # as hostfile.sh says
+    assert parsed.no_ssh and parsed.node_rank == 0
+
+
+def test_launch_script_gives_torchrun_options_that_it_has():
+    given = launched("torchrun.sh", "torchrun")[0]
+    assert len(given) == 5
+    get_args_parser().parse_args([*(word for option in given for word in (option, "1")), "pretrain.py"])
+
+
+def test_launch_hostfile_is_one_that_deepspeed_reads():
+    assert runner.fetch_hostfile(str(SCRIPTS / "hostfile")) == {"node-1": 8, "node-2": 8}
+
+
+def test_launch_slurm_script_trains_on_300_billion_tokens():
+    text = (SCRIPTS / "slurm.sbatch").read_text()
+    sizes = dict(re.findall(r"^#SBATCH --([\w-]+)=(\d+)", text, re.MULTILINE))
+    assert int(sizes["nodes"]) * int(sizes["ntasks-per-node"]) == 64
+    assert sizes["ntasks-per-node"] == sizes["gpus-per-node"]
+    configs = sorted((ROOT / "examples").glob("*_1.6b.yaml"))
+    assert len(configs) == 4 and ROOT / re.search(r"CONFIG:-(.*?)}", text)[1] in configs
+    for config in configs:
+        train = load_run_config(config).train
+        tokens_a_step = train.global_batch * train.seq_len_tokens
+        assert abs(train.steps * tokens_a_step - 300e9) < tokens_a_step
+        assert train.global_batch % (64 * train.micro_batch) == 0
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_text_dataset):
+    folder = tmp_path_factory.mktemp("data")
+    write_text_dataset(folder, TEXTS)
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_launch_script_trains_two_ranks(name, data, tmp_path, free_port):
+    port, hosts = str(free_port()), tmp_path / "hosts"
+    hosts.write_text("localhost slots=2\n")
+    if name == "mpi.sh" and not (BIN / "mpiexec").exists() and not shutil.which("mpiexec"):
+        pytest.skip(reason="there is no mpiexec")
+    if name == "slurm.sbatch":
+        (tmp_path / "srun").write_text(SRUN)
+        (tmp_path / "srun").chmod(0o755)
+    env = {
+        "one_machine.sh": {"GPUS": "2", "PORT": port},
+        "hostfile.sh": {"HOSTFILE": str(hosts), "HEAD": "127.0.0.1", "PORT": port}
+        | {"LAUNCHER_OPTIONS": "--no_ssh --node_rank 0"},
+        "slurm.sbatch": {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
+        | {"SLURM_JOB_ID": str(int(port)), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "64"},
+        "mpi.sh": {"RANKS": "2", "MPI_OPTIONS": "--oversubscribe"},
+        "torchrun.sh": {"GPUS": "2", "PORT": port},
+    }[name]
+    run_dir = tmp_path / "run"
+    ended = run(str(SCRIPTS / name), *options(data, run_dir), env=env)
+    assert ended.code == 0 and not ended.left, ended.output
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1, 2]
+    state = json.loads((run_dir / "checkpoints" / "step-00000002" / "state.json").read_text())
+    assert state["layout"]["ranks"] == 2
