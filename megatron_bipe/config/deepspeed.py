@@ -84,7 +84,8 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
     accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))
     return {
-        "train_batch_size": ("train.global_batch", train.global_batch),
+        # To DeepSpeed ranks that share a window are data-parallel ones, so each window counts for each of them.
+        "train_batch_size": ("train.global_batch x parallel.context", train.global_batch * run.parallel.context),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
         "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x data-parallel ranks)", accumulation),
         "gradient_clipping": ("optimizer.grad_clip", run.optimizer.grad_clip),

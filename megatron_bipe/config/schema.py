@@ -174,10 +174,12 @@ class TrainConfig(_Section):
 
 
 class ParallelConfig(_Section):
-    """How the model is spread over ranks; each group of tensor x pipeline ranks holds one copy of it."""
+    """How the model is spread over ranks; each group of tensor x context x pipeline ranks runs one copy of it."""
 
     tensor: Positive = 1
     """Ranks that share each layer: heads, inner width and vocabulary are split."""
+    context: Positive = 1
+    """Ranks that share each window: for windows that do not fit on one. Inside attention heads are split instead."""
     pipeline: Positive = 1
     """Stages that the layers are cut into."""
     sequence: bool = False
@@ -190,6 +192,10 @@ class ParallelConfig(_Section):
 
     def data_ranks(self, num_ranks: int) -> int:
         """Copies of the model on `num_ranks` ranks: they share the windows of a batch."""
+        return self.replica_ranks(num_ranks) // self.context
+
+    def replica_ranks(self, num_ranks: int) -> int:
+        """Ranks that have the same weights: over them ZeRO shares out."""
         return num_ranks // (self.tensor * self.pipeline)
 
 

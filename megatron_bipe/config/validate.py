@@ -1,5 +1,6 @@
 """All rules that involve more than one field, checked together and before any process group starts."""
 
+import math
 from collections import Counter
 from collections.abc import Iterator
 
@@ -103,23 +104,27 @@ def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
 
 def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
     parallel, model = run.parallel, run.model
-    copy_ranks = parallel.tensor * parallel.pipeline
+    copy_ranks = parallel.tensor * parallel.context * parallel.pipeline
     if num_ranks % copy_ranks:
         yield (
             f"a launch of {num_ranks} ranks does not hold whole copies of parallel.tensor={parallel.tensor} x "
-            f"parallel.pipeline={parallel.pipeline} = {copy_ranks} ranks; start a multiple of {copy_ranks}"
+            f"parallel.context={parallel.context} x parallel.pipeline={parallel.pipeline} = {copy_ranks} ranks; start "
+            f"a multiple of {copy_ranks}"
         )
-    sizes = {
-        "model.num_heads": model.num_heads,
-        "model.num_kv_heads": model.kv_heads,
-        "model.ffn_size": model.ffn_size,
-        "model.vocab_size": model.vocab_size,
-    }
-    if parallel.sequence:
-        sizes["train.seq_len_tokens"] = run.train.seq_len_tokens
-    for name, size in sizes.items():
-        if size % parallel.tensor:
-            yield f"{name}={size} is not a multiple of parallel.tensor={parallel.tensor}, which splits it"
+    tensor, context = ("tensor", parallel.tensor), ("context", parallel.context)
+    of_sequence = (tensor,) if parallel.sequence else ()
+    splits: list[tuple[str, int, tuple[tuple[str, int], ...]]] = [
+        ("model.num_heads", model.num_heads, (tensor, context)),
+        ("model.num_kv_heads", model.kv_heads, (tensor, context)),
+        ("model.ffn_size", model.ffn_size, (tensor,)),
+        ("model.vocab_size", model.vocab_size, (tensor,)),
+        ("train.seq_len_tokens", run.train.seq_len_tokens, (context, *of_sequence)),
+    ]
+    for name, size, axes in splits:
+        parts = {axis: ranks for axis, ranks in axes if ranks > 1}
+        if size % math.prod(parts.values()):
+            by = " x ".join(f"parallel.{axis}={ranks}" for axis, ranks in parts.items())
+            yield f"{name}={size} is not a multiple of {by}, which splits it"
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence=True splits windows among tensor-parallel ranks, and parallel.tensor=1; make it false"
     if parallel.pipeline > model.num_layers + 2:

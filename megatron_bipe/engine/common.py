@@ -18,7 +18,8 @@ from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_sha
 from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragments, write_index
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
-from megatron_bipe.parallel.mesh import Mesh, tensor_group
+from megatron_bipe.parallel.context import SplitWindows
+from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replicas import Replicas, check_replicas
 from megatron_bipe.parallel.tensor import TensorLayers
 
@@ -44,15 +45,20 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
 
 def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
     """The factory that this mesh asks for, and the ranks that share layers; every rank of the launch calls it."""
+    windows = SplitWindows(context_group(mesh)) if mesh.context > 1 else None
     if mesh.tensor == 1:
-        return LocalLayers(), None
+        return LocalLayers(windows), None
     group = tensor_group(mesh)
-    return TensorLayers(group, mesh.sequence), group
+    return TensorLayers(group, mesh.sequence, windows), group
 
 
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
-    """The mesh in DeepSpeed's words; its order of ranks is the same."""
-    return PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.data_ranks)
+    """The mesh in DeepSpeed's words; its order of ranks is the same.
+
+    Ranks that share a window are data-parallel ones to it: their gradients, each of a loss over some of the tokens, are
+    averaged just as those of other windows are.
+    """
+    return PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.replica_ranks)
 
 
 def make_grid(mesh: Mesh) -> PipelineParallelGrid:
@@ -179,7 +185,7 @@ class DeepSpeedEngine:
             alike |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}
             checks.append(Replicas("tensor-parallel ranks", self._tensor_group, alike))
         if self._engine.zero_optimization_stage() < 3:  # which holds no weight whole
-            checks.append(Replicas("copies of the model on ranks", self._engine.data_parallel_group, weights))
+            checks.append(Replicas("copies of the weights on ranks", self._engine.data_parallel_group, weights))
         check_replicas(checks, step)
 
     def close(self) -> None:

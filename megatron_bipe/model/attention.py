@@ -27,15 +27,18 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.queries_per_group = config.num_heads // config.kv_heads
         self.log_scale_base = math.log(config.train_len_tokens) if config.log_scale else None
-        heads_here = config.num_heads // layers.ranks
-        self.encoding: RelativeEncoding = make_encoding(config, layers.rank * heads_here, heads_here)
+        self.windows = layers.windows
+        heads_here = config.num_heads // (layers.ranks * self.windows.ranks)
+        first_head = (layers.rank * self.windows.ranks + self.windows.rank) * heads_here
+        self.encoding: RelativeEncoding = make_encoding(config, first_head, heads_here)
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 
-    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Attention output [B, T, D]; `positions_BT` is what the encoding sees."""
+    def forward(self, hidden_BtD: Tensor, positions_BT: Tensor) -> Tensor:
+        """Attention output [B, t, D]; `positions_BT`, of whole windows, is what the encoding sees."""
         per_group = self.queries_per_group
-        qkv_BTgRH = self.qkv(hidden_BTD).unflatten(-1, (-1, per_group + 2, self.head_width))
+        qkv_BtGRH = self.qkv(hidden_BtD).unflatten(-1, (-1, per_group + 2, self.head_width))
+        qkv_BTgRH = self.windows.to_heads(qkv_BtGRH)
         q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
         k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
         v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
@@ -44,7 +47,7 @@ class Attention(nn.Module):
             q_BnTH = q_BnTH * growth_BT.to(q_BnTH.dtype)[:, None, :, None]
         q_BnTE, k_BgTE = self.encoding(q_BnTH, k_BgTH, positions_BT)
         mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH)
-        return self.out(mixed_BnTH.transpose(1, 2).flatten(2))
+        return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
 
 
 def causal_attention(q_BnTE: Tensor, k_BgTE: Tensor, v_BgTH: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 The model asks for a layer by its role in tensor parallelism; one process gets plain torch layers from here,
 `parallel.tensor` hands in a factory whose layers hold a share and speak to the other ranks.
 
-B batch · T positions · V vocabulary (lower case: this rank's share)
+B batch · T positions · G head groups · V vocabulary · X more (lower case: this rank's share)
 """
 
 from collections.abc import Sequence
@@ -17,6 +17,45 @@ from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.norm import RMSNorm
 
 
+class Windows(Protocol):
+    """How windows are spread over ranks: each has a run of positions, and inside attention whole windows of some heads.
+
+    The functions take windows [B, T, ...] and return them in the other form; gradients go the way back.
+    """
+
+    rank: int
+    """This rank among those that share a window."""
+    ranks: int
+    """How many do."""
+
+    def own(self, ids_BT: Tensor) -> Tensor:
+        """This rank's positions of ids that all ranks have."""
+
+    def to_heads(self, x_BtGX: Tensor) -> Tensor:
+        """From own positions of all head groups to all positions of own ones: [B, t, G, ...] -> [B, T, g, ...]."""
+
+    def to_tokens(self, x_BTgX: Tensor) -> Tensor:
+        """The way back."""
+
+
+class WholeWindows:
+    """Each rank has whole windows."""
+
+    rank, ranks = 0, 1
+
+    def own(self, ids_BT: Tensor) -> Tensor:
+        """All of them."""
+        return ids_BT
+
+    def to_heads(self, x_BTGX: Tensor) -> Tensor:
+        """As it is."""
+        return x_BTGX
+
+    def to_tokens(self, x_BTGX: Tensor) -> Tensor:
+        """As it is."""
+        return x_BTGX
+
+
 class LayerFactory(Protocol):
     """Makes the layers with parameters; widths are those of the whole model, not of this rank."""
 
@@ -24,6 +63,8 @@ class LayerFactory(Protocol):
     """This rank among those that share the heads, the inner feed-forward width and the vocabulary."""
     ranks: int
     """How many do; each has a contiguous share."""
+    windows: Windows
+    """How windows are spread; layers see this rank's positions."""
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """Bias-free matrix whose output is split over ranks, each of its `blocks` equal parts by itself."""
@@ -43,14 +84,17 @@ class LayerFactory(Protocol):
     def output(self, width_in: int, rows: int) -> nn.Module:
         """Bias-free projection to the vocabulary, split by rows; logits stay with their rank."""
 
-    def token_losses(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy in nats of every token, fp32 [B, T], from what `output` gives."""
+    def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy in nats of this rank's tokens, fp32 [B, t], from what `output` gives and all labels [B, T]."""
 
 
 class LocalLayers:
-    """Plain torch layers: the whole model on one rank."""
+    """Plain torch layers: the whole model on one rank, for its part of the windows."""
 
     rank, ranks = 0, 1
+
+    def __init__(self, windows: Windows | None = None) -> None:
+        self.windows = windows or WholeWindows()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """A whole matrix; `blocks` matters only where it is split."""
@@ -77,9 +121,9 @@ class LocalLayers:
         """A whole output projection."""
         return nn.Linear(width_in, rows, bias=False)
 
-    def token_losses(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+    def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over whole rows of logits."""
-        return token_losses(logits_BTv, labels_BT)
+        return token_losses(logits_BtV, self.windows.own(labels_BT))
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ _KEPT_NAMES = (
     "_c10d_functional.all_reduce",
     "_c10d_functional.all_gather_into_tensor",
     "_c10d_functional.reduce_scatter_tensor",
+    "_c10d_functional.all_to_all_single",
 )
 
 

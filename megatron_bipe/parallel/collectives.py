@@ -1,20 +1,24 @@
-"""What tensor-parallel ranks tell each other, forward and backward.
+"""What ranks that share layers or windows tell each other, forward and backward.
 
 Each function is the adjoint of another, so that autograd gives every rank the gradient that one process would have.
 
     forward                            backward
     to_ranks    the tensor as it is    sum over ranks
     from_ranks  sum over ranks         the gradient as it is
-    gather      all ranks' tokens      own tokens of the sum over ranks
     scatter     own tokens of the sum  all ranks' tokens
+    to_heads    all tokens, own heads  own tokens, all heads
+    to_tokens   own tokens, all heads  all tokens, own heads
 
-B batch · T positions · D width (lower case: this rank's share)
+and `split_linear` is a matrix product with `to_ranks`, or with a gather, before it.
+
+B batch · T positions · D width · G head groups · X more (lower case: this rank's share)
 """
 
 from typing import Any
 
 import torch
 import torch.distributed._functional_collectives as functional
+import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -34,14 +38,33 @@ def from_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
     return _FromRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def gather(x_BtD: Tensor, group: ProcessGroup) -> Tensor:
-    """All positions, from ranks that hold a run of them each: [B, t, D] -> [B, T, D]."""
-    return _Gather.apply(x_BtD, group)  # type: ignore[no-untyped-call]
+def split_linear(hidden: Tensor, weight_fD: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
+    """This rank's share of y = x W^T, where all ranks see all of x.
+
+    Backward, the ranks sum what each has of the gradient of x; meanwhile each computes that of its weight.
+
+    Args:
+        hidden: x [B, T, D]; where the positions are split [B, t, D], which is gathered, and its gradient scattered.
+        weight_fD: this rank's rows of W.
+        group: the ranks that have the others.
+        sequence: whether the positions are split.
+    """
+    return _SplitLinear.apply(hidden, weight_fD, group, sequence)  # type: ignore[no-untyped-call]
 
 
 def scatter(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
     """This rank's run of positions of the sum over ranks: [B, T, D] -> [B, t, D]."""
     return _Scatter.apply(x_BTD, group)  # type: ignore[no-untyped-call]
+
+
+def to_heads(x_BtGX: Tensor, group: ProcessGroup) -> Tensor:
+    """From own positions of all head groups to all positions of own ones: [B, t, G, ...] -> [B, T, g, ...]."""
+    return _ToHeads.apply(x_BtGX, group)  # type: ignore[no-untyped-call]
+
+
+def to_tokens(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
+    """From all positions of own head groups to own positions of all: [B, T, g, ...] -> [B, t, G, ...]."""
+    return _ToTokens.apply(x_BTgX, group)  # type: ignore[no-untyped-call]
 
 
 def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
@@ -51,7 +74,16 @@ def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
 
 def all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
     """The sum ("sum") or largest ("max") over ranks; `x` stays as it is."""
-    return _waited(functional.all_reduce(x.contiguous(), op, group))
+    return _waited(_start_all_reduce(x, op, group))
+
+
+def _start_all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
+    return functional.all_reduce(x.contiguous(), op, group)
+
+
+def _start_reduce_scatter(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
+    started: Tensor = _reduce_scatter_op(x.contiguous(), op, TOKENS_DIM, group)
+    return started
 
 
 def _waited(x: Tensor) -> Tensor:
@@ -64,7 +96,22 @@ def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _waited(_reduce_scatter_op(x.contiguous(), "sum", TOKENS_DIM, group))
+    return _waited(_start_reduce_scatter(x, "sum", group))
+
+
+def _heads_from_ranks(x_BtGX: Tensor, group: ProcessGroup) -> Tensor:
+    by_rank_RBtgX = torch.stack(x_BtGX.chunk(group.size(), dim=2))
+    return _all_to_all(by_rank_RBtgX, group).movedim(0, 1).flatten(1, 2)
+
+
+def _tokens_from_ranks(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
+    by_rank_RBtgX = torch.stack(x_BTgX.chunk(group.size(), dim=TOKENS_DIM))
+    return _all_to_all(by_rank_RBtgX, group).movedim(0, 2).flatten(2, 3)
+
+
+def _all_to_all(x_RX: Tensor, group: ProcessGroup) -> Tensor:
+    """The r-th part of the result is from rank r, what it had for this rank."""
+    return _waited(functional.all_to_all_single(x_RX.contiguous(), None, None, group))
 
 
 class _ToRanks(torch.autograd.Function):
@@ -90,15 +137,21 @@ class _FromRanks(torch.autograd.Function):
         return grad, None
 
 
-class _Gather(torch.autograd.Function):
+class _SplitLinear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _all_gather(x, group)
+    def forward(ctx: Any, hidden: Tensor, weight_fD: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
+        hidden_BTD = _all_gather(hidden, group) if sequence else hidden
+        ctx.save_for_backward(hidden_BTD, weight_fD)
+        ctx.group, ctx.sequence = group, sequence
+        return F.linear(hidden_BTD, weight_fD)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _reduce_scatter(grad, ctx.group), None
+    def backward(ctx: Any, grad_BTf: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        hidden_BTD, weight_fD = ctx.saved_tensors
+        start = _start_reduce_scatter if ctx.sequence else _start_all_reduce
+        under_way = start(grad_BTf @ weight_fD, "sum", ctx.group)
+        grad_fD = grad_BTf.flatten(0, 1).T @ hidden_BTD.flatten(0, 1)
+        return _waited(under_way), grad_fD, None, None
 
 
 class _Scatter(torch.autograd.Function):
@@ -110,3 +163,25 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_gather(grad, ctx.group), None
+
+
+class _ToHeads(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _heads_from_ranks(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _tokens_from_ranks(grad, ctx.group), None
+
+
+class _ToTokens(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _tokens_from_ranks(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _heads_from_ranks(grad, ctx.group), None

@@ -41,7 +41,7 @@ def rank_name(mesh: Mesh) -> str:
 
 def place_in_layout(mesh: Mesh) -> str:
     """What a rank has of the model and of the data, for messages; of a mesh that is laid out."""
-    return f"stage {mesh.stage}, data {mesh.data_rank}, tensor {mesh.tensor_rank}"
+    return f"stage {mesh.stage}, data {mesh.data_rank}, context {mesh.context_rank}, tensor {mesh.tensor_rank}"
 
 
 def describe(error: BaseException, name: str) -> str:

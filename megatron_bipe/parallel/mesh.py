@@ -12,8 +12,9 @@ from megatron_bipe.config.schema import ParallelConfig
 class Mesh(NamedTuple):
     """This process among all of a launch.
 
-    Ranks are laid out in three axes, the tensor-parallel ones next to each other, since they speak most:
-    rank = (stage x data-parallel ranks + data rank) x tensor-parallel ranks + tensor rank.
+    Ranks are laid out in four axes, the tensor-parallel ones next to each other, since they speak most:
+    rank = ((stage x data-parallel ranks + data rank) x context-parallel ranks + context rank) x tensor-parallel ranks
+    + tensor rank.
     """
 
     rank: int
@@ -22,17 +23,23 @@ class Mesh(NamedTuple):
     num_local_ranks: int
     device: torch.device
     tensor: int = 1  # ranks that share each layer
+    context: int = 1  # ranks that share each window
     pipeline: int = 1  # stages
     sequence: bool = False  # whether tensor-parallel ranks share windows, too
 
     def laid_out(self, parallel: ParallelConfig) -> "Mesh":
         """The same process in a layout."""
-        return self._replace(tensor=parallel.tensor, pipeline=parallel.pipeline, sequence=parallel.sequence)
+        return self._replace(
+            tensor=parallel.tensor,
+            context=parallel.context,
+            pipeline=parallel.pipeline,
+            sequence=parallel.sequence,
+        )
 
     @property
     def data_ranks(self) -> int:
         """Copies of the model."""
-        return self.num_ranks // (self.tensor * self.pipeline)
+        return self.replica_ranks // self.context
 
     @property
     def tensor_rank(self) -> int:
@@ -42,11 +49,16 @@ class Mesh(NamedTuple):
     @property
     def data_rank(self) -> int:
         """Which copy of the model this rank is part of."""
-        return self.rank // self.tensor % self.data_ranks
+        return self.replica_rank // self.context
+
+    @property
+    def context_rank(self) -> int:
+        """Place among those that share a window."""
+        return self.replica_rank % self.context
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that have the same part of the model, this one included."""
+        """Ranks that have the same part of the model, this one included: data- and context-parallel ones."""
         return self.num_ranks // (self.tensor * self.pipeline)
 
     @property
@@ -57,7 +69,7 @@ class Mesh(NamedTuple):
     @property
     def stage(self) -> int:
         """Which part of the layers it has."""
-        return self.rank // (self.tensor * self.data_ranks)
+        return self.rank // (self.tensor * self.replica_ranks)
 
     @property
     def is_main(self) -> bool:
@@ -69,6 +81,15 @@ def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
     """The ranks that share this rank's layers; every rank of the launch calls this, to form all such groups."""
     starts = range(0, mesh.num_ranks, mesh.tensor)
     own = _own_group(mesh, [range(start, start + mesh.tensor) for start in starts])
+    assert own is not None
+    return own
+
+
+def context_group(mesh: Mesh) -> dist.ProcessGroup:
+    """The ranks that share this rank's windows; every rank of the launch calls this, to form all such groups."""
+    together = mesh.tensor * mesh.context
+    firsts = [start + place for start in range(0, mesh.num_ranks, together) for place in range(mesh.tensor)]
+    own = _own_group(mesh, [range(first, first + together, mesh.tensor) for first in firsts])
     assert own is not None
     return own
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import Share, share_of
+from megatron_bipe.model.layers import Share, WholeWindows, Windows, share_of
 from megatron_bipe.model.norm import RMSNorm
 from megatron_bipe.model.plan import build_model, count_parameters
-from megatron_bipe.parallel.collectives import from_ranks, gather, own_tokens, scatter, to_ranks
+from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
 from megatron_bipe.parallel.cross_entropy import token_losses
 
 
@@ -36,10 +36,6 @@ class Split:
     group: ProcessGroup
     sequence: bool = False
 
-    def enter(self, hidden: Tensor) -> Tensor:
-        """From the residual stream to a layer that is split."""
-        return gather(hidden, self.group) if self.sequence else to_ranks(hidden, self.group)
-
     def leave(self, partial: Tensor) -> Tensor:
         """From what a split layer's ranks give to the residual stream."""
         return scatter(partial, self.group) if self.sequence else from_ranks(partial, self.group)
@@ -52,8 +48,9 @@ class Split:
 class TensorLayers:
     """A `LayerFactory` of layers that are split over a group."""
 
-    def __init__(self, group: ProcessGroup, sequence: bool = False) -> None:
+    def __init__(self, group: ProcessGroup, sequence: bool = False, windows: Windows | None = None) -> None:
         self._split = Split(group, sequence)
+        self.windows = windows or WholeWindows()
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
@@ -80,9 +77,9 @@ class TensorLayers:
         """As `column`; the logits stay split."""
         return ColumnLinear(width_in, rows, 1, self._split)
 
-    def token_losses(self, logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+    def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over split logits."""
-        return token_losses(logits_BTv, labels_BT, self._split.group)
+        return token_losses(logits_Btv, self.windows.own(labels_BT), self._split.group)
 
 
 def shares_of(config: ModelConfig, ranks: int) -> dict[str, Share]:
@@ -120,7 +117,7 @@ class ColumnLinear(nn.Linear):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """[B, T, D] or [B, t, D] -> [B, T, this rank's share of the output]."""
-        return F.linear(self._split.enter(hidden_BTD), self.weight)
+        return split_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
 
 
 class RowLinear(nn.Linear):

@@ -48,13 +48,13 @@ def _total(count: int) -> tuple[str, ...]:
 
 def _layout(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
     parallel = run.parallel
-    tensor, copies = parallel.tensor, parallel.data_ranks(num_ranks)
-    starts = [stage * copies * tensor for stage in range(parallel.pipeline)]
-    first_copy = [f"{start}-{start + tensor - 1}" if tensor > 1 else str(start) for start in starts]
+    run_length, ranks_a_stage = parallel.tensor * parallel.context, num_ranks // parallel.pipeline
+    starts = range(0, num_ranks, ranks_a_stage)
+    first_copy = [f"{start}-{start + run_length - 1}" if run_length > 1 else str(start) for start in starts]
     return (
-        f"{num_ranks} ranks = {tensor} tensor x {parallel.pipeline} pipeline x {copies} data, "
-        f"ZeRO {zero_stage(ds_config)}\n"
-        f"the first copy of the model is on ranks {', '.join(first_copy)}: a run of {tensor} for each stage\n"
+        f"{num_ranks} ranks = {parallel.tensor} tensor x {parallel.context} context x {parallel.pipeline} pipeline x "
+        f"{parallel.data_ranks(num_ranks)} data, ZeRO {zero_stage(ds_config)}\n"
+        f"the first copy of the model is on ranks {', '.join(first_copy)}: a run of {run_length} for each stage\n"
     )
 
 

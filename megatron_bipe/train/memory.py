@@ -78,7 +78,7 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
 
 
 def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, recompute: str) -> float:
-    """What a block keeps for backward, on one rank, for each token of its micro-batch.
+    """What a block keeps for backward, on one rank, for each token of its micro-batch that the rank has.
 
     Args:
         model: its shape.
@@ -86,8 +86,9 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
         width: bytes of a number in compute precision.
         recompute: as `ParallelConfig.recompute` has it.
     """
-    stream = model.hidden_size / (parallel.tensor if parallel.sequence else 1)  # split along the window
-    input_ids = 8
+    between = 1 / (parallel.tensor if parallel.sequence else 1)  # share of the positions between split layers
+    stream = model.hidden_size * between
+    input_ids = 8 * parallel.context  # of whole windows
     if recompute == "full":
         return stream * width + input_ids
     split = parallel.tensor
@@ -98,23 +99,28 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
     if recompute == "selective":  # inputs, products of matrices, attention, what came from other ranks
         products = queries + 2 * keys + 2 * ffn + 2 * model.hidden_size
         received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
+        received += 2 * queries + 2 * keys if parallel.context > 1 else 0
         return (stream + products + received) * width + attention_output + input_ids
-    norms = 2 * (2 * stream * _FP32 + _FP32)
+    norms = 2 * (2 * stream + between) * _FP32
     gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
     encoded = (queries + keys) * biased
     if bias_channels(model):
         values = keys * biased
     else:
         values = queries + 2 * keys  # a view of the whole projection
-        encoded += model.head_width  # cosines and sines
+        encoded += model.head_width * parallel.context  # cosines and sines of whole windows
     mlp = 4 * ffn
     return norms + gathered + (encoded + values + queries + mlp) * width + attention_output
 
 
 def logits_bytes(run: RunConfig) -> float:
     """The most that the logits of a micro-batch take: in compute precision, in fp32, and their gradient in fp32."""
-    tokens = run.train.micro_batch * run.train.seq_len_tokens
-    return tokens * run.model.vocab_size / run.parallel.tensor * (compute_width(run) + 2 * _FP32)
+    return tokens_here(run) * run.model.vocab_size / run.parallel.tensor * (compute_width(run) + 2 * _FP32)
+
+
+def tokens_here(run: RunConfig) -> float:
+    """Of a micro-batch, those that a rank has."""
+    return run.train.micro_batch * run.train.seq_len_tokens / run.parallel.context
 
 
 def compute_width(run: RunConfig) -> int:
@@ -123,16 +129,14 @@ def compute_width(run: RunConfig) -> int:
 
 
 def _kept_a_block(run: RunConfig) -> float:
-    tokens = run.train.micro_batch * run.train.seq_len_tokens
-    return tokens * block_bytes_per_token(run.model, run.parallel, compute_width(run), run.parallel.recompute)
+    return tokens_here(run) * block_bytes_per_token(run.model, run.parallel, compute_width(run), run.parallel.recompute)
 
 
 def _recomputed(run: RunConfig) -> float:
     """Of the one block that backward is at."""
     if run.parallel.recompute == "none":
         return 0.0
-    tokens = run.train.micro_batch * run.train.seq_len_tokens
-    return tokens * block_bytes_per_token(run.model, run.parallel, compute_width(run), "none")
+    return tokens_here(run) * block_bytes_per_token(run.model, run.parallel, compute_width(run), "none")
 
 
 def _micro_batches_kept(run: RunConfig, stage: int, num_ranks: int) -> int:
@@ -149,8 +153,8 @@ def _state_bytes(
     With ZeRO 3, the weights of two layers are there whole: the one at work, and one fetched ahead.
     """
     zero, width = zero_stage(ds_config), compute_width(run)
-    copies = num_ranks // (run.parallel.tensor * run.parallel.pipeline)
-    part = {stage: parameters / copies if zero >= stage else parameters for stage in (1, 2, 3)}
+    replicas = run.parallel.replica_ranks(num_ranks)
+    part = {stage: parameters / replicas if zero >= stage else parameters for stage in (1, 2, 3)}
     has_masters = width < _FP32 or zero > 0
     weights = part[3] * width + (2 * largest_layer * width if zero == 3 else 0)
     gradients = part[2] * (width if zero == 0 else _FP32)

@@ -1,8 +1,8 @@
 """What the ranks of a layout say to each other in one step: how often, and how many bytes each sends.
 
 A ring is assumed: of n bytes that R ranks sum and share, each rank sends 2 n (R - 1) / R; a gather or a scatter of n
-bytes in all takes half of that. Sent means sent by the rank of the stage that sends most; what overlaps with
-computation is counted in full.
+bytes in all takes half of that, and of n bytes that a rank deals out to all, it keeps n / R. Sent means sent by the
+rank of the stage that sends most; what overlaps with computation is counted in full.
 """
 
 import itertools
@@ -14,13 +14,13 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.parallel.stages import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor import parameters_of_rank
-from megatron_bipe.train.memory import compute_width
+from megatron_bipe.train.memory import compute_width, tokens_here
 
 
 class Traffic(NamedTuple):
     """One kind of message of a rank."""
 
-    axis: str  # tensor, pipeline or data
+    axis: str  # tensor, context, pipeline or data
     what: str
     times: int  # a step
     bytes_sent: float  # a step
@@ -31,6 +31,7 @@ def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> l
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     return [
         *_tensor(run, micro_batches),
+        *_context(run, micro_batches),
         *_pipeline(run, micro_batches),
         *_data(run, zero_stage(ds_config), num_ranks, micro_batches),
     ]
@@ -55,14 +56,10 @@ def _tensor(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
     parallel = run.parallel
     if parallel.tensor == 1:
         return
-    bounds = cut_stages(run.model, run.train.seq_len_tokens, parallel.pipeline)
-    blocks = [min(stop, run.model.num_layers + 1) - max(start, 1) for start, stop in itertools.pairwise(bounds)]
-    sums = 4 * max(blocks) * micro_batches
-    if parallel.recompute == "full":
-        sums += 2 * max(blocks) * micro_batches  # forward once more
+    sums = 2 * _passes(run) * _most_blocks(run) * micro_batches
     if parallel.pipeline == 1:
         sums += 2 * micro_batches
-    whole = _tokens(run) * run.model.hidden_size * compute_width(run)
+    whole = tokens_here(run) * run.model.hidden_size * compute_width(run)
     ring = (parallel.tensor - 1) / parallel.tensor
     if parallel.sequence:
         yield Traffic("tensor", "gathers", sums, sums * whole * ring)
@@ -71,26 +68,49 @@ def _tensor(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
         yield Traffic("tensor", "all-reduces", sums, sums * whole * 2 * ring)
 
 
+def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
+    """Of the stage with most blocks: each keeps a part of what it has, and sends the others theirs."""
+    parallel, model = run.parallel, run.model
+    if parallel.context == 1:
+        return
+    times = _passes(run) * _most_blocks(run) * micro_batches
+    sent = tokens_here(run) * model.head_width / parallel.tensor * (parallel.context - 1) / parallel.context
+    sent *= times * compute_width(run)
+    yield Traffic("context", "queries, keys, values", times, sent * (model.num_heads + 2 * model.kv_heads))
+    yield Traffic("context", "attention output", times, sent * model.num_heads)
+
+
+def _passes(run: RunConfig) -> int:
+    """Forward, backward, and forward once more where all is computed again."""
+    return 3 if run.parallel.recompute == "full" else 2
+
+
+def _most_blocks(run: RunConfig) -> int:
+    bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    return max(min(stop, run.model.num_layers + 1) - max(start, 1) for start, stop in itertools.pairwise(bounds))
+
+
 def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
     """Of a stage that has one on either side; DeepSpeed cuts what tensor-parallel ranks hold alike, and gathers it."""
-    if run.parallel.pipeline == 1:
+    parallel = run.parallel
+    if parallel.pipeline == 1:
         return
-    hidden = _tokens(run) * run.model.hidden_size * compute_width(run) / run.parallel.tensor
+    hidden = tokens_here(run) * run.model.hidden_size * compute_width(run) / parallel.tensor
     yield Traffic("pipeline", "hidden states", micro_batches, micro_batches * hidden)
-    yield Traffic("pipeline", "position ids", micro_batches, micro_batches * _tokens(run) * 8)
-    if run.parallel.pipeline > 2:
+    yield Traffic("pipeline", "position ids", micro_batches, micro_batches * tokens_here(run) * parallel.context * 8)
+    if parallel.pipeline > 2:
         yield Traffic("pipeline", "their gradients", micro_batches, micro_batches * hidden)
 
 
 def _data(run: RunConfig, zero: int, num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
     """DeepSpeed sums gradients in compute precision: once a step, with ZeRO 2 and 3 once a micro-batch."""
-    copies = num_ranks // (run.parallel.tensor * run.parallel.pipeline)
-    if copies == 1:
+    replicas = run.parallel.replica_ranks(num_ranks)
+    if replicas == 1:
         return
     bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     counts = parameters_of_rank(run.model, run.parallel.tensor)
     most = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
-    whole, ring = most * compute_width(run), (copies - 1) / copies
+    whole, ring = most * compute_width(run), (replicas - 1) / replicas
     if zero < 2:
         yield Traffic("data", "gradients, all-reduced", 1, 2 * whole * ring)
     else:
@@ -99,7 +119,3 @@ def _data(run: RunConfig, zero: int, num_ranks: int, micro_batches: int) -> Iter
         yield Traffic("data", "weights, gathered", 1, whole * ring)
     if zero == 3:
         yield Traffic("data", "weights, gathered", 2 * micro_batches, 2 * micro_batches * whole * ring)
-
-
-def _tokens(run: RunConfig) -> int:
-    return run.train.micro_batch * run.train.seq_len_tokens

@@ -21,6 +21,7 @@ class Layout(NamedTuple):
 
     encoding: str = "bipe_rope"
     tensor: int = 1
+    context: int = 1
     pipeline: int = 1
     zero: int = 1
     sequence: bool = False
@@ -79,7 +80,7 @@ def run_config(layout: Layout, run_dir: Path) -> RunConfig:
         f"optimizer={{lr: 1e-3, warmup_steps: 0, grad_clip: {layout.clip}}}",
         f"train={{steps: {STEPS}, seq_len_tokens: 16, global_batch: 16, micro_batch: {layout.micro}, "
         f"precision: {layout.precision}}}",
-        f"parallel={{tensor: {layout.tensor}, pipeline: {layout.pipeline}, "
+        f"parallel={{tensor: {layout.tensor}, context: {layout.context}, pipeline: {layout.pipeline}, "
         f"sequence: {str(layout.sequence).lower()}, recompute: {layout.recompute}}}",
     ]
     return load_run_config(None, settings)

@@ -2,7 +2,7 @@
 
     python -m tests.dist.table
 
-For each way to share out 1, 2, 4 or 8 ranks, each ZeRO stage that it allows and each encoding: 8 updates in fp32 with
+For each way to share out 1, 2, 4 or 8 ranks among four axes, each ZeRO stage that it allows and each encoding: 8 updates in fp32 with
 clipping at work, a held-out loss and the weights of a checkpoint. Stages alone also without clipping, where all but the
 norm must be the same bits. Exit code 1, and no table, where a difference is larger than allowed.
 """
@@ -30,6 +30,7 @@ class Shape(NamedTuple):
     """A row of the table."""
 
     tensor: int
+    context: int
     pipeline: int
     data: int
     sequence: bool
@@ -37,11 +38,13 @@ class Shape(NamedTuple):
 
     @property
     def ranks(self) -> int:
-        return self.tensor * self.pipeline * self.data
+        return self.tensor * self.context * self.pipeline * self.data
 
     def layouts(self, encoding: str) -> list[Layout]:
         """One for each ZeRO stage: the pipeline engine has two of them."""
-        plain = Layout(encoding, self.tensor, self.pipeline, sequence=self.sequence, micro=MICRO)
+        plain = Layout(
+            encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence, micro=MICRO
+        )
         layout = plain if self.clip else plain._replace(clip=0.0)
         return [layout._replace(zero=zero) for zero in range(4 if self.pipeline == 1 else 2)]
 
@@ -60,12 +63,12 @@ class Cell(NamedTuple):
 
 def shapes() -> list[Shape]:
     """Rows of the table, in order."""
-    found = itertools.starmap(Shape, itertools.product(SIZES, SIZES, SIZES, (False, True), (True, False)))
+    found = itertools.starmap(Shape, itertools.product(*[SIZES] * 4, (False, True), (True, False)))
     return [shape for shape in found if _is_meant(shape)]
 
 
 def _is_meant(shape: Shape) -> bool:
-    stages_alone = shape.tensor == shape.data == 1 and shape.pipeline > 1
+    stages_alone = 1 < shape.pipeline == shape.ranks
     return shape.ranks <= MAX_RANKS and (shape.tensor > 1 or not shape.sequence) and (shape.clip or stages_alone)
 
 
@@ -88,15 +91,16 @@ def _train(num_ranks: int, layouts: list[Layout], folder: Path) -> list:
 def render(rows: list[Shape], cells: list[Cell]) -> str:
     """The table in Markdown; a figure is the largest of all encodings."""
     lines = [
-        "| tensor | pipeline | data | sequence | clipping | ZeRO 0 | ZeRO 1 | ZeRO 2 | ZeRO 3 | norms | weights |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
+        "| tensor | context | pipeline | data | sequence | clipping | ZeRO 0 | 1 | 2 | 3 | norms | weights |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         here = [cell for cell in cells if cell.shape == row]
         losses = [[cell.difference.loss for cell in here if cell.layout.zero == zero] for zero in range(4)]
         norms, weights = [cell.difference.norm for cell in here], [cell.difference.weight for cell in here]
-        sizes = [str(row.tensor), str(row.pipeline), str(row.data), _yes(row.sequence), _yes(row.clip)]
-        lines.append(f"| {' | '.join([*sizes, *map(_largest, (*losses, norms, weights))])} |")
+        sizes = map(str, (row.tensor, row.context, row.pipeline, row.data))
+        figures = map(_largest, (*losses, norms, weights))
+        lines.append(f"| {' | '.join([*sizes, _yes(row.sequence), _yes(row.clip), *figures])} |")
     return "\n".join(lines)
 
 

@@ -22,6 +22,11 @@ MODELS = {
 }
 RECOMPUTE = ("none", "selective", "full")
 DTYPES = (torch.bfloat16, torch.float32)
+LAYOUTS = {
+    "tensor": ParallelConfig(tensor=2),
+    "sequence": ParallelConfig(tensor=2, sequence=True),
+    "context": ParallelConfig(context=2),
+}
 
 
 def config(name: str) -> ModelConfig:
@@ -35,7 +40,7 @@ def alive() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def kept_bytes_per_token(name: str, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> float:
+def kept_bytes(name: str, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> int:
     """What autograd and recomputation hold after the forward pass of a block, its output left out."""
     block = make_plan(config(name), 0, layers, recompute)[1].build().to(dtype)
     hidden = torch.randn(1, tokens_here, 128, dtype=dtype, requires_grad=True)
@@ -54,51 +59,51 @@ def kept_bytes_per_token(name: str, recompute: Any, dtype: torch.dtype, layers: 
         output, _ = block((hidden, positions))
     result = output.untyped_storage().data_ptr()
     fresh = {pointer: size for pointer, size in alive().items() if pointer not in before | {result: 0}}
-    return sum((saved | fresh).values()) / TOKENS
+    return sum((saved | fresh).values())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_block_keeps_what_the_estimate_says(name: str, recompute: Any, dtype: torch.dtype) -> None:
-    measured = kept_bytes_per_token(name, recompute, dtype, LocalLayers(), TOKENS)
-    assert block_bytes_per_token(config(name), ParallelConfig(), dtype.itemsize, recompute) == measured
+    measured = kept_bytes(name, recompute, dtype, LocalLayers(), TOKENS)
+    assert block_bytes_per_token(config(name), ParallelConfig(), dtype.itemsize, recompute) * TOKENS == measured
 
 
-def measure_split(mesh: Mesh) -> dict[tuple[Any, ...], float]:
-    """Every model and mode in two layouts."""
+def measure_split(mesh: Mesh) -> dict[tuple[Any, ...], int]:
+    """Every model and mode in every layout."""
     import torch.distributed as dist
 
-    from megatron_bipe.parallel.tensor import TensorLayers
+    from megatron_bipe.engine.common import make_layers
 
     dist.init_process_group("gloo")
     return {
-        (name, recompute, dtype, sequence): kept_bytes_per_token(
-            name,
-            recompute,
-            dtype,
-            TensorLayers(dist.group.WORLD, sequence),
-            TOKENS // mesh.num_ranks if sequence else TOKENS,
+        (name, recompute, dtype, layout): kept_bytes(
+            name, recompute, dtype, make_layers(mesh.laid_out(parallel))[0], TOKENS // hidden_parts(parallel)
         )
+        for layout, parallel in LAYOUTS.items()
         for name in MODELS
         for recompute in RECOMPUTE
         for dtype in DTYPES
-        for sequence in (False, True)
     }
 
 
+def hidden_parts(parallel: ParallelConfig) -> int:
+    return parallel.context * (parallel.tensor if parallel.sequence else 1)
+
+
 @pytest.fixture(scope="module")
-def split(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], float]:
+def split(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[Any, ...], int]:
     return run_ranks(measure_split, 2, tmp_path_factory.mktemp("split"))[0]
 
 
-@pytest.mark.parametrize("sequence", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_split_block_keeps_what_the_estimate_says(
-    split: Any, name: str, recompute: Any, dtype: torch.dtype, sequence: bool
+    split: Any, name: str, recompute: Any, dtype: torch.dtype, layout: str
 ) -> None:
-    parallel = ParallelConfig(tensor=2, sequence=sequence)
-    estimate = block_bytes_per_token(config(name), parallel, dtype.itemsize, recompute)
-    assert estimate == split[name, recompute, dtype, sequence]
+    parallel = LAYOUTS[layout]
+    estimate = block_bytes_per_token(config(name), parallel, dtype.itemsize, recompute) * TOKENS / parallel.context
+    assert estimate == split[name, recompute, dtype, layout]

@@ -13,7 +13,7 @@ from tests.dist.commands import TEXTS, options, run
 
 TIMEOUT_S = 20
 HOST = socket.gethostname()
-NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, tensor {rank})" for rank in range(2)]
+NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, context 0, tensor {rank})" for rank in range(2)]
 
 
 @pytest.fixture(scope="module")

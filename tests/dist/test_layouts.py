@@ -22,8 +22,16 @@ OF_FOUR = [
     Layout(pipeline=2, model="num_kv_heads: 1, zero_last_row: true"),
     Layout(tensor=2, pipeline=2, sequence=True, precision="bf16"),
     Layout("bipe_alibi", tensor=2, zero=3, precision="bf16"),
+    Layout(context=2, zero=0),
+    Layout("bipe_alibi", context=4, zero=3),
+    Layout("alibi", context=2, pipeline=2, recompute="selective"),
+    Layout("rope", context=2, tensor=2, sequence=True, zero=2, recompute="full"),
+    Layout("bipe_alibi", context=2, precision="bf16", model="num_kv_heads: 2, log_scale: true"),
 ]
-OF_EIGHT = [Layout(tensor=2, pipeline=2, sequence=True, recompute="selective")]
+OF_EIGHT = [
+    Layout(tensor=2, pipeline=2, sequence=True, recompute="selective"),
+    Layout(tensor=2, context=2, pipeline=2, sequence=True),
+]
 PLACED = [*((4, layout) for layout in OF_FOUR), *((8, layout) for layout in OF_EIGHT)]
 
 

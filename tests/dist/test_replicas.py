@@ -97,10 +97,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
-        ("data", f"copies of the model on ranks [0, 1, 2, 3]: rank 2 in {SPLIT}."),
-        ("tensor", f"copies of the model on ranks [1, 3]: rank 1 and 3 in {NORM}."),
+        ("data", f"copies of the weights on ranks [0, 1, 2, 3]: rank 2 in {SPLIT}."),
+        ("tensor", f"copies of the weights on ranks [1, 3]: rank 1 and 3 in {NORM}."),
         ("tensor of four", f"tensor-parallel ranks [0, 1, 2, 3]: rank 3 in {NORM} (compute weight)"),
-        ("split", f"copies of the model on ranks [1, 3]: rank 1 and 3 in {SPLIT}."),
+        ("split", f"copies of the weights on ranks [1, 3]: rank 1 and 3 in {SPLIT}."),
         ("state", f"tensor-parallel ranks [0, 1]: rank 0 and 1 in {NORM} (exp_avg_sq)."),
     ],
 )

@@ -89,7 +89,7 @@ def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, data, tmp_p
     both = run_all(
         [[*hosts[n], *torchrun(2, n, 2, port, program), *settings] for n in range(2)], env={"FAULT": "raise:3:2"}
     )
-    name = "rank 3 of 4 on host-b (stage 0, data 1, tensor 1), at step 2,"
+    name = "rank 3 of 4 on host-b (stage 0, data 1, context 0, tensor 1), at step 2,"
     assert all(ended.code != 0 and not ended.left for ended in both)
     assert f"{name} failed:" in both[1].output and "ValueError: a fault was asked for" in both[1].output
     assert f"leaves: {name} failed first: ValueError" in both[0].output, both[0].output

@@ -37,6 +37,43 @@ def test_validate_contradiction_names_values_and_rule(overrides, message):
         validate_run(load_run_config(None, overrides), num_ranks=2, place="run.yaml")
 
 
+@pytest.mark.parametrize(
+    ("parallel", "message"),
+    [
+        (
+            "{tensor: 2, context: 2, pipeline: 3}",
+            "a launch of 8 ranks does not hold whole copies of parallel.tensor=2 x parallel.context=2 x "
+            "parallel.pipeline=3 = 12 ranks; start a multiple of 12",
+        ),
+        ("{tensor: 8}", "model.num_heads=12 is not a multiple of parallel.tensor=8, which splits it"),
+        ("{context: 8}", "model.num_heads=12 is not a multiple of parallel.context=8, which splits it"),
+        (
+            "{tensor: 4, context: 2}",
+            "model.num_kv_heads=12 is not a multiple of parallel.tensor=4 x parallel.context=2, which splits it",
+        ),
+        ("{sequence: true}", "parallel.tensor=1; make it false"),
+    ],
+)
+def test_validate_layout_that_does_not_divide_names_values_and_rule(parallel, message):
+    with pytest.raises(ConfigError) as error:
+        validate_run(load_run_config(None, [f"parallel={parallel}"]), num_ranks=8, place="run.yaml")
+    assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("parallel", "divisor"),
+    [
+        ("{context: 4}", "parallel.context=4"),
+        ("{tensor: 4, sequence: true}", "parallel.tensor=4"),
+        ("{tensor: 2, context: 2, sequence: true}", "parallel.context=2 x parallel.tensor=2"),
+    ],
+)
+def test_validate_window_that_is_split_must_divide(parallel, divisor):
+    run = load_run_config(None, [f"parallel={parallel}", "train.seq_len_tokens=1022"])
+    with pytest.raises(ConfigError, match=f"train.seq_len_tokens=1022 is not a multiple of {divisor}"):
+        validate_run(run, num_ranks=8)
+
+
 def test_validate_all_problems_are_named_at_once():
     run = load_run_config(None, ["model.num_heads=7", "train.global_batch=20", "optimizer.min_lr=1"])
     with pytest.raises(ConfigError) as error:

@@ -16,7 +16,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "gradients, all-reduced",
         "131,072,000,000 tokens",
         "8 copies of the model x 4 micro-batches x 8 windows",
-        "8 ranks = 1 tensor x 1 pipeline x 8 data, ZeRO 1",
+        "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",
         "tools/preprocess.py",
     ):
         assert part in text
@@ -54,9 +54,9 @@ def test_describe_copies_of_the_model_share_a_batch():
 def test_describe_stages_names_layers_ranks_and_bubble():
     run = load_run_config(None, ["parallel={tensor: 2, pipeline: 4}", "train.micro_batch=4"])
     text = describe(run, {"zero_optimization": {"stage": 1}}, num_ranks=32)
-    assert "32 ranks = 2 tensor x 4 pipeline x 4 data" in text
+    assert "32 ranks = 2 tensor x 1 context x 4 pipeline x 4 data" in text
     assert "first copy of the model is on ranks 0-1, 8-9, 16-17, 24-25" in text
-    for stage, layers in enumerate(("0-4", "5-7", "8-10", "11-13")):
+    for stage, layers in enumerate(("0-3", "4-7", "8-11", "12-13")):
         assert f"{stage}  {layers.rjust(6)}" in text
     assert "an average stage waits" in text
 

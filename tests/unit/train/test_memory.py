@@ -34,6 +34,11 @@ def test_state_fp32_has_copies_of_the_weights_with_zero_alone():
     assert memories(1, 4, "train.precision=fp32")[0].optimizer == 12 * PARAMETERS / 4
 
 
+def test_state_is_shared_out_over_all_ranks_with_the_same_weights():
+    shared = memories(1, 8, "parallel={context: 2, tensor: 2}")[0].optimizer
+    assert shared == memories(1, 4, "parallel.tensor=2")[0].optimizer / 2
+
+
 def test_state_zero_3_has_its_part_of_the_weights_and_two_layers_whole():
     largest = max(count_parameters(load_run_config(None).model))
     assert memories(3, 4)[0].weights == 2 * PARAMETERS / 4 + 2 * 2 * largest
@@ -65,10 +70,10 @@ def test_activations_earlier_stages_keep_more_micro_batches():
     stages = memories(1, 4, "parallel.pipeline=4")
     a_block = 8 * 1024 * 50_872  # tokens of a micro-batch; bytes a token, as test_activations.py measures them
     assert [stage.activations for stage in stages] == [
-        4 * 4 * a_block,
-        3 * 3 * a_block,
-        2 * 3 * a_block,
-        1 * 2 * a_block,
+        4 * 3 * a_block,  # micro-batches under way x blocks
+        3 * 4 * a_block,
+        2 * 4 * a_block,
+        1 * 1 * a_block,
     ]
 
 
@@ -82,6 +87,7 @@ def test_activations_recomputation_and_splitting_keep_less():
         run = load_run_config(None, list(settings))
         return block_bytes_per_token(run.model, run.parallel, 2, run.parallel.recompute)
 
+    assert memories(1, 2, "parallel.context=2")[0].logits == memories(1, 2)[0].logits / 2
     layouts = ["parallel.tensor=4", "parallel={tensor: 4, sequence: true}"]
     assert kept() > kept(layouts[0]) > kept(layouts[1])
     modes = [kept(f"parallel={{tensor: 4, recompute: {mode}}}") for mode in ("none", "selective", "full")]

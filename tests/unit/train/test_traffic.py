@@ -37,7 +37,14 @@ def test_tensor_ranks_that_recompute_all_sum_forward_twice():
 
 def test_tensor_ranks_of_the_longest_stage_are_meant():
     times, _ = sent(0, 8, "parallel={tensor: 2, pipeline: 4}")["tensor", "all-reduces"]
-    assert times == 32 * 4 * 4  # stage 0 has four blocks
+    assert times == 32 * 4 * 4  # four blocks
+
+
+def test_context_ranks_exchange_twice_a_block_and_as_often_backward():
+    found = sent(0, 4, "parallel={context: 4, tensor: 1}", "train.global_batch=128")
+    times = 16 * 2 * 12  # as tests/dist/test_context.py counts them; a quarter of the window, of which a quarter stays
+    assert found["context", "queries, keys, values"] == (times, times * 3 * HIDDEN / 4 * 3 / 4)
+    assert found["context", "attention output"] == (times, times * HIDDEN / 4 * 3 / 4)
 
 
 def test_pipeline_stages_send_hidden_states_ids_and_gradients():

@@ -1,0 +1,139 @@
+"""Context parallelism of the model alone: losses and gradients of one process, and what is said.
+
+Measured in fp32 (largest over models and layouts): losses differ by XXX relative, gradients by XXX of the largest.
+"""
+
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ModelConfig, ParallelConfig
+from megatron_bipe.model.layers import LocalLayers, share_of
+from megatron_bipe.model.plan import build_model
+from megatron_bipe.parallel.mesh import Mesh
+from tests.dist.launch import run_ranks
+
+SEED, BLOCKS, TOKENS = 3, 2, 32
+LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
+MODELS = {
+    **{name: {"encoding": name} for name in ("bipe_rope", "bipe_alibi", "rope", "alibi")},
+    "grouped": {"encoding": "bipe_alibi", "num_kv_heads": 4},
+    "dynamic scaling": {"encoding": "rope", "rope_scaling": {"type": "dynamic", "factor": 4.0}, "train_len_tokens": 8},
+    "log scale": {"encoding": "bipe_rope", "log_scale": True},
+}
+LAYOUTS = {
+    "context 2": ParallelConfig(context=2),
+    "context 4": ParallelConfig(context=4),
+    "tensor 2 x context 2": ParallelConfig(tensor=2, context=2),
+    "tensor 2 x context 2, sequence": ParallelConfig(tensor=2, context=2, sequence=True),
+}
+
+
+def config(**more: Any) -> ModelConfig:
+    sizes = {"num_layers": BLOCKS, "hidden_size": 64, "num_heads": 8, "ffn_size": 96, "vocab_size": 64, "intra_size": 8}
+    return ModelConfig(**sizes, **more)
+
+
+def batch() -> tuple[torch.Tensor, ...]:
+    """Tokens, both ids and labels; segments of other lengths in each row, so that no place stands for another."""
+    generator = torch.Generator().manual_seed(1)
+    tokens = torch.randint(0, 64, (2, TOKENS + 1), generator=generator)
+    ends = torch.rand(2, TOKENS, generator=generator) < 0.2
+    inter = ends.cumsum(dim=1) - ends.long()
+    intra = torch.stack([(row[:, None] == row).tril(-1).sum(dim=1) for row in inter]).clamp_max(7)
+    return tokens[:, :-1], intra, inter, tokens[:, 1:]
+
+
+def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    *ids, labels = batch()
+    loss = layers.token_losses(model(tuple(ids)), labels).mean()
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+def split_windows(mesh: Mesh) -> dict[tuple[str, str], Any]:
+    """Every model in every layout against the whole one."""
+    import torch.distributed as dist
+    from torch.distributed.tensor.debug import CommDebugMode
+
+    from megatron_bipe.engine.common import make_layers
+
+    dist.init_process_group("gloo")
+    results = {}
+    for layout, parallel in LAYOUTS.items():
+        layers, _ = make_layers(mesh.laid_out(parallel))
+        for name, more in MODELS.items():
+            whole = build_model(config(**more), SEED)
+            expected_loss, expected = loss_and_gradients(whole, LocalLayers())
+            model, said = build_model(config(**more), SEED, layers), CommDebugMode()
+            with said:
+                loss, gradients = loss_and_gradients(model, layers)
+            worst = 0.0
+            for value in (loss, *gradients.values()):  # as the engine does over ranks with the same weights
+                dist.all_reduce(value, group=layers.windows._group)
+                value /= parallel.context
+            for key, parameter in model.named_parameters():
+                share = share_of(parameter)
+                wanted = share.of(expected[key]) if share else expected[key]
+                worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
+            counts = {str(kind): count for kind, count in said.get_comm_counts().items()}
+            results[layout, name] = (abs(float(loss / expected_loss) - 1), worst, counts)
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
+    return run_ranks(split_windows, 4, tmp_path_factory.mktemp("context"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_windows_give_the_loss_and_gradients_of_one_process(ranks: list[Any], layout: str, name: str) -> None:
+    for rank in ranks:
+        loss, gradients, _ = rank[layout, name]
+        assert loss < LOSS_TOLERANCE
+        assert gradients < GRADIENT_TOLERANCE
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_split_windows_are_exchanged_twice_a_block_and_as_often_backward(ranks: list[Any], layout: str) -> None:
+    _, _, counts = ranks[0][layout, "rope"]
+    exchanged = [count for kind, count in counts.items() if "all_to_all" in kind]
+    assert sum(exchanged) == 4 * BLOCKS
+    if "tensor" not in layout:
+        assert sum(counts.values()) == 4 * BLOCKS
+
+
+def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
+    """Queries, keys and values through our exchange and through DeepSpeed's, bit for bit, forward and backward."""
+    import torch.distributed as dist
+    from deepspeed.sequence.layer import DistributedAttention
+
+    from megatron_bipe.engine.common import start_deepspeed
+    from megatron_bipe.parallel.context import SplitWindows
+
+    start_deepspeed(mesh, 60)
+    windows, generator = SplitWindows(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)
+    results = {}
+    for name, queries_a_group in {"as many key heads": 1, "grouped": 2}.items():
+        qkv = torch.randn(2, 8, 4, queries_a_group + 2, 16, generator=generator).requires_grad_()
+        seen: list[tuple[torch.Tensor, ...]] = []
+
+        def attention(q, k, v, seen=seen, each=queries_a_group):
+            seen.append((q.detach(), k.detach(), v.detach()))
+            return (q.unflatten(2, (-1, each)) * k[..., None, :] + v[..., None, :]).flatten(2, 3)
+
+        def parts(x, each=queries_a_group):
+            return x[..., :each, :].flatten(2, 3), x[..., each, :], x[..., each + 1, :]
+
+        peer = DistributedAttention(attention, dist.group.WORLD, scatter_idx=2, gather_idx=1)
+        outputs = [peer(*parts(qkv), 0), windows.to_tokens(attention(*parts(windows.to_heads(qkv))))]
+        gradients = [torch.autograd.grad((x * x).sum(), qkv)[0] for x in outputs]
+        results[name] = torch.equal(*outputs) and torch.equal(*gradients) and all(map(torch.equal, *seen))
+    return results
+
+
+def test_exchange_gives_what_deepspeeds_gives(tmp_path: Any) -> None:
+    for rank in run_ranks(exchange_like_deepspeed, 4, tmp_path):
+        assert rank == {"as many key heads": True, "grouped": True}

@@ -1,0 +1,34 @@
+"""Places of ranks in a layout."""
+
+import itertools
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ParallelConfig
+from megatron_bipe.engine.common import make_topology
+from megatron_bipe.parallel.mesh import Mesh
+
+
+def mesh(rank: int, num_ranks: int, **parallel: int) -> Mesh:
+    return Mesh(rank, rank, num_ranks, num_ranks, torch.device("cpu")).laid_out(ParallelConfig(**parallel))
+
+
+@pytest.mark.parametrize(
+    "parallel", [{}, {"tensor": 2}, {"pipeline": 2, "context": 2}, {"tensor": 2, "context": 2, "pipeline": 2}], ids=str
+)
+def test_mesh_counts_tensor_then_context_then_data_then_stages(parallel):
+    meshes = [mesh(rank, 16, **parallel) for rank in range(16)]
+    first = meshes[0]
+    axes = first.pipeline, first.data_ranks, first.context, first.tensor
+    assert first.data_ranks * first.context == first.replica_ranks
+    places = [(m.stage, m.data_rank, m.context_rank, m.tensor_rank) for m in meshes]
+    assert places == list(itertools.product(*map(range, axes)))
+    assert [m.is_main for m in meshes] == [True] + [False] * 15
+
+
+def test_mesh_has_the_order_of_deepspeeds_topology():
+    for rank in range(16):
+        here = mesh(rank, 16, tensor=2, context=2, pipeline=2)
+        place = {"pipe": here.stage, "data": here.replica_rank, "model": here.tensor_rank}
+        assert make_topology(here).get_rank(**place) == rank
