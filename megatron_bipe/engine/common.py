@@ -1,6 +1,9 @@
 """What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
 
+import io
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -52,6 +55,13 @@ def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
     return TensorLayers(group, mesh.sequence, windows), group
 
 
+@contextmanager
+def unannounced() -> Iterator[None]:
+    """Keep back what DeepSpeed prints as it starts; what goes wrong raises."""
+    with redirect_stdout(io.StringIO()):
+        yield
+
+
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
     """The mesh in DeepSpeed's words; its order of ranks is the same.
 
@@ -63,7 +73,8 @@ def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
 
 def make_grid(mesh: Mesh) -> PipelineParallelGrid:
     """DeepSpeed's groups of the mesh, for its engine."""
-    return PipelineParallelGrid(topology=make_topology(mesh))
+    with unannounced():
+        return PipelineParallelGrid(topology=make_topology(mesh))
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
@@ -144,9 +155,10 @@ class DeepSpeedEngine:
         if not deepspeed_clips(run, ds_config):
             self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
-        )
+        with unannounced():
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
+            )
         forget_steps(self._optimizer)
 
     def save(self, run_dir: Path, step: int) -> Path:

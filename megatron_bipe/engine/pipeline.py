@@ -1,9 +1,7 @@
 """The plan cut into stages under DeepSpeed's pipeline engine: ZeRO 0 and 1."""
 
-import io
 import itertools
 from collections.abc import Iterable, Iterator
-from contextlib import redirect_stdout
 from typing import Any
 
 from deepspeed.pipe import LayerSpec, PipelineModule
@@ -17,6 +15,7 @@ from megatron_bipe.engine.common import (
     make_layers,
     make_topology,
     start_deepspeed,
+    unannounced,
 )
 from megatron_bipe.model.layers import LayerFactory
 from megatron_bipe.model.plan import LayerPlan, make_plan
@@ -82,7 +81,7 @@ class _Stages(PipelineModule):
         def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
             return layers.token_losses(logits_BTv, labels_BT).mean()
 
-        with redirect_stdout(io.StringIO()):  # it prints what no one asked for
+        with unannounced():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
         tables = [p for name, p in self.named_parameters() if TOKEN_TABLE in (name, copied(p))]
         group = end_stages_group(mesh) if tied_output else None

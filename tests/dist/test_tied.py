@@ -1,6 +1,7 @@
 """A tied output in any layout: one process's losses, one table in the checkpoint.
 
-Measured in fp32 over 8 steps (largest over the layouts here): losses differ by XXX relative, gradient norms by XXX.
+Measured in fp32 over 8 steps (largest over the layouts here): losses differ by 1.4e-7 relative, gradient norms by
+2.8e-7; in bf16 losses differ by 4.8e-4.
 """
 
 from pathlib import Path
