@@ -1,6 +1,6 @@
-"""Cross-entropy over a vocabulary that is split over ranks; the logits are never gathered.
+"""Cross-entropy over a vocabulary that is split over ranks; the logits are never gathered, nor copied.
 
-B batch · T positions · v this rank's share of the vocabulary
+B batch · T positions · K tokens · v this rank's share of the vocabulary
 """
 
 from typing import Any
@@ -9,42 +9,38 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from megatron_bipe.model.loss import RowSums, gradients_in_place, sum_rows
 from megatron_bipe.parallel.collectives import all_reduce
 
 
 def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> Tensor:
     """Cross-entropy in nats of every token, fp32 [B, T], the same on every rank.
 
+    Backward overwrites the logits with their gradient.
+
     Args:
         logits_BTv: of this rank's contiguous share of the vocabulary; shares are equal.
         labels_BT: ids of the whole vocabulary.
         group: ranks that share the vocabulary, in its order.
     """
-    return _TokenLosses.apply(logits_BTv, labels_BT, group)  # type: ignore[no-untyped-call]
+    columns_K = labels_BT.flatten() - group.rank() * logits_BTv.shape[-1]
+    losses_K: Tensor = _TokenLosses.apply(logits_BTv.flatten(0, -2), columns_K, group)  # type: ignore[no-untyped-call]
+    return losses_K.view_as(labels_BT)
 
 
 class _TokenLosses(torch.autograd.Function):
     """log(sum of exp) less the label's logit; each needs one number a token from every rank."""
 
     @staticmethod
-    def forward(ctx: Any, logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> Tensor:
-        scores_BTv = logits_BTv.float()
-        highest_BT = all_reduce(scores_BTv.amax(dim=-1), "max", group)
-        scores_BTv = scores_BTv - highest_BT[..., None]
-        local_BT = labels_BT - group.rank() * scores_BTv.shape[-1]
-        mine_BT = (local_BT >= 0) & (local_BT < scores_BTv.shape[-1])
-        local_BT = local_BT.where(mine_BT, 0)
-        label_scores_BT = scores_BTv.gather(-1, local_BT[..., None])[..., 0] * mine_BT
-        exps_BTv = scores_BTv.exp_()
-        sums = torch.stack([exps_BTv.sum(dim=-1), label_scores_BT])
-        total_BT, label_BT = all_reduce(sums, "sum", group)
-        ctx.save_for_backward(exps_BTv, total_BT, local_BT, mine_BT)
-        ctx.dtype = logits_BTv.dtype
-        return total_BT.log() - label_BT
+    def forward(ctx: Any, logits_Kv: Tensor, columns_K: Tensor, group: ProcessGroup) -> Tensor:
+        highest_K = all_reduce(logits_Kv.amax(dim=-1).float(), "max", group)
+        here = sum_rows(logits_Kv, columns_K, highest_K)
+        exps_K, labels_K = all_reduce(torch.stack([here.exps_K, here.labels_K]), "sum", group)
+        sums = RowSums(highest_K, exps_K, labels_K)
+        ctx.save_for_backward(logits_Kv, columns_K, *sums)
+        return sums.losses()
 
     @staticmethod
-    def backward(ctx: Any, grad_BT: Tensor) -> tuple[Tensor, None, None]:
-        exps_BTv, total_BT, local_BT, mine_BT = ctx.saved_tensors
-        grad_BTv = exps_BTv * (grad_BT / total_BT)[..., None]
-        grad_BTv.scatter_add_(-1, local_BT[..., None], -(grad_BT * mine_BT)[..., None])
-        return grad_BTv.to(ctx.dtype), None, None
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
+        logits_Kv, columns_K, *sums = ctx.saved_tensors
+        return gradients_in_place(logits_Kv, columns_K, RowSums(*sums), grad_K), None, None

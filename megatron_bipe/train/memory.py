@@ -114,8 +114,8 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
 
 
 def logits_bytes(run: RunConfig) -> float:
-    """The most that the logits of a micro-batch take: in compute precision, in fp32, and their gradient in fp32."""
-    return tokens_here(run) * run.model.vocab_size / run.parallel.tensor * (compute_width(run) + 2 * _FP32)
+    """The logits of a micro-batch in compute precision; their gradient takes their place."""
+    return tokens_here(run) * run.model.vocab_size / run.parallel.tensor * compute_width(run)
 
 
 def tokens_here(run: RunConfig) -> float:
