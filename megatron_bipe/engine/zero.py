@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
@@ -39,9 +39,11 @@ class ZeroEngine(DeepSpeedEngine):
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
         self._layers, self._tensor_group = make_layers(mesh)
-        model = build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
-        self._initialize(model, run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
+        self._initialize(self._build(run), run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
+
+    def _build(self, run: RunConfig) -> nn.Module:
+        return build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         """See `Engine.train_step`."""

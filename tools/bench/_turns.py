@@ -1,0 +1,69 @@
+"""Contenders in processes of their own, which take turns: each has its own peak of memory, none runs beside another."""
+
+import multiprocessing
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
+from typing import NamedTuple
+
+import torch
+
+from megatron_bipe.train.hardware import keep_freed_memory, peak_memory_gib
+
+Prepare = Callable[[], Callable[[], None]]  # sets up, and returns what is timed
+
+
+class Turns(NamedTuple):
+    """What a contender took."""
+
+    median_s: float
+    peak_gib: float  # of the device, or of the whole process on a CPU
+
+
+def take_turns(contenders: Mapping[str, Prepare], repeats: int) -> dict[str, Turns]:
+    """Time every contender `repeats` times, in turns, after one turn that does not count.
+
+    `Prepare` functions must be importable by name (or partials of such).
+    """
+    context = multiprocessing.get_context("spawn")
+    pipes: dict[str, Connection] = {}
+    processes = []
+    try:
+        for name, prepare in contenders.items():
+            pipes[name], far_end = context.Pipe()
+            processes.append(context.Process(target=_serve, args=(prepare, far_end), daemon=True))
+            processes[-1].start()
+            pipes[name].recv()  # it is ready
+            sys.stderr.write(f"ready: {name}\n")
+        seconds: dict[str, list[float]] = {name: [] for name in contenders}
+        for turn in range(repeats + 1):
+            for name, pipe in pipes.items():
+                pipe.send("turn")
+                taken = pipe.recv()
+                if turn:
+                    seconds[name].append(taken)
+        found = {}
+        for name, pipe in pipes.items():
+            pipe.send("end")
+            found[name] = Turns(statistics.median(seconds[name]), pipe.recv())
+        return found
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _serve(prepare: Prepare, pipe: Connection) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keep_freed_memory(device)
+    run = prepare()
+    pipe.send("ready")
+    while pipe.recv() == "turn":
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        pipe.send(time.perf_counter() - start)
+    pipe.send(peak_memory_gib(device))
+    pipe.recv()  # killed here, with no one else's turn disturbed by the end of a process
