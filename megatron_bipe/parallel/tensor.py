@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layers import Share, WholeWindows, Windows, share_of
-from megatron_bipe.model.norm import RMSNorm
+from megatron_bipe.model.norm import RMSNorm, rms_norm
 from megatron_bipe.model.plan import build_model, count_parameters
 from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
 from megatron_bipe.parallel.cross_entropy import token_losses
@@ -175,8 +175,7 @@ class ReplicatedNorm(RMSNorm):
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Same shape and dtype as the input."""
-        weight = self._split.replicated(self.weight)
-        return F.rms_norm(hidden_BTD, weight.shape, weight, self.eps)
+        return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
 
 
 def mark_share(weight: Tensor, share: Share) -> None:

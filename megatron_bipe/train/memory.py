@@ -1,8 +1,8 @@
 """What one rank of a layout will hold, in bytes; nothing is allocated to find out.
 
 Weights, gradients and optimizer state are counted exactly, from the layers as this layout builds them. Activations are
-what autograd keeps on the CPU, whose norms keep fp32 copies (a test compares); a fused norm on a GPU keeps less. Not
-counted: buffers of kernels and of communication, fragmentation, what the framework itself needs.
+what autograd keeps on the CPU (a test compares). Not counted: buffers of kernels and of communication, fragmentation,
+what the framework itself needs.
 
 Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 """
@@ -101,7 +101,7 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
         received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
         received += 2 * queries + 2 * keys if parallel.context > 1 else 0
         return (stream + products + received) * width + attention_output + input_ids
-    norms = 2 * (2 * stream + between) * _FP32
+    norms = 2 * (stream * width + between * _FP32)  # their inputs, and a number a token
     gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
     encoded = (queries + keys) * biased
     if bias_channels(model):
@@ -109,7 +109,7 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
     else:
         values = queries + 2 * keys  # a view of the whole projection
         encoded += model.head_width * parallel.context  # cosines and sines of whole windows
-    mlp = 4 * ffn
+    mlp = 3 * ffn
     return norms + gathered + (encoded + values + queries + mlp) * width + attention_output
 
 

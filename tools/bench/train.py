@@ -58,7 +58,7 @@ def main() -> None:
     print(describe_machine("torch", "deepspeed", "transformers"))
     print(
         f"{run.model.num_layers} blocks x {run.model.hidden_size}, {train.micro_batch} x {train.seq_len_tokens} tokens "
-        f"in {train.precision}, {torch.get_num_threads()} threads, {arguments.ds_config}; medians of {arguments.repeats}\n"
+        f"in {train.precision}, {torch.get_num_threads()} threads, {arguments.ds_config}; {arguments.repeats} turns\n"
     )
     print_table(found, products_flops(run), train_flops_per_token(run.model, train.seq_len_tokens) * tokens, tokens)
 
@@ -124,8 +124,8 @@ class PeerEngine(ZeroEngine):
             num_key_value_heads=model.kv_heads,
             max_position_embeddings=run.train.seq_len_tokens,
             use_cache=False,
-            attn_implementation="sdpa",
         )
+        config._attn_implementation = "sdpa"
         return LlamaForCausalLM(config)
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
