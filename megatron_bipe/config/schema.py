@@ -109,6 +109,9 @@ class DataConfig(_Section):
     """Dataset folder for the validation loss; null: none is computed."""
     segments: str | None = None
     """Name of the segment rule the dataset must have been made with; null: whatever it has."""
+    verify: bool = True
+    """Compare shards with their checksums, beside training, as they are first read, and look every minute whether they
+    are still the same files; the ranks share them out."""
 
     @property
     def folders(self) -> tuple[Path, ...]:

@@ -111,7 +111,7 @@ def test_publish_death_at_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path, m
         assert list_steps(run_dir) in ([10], sorted({10, step}))
         save(run_dir, step, "again")
         assert find_checkpoint(run_dir).step == step
-    assert seen == {"old", "new"}
+    assert seen == ({"old", "new"} if same_step else {"old"})  # the pointer moves last
 
 
 steps = st.lists(st.integers(1, 60), unique=True, min_size=1, max_size=12)
