@@ -18,7 +18,7 @@ from megatron_bipe.data.layout import damaged
 from megatron_bipe.data.records import Suffix
 from megatron_bipe.errors import DataError
 
-LOOK_S = 60.0  # between looks at the files
+FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # until the first look at the files, and between looks
 READ: tuple[Suffix, ...] = ("bin", "seg")  # by training
 
 _CHUNK_BYTES = 1 << 20
@@ -69,7 +69,7 @@ class ShardCheck:
             self._thread.join()
 
     def _watch(self) -> None:
-        wait_s = 1.0  # the first windows are read soon
+        wait_s = FIRST_LOOK_S
         while not self._over.wait(wait_s):
             try:
                 for shard, suffix in self._in_use():

@@ -44,7 +44,7 @@ class Feed:
         """While this is entered, shards that are read from are compared with the manifest.
 
         Raises:
-            DataError: out of `train_batches` and `valid_batches`, naming a file that is gone, has changed or is damaged.
+            DataError: out of `train_batches` and `valid_batches`: a file is gone, has changed or is damaged.
         """
         return self._shard_check
 
