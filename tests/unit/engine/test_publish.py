@@ -4,7 +4,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.config.schema import CheckpointConfig
@@ -117,6 +117,7 @@ def test_publish_death_at_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path, m
 steps = st.lists(st.integers(1, 60), unique=True, min_size=1, max_size=12)
 
 
+@settings(deadline=None)
 @given(steps=steps, choice=st.data(), keep_last=st.integers(0, 5), keep_every=st.integers(0, 10))
 def test_superseded_keeps_the_newest_the_last_and_the_multiples(steps, choice, keep_last, keep_every):
     newest = choice.draw(st.sampled_from(steps))
