@@ -116,6 +116,11 @@ class Saver:
             self._copied.wait()
             self.waited_s += time.perf_counter() - began_s
 
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save of this rank is under way."""
+        return self._pending is None or self._pending.done()
+
     def finish(self) -> float:
         """Wait for the save that is under way, if there is one; the seconds it took."""
         began_s = time.perf_counter()
