@@ -23,7 +23,7 @@ from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.train.loop import train
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.run_folder import resume_point, write_run_folder
+from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
 
 
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
@@ -41,12 +41,17 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
-    checkpoint = resume_point(run, feed.record)
     start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
-    with Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog:
-        engine = start_engine(run, ds_config, mesh)  # waits for all ranks: none reads the run folder any more
+    with (
+        entered(run, feed.record, args.allow, mesh.is_main),
+        feed.checking_shards(),
+        Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
+    ):
+        engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
+        watchdog.at("the choice of a checkpoint")
+        checkpoint = engine.newest_good(run.run_dir)
         if checkpoint is not None:
             engine.load(checkpoint.folder)
             start = checkpoint.step
@@ -65,6 +70,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
     parser.add_argument(
         "--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="print what the run would be (on RANKS ranks)"
+    )
+    parser.add_argument(
+        "--allow", nargs="+", default=[], metavar="NAME", help=f"what may have changed: {', '.join(ALLOWABLE)}"
     )
     parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)

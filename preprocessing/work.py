@@ -19,8 +19,8 @@ from pydantic import ValidationError
 from megatron_bipe.data.files import unreadable, write_atomically
 from megatron_bipe.data.records import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
+from megatron_bipe.lock import LOCK_NAME
 from preprocessing.backend import Name
-from preprocessing.lock import LOCK_NAME
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
 from preprocessing.tokenize import Destination

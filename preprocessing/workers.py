@@ -16,7 +16,7 @@ from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from megatron_bipe.errors import BipeError, DataError
-from preprocessing.lock import locked
+from megatron_bipe.lock import locked
 from preprocessing.ranges import Advance, Job, RangeWorker
 from preprocessing.readers.inputs import Piece
 from preprocessing.work import WorkFolder

@@ -1,13 +1,16 @@
 """A checkpoint as one rank would have written it, out of weights that no run has made."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from megatron_bipe.engine.checkpoint import publish
-from megatron_bipe.engine.state_files import Fragment, write_fragments, write_index
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.checkpoint import step_folder
+from megatron_bipe.engine.index import About
+from megatron_bipe.engine.publish import begin, publish
+from megatron_bipe.engine.state_files import Fragment, rank_file, write_fragments, write_index
 
 
 def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) -> Path:
@@ -17,11 +20,18 @@ def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) ->
         flat = weight.float().flatten()
         state = {"weight": flat, "exp_avg": torch.zeros_like(flat), "exp_avg_sq": torch.zeros_like(flat)}
         held.append(Fragment(name, tuple(weight.shape), None, 0, state))
-    return publish(
-        run_dir,
-        step,
-        lambda folder: write_fragments(folder, 0, held),
-        lambda folder: write_index(folder, step, step, {"ranks": 1}),
-        True,
-        lambda: None,
-    )
+    publish_fragments(run_dir, step, [held])
+    return step_folder(run_dir, step)
+
+
+def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragment]]) -> None:
+    """Put what ranks hold into the run folder as its newest checkpoint."""
+    folder = begin(run_dir, step, "test", 0)
+    files = {rank_file(rank): write_fragments(folder, rank, held, {}) for rank, held in enumerate(by_rank)}
+    write_index(folder, about(step), files)
+    publish(folder, run_dir, step, files)
+
+
+def about(step: int) -> About:
+    """Of a run of the default configuration."""
+    return About(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None)

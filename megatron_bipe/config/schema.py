@@ -109,6 +109,9 @@ class DataConfig(_Section):
     """Dataset folder for the validation loss; null: none is computed."""
     segments: str | None = None
     """Name of the segment rule the dataset must have been made with; null: whatever it has."""
+    verify: bool = True
+    """Compare shards with their checksums, beside training, as they are first read, and look every minute whether they
+    are still the same files; the ranks share them out."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -199,6 +202,20 @@ class ParallelConfig(_Section):
         return num_ranks // (self.tensor * self.pipeline)
 
 
+class CheckpointConfig(_Section):
+    """How checkpoints are written and which are kept; `train.save_every` says when."""
+
+    asynchronous: bool = True
+    """Write beside training, from a copy in the host's memory (12 bytes a parameter, shared out over the ranks); false:
+    training waits for the disk."""
+    keep_last: NonNegative = 0
+    """Newest checkpoints that are kept, the one just written included; 0: all. With 1 there is none to fall back to."""
+    keep_every: NonNegative = 0
+    """Checkpoints of steps that are a multiple of this are kept whatever `keep_last` says; 0: none is."""
+    min_free_gib: Annotated[float, Field(ge=0)] = 1.0
+    """Room that a checkpoint must leave on its disk; where it would not, none is begun."""
+
+
 class RunConfig(_Section):
     """A whole training run; a YAML file mirrors it section by section."""
 
@@ -214,3 +231,5 @@ class RunConfig(_Section):
     """Length, batch, rhythm."""
     parallel: ParallelConfig = ParallelConfig()
     """The layout over ranks."""
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    """Writing and keeping of checkpoints."""

@@ -1,12 +1,11 @@
 """Writing that survives a crash, and checksums: what every file of a dataset is put down with."""
 
 import errno
-import hashlib
 import os
 import resource
 from pathlib import Path
 
-from megatron_bipe.disk import sync
+from megatron_bipe.disk import sha256, sync
 from megatron_bipe.errors import DataError
 
 PARTIAL_SUFFIX = ".partial"  # of a name that is still being written
@@ -24,8 +23,7 @@ def sha256_of(path: Path) -> str:
         DataError: the file is missing or unreadable.
     """
     try:
-        with path.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256(path)
     except OSError as error:
         raise unreadable(path, error) from error
 

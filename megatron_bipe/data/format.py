@@ -204,6 +204,10 @@ class Shard:
         """Travel to another process as a path, not as open files."""
         return type(self), (self.folder, self.record or self.name)
 
+    def is_open(self, suffix: Suffix) -> bool:
+        """Whether a file has been read from."""
+        return suffix in self._open
+
     def path(self, suffix: Suffix) -> Path:
         """One of the three files."""
         return shard_path(self.folder, self.name, suffix)

@@ -6,6 +6,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from megatron_bipe.engine.checkpoint import Checkpoint
 from megatron_bipe.types import Batch
 
 
@@ -25,8 +26,25 @@ class Engine(Protocol):
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         """Mean loss in nats a token over the batches of all ranks; each rank gives its own, equally many."""
 
-    def save(self, run_dir: Path, step: int) -> Path:
-        """Write a checkpoint after `step` updates and point the run folder at it. Returns its folder."""
+    def save(self, run_dir: Path, step: int, *, final: bool = True) -> None:
+        """Write a checkpoint after `step` updates and point the run folder at it.
+
+        Args:
+            run_dir: of the run.
+            step: updates done.
+            final: nothing comes after it: wait until it is on the disk, and raise what went wrong. Otherwise that is a
+                warning, and with `checkpoint.asynchronous` training may go on meanwhile.
+
+        Raises:
+            CheckpointError: on all ranks, where `final`: it could not be written.
+        """
+
+    def newest_good(self, run_dir: Path) -> Checkpoint | None:
+        """The newest checkpoint of this run that is whole, every byte looked at; None if there is none at all.
+
+        Raises:
+            CheckpointError: on all ranks, if none is whole.
+        """
 
     def load(self, folder: Path) -> None:
         """Continue from a checkpoint of any layout; from one of the same layout bit for bit."""

@@ -1,17 +1,16 @@
-"""Checkpoints of a run folder: where they lie, how one appears whole or not at all.
+"""Checkpoints of a run folder: where they lie, and which is the newest.
 
 RUN/checkpoints/step-00000100/   what the engine wrote after 100 updates
 RUN/checkpoints/latest           name of the newest one
 """
 
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
+
+POINTER = "latest"
 
 _STEP = re.compile(r"step-(\d{8,})")
 
@@ -36,9 +35,7 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
         run_dir, wanted = (Path(name), step) if at else (run_dir, "")
     found = {str(step): step for step in list_steps(run_dir)}
     if not wanted and found:
-        wanted = _pointed_at(run_dir)
-        if wanted not in found:  # a crash may have come between the checkpoint and the pointer to it
-            wanted = list(found)[-1]
+        return newest_first(run_dir)[0]
     if wanted not in found:
         listed = ", ".join(found) or "none"
         raise CheckpointError(
@@ -47,6 +44,19 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
             place=spec,
         )
     return Checkpoint(step_folder(run_dir, found[wanted]), run_dir, found[wanted])
+
+
+def newest_first(run_dir: Path) -> list[Checkpoint]:
+    """All checkpoints of a run, in the order in which they are to be tried.
+
+    The one that `latest` names, then those before it; later ones last, since a run that had gone back has left them.
+    Where `latest` is missing or wrong, from the last on.
+    """
+    steps = list_steps(run_dir)
+    pointed = _pointed_at(run_dir)
+    newest = pointed if pointed in steps else max(steps, default=0)
+    order = [step for step in reversed(steps) if step <= newest] + [step for step in reversed(steps) if step > newest]
+    return [Checkpoint(step_folder(run_dir, step), run_dir, step) for step in order]
 
 
 def is_run_dir(path: Path) -> bool:
@@ -58,7 +68,7 @@ def list_steps(run_dir: Path) -> list[int]:
     """Steps of the checkpoints of a run, ascending."""
     folder = run_dir / "checkpoints"
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
-    return sorted(int(step) for step in map(_step_of, names) if step is not None)
+    return sorted(step for step in map(_step_of, names) if step is not None)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
@@ -66,58 +76,13 @@ def step_folder(run_dir: Path, step: int) -> Path:
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
-def publish(
-    run_dir: Path,
-    step: int,
-    write: Callable[[Path], None],
-    finish: Callable[[Path], None],
-    is_main: bool,
-    barrier: Callable[[], None],
-) -> Path:
-    """Make a folder the newest checkpoint once all of it is on the disk.
-
-    A crash at any moment leaves the previous checkpoint and pointer as they were.
-
-    Args:
-        run_dir: of the run.
-        step: updates done.
-        write: called on every rank with a temporary folder; what it writes is on the disk when it returns.
-        finish: the same, called on the main rank after all have written.
-        is_main: whether this is that rank.
-        barrier: waits for all ranks.
-
-    Returns:
-        The folder of the checkpoint.
-    """
-    final = step_folder(run_dir, step)
-    temporary = final.with_name(f"writing-{final.name}")
-    if is_main:
-        shutil.rmtree(temporary, ignore_errors=True)  # an attempt that was broken off, perhaps by more ranks
-        temporary.mkdir(parents=True)
-    barrier()
-    write(temporary)
-    barrier()
-    if is_main:
-        finish(temporary)
-        sync(temporary)
-        if final.exists():  # the same step again, after a resume: same content
-            shutil.rmtree(final)
-        temporary.rename(final)
-        pointer = final.with_name("latest")
-        fresh = final.with_name("latest.writing")
-        fresh.write_text(final.name + "\n")
-        sync(fresh)
-        fresh.rename(pointer)
-        sync(final.parent)
-    barrier()
-    return final
+def _pointed_at(run_dir: Path) -> int | None:
+    try:
+        return _step_of((run_dir / "checkpoints" / POINTER).read_text(encoding="utf-8").strip())
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
-def _pointed_at(run_dir: Path) -> str:
-    pointer = run_dir / "checkpoints" / "latest"
-    return (_step_of(pointer.read_text().strip()) if pointer.is_file() else None) or ""
-
-
-def _step_of(name: str) -> str | None:
+def _step_of(name: str) -> int | None:
     match = _STEP.fullmatch(name)
-    return str(int(match[1])) if match else None
+    return int(match[1]) if match else None

@@ -16,12 +16,18 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
-from megatron_bipe.engine.checkpoint import publish
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.engine.checkpoint import Checkpoint
 from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
-from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragments, write_index
+from megatron_bipe.engine.index import About
+from megatron_bipe.engine.random_states import random_states, set_random_states
+from megatron_bipe.engine.saver import Saver
+from megatron_bipe.engine.state_files import Fragment, StateReader
+from megatron_bipe.engine.verify import newest_good, of_another_run
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
 from megatron_bipe.parallel.context import SplitWindows
+from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replicas import Replicas, check_replicas
 from megatron_bipe.parallel.tensor import TensorLayers
@@ -129,6 +135,9 @@ class DeepSpeedEngine:
     """What does not depend on how the plan is run; `__init__` of a kind of engine sets these attributes."""
 
     _mesh: Mesh
+    _run: RunConfig
+    _data: DataRecord | None  # what it trains on, for checkpoints to remember
+    _saver: Saver
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
@@ -160,23 +169,28 @@ class DeepSpeedEngine:
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
         forget_steps(self._optimizer)
+        self._run = run
+        self._saver = Saver(run.checkpoint, self._mesh, lambda: connect_store(run.parallel.timeout_s))
+        optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
-    def save(self, run_dir: Path, step: int) -> Path:
+    def save(self, run_dir: Path, step: int, *, final: bool = True) -> None:
         """See `Engine.save`."""
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
+        about = About(step, optimizer_steps(self._optimizer), layout, self._run.model_dump(mode="json"), self._data)
+        self._saver.save(run_dir, about, self._fragments_to_write(), random_states(mesh.device), final=final)
 
-        def write(folder: Path) -> None:
-            write_fragments(folder, mesh.rank, self._fragments_to_write())
-
-        def finish(folder: Path) -> None:
-            write_index(folder, step, optimizer_steps(self._optimizer), layout)
-
-        return publish(run_dir, step, write, finish, mesh.is_main, dist.barrier)
+    def newest_good(self, run_dir: Path) -> Checkpoint | None:
+        """See `Engine.newest_good`."""
+        self._saver.finish()
+        return newest_good(run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh)
 
     def load(self, folder: Path) -> None:
         """See `Engine.load`."""
-        fill(self._engine.module, self._optimizer, StateReader(folder))
+        self._saver.finish()
+        reader = StateReader(folder)
+        fill(self._engine.module, self._optimizer, reader)
+        set_random_states(reader.random(self._mesh.rank), self._mesh.device)
 
     def _fragments_to_write(self) -> list[Fragment]:
         """What this rank has, without what another writes: of equal copies each rank writes a part."""
@@ -202,6 +216,7 @@ class DeepSpeedEngine:
 
     def close(self) -> None:
         """See `Engine.close`."""
+        self._saver.finish()
         self._engine.destroy()
         dist.destroy_process_group()
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
@@ -32,10 +33,11 @@ class PipelineEngine(DeepSpeedEngine):
         run: the run configuration, validated.
         ds_config: result of `config.deepspeed.engine_config`.
         mesh: this process among the ranks.
+        data: what it trains on, for checkpoints to remember.
     """
 
-    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
+        self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
         layers, self._tensor_group = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)

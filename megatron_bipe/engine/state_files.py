@@ -1,34 +1,42 @@
 """What a checkpoint's files hold: the training state of every parameter, in fragments that say nothing of a layout.
 
-    rank-00000.safetensors   what one rank wrote: for each fragment and kind of state a flat fp32 tensor NAME:KIND
-    state.json               steps, every parameter's shape and split, and which file has which fragment
+    rank-00000.safetensors   what one rank wrote: for each fragment and kind of state a flat fp32 tensor NAME:KIND, and
+                             the states of its random generators
 
 A fragment is a run of elements of one parameter, flattened, as the ranks held it that wrote it: of the whole, or of one
 tensor-parallel share. A reader of any layout asks for the run that it needs. docs/checkpoints.md describes the bytes.
 """
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from megatron_bipe.disk import sync
+from megatron_bipe.data.records import FileRecord
+from megatron_bipe.engine.index import (
+    FORMAT_VERSION,
+    INDEX,
+    About,
+    Index,
+    SavedParameter,
+    SavedRun,
+    load_index,
+    not_whole,
+    save_index,
+)
+from megatron_bipe.engine.tensor_file import write_tensors
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layers import Share
 
-FORMAT_VERSION = 1
-INDEX = "state.json"
 WEIGHT = "weight"
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # the latter as torch's Adam names its running means
 
 _ABOUT = "fragments"  # in a file's metadata: the part of the index that is about this file
-_REMEDY = "Continue from another step of the run: RUN_DIR@STEP names one"
+_RANDOM = "random"
 
 
 class Fragment(NamedTuple):
@@ -52,77 +60,43 @@ class Fragment(NamedTuple):
         return self._replace(start=self.start + start, state={key: x[start:stop] for key, x in self.state.items()})
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class SavedRun(_Strict):
-    """Where a fragment lies."""
-
-    file: str
-    tensor_rank: int  # of its share; 0 where the parameter is whole
-    start: int
-    size: int
-
-
-class SavedParameter(_Strict):
-    """A parameter as the ranks held it that wrote it."""
-
-    shape: tuple[int, ...]  # whole, or of a share
-    dim: int | None = None  # along which it is split; None: it is whole
-    blocks: int = 1  # each of which is split by itself
-    ranks: int = 1  # shares
-    runs: tuple[SavedRun, ...]
-
-    def share(self, rank: int = 0) -> Share | None:
-        """As the model knows it."""
-        return None if self.dim is None else Share(self.dim, self.blocks, rank, self.ranks)
-
-
-class Index(_Strict):
-    """What `state.json` says."""
-
-    format_version: int
-    step: int  # updates of the run
-    optimizer_steps: int  # updates that Adam has counted
-    layout: dict[str, int]  # of the ranks that wrote it; for people
-    parameters: dict[str, SavedParameter]
-
-
 def rank_file(rank: int) -> str:
     """Name of the file of a rank."""
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> None:
-    """Write what one rank has; on the disk when this returns."""
+def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], random: Mapping[str, Tensor]) -> FileRecord:
+    """Write what one rank has; on the disk when this returns.
+
+    Args:
+        folder: of the checkpoint.
+        rank: whose file it becomes.
+        fragments: what it has; copied to the CPU's memory where they lie elsewhere.
+        random: states of random generators by name, uint8 [bytes].
+    """
     path = folder / rank_file(rank)
     held = [fragment for fragment in fragments if fragment.size]
     tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
+    tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
     about = {f.name: _saved(f, path.name).model_dump() for f in held}
-    save_file(tensors, path, metadata={_ABOUT: json.dumps(about)})
-    sync(path)
+    return write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
 
 
-def write_index(folder: Path, step: int, optimizer_steps: int, layout: dict[str, int]) -> None:
+def write_index(folder: Path, about: About, files: Mapping[str, FileRecord]) -> None:
     """Write what the files of all ranks hold, once they are there."""
     parameters: dict[str, SavedParameter] = {}
-    for path in sorted(folder.glob(rank_file(0).replace("00000", "*"))):
-        with safe_open(path, framework="pt") as file:
-            about = json.loads(file.metadata()[_ABOUT])
-        for name, values in about.items():
-            here = SavedParameter(**values)
-            others = parameters[name].runs if name in parameters else ()
-            parameters[name] = here.model_copy(update={"runs": (*others, *here.runs)})
-    index = Index(
-        format_version=FORMAT_VERSION,
-        step=step,
-        optimizer_steps=optimizer_steps,
-        layout=layout,
-        parameters={name: parameters[name] for name in sorted(parameters, key=_plan_order)},
-    )
-    (folder / INDEX).write_text(index.model_dump_json(indent=1), encoding="utf-8")
-    sync(folder / INDEX)
+    for name in sorted(files):  # not those that a listing shows: that of a network file system may be old
+        for parameter, here in _held_by(folder / name):
+            others = parameters[parameter].runs if parameter in parameters else ()
+            parameters[parameter] = here.model_copy(update={"runs": (*others, *here.runs)})
+    ordered = {name: parameters[name] for name in sorted(parameters, key=_plan_order)}
+    save_index(folder, Index(format_version=FORMAT_VERSION, **about._asdict(), files=dict(files), parameters=ordered))
+
+
+def _held_by(path: Path) -> Iterable[tuple[str, SavedParameter]]:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[_ABOUT])
+    return [(name, SavedParameter(**values)) for name, values in about.items()]
 
 
 class StateReader:
@@ -135,14 +109,7 @@ class StateReader:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files: dict[str, Any] = {}
-        try:
-            self.index = Index.model_validate_json((folder / INDEX).read_bytes())
-        except FileNotFoundError:
-            raise self._error(f"there is no {INDEX}, which every checkpoint has") from None
-        except (OSError, ValidationError) as error:
-            raise self._error(f"{INDEX} cannot be read: {error}") from error
-        if self.index.format_version != FORMAT_VERSION:
-            raise self._error(f"format version {self.index.format_version}; this code reads {FORMAT_VERSION}")
+        self.index = load_index(folder)
         for name, saved in self.index.parameters.items():
             self._check_complete(name, saved)
 
@@ -168,6 +135,14 @@ class StateReader:
         share = saved.share()
         return share.join(parts) if share else parts[0]
 
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """States of the random generators of a rank by name; none where no such rank wrote."""
+        if rank_file(rank) not in self.index.files:
+            return {}
+        file = self._open(rank_file(rank))
+        keys = [key for key in file.keys() if key.startswith(f"{_RANDOM}:")]  # noqa: SIM118
+        return {key.partition(":")[2]: file.get_tensor(key) for key in keys}
+
     def _parameter(self, fragment: Fragment) -> SavedParameter:
         saved = self.index.parameters.get(fragment.name)
         if saved is None:
@@ -191,9 +166,7 @@ class StateReader:
 
     def _read(self, run: SavedRun, key: str, start: int, stop: int) -> Tensor:
         try:
-            if run.file not in self._files:
-                self._files[run.file] = safe_open(self.folder / run.file, framework="pt")
-            found: Tensor = self._files[run.file].get_slice(key)[start:stop]
+            found: Tensor = self._open(run.file).get_slice(key)[start:stop]
         except (OSError, SafetensorError) as error:
             raise self._error(f"{run.file} cannot be read: {error}") from error
         if found.dtype != torch.float32 or found.shape != (stop - start,):
@@ -201,6 +174,14 @@ class StateReader:
                 f"{run.file} has {found.dtype} {list(found.shape)} for {key} where {INDEX} says otherwise"
             )
         return found
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise self._error(f"{name} cannot be read: {error}") from error
+        return self._files[name]
 
     def _check_complete(self, name: str, saved: SavedParameter) -> None:
         for rank in range(saved.ranks):
@@ -213,7 +194,7 @@ class StateReader:
                 raise self._error(f"{name} ends at element {reached} of {list(saved.shape)}, share {rank}")
 
     def _error(self, seen: str) -> CheckpointError:
-        return CheckpointError(f"the checkpoint is not whole: {seen}", remedy=_REMEDY, place=self.folder)
+        return not_whole(self.folder, seen)
 
 
 def _saved(fragment: Fragment, file: str) -> SavedParameter:

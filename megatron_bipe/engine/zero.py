@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
@@ -31,10 +32,11 @@ class ZeroEngine(DeepSpeedEngine):
         run: the run configuration, validated.
         ds_config: result of `config.deepspeed.engine_config`.
         mesh: this process among the ranks.
+        data: what it trains on, for checkpoints to remember.
     """
 
-    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh) -> None:
-        self._mesh = mesh
+    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
+        self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")

@@ -10,7 +10,9 @@ from megatron_bipe.config.validate import accumulation_steps, check_data
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.format import Shard
 from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.shard_check import ShardCheck
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch, IntArray
@@ -36,6 +38,15 @@ class Feed:
             _check(run, self._valid)
             self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
             self._valid_windows = self._choose_valid_windows(self._valid)
+        self._shard_check = ShardCheck(self._own_shards() if run.data.verify else ())
+
+    def checking_shards(self) -> ShardCheck:
+        """While this is entered, shards that are read from are compared with the manifest.
+
+        Raises:
+            DataError: out of `train_batches` and `valid_batches`: a file is gone, has changed or is damaged.
+        """
+        return self._shard_check
 
     @property
     def record(self) -> DataRecord:
@@ -61,6 +72,7 @@ class Feed:
         windows = self._blend.window_indices(step * train.global_batch, train.global_batch)
         shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
         for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
+            self._shard_check.raise_found()
             yield make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
@@ -68,7 +80,16 @@ class Feed:
         assert self._valid is not None
         mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
         for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
+            self._shard_check.raise_found()
             yield make_batch(self._valid, windows, self._train.seq_len_tokens, self._clip)
+
+    def _own_shards(self) -> list[Shard]:
+        """The part that this rank checks: ranks with the same windows leave it to one, the others share all shards."""
+        mesh = self._mesh
+        if mesh.tensor_rank or mesh.context_rank or mesh.stage:
+            return []
+        datasets = [*self._blend.datasets, *([self._valid] if self._valid else [])]
+        return [shard for dataset in datasets for shard in dataset.shards][mesh.data_rank :: mesh.data_ranks]
 
     def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
         """Windows spread evenly over the set, equally many whole micro-batches a copy of the model."""

@@ -1,15 +1,11 @@
 """The order of a step, visible in one function."""
 
-import logging
-
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import Engine
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.schedule import learning_rate
-
-_log = logging.getLogger(__name__)
 
 
 def train(
@@ -28,8 +24,7 @@ def train(
         if _due(done, run.train.save_every) or done == stop:
             metrics.flush()
             watchdog.at(f"checkpoint of step {done}")
-            folder = engine.save(run.run_dir, done)
-            _log.info("step %d | saved %s", done, folder)
+            engine.save(run.run_dir, done, final=done == stop)
             metrics.restart_clock()
 
 

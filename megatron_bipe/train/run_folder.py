@@ -6,19 +6,25 @@ RUN/tokenizer/        the tokenizer's files, so that an export needs nothing els
 RUN/metrics.jsonl     one line a step
 RUN/tensorboard/      the same for TensorBoard
 RUN/checkpoints/      see engine/checkpoint.py
+RUN/running/          while a launch is at work: holds its lock
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
+from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
-from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, list_steps
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.engine.checkpoint import list_steps
+from megatron_bipe.engine.publish import tidy
+from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.lock import locked
 
 # What a continued run may change without becoming another run.
 _FREE = {
@@ -33,37 +39,83 @@ _FREE = {
     "train.valid_samples",
     "train.save_every",
     "train.check_replicas_every",
+    "data.verify",
     "parallel",  # checkpoints say nothing of a layout
+    "checkpoint",
 }
+# What it may change where `--allow` names it: the state keeps its meaning, and what follows is another curve. All else
+# would give weights another meaning, or read windows twice and leave others out.
+ALLOWABLE = ("optimizer", "train.precision", "data")
 
 
-def resume_point(run: RunConfig, record: DataRecord) -> Checkpoint | None:
-    """The checkpoint that the run folder is to be continued from; None to start.
+class _Difference(NamedTuple):
+    """Something that is not as it was."""
+
+    key: str  # of the configuration; "data": of the training data; "": neither
+    text: str
+
+    @property
+    def allowable(self) -> str:
+        """What `--allow` calls it; "" where nothing does."""
+        return next((name for name in ALLOWABLE if self.key == name or self.key.startswith(f"{name}.")), "")
+
+
+@contextmanager
+def entered(run: RunConfig, record: DataRecord, allow: Collection[str], is_main: bool) -> Iterator[None]:
+    """Keep other launches out of a run folder that holds this run, or nothing yet; every rank enters.
+
+    The main rank's lock is the launch's: others write nothing there but files that it publishes. What a broken-off save
+    left is cleared away.
+
+    Raises:
+        DataError: another launch is at work there.
+        CheckpointError, ConfigError: as `check_same_run`.
+    """
+    with locked(run.run_dir / "running", partial(tidy, run.run_dir)) if is_main else nullcontext():
+        check_same_run(run, record, allow)
+        yield
+
+
+def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = ()) -> None:
+    """Refuse to continue a run folder as another run than it holds.
+
+    Args:
+        run: the run as it is to go on.
+        record: of its training data.
+        allow: of `ALLOWABLE`, what may be other than before.
 
     Raises:
         CheckpointError: the folder holds another run: every difference is named.
+        ConfigError: what is to be allowed is not allowable.
     """
+    if unknown := sorted(set(allow) - set(ALLOWABLE)):
+        raise ConfigError(
+            f"{', '.join(unknown)} cannot be allowed to change in a run; what can is {', '.join(ALLOWABLE)}",
+            remedy="Leave it out, or start anew with --set run_dir=OTHER",
+            place="--allow",
+        )
     if not list_steps(run.run_dir):
-        return None
+        return
     old_run = load_run_config(run.run_dir / "config.yaml")
-    old_record = read_record(run.run_dir)
-    differences = [*_differences(old_run, run), *_data_differences(old_record, record)]
-    if differences:
+    found = [*_differences(old_run, run), *_data_differences(read_record(run.run_dir), record)]
+    refused = [difference for difference in found if difference.allowable not in allow]
+    if refused:
+        names = sorted({difference.allowable for difference in refused if difference.allowable})
+        flags = f", let these go on changed with --allow {' '.join(names)}" if names else ""
         raise CheckpointError(
-            f"the run folder holds another run: {'; '.join(differences)}",
-            remedy="Undo these changes to continue it, or start anew with --set run_dir=OTHER",
+            f"the run folder holds another run: {'; '.join(difference.text for difference in refused)}",
+            remedy=f"Undo these changes to continue it{flags}, or start anew with --set run_dir=OTHER",
             place=run.run_dir,
         )
-    return find_checkpoint(run.run_dir)
 
 
 def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -> None:
     """Write what describes the run; called on one rank, once all have read what an earlier start wrote."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    (run.run_dir / "config.yaml").write_text(dump_yaml(run), encoding="utf-8")
-    described = record.model_dump_json(indent=2, exclude_defaults=True)
-    (run.run_dir / "data.json").write_text(described + "\n", encoding="utf-8")
     tokenizer.copy_to(run.run_dir / TOKENIZER_FOLDER)
+    described = record.model_dump_json(indent=2, exclude_defaults=True)
+    write_atomically(run.run_dir / "data.json", f"{described}\n".encode())
+    write_atomically(run.run_dir / "config.yaml", dump_yaml(run).encode())
 
 
 def read_record(run_dir: Path) -> DataRecord:
@@ -83,24 +135,25 @@ def read_record(run_dir: Path) -> DataRecord:
         ) from error
 
 
-def _differences(old: RunConfig, new: RunConfig) -> Iterator[str]:
+def _differences(old: RunConfig, new: RunConfig) -> Iterator[_Difference]:
     before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
     for key, value in after.items():
         if key not in _FREE and before.get(key) != value:
-            yield f"{key} was {before.get(key)!r} and is now {value!r}"
+            yield _Difference(key, f"{key} was {before.get(key)!r} and is now {value!r}")
 
 
-def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[str]:
+def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[_Difference]:
     if old.tokenizer.fingerprint != new.tokenizer.fingerprint:
-        yield f"tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
+        what = f"tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
+        yield _Difference("", what)
     if old.rule != new.rule:
-        yield f"segment rule was {old.rule.spec} and is now {new.rule.spec}"
+        yield _Difference("", f"segment rule was {old.rule.spec} and is now {new.rule.spec}")
     if len(old.blend) != len(new.blend):
-        yield f"the training data was {_size(old)} and is now {_size(new)}"
+        yield _Difference("data", f"the training data was {_size(old)} and is now {_size(new)}")
     elif old.blend:
-        yield from _member_differences(old.blend, new.blend)
+        yield from (_Difference("data", what) for what in _member_differences(old.blend, new.blend))
     elif old.fingerprint != new.fingerprint:
-        yield f"dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}"
+        yield _Difference("data", f"dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}")
 
 
 def _member_differences(old: Sequence[BlendMember], new: Sequence[BlendMember]) -> Iterator[str]:

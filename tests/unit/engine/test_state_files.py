@@ -1,5 +1,6 @@
 """Training state on disk: whatever layout wrote it, whatever layout reads it."""
 
+import hashlib
 import json
 import os
 
@@ -9,11 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.config.load import dump_yaml, load_run_config
-from megatron_bipe.engine.checkpoint import find_checkpoint, publish
-from megatron_bipe.engine.state_files import INDEX, KINDS, Fragment, StateReader, write_fragments, write_index
+from megatron_bipe.engine.checkpoint import find_checkpoint
+from megatron_bipe.engine.index import INDEX, SEAL, load_index
+from megatron_bipe.engine.state_files import (
+    KINDS,
+    Fragment,
+    StateReader,
+    rank_file,
+    write_fragments,
+    write_index,
+)
 from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layers import Share
+from tests.checkpoints import about, publish_fragments, write_checkpoint
 
 # name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
 PARAMETERS = {
@@ -39,14 +49,23 @@ def fragment(name, tensor_rank, tensor, part=0, parts=1):
     return Fragment(name, shape, share, 0, flat).part(part, parts)
 
 
-def write(folder, tensor=1, replicas=1):
+def held_by_ranks(tensor=1, replicas=1):
     """What ranks of a layout write: each a part of its share; the first of a tensor-parallel group what is whole."""
-    folder.mkdir(parents=True, exist_ok=True)
+    held = []
     for rank in range(tensor * replicas):
         names = [name for name, (_, split) in PARAMETERS.items() if split or rank % tensor == 0]
-        held = [fragment(name, rank % tensor, tensor, rank // tensor, replicas) for name in names]
-        write_fragments(folder, rank, held)
-    write_index(folder, step=7, optimizer_steps=6, layout={"ranks": tensor * replicas})
+        held.append([fragment(name, rank % tensor, tensor, rank // tensor, replicas) for name in names])
+    return held
+
+
+def write(folder, tensor=1, replicas=1):
+    folder.mkdir(parents=True, exist_ok=True)
+    random = {"cpu": torch.arange(5, dtype=torch.uint8)}
+    files = {
+        rank_file(rank): write_fragments(folder, rank, held, random)
+        for rank, held in enumerate(held_by_ranks(tensor, replicas))
+    }
+    write_index(folder, about(7)._replace(optimizer_steps=6), files)
     return folder
 
 
@@ -89,7 +108,9 @@ def test_fragment_parts_make_it_up_without_gap_or_overlap(size, parts):
 def rewrite(folder, change):
     index = json.loads((folder / INDEX).read_text())
     change(index)
-    (folder / INDEX).write_text(json.dumps(index))
+    text = json.dumps(index)
+    (folder / INDEX).write_text(text)
+    (folder / SEAL).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {INDEX}\n")
 
 
 def read_everything(folder):
@@ -108,7 +129,8 @@ def shift(index):
 
 DAMAGES = {
     "no index": (lambda folder: (folder / INDEX).unlink(), "there is no state.json"),
-    "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), "state.json cannot be read"),
+    "no checksum of it": (lambda folder: (folder / SEAL).unlink(), "there is no state.json.sha256"),
+    "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), "do not belong together"),
     "unknown field": (lambda folder: rewrite(folder, lambda index: index.update(more=1)), "state.json cannot be read"),
     "later version": (lambda folder: rewrite(folder, lambda index: index.update(format_version=9)), "version 9"),
     "share missing": (lambda folder: rewrite(folder, drop_rank), "0.token.weight ends at element 0"),
@@ -150,7 +172,7 @@ def test_reader_parameter_that_does_not_fit_is_an_error(tmp_path, name, shape, e
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_read_weights_are_whole_and_in_compute_precision(tmp_path, precision):
-    publish(tmp_path, 7, lambda folder: write(folder, tensor=2), lambda folder: None, True, lambda: None)
+    publish_fragments(tmp_path, 7, held_by_ranks(tensor=2))
     run = load_run_config(None, [f"train.precision={precision}"])
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
     weights = read_weights(find_checkpoint(tmp_path))
@@ -158,3 +180,34 @@ def test_read_weights_are_whole_and_in_compute_precision(tmp_path, precision):
     assert list(weights) == list(PARAMETERS)
     for name, weight in weights.items():
         assert torch.equal(weight, whole_state(name)["weight"].to(dtype))
+
+
+def test_reader_gives_each_rank_its_random_states_and_others_none(tmp_path):
+    reader = StateReader(write(tmp_path, tensor=2))
+    assert reader.random(1)["cpu"].tolist() == [0, 1, 2, 3, 4]
+    assert reader.random(2) == {}
+
+
+@pytest.mark.parametrize("name", [INDEX, SEAL])
+def test_index_any_byte_changed_is_an_error(tmp_path, name):
+    folder = write(tmp_path)
+    path = folder / name
+    content = path.read_bytes()
+    load_index(folder)
+    for place in range(len(content)):
+        for changed in (content[place] ^ 1, content[place] ^ 0x80, 0x20 if content[place] == 0x0A else 0x0A):
+            path.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+            with pytest.raises(CheckpointError, match="do not belong together"):
+                load_index(folder)
+    path.write_bytes(content)
+    load_index(folder)
+
+
+def test_read_weights_of_a_damaged_checkpoint_is_an_error_that_names_the_file(tmp_path):
+    folder = write_checkpoint(tmp_path, 7, {"0.token.weight": torch.ones(4, 4)})
+    (tmp_path / "config.yaml").write_text(dump_yaml(load_run_config(None)))
+    content = bytearray((folder / rank_file(0)).read_bytes())
+    content[-1] ^= 1  # where no parser would look
+    (folder / rank_file(0)).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"the SHA-256 of rank-00000\.safetensors"):
+        read_weights(find_checkpoint(tmp_path))

@@ -20,11 +20,11 @@ import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import DataError
+from megatron_bipe.lock import locked
 from preprocessing import build as build_module
 from preprocessing import output, ranges
 from preprocessing.backend import TokenizerDifferenceError
 from preprocessing.build import BuildOptions, build
-from preprocessing.lock import locked
 from preprocessing.ranges import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader

@@ -24,9 +24,8 @@ class Notes:
         self.calls.append(("eval", batches))
         return 1.0
 
-    def save(self, run_dir, step):
-        self.calls.append(("save", step))
-        return run_dir
+    def save(self, run_dir, step, *, final):
+        self.calls.append(("save", step, final))
 
     def train_batches(self, step):
         return f"batches {step}"
@@ -70,7 +69,7 @@ def test_train_steps_validate_and_save_when_due(run):
 def test_train_stopped_early_saves_and_keeps_the_schedule(run):
     notes = Notes()
     train(run, notes, notes, notes, notes, start=3, stop=5)
-    assert [call for call in notes.calls if call[0] == "save"] == [("save", 4), ("save", 5)]
+    assert [call for call in notes.calls if call[0] == "save"] == [("save", 4, False), ("save", 5, True)]
     assert notes.calls[0] == ("step", "batches 3", learning_rate(run.optimizer, 6, 3))
 
 

@@ -4,13 +4,14 @@ import json
 
 import pytest
 
+from megatron_bipe import lock
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import step_folder
-from megatron_bipe.errors import CheckpointError
-from megatron_bipe.train.run_folder import read_record, resume_point, write_run_folder
+from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.train.run_folder import ALLOWABLE, check_same_run, entered, read_record, write_run_folder
 
 
 @pytest.fixture
@@ -32,25 +33,86 @@ def _checkpoint(run, step):
     (run.run_dir / "checkpoints" / "latest").write_text(step_folder(run.run_dir, step).name + "\n")
 
 
-def test_resume_point_without_a_checkpoint_is_none(run, record):
-    assert resume_point(run, record) is None
+def test_same_run_without_a_checkpoint_may_be_any(run, record):
+    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", "model.num_layers=2"]), record)
 
 
-def test_resume_point_same_run_is_its_newest_checkpoint(run, record):
+def test_same_run_is_continued(run, record):
     _checkpoint(run, 10)
-    _checkpoint(run, 20)
-    assert resume_point(run, record).step == 20
+    check_same_run(run, record)
     assert (run.run_dir / "tokenizer" / "tokenizer.json").is_file()
     assert read_record(run.run_dir) == record
 
 
-def test_resume_point_harmless_changes_are_allowed(run, record):
+def test_same_run_harmless_changes_need_no_leave(run, record):
     _checkpoint(run, 10)
-    changed = load_run_config(None, [f"run_dir={run.run_dir}", "train.micro_batch=4", "parallel.tensor=4"])
-    assert resume_point(changed, record).step == 10
+    settings = ["train.micro_batch=4", "parallel.tensor=4", "checkpoint.keep_last=2", "data.verify=false"]
+    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", *settings]), record)
 
 
-def test_resume_point_another_run_names_every_difference(run, record):
+@pytest.mark.parametrize(
+    ("settings", "allowed"),
+    [
+        (["optimizer.lr=2e-4", "optimizer.decay=cosine"], "optimizer"),
+        (["train.precision=fp32"], "train.precision"),
+        ([], "data"),
+    ],
+)
+def test_same_run_allowable_changes_need_leave_by_name(run, record, settings, allowed):
+    _checkpoint(run, 10)
+    changed = load_run_config(None, [f"run_dir={run.run_dir}", *settings])
+    data = record.model_copy(update={"fingerprint": "d" * 64}) if allowed == "data" else record
+    for others in ((), [name for name in ALLOWABLE if name != allowed]):
+        with pytest.raises(CheckpointError, match=f"--allow {allowed}"):
+            check_same_run(changed, data, others)
+    check_same_run(changed, data, [allowed])
+
+
+@pytest.mark.parametrize("setting", ["model.num_layers=2", "train.seed=1", "train.global_batch=8"])
+def test_same_run_what_gives_the_state_another_meaning_is_never_allowed(run, record, setting):
+    _checkpoint(run, 10)
+    with pytest.raises(CheckpointError, match=setting.partition("=")[0]) as error:
+        check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", setting]), record, ALLOWABLE)
+    assert "--allow" not in str(error.value)
+
+
+@pytest.mark.parametrize("field", ["tokenizer", "rule"])
+def test_same_run_other_tokenizer_or_rule_is_never_allowed(run, record, field):
+    _checkpoint(run, 10)
+    rule = SegmentRule(spec="[6]", token_ids=(6,))
+    tokenizer = record.tokenizer.model_copy(update={"fingerprint": "e" * 64})
+    other = record.model_copy(update={field: {"tokenizer": tokenizer, "rule": rule}[field]})
+    with pytest.raises(CheckpointError, match={"tokenizer": "tokenizer was a+", "rule": "segment rule was"}[field]):
+        check_same_run(run, other, ALLOWABLE)
+
+
+def test_same_run_unknown_name_to_allow_is_refused_even_at_the_start(run, record):
+    with pytest.raises(ConfigError, match=r"model\.num_layers cannot be allowed.*optimizer, train.precision, data"):
+        check_same_run(run, record, ["model.num_layers", "optimizer"])
+
+
+def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypatch):
+    monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
+    with entered(run, record, (), is_main=True):
+        with entered(run, record, (), is_main=False):
+            pass
+        with pytest.raises(DataError, match="Another run"), entered(run, record, (), is_main=True):
+            pass
+    with entered(run, record, (), is_main=True):
+        assert (run.run_dir / "running" / "lock").exists()
+    assert not (run.run_dir / "running").exists()
+
+
+def test_entered_clears_a_broken_save_away(run, record):
+    broken = run.run_dir / "checkpoints" / "writing-step-00000010-ab"
+    broken.mkdir(parents=True)
+    with entered(run, record, (), is_main=False):
+        assert broken.exists()
+    with entered(run, record, (), is_main=True):
+        assert not broken.exists()
+
+
+def test_same_run_another_run_names_every_difference(run, record):
     _checkpoint(run, 10)
     changed = load_run_config(None, [f"run_dir={run.run_dir}", "model.num_layers=2", "optimizer.lr=2e-4"])
     other = record.model_copy(
@@ -61,7 +123,7 @@ def test_resume_point_another_run_names_every_difference(run, record):
         }
     )
     with pytest.raises(CheckpointError) as error:
-        resume_point(changed, other)
+        check_same_run(changed, other)
     for part in (
         "model.num_layers was 12 and is now 2",
         "optimizer.lr",
@@ -84,13 +146,13 @@ BLEND = ("data/x", "1", 3000), ("data/y", "2", 7000)
 def _continue(run, old, new, path="{data/x: 3, data/y: 7}"):
     _checkpoint(run, 10)
     (run.run_dir / "data.json").write_text(old.model_dump_json(exclude_defaults=True))
-    return resume_point(load_run_config(None, [f"run_dir={run.run_dir}", f"data.path={path}"]), new)
+    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", f"data.path={path}"]), new)
 
 
 @pytest.mark.parametrize("path", ["{data/x: 3, data/y: 7}", "{moved/x: 30, moved/y: 70}", "[moved/x, moved/y]"])
-def test_resume_point_same_blend_wherever_it_lies_is_continued(run, record, path):
+def test_same_run_same_blend_wherever_it_lies_is_continued(run, record, path):
     moved = _blend(record, *((folder.replace("data", "moved"), letter, slots) for folder, letter, slots in BLEND))
-    assert _continue(run, _blend(record, *BLEND), moved, path).step == 10
+    _continue(run, _blend(record, *BLEND), moved, path)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +167,14 @@ def test_resume_point_same_blend_wherever_it_lies_is_continued(run, record, path
         ([*BLEND, ("data/z", "3", 1)], "was a blend of 2 datasets and is now a blend of 3 datasets"),
     ],
 )
-def test_resume_point_changed_blend_names_the_member(run, record, members, message):
+def test_same_run_changed_blend_names_the_member(run, record, members, message):
     with pytest.raises(CheckpointError) as error:
         _continue(run, _blend(record, *BLEND), _blend(record, *members))
     assert message in str(error.value)
 
 
 @pytest.mark.parametrize("back", [False, True])
-def test_resume_point_one_dataset_become_a_blend_or_back_is_refused(run, record, back):
+def test_same_run_one_dataset_become_a_blend_or_back_is_refused(run, record, back):
     old, new = (_blend(record, *BLEND), record) if back else (record, _blend(record, *BLEND))
     sizes = ["one dataset", "a blend of 2 datasets"]
     was, now = reversed(sizes) if back else sizes
@@ -129,6 +191,19 @@ def test_write_run_folder_one_dataset_leaves_the_record_that_it_always_left(run,
 def test_write_run_folder_blend_is_read_back(run, record, tmp_path):
     write_run_folder(run, _blend(record, *BLEND), load_tokenizer(tmp_path / "dataset" / "tokenizer"))
     assert read_record(run.run_dir) == _blend(record, *BLEND)
+
+
+def test_write_run_folder_cut_short_leaves_what_was_there(run, record, tmp_path, monkeypatch):
+    before = [(run.run_dir / name).read_bytes() for name in ("config.yaml", "data.json")]
+    changed = load_run_config(None, [f"run_dir={run.run_dir}", "train.steps=600000"])
+
+    def die(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(type(run.run_dir), "replace", die)
+    with pytest.raises(OSError, match="disk full"):
+        write_run_folder(changed, _blend(record, *BLEND), load_tokenizer(tmp_path / "dataset" / "tokenizer"))
+    assert [(run.run_dir / name).read_bytes() for name in ("config.yaml", "data.json")] == before
 
 
 def test_read_record_damaged_file_is_named(run):

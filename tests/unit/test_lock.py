@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bipe import lock
 from megatron_bipe.errors import DataError
-from preprocessing import lock
-from preprocessing.lock import LOCK_NAME, locked
+from megatron_bipe.lock import LOCK_NAME, locked
 
 
 @pytest.fixture(autouse=True)

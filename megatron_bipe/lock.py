@@ -1,6 +1,7 @@
 """One run at a time in a folder: its processes hold a lock together, which ends with them.
 
-File systems that have no locks go without.
+Over NFS the kernel makes it a lock of the server's, which holds for all hosts (flock(2), since Linux 2.6.12). File
+systems that have no locks go without.
 """
 
 import fcntl

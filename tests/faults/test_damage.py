@@ -1,0 +1,160 @@
+"""Whatever file of a checkpoint is damaged, and however: all ranks see it, and fall back to the one before."""
+
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megatron_bipe.engine.checkpoint import step_folder
+from megatron_bipe.engine.index import INDEX, SEAL
+from megatron_bipe.engine.state_files import rank_file
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.parallel.mesh import Mesh
+from tests.dist.launch import run_ranks
+from tests.dist.layouts import Layout, start, train_steps
+
+OLD, NEW = 10, 20
+FILES = (rank_file(0), rank_file(1), INDEX, SEAL)
+
+
+def flipped(at):
+    def damage(path, other):
+        content = bytearray(path.read_bytes())
+        content[int(at * (len(content) - 1))] ^= 1
+        path.write_bytes(content)
+
+    return damage
+
+
+DAMAGES = {
+    "cut to half": lambda path, other: os.truncate(path, path.stat().st_size // 2),
+    "cut by a byte": lambda path, other: os.truncate(path, path.stat().st_size - 1),
+    "emptied": lambda path, other: os.truncate(path, 0),
+    "longer by a byte": lambda path, other: path.open("ab").write(b"\n"),
+    "first bit flipped": flipped(0.0),
+    "a bit in the middle flipped": flipped(0.5),
+    "last bit flipped": flipped(1.0),
+    "deleted": lambda path, other: path.unlink(),
+    "of another run": lambda path, other: shutil.copyfile(other, path),
+    "a folder": lambda path, other: (path.unlink(), path.mkdir()),
+}
+POINTER = ("cut to half", "emptied", "last bit flipped", "deleted", "first bit flipped", "a folder")
+CASES = [(file, damage) for file in FILES for damage in DAMAGES]
+
+
+class Heard(logging.Handler):
+    """What was logged."""
+
+    def __init__(self):
+        super().__init__()
+        self.lines = []
+
+    def emit(self, record):
+        self.lines.append(record.getMessage())
+
+
+def choose(engine: Any, run_dir: Path, heard: Heard) -> tuple[Any, list[str]]:
+    """The step chosen, or the error; and the warnings."""
+    heard.lines.clear()
+    try:
+        step = engine.newest_good(run_dir).step
+    except CheckpointError as error:
+        return str(error), heard.lines[:]
+    return step, heard.lines[:]
+
+
+def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
+    """Each case in a copy of the run folder; all in the processes of one launch."""
+    import torch.distributed as dist
+
+    heard = Heard()
+    logging.getLogger("megatron_bipe").addHandler(heard)
+    run_dir, other = Path(work_dir) / "run", Path(work_dir) / "other"
+    engine, laid_out = start(Layout(zero=1), mesh, run_dir)
+    train_steps(engine, laid_out, range(2))
+    engine.save(run_dir, OLD)
+    expected = train_steps(engine, laid_out, range(2, 4))
+    engine.save(run_dir, NEW)
+    train_steps(engine, laid_out, range(4, 5))
+    engine.save(other, NEW)  # the same sizes, other numbers
+
+    def in_copy(change: Any) -> tuple[Any, list[str]]:
+        copy = Path(work_dir) / "copy"
+        if mesh.is_main:
+            shutil.rmtree(copy, ignore_errors=True)
+            shutil.copytree(run_dir, copy)
+            change(copy)
+        dist.barrier()
+        return choose(engine, copy, heard)
+
+    def hurt_pointer(damage: str) -> Any:
+        return lambda copy: DAMAGES[damage](copy / "checkpoints" / "latest", None)
+
+    def hurt_both(copy: Path) -> None:
+        for step in (OLD, NEW):
+            flipped(0.3)(step_folder(copy, step) / rank_file(1), None)
+
+    found = {
+        (file, damage): in_copy(
+            lambda copy, file=file, damage=damage: DAMAGES[damage](
+                step_folder(copy, NEW) / file, step_folder(other, NEW) / file
+            )
+        )
+        for file, damage in CASES
+    }
+    results = {
+        "found": found,
+        "pointer": [in_copy(hurt_pointer(damage)) for damage in POINTER],
+        "whole": in_copy(lambda copy: None),
+        "none": in_copy(hurt_both),
+        "moved": in_copy(lambda copy: step_folder(copy, OLD).rename(step_folder(copy, 30))),
+        "empty": engine.newest_good(Path(work_dir) / "nothing"),
+    }
+    engine.load(engine.newest_good(run_dir).folder.with_name(step_folder(run_dir, OLD).name))
+    results["resumed"] = train_steps(engine, laid_out, range(2, 4)) == expected
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("damage")
+    return run_ranks(damage_all, 2, folder, work_dir=str(folder))
+
+
+@pytest.mark.parametrize(("file", "damage"), CASES)
+def test_damage_of_any_file_is_seen_by_all_ranks_and_the_one_before_is_taken(ranks, file, damage):
+    steps = [rank["found"][file, damage][0] for rank in ranks]
+    assert steps == [OLD, OLD]
+    warnings, others = (rank["found"][file, damage][1] for rank in ranks)
+    assert others == []
+    [line] = warnings
+    assert line.startswith(f"falling back to the checkpoint of step {OLD}: that of step {NEW}:")
+    named = file if file not in (INDEX, SEAL) else INDEX
+    assert named in line
+
+
+def test_damage_of_the_pointer_costs_nothing(ranks):
+    for rank in ranks:
+        assert [step for step, _ in rank["pointer"]] == [NEW] * len(POINTER)
+
+
+def test_whole_checkpoint_is_taken_without_a_word(ranks):
+    for rank in ranks:
+        assert rank["whole"] == (NEW, [])
+        assert rank["resumed"]
+        assert rank["empty"] is None
+
+
+def test_damage_of_all_checkpoints_is_an_error_on_all_ranks_that_names_each(ranks):
+    for rank in ranks:
+        error, _ = rank["none"]
+        assert f"that of step {OLD}" in error and f"that of step {NEW}" in error and rank_file(1) in error
+        assert "run_dir=OTHER" in error
+
+
+def test_checkpoint_under_the_name_of_another_step_is_not_taken(ranks):
+    for rank in ranks:
+        assert rank["moved"] == (NEW, [])
