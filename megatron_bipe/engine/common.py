@@ -1,6 +1,7 @@
 """What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
 
 import logging
+from collections.abc import Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.engine.checkpoint import publish
 from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
+from megatron_bipe.engine.own_time import OwnTime
 from megatron_bipe.engine.state_files import Fragment, StateReader, write_fragments, write_index
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
@@ -78,8 +80,17 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
     return run.train.precision != "fp32" or zero_stage(ds_config) > 0
 
 
+def mean_loss(losses_BT: Tensor) -> Tensor:
+    """The mean over tokens; one that is not finite makes the whole gradient NaN, so that the update is left out."""
+    mean = losses_BT.mean()
+    return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
+
+
 class PlainGradients:
-    """Norm and clipping where DeepSpeed keeps no norm, and counts that of stages wrongly.
+    """Norm, clipping and the check for NaN where DeepSpeed keeps no norm, and counts that of stages wrongly.
+
+    An update whose norm is not finite is left out by the optimizer itself, on the device: nothing waits for the norm.
+    In all other cases DeepSpeed leaves it out, and gives infinity as the norm.
 
     Args:
         optimizer: whose steps are to be preceded by this; DeepSpeed must not clip before.
@@ -104,6 +115,7 @@ class PlainGradients:
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
         self.norm = squares.sqrt()
+        optimizer.found_inf = 1 - self.norm.isfinite().float()  # type: ignore[attr-defined]  # torch's fused AdamW asks
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)
 
@@ -115,6 +127,7 @@ class DeepSpeedEngine:
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
+    _own_time: OwnTime
     _tensor_group: dist.ProcessGroup | None  # ranks that share this one's layers; None where none does
 
     def _initialize(
@@ -142,8 +155,13 @@ class DeepSpeedEngine:
             model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
         )
         forget_steps(self._optimizer)
+        self._own_time = OwnTime(self._engine.module, self._mesh.device)
 
-    def save(self, run_dir: Path, step: int) -> Path:
+    def own_time_s(self) -> float:
+        """See `Engine.own_time_s`."""
+        return self._own_time.take_s()
+
+    def save(self, run_dir: Path, step: int, *, loop_state: Mapping[str, Any] | None = None) -> Path:
         """See `Engine.save`."""
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
@@ -152,13 +170,15 @@ class DeepSpeedEngine:
             write_fragments(folder, mesh.rank, self._fragments_to_write())
 
         def finish(folder: Path) -> None:
-            write_index(folder, step, optimizer_steps(self._optimizer), layout)
+            write_index(folder, step, optimizer_steps(self._optimizer), layout, loop_state)
 
         return publish(run_dir, step, write, finish, mesh.is_main, dist.barrier)
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> dict[str, Any]:
         """See `Engine.load`."""
-        fill(self._engine.module, self._optimizer, StateReader(folder))
+        reader = StateReader(folder)
+        fill(self._engine.module, self._optimizer, reader)
+        return reader.index.loop_state
 
     def _fragments_to_write(self) -> list[Fragment]:
         """What this rank has, without what another writes: of equal copies each rank writes a part."""

@@ -86,6 +86,7 @@ class Index(_Strict):
     step: int  # updates of the run
     optimizer_steps: int  # updates that Adam has counted
     layout: dict[str, int]  # of the ranks that wrote it; for people
+    loop_state: dict[str, Any] = {}  # what the loop wants back; see train/progress.py
     parameters: dict[str, SavedParameter]
 
 
@@ -104,7 +105,9 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment]) -> N
     sync(path)
 
 
-def write_index(folder: Path, step: int, optimizer_steps: int, layout: dict[str, int]) -> None:
+def write_index(
+    folder: Path, step: int, optimizer_steps: int, layout: dict[str, int], loop_state: Mapping[str, Any] | None = None
+) -> None:
     """Write what the files of all ranks hold, once they are there."""
     parameters: dict[str, SavedParameter] = {}
     for path in sorted(folder.glob(rank_file(0).replace("00000", "*"))):
@@ -119,6 +122,7 @@ def write_index(folder: Path, step: int, optimizer_steps: int, layout: dict[str,
         step=step,
         optimizer_steps=optimizer_steps,
         layout=layout,
+        loop_state=dict(loop_state or {}),
         parameters={name: parameters[name] for name in sorted(parameters, key=_plan_order)},
     )
     (folder / INDEX).write_text(index.model_dump_json(indent=1), encoding="utf-8")

@@ -4,6 +4,7 @@ RUN/config.yaml       the resolved configuration
 RUN/data.json         tokenizer, segment rule and fingerprint of the training data
 RUN/tokenizer/        the tokenizer's files, so that an export needs nothing else
 RUN/metrics.jsonl     one line a step
+RUN/events.jsonl      one line for each start, stop, bad step and the like
 RUN/tensorboard/      the same for TensorBoard
 RUN/checkpoints/      see engine/checkpoint.py
 """
@@ -33,6 +34,7 @@ _FREE = {
     "train.valid_samples",
     "train.save_every",
     "train.check_replicas_every",
+    "health",
     "parallel",  # checkpoints say nothing of a layout
 }
 

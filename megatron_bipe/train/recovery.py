@@ -1,0 +1,121 @@
+"""From trouble back to the last checkpoint, past the samples that did harm.
+
+All of it follows from losses, gradient norms and checkpoints, so that a run that is killed on the way and started again
+comes to the same: the steps since the checkpoint are done again, are bad again, and lead back again.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Sequence
+from statistics import median_low
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.engine.api import Engine
+from megatron_bipe.engine.checkpoint import list_steps, step_folder
+from megatron_bipe.errors import HealthError
+from megatron_bipe.parallel.agreement import Agreement
+from megatron_bipe.train.events import Events
+from megatron_bipe.train.feed import Feed
+from megatron_bipe.train.health import BadStep, Health, Reading
+from megatron_bipe.train.progress import Progress, Samples
+
+_log = logging.getLogger(__name__)
+
+
+class Recovery:
+    """Judges the steps of a run on all ranks alike, and takes it back where they are bad.
+
+    Args:
+        run: the run.
+        engine: what is taken back.
+        feed: names the windows of bad steps.
+        agreement: of the ranks; all call each method together.
+        events: where all of it is written down.
+        progress: of the run as it starts here.
+    """
+
+    def __init__(
+        self, run: RunConfig, engine: Engine, feed: Feed, agreement: Agreement, events: Events, progress: Progress
+    ) -> None:
+        self._run, self._engine, self._feed, self._agreement, self._events = run, engine, feed, agreement, events
+        self._health = Health(run.health, progress.good_losses)
+        self._pass_over: list[Samples] = list(progress.pass_over)
+        self._returns: Counter[int] = Counter()  # by step of the checkpoint
+
+    @property
+    def good_losses(self) -> list[float]:
+        """What `Progress` keeps of them."""
+        return self._health.good_losses
+
+    @property
+    def is_well(self) -> bool:
+        """Whether the last step judged was good: only then is a checkpoint worth keeping."""
+        return not self._health.streak
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether there is trouble."""
+        return self._health.in_trouble
+
+    def judge(self, readings: Sequence[Reading]) -> None:
+        """Take the next steps, as the main rank read them."""
+        read = self._agreement.as_main([x for r in readings for x in (r.loss_nats, r.grad_norm)])
+        agreed = [
+            reading._replace(loss_nats=loss, grad_norm=norm)
+            for reading, loss, norm in zip(readings, read[::2], read[1::2], strict=True)
+        ]
+        for bad in self._health.judge(agreed):
+            self._note(bad)
+        self._name_slow_ranks(readings)
+
+    def go_back(self) -> Progress:
+        """Load the newest checkpoint, and leave out the samples of the bad steps from now on.
+
+        Raises:
+            HealthError: there is no checkpoint, or the run has come back to it too often.
+        """
+        bad = self._health.streak
+        newest = int(self._agreement.as_main([max(list_steps(self._run.run_dir), default=-1)])[0])
+        self._returns[newest] += 1
+        if newest < 0 or self._returns[newest] > self._run.health.max_returns:
+            been = f"the run has returned to step {newest} {self._returns[newest] - 1} times before"
+            raise HealthError(
+                f"{len(bad)} bad steps in a row up to step {bad[-1].reading.step}: {bad[-1].reason}; "
+                f"{'there is no checkpoint to return to' if newest < 0 else been}",
+                remedy="Look at the samples that events.jsonl names; lower optimizer.lr, or lengthen the warm-up",
+                place=self._run.run_dir,
+            )
+        progress = Progress.at(
+            newest, self._run.train.global_batch, self._engine.load(step_folder(self._run.run_dir, newest))
+        )
+        self._pass_over += [step.reading.samples for step in bad]
+        progress.pass_over = [part for part in self._pass_over if part[1] > progress.samples]
+        passed_over = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
+        self._events.add("return", step=bad[-1].reading.step, to_step=newest, samples=passed_over)
+        _log.warning(
+            "step %d | %d bad steps in a row: back to step %d, past samples %d to %d",
+            *(bad[-1].reading.step, len(bad), newest, passed_over[0], passed_over[1] - 1),
+        )
+        self._health = Health(self._run.health, progress.good_losses)
+        return progress
+
+    def _note(self, bad: BadStep) -> None:
+        step, (first, stop), loss, norm = bad.reading
+        _log.warning(
+            "step %d | %s | loss %g | grad %g | samples %d to %d", step, bad.reason, loss, norm, first, stop - 1
+        )
+        windows = self._feed.windows(first).tolist()
+        facts = {"reason": bad.reason, "loss_nats": loss, "grad_norm": norm}
+        self._events.add("bad step", step=step, samples=[first, stop], windows=windows, **facts)
+
+    def _name_slow_ranks(self, readings: Sequence[Reading]) -> None:
+        own_s = self._agreement.of_all(self._engine.own_time_s() + self._feed.reading_time_s())
+        usual_s = median_low(own_s)
+        for rank, name in enumerate(self._agreement.names):
+            if own_s[rank] > self._run.health.slow_rank * usual_s:
+                _log.warning(
+                    "%s is slow: its own work of the last %d steps took %.3g s, that of most ranks %.3g s",
+                    *(name, len(readings), own_s[rank], usual_s),
+                )
+                facts = {"own_s": own_s[rank], "median_s": usual_s, "steps": len(readings)}
+                self._events.add("slow rank", step=readings[-1].step, rank=rank, name=name, **facts)
