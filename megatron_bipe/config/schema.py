@@ -206,6 +206,8 @@ class HealthConfig(_Section):
     """Good losses that a spike is compared with; before there are so many, none is."""
     max_returns: NonNegative = 3
     """Returns to one and the same checkpoint; then the run ends with an error."""
+    compare_ranks_every: NonNegative = 100
+    """Steps over which each rank's own work is added up and compared with that of the others; 0: never."""
     slow_rank: Annotated[float, Field(ge=1)] = 1.5
     """A rank is named as slow whose own work takes longer than this times the median of all ranks."""
 

@@ -21,7 +21,6 @@ class Agreement:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._num_ranks = mesh.num_ranks
         self._group = dist.new_group(backend="gloo") if mesh.num_ranks > 1 else None
         self.names = [rank_name(mesh)]  # of all ranks, with their hosts
         if self._group is not None:
@@ -48,6 +47,6 @@ class Agreement:
         """The value of every rank."""
         if self._group is None:
             return [value]
-        found = torch.empty(self._num_ranks, dtype=torch.float64)
-        dist.all_gather_into_tensor(found, torch.tensor([value], dtype=torch.float64), group=self._group)
-        return [float(one) for one in found.tolist()]
+        found = [torch.empty(1, dtype=torch.float64) for _ in self.names]
+        dist.all_gather(found, torch.tensor([value], dtype=torch.float64), group=self._group)
+        return [float(one) for one in found]

@@ -25,11 +25,11 @@ class Events:
     """
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self._path, self._is_main = run_dir / EVENTS, is_main
+        self._path, self.is_main = run_dir / EVENTS, is_main
 
     def add(self, event: str, **facts: Any) -> None:
         """Add one; it is on the disk when this returns."""
-        if not self._is_main:
+        if not self.is_main:
             return
         cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
         with self._path.open("a", encoding="utf-8") as file:

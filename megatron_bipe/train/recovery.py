@@ -41,6 +41,7 @@ class Recovery:
         self._health = Health(run.health, progress.good_losses)
         self._pass_over: list[Samples] = list(progress.pass_over)
         self._returns: Counter[int] = Counter()  # by step of the checkpoint
+        self._steps_compared = 0  # since ranks were compared last
 
     @property
     def good_losses(self) -> list[float]:
@@ -66,7 +67,10 @@ class Recovery:
         ]
         for bad in self._health.judge(agreed):
             self._note(bad)
-        self._name_slow_ranks(readings)
+        self._steps_compared += len(readings)
+        if 0 < self._run.health.compare_ranks_every <= self._steps_compared:
+            self._name_slow_ranks(readings[-1].step)
+            self._steps_compared = 0
 
     def go_back(self) -> Progress:
         """Load the newest checkpoint, and leave out the samples of the bad steps from now on.
@@ -92,30 +96,34 @@ class Recovery:
         progress.pass_over = [part for part in self._pass_over if part[1] > progress.samples]
         passed_over = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
         self._events.add("return", step=bad[-1].reading.step, to_step=newest, samples=passed_over)
-        _log.warning(
-            "step %d | %d bad steps in a row: back to step %d, past samples %d to %d",
-            *(bad[-1].reading.step, len(bad), newest, passed_over[0], passed_over[1] - 1),
+        self._warn(
+            f"step {bad[-1].reading.step} | {len(bad)} bad steps in a row: back to step {newest}, "
+            f"past samples {passed_over[0]} to {passed_over[1] - 1}"
         )
         self._health = Health(self._run.health, progress.good_losses)
         return progress
 
     def _note(self, bad: BadStep) -> None:
         step, (first, stop), loss, norm = bad.reading
-        _log.warning(
-            "step %d | %s | loss %g | grad %g | samples %d to %d", step, bad.reason, loss, norm, first, stop - 1
-        )
+        self._warn(f"step {step} | {bad.reason} | loss {loss:g} | grad {norm:g} | samples {first} to {stop - 1}")
         windows = self._feed.windows(first).tolist()
         facts = {"reason": bad.reason, "loss_nats": loss, "grad_norm": norm}
         self._events.add("bad step", step=step, samples=[first, stop], windows=windows, **facts)
 
-    def _name_slow_ranks(self, readings: Sequence[Reading]) -> None:
+    def _name_slow_ranks(self, step: int) -> None:
         own_s = self._agreement.of_all(self._engine.own_time_s() + self._feed.reading_time_s())
         usual_s = median_low(own_s)
         for rank, name in enumerate(self._agreement.names):
             if own_s[rank] > self._run.health.slow_rank * usual_s:
-                _log.warning(
-                    "%s is slow: its own work of the last %d steps took %.3g s, that of most ranks %.3g s",
-                    *(name, len(readings), own_s[rank], usual_s),
+                steps = self._steps_compared
+                self._warn(
+                    f"step {step} | {name} is slow: its own work of the last {steps} steps took {own_s[rank]:.3g} s, "
+                    f"that of most ranks {usual_s:.3g} s"
                 )
-                facts = {"own_s": own_s[rank], "median_s": usual_s, "steps": len(readings)}
-                self._events.add("slow rank", step=readings[-1].step, rank=rank, name=name, **facts)
+                facts = {"own_s": own_s[rank], "median_s": usual_s, "steps": steps}
+                self._events.add("slow rank", step=step, rank=rank, name=name, **facts)
+
+    def _warn(self, text: str) -> None:
+        """Of what all ranks know one speaks."""
+        if self._events.is_main:
+            _log.warning(text)
