@@ -2,10 +2,10 @@
 
     python -m tests.faults.kills --count 50
 
-Each kill is SIGKILL to one rank, of its own, at a place drawn at random and a moment drawn at random after it came there:
-as it starts, loads a checkpoint, trains, validates, writes a checkpoint. The supervisor starts the launch again, with no
-word from anyone. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must be
-those of the run that was left alone, bit for bit. Exit code 1 where they are not, or where a kill did not happen.
+Each kill is SIGKILL to one rank drawn at random, at a moment drawn at random after it came to one of these places in
+turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, with no
+word from anyone. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
+be those of the run that was left alone, bit for bit. Exit code 1 where they are not, or where a kill did not happen.
 """
 
 import argparse

@@ -12,38 +12,32 @@ import json
 import os
 import signal
 import threading
+from pathlib import Path
 
 import numpy as np
 import torch
 
 import pretrain
-from megatron_bipe.engine import pipeline, zero
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train import feed as feeds
 from megatron_bipe.train.feed import Feed
+from tests.dist.planted import Planted, plant, spoil_weight
 
 SPIKE = 20.0
 
 
-class Planted:
-    """What is wrong with the step under way."""
+class Started:
+    """The engine of this rank."""
 
-    loss_factor = 1.0
-    gradient = False
     engine = None
-
-
-def _spoil_weight():
-    weight = next(p for p in Planted.engine._engine.module.parameters() if p.ndim > 1)
-    weight.data.view(-1)[5] = torch.nan
 
 
 PLANTS = {
     "data": lambda: setattr(Planted, "loss_factor", torch.nan),  # windows whose loss is NaN
     "spike": lambda: setattr(Planted, "loss_factor", SPIKE),
-    "gradient": lambda: setattr(Planted, "gradient", True),
-    "weight": _spoil_weight,
+    "gradient": lambda: setattr(Planted, "gradient_factor", torch.nan),
+    "weight": lambda: spoil_weight(Started.engine),
 }
 
 
@@ -51,7 +45,7 @@ class FaultyFeed(Feed):
     """A feed that plants faults, and sends signals, as steps are asked for."""
 
     def train_batches(self, first_sample):
-        Planted.loss_factor, Planted.gradient = 1.0, False
+        Planted.nothing()
         if "PLANT" in os.environ:
             kind, rank, first, stop = os.environ["PLANT"].split(":")
             if self._mesh.rank == int(rank) and int(first) <= first_sample < int(stop):
@@ -67,7 +61,7 @@ class FaultyFeed(Feed):
 
     def _write_down(self, first_sample):
         path = f"{os.environ['READ']}/rank-{self._mesh.rank}-of-{self._mesh.num_ranks}.jsonl"
-        with open(path, "a") as file:
+        with Path(path).open("a") as file:
             file.write(json.dumps([first_sample, np.asarray(Read.windows).tolist()]) + "\n")
 
 
@@ -85,17 +79,12 @@ def _noted(make_batch):
     return noted
 
 
-def _planted(mean_loss):
-    return lambda losses_BT: mean_loss(losses_BT * Planted.loss_factor)
-
-
 def _start_engine(start_engine):
     @functools.wraps(start_engine)
     def started(*arguments):
-        Planted.engine = start_engine(*arguments)
-        weight = next(p for p in Planted.engine._engine.module.parameters() if p.ndim > 1)
-        weight.register_hook(lambda gradient: gradient * (torch.nan if Planted.gradient else 1.0))
-        return Planted.engine
+        Started.engine = start_engine(*arguments)
+        plant(Started.engine)
+        return Started.engine
 
     return started
 
@@ -119,14 +108,13 @@ class KillingWatchdog(Watchdog):
                 threading.Timer(float(seconds), self._kill, (wanted, file)).start()
 
     def _kill(self, wanted, file):
-        with open(file, "a") as killed:
+        with Path(file).open("a") as killed:
             killed.write(json.dumps({"place": wanted, "in": self._place, "rank": self._mesh.rank}) + "\n")
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 if __name__ == "__main__":
     feeds.make_batch = _noted(feeds.make_batch)
-    zero.mean_loss, pipeline.mean_loss = _planted(zero.mean_loss), _planted(pipeline.mean_loss)
     pretrain.start_engine = _start_engine(pretrain.start_engine)
     pretrain.Feed, pretrain.Watchdog = FaultyFeed, KillingWatchdog
     run_rank(pretrain.main, pretrain.parse_args())
