@@ -71,7 +71,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
             folder = engine.save(run.run_dir, done, loop_state=progress.model_dump(mode="json"))
             _log.info("step %d | saved %s", done, folder)
             metrics.restart_clock()
-            save_owed = False
+            save_owed, stopping = False, stop_request.agreed()
     return progress
 
 

@@ -11,6 +11,6 @@ if __name__ == "__main__":
     plan, command = Path(sys.argv[1]), sys.argv[2:]
     kills = plan.read_text().splitlines()
     if kills:
-        os.environ["KILL"] = kills[0]
+        os.environ["SIGNAL"] = kills[0]
         plan.write_text("".join(f"{kill}\n" for kill in kills[1:]))
     os.execvp(command[0], command)

@@ -9,7 +9,6 @@ be those of the run that was left alone, bit for bit. Exit code 1 where they are
 """
 
 import argparse
-import json
 import random
 import sys
 import tempfile
@@ -20,16 +19,9 @@ from typing import NamedTuple
 
 from tests.dist.commands import run
 from tests.dist.launch import free_port
-from tests.faults.runs import arguments, differences, launcher, supervised
+from tests.faults.data import make_data
+from tests.faults.runs import arguments, differences, launcher, random_moment, signals_sent, supervised
 
-# Place, how often a rank has come there at most, and the seconds that it lasts on a small model.
-PLACES = (
-    ("the start", 1, 3.0),
-    ("loading", 1, 0.1),
-    ("step", 12, 0.02),
-    ("validation", 2, 0.03),
-    ("checkpoint", 2, 0.08),
-)
 STEPS_A_KILL, LAST_STEPS = 4, 10
 
 
@@ -58,7 +50,8 @@ def survive(
     """
     chance, steps, killed = random.Random(seed), count * STEPS_A_KILL + LAST_STEPS, folder / "killed.jsonl"
     plan = folder / "plan"
-    plan.write_text("".join(f"{_kill(chance, number, num_ranks)}:{killed}\n" for number in range(count)))
+    moments = [random_moment(chance, number, num_ranks) for number in range(count)]
+    plan.write_text("".join(f"SIGKILL:{moment}:{killed}\n" for moment in moments))
     calm, disturbed = folder / "calm", folder / "disturbed"
     done = run(
         *launcher(num_ranks, free_port()), *arguments(data, calm, *settings, steps=steps, zero=zero), limit_s=600
@@ -70,15 +63,8 @@ def survive(
     ended = run(*supervised(disturbed, attempts, failures=count + 1), limit_s=120 * (count + 1))
     seconds = time.monotonic() - began_s
     assert ended.code == 0 and not ended.left, ended.output
-    kills = [json.loads(line) for line in killed.read_text().splitlines()] if killed.exists() else []
-    return Outcome(
-        Counter((kill["place"], kill["rank"]) for kill in kills), differences(disturbed, calm), seconds, ended.output
-    )
-
-
-def _kill(chance: random.Random, number: int, num_ranks: int) -> str:
-    place, most, lasts_s = PLACES[number % len(PLACES)]
-    return f"{place}:{chance.randrange(num_ranks)}:{chance.randint(1, most)}:{chance.uniform(0, lasts_s):.4f}"
+    kills = Counter((kill["place"], kill["rank"]) for kill in signals_sent(killed))
+    return Outcome(kills, differences(disturbed, calm), seconds, ended.output)
 
 
 def main() -> int:
@@ -90,8 +76,6 @@ def main() -> int:
     parser.add_argument("--zero", default="1", help="name of the DeepSpeed settings (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
     given = parser.parse_args()
-    from tests.faults.data import make_data
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_data(folder / "data")

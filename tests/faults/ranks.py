@@ -1,10 +1,9 @@
 """pretrain.py on a rank to which something happens; the environment says what.
 
-KILL=PLACE:RANK:COUNT:SECONDS:FILE   the rank kills itself (SIGKILL) so many seconds after it has come to PLACE the
-                                     COUNT-th time; a line in FILE says so
-SIGNAL=NAME:RANK:STEP:SECONDS        the rank gets a signal, such as SIGTERM, so long after it began STEP
-PLANT=KIND:RANK:FIRST:STOP           from sample FIRST up to STOP, KIND goes wrong on the rank: see PLANTS
-READ=FOLDER                          every rank writes down there which windows it reads for which step
+SIGNAL=NAME:PLACE:RANK:COUNT:SECONDS:FILE   the rank gets a signal, such as SIGKILL, so many seconds after it has come
+                                            to PLACE the COUNT-th time; a line in FILE says so
+PLANT=KIND:RANK:FIRST:STOP[:once]           from sample FIRST up to STOP, KIND goes wrong on the rank: see PLANTS
+READ=FOLDER                                 every rank writes down there which windows it reads for which step
 """
 
 import functools
@@ -42,18 +41,18 @@ PLANTS = {
 
 
 class FaultyFeed(Feed):
-    """A feed that plants faults, and sends signals, as steps are asked for."""
+    """A feed that plants faults as steps are asked for."""
+
+    _planted = False
 
     def train_batches(self, first_sample):
         Planted.nothing()
         if "PLANT" in os.environ:
-            kind, rank, first, stop = os.environ["PLANT"].split(":")
-            if self._mesh.rank == int(rank) and int(first) <= first_sample < int(stop):
+            kind, rank, first, stop, *once = os.environ["PLANT"].split(":")
+            here = self._mesh.rank == int(rank) and int(first) <= first_sample < int(stop)
+            if here and not (once and self._planted):
                 PLANTS[kind]()
-        if "SIGNAL" in os.environ:
-            name, rank, step, seconds = os.environ["SIGNAL"].split(":")
-            if self._mesh.rank == int(rank) and first_sample == (int(step) - 1) * self._train.global_batch:
-                threading.Timer(float(seconds), os.kill, (os.getpid(), signal.Signals[name])).start()
+                self._planted = True
         for batch in super().train_batches(first_sample):
             if "READ" in os.environ:
                 self._write_down(first_sample)
@@ -89,32 +88,32 @@ def _start_engine(start_engine):
     return started
 
 
-class KillingWatchdog(Watchdog):
-    """A watchdog that knows where it is to end."""
+class SignallingWatchdog(Watchdog):
+    """A watchdog that knows where this rank is to get a signal."""
 
     _count = 0
 
     def at(self, place):
         super().at(place)
-        if "KILL" not in os.environ:
+        if "SIGNAL" not in os.environ:
             return
-        wanted, rank, count, seconds, file = os.environ["KILL"].split(":")
+        name, wanted, rank, count, seconds, file = os.environ["SIGNAL"].split(":")
         if self._mesh.rank != int(rank):
             return
         # Where there is nothing to load yet, the first step will do.
         if place.startswith(wanted) or (wanted == "loading" and place.startswith("step")):
             self._count += 1
             if self._count == int(count):
-                threading.Timer(float(seconds), self._kill, (wanted, file)).start()
+                threading.Timer(float(seconds), self._send, (name, wanted, file)).start()
 
-    def _kill(self, wanted, file):
-        with Path(file).open("a") as killed:
-            killed.write(json.dumps({"place": wanted, "in": self._place, "rank": self._mesh.rank}) + "\n")
-        os.kill(os.getpid(), signal.SIGKILL)
+    def _send(self, name, wanted, file):
+        with Path(file).open("a") as sent:
+            sent.write(json.dumps({"place": wanted, "in": self._place, "rank": self._mesh.rank}) + "\n")
+        os.kill(os.getpid(), signal.Signals[name])
 
 
 if __name__ == "__main__":
     feeds.make_batch = _noted(feeds.make_batch)
     pretrain.start_engine = _start_engine(pretrain.start_engine)
-    pretrain.Feed, pretrain.Watchdog = FaultyFeed, KillingWatchdog
+    pretrain.Feed, pretrain.Watchdog = FaultyFeed, SignallingWatchdog
     run_rank(pretrain.main, pretrain.parse_args())

@@ -1,6 +1,7 @@
 """Small real runs by real launchers, and how two of them compare."""
 
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +15,14 @@ from megatron_bipe.engine.state_files import KINDS, StateReader
 from tests.dist.commands import ROOT, options
 
 VALID_EVERY, SAVE_EVERY = 3, 2
+# Place, how often a rank has come there at most, and the seconds that it lasts on a small model.
+PLACES = (
+    ("the start", 1, 3.0),
+    ("loading", 1, 0.1),
+    ("step", 12, 0.02),
+    ("validation", 2, 0.03),
+    ("checkpoint", 2, 0.08),
+)
 LOSSES = ("loss/train_nats", "loss/valid_nats")
 
 
@@ -37,6 +46,17 @@ def supervised(run_dir: Path, command: Sequence[str], *, failures: int = 3) -> l
     """The command under the supervisor."""
     tool = [sys.executable, str(ROOT / "tools" / "supervise.py"), str(run_dir)]
     return [*tool, "--failures", str(failures), "--first-wait", "0s", "--", *command]
+
+
+def random_moment(chance: random.Random, number: int, num_ranks: int) -> str:
+    """A place of all in turn, a rank and a moment there, as tests.faults.ranks takes them."""
+    place, most, lasts_s = PLACES[number % len(PLACES)]
+    return f"{place}:{chance.randrange(num_ranks)}:{chance.randint(1, most)}:{chance.uniform(0, lasts_s):.4f}"
+
+
+def signals_sent(file: Path) -> list[dict[str, Any]]:
+    """What ranks wrote down of the signals they got."""
+    return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
 
 def lines(run_dir: Path) -> list[dict[str, Any]]:

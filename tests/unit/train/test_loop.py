@@ -189,7 +189,7 @@ def test_train_bad_last_step_goes_back_in_place_of_the_last_checkpoint(start):
 
 
 def test_train_asked_to_stop_after_a_bad_step_saves_nothing(start):
-    times = iter([0.0, 1.0, 2.0, 3.0, 20.0, *[30.0] * 9])
+    times = iter([0.0, 1.0, 2.0, 3.0, 4.0, 20.0, *[30.0] * 9])  # and after the checkpoint of step 2
     done = start("train.save_every=2", bad_steps=[3], stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.of("save") == [2] and done.end.step == 3
 
