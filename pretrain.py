@@ -5,6 +5,7 @@ deepspeed pretrain.py --ds_config ds_configs/zero2.json [--config examples/NAME.
 
 import argparse
 import logging
+import math
 import sys
 from pathlib import Path
 
@@ -13,21 +14,27 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.start import start_engine
-from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
-from megatron_bipe.train.loop import train
-from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.hardware import keep_freed_memory
+from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
+from megatron_bipe.train.session import go_on
+from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
 
 
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Run or describe the training that the arguments name."""
+    """Run or describe the training that the arguments name.
+
+    Raises:
+        SystemExit: with `CONTINUE_LATER`, where the run was asked to stop before its end.
+    """
+    stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
+    stop_request.listen()
     logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")
     run = load_run_config(args.config, args.set)
     mesh = mesh.laid_out(run.parallel)
@@ -41,7 +48,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
-    start, stop = 0, min(run.train.steps, args.stop_step or run.train.steps)
+    progress, stop = Progress(), min(run.train.steps, args.stop_step or run.train.steps)
     with (
         entered(run, feed.record, args.allow, mesh.is_main),
         feed.checking_shards(),
@@ -53,13 +60,13 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         watchdog.at("the choice of a checkpoint")
         checkpoint = engine.newest_good(run.run_dir)
         if checkpoint is not None:
-            engine.load(checkpoint.folder)
-            start = checkpoint.step
-            logging.info("continuing %s from step %d", run.run_dir, start)
-        metrics = Metrics(run, mesh, start, peak_flops(mesh.device, DTYPES[run.train.precision]))
-        train(run, engine, feed, metrics, watchdog, start, stop)
-        metrics.close()
+            watchdog.at(f"loading step {checkpoint.step}")
+            progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
+            logging.info("continuing %s from step %d", run.run_dir, progress.step)
+        finished = go_on(run, mesh, engine, feed, watchdog, stop_request, progress, stop)
     engine.close()
+    if not finished:
+        sys.exit(CONTINUE_LATER)
 
 
 def parse_args() -> argparse.Namespace:
@@ -75,6 +82,9 @@ def parse_args() -> argparse.Namespace:
         "--allow", nargs="+", default=[], metavar="NAME", help=f"what may have changed: {', '.join(ALLOWABLE)}"
     )
     parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
+    parser.add_argument(
+        "--stop-at", metavar="TIME", help="save and leave after this time, such as 23h50m; exit code 75"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

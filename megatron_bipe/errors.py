@@ -49,5 +49,9 @@ class CheckpointError(BipeError):
     """A checkpoint or an exported model is missing, damaged or belongs to something else."""
 
 
+class HealthError(BipeError):
+    """Training goes wrong again and again, and nothing is left that it could do about it."""
+
+
 class DivergenceError(BipeError):
     """Ranks that must hold the same numbers do not."""

@@ -34,4 +34,4 @@ def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragm
 
 def about(step: int) -> About:
     """Of a run of the default configuration."""
-    return About(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None)
+    return About(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})

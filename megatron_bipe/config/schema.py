@@ -216,6 +216,25 @@ class CheckpointConfig(_Section):
     """Room that a checkpoint must leave on its disk; where it would not, none is begun."""
 
 
+class HealthConfig(_Section):
+    """What counts as training that goes wrong, and what is done about it."""
+
+    patience: Positive = 3
+    """Bad steps in a row after which the run goes back to its last checkpoint and passes their samples over; a single
+    one is mostly over by itself."""
+    spike_deviations: Annotated[float, Field(ge=0)] = 8.0
+    """A loss is a spike that exceeds the mean of the last good ones by more than this many of their standard
+    deviations; 0: none is. In calm training 8 never comes by chance."""
+    spike_window: Annotated[int, Field(ge=2)] = 100
+    """Good losses that a spike is compared with; before there are so many, none is."""
+    max_returns: NonNegative = 3
+    """Returns to one and the same checkpoint; then the run ends with an error."""
+    compare_ranks_every: NonNegative = 100
+    """Steps over which each rank's own work is added up and compared with that of the others; 0: never."""
+    slow_rank: Annotated[float, Field(ge=1)] = 1.5
+    """A rank is named as slow whose own work takes longer than this times the median of all ranks."""
+
+
 class RunConfig(_Section):
     """A whole training run; a YAML file mirrors it section by section."""
 
@@ -233,3 +252,5 @@ class RunConfig(_Section):
     """The layout over ranks."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     """Writing and keeping of checkpoints."""
+    health: HealthConfig = HealthConfig()
+    """What to do when training goes wrong."""

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -20,12 +20,14 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.checkpoint import Checkpoint
 from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
 from megatron_bipe.engine.index import About
+from megatron_bipe.engine.own_time import OwnTime
 from megatron_bipe.engine.random_states import random_states, set_random_states
 from megatron_bipe.engine.saver import Saver
 from megatron_bipe.engine.state_files import Fragment, StateReader
 from megatron_bipe.engine.verify import newest_good, of_another_run
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
+from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.context import SplitWindows
 from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
@@ -101,8 +103,17 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
     return run.train.precision != "fp32" or zero_stage(ds_config) > 0
 
 
+def mean_loss(losses_BT: Tensor) -> Tensor:
+    """The mean over tokens; one that is not finite makes the whole gradient NaN, so that the update is left out."""
+    mean = losses_BT.mean()
+    return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
+
+
 class PlainGradients:
-    """Norm and clipping where DeepSpeed keeps no norm, and counts that of stages wrongly.
+    """Norm, clipping and the check for NaN where DeepSpeed keeps no norm, and counts that of stages wrongly.
+
+    An update whose norm is not finite is left out by the optimizer itself, on the device: nothing waits for the norm.
+    In all other cases DeepSpeed leaves it out, and gives infinity as the norm.
 
     Args:
         optimizer: whose steps are to be preceded by this; DeepSpeed must not clip before.
@@ -127,6 +138,7 @@ class PlainGradients:
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
         self.norm = squares.sqrt()
+        optimizer.found_inf = 1 - self.norm.isfinite().float()  # type: ignore[attr-defined]  # torch's fused AdamW asks
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)
 
@@ -137,10 +149,12 @@ class DeepSpeedEngine:
     _mesh: Mesh
     _run: RunConfig
     _data: DataRecord | None  # what it trains on, for checkpoints to remember
+    agreement: Agreement
     _saver: Saver
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
+    _own_time: OwnTime
     _tensor_group: dist.ProcessGroup | None  # ranks that share this one's layers; None where none does
 
     def _initialize(
@@ -169,28 +183,39 @@ class DeepSpeedEngine:
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
         forget_steps(self._optimizer)
-        self._run = run
-        self._saver = Saver(run.checkpoint, self._mesh, lambda: connect_store(run.parallel.timeout_s))
+        self._own_time = OwnTime(self._engine.module, self._mesh.device)
+        self._run, self.agreement = run, Agreement(self._mesh)
+        self._saver = Saver(run.checkpoint, self._mesh, self.agreement, lambda: connect_store(run.parallel.timeout_s))
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
-    def save(self, run_dir: Path, step: int, *, final: bool = True) -> None:
+    def own_time_s(self) -> float:
+        """See `Engine.own_time_s`."""
+        return self._own_time.take_s()
+
+    def save(
+        self, run_dir: Path, step: int, *, loop_state: Mapping[str, Any] | None = None, final: bool = True
+    ) -> None:
         """See `Engine.save`."""
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
-        about = About(step, optimizer_steps(self._optimizer), layout, self._run.model_dump(mode="json"), self._data)
+        config = self._run.model_dump(mode="json")
+        about = About(step, optimizer_steps(self._optimizer), layout, config, self._data, dict(loop_state or {}))
         self._saver.save(run_dir, about, self._fragments_to_write(), random_states(mesh.device), final=final)
 
     def newest_good(self, run_dir: Path) -> Checkpoint | None:
         """See `Engine.newest_good`."""
         self._saver.finish()
-        return newest_good(run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh)
+        return newest_good(
+            run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh, self.agreement
+        )
 
-    def load(self, folder: Path) -> None:
+    def load(self, folder: Path) -> dict[str, Any]:
         """See `Engine.load`."""
         self._saver.finish()
         reader = StateReader(folder)
         fill(self._engine.module, self._optimizer, reader)
         set_random_states(reader.random(self._mesh.rank), self._mesh.device)
+        return reader.index.loop_state
 
     def _fragments_to_write(self) -> list[Fragment]:
         """What this rank has, without what another writes: of equal copies each rank writes a part."""

@@ -30,6 +30,7 @@ class About(NamedTuple):
     layout: dict[str, int]  # of the ranks that wrote it; for people
     config: dict[str, Any]  # the resolved configuration
     data: DataRecord | None  # the training data, None where nothing is known of it
+    loop_state: dict[str, Any]  # what the loop wants back, see train/progress.py
 
 
 class _Strict(BaseModel):
@@ -68,6 +69,7 @@ class Index(_Strict):
     layout: dict[str, int]
     config: dict[str, Any]
     data: DataRecord | None
+    loop_state: dict[str, Any]
     files: dict[str, FileRecord]  # all others of the folder
     parameters: dict[str, SavedParameter]  # in the order of the plan
 

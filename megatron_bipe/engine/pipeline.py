@@ -15,6 +15,7 @@ from megatron_bipe.engine.common import (
     DeepSpeedEngine,
     make_layers,
     make_topology,
+    mean_loss,
     start_deepspeed,
     unannounced,
 )
@@ -81,7 +82,7 @@ class _Stages(PipelineModule):
         self._bounds = bounds
 
         def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
-            return layers.token_losses(logits_BTv, labels_BT).mean()
+            return mean_loss(layers.token_losses(logits_BTv, labels_BT))
 
         with unannounced():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)

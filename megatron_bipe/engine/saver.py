@@ -32,7 +32,7 @@ from megatron_bipe.engine.index import About
 from megatron_bipe.engine.publish import FREE_SPACE, begin, publish, retire
 from megatron_bipe.engine.state_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.errors import BipeError, CheckpointError
-from megatron_bipe.parallel.agreement import from_main, total
+from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
@@ -57,11 +57,14 @@ class Saver:
     Args:
         config: how they are written and kept.
         mesh: this process among the ranks.
+        agreement: of the ranks.
         connect: opens a connection to the store of the launch, for this object alone.
     """
 
-    def __init__(self, config: CheckpointConfig, mesh: Mesh, connect: Callable[[], dist.Store]) -> None:
-        self._config, self._mesh, self._connect = config, mesh, connect
+    def __init__(
+        self, config: CheckpointConfig, mesh: Mesh, agreement: Agreement, connect: Callable[[], dist.Store]
+    ) -> None:
+        self._config, self._mesh, self._agreement, self._connect = config, mesh, agreement, connect
         self._store: dist.Store | None = None
         self._copy = HostCopy(mesh.device)
         self._copied = threading.Event()  # until then the state must stay as it is
@@ -94,7 +97,7 @@ class Saver:
         """
         waited_s = self.finish()
         began_s = time.perf_counter()
-        num_bytes = total(sum(x.nbytes for fragment in fragments for x in fragment.state.values()), self._mesh)
+        num_bytes = self._agreement.total(sum(x.nbytes for f in fragments for x in f.state.values()))
         temporary, error = self._begin(run_dir, about.step, num_bytes)
         if temporary is not None:
             save = _Save(run_dir, temporary, about, fragments, random, num_bytes, began_s - waited_s)
@@ -140,7 +143,7 @@ class Saver:
                 begun = begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes), ""
             except (OSError, BipeError) as error:
                 begun = None, _text(error)
-        return from_main(begun, self._mesh)
+        return self._agreement.from_main(begun)
 
     def _write_beside(self, save: _Save, mark: torch.cuda.Event | None) -> str:
         """The thread's part; a failure is told at once."""

@@ -12,13 +12,13 @@ from megatron_bipe.disk import sha256
 from megatron_bipe.engine.checkpoint import Checkpoint, newest_first
 from megatron_bipe.engine.index import INDEX, Index, load_index, not_whole
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.parallel.agreement import from_main, of_all
+from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
 
-def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh) -> Checkpoint | None:
+def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, agreement: Agreement) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole; None if there is none at all. Every rank calls this.
 
     Each rank reads a part of the files, its own one where the layout is the one that wrote them.
@@ -27,14 +27,15 @@ def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh) -> C
         run_dir: of the run.
         foreign: says what of an index is of another run; "" if nothing.
         mesh: this process among the ranks.
+        agreement: of the ranks.
 
     Raises:
         CheckpointError: on all ranks, if none is; says what is wrong with each.
     """
-    candidates = from_main(newest_first(run_dir), mesh)
+    candidates = agreement.from_main(newest_first(run_dir))
     wrong: list[str] = []
     for checkpoint in candidates:
-        found = of_all(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks), mesh)
+        found = agreement.of_all(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))
         problems = list(dict.fromkeys(problem for problem in found if problem))
         if not problems:
             if wrong and mesh.is_main:

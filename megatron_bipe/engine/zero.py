@@ -16,6 +16,7 @@ from megatron_bipe.engine.common import (
     DeepSpeedEngine,
     make_grid,
     make_layers,
+    mean_loss,
     start_deepspeed,
 )
 from megatron_bipe.model.plan import build_model
@@ -68,7 +69,7 @@ class ZeroEngine(DeepSpeedEngine):
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
-        return self._layers.token_losses(self._engine((tokens, intra, inter)), labels).mean()
+        return mean_loss(self._layers.token_losses(self._engine((tokens, intra, inter)), labels))
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)

@@ -32,6 +32,7 @@ class End(NamedTuple):
 
     text: str
     code: int
+    stacks: bool = False  # whether each rank is to show where it is
 
 
 class RollCall:

@@ -24,6 +24,7 @@ from megatron_bipe.parallel.roll_call import ANSWER_S, End, RollCall, Sign, Sign
 
 BEAT_S = 1.0  # between signs of life
 LOOK_S = 2.5  # between the two looks that tell who gives none
+_THREAD_FRAMES = 4  # innermost ones that are shown of threads beside the one that trains
 LAST_WORDS_S = 15.0  # a rank that failed gives the one that failed first this long to tell all why
 
 LOST = (dist.DistError, TimeoutError)  # what a roll call raises without a store
@@ -98,10 +99,10 @@ class Watchdog:
                 leave(f"{self._who()} leaves: {_state_of_store(error)}", FAILED)
             except TimeoutError as error:
                 if stands_still:
-                    leave(f"{self._stack()}\n{_state_of_store(error)}", FAILED)
+                    leave(f"{self._stillness()}\n{_state_of_store(error)}", FAILED)
             if stands_still and failed_at_s == math.inf:
                 failed_at_s = self._clock_s
-                self._fail(self._stack(), f"no progress for {self._timeout_s:g} s", FAILED, where_ranks_are)
+                self._fail(self._stillness(), f"no progress for {self._timeout_s:g} s", FAILED, where_ranks_are)
             if self._clock_s - failed_at_s > LAST_WORDS_S:
                 leave(f"{self._who()} leaves", FAILED)
 
@@ -113,7 +114,8 @@ class Watchdog:
         self._roll_call.sign(Sign(beats, self._name, place))
         end = self._roll_call.ended()
         if end is not None:
-            leave(f"{self._who()} leaves: {end.text}", end.code)
+            stack = f"\n{self._who()} is in\n{self._stack()}" if end.stacks else ""
+            leave(f"{self._who()} leaves: {end.text}{stack}", end.code)
 
     def _fail(self, text: str, reason: str, code: int, look: Look) -> None:
         """Say what happened; the first to fail also looks at the others, tells all ranks, and leaves."""
@@ -132,15 +134,26 @@ class Watchdog:
             time.sleep(LOOK_S)
             seen = "\n".join(look(before, roll_call.signs(), self._mesh.rank))
             self._over.set()
-            roll_call.end(End(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code))
+            stacks = look is where_ranks_are  # where ranks wait for one that stands still, all stacks tell
+            roll_call.end(End(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
         except LOST as error:
             seen = _state_of_store(error)
         leave(seen or f"{self._who()} leaves", code)
 
-    def _stack(self) -> str:
-        stack = "".join(traceback.format_stack(sys._current_frames()[self._worker])).rstrip()
+    def _stillness(self) -> str:
         slow = "If it was only slow, raise parallel.timeout_s"
-        return f"{self._who()} has made no progress for {self._timeout_s:g} s. {slow}. It is in\n{stack}"
+        return f"{self._who()} has made no progress for {self._timeout_s:g} s. {slow}. It is in\n{self._stack()}"
+
+    def _stack(self) -> str:
+        """Stacks of all threads but this one, the one that trains last."""
+        frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()}
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        others = [
+            f"  thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame, _THREAD_FRAMES))}"
+            for ident, frame in frames.items()
+            if ident != self._worker
+        ]
+        return "".join([*others, *traceback.format_stack(frames[self._worker])]).rstrip()
 
     def _who(self) -> str:
         return f"{self._name}, at {self._place},"

@@ -1,5 +1,6 @@
-"""Which windows a rank reads at a step: a pure function of the step, the rank and the datasets."""
+"""Which windows a rank reads: a pure function of the samples consumed before, the rank and the datasets."""
 
+import time
 from collections.abc import Iterator
 
 import numpy as np
@@ -32,6 +33,7 @@ class Feed:
         self._blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         for dataset in self._blend.datasets:
             _check(run, dataset)
+        self._reading_s = 0.0
         self._valid = None
         if run.data.valid_path is not None:
             self._valid = TokenDataset(run.data.valid_path)
@@ -63,17 +65,28 @@ class Feed:
         """True where the run names a validation set."""
         return self._valid is not None
 
-    def train_batches(self, step: int) -> Iterator[Batch[Tensor]]:
-        """This rank's micro-batches of update `step` (from 0).
+    def windows(self, first_sample: int) -> IntArray:
+        """Windows of an update, in the order of samples."""
+        return self._blend.window_indices(first_sample, self._train.global_batch)
 
-        The step holds samples [step x batch, (step + 1) x batch) of the order, whatever the number of ranks.
+    def train_batches(self, first_sample: int) -> Iterator[Batch[Tensor]]:
+        """This rank's micro-batches of an update.
+
+        The update holds samples [first_sample, first_sample + batch) of the order, whatever the number of ranks.
         """
         train, data_ranks = self._train, self._mesh.data_ranks
-        windows = self._blend.window_indices(step * train.global_batch, train.global_batch)
         shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
-        for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
+        for micro_windows in self.windows(first_sample).reshape(shape)[:, self._mesh.data_rank]:
             self._shard_check.raise_found()
-            yield make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
+            began_s = time.perf_counter()
+            batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
+            self._reading_s += time.perf_counter() - began_s
+            yield batch
+
+    def reading_time_s(self) -> float:
+        """Seconds that training batches took to read since the last call."""
+        reading_s, self._reading_s = self._reading_s, 0.0
+        return reading_s
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
         """This rank's share of the validation windows, always the same ones."""

@@ -1,31 +1,85 @@
 """The order of a step, visible in one function."""
 
+from typing import NamedTuple
+
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import Engine
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.progress import Progress
+from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
+from megatron_bipe.train.stopping import StopRequest
 
 
-def train(
-    run: RunConfig, engine: Engine, feed: Feed, metrics: Metrics, watchdog: Watchdog, start: int, stop: int
-) -> None:
-    """Do updates `start` (from 0) to `stop` of the run; the last one is always followed by a checkpoint."""
-    for step in range(start, stop):
-        lr = learning_rate(run.optimizer, run.train.steps, step)
-        done = step + 1
-        result = engine.train_step(watchdog.over(f"step {done}", feed.train_batches(step)), lr)
-        metrics.step(done, result, lr)
+class Parts(NamedTuple):
+    """What the loop works with."""
+
+    engine: Engine
+    feed: Feed
+    metrics: Metrics
+    watchdog: Watchdog
+    recovery: Recovery
+    stop_request: StopRequest
+
+
+def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progress:
+    """Do updates up to `stop` of the run, or until a stop is asked for; the last one is followed by a checkpoint.
+
+    Args:
+        run: the run.
+        parts: what it needs.
+        progress: how far the run is; changed.
+        stop: updates done at the end.
+
+    Returns:
+        How far the run then is.
+    """
+    engine, feed, metrics, watchdog, recovery, stop_request = parts
+    if progress.valid_owed:
+        _validate(parts, progress)
+    save_owed, stopping = False, stop_request.agreed()
+    while progress.step < stop and not stopping:
+        lr = learning_rate(run.optimizer, run.train.steps, progress.step)
+        samples = progress.take(run.train.global_batch)
+        done = progress.step
+        result = engine.train_step(watchdog.over(f"step {done}", feed.train_batches(samples[0])), lr)
+        metrics.step(done, samples, result, lr)
+        stopping = stop_request.agreed()
         if _due(done, run.train.check_replicas_every):
             engine.check_replicas(done)
-        if feed.has_valid and (_due(done, run.train.valid_every) or done == run.train.steps):
-            metrics.valid(done, engine.eval_loss(watchdog.over(f"validation after step {done}", feed.valid_batches())))
-        if _due(done, run.train.save_every) or done == stop:
-            metrics.flush()
+        progress.valid_owed = feed.has_valid and (_due(done, run.train.valid_every) or done == run.train.steps)
+        save_owed = save_owed or stopping or _due(done, run.train.save_every) or done == stop
+        if not (_due(done, run.train.log_every) or progress.valid_owed or save_owed):
+            continue
+        recovery.judge(metrics.flush())  # waits for the device
+        if recovery.is_needed or (done == stop and not recovery.is_well):
+            progress, save_owed = recovery.go_back(), False
+            metrics.go_back(progress)
+            continue
+        if progress.valid_owed and not stopping:
+            stopping = _validate(parts, progress)
+            save_owed = save_owed or stopping
+        if save_owed and recovery.is_well:
+            progress.good_losses = recovery.good_losses
+            metrics.sync()
             watchdog.at(f"checkpoint of step {done}")
-            engine.save(run.run_dir, done, final=done == stop)
+            is_last = stopping or done == stop
+            engine.save(run.run_dir, done, loop_state=progress.model_dump(mode="json"), final=is_last)
             metrics.restart_clock()
+            save_owed, stopping = False, stop_request.agreed()
+    return progress
+
+
+def _validate(parts: Parts, progress: Progress) -> bool:
+    """The validation after the last step, which then is no longer owed; broken off, and True, on a request to stop."""
+    batches = parts.stop_request.until(parts.feed.valid_batches())
+    loss = parts.engine.eval_loss(parts.watchdog.over(f"validation after step {progress.step}", batches))
+    if not parts.stop_request.granted:
+        progress.valid_owed = False
+        parts.metrics.valid(progress.step, loss)
+    return parts.stop_request.granted
 
 
 def _due(done: int, every: int) -> bool:

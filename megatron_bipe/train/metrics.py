@@ -1,12 +1,10 @@
 """What a run says of itself: metrics.jsonl (every step), TensorBoard, and a progress line now and then."""
 
 import datetime
-import json
 import logging
 import math
 import time
-from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
@@ -15,45 +13,46 @@ from megatron_bipe.engine.api import StepResult
 from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.hardware import peak_memory_gib
+from megatron_bipe.train.health import Reading
+from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.progress import Progress, Samples
 
 _log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Collects steps and writes them every `train.log_every`; ranks other than the main one write nothing.
+    """Collects steps and writes them when asked to; ranks other than the main one write nothing.
 
-    Reading a loss waits for the device, so results are kept as they are until the next line is due.
+    Reading a loss waits for the device, so results are kept as they are until they are asked for.
 
     Args:
         run: the run.
         mesh: this process among the ranks.
-        start: updates done before; later lines of an earlier attempt are dropped from metrics.jsonl.
+        start: how far the run is; what an earlier attempt wrote of what comes after is dropped.
         peak_flops: FLOP/s that one rank could do, None where unknown.
+        began_at_s: when the run was first started, as `time.time` tells it; None: now.
     """
 
-    def __init__(self, run: RunConfig, mesh: Mesh, start: int, peak_flops: float | None) -> None:
+    def __init__(
+        self, run: RunConfig, mesh: Mesh, start: Progress, peak_flops: float | None, began_at_s: float | None = None
+    ) -> None:
         self._run, self._mesh = run, mesh
-        self._waiting: list[tuple[int, StepResult, float]] = []
+        self._waiting: list[tuple[int, Samples, StepResult, float]] = []
         tokens = run.train.global_batch * run.train.seq_len_tokens
         self._tokens_per_step = tokens
         flops = train_flops_per_token(run.model, run.train.seq_len_tokens) * tokens
         self._ideal_step_s = flops / (peak_flops * mesh.num_ranks) if peak_flops else None
-        self._since = time.perf_counter()
-        if mesh.is_main:
-            self._file = _reopen(run.run_dir / "metrics.jsonl", start)
-            self._board = SummaryWriter(str(run.run_dir / "tensorboard"), purge_step=start + 1)
+        self._began_at_s = time.time() if began_at_s is None else began_at_s
+        self._open(start)
 
-    def step(self, step: int, result: StepResult, lr: float) -> None:
+    def step(self, step: int, samples: Samples, result: StepResult, lr: float) -> None:
         """Take the result of update `step` (from 1)."""
-        self._waiting.append((step, result, lr))
-        if step % self._run.train.log_every == 0:
-            self.flush()
+        self._waiting.append((step, samples, result, lr))
 
     def valid(self, step: int, loss_nats: float) -> None:
         """Take the validation loss after update `step`; the time it took is not training time."""
-        self.flush()
-        perplexity = math.exp(loss_nats)
-        self._write(step, {"loss/valid_nats": loss_nats, "valid/perplexity": perplexity})
+        perplexity = math.exp(min(loss_nats, 700))  # beyond which there is no float
+        self._write(step, {VALID_LOSS: loss_nats, "valid/perplexity": perplexity})
         if self._mesh.is_main:
             _log.info("step %d | validation loss %.4f | perplexity %.2f", step, loss_nats, perplexity)
         self.restart_clock()
@@ -62,63 +61,94 @@ class Metrics:
         """Leave what happened since the last step out of the step times."""
         self._since = time.perf_counter()
 
-    def flush(self) -> None:
-        """Write all steps taken so far; their time is shared evenly."""
+    def flush(self) -> list[Reading]:
+        """Write all steps taken so far, their time shared evenly; what this rank read of them."""
         if not self._waiting:
-            return
-        losses = [float(result.loss_nats) for _, result, _ in self._waiting]  # waits for the device
+            return []
+        readings = [
+            Reading(step, samples, float(result.loss_nats), float(result.grad_norm))  # waits for the device
+            for step, samples, result, _ in self._waiting
+        ]
         step_s = (time.perf_counter() - self._since) / len(self._waiting)
         shared = {
-            "time/step_s": step_s,
+            STEP_TIME: step_s,
             "rate/tokens_per_s": self._tokens_per_step / step_s,
             "mem/peak_gib": peak_memory_gib(self._mesh.device),
         }
         if self._ideal_step_s is not None:
             shared["util/mfu"] = self._ideal_step_s / step_s
-        for (step, result, lr), loss in zip(self._waiting, losses, strict=True):
-            own = {"loss/train_nats": loss, "optim/lr": lr, "optim/grad_norm": float(result.grad_norm)}
-            self._write(step, own | shared)
-        step, result, lr = self._waiting[-1]
         if self._mesh.is_main:
-            _log.info(self._line(step, sum(losses) / len(losses), lr, float(result.grad_norm), shared))
+            shared["run/goodput"] = self.goodput(len(readings) * step_s)
+        for reading, (*_, lr) in zip(readings, self._waiting, strict=True):
+            own = {
+                "loss/train_nats": reading.loss_nats,
+                "optim/lr": lr,
+                "optim/grad_norm": reading.grad_norm,
+                "data/samples": reading.samples[1],
+            }
+            self._write(reading.step, own | shared)
+        if self._mesh.is_main:
+            _log.info(self._line(readings, self._waiting[-1][-1], shared))
         self._waiting.clear()
         self.restart_clock()
+        return readings
+
+    def goodput(self, further_s: float = 0.0) -> float:
+        """Time of the steps that count, over the time since the run was first started; on the main rank.
+
+        Args:
+            further_s: of steps that are not written yet.
+        """
+        return (self._file.step_time_s + further_s) / max(time.time() - self._began_at_s, 1e-9)
+
+    def sync(self) -> None:
+        """Have the disk hold what was written: before a checkpoint after which it will not be written again."""
+        if self._mesh.is_main:
+            self._file.sync()
+            self._board.flush()
+
+    def go_back(self, start: Progress) -> None:
+        """Forget all that comes after `start`; it will be done again, with other samples."""
+        self._waiting.clear()
+        if self._mesh.is_main:
+            self._file.close()
+            self._board.close()
+        self._open(start)
 
     def close(self) -> None:
         """Write what is left."""
         self.flush()
         if self._mesh.is_main:
+            _log.info("goodput %.1f%%: time of steps over time since the first start", 100 * self.goodput())
             self._file.close()
             self._board.close()
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
-        if not self._mesh.is_main:
-            return
-        tokens = step * self._tokens_per_step
-        self._file.write(json.dumps({"step": step, "tokens": tokens} | values) + "\n")
-        self._file.flush()
-        for key, value in values.items():
-            self._board.add_scalar(key, value, step)
+    def _open(self, start: Progress) -> None:
+        self.restart_clock()
+        if self._mesh.is_main:
+            self._file = MetricsFile(self._run.run_dir / "metrics.jsonl", start.step, start.valid_owed)
+            # Readers drop what an earlier attempt wrote from this step on; what stays of this step is written again.
+            self._board = SummaryWriter(str(self._run.run_dir / "tensorboard"), purge_step=start.step)
+            for line in self._file.last_lines:
+                if line["step"] == start.step:
+                    self._show(line)
 
-    def _line(self, step: int, loss: float, lr: float, grad_norm: float, shared: dict[str, float]) -> str:
-        left = datetime.timedelta(seconds=round((self._run.train.steps - step) * shared["time/step_s"]))
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        if self._mesh.is_main:
+            line = {"step": step, "tokens": step * self._tokens_per_step} | values
+            self._file.add(line)
+            self._show(line)
+
+    def _show(self, line: dict[str, Any]) -> None:
+        for key in line.keys() - {"step", "tokens"}:
+            self._board.add_scalar(key, line[key], line["step"])
+
+    def _line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
+        step, total = readings[-1].step, self._run.train.steps
+        loss = sum(reading.loss_nats for reading in readings) / len(readings)
+        left = datetime.timedelta(seconds=round((total - step) * shared[STEP_TIME]))
         mfu = f" | mfu {shared['util/mfu']:.0%}" if "util/mfu" in shared else ""
         return (
-            f"step {step}/{self._run.train.steps} | loss {loss:.4f} | lr {lr:.2e} | grad {grad_norm:.3f} | "
+            f"step {step}/{total} | loss {loss:.4f} | lr {lr:.2e} | grad {readings[-1].grad_norm:.3f} | "
             f"{shared['rate/tokens_per_s']:,.0f} tokens/s{mfu} | {left} left"
         )
-
-
-def _reopen(path: Path, start: int) -> TextIO:
-    """Open for appending, without the lines of steps that the run will do again."""
-    if path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8").splitlines() if _step_of(line) <= start]
-        path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-    return path.open("a", encoding="utf-8")
-
-
-def _step_of(line: str) -> float:
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # a line that a crash cut off

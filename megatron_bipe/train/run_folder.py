@@ -4,6 +4,7 @@ RUN/config.yaml       the resolved configuration
 RUN/data.json         tokenizer, segment rule and fingerprint of the training data
 RUN/tokenizer/        the tokenizer's files, so that an export needs nothing else
 RUN/metrics.jsonl     one line a step
+RUN/events.jsonl      one line for each start, stop, bad step and the like
 RUN/tensorboard/      the same for TensorBoard
 RUN/checkpoints/      see engine/checkpoint.py
 RUN/running/          while a launch is at work: holds its lock
@@ -40,6 +41,7 @@ _FREE = {
     "train.save_every",
     "train.check_replicas_every",
     "data.verify",
+    "health",
     "parallel",  # checkpoints say nothing of a layout
     "checkpoint",
 }

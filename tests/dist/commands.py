@@ -40,7 +40,9 @@ def options(data: Path, run_dir: Path, *settings: str, steps: int = 2) -> list[s
     return [part for setting in (*given, *settings) for part in ("--set", setting)]
 
 
-def run_all(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None) -> list[Ended]:
+def run_all(
+    commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S
+) -> list[Ended]:
     """Run commands side by side from the repository's folder; kills all of theirs that is left in the end."""
     mark = uuid.uuid4().hex
     full = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", MARK: mark}
@@ -54,7 +56,7 @@ def run_all(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = N
     ]
     outputs = []
     try:
-        outputs = [process.communicate(timeout=TIME_LIMIT_S)[0] for process in started]
+        outputs = [process.communicate(timeout=limit_s)[0] for process in started]
     finally:
         left = _marked(mark)
         for pid in left:
@@ -62,9 +64,9 @@ def run_all(commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = N
     return [Ended(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
 
 
-def run(*command: str, env: Mapping[str, str] | None = None) -> Ended:
+def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S) -> Ended:
     """Run one command."""
-    return run_all([command], env)[0]
+    return run_all([command], env, limit_s)[0]
 
 
 def _marked(mark: str) -> list[int]:

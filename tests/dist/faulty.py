@@ -28,10 +28,11 @@ FAULTS = {
 class FaultyFeed(Feed):
     """A feed that does what FAULT says when the step is asked for, on the rank it names."""
 
-    def train_batches(self, step):
+    def train_batches(self, first_sample):
         kind, rank, at = os.environ["FAULT"].split(":")
-        for batch in super().train_batches(step):
-            if self._mesh.rank == int(rank) and step + 1 == int(at):
+        step = first_sample // self._train.global_batch + 1
+        for batch in super().train_batches(first_sample):
+            if self._mesh.rank == int(rank) and step == int(at):
                 FAULTS[kind]()
             yield batch
 

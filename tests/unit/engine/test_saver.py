@@ -11,6 +11,7 @@ from megatron_bipe.engine.checkpoint import find_checkpoint, list_steps
 from megatron_bipe.engine.saver import Saver
 from megatron_bipe.engine.state_files import KINDS, Fragment, StateReader
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
 from tests.checkpoints import about
 
@@ -18,7 +19,7 @@ MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
 
 def make_saver(**settings):
-    return Saver(CheckpointConfig(min_free_gib=0, **settings), MESH, lambda: None)
+    return Saver(CheckpointConfig(min_free_gib=0, **settings), MESH, Agreement(MESH), lambda: None)
 
 
 @pytest.fixture

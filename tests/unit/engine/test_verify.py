@@ -11,6 +11,7 @@ from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.index import load_index
 from megatron_bipe.engine.verify import check_whole, newest_good, of_another_run
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
 from tests.checkpoints import write_checkpoint
 
@@ -71,6 +72,6 @@ def test_of_another_run_configuration_of_another_version_is_no_crash(index):
 def test_newest_good_passes_over_what_is_of_another_run(tmp_path):
     for step in (10, 20):
         write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
-    assert newest_good(tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH).step == 10
+    assert newest_good(tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH, Agreement(MESH)).step == 10
     with pytest.raises(CheckpointError, match="that of step 20: foreign; that of step 10: foreign"):
-        newest_good(tmp_path, lambda index: "foreign", MESH)
+        newest_good(tmp_path, lambda index: "foreign", MESH, Agreement(MESH))

@@ -50,7 +50,7 @@ def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_
     order = SampleOrder(dataset.num_windows(SEQ), run.train.seed)
     for step in (0, 3, 40):  # 40 lies epochs later
         feeds = [Feed(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(feed.train_batches(step)) for feed in feeds]
+        per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
         assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = dataset.windows(order.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
@@ -66,7 +66,7 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
     for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
         feeds = [Feed(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(feed.train_batches(step)) for feed in feeds]
+        per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = blend.windows(blend.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)

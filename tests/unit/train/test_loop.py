@@ -1,46 +1,79 @@
 """The order of a step, with an engine that only takes notes."""
 
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.api import StepResult
-from megatron_bipe.train.loop import train
+from megatron_bipe.engine.checkpoint import find_checkpoint, step_folder
+from megatron_bipe.errors import HealthError
+from megatron_bipe.parallel.agreement import Agreement
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.train.events import Events, read_events
+from megatron_bipe.train.loop import Parts, train
+from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.progress import Progress
+from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
+from megatron_bipe.train.stopping import StopRequest
+
+MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
+NAN = float("nan")
 
 
 class Notes:
-    """Engine, feed, metrics and watchdog in one: everything that was asked of them, in order."""
+    """Engine, feed and watchdog in one: everything that was asked of them, in order."""
 
-    has_valid = True
+    has_valid, agreement = True, Agreement(MAIN)
 
-    def __init__(self):
-        self.calls = []
+    def __init__(self, run_dir, bad_samples=()):
+        self.calls, self.run_dir, self.bad_samples, self.loop_states = [], run_dir, bad_samples, {}
+        self.in_validation = lambda: None
 
-    def train_step(self, micro_batches, lr):
-        self.calls.append(("step", micro_batches, lr))
-        return StepResult(0.0, 0.0)
+    @property
+    def names(self):
+        return [call[0] for call in self.calls]
+
+    def of(self, name):
+        return [call[1] for call in self.calls if call[0] == name]
+
+    def train_step(self, first_sample, lr):
+        self.calls.append(("step", first_sample, lr))
+        return StepResult(NAN if first_sample in self.bad_samples else 2.0, 1.0)
 
     def eval_loss(self, batches):
-        self.calls.append(("eval", batches))
+        for number, _ in enumerate(batches):
+            self.calls.append(("eval", number))
+            self.in_validation()
         return 1.0
 
-    def save(self, run_dir, step, *, final):
+    def save(self, run_dir, step, *, loop_state, final):
         self.calls.append(("save", step, final))
+        self.loop_states[step_folder(run_dir, step)] = loop_state
+        step_folder(run_dir, step).mkdir(parents=True, exist_ok=True)
 
-    def train_batches(self, step):
-        return f"batches {step}"
+    def newest_good(self, run_dir):
+        return find_checkpoint(run_dir) if self.loop_states else None
+
+    def load(self, folder):
+        self.calls.append(("load", folder.name))
+        return self.loop_states[folder]
+
+    def own_time_s(self):
+        return 0.1
+
+    reading_time_s = own_time_s
+
+    def train_batches(self, first_sample):
+        return first_sample
 
     def valid_batches(self):
-        return "valid"
+        return range(1)
 
-    def step(self, step, result, lr):
-        pass
-
-    def valid(self, step, loss):
-        pass
-
-    def flush(self):
-        pass
+    def windows(self, first_sample):
+        return torch.arange(first_sample, first_sample + 256)
 
     def at(self, place):
         pass
@@ -48,33 +81,126 @@ class Notes:
     def over(self, place, batches):
         return batches
 
-    restart_clock = flush
-
 
 @pytest.fixture
-def run():
-    return load_run_config(
-        None, ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
+def start(tmp_path):
+    """Trains with notes; returns them, and how far the run came."""
+
+    def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, progress=None, notes=None):
+        base = ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
+        run = load_run_config(None, [f"run_dir={tmp_path}", *base, *settings])
+        notes = notes or Notes(tmp_path, [256 * (step - 1) for step in bad_steps])
+        events = Events(tmp_path, True)
+        progress = progress or Progress(step=start, samples=256 * start)
+        metrics = Metrics(run, MAIN, progress, None)
+        recovery = Recovery(run, notes, notes, events, progress)
+        parts = Parts(notes, notes, metrics, notes, recovery, stop_request or StopRequest())
+        end = train(run, parts, progress, stop)
+        metrics.close()
+        return SimpleNamespace(notes=notes, end=end, run=run, run_dir=tmp_path)
+
+    return started
+
+
+def test_train_steps_validate_and_save_when_due(start):
+    done = start()
+    assert done.notes.names == ["step", "step", "eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
+    assert done.notes.calls[3] == ("step", 512, learning_rate(done.run.optimizer, 6, 2))
+
+
+def test_train_stopped_early_saves_and_keeps_the_schedule(start):
+    done = start(start=3, stop=5)
+    assert done.notes.of("save") == [4, 5]
+    assert done.notes.calls[0] == ("step", 768, learning_rate(done.run.optimizer, 6, 3))
+
+
+def test_train_without_intervals_saves_once_at_the_end(start):
+    assert start("train.valid_every=0", "train.save_every=0").notes.names == ["step"] * 6 + ["eval", "save"]
+
+
+def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
+    times = iter([0.0, 1.0, 2.0, 20.0, *[30.0] * 9])  # when it is made, before the first step, after each
+    done = start(stop_request=StopRequest(15.0, lambda: next(times)))
+    assert done.notes.names == ["step", "step", "save"] and done.end.step == 2
+    assert done.end.valid_owed  # due after step 2, and left for later
+    again = start(progress=Progress.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
+    assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
+
+
+def test_train_asked_to_stop_before_the_first_step_does_none(start):
+    done = start(stop_request=StopRequest(-1.0))
+    assert done.notes.names == [] and done.end.step == 0
+
+
+def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start):
+    request = StopRequest()
+    notes = Notes(None)
+    notes.valid_batches = lambda: range(100)
+    notes.in_validation = lambda: request._take(15, None)
+    done = start(stop_request=request, notes=notes)
+    assert notes.names == ["step", "step", "eval", "save"] and done.end.valid_owed
+    assert '"loss/valid_nats"' not in (done.run_dir / "metrics.jsonl").read_text()
+
+
+def test_train_single_bad_step_goes_on_and_is_written_down(start):
+    done = start(bad_steps=[3])
+    assert done.notes.of("step") == [256 * step for step in range(6)]
+    event = next(event for event in read_events(done.run_dir) if event["event"] == "bad step")
+    assert event["step"] == 3 and event["samples"] == [512, 768] and event["windows"] == list(range(512, 768))
+
+
+def test_train_does_not_save_after_a_bad_step_but_after_the_next_good_one(start):
+    done = start("train.save_every=2", bad_steps=[2])
+    assert done.notes.of("save") == [3, 4, 6]
+
+
+def test_train_bad_steps_in_a_row_go_back_and_pass_their_samples_over(start):
+    done = start("train.save_every=1", "health.patience=2", bad_steps=[3, 4])
+    assert done.notes.of("load") == ["step-00000002"]
+    assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 5, 6, 7)]
+    assert done.end.step == 6 and done.end.samples == 8 * 256
+    lines = (done.run_dir / "metrics.jsonl").read_text()
+    assert [lines.count(f'"step": {step}, ') for step in range(1, 7)] == [1, 2, 1, 2, 1, 2]  # even ones are validated
+    assert "NaN" not in lines
+
+
+def test_train_good_steps_between_checkpoint_and_trouble_are_done_again(start):
+    done = start("train.save_every=2", "health.patience=2", bad_steps=[4, 5])
+    assert done.notes.of("load") == ["step-00000002"]
+    assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 2, 5, 6, 7)]
+
+
+def test_train_second_trouble_after_one_return_remembers_the_samples_of_the_first(start):
+    done = start("train.save_every=2", "health.patience=2", bad_steps=[4, 5, 6, 7])
+    assert done.notes.of("load") == ["step-00000002"] * 2
+    assert done.notes.of("step")[-4:] == [256 * number for number in (2, 7, 8, 9)]
+
+
+def test_train_trouble_found_by_a_late_look_leads_to_the_same_end(start):
+    done = start(
+        "train.save_every=2", "health.patience=2", "train.log_every=5", "train.valid_every=0", bad_steps=[3, 4]
     )
+    assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 5, 6, 7)]
+    assert done.notes.of("load") == ["step-00000002"]
 
 
-def test_train_steps_validate_and_save_when_due(run):
-    notes = Notes()
-    train(run, notes, notes, notes, notes, start=0, stop=6)
-    names = [call[0] for call in notes.calls]
-    assert names == ["step", "step", "eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
-    assert notes.calls[3] == ("step", "batches 2", learning_rate(run.optimizer, 6, 2))
+def test_train_bad_last_step_goes_back_in_place_of_the_last_checkpoint(start):
+    done = start("train.save_every=1", bad_steps=[6])
+    assert done.notes.of("load") == ["step-00000005"] and done.notes.of("step")[-1] == 6 * 256
+    assert done.notes.of("save")[-1] == 6
 
 
-def test_train_stopped_early_saves_and_keeps_the_schedule(run):
-    notes = Notes()
-    train(run, notes, notes, notes, notes, start=3, stop=5)
-    assert [call for call in notes.calls if call[0] == "save"] == [("save", 4, False), ("save", 5, True)]
-    assert notes.calls[0] == ("step", "batches 3", learning_rate(run.optimizer, 6, 3))
+def test_train_asked_to_stop_after_a_bad_step_saves_nothing(start):
+    times = iter([0.0, 1.0, 2.0, 3.0, 4.0, 20.0, *[30.0] * 9])  # and after the checkpoint of step 2
+    done = start("train.save_every=2", bad_steps=[3], stop_request=StopRequest(15.0, lambda: next(times)))
+    assert done.notes.of("save") == [2] and done.end.step == 3
 
 
-def test_train_without_intervals_saves_once_at_the_end(run):
-    quiet = run.model_copy(update={"train": run.train.model_copy(update={"valid_every": 0, "save_every": 0})})
-    notes = Notes()
-    train(quiet, notes, notes, notes, notes, start=0, stop=6)
-    assert [call[0] for call in notes.calls] == ["step"] * 6 + ["eval", "save"]
+def test_train_trouble_without_a_checkpoint_is_an_error(start):
+    with pytest.raises(HealthError, match=r"2 bad steps in a row up to step 2: .* there is no checkpoint to return to"):
+        start("health.patience=2", bad_steps=[1, 2])
+
+
+def test_train_trouble_that_comes_back_ends_the_run(start):
+    with pytest.raises(HealthError, match="the run has returned to step 2 2 times before"):
+        start("train.save_every=2", "health.patience=1", "health.max_returns=2", bad_steps=[3, 4, 5, 6, 7])

@@ -1,6 +1,7 @@
-"""metrics.jsonl: every step once, also over a restart."""
+"""metrics.jsonl and TensorBoard: every step once, also over restarts, whatever moment the kill comes."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -10,6 +11,8 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.metrics_file import MetricsFile
+from megatron_bipe.train.progress import Progress
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
@@ -17,17 +20,23 @@ MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 @pytest.fixture
 def run(tmp_path):
     (tmp_path / "run").mkdir()
-    return load_run_config(None, [f"run_dir={tmp_path / 'run'}", "train.log_every=2", "train.steps=6"])
+    return load_run_config(None, [f"run_dir={tmp_path / 'run'}", "train.steps=6"])
 
 
 def _lines(run):
     return [json.loads(line) for line in (run.run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
-def _do(run, steps, start=0, mesh=MAIN):
-    metrics = Metrics(run, mesh, start, peak_flops=1e12)
+def _scalars(run, tag):
+    board = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
+    return [(event.step, event.value) for event in board.Scalars(tag)] if tag in board.Tags()["scalars"] else []
+
+
+def _do(run, steps, start=0, mesh=MAIN, valid_owed=False, began_at_s=None):
+    metrics = Metrics(run, mesh, Progress(step=start, valid_owed=valid_owed), 1e12, began_at_s)
     for step in steps:
-        metrics.step(step, StepResult(torch.tensor(float(step)), 0.5), lr=1e-4)
+        metrics.step(step, (8 * step - 8, 8 * step), StepResult(torch.tensor(float(step)), 0.5), lr=1e-4)
+    metrics.flush()
     return metrics
 
 
@@ -38,26 +47,100 @@ def test_metrics_every_step_has_one_line_with_units(run):
     lines = _lines(run)
     assert [(line["step"], line.get("loss/train_nats")) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0), (3, None)]
     assert lines[0]["tokens"] == run.train.global_batch * run.train.seq_len_tokens
-    assert {"optim/lr", "optim/grad_norm", "time/step_s", "rate/tokens_per_s", "mem/peak_gib", "util/mfu"} <= set(
-        lines[0]
-    )
+    assert lines[1]["data/samples"] == 16
+    keys = {"optim/lr", "optim/grad_norm", "time/step_s", "rate/tokens_per_s", "mem/peak_gib", "util/mfu"}
+    assert keys | {"run/goodput"} <= set(lines[0])
     assert lines[3]["valid/perplexity"] == pytest.approx(7.389, abs=1e-3)
 
 
-def test_metrics_restart_drops_lines_that_will_be_written_again(run):
-    _do(run, [1, 2, 3, 4]).close()
-    with (run.run_dir / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 5, "tok')  # cut off by a crash
+def test_metrics_flush_tells_what_it_read(run):
+    metrics = Metrics(run, MAIN, Progress(), None)
+    metrics.step(1, (0, 8), StepResult(torch.tensor(2.5), 0.5), lr=1e-4)
+    assert [tuple(reading) for reading in metrics.flush()] == [(1, (0, 8), 2.5, 0.5)]
+    assert metrics.flush() == []
+
+
+@pytest.mark.parametrize("cut_bytes", range(0, 400, 23))
+def test_metrics_restart_after_a_kill_anywhere_has_every_line_once(run, cut_bytes):
+    _do(run, [1, 2]).sync()  # the checkpoint of step 2
+    kept = (run.run_dir / "metrics.jsonl").stat().st_size
+    _do(run, [3, 4], start=2).close()
+    path = run.run_dir / "metrics.jsonl"
+    os.truncate(path, max(kept, path.stat().st_size - cut_bytes))
     _do(run, [3, 4], start=2).close()
     assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4]
 
 
-def test_metrics_reach_tensorboard(run):
+@pytest.mark.parametrize("damage", [b'{"step": 3, "tok', b"\x00\x00\n", b"[1]\n", b'"step"\n', b'{"no": 1}\n'])
+def test_metrics_restart_drops_what_is_no_line_of_metrics(run, damage):
     _do(run, [1, 2]).close()
-    board = EventAccumulator(str(run.run_dir / "tensorboard")).Reload()
-    assert [event.value for event in board.Scalars("loss/train_nats")] == [1.0, 2.0]
+    with (run.run_dir / "metrics.jsonl").open("ab") as file:
+        file.write(damage)
+    _do(run, [3], start=2).close()
+    assert [line["step"] for line in _lines(run)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("owed", [False, True])
+def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_owed(run, owed):
+    metrics = _do(run, [1, 2])
+    metrics.valid(2, 2.0)
+    metrics.close()
+    again = _do(run, [], start=2, valid_owed=owed)
+    if owed:
+        again.valid(2, 2.0)
+    again.close()
+    assert [("loss/valid_nats" in line) for line in _lines(run)] == [False, False, True]
+    assert _scalars(run, "loss/valid_nats") == [(2, 2.0)]
+    assert _scalars(run, "loss/train_nats") == [(1, 1.0), (2, 2.0)]
+
+
+def test_metrics_reach_tensorboard_once_over_a_restart_and_a_return(run):
+    _do(run, [1, 2, 3]).close()
+    metrics = _do(run, [3, 4, 5], start=2)
+    metrics.go_back(Progress(step=4))
+    metrics.step(5, (32, 40), StepResult(torch.tensor(50.0), 0.5), lr=1e-4)
+    metrics.close()
+    expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
+    assert _scalars(run, "loss/train_nats") == expected
+    assert [(line["step"], line["loss/train_nats"]) for line in _lines(run)] == expected
+
+
+def test_metrics_tensorboard_file_cut_off_by_a_kill_loses_nothing_before_the_checkpoint(run):
+    metrics = _do(run, [1, 2])
+    metrics.sync()
+    (events,) = (run.run_dir / "tensorboard").iterdir()
+    synced = events.stat().st_size
+    _after(metrics, 3)
+    os.truncate(events, synced + 5)  # in the middle of a record
+    _do(run, [3], start=2).close()
+    assert _scalars(run, "loss/train_nats") == [(1, 1.0), (2, 2.0), (3, 3.0)]
+
+
+def _after(metrics, step):
+    metrics.step(step, (0, 8), StepResult(torch.tensor(9.0), 0.5), lr=1e-4)
+    metrics.flush()
+    metrics.close()
+
+
+def test_metrics_goodput_counts_only_steps_that_stay(run, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    metrics = Metrics(run, MAIN, Progress(), None, began_at_s=900.0)
+    for step in (1, 2):
+        now[0] += 10
+        metrics.step(step, (0, 8), StepResult(1.0, 1.0), lr=1e-4)
+        metrics.flush()
+    assert metrics.goodput() == pytest.approx(20 / 120)
+    metrics.close()
+    assert Metrics(run, MAIN, Progress(step=1), None, began_at_s=900.0).goodput() == pytest.approx(10 / 120)
 
 
 def test_metrics_other_ranks_write_nothing(run):
     _do(run, [1, 2], mesh=MAIN._replace(rank=1)).close()
     assert not (run.run_dir / "metrics.jsonl").exists()
+
+
+def test_metrics_file_of_a_new_run_is_empty(tmp_path):
+    file = MetricsFile(tmp_path / "metrics.jsonl", 0)
+    assert file.step_time_s == 0 and file.last_lines == []

@@ -1,0 +1,104 @@
+"""A gradient or a loss that is not finite on one rank: no rank updates anything, in any layout; then all goes on.
+
+In every layout here: two good updates; one with NaN in the gradient of the logits on one rank; one with an infinite
+loss on one rank, whose gradient is as ever; two more good updates. The bad ones must leave the state as it was, bit for bit, and
+the good ones give what they give without bad ones between, bit for bit.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megatron_bipe.parallel.mesh import Mesh
+from tests.dist.launch import run_ranks
+from tests.dist.layouts import LR, Layout, batches, start
+
+RANKS = 4
+LAYOUTS = [
+    *(Layout(zero=zero, precision=precision) for zero in (0, 1, 2, 3) for precision in ("fp32", "bf16")),
+    Layout(zero=0, clip=0.0),
+    Layout(tensor=2, zero=0),
+    Layout(tensor=2, zero=1, precision="bf16", sequence=True),
+    Layout(tensor=2, zero=3),
+    Layout(pipeline=2, zero=0),
+    Layout(pipeline=2, zero=0, precision="bf16"),
+    Layout(pipeline=2, zero=1, precision="bf16"),
+    Layout(tensor=2, pipeline=2, zero=0),
+    Layout(tensor=2, pipeline=2, zero=1),
+]
+
+
+class Seen(NamedTuple):
+    """What a rank saw of a layout."""
+
+    norms: list[float]  # of the bad updates
+    changed: list[str]  # state that a bad update changed
+    losses: list[float]  # of the good updates
+    undisturbed: list[float]  # the same without bad ones between
+    optimizer_steps: int
+
+
+def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Seen]:
+    """All layouts; the fault is on the last rank, and for stages thus on the last of them."""
+    # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
+    ordered = sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)
+    return {layout: _bad_steps(mesh, layout, Path(work_dir) / str(number)) for number, layout in enumerate(ordered)}
+
+
+def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
+    from megatron_bipe.engine.fragments import optimizer_steps
+    from tests.dist.planted import Planted, plant
+
+    calm, laid_out = start(layout, mesh, run_dir)
+    undisturbed = _losses(calm, laid_out, range(4))
+    engine, laid_out = start(layout, mesh, run_dir)
+    plant(engine)
+    losses = _losses(engine, laid_out, range(2))
+    before, norms, changed = _state(engine), [], []
+    for field, value in (("gradient_factor", torch.nan), ("loss_offset", torch.inf)):
+        if mesh.rank == mesh.num_ranks - 1:
+            setattr(Planted, field, value)
+        norms.append(float(engine.train_step(batches(7, laid_out), LR).grad_norm))
+        Planted.nothing()
+        changed += [f"{field}: {key}" for key, bits in _state(engine).items() if bits != before[key]]
+    return Seen(
+        norms,
+        changed,
+        losses + _losses(engine, laid_out, range(2, 4)),
+        undisturbed,
+        optimizer_steps(engine._optimizer),
+    )
+
+
+def _losses(engine: Any, mesh: Mesh, steps: range) -> list[float]:
+    return [float(engine.train_step(batches(step, mesh), LR).loss_nats) for step in steps]
+
+
+def _state(engine: Any) -> dict[tuple[str, str], bytes]:
+    from megatron_bipe.engine.fragments import fragments
+
+    held = fragments(engine._engine.module, engine._optimizer)
+    return {(f.name, kind): tensor.numpy().tobytes() for f in held for kind, tensor in f.state.items()}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    folder = tmp_path_factory.mktemp("bad")
+    return run_ranks(bad_steps, RANKS, folder, layouts=LAYOUTS, work_dir=str(folder))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bad_step_on_one_rank_updates_nothing_on_any(seen: Any, layout: Layout) -> None:
+    for rank in seen:
+        assert not any(map(torch.isfinite, torch.tensor(rank[layout].norms)))
+        assert rank[layout].changed == []
+        assert rank[layout].optimizer_steps == 4
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_bad_step_leaves_no_trace_in_those_that_follow(seen: Any, layout: Layout) -> None:
+    for rank in seen:
+        assert rank[layout].losses == rank[layout].undisturbed
+        assert len(set(rank[layout].losses)) == 4

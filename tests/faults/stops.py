@@ -1,0 +1,95 @@
+"""A run that is asked to stop again and again, against one that is left alone.
+
+    python -m tests.faults.stops --count 10
+
+Each time one rank, drawn at random, gets SIGTERM or SIGUSR1 at a random moment of its start, of loading, of a step, of
+a validation, of a checkpoint. All ranks must finish the step under way, or break off the validation, save, and leave with
+exit code 75; started again, the run must come to the same end as the one that was left alone, bit for bit.
+"""
+
+import argparse
+import random
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from megatron_bipe.train.events import read_events
+from megatron_bipe.train.stopping import CONTINUE_LATER
+from tests.dist.commands import Ended, run
+from tests.dist.launch import free_port
+from tests.faults.data import make_data
+from tests.faults.runs import arguments, differences, launcher, random_moment, signals_sent
+
+STEPS_A_STOP, LAST_STEPS = 5, 6
+SIGNALS = ("SIGTERM", "SIGUSR1")
+
+
+class Stop(NamedTuple):
+    """One request."""
+
+    signal: str
+    rank: int
+    at: str  # where the rank was that got it
+    saved_step: int  # that the run then stopped after
+
+
+class Outcome(NamedTuple):
+    """What came of the requests."""
+
+    stops: list[Stop]
+    problems: list[str]
+
+
+def stop_and_go_on(folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str) -> Outcome:
+    """Stop a run `count` times and let it come to its end, beside one that is left alone."""
+    chance, steps, sent = random.Random(seed), count * STEPS_A_STOP + LAST_STEPS, folder / "sent.jsonl"
+
+    def launch(run_dir: Path, env: dict[str, str]) -> Ended:
+        command = [*launcher(num_ranks, free_port()), *arguments(data, run_dir, *settings, steps=steps)]
+        return run(*command, env=env, limit_s=600)
+
+    calm, stopped = folder / "calm", folder / "stopped"
+    assert (done := launch(calm, {})).code == 0, done.output
+    stops, problems = [], []
+    for number in range(count):
+        name = SIGNALS[number % len(SIGNALS)]
+        ended = launch(stopped, {"SIGNAL": f"{name}:{random_moment(chance, number, num_ranks)}:{sent}"})
+        got, last = signals_sent(sent)[-1], read_events(stopped)[-1]
+        stops.append(Stop(name, got["rank"], got["in"], last["step"]))
+        problems += _problems(stops[-1], ended, last["event"])
+    assert (done := launch(stopped, {})).code == 0, done.output
+    return Outcome(stops, [*problems, *differences(stopped, calm)])
+
+
+def _problems(stop: Stop, ended: Ended, last_event: str) -> Iterator[str]:
+    step = re.search(r"\d+", stop.at)  # a signal may come when the ranks have just asked each other
+    if last_event != "stop" or (step is not None and stop.saved_step - int(step[0]) not in (0, 1)):
+        yield f"{stop}: {ended.output}"
+    codes = re.findall(r"exitcode *: (-?\d+)", ended.output)  # of the ranks, as torchrun tells them
+    if ended.code == 0 or not codes or set(codes) != {str(CONTINUE_LATER)} or ended.left:
+        yield f"{stop}: exit codes {codes}: {ended.output}"
+
+
+def main() -> int:
+    """Print what came of it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--count", type=int, default=10, help="requests (default: %(default)s)")
+    parser.add_argument("--ranks", type=int, default=2, help="of the launch (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of ranks and moments (default: %(default)s)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as name:
+        data = make_data(Path(name) / "data")
+        outcome = stop_and_go_on(Path(name), data, given.count, given.ranks, given.seed, *given.set)
+    for stop in outcome.stops:
+        print(f"{stop.signal} to rank {stop.rank} at {stop.at}: saved step {stop.saved_step}")
+    print(f"{len(outcome.stops)} of {given.count} stops on {given.ranks} ranks")
+    print("problems and differences from the run left alone: " + ("; ".join(outcome.problems) or "none, bit for bit"))
+    return int(bool(outcome.problems))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

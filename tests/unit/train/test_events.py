@@ -1,0 +1,24 @@
+"""What is written down of a run beside its steps."""
+
+from megatron_bipe.train.events import EVENTS, Events, read_events
+
+
+def test_events_are_read_back_in_order_over_several_starts(tmp_path):
+    for step in (0, 7):
+        Events(tmp_path, True).add("start", step=step)
+    assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("start", 0), ("start", 7)]
+    assert read_events(tmp_path)[0]["time"] <= read_events(tmp_path)[1]["time"]
+
+
+def test_events_a_line_cut_off_by_a_crash_costs_no_other(tmp_path):
+    events = Events(tmp_path, True)
+    events.add("start", step=0)
+    with (tmp_path / EVENTS).open("a") as file:
+        file.write('{"time": 1, "ev')
+    events.add("stop", step=1)
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "stop"]
+
+
+def test_events_other_ranks_write_nothing(tmp_path):
+    Events(tmp_path, False).add("start", step=0)
+    assert read_events(tmp_path) == []

@@ -1,0 +1,71 @@
+"""What follows a launch that has ended."""
+
+import pytest
+
+from megatron_bipe.config.load import dump_yaml, load_run_config
+from megatron_bipe.engine.checkpoint import step_folder
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.train.events import Events
+from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
+
+PATIENCE = Patience(failures=3, first_wait_s=10.0, longest_wait_s=60.0)
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped", "asked", "fruitless", "expected"),
+    [
+        (0, False, False, 0, Next.DONE),
+        (0, False, True, 0, Next.DONE),  # the end came before the signal
+        (75, False, False, 1, Next.LATER),
+        (1, True, False, 1, Next.LATER),  # a launcher that does not pass codes on
+        (143, False, True, 3, Next.LATER),  # before there was anything to save
+        (2, False, False, 1, Next.GIVE_UP),
+        (1, False, False, 3, Next.GIVE_UP),
+        (137, False, False, 2, Next.AGAIN),
+        (1, False, False, 0, Next.AGAIN),
+    ],
+)
+def test_decide_by_how_a_launch_ended(code, stopped, asked, fruitless, expected):
+    assert decide(code, stopped, asked, fruitless, PATIENCE) is expected
+
+
+def test_patience_waits_twice_as_long_each_time_up_to_a_limit():
+    assert [PATIENCE.wait_s(fruitless) for fruitless in range(6)] == [10, 10, 20, 40, 60, 60]
+
+
+def test_mark_knows_events_and_checkpoints(tmp_path):
+    assert mark(tmp_path / "absent") == (0, -1)
+    Events(tmp_path, True).add("start", step=0)
+    step_folder(tmp_path, 20).mkdir(parents=True)
+    before = mark(tmp_path)
+    assert before == (1, 20)
+    assert not was_stopped(tmp_path, before)
+    Events(tmp_path, True).add("stop", step=20)
+    assert was_stopped(tmp_path, before) and not was_stopped(tmp_path, mark(tmp_path))
+
+
+@pytest.fixture
+def run_dir(tmp_path):
+    run = load_run_config(None, ["train.global_batch=96", "train.micro_batch=2", "parallel.tensor=2"])
+    (tmp_path / "config.yaml").write_text(dump_yaml(run))
+    return tmp_path
+
+
+@pytest.mark.parametrize(("up", "used"), [(8, 8), (7, 6), (6, 6), (5, 4), (4, 4), (3, 3)])
+def test_usable_hosts_are_as_many_as_share_the_batch_evenly(run_dir, up, used):
+    hosts = [f"node-{number}" for number in range(up)]  # 4 ranks each: 2 copies of the model; 48 micro-batches
+    assert usable_hosts(run_dir, hosts, 4, 1) == hosts[:used]
+
+
+def test_usable_hosts_fewer_than_the_least_are_refused_by_name(run_dir):
+    with pytest.raises(ConfigError, match=r"2 hosts are up \(a, b\).* from 3 on"):
+        usable_hosts(run_dir, ["a", "b"], 4, 3)
+
+
+def test_usable_hosts_none_at_all_is_refused(run_dir):
+    with pytest.raises(ConfigError, match="0 hosts are up"):
+        usable_hosts(run_dir, [], 4, 0)
+
+
+def test_usable_hosts_before_the_run_has_begun_are_all(tmp_path):
+    assert usable_hosts(tmp_path, ["a", "b", "c"], 7, 1) == ["a", "b", "c"]
