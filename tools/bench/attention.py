@@ -1,0 +1,196 @@
+"""Attention: what the key bias of (BiPE-)ALiBi costs and how exact it is, and whole models against materialised scores.
+
+    kernel    causal flash attention alone, forward and backward, without and with the bias channels
+    errors    of the output against float64, the largest over sampled queries of the steepest and the flattest head
+    models    forward passes of the whole model at one window, ours and with attention as the authors wrote it: all
+              scores at once, a mask and a bias of their size, softmax in fp32
+    longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process
+
+Example: python tools/bench/attention.py --window 4096 --longest 32768
+"""
+
+import argparse
+import math
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
+
+from _cli import run_tool
+from bench._machine import describe_machine
+from bench._turns import Prepare, Turns, take_turns
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.attention import Attention, causal_attention
+from megatron_bipe.model.block import Block
+from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
+from megatron_bipe.model.precision import DTYPES
+
+SEGMENT_TOKENS, HEAD_TOKENS = 14, 1024
+SAMPLED_QUERIES = 64
+
+
+def main() -> None:
+    """All four parts."""
+    arguments = _parser().parse_args()
+    model = load_run_config(arguments.config, arguments.set).model
+    print(describe_machine("torch"))
+    print(f"{model.num_layers} blocks x {model.hidden_size}, {model.num_heads} heads; {arguments.repeats} turns\n")
+    print_errors(model, arguments.errors)
+    length, repeats = arguments.window, arguments.repeats
+    for tokens in dict.fromkeys((1024, length)):
+        kernels = {name: partial(prepare_kernel, model, tokens, biased) for name, biased in KERNELS.items()}
+        print_turns(f"kernel, {tokens} tokens, bf16, forward and backward", take_turns(kernels, repeats), "plain")
+    for precision in ("bf16", "fp32"):
+        for encoding in ("bipe_rope", "bipe_alibi"):
+            pair: dict[str, Prepare] = {
+                name: partial(prepare_model, model, encoding, precision, length, eager)
+                for name, eager in (("ours", False), ("as the authors wrote it", True))
+            }
+            title = f"forward, {encoding}, {length} tokens, {precision}"
+            print_turns(title, take_turns(pair, arguments.model_repeats), "as the authors wrote it")
+    if arguments.longest:
+        for encoding in ("bipe_rope", "bipe_alibi"):
+            alone = {encoding: partial(prepare_model, model, encoding, "bf16", arguments.longest, False)}
+            print_turns(f"forward and loss, {arguments.longest} tokens, bf16", take_turns(alone, 1), encoding)
+
+
+KERNELS = {"plain": False, "with key bias": True}
+
+
+def print_turns(title: str, found: dict[str, Turns], against: str) -> None:
+    """Seconds, how many times as fast as one of them, memory."""
+    print(f"\n{title}")
+    for name, turns in found.items():
+        times = found[against].median_s / turns.median_s
+        print(f"  {name:26} {turns.median_s:8.3f} s {times:7.2f} x {turns.peak_gib:7.2f} GiB", flush=True)
+
+
+def print_errors(model: ModelConfig, lengths: list[int]) -> None:
+    """Largest relative error of outputs, by window."""
+    print("error of the output against float64, bf16")
+    for tokens in lengths:
+        row = "  ".join(f"{name}: {error(model, tokens, biased):.2e}" for name, biased in KERNELS.items())
+        print(f"  {tokens:6} tokens  {row}", flush=True)
+
+
+def error(model: ModelConfig, tokens: int, biased: bool) -> float:
+    """Of sampled queries of two heads, relative to the norm of the output."""
+    generator, width = torch.Generator().manual_seed(0), model.head_width
+    q, k, v = (torch.randn(1, 2, tokens, width, generator=generator).bfloat16() for _ in range(3))
+    positions, slopes = segments(tokens)[None], two_slopes(model) if biased else torch.zeros(2)
+    wide = KeyBias(slopes, width)(q, k, positions) if biased else (q, k)
+    queries = torch.linspace(0, tokens - 1, SAMPLED_QUERIES).long()
+    found = causal_attention(*wide, v)[:, :, queries].double()
+    scores = q[:, :, queries].double() @ k.double().mT / math.sqrt(width)
+    scores += slopes.double()[:, None, None] * (positions - positions[:, queries].T)
+    scores.masked_fill_(torch.arange(tokens) > queries[:, None], -math.inf)
+    exact = scores.softmax(dim=-1) @ v.double()
+    return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
+
+
+def two_slopes(model: ModelConfig) -> Tensor:
+    """The steepest and the flattest of BiPE-ALiBi."""
+    slopes = sorted(alibi_slopes(model.num_heads))
+    return torch.tensor([slopes[-1], slopes[0]]) * BIPE_ALIBI_SLOPE_FACTOR
+
+
+def segments(tokens: int) -> Tensor:
+    """Inter-segment ids of a window in segments of equal length."""
+    return torch.arange(tokens) // SEGMENT_TOKENS
+
+
+def device() -> torch.device:
+    """The GPU, if there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[], None]:
+    """Forward and backward of attention itself; the channels are there before."""
+    shape = (1, model.num_heads, tokens, model.head_width)
+    q, k, v = (torch.randn(shape, device=device()).bfloat16() for _ in range(3))
+    if biased:
+        slopes = torch.tensor(alibi_slopes(model.num_heads)) * BIPE_ALIBI_SLOPE_FACTOR
+        q, k = KeyBias(slopes, model.head_width)(q, k, segments(tokens).to(device())[None])
+    inputs = [x.detach().requires_grad_() for x in (q, k, v)]
+    grad = torch.randn_like(v)
+    return lambda: causal_attention(*inputs).backward(grad)
+
+
+def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, eager: bool) -> Callable[[], None]:
+    """Forward pass and loss of a window, the head in parts, without gradients."""
+    config = model.model_copy(update={"encoding": encoding})
+    network = build_model(config).to(device(), DTYPES[precision])
+    if eager:
+        make_eager(network, config)
+    ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
+    places = torch.arange(tokens)[None]
+    on_host = (ids[:, :-1], places % SEGMENT_TOKENS, places // SEGMENT_TOKENS)
+    inputs, labels = tuple(x.to(device()) for x in on_host), ids[0, 1:].to(device())
+
+    @torch.inference_mode()
+    def forward() -> None:
+        hidden_BTD, positions_BT = network[:-1](inputs)
+        for hidden_KD, labels_K in zip(hidden_BTD[0].split(HEAD_TOKENS), labels.split(HEAD_TOKENS), strict=True):
+            float(token_losses(network[-1]((hidden_KD, positions_BT)), labels_K).sum())
+
+    return forward
+
+
+class EagerAttention(nn.Module):
+    """The same weights; every score is in memory, and so are the mask and the bias."""
+
+    def __init__(self, attention: Attention, config: ModelConfig) -> None:
+        super().__init__()
+        self.inner = attention
+        self.slopes_N = None
+        if isinstance(attention.encoding, KeyBias):
+            factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
+            self.slopes_N = torch.tensor(alibi_slopes(config.num_heads)) * factor
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        """As `Attention.forward`."""
+        inner, num_tokens = self.inner, hidden_BTD.shape[1]
+        qkv_BTN3H = inner.qkv(hidden_BTD).unflatten(-1, (-1, 3, inner.head_width))
+        q_BNTH, k_BNTH, v_BNTH = (x.transpose(1, 2) for x in qkv_BTN3H.unbind(3))
+        if self.slopes_N is None:
+            q_BNTH, k_BNTH = inner.encoding(q_BNTH, k_BNTH, positions_BT)
+        scores_BNTT = q_BNTH @ k_BNTH.transpose(2, 3) / math.sqrt(inner.head_width)
+        if self.slopes_N is not None:
+            slopes_N11 = self.slopes_N.to(scores_BNTT)[:, None, None]
+            scores_BNTT = scores_BNTT + slopes_N11 * positions_BT[:, None, None].to(scores_BNTT.dtype)
+        mask_TT = torch.full((num_tokens, num_tokens), torch.finfo(scores_BNTT.dtype).min, device=hidden_BTD.device)
+        scores_BNTT = scores_BNTT + mask_TT.triu(1).to(scores_BNTT.dtype)
+        weights_BNTT = scores_BNTT.softmax(dim=-1, dtype=torch.float32).to(q_BNTH.dtype)
+        mixed: Tensor = inner.out((weights_BNTT @ v_BNTH).transpose(1, 2).flatten(2))
+        return mixed
+
+
+def make_eager(network: nn.Sequential, config: ModelConfig) -> None:
+    """Put such attention into every block."""
+    for block in network:
+        if isinstance(block, Block):
+            block.attention = EagerAttention(block.attention, config)  # type: ignore[assignment]
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", type=Path, help="run configuration (default: 151M)")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--window", type=int, default=4096)
+    parser.add_argument("--longest", type=int, default=32768, help="0: leave it out")
+    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192, 32768])
+    parser.add_argument("--repeats", type=int, default=7, help="of the kernels")
+    parser.add_argument("--model-repeats", type=int, default=3)
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
