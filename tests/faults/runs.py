@@ -34,7 +34,7 @@ def launcher(num_ranks: int, port: int) -> list[str]:
 def arguments(data: Path, run_dir: Path, *settings: str, steps: int, zero: str = "1") -> list[str]:
     """Options of pretrain.py; `data` has folders train and valid."""
     given = [f"data.valid_path={data / 'valid'}", f"train.valid_every={VALID_EVERY}", f"train.save_every={SAVE_EVERY}"]
-    given += ["train.valid_samples=16", "parallel.timeout_s=60"]
+    given += ["train.valid_samples=16", "parallel.timeout_s=300"]
     return [
         "--ds_config",
         f"ds_configs/zero{zero}.json",

@@ -3,8 +3,8 @@
     python -m tests.faults.stops --count 10
 
 Each time one rank, drawn at random, gets SIGTERM or SIGUSR1 at a random moment of its start, of loading, of a step, of
-a validation, of a checkpoint. All ranks must finish the step under way, or break off the validation, save, and leave with
-exit code 75; started again, the run must come to the same end as the one that was left alone, bit for bit.
+a validation, of a checkpoint. All ranks must finish the step under way, or break off the validation, save, and leave
+with exit code 75; started again, the run must come to the end of the one that was left alone, bit for bit.
 """
 
 import argparse

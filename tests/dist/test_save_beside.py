@@ -1,0 +1,95 @@
+"""A checkpoint written beside training holds the state of its moment, wherever DeepSpeed keeps it.
+
+The copy begins when an update is about to change the state, and is slow: the update would be in it if it did not wait.
+"""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from megatron_bipe.engine.checkpoint import find_checkpoint, list_steps
+from megatron_bipe.engine.state_files import KINDS, StateReader
+from megatron_bipe.parallel.mesh import Mesh
+from tests.dist.launch import run_ranks
+from tests.dist.layouts import Layout, start, train_steps
+
+COPY_S, NEVER_S = 0.3, 5.0
+LAYOUTS = [
+    Layout(zero=0),
+    Layout(zero=0, precision="bf16"),
+    Layout(zero=1, precision="bf16"),
+    Layout(zero=2),
+    Layout(zero=3, precision="bf16"),
+    Layout(pipeline=2, zero=1, precision="bf16"),
+    Layout(tensor=2, zero=1),
+]
+
+
+def begin_at_the_update(saver: Any) -> None:
+    take, wait, at_update = saver._copy.take, saver.before_update, threading.Event()
+
+    def late(*arguments: Any) -> Any:
+        at_update.wait(NEVER_S)
+        time.sleep(COPY_S)
+        return take(*arguments)
+
+    def noted() -> None:
+        at_update.set()
+        wait()
+
+    saver._copy.take, saver.before_update = late, noted
+
+
+def save_both_ways(mesh: Mesh, work_dir: str) -> dict[Layout, dict[str, Any]]:
+    results = {}
+    for number, layout in enumerate(LAYOUTS):
+        waiting, beside = Path(work_dir) / f"{number}-waiting", Path(work_dir) / f"{number}-beside"
+        engine, laid_out = start(layout, mesh, waiting)
+        train_steps(engine, laid_out, range(2))
+        torch.manual_seed(mesh.rank)
+        engine.save(waiting, 2)
+        begin_at_the_update(engine._saver)
+        engine.save(beside, 2, final=False)
+        drawn = torch.rand(3)
+        losses = train_steps(engine, laid_out, range(2, 4))[0]
+        engine.save(beside, 4)  # waits for the other
+        engine.load(engine.newest_good(waiting).folder)
+        results[layout] = {
+            "drawn again": torch.equal(torch.rand(3), drawn),
+            "losses again": train_steps(engine, laid_out, range(2, 4))[0] == losses,
+            "folders": (waiting, beside),
+        }
+    return results
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("beside")
+    return run_ranks(save_both_ways, 2, folder, work_dir=str(folder))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_save_beside_training_holds_the_bits_of_its_moment(ranks, layout):
+    waiting, beside = ranks[0][layout]["folders"]
+    assert list_steps(beside) == [2, 4]
+    expected, found, later = (
+        StateReader(find_checkpoint(spec).folder) for spec in (waiting, f"{beside}@2", f"{beside}@4")
+    )
+    assert found.index.optimizer_steps == expected.index.optimizer_steps == 2
+    assert found.index.parameters == expected.index.parameters
+    for name in expected.index.parameters:
+        for kind in KINDS:
+            assert torch.equal(found.whole(kind, name), expected.whole(kind, name)), (name, kind)
+    assert any(
+        not torch.equal(found.whole("weight", name), later.whole("weight", name)) for name in found.index.parameters
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_load_continues_losses_and_random_generators(ranks, layout):
+    for rank in ranks:
+        assert rank[layout]["losses again"] and rank[layout]["drawn again"]

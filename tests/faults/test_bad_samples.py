@@ -1,0 +1,96 @@
+"""NaN in data, gradient and weights, and a loss that jumps: what a run does on all ranks, and what it writes down."""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.train.events import read_events
+from tests.dist.launch import run_ranks
+from tests.faults.data import make_data
+from tests.faults.inside import Plant, train_inside
+from tests.faults.runs import lines, state
+
+STEPS, BATCH = 12, 8
+SETTINGS = ("train.save_every=2", "health.patience=3", "health.spike_window=4", "train.log_every=3")
+LAYOUTS = {"data": ((), 1), "stages": (("parallel.pipeline=2",), 0), "tensor": (("parallel.tensor=2",), 2)}
+# Samples 40 to 63 are those of steps 6 to 8; the last checkpoint before is that of step 4.
+PLANTS = {
+    "data": Plant("data", 1, 40, 64),
+    "spike": Plant("spike", 1, 40, 64),
+    "weight": Plant("weight", 1, 40, 48, once=True),
+    "gradient": Plant("gradient", 1, 40, 48),
+    "none": None,
+}
+
+
+class Case(NamedTuple):
+    """A fault in a layout."""
+
+    fault: str
+    layout: str
+
+
+CASES = [Case(fault, layout) for layout in LAYOUTS for fault in PLANTS if layout == "data" or fault != "spike"]
+
+
+def all_cases(mesh: Mesh, data: str, work_dir: str) -> dict[Case, list[int]]:
+    """Every case from its beginning to its end; by case, the first samples of its steps on this rank, in order."""
+    read = {}
+    for case in CASES:
+        settings, zero = LAYOUTS[case.layout]
+        run_dir = f"{work_dir}/{case.fault}-{case.layout}"
+        read[case] = list(
+            train_inside(mesh, data, run_dir, (*SETTINGS, *settings), zero, STEPS, STEPS, PLANTS[case.fault])
+        )
+    return read
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("faults")
+
+
+@pytest.fixture(scope="module")
+def read(folder: Path) -> Any:
+    data = make_data(folder / "data")
+    return run_ranks(all_cases, 2, folder / "ranks", data=str(data), work_dir=str(folder))
+
+
+def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
+    return [event for event in read_events(folder / f"{case.fault}-{case.layout}") if event["event"] == kind]
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.fault in ("data", "spike", "weight")], ids=str)
+def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
+    bad = _events(folder, case, "bad step")
+    assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
+    assert all(len(set(event["windows"])) == BATCH for event in bad)
+    (back,) = _events(folder, case, "return")
+    assert (back["step"], back["to_step"], back["samples"]) == (8, 4, [40, 64])
+    run_dir = folder / f"{case.fault}-{case.layout}"
+    found = [line for line in lines(run_dir) if "loss/train_nats" in line]
+    assert [line["step"] for line in found] == list(range(1, STEPS + 1))
+    assert [line["data/samples"] for line in found] == [*range(8, 41, 8), *range(72, 121, 8)]
+    assert all(torch.isfinite(tensor).all() for tensor in state(run_dir).values())
+    for rank in read:
+        assert set(rank[case]) == set(range(0, 40, 8)) | {40, 48, 56} | set(range(64, 120, 8))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.fault == "gradient"], ids=str)
+def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: Any, case: Case) -> None:
+    (bad,) = _events(folder, case, "bad step")
+    assert bad["step"] == 6 and bad["samples"] == [40, 48] and "not finite" in bad["reason"]
+    assert _events(folder, case, "return") == []
+    found = lines(folder / f"{case.fault}-{case.layout}")
+    assert [line["data/samples"] for line in found] == list(range(8, 8 * STEPS + 1, 8))
+    calm = lines(folder / f"none-{case.layout}")
+    assert found[:5] == calm[:5]
+    assert found[6]["loss/train_nats"] != calm[6]["loss/train_nats"]  # one update is missing
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.fault == "none"], ids=str)
+def test_without_a_fault_nothing_is_bad(folder: Path, read: Any, case: Case) -> None:
+    assert {event["event"] for event in read_events(folder / f"none-{case.layout}")} == {"start", "done"}
