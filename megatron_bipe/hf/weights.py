@@ -29,7 +29,9 @@ _GATE_UP_PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
 class LlamaWeights(Mapping[str, Tensor]):
-    """Plan weights under LLaMA names, in LLaMA's order; each is cut out when it is asked for, and not kept.
+    """Plan weights under LLaMA names, in LLaMA's order; each is cut out when it is asked for.
+
+    Only the last plan weight looked at is kept, since neighbours are often cut from the same one.
 
     Args:
         weights: under the plan's names; may read them when asked.
@@ -42,6 +44,7 @@ class LlamaWeights(Mapping[str, Tensor]):
 
     def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
         self._weights, self._sources = weights, _sources(config)
+        self._last: tuple[str, Tensor] | None = None
         needed, rest = {source for source, _ in self._sources.values()}, dict.fromkeys(weights)
         for name in sorted(needed):
             _take(rest, name)
@@ -49,7 +52,10 @@ class LlamaWeights(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         source, cut = self._sources[name]
-        return cut(self._weights[source])
+        if self._last is None or self._last[0] != source:
+            self._last = None  # before the next is read
+            self._last = (source, self._weights[source])
+        return cut(self._last[1])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._sources)
@@ -66,7 +72,9 @@ def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Te
 def _sources(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
     """For each LLaMA name the plan's, and how to cut the one out of the other."""
     last = config.num_layers + 1
-    result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {"model.embed_tokens.weight": ("0.token.weight", _whole)}
+    result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+        "model.embed_tokens.weight": ("0.token.weight", _whole)
+    }
     if config.bilevel:
         result[INTRA_TABLE] = ("0.intra.weight", _whole)
     for layer in range(config.num_layers):
