@@ -1,14 +1,19 @@
 """A model by what the user calls it: the folder of an exported model, or a run folder, `RUN_DIR[@STEP]`."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+
+from torch import Tensor
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, is_run_dir
+from megatron_bipe.engine.state_files import WEIGHT, StateReader
 from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.eval.subject import Subject, exported_subject
 from megatron_bipe.hf.load import plan_model
 from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.run_folder import read_record
 
 
@@ -39,3 +44,20 @@ def _checkpoint_subject(checkpoint: Checkpoint, named_step: bool) -> Subject:
     name = f"{run_name} step {checkpoint.step:,}" if named_step else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
     return Subject(name, source, model, config, record.tokenizer.fingerprint, record.rule)
+
+
+class WeightsOnDisk(Mapping[str, Tensor]):
+    """The weights of a checkpoint as `read_weights` gives them, each read when it is asked for, and not kept."""
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._reader = StateReader(checkpoint.folder)
+        self._dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.whole(WEIGHT, name).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._reader.index.parameters)
+
+    def __len__(self) -> int:
+        return len(self._reader.index.parameters)

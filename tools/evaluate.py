@@ -1,7 +1,9 @@
-"""Evaluate trained models. `perplexity`: against window length, on a dataset made by tools/preprocess.py."""
+"""Evaluate trained models: perplexity against window length, one dataset or several; lm-evaluation-harness's tasks."""
 
 import argparse
+import json
 import logging
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -10,14 +12,19 @@ from tqdm import tqdm
 from _cli import run_tool
 from _models import load_subject
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.documents import evaluate_documents
+from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_tokens
-from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, write_report
+from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, unique_names, write_report
 from megatron_bipe.eval.subject import Subject, check_suits
+from megatron_bipe.eval.subsets import Line, Subset
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.hardware import keep_freed_memory
 
+HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)
 
 
@@ -30,14 +37,7 @@ def main() -> None:
 def perplexity(arguments: argparse.Namespace) -> None:
     """Evaluate all models at all lengths; write and print the results."""
     lengths = parse_lengths(arguments.lengths)
-    settings = Settings(
-        protocol=arguments.protocol,
-        max_tokens=arguments.max_tokens,
-        batch_tokens=arguments.batch_tokens,
-        device=pick_device(arguments.device),
-        dtype=DTYPES[arguments.dtype],
-    )
-    keep_freed_memory(torch.device(settings.device))
+    settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
     dataset = TokenDataset(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]
@@ -50,21 +50,74 @@ def perplexity(arguments: argparse.Namespace) -> None:
     print("Written:", *files)
 
 
+def extrapolation(arguments: argparse.Namespace) -> None:
+    """Evaluate all models on all datasets at all lengths, by document and place; write the report."""
+    lengths, settings = parse_lengths(arguments.lengths), _settings(arguments)
+    prepare_output(arguments.output, arguments.overwrite, NAMES)
+    datasets = [TokenDataset(folder) for folder in arguments.data]
+    subjects = [load_subject(spec) for spec in arguments.model]
+    for subject, dataset in product(subjects, datasets):
+        check_suits(subject, dataset)
+        for length in lengths:  # the shortest dataset speaks up before anything is run
+            cut_windows(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)
+    names = unique_names([(subject, ()) for subject in subjects])
+    subsets = [_evaluate_subset(dataset, names, subjects, lengths, settings) for dataset in datasets]
+    files = write_extrapolation(arguments.output, settings, subsets)
+    print("Written:", *files)
+
+
+def harness(arguments: argparse.Namespace) -> None:
+    """Run the tasks; write and print the results."""
+    try:
+        from lm_eval.utils import make_table
+
+        from megatron_bipe.eval.harness import HarnessSettings, run_tasks
+    except ImportError as error:
+        raise ConfigError(
+            f"lm-evaluation-harness cannot be imported: {error}",
+            remedy="Install it: pip install 'megatron-bipe[harness]'",
+            place="evaluate.py harness",
+        ) from error
+    prepare_output(arguments.output, arguments.overwrite, (HARNESS_NAME,))
+    settings = HarnessSettings(
+        include_path=arguments.include,
+        num_fewshot=arguments.num_fewshot,
+        limit=arguments.limit,
+        batch_size=arguments.batch_size,
+        max_length_tokens=arguments.max_length,
+        device=pick_device(arguments.device),
+        dtype=str(DTYPES[arguments.dtype]).removeprefix("torch."),
+    )
+    results = run_tasks(arguments.model, arguments.tasks.split(","), settings)
+    kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples", "configs", "samples")}
+    text = json.dumps({"model": str(arguments.model), "settings": settings._asdict(), **kept}, indent=2, default=str)
+    write_atomically(arguments.output / HARNESS_NAME, text.encode() + b"\n")
+    print(make_table(results))
+    print("Written:", arguments.output / HARNESS_NAME)
+
+
 def parse_lengths(text: str) -> list[int]:
-    """`1024,2048` -> [1024, 2048], ascending, each once.
+    """`1024,2048` -> [1024, 2048], ascending, each once; `1024..4096` stands for all multiples of 1024 up to 4096.
 
     Raises:
         ConfigError: something else than whole numbers of 2 and more.
     """
-    parts = [part.strip() for part in text.split(",")]
+    ranges = (part.strip().split("..") for part in text.split(","))
+    parts = [number for bounds in ranges for number in (_multiples(*bounds) if len(bounds) == 2 else bounds)]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 2)]
     if wrong:
         raise ConfigError(
             f"{', '.join(map(repr, wrong))} is no window length: a whole number of tokens, 2 or more",
-            remedy="Write --lengths 1024,2048,4096",
+            remedy="Write --lengths 1024,2048,4096 or 1024..8192",
             place="--lengths",
         )
     return sorted(set(map(int, parts)))
+
+
+def _multiples(first: str, last: str) -> list[str]:
+    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and 0 < int(first) <= int(last)):
+        return [f"{first}..{last}"]
+    return [str(length) for length in range(int(first), int(last) + 1, int(first))]
 
 
 def pick_device(name: str) -> str:
@@ -96,31 +149,103 @@ def _evaluate(subject: Subject, dataset: TokenDataset, lengths: list[int], setti
     return ModelResults(subject._replace(model=subject.model.cpu()), tuple(reversed(results)))
 
 
+def _evaluate_subset(
+    dataset: TokenDataset, names: list[str], subjects: list[Subject], lengths: list[int], settings: Settings
+) -> Subset:
+    lines = []
+    for name, subject in zip(names, subjects, strict=True):
+        results = []
+        with tqdm(desc=f"{name} on {dataset.path.name}", unit=" tokens", unit_scale=True, disable=None) as bar:
+            for length in reversed(lengths):  # longest first, as in `perplexity`
+                results.append(evaluate_documents(subject, dataset, length, settings, bar.update))
+                bar.set_postfix_str(f"{length}: {results[-1].perplexity:.2f}")
+        subject.model.cpu()
+        known = (name, subject.source, subject.config.encoding, subject.config.train_len_tokens)
+        lines.append(Line(*known, tuple(reversed(results))))
+    return Subset(dataset.path.resolve().name, dataset.manifest.fingerprint, tuple(lines))
+
+
+def _settings(arguments: argparse.Namespace) -> Settings:
+    settings = Settings(
+        protocol=arguments.protocol,
+        max_tokens=arguments.max_tokens,
+        batch_tokens=arguments.batch_tokens,
+        device=pick_device(arguments.device),
+        dtype=DTYPES[arguments.dtype],
+    )
+    keep_freed_memory(torch.device(settings.device))
+    return settings
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_perplexity(commands.add_parser("perplexity", help="perplexity against window length: JSON, CSV and a plot"))
+    _add_extrapolation(
+        commands.add_parser("extrapolation", help="the same on several datasets, with intervals, as HTML")
+    )
+    _add_harness(commands.add_parser("harness", help="tasks of lm-evaluation-harness"))
     return parser
 
 
+def _add_harness(command: argparse.ArgumentParser) -> None:
+    command.description = "Tasks of lm-evaluation-harness on an exported model. Without a network: local task files."
+    add, shown = command.add_argument, "(default: %(default)s)"
+    add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
+    add("--tasks", required=True, metavar="NAME,NAME,...", help="tasks, groups or patterns such as 'lambada*'")
+    add("--output", type=Path, required=True, metavar="DIR", help=f"for {HARNESS_NAME}")
+    add("--include", type=Path, metavar="DIR", help="folder of task files of your own")
+    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
+    add("--limit", type=int, metavar="N", help="only the first N samples of each task")
+    add("--batch-size", type=int, default=8, metavar="N", help=f"requests a forward pass {shown}")
+    add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
+    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
+    command.set_defaults(run=harness)
+
+
 def _add_perplexity(command: argparse.ArgumentParser) -> None:
-    command.description = "Perplexity against window length. Protocols: " + "; ".join(
-        f"{name} = {meaning}" for name, meaning in PROTOCOLS.items()
-    )
-    defaults = Settings()
+    command.description = f"Perplexity against window length. {_protocols()}"
     add = command.add_argument
     add("--model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help="exported models or checkpoints")
     add("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    add("--lengths", required=True, metavar="N,N,...", help="window lengths in tokens")
-    add("--output", type=Path, required=True, metavar="DIR", help="for perplexity.json, .csv and .png")
-    shown = "(default: %(default)s)"
+    _add_windows(command, "perplexity.json, .csv and .png")
+    command.set_defaults(run=perplexity)
+
+
+def _add_extrapolation(command: argparse.ArgumentParser) -> None:
+    command.description = (
+        "Perplexity by window length and by place in the window, with intervals by resampling documents, as a page "
+        f"with the paper's figures beside. {_protocols()}"
+    )
+    add = command.add_argument
+    help_models = "exported models or checkpoints"
+    add(
+        "--models", "--model", dest="model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help=help_models
+    )
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="dataset folders, such as one a subset")
+    _add_windows(command, "extrapolation.html, .png, .json and .csv")
+    command.set_defaults(run=extrapolation)
+
+
+def _protocols() -> str:
+    return "Protocols: " + "; ".join(f"{name} = {meaning}" for name, meaning in PROTOCOLS.items())
+
+
+def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
+    """What both evaluations of perplexity take."""
+    defaults, add, shown = Settings(), command.add_argument, "(default: %(default)s)"
+    add(
+        "--lengths", required=True, metavar="N,N,...", help="window lengths in tokens; N..M: the multiples of N up to M"
+    )
+    add("--output", type=Path, required=True, metavar="DIR", help=f"for {written}")
     add("--protocol", choices=list(PROTOCOLS), default=defaults.protocol, help=f"how the corpus is cut {shown}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
     add("--batch-tokens", type=int, metavar="N", default=defaults.batch_tokens, help=f"tokens a forward pass {shown}")
     add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
-    command.set_defaults(run=perplexity)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
+from _models import WeightsOnDisk
 from _samples import random_windows
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
@@ -20,7 +21,6 @@ from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import find_checkpoint
-from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields
@@ -47,7 +47,7 @@ def main() -> None:
         "Recipe": f"`{recipe.strip()}`",
     }
     figure = export_model(
-        read_weights(checkpoint),
+        WeightsOnDisk(checkpoint),
         run.model,
         arguments.output,
         DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),

@@ -1,32 +1,44 @@
-"""A model in the authors' published layout to this project's Hugging Face layout.
+"""A model in the authors' published layout to this project's Hugging Face layout, or to a run that trains it further.
 
-Example: python tools/import_hf.py --input downloads/BiPE_RoPE-151M --output models/bipe_rope_151m
+Examples: python tools/import_hf.py --input downloads/BiPE_RoPE-151M --output models/bipe_rope_151m
+          python tools/import_hf.py --input models/bipe_rope_151m --checkpoint runs/further --config examples/NAME.yaml
+
+With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.py goes on with the same --config,
+--set and run_dir.
 """
 
 import argparse
 from pathlib import Path
 
+from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
 from _samples import random_windows
+from _start import start_run
+from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
+from megatron_bipe.eval.subject import Subject, exported_subject
 from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.load import read_settings
-from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
+from megatron_bipe.hf.load import plan_model, read_settings
+from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, PublishedModel, read_published
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
+from megatron_bipe.hf.weights import to_llama
 
 
 def main() -> None:
-    """Parse the command line, convert, and say how near the result is."""
+    """Parse the command line and convert."""
     arguments = _parser().parse_args()
     disable_progress_bar()
-    model = read_published(arguments.input)
-    tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
-    rule = _rule(arguments.segments, tokenizer, model.config.vocab_size)
+    (to_run if arguments.checkpoint else to_model)(arguments)
+
+
+def to_model(arguments: argparse.Namespace) -> None:
+    """Into our Hugging Face layout; says how near the result is."""
+    model, tokenizer, rule = _published(arguments)
     settings = read_settings(arguments.input)
     named = {role: settings.get(f"{role}_token_id") for role in ("bos", "eos")}
     special_ids = tokenizer.special_ids if tokenizer else {role: i for role, i in named.items() if isinstance(i, int)}
@@ -50,6 +62,27 @@ def main() -> None:
         ),
     )
     print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+
+
+def to_run(arguments: argparse.Namespace) -> None:
+    """Into checkpoint 0 of a run."""
+    run = load_run_config(arguments.config, [*arguments.set, f"run_dir={arguments.checkpoint}"])
+    if "rpe_type" in read_settings(arguments.input):
+        model, tokenizer, rule = _published(arguments)
+        whole = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
+        fingerprint = tokenizer.fingerprint if tokenizer else None
+        subject = Subject(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
+    else:
+        subject = exported_subject(arguments.input)
+    weights: dict[str, Tensor] = dict(subject.model.named_parameters())  # a tied output is not named again
+    folder = start_run(run, subject, {name: weight.detach() for name, weight in weights.items()})
+    print(f"{folder}: pretrain.py goes on from here with the same --config and --set, and run_dir={run.run_dir}")
+
+
+def _published(arguments: argparse.Namespace) -> tuple[PublishedModel, Tokenizer | None, SegmentRule]:
+    model = read_published(arguments.input)
+    tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
+    return model, tokenizer, _rule(arguments.segments, tokenizer, model.config.vocab_size)
 
 
 def _tokenizer(place: Path, required: bool) -> Tokenizer | None:
@@ -89,10 +122,16 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--input", required=True, type=Path, metavar="DIR", help="folder in the authors' layout")
-    add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
+    target = parser.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, metavar="DIR", help="model folder to make")
+    target.add_argument(
+        "--checkpoint", type=Path, metavar="RUN_DIR", help="run folder to make, to train the model further"
+    )
+    add("--config", type=Path, help="with --checkpoint: configuration of the run (default: as pretrain.py)")
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="with --checkpoint: override one of its fields")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder (default: the input folder, if it has one)")
     add("--segments", default="reference", metavar="RULE", help="segment rule of the model (default: %(default)s)")
-    add("--overwrite", action="store_true", help="replace a model that is there")
+    add("--overwrite", action="store_true", help="replace a model that is there; never a run")
     return parser
 
 

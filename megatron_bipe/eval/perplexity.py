@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray
 
+FloatArray = npt.NDArray[np.float64]
 HEAD_TOKENS = 2048  # logits that exist at a time: 260 MB in fp32 for LLaMA's vocabulary
 
 
@@ -84,27 +86,44 @@ def evaluate_perplexity(
         DataError: the dataset is shorter than a window, or damaged.
         CheckpointError: the model's loss is not a number.
     """
-    if settings.batch_tokens < 1:
-        raise ConfigError(f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", place="--batch-tokens")
     available = limit_tokens(dataset, settings.max_tokens)
     windows = cut_windows(dataset, available, length_tokens, settings.protocol)
-    model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
     started = time.perf_counter()
-    total_nats = 0.0
-    for rows in _batches(windows, max(1, settings.batch_tokens // length_tokens)):
+    losses = window_losses(subject, dataset, windows, settings, progress)
+    total_nats = sum(float(losses_BP.sum()) for _, losses_BP in losses)
+    seconds = time.perf_counter() - started
+    return _result(dataset, length_tokens, windows, available, total_nats, seconds)
+
+
+def window_losses(
+    subject: Subject,
+    dataset: TokenDataset,
+    windows: Windows,
+    settings: Settings,
+    progress: Callable[[int], object] | None = None,
+) -> Iterator[tuple[IntArray, FloatArray]]:
+    """Row numbers of windows [B] and the losses of their predictions in nats [B, P], batch by batch.
+
+    Arguments and errors as `evaluate_perplexity`, which adds them up.
+    """
+    if settings.batch_tokens < 1:
+        raise ConfigError(f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", place="--batch-tokens")
+    model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
+    longest = int(windows.num_inputs.max())
+    for rows in _batches(windows, max(1, settings.batch_tokens // longest)):
         batch = _read(dataset, windows, rows, subject.config.intra_size - 1)
-        total_nats += _sum_losses(model, Batch(*(ids.to(settings.device) for ids in batch)))
+        losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch)))
+        total_nats = losses_BP.sum()
         if not math.isfinite(total_nats):
             raise CheckpointError(
-                f"the loss is {total_nats} in the batch of {length_tokens}-token windows from token "
+                f"the loss is {total_nats} in the batch of {longest}-token windows from token "
                 f"{windows.starts[rows[0]]} on",
                 remedy="Evaluate with --dtype fp32, or another step: the weights may be damaged or have diverged",
                 place=subject.source,
             )
         if progress:
             progress(batch.tokens_BT.numel())
-    seconds = time.perf_counter() - started
-    return _result(dataset, length_tokens, windows, available, total_nats, seconds)
+        yield rows, losses_BP
 
 
 def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
@@ -147,17 +166,17 @@ def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) ->
 
 
 @torch.inference_mode()
-def _sum_losses(model: nn.Sequential, batch: Batch[Tensor]) -> float:
-    """Sum of the losses of all labels in nats; the head runs over parts, since logits dwarf everything else."""
+def _losses(model: nn.Sequential, batch: Batch[Tensor]) -> FloatArray:
+    """Losses of all labels in nats [B, P]; the head runs over parts, since logits dwarf everything else."""
     hidden_BTD, positions_BT = model[:-1]((batch.tokens_BT, batch.intra_BT, batch.inter_BT))
     num_predictions = batch.labels_BT.shape[1]
     hidden_parts = hidden_BTD[:, :num_predictions].flatten(0, 1).split(HEAD_TOKENS)
     label_parts = batch.labels_BT.flatten().split(HEAD_TOKENS)
-    total = torch.zeros((), dtype=torch.float64)
+    parts = []
     for hidden_KD, labels_K in zip(hidden_parts, label_parts, strict=True):
         logits_KV = model[-1]((hidden_KD, positions_BT))
-        total += token_losses(logits_KV, labels_K).double().sum().cpu()
-    return total.item()
+        parts.append(token_losses(logits_KV, labels_K).double().cpu())
+    return torch.cat(parts).view(batch.labels_BT.shape).numpy()
 
 
 def _result(

@@ -29,13 +29,13 @@ class ModelResults(NamedTuple):
     results: tuple[LengthResult, ...]
 
 
-def prepare_output(folder: Path, overwrite: bool) -> None:
-    """Make the output folder, before anything long is begun.
+def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_NAME, CSV_NAME, PNG_NAME)) -> None:
+    """Make the output folder, before anything long is begun; `names` are what will be written.
 
     Raises:
         ConfigError: results are there already and may not be overwritten, or the folder cannot be made.
     """
-    present = [name for name in (JSON_NAME, CSV_NAME, PNG_NAME) if (folder / name).exists()]
+    present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ConfigError(
             f"there is already {', '.join(present)}",
@@ -144,7 +144,7 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
     return "\n".join(lines)
 
 
-def unique_names(models: Sequence[ModelResults]) -> list[str]:
+def unique_names(models: Sequence[tuple[Subject, object]]) -> list[str]:
     """Names for people; where two are the same, what they were loaded from instead."""
     names = [subject.name for subject, _ in models]
     return [subject.source if names.count(subject.name) > 1 else subject.name for subject, _ in models]

@@ -1,6 +1,7 @@
 """The model card of an exported model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,7 +24,7 @@ pipeline_tag: text-generation
 | | |
 |---|---|
 {rows}
-
+{perplexity}
 Parity: on sample windows the largest difference between a logit of this folder, loaded through transformers, and
 of the training model is {figure:.1e} of the largest logit (both in fp32, from the weights stored here).
 
@@ -38,10 +39,16 @@ inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_id
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
+PLOT = "perplexity.png"
+_PERPLEXITY = """
+![Perplexity against window length]({plot})
+
+{text}
+"""
 _SEGMENTS = """
 A segment ends with a separator token, which belongs to it. Positions follow from the tokens of the input alone:
 `model.bilevel_ids(input_ids, attention_mask)` shows them. Batches may be padded on either side if the attention
-mask says so; generation uses the dynamic cache.
+mask says so; generation takes the dynamic and the static cache.
 """
 _SPECIAL = """
 The tokenizer opens a text with its BOS token, as in training, and reads special tokens written out in a text as
@@ -49,20 +56,31 @@ plain characters; `split_special_tokens=False` changes that.
 """
 
 
+class PerplexityPlot(NamedTuple):
+    """An evaluation of the model."""
+
+    png: bytes
+    """Perplexity against window length."""
+    text: str
+    """The same as text, with the data and the protocol; Markdown."""
+
+
 def model_card(
     title: str,
     config: ModelConfig,
     data: DataFields,
     figure: float,
-    tensors: Mapping[str, Tensor],
-    facts: Mapping[str, str],
+    weights: Iterable[Tensor],
     has_tokenizer: bool,
+    facts: Mapping[str, str],
+    perplexity: PerplexityPlot | None = None,
 ) -> str:
-    """README.md in Hugging Face's form."""
-    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    """README.md in Hugging Face's form; of `weights` shapes and dtype count."""
+    shapes = list(weights)
+    dtype = str(shapes[0].dtype).removeprefix("torch.")
     rows = {
         "Positional encoding": _ENCODINGS[config.encoding],
-        "Parameters": f"{sum(t.numel() for t in tensors.values()):,} ({dtype})",
+        "Parameters": f"{sum(t.numel() for t in shapes):,} ({dtype})",
         "Layers / width / heads / feed-forward": f"{config.num_layers} / {config.hidden_size} / {config.num_heads}"
         f" ({config.kv_heads} key/value) / {config.ffn_size}",
         "Vocabulary": f"{config.vocab_size:,}",
@@ -72,7 +90,8 @@ def model_card(
     } | dict(facts)
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     code = "" if config.encoding == "rope" and not config.log_scale else ", trust_remote_code=True"
-    text = _HEAD.format(title=title, rows=table, figure=figure, code=code)
+    measured = _PERPLEXITY.format(plot=PLOT, text=perplexity.text) if perplexity else ""
+    text = _HEAD.format(title=title, rows=table, figure=figure, code=code, perplexity=measured)
     return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
 
 

@@ -17,23 +17,23 @@ import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.card import model_card
-from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, plan_model
+from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
+from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
+from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.settings import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.tokenizer_files import TokenizerSource, write_tokenizer
-from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.hf.weights import LlamaWeights
+from megatron_bipe.model.plan import build_model
 
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest
 # mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
 # 0.02, give 1e-3 and more.
 TOLERANCE = 2e-5
 REMOTE_CODE = ("configuration_bipe.py", "modeling_bipe.py", "positions_bipe.py")
-Windows = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
 
 
 class ExportOptions(NamedTuple):
@@ -45,6 +45,8 @@ class ExportOptions(NamedTuple):
     title: str = "BiPE language model"
     facts: Mapping[str, str] = {}
     """Rows for the model card: recipe, data fingerprint, step, ..."""
+    perplexity: PerplexityPlot | None = None
+    """What an evaluation found, for the model card."""
 
 
 def export_model(
@@ -57,6 +59,9 @@ def export_model(
     options: ExportOptions | None = None,
 ) -> float:
     """Write an HF folder and return its parity figure.
+
+    Memory: the weights of one shard at a time, then one layer at a time and the logits of the windows; what `weights`
+    reads when it is asked is not held beyond that.
 
     Args:
         weights: plan names, whole tensors.
@@ -76,8 +81,8 @@ def export_model(
     """
     options = options or ExportOptions()
     with _published(Path(folder), options.overwrite) as draft:
-        tensors = _llama_tensors(weights, config, options.dtype)
-        _write_weights(tensors, draft, options.max_shard_bytes)
+        shapes = _shapes(config, options.dtype)
+        _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
         settings = hf_settings(config, data, options.dtype)
         _write_json(draft / CONFIG, settings)
         _write_json(draft / "generation_config.json", generation_settings(config, data))
@@ -85,7 +90,7 @@ def export_model(
             _write_code(draft)
         if tokenizer is not None:
             write_tokenizer(tokenizer, draft, config.vocab_size)
-        figure = _parity(tensors, config, draft, windows)
+        figure = parity(weights, config, options.dtype, draft, windows)
         if not figure <= TOLERANCE:
             raise CheckpointError(
                 f"the exported model is not the trained one: logits differ by {figure:.2e} of the largest, "
@@ -93,20 +98,19 @@ def export_model(
                 remedy="Check that the segment rule is the training data's; else this is a defect, please report it",
                 place=folder,
             )
-        card = model_card(options.title, config, data, figure, tensors, options.facts, tokenizer is not None)
+        if options.perplexity is not None:
+            (draft / PLOT).write_bytes(options.perplexity.png)
+        more = (tokenizer is not None, options.facts, options.perplexity)
+        card = model_card(options.title, config, data, figure, shapes.values(), *more)
         (draft / "README.md").write_text(card, "utf-8")
     return figure
 
 
-def _llama_tensors(weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights as they will be stored."""
-    try:
-        return {name: tensor.to(dtype).contiguous() for name, tensor in to_llama(weights, config).items()}
-    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
-        raise CheckpointError(
-            f"the weights do not fit the configuration: {error}",
-            remedy="Check that the weights and the configuration belong to the same model",
-        ) from error
+def _shapes(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The weights of such a model as they will be stored, without content."""
+    with torch.device("meta"):
+        weights = dict(build_model(config).named_parameters())  # a tied output is not named again
+    return {name: weight.to(dtype) for name, weight in LlamaWeights(weights, config).items()}
 
 
 def _write_code(folder: Path) -> None:
@@ -122,36 +126,31 @@ def _write_code(folder: Path) -> None:
         (folder / name).write_text(text, "utf-8")
 
 
-def _write_weights(tensors: Mapping[str, Tensor], folder: Path, max_shard_bytes: int) -> None:
-    """safetensors, in one file or in shards with an index."""
+def _write_weights(
+    weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], folder: Path, max_shard_bytes: int
+) -> None:
+    """safetensors, in one file or in shards with an index; one shard is in memory at a time."""
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
-    split = split_torch_state_dict_into_shards(dict(tensors), filename_pattern=pattern, max_shard_size=max_shard_bytes)
+    split = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=pattern, max_shard_size=max_shard_bytes)
     for file, names in split.filename_to_tensors.items():
-        save_file({name: tensors[name] for name in names}, folder / file, metadata={"format": "pt"})
+        shard = {name: _as_stored(weights, name, shapes[name]) for name in names}
+        save_file(shard, folder / file, metadata={"format": "pt"})
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
 
-def _parity(tensors: Mapping[str, Tensor], config: ModelConfig, folder: Path, windows: Windows) -> float:
-    """Largest difference of a logit over the largest logit; the two models are in memory one after the other."""
-    tokens_BT, intra_BT, inter_BT = windows
-    with torch.inference_mode():
-        trained = plan_model({name: t.float() for name, t in tensors.items()}, config)
-        expected_BTV = trained((tokens_BT, intra_BT, inter_BT))
-        del trained
-        try:
-            model = AutoModelForCausalLM.from_pretrained(
-                folder, dtype=torch.float32, trust_remote_code=True, local_files_only=True
-            )
-            found_BTV = model.eval()(tokens_BT, use_cache=False).logits
-        except (ValueError, RuntimeError, OSError) as error:
-            raise CheckpointError(
-                f"the exported model cannot be loaded and run: {error}",
-                remedy="This is a defect, please report it",
-                place=folder,
-            ) from error
-    scale = float(expected_BTV.abs().max())
-    return float((found_BTV - expected_BTV).abs().max()) / max(scale, torch.finfo(torch.float32).tiny)
+def _as_stored(weights: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+    try:
+        weight, problem = weights[name], ""
+    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
+        weight, problem = like, str(error)
+    if problem or weight.shape != like.shape:
+        raise CheckpointError(
+            "the weights do not fit the configuration: "
+            + (problem or f"{name} is {list(weight.shape)} and would be {list(like.shape)}"),
+            remedy="Check that the weights and the configuration belong to the same model",
+        )
+    return weight.to(like.dtype).contiguous()
 
 
 @contextmanager

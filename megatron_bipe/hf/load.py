@@ -16,6 +16,7 @@ from megatron_bipe.hf.weights import from_llama
 from megatron_bipe.model.block import Block
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions import make_encoding
+from megatron_bipe.model.tied import TOKEN_TABLE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _OURS = "Export the checkpoint again with tools/export_hf.py"
@@ -181,6 +182,23 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: 
             place=place,
         ) from error
     for layer in model:
-        if isinstance(layer, Block):
-            layer.attention.encoding = make_encoding(config)  # its constants were made on the meta device
+        _make_constants(layer, config)
     return model.eval()
+
+
+def fill_layer(
+    layer: nn.Module, index: int, weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype
+) -> nn.Module:
+    """Layer `index` of the plan, built on the meta device, with its plan weights rounded to `dtype`, in fp32."""
+    own = {}
+    for name in layer.state_dict():
+        tied = config.tied_output and index == config.num_layers + 1 and name == "output.weight"
+        own[name] = weights[TOKEN_TABLE if tied else f"{index}.{name}"].to(dtype).float()
+    layer.load_state_dict(own, assign=True)
+    _make_constants(layer, config)
+    return layer.eval()
+
+
+def _make_constants(layer: nn.Module, config: ModelConfig) -> None:
+    if isinstance(layer, Block):
+        layer.attention.encoding = make_encoding(config)  # they were made on the meta device

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .configuration_bipe import BipeConfig
-from .positions_bipe import Encoding, encode, find_places, memorise, recall
+from .positions_bipe import Encoding, Memory, encode, find_places, memorise, recall
 
 
 class BipeRMSNorm(nn.Module):
@@ -78,9 +78,11 @@ class BipeAttention(nn.Module):
             k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
             k_BGTH = k_BGTH[..., : self.head_dim]
         if encoding.bias is not None:
+            queries, keys = encoding.bias
+            keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a fresh static cache has empty slots
             pad = (0, -(self.head_dim + 6) % 8)
-            q_BNTH = F.pad(_append(q_BNTH, encoding.bias[0]), pad)
-            k_BGTH = F.pad(_append(k_BGTH, encoding.bias[1]), pad)
+            q_BNTH = F.pad(_append(q_BNTH, queries), pad)
+            k_BGTH = F.pad(_append(k_BGTH, keys), pad)
             v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels want one width
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         scaling = self.head_dim**-0.5
@@ -145,6 +147,7 @@ class BipePreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
 
 class BipeModel(BipePreTrainedModel):
@@ -189,10 +192,10 @@ class BipeModel(BipePreTrainedModel):
         recomputes = self.gradient_checkpointing and self.training
         if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
-        memory = recall(past_key_values, self.config.head_dim)
+        memory = recall(past_key_values, self.config.head_dim, hidden.device)
         if memory is not None and recomputes:
             raise ValueError("gradient checkpointing cannot train on past_key_values: pass all tokens")
-        real_BT = self._real_tokens(attention_mask, hidden, 0 if memory is None else memory.intra.shape[1])
+        real_BT = _real_tokens(attention_mask, hidden, memory, past_key_values)
         places = find_places(self.config, input_ids, real_BT, memory)
         encoding = encode(self.config, places, memory, attention_mask)
         if past_key_values is not None:
@@ -211,17 +214,26 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _real_tokens(self, attention_mask: Tensor | None, hidden: Tensor, num_cached: int) -> Tensor:
-        """Bool [B, T]: False at padding among the new tokens."""
-        rows, new = hidden.shape[:2]
-        if attention_mask is None:
-            return torch.ones(rows, new, dtype=torch.bool, device=hidden.device)
-        if attention_mask.shape != (rows, num_cached + new):
-            raise ValueError(
-                f"attention_mask is {list(attention_mask.shape)}; positions need [{rows}, {num_cached + new}]: "
-                f"{num_cached} cached and {new} new tokens, 0 at padding"
-            )
-        return attention_mask[:, num_cached:].bool()
+
+def _real_tokens(
+    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: Memory | None, cache: Cache | None
+) -> Tensor:
+    """Bool [B, T]: False at padding among the new tokens."""
+    rows, new = hidden_BTD.shape[:2]
+    if attention_mask is None:
+        return torch.ones(rows, new, dtype=torch.bool, device=hidden_BTD.device)
+    shape = tuple(attention_mask.shape)
+    slots = cache.get_max_length() if cache is not None and cache.is_compileable else -1
+    if memory is not None and memory.num_filled is not None and shape == (rows, slots):
+        places = memory.num_filled + torch.arange(new, device=hidden_BTD.device)
+        return attention_mask.index_select(1, places).bool()
+    num_cached = 0 if memory is None else memory.num_held
+    if shape == (rows, slots) or shape == (rows, num_cached + new):
+        return attention_mask[:, num_cached : num_cached + new].bool()
+    raise ValueError(
+        f"attention_mask is {list(shape)}; positions need [{rows}, {num_cached + new}]: {num_cached} cached and {new} "
+        "new tokens, 0 at padding"
+    )
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
@@ -235,6 +247,19 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         self.model = BipeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **_: Any) -> Tensor | None:
+        """What `generate` passes on beside a static cache: the mask [B, S] itself, since places are read from it.
+
+        It gets the width of the cache, so that compiled code meets one shape only.
+        """
+        if attention_mask is None:
+            return None
+        return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let a static cache find its own shapes: the keys of layer 0 are wider than those of the others."""
 
     def bilevel_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Intra-segment ids (clipped to the table) and inter-segment ids, int64 [B, T].

@@ -4,16 +4,17 @@ Places travel with the keys: those of layer 0 carry a few more channels, in whic
 in its segment every token stands. Whatever generation does to a cache (reorder, crop, repeat) keeps them
 right, and a cached continuation starts from them, for any split of the input into chunks.
 
-B batch · T new tokens · S all tokens (cached and new) · N query heads · H head width
+B batch · T new tokens · C cached tokens, or all slots of a static cache · S keys that attention sees: C and T, or the
+slots · N query heads · H head width
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .configuration_bipe import BipeConfig
 
@@ -30,6 +31,33 @@ class Places(NamedTuple):
     next_inter: Tensor
 
 
+class Memory(NamedTuple):
+    """What a cache knows of its tokens: int64 [B, C], as in `Places`; slots that are not filled yet hold zeros."""
+
+    next_intra: Tensor
+    next_inter: Tensor
+    num_filled: Tensor | None = None  # of the slots of a static cache, int64 []; None: all are
+
+    @property
+    def num_held(self) -> int:
+        """Tokens in the cache; of a static one this waits for the device."""
+        return self.next_intra.shape[1] if self.num_filled is None else int(self.num_filled)
+
+    def last(self) -> tuple[Tensor, Tensor]:
+        """Both counts [B, 1] after the last token."""
+        if self.num_filled is None:
+            return self.next_intra[:, -1:], self.next_inter[:, -1:]
+        slot = (self.num_filled - 1).clamp(min=0).view(1)  # an emptied cache holds zeros
+        return self.next_intra.index_select(1, slot), self.next_inter.index_select(1, slot)
+
+    def own_places(self, in_segments: bool) -> Tensor:
+        """Inter ids of the tokens, or their places in the sequence for encodings without segments: [B, C]."""
+        if in_segments:
+            closed = (self.next_intra == 0) & (self.next_inter > 0)
+            return self.next_inter - closed.long()
+        return (self.next_intra - 1).clamp(min=0)
+
+
 class Encoding(NamedTuple):
     """What all layers share in one forward pass."""
 
@@ -39,17 +67,17 @@ class Encoding(NamedTuple):
     memory: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
 
 
-def find_places(config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: Places | None = None) -> Places:
+def find_places(config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: Memory | None = None) -> Places:
     """Places of new tokens [B, T], in segments for the bilevel encodings, else in the sequence.
 
     Args:
         config: of the model.
         input_ids: the new tokens; may be None where segments do not depend on them.
         real_BT: False at padding, which has no place and closes nothing.
-        memory: places of the tokens before; the first real token of a row opens its first segment.
+        memory: of the tokens before; the first real token of a row opens its first segment.
     """
     nothing = real_BT.new_zeros(1, 1, dtype=torch.int64)
-    start = (memory.next_intra[:, -1:], memory.next_inter[:, -1:]) if memory else (nothing, nothing)
+    start = memory.last() if memory else (nothing, nothing)
     seen_BT = start[0] + real_BT.cumsum(-1)  # real tokens since the segment that was open at the start began
     ends_BT = _segment_ends(config, input_ids, seen_BT) & real_BT
     closed_BT = start[1] + ends_BT.cumsum(-1)
@@ -76,44 +104,46 @@ def memorise(places: Places) -> Tensor:
     return torch.cat(digits, dim=-1)[:, None].float()
 
 
-def recall(cache: Cache | None, head_dim: int) -> Places | None:
-    """Places of the cached tokens [B, S - T]; None when there are none.
+def recall(cache: Cache | None, head_dim: int, device: torch.device) -> Memory | None:
+    """What the cache remembers; None when it has not seen a token.
 
     Raises:
         ValueError: the cache was filled by something else, or is of a kind that may not keep the channels exact.
     """
     if cache is None:
         return None
-    if any(type(layer) is not DynamicLayer for layer in getattr(cache, "layers", [None])):
-        raise ValueError("only the plain dynamic cache keeps segment positions exact: leave cache_implementation unset")
-    if cache.get_seq_length() == 0:
+    if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in getattr(cache, "layers", [None])):
+        raise ValueError(
+            "of this cache it is not known that it keeps segment positions exact: use a DynamicCache or a StaticCache, "
+            "in generate() cache_implementation='dynamic' or 'static'"
+        )
+    layer: Any = cache.layers[0] if cache.layers else None
+    if layer is None or not layer.is_initialized:
         return None
-    layer = cache.layers[0]
-    keys = layer.keys if isinstance(layer, DynamicLayer) else None
+    keys = layer.keys
     if keys is None or keys.shape[-1] != head_dim + 2 * _DIGITS:
         raise ValueError(
-            "past_key_values do not hold the segment positions of their tokens: pass a DynamicCache that this model "
-            "filled, or all tokens without a cache"
+            "past_key_values do not hold the segment positions of their tokens: pass a cache that this model filled "
+            "from the first token on, or all tokens without a cache"
         )
-    digits = keys[:, 0, :, head_dim:].round().long().unflatten(-1, (_DIGITS, 2))
-    powers = _DIGIT ** torch.arange(_DIGITS, device=digits.device)
+    if keys.shape[2] == 0:
+        return None
+    digits = keys[:, 0, :, head_dim:].to(device).round().long().unflatten(-1, (_DIGITS, 2))
+    powers = _DIGIT ** torch.arange(_DIGITS, device=device)
     next_intra, next_inter = (digits * powers[:, None]).sum(-2).unbind(-1)
-    closed = (next_intra == 0) & (next_inter > 0)
-    # A key's own place inside its segment matters only without segments, where nothing is closed.
-    return Places((next_intra - 1).clamp(min=0), next_inter - closed.long(), next_intra, next_inter)
+    num_filled = layer.cumulative_length.to(device) if isinstance(layer, StaticLayer) else None
+    return Memory(next_intra, next_inter, num_filled)
 
 
-def encode(config: BipeConfig, places: Places, memory: Places | None, attention_mask: Tensor | None) -> Encoding:
+def encode(config: BipeConfig, places: Places, memory: Memory | None, attention_mask: Tensor | None) -> Encoding:
     """What attention needs of the places, once for all layers."""
     new_BT = places.inter if config.bilevel else places.intra
     growth = None
     if config.log_scale:
         growth = ((new_BT + 1).float().log() / math.log(config.train_len_tokens))[:, None, :, None]
     if config.encoding.endswith("alibi"):
-        old = [] if memory is None else [memory.inter if config.bilevel else memory.intra]
-        return Encoding(bias=_alibi(config, torch.cat([*old, new_BT], dim=1)), growth=growth)
-    num_cached = 0 if memory is None else memory.intra.shape[1]
-    return Encoding(rotation=_rotary(config, new_BT, num_cached, attention_mask), growth=growth)
+        return Encoding(bias=_alibi(config, new_BT, memory), growth=growth)
+    return Encoding(rotation=_rotary(config, new_BT, memory, attention_mask), growth=growth)
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
@@ -123,12 +153,20 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + [2.0 ** (-4.0 * (i + 1) / lower) for i in range(0, 2 * lower, 2)][: num_heads - lower]
 
 
-def _alibi(config: BipeConfig, position_BS: Tensor) -> tuple[Tensor, Tensor]:
+def _alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
     """The bias slope x (key - last key) as channels of queries and keys.
 
     Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
     in three parts, distances in two, each of which bf16 holds exactly.
     """
+    position_BS = new_BT
+    if memory is not None:
+        old_BC = memory.own_places(config.bilevel)
+        if memory.num_filled is None:
+            position_BS = torch.cat((old_BC, new_BT), dim=1)
+        else:
+            slots = memory.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
+            position_BS = old_BC.index_copy(1, slots, new_BT)
     if position_BS.shape[1] > _DIGIT**2:
         raise ValueError(f"ALiBi's key bias is exact up to {_DIGIT**2} tokens; these are {position_BS.shape[1]}")
     factor = 96.0 if config.bilevel else 1.0
@@ -137,14 +175,14 @@ def _alibi(config: BipeConfig, position_BS: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(3):
         parts.append(rest.bfloat16().float())
         rest = rest - parts[-1]
-    back_BS = position_BS[:, -1:] - position_BS
+    back_BS = new_BT[:, -1:] - position_BS
     fine_BS = back_BS % _DIGIT
     keys_BS6 = -torch.stack([back_BS - fine_BS] * 3 + [fine_BS] * 3, dim=-1).float()
     return torch.stack(parts * 2, dim=-1)[None, :, None], keys_BS6[:, None]
 
 
 def _rotary(
-    config: BipeConfig, position_BT: Tensor, num_cached: int, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
 ) -> tuple[Tensor, Tensor]:
     """Cosines and sines, angles in fp32; dynamic scaling looks at the number of real tokens of the row."""
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
@@ -153,6 +191,7 @@ def _rotary(
     if rope_type == "linear":
         angle_of = angle_of / scaling["factor"]
     if rope_type == "dynamic":
+        num_cached = 0 if memory is None else memory.num_held
         trained, total = config.train_len_tokens, num_cached + position_BT.shape[1]
         count = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
         if num_cached and int(count.max()) > trained:

@@ -4,7 +4,9 @@ The plan fuses query, key and value rows group by group and stacks gate over up;
 Both directions only cut and join rows, so a round trip is exact bit for bit.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +14,7 @@ from torch import Tensor
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 
+T = TypeVar("T")
 INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no name for it
 
 _BLOCK_NAMES = {
@@ -25,34 +28,79 @@ _QKV_PARTS = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
 _GATE_UP_PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
-def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Plan weights -> LLaMA names, in LLaMA's order.
+class LlamaWeights(Mapping[str, Tensor]):
+    """Plan weights under LLaMA names, in LLaMA's order; each is cut out when it is asked for.
+
+    Only the last plan weight looked at is kept, since neighbours are often cut from the same one.
+
+    Args:
+        weights: under the plan's names; may read them when asked.
+        config: of the model.
 
     Raises:
         CheckpointError: a weight is missing or unexpected.
-        RuntimeError: a weight has a shape that the layout of `config` cannot be cut from.
+        RuntimeError: on access, where a weight has a shape that the layout of `config` cannot be cut from.
     """
+
+    def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
+        self._weights, self._sources = weights, _sources(config)
+        self._last: tuple[str, Tensor] | None = None
+        needed, rest = {source for source, _ in self._sources.values()}, dict.fromkeys(weights)
+        for name in sorted(needed):
+            _take(rest, name)
+        _refuse_rest(rest)
+
+    def __getitem__(self, name: str) -> Tensor:
+        source, cut = self._sources[name]
+        if self._last is None or self._last[0] != source:
+            self._last = None  # before the next is read
+            self._last = (source, self._weights[source])
+        return cut(self._last[1])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._sources)
+
+    def __len__(self) -> int:
+        return len(self._sources)
+
+
+def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+    """Plan weights -> LLaMA names, in LLaMA's order, all at once. Raises what `LlamaWeights` does."""
+    return dict(LlamaWeights(weights, config))
+
+
+def _sources(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
+    """For each LLaMA name the plan's, and how to cut the one out of the other."""
     last = config.num_layers + 1
-    rest = dict(weights)
-    result = {"model.embed_tokens.weight": _take(rest, "0.token.weight")}
+    result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
+        "model.embed_tokens.weight": ("0.token.weight", _whole)
+    }
     if config.bilevel:
-        result[INTRA_TABLE] = _take(rest, "0.intra.weight")
+        result[INTRA_TABLE] = ("0.intra.weight", _whole)
     for layer in range(config.num_layers):
-        prefix = f"model.layers.{layer}."
-        groups = _take(rest, f"{layer + 1}.{_QKV}").unflatten(0, _qkv_shape(config))
-        queries, keys, values = groups.split((groups.shape[1] - 2, 1, 1), dim=1)
-        for name, part in zip(_QKV_PARTS, (queries, keys, values), strict=True):
-            result[prefix + name] = part.flatten(0, 2)
-        gate_up = _take(rest, f"{layer + 1}.{_GATE_UP}")
-        for name, part in zip(_GATE_UP_PARTS, gate_up.chunk(2), strict=True):
-            result[prefix + name] = part
-        for ours, theirs in _BLOCK_NAMES.items():
-            result[prefix + theirs] = _take(rest, f"{layer + 1}.{ours}")
-    result["model.norm.weight"] = _take(rest, f"{last}.norm.weight")
+        ours, theirs = f"{layer + 1}.", f"model.layers.{layer}."
+        for part, name in enumerate(_QKV_PARTS):
+            result[theirs + name] = (ours + _QKV, partial(_part_of_qkv, config, part))
+        for part, name in enumerate(_GATE_UP_PARTS):
+            result[theirs + name] = (ours + _GATE_UP, partial(_half, part))
+        result |= {theirs + name: (ours + source, _whole) for source, name in _BLOCK_NAMES.items()}
+    result["model.norm.weight"] = (f"{last}.norm.weight", _whole)
     if not config.tied_output:
-        result["lm_head.weight"] = _take(rest, f"{last}.output.weight")
-    _refuse_rest(rest)
+        result["lm_head.weight"] = (f"{last}.output.weight", _whole)
     return result
+
+
+def _whole(weight: Tensor) -> Tensor:
+    return weight
+
+
+def _half(part: int, gate_up: Tensor) -> Tensor:
+    return gate_up.chunk(2)[part]
+
+
+def _part_of_qkv(config: ModelConfig, part: int, qkv: Tensor) -> Tensor:
+    groups = qkv.unflatten(0, _qkv_shape(config))
+    return groups.split((groups.shape[1] - 2, 1, 1), dim=1)[part].flatten(0, 2)
 
 
 def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
@@ -86,7 +134,7 @@ def _qkv_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.kv_heads, config.num_heads // config.kv_heads + 2, config.head_width
 
 
-def _take(rest: dict[str, Tensor], name: str) -> Tensor:
+def _take(rest: dict[str, T], name: str) -> T:
     if name not in rest:
         raise CheckpointError(
             f"weight {name!r} is missing",
@@ -96,7 +144,7 @@ def _take(rest: dict[str, Tensor], name: str) -> Tensor:
     return rest.pop(name)
 
 
-def _refuse_rest(rest: Mapping[str, Tensor]) -> None:
+def _refuse_rest(rest: Mapping[str, object]) -> None:
     if rest:
         raise CheckpointError(
             f"{len(rest)} weights belong to no layer of the configured model",

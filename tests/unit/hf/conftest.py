@@ -13,6 +13,7 @@ from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.plan import build_model
 from tests.beside import ORACLE
 
+ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 SEPARATORS = (3, 5)
 DATA = DataFields("[3,5]", SEPARATORS, "f" * 64, {"bos": 1, "eos": 2})
 
@@ -55,6 +56,20 @@ def plan_of():
 @pytest.fixture(scope="session")
 def hf_of():
     return as_hf
+
+
+@pytest.fixture(scope="module", params=ENCODINGS)
+def model(request):
+    """An HF model of each encoding, with grouped queries."""
+    config = tiny_config(encoding=request.param, num_kv_heads=2)
+    return as_hf(tiny_plan(config), config)
+
+
+@pytest.fixture(scope="module")
+def bilevel():
+    """An HF model with bilevel encoding."""
+    config = tiny_config()
+    return as_hf(tiny_plan(config), config)
 
 
 @pytest.fixture(scope="session")

@@ -119,10 +119,17 @@ def test_export_writes_everything_a_user_needs(tmp_path, tiny, plan_of, fields, 
     assert "trust_remote_code=True" in card
 
 
-def test_remote_code_runs_where_this_package_is_not_installed(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny()
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
-    code = f"""
+def run_python(code, folder, tmp_path):
+    """Run `code` with `folder` in a fresh process, and give what it prints."""
+    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
+    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
+    command = [sys.executable, "-c", code, str(folder)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.split()
+
+
+WITHOUT_THE_PACKAGE = """
 import sys
 class Absent:
     def find_spec(self, name, *_):
@@ -131,12 +138,23 @@ class Absent:
 sys.meta_path.insert(0, Absent())
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "m")!r}, trust_remote_code=True)
-print("tokens", model.generate(torch.tensor([[6, 3, 7]]), max_new_tokens=3).shape[1] > 3)
+load = AutoModelForCausalLM.from_pretrained
 """
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120)
-    assert "tokens True" in result.stdout, result.stderr
+
+
+def test_remote_code_runs_where_this_package_is_not_installed_and_travels_on(tmp_path, tiny, plan_of, fields, windows):
+    config = tiny()
+    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
+    code = """
+model = load(sys.argv[1], trust_remote_code=True)
+model.save_pretrained(sys.argv[1] + "-saved")
+for each in (model, load(sys.argv[1] + "-saved", trust_remote_code=True)):
+    torch.manual_seed(0)
+    print(*each.generate(torch.tensor([[6, 3, 7]]), max_new_tokens=3, eos_token_id=None)[0].tolist())
+"""
+    printed = run_python(WITHOUT_THE_PACKAGE + code, tmp_path / "m", tmp_path)
+    assert printed[:3] == ["6", "3", "7"] and len(printed) == 12
+    assert printed[:6] == printed[6:]
 
 
 def test_two_versions_of_remote_code_under_one_name_do_not_mix(tmp_path, monkeypatch, tiny, plan_of, fields, windows):
@@ -148,11 +166,27 @@ def test_two_versions_of_remote_code_under_one_name_do_not_mix(tmp_path, monkeyp
         code.write("\n\nBipeForCausalLM.version = 2\n")
     monkeypatch.setattr(export_module, "__file__", str(tmp_path / "export.py"))
     export_model(plan_of(config).state_dict(), config, tmp_path / "b" / "m", fields, windows, None, FP32)
-    versions = [
-        getattr(AutoModelForCausalLM.from_pretrained(tmp_path / part / "m", trust_remote_code=True), "version", 1)
-        for part in ("a", "b", "a")
-    ]
-    assert versions == [1, 2, 1]
+    code = """
+for part in ("a", "b", "a"):
+    print(getattr(load(f"{sys.argv[1]}/{part}/m", trust_remote_code=True), "version", 1))
+"""
+    assert run_python(WITHOUT_THE_PACKAGE + code, tmp_path, tmp_path) == ["1", "2", "1"]
+
+
+@pytest.mark.parametrize("trust", [None, True])
+def test_importing_the_package_registers_its_models(trust, tmp_path, tiny, plan_of, fields, windows):
+    config = tiny()
+    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
+    code = f"""
+import sys
+import megatron_bipe.hf
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
+    print(type(auto.from_pretrained(sys.argv[1], trust_remote_code={trust})).__module__)
+"""
+    package = "megatron_bipe.hf."
+    expected = [package + name for name in ("configuration_bipe", "modeling_bipe", "modeling_bipe")]
+    assert run_python(code, tmp_path / "m", tmp_path) == expected
 
 
 def test_export_with_wrong_segment_rule_leaves_nothing(tmp_path, tiny, plan_of, fields, windows):

@@ -1,0 +1,74 @@
+"""The picture of the extrapolation report: a column a subset; above by window length, below by place in the window."""
+
+import io
+from collections.abc import Sequence
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from megatron_bipe.eval.plot import COLOURS, GREY, MARKERS, Curve, thin_ticks, visible_range
+from megatron_bipe.eval.subsets import Subset
+
+
+def draw_extrapolation(subsets: Sequence[Subset]) -> bytes:
+    """The picture as PNG."""
+    figure = Figure(figsize=(1.2 + 4.6 * len(subsets), 8.0), dpi=130, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    grid = figure.subplots(2, len(subsets), squeeze=False)
+    for column, subset in enumerate(subsets):
+        _draw_by_length(grid[0][column], subset)
+        _draw_by_place(grid[1][column], subset)
+    handles, labels = grid[0][0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _draw_by_length(axes: Axes, subset: Subset) -> None:
+    curves = []
+    for index, line in enumerate(subset.lines):
+        colour = COLOURS[index % len(COLOURS)]
+        lengths = [losses.length_tokens for losses in line.losses]
+        values = [losses.perplexity for losses in line.losses]
+        curves.append(Curve(line.model, line.train_len_tokens, list(zip(lengths, values, strict=True))))
+        axes.plot(lengths, values, color=colour, marker=MARKERS[index % len(MARKERS)], linewidth=2, label=line.model)
+        bounds = [losses.interval() for losses in line.losses]
+        if all(bounds):
+            lows, highs = zip(*(pair for pair in bounds if pair), strict=True)
+            axes.fill_between(lengths, lows, highs, color=colour, alpha=0.18, linewidth=0)
+        axes.axvline(line.train_len_tokens, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    known = {line.encoding: index for index, line in reversed(list(enumerate(subset.lines)))}
+    for curve in subset.paper:
+        if curve.encoding in known:
+            colour = COLOURS[known[curve.encoding] % len(COLOURS)]
+            lengths, values = [list(part) for part in zip(*curve.points, strict=True)]
+            style = {"linestyle": ":", "marker": "x", "linewidth": 1.2}
+            axes.plot(lengths, values, color=colour, label=f"{curve.name}, the paper's", **style)
+    _finish(axes, curves, f"{subset.name}: by window length", "window length, tokens")
+
+
+def _draw_by_place(axes: Axes, subset: Subset) -> None:
+    curves = []
+    for index, line in enumerate(subset.lines):
+        points = line.losses[-1].by_place
+        curves.append(Curve(line.model, line.train_len_tokens, points))
+        places, values = zip(*points, strict=True)
+        axes.plot(places, values, color=COLOURS[index % len(COLOURS)], marker=".", linewidth=1.5)
+        axes.axvline(line.train_len_tokens, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
+    longest = subset.lines[0].losses[-1].length_tokens
+    _finish(axes, curves, f"{subset.name}: inside windows of {longest:,}", "place in the window, tokens")
+
+
+def _finish(axes: Axes, curves: Sequence[Curve], title: str, label: str) -> None:
+    axes.set_ylim(*visible_range(curves))
+    lengths = sorted({round(length) for curve in curves for length, _ in curve.points})
+    axes.set_xticks(thin_ticks(lengths, [], 0.12 * (lengths[-1] - lengths[0])))
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+    axes.set_title(title, loc="left", fontsize=11, fontweight="bold")
+    axes.set_xlabel(label, fontsize=9)
+    axes.set_ylabel("perplexity (lower is better)", fontsize=9)
+    axes.tick_params(labelsize=8.5, length=3)
+    axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)

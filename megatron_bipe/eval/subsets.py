@@ -1,0 +1,37 @@
+"""What an extrapolation run finds: every model on every subset at every length."""
+
+from typing import NamedTuple
+
+from megatron_bipe.eval.documents import DocumentLosses
+from megatron_bipe.eval.paper import PAPER, PaperCurve, paper_subset
+
+
+class Line(NamedTuple):
+    """One model on one subset."""
+
+    model: str
+    """Its name, for people."""
+    source: str
+    """What it was loaded from."""
+    encoding: str
+    """As the configuration names it."""
+    train_len_tokens: int
+    """Window length of its training."""
+    losses: tuple[DocumentLosses, ...]
+    """At each length, ascending."""
+
+
+class Subset(NamedTuple):
+    """One dataset with all models on it."""
+
+    name: str
+    """Of its folder."""
+    fingerprint: str
+    """Of its manifest."""
+    lines: tuple[Line, ...]
+    """One a model."""
+
+    @property
+    def paper(self) -> tuple[PaperCurve, ...]:
+        """What the paper has of this subset; nothing where its name says nothing of it."""
+        return PAPER.get(paper_subset(self.name) or "", ())

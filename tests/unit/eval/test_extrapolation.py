@@ -1,0 +1,164 @@
+"""Losses by document and place, their intervals, and the report that is made of them."""
+
+import base64
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bipe.data.segments import bilevel_ids, window_ends
+from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.documents import NUM_PLACES, DocumentLosses, evaluate_documents
+from megatron_bipe.eval.extrapolation import NAMES
+from megatron_bipe.eval.paper import PAPER, paper_subset
+from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from tests.unit.eval.test_evaluate_command import TOOLS, evaluate, save_run  # noqa: F401  (fixtures)
+
+
+@pytest.mark.parametrize("protocol", ["full", "reference"])
+def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject, documents, protocol):
+    dataset, subject, settings = make_dataset(documents), make_subject(), Settings(protocol=protocol, batch_tokens=40)
+    for length in (16, 24):
+        found = evaluate_documents(subject, dataset, length, settings)
+        expected = evaluate_perplexity(subject, dataset, length, settings)
+        assert found.counts_DP.sum() == expected.num_predictions
+        assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+
+
+def test_evaluate_documents_puts_each_loss_to_its_document_and_place(make_dataset, make_subject, documents):
+    dataset, subject, length = make_dataset(documents), make_subject(), 16
+    found = evaluate_documents(subject, dataset, length, Settings())
+    nats, counts = np.zeros((6, NUM_PLACES)), np.zeros((6, NUM_PLACES), int)
+    tokens = np.concatenate(documents)
+    for start in range(0, len(tokens) - 1, length):
+        window = tokens[start : start + length + 1].astype(np.int64)
+        ends = window_ends(dataset.ends(start, start + len(window) - 1)[None], dataset.rule)
+        ids = [torch.from_numpy(x) for x in (window[None, :-1], *bilevel_ids(ends, 5))]
+        with torch.no_grad():
+            losses = -subject.model(tuple(ids)).log_softmax(-1)[0]
+        for place, token in enumerate(window[1:]):
+            document = next(d for d in range(6) if start + place + 1 < sum(map(len, documents[: d + 1])))
+            nats[document, place] += float(losses[place, token])
+            counts[document, place] += 1
+    np.testing.assert_array_equal(found.counts_DP, counts)
+    np.testing.assert_allclose(found.nats_DP, nats, rtol=1e-5)
+    places = dict(found.by_place)
+    assert places[0.5] == pytest.approx(math.exp(nats[:, 0].sum() / counts[:, 0].sum()), rel=1e-5)
+    assert len(places) == 16
+
+
+def losses_of(nats, counts):
+    rows = len(nats)
+    spread = np.zeros((rows, NUM_PLACES)), np.zeros((rows, NUM_PLACES), dtype=np.int64)
+    spread[0][:, 0], spread[1][:, 0] = nats, counts
+    return DocumentLosses(16, *spread)
+
+
+def test_interval_is_that_of_the_mean_over_documents():
+    generator = np.random.default_rng(5)
+    means = generator.normal(3.0, 0.2, 400)
+    found = losses_of(means * 100, np.full(400, 100))
+    low, high = found.interval()
+    error = means.std() / math.sqrt(400)
+    assert math.log(low) == pytest.approx(means.mean() - 1.96 * error, abs=0.3 * error)
+    assert math.log(high) == pytest.approx(means.mean() + 1.96 * error, abs=0.3 * error)
+    assert low < found.perplexity < high
+    assert found.interval() == (low, high)
+
+
+def test_interval_of_equal_documents_is_a_point_and_of_one_is_none():
+    same = losses_of([20.0, 30.0, 10.0], [2, 3, 1])
+    assert same.interval() == pytest.approx((same.perplexity, same.perplexity))
+    assert losses_of([20.0, 0.0], [2, 0]).interval() is None
+
+
+@pytest.mark.parametrize(
+    ("name", "subset"),
+    [("gutenberg-pg-19", "PG-19"), ("arxiv", "ArXiv"), ("Github", "GitHub"), ("books", None), ("arxiv-github", None)],
+)
+def test_paper_subset_of_a_name(name, subset):
+    assert paper_subset(name) == subset
+    assert subset is None or subset in PAPER
+
+
+@pytest.fixture
+def run_command(evaluate, monkeypatch, tmp_path):  # noqa: F811
+    """Runs `evaluate.py extrapolation` in this process; gives its JSON."""
+
+    def run(models, data, *options, lengths="8..32"):
+        arguments = ["extrapolation", "--models", *models, "--data", *data, "--lengths", lengths, "--device", "cpu"]
+        command = ["evaluate.py", *arguments, "--output", tmp_path / "out", *options]
+        monkeypatch.setattr("sys.argv", list(map(str, command)))
+        evaluate.main()
+        return json.loads((tmp_path / "out" / "extrapolation.json").read_text())
+
+    return run
+
+
+def test_command_writes_a_page_that_needs_nothing_else(
+    run_command,
+    make_dataset,
+    make_subject,
+    documents,
+    save_run,  # noqa: F811
+    tmp_path,
+):
+    datasets = [make_dataset(documents, name="arxiv"), make_dataset(documents[::-1], name="own <data>")]
+    subjects = [make_subject("bipe_rope", name="ours & theirs"), make_subject("alibi", name="other")]
+    models = [save_run(subject, datasets[0]) for subject in subjects]
+
+    report = run_command(models, [dataset.path for dataset in datasets])
+
+    assert [subset["name"] for subset in report["subsets"]] == ["arxiv", "own <data>"]
+    assert report["subsets"][0]["paper"][0]["name"] == "BiPE-RoPE" and not report["subsets"][1]["paper"]
+    for subset, dataset in zip(report["subsets"], datasets, strict=True):
+        for line, subject in zip(subset["models"], subjects, strict=True):
+            assert [result["length_tokens"] for result in line["results"]] == [8, 16, 24, 32]
+            want = evaluate_perplexity(subject, dataset, 24, Settings())
+            result = line["results"][2]
+            assert result["perplexity"] == pytest.approx(want.perplexity, rel=1e-6)
+            assert result["interval"][0] < result["perplexity"] < result["interval"][1]
+            assert (result["num_documents"], result["num_predictions"]) == (6, 172)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
+    page = (tmp_path / "out" / "extrapolation.html").read_text()
+    picture = (tmp_path / "out" / "extrapolation.png").read_bytes()
+    assert picture.startswith(b"\x89PNG") and base64.b64encode(picture).decode() in page
+    assert "ours &amp; theirs" in page and "own &lt;data&gt;" in page
+    assert not re.search(r"(src|href)=\"(?!data:)|<script|@import|url\(", page)
+    for value in (line["results"][0]["perplexity"] for line in report["subsets"][0]["models"]):
+        assert f"{value:,.2f}" in page
+    rows = (tmp_path / "out" / "extrapolation.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2 * 2 * 4 + sum(len(curve.points) for curve in PAPER["ArXiv"])
+    assert "arxiv,paper: BiPE-ALiBi,bipe_alibi,2048,5.7,," in rows
+    with pytest.raises(ConfigError, match="--overwrite"):
+        run_command(models, [datasets[0].path])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"lengths": "32..8"}, ConfigError, r"'32\.\.8' is no window length"),
+        ({"lengths": "8..32..64"}, ConfigError, "'8', '32', '64'|is no window length"),
+        ({"lengths": "8,200"}, DataError, "173 tokens"),
+        ({"model": "gone"}, CheckpointError, "no such folder"),
+    ],
+)
+def test_command_bad_input_is_named_before_anything_is_written(
+    run_command,
+    make_dataset,
+    make_subject,
+    documents,
+    save_run,  # noqa: F811
+    tmp_path,
+    options,
+    error,
+    message,
+):
+    dataset = make_dataset(documents)
+    model = options.pop("model", None) or save_run(make_subject(), dataset)
+    with pytest.raises(error, match=message):
+        run_command([model], [dataset.path], **options)
+    assert not list((tmp_path / "out").glob("*"))

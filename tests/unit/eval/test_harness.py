@@ -1,0 +1,145 @@
+"""lm-evaluation-harness on an exported model, offline, against the training model on the same tokens."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.segments import bilevel_ids, segment_ends, window_ends
+from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.subject import exported_subject
+from megatron_bipe.hf.export import ExportOptions, export_model
+from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.tokenizer_files import TokenizerSource
+
+harness = pytest.importorskip("megatron_bipe.eval.harness", reason="lm_eval is not installed", exc_type=ImportError)
+
+LENGTH = 32  # tokens of a window
+TEXT = "the first line. it ends here.\nanother one\n\nand <s> some more of it \u4e16 " * 5
+QUESTIONS = [
+    {"text": "where it is\n", "choices": [" there.", "\nhere", "x"], "label": 1},
+    {"text": "one. two.", "choices": [" three", "  \u00e9 \n."], "label": 0},
+]
+COMMON = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}
+TASKS = {
+    "our_choice": {
+        "output_type": "multiple_choice",
+        "doc_to_text": "{{text}}",
+        "doc_to_choice": "{{choices}}",
+        "doc_to_target": "label",
+        "target_delimiter": "",
+        "metric_list": [{"metric": "acc"}],
+    },
+    "our_text": {
+        "output_type": "loglikelihood_rolling",
+        "doc_to_text": "",
+        "doc_to_target": "{{text}}",
+        "metric_list": [{"metric": "word_perplexity"}, {"metric": "bits_per_byte"}],
+    },
+}
+
+
+@pytest.fixture(autouse=True)
+def offline(monkeypatch, tmp_path):
+    for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+        monkeypatch.setenv(name, "1")
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def tasks(tmp_path):
+    """A folder of task files with their data."""
+    folder = tmp_path / "tasks"
+    folder.mkdir()
+    rows = {"our_choice": QUESTIONS, "our_text": [{"text": TEXT}, {"text": TEXT[7:40]}]}
+    for name, task in TASKS.items():
+        data = folder / f"{name}.jsonl"
+        data.write_text("".join(json.dumps(row) + "\n" for row in rows[name]))
+        about = COMMON | task | {"task": name, "dataset_kwargs": {"data_files": {"test": str(data)}}}
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(about))
+    return folder
+
+
+@pytest.fixture(params=["bipe_rope", "bipe_alibi", "rope"])
+def model(request, tmp_path, write_text_dataset, make_subject):
+    """An exported model with its tokenizer, and the dataset that has the text as its one document."""
+    write_text_dataset(tmp_path / "data", [[TEXT]])
+    dataset = TokenDataset(tmp_path / "data")
+    subject = make_subject(request.param, vocab_size=dataset.manifest.tokenizer.vocab_size, train_len_tokens=LENGTH)
+    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
+    source = TokenizerSource(tokenizer.definition, tokenizer.to_json(), {"bos": 1}, tokenizer.encode_batch)
+    fields = DataFields(dataset.rule.spec, dataset.rule.token_ids, tokenizer.fingerprint, {"bos": 1})
+    windows = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, subject.config)
+    options = ExportOptions(dtype=torch.float32)
+    folder = tmp_path / "model"
+    export_model(subject.model.state_dict(), subject.config, folder, fields, windows, source, options)
+    return folder, dataset
+
+
+def ids_of(tokens, rule, config):
+    arrays = (tokens, *bilevel_ids(window_ends(segment_ends(tokens, rule), rule), config.intra_size - 1))
+    return tuple(map(torch.from_numpy, arrays))
+
+
+def log_likelihoods(subject, tokens):
+    """Of each token but the first, by the training model in one window."""
+    ids = ids_of(np.array([tokens[:-1]]), subject.rule, subject.config)
+    with torch.no_grad():
+        return subject.model(ids).log_softmax(-1)[0].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double()
+
+
+def check_choices(found, folder):
+    """Compare each option's log-likelihood with the training model's on BOS, question, option."""
+    subject, tokenizer = exported_subject(folder), load_tokenizer(folder)
+    for question, options in zip(QUESTIONS, found, strict=True):
+        for option, value in zip(question["choices"], options, strict=True):
+            short, whole = tokenizer.encode_batch([question["text"], question["text"] + option])
+            assert whole[: len(short)].tolist() == short.tolist()
+            expected = log_likelihoods(subject, [1, *whole.tolist()])[len(short) :].sum()
+            assert value == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_harness_gives_our_log_likelihoods_and_perplexity(model, tasks):
+    folder, dataset = model
+    settings = harness.HarnessSettings(include_path=tasks, batch_size=3)
+    results = harness.run_tasks(folder, ["our_choice", "our_text"], settings)
+    samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
+    check_choices([[value[0] for value in row["filtered_resps"]] for row in samples["our_choice"]], folder)
+    ours = evaluate_perplexity(exported_subject(folder), dataset, LENGTH, Settings())
+    [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
+    assert ours.num_predictions > 8 * LENGTH and ours.num_predictions % LENGTH  # a last, shorter window, too
+    assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)
+
+
+def test_harness_from_its_own_command_line_gives_our_log_likelihoods(model, tasks, tmp_path):
+    folder, _ = model
+    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "our_choice"]
+    command += ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32", "--device", "cpu"]
+    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--log_samples"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": ""})
+    assert done.returncode == 0, done.stderr[-2000:]
+    [file] = (tmp_path / "out").rglob("samples_our_choice*.jsonl")
+    rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
+    check_choices([[float(value[0]) for value in row["filtered_resps"]] for row in rows], folder)
+
+
+def test_run_tasks_with_bad_input_refuses(model, tasks, tmp_path):
+    folder, _ = model
+    settings = harness.HarnessSettings(include_path=tasks)
+    with pytest.raises(ConfigError, match="there is no task 'our_choise'; near it are our_choice"):
+        harness.run_tasks(folder, ["our_choise"], settings)
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+        harness.run_tasks(tmp_path, ["our_choice"], settings)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(CheckpointError, match="the harness cannot load it"):
+        harness.run_tasks(folder, ["our_choice"], settings)
