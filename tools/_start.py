@@ -11,8 +11,11 @@ from torch import Tensor
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.inspect import open_tokenizer
-from megatron_bipe.engine.checkpoint import list_steps, publish
-from megatron_bipe.engine.state_files import KINDS, WEIGHT, Fragment, write_fragments, write_index
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.engine.checkpoint import list_steps
+from megatron_bipe.engine.index import About
+from megatron_bipe.engine.publish import begin, publish
+from megatron_bipe.engine.state_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.subject import Subject, check_suits
 from megatron_bipe.train.run_folder import write_run_folder
@@ -54,7 +57,7 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
     for dataset in blend.datasets:
         check_suits(subject, dataset)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
-    return publish(run.run_dir, 0, lambda folder: _write(folder, weights), _finish, is_main=True, barrier=lambda: None)
+    return _write(run, blend.record, weights)
 
 
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -72,11 +75,18 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _write(folder: Path, weights: Mapping[str, Tensor]) -> None:
+def _write(run: RunConfig, data: DataRecord, weights: Mapping[str, Tensor]) -> Path:
     """One file a layer, so that one layer with its optimizer state is in memory at a time."""
-    names = sorted(weights, key=_layer_of)
-    for layer, group in groupby(names, key=_layer_of):
-        write_fragments(folder, layer, [_fragment(name, weights[name]) for name in group])
+    num_bytes = sum(weight.numel() for weight in weights.values()) * len(KINDS) * torch.float32.itemsize
+    temporary = begin(run.run_dir, 0, "import", num_bytes)
+    by_layer = groupby(sorted(weights, key=_layer_of), key=_layer_of)
+    files = {
+        rank_file(layer): write_fragments(temporary, layer, [_fragment(name, weights[name]) for name in names], {})
+        for layer, names in by_layer
+    }
+    about = About(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
+    write_index(temporary, about, files)
+    return publish(temporary, run.run_dir, 0, files)
 
 
 def _layer_of(name: str) -> int:
@@ -87,7 +97,3 @@ def _fragment(name: str, weight: Tensor) -> Fragment:
     flat = weight.float().flatten()
     state = {kind: flat if kind == WEIGHT else torch.zeros_like(flat) for kind in KINDS}
     return Fragment(name, tuple(weight.shape), None, 0, state)
-
-
-def _finish(folder: Path) -> None:
-    write_index(folder, 0, 0, {"ranks": 1})
