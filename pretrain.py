@@ -21,7 +21,6 @@ from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import keep_freed_memory
-from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
 from megatron_bipe.train.session import go_on
 from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
@@ -48,7 +47,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
-    progress, stop = Progress(), min(run.train.steps, args.stop_step or run.train.steps)
+    stop = min(run.train.steps, args.stop_step or run.train.steps)
     with (
         entered(run, feed.record, args.allow, mesh.is_main),
         feed.checking_shards(),
@@ -57,13 +56,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
-        watchdog.at("the choice of a checkpoint")
-        checkpoint = engine.newest_good(run.run_dir)
-        if checkpoint is not None:
-            watchdog.at(f"loading step {checkpoint.step}")
-            progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
-            logging.info("continuing %s from step %d", run.run_dir, progress.step)
-        finished = go_on(run, mesh, engine, feed, watchdog, stop_request, progress, stop)
+        finished = go_on(run, mesh, engine, feed, watchdog, stop_request, stop)
     engine.close()
     if not finished:
         sys.exit(CONTINUE_LATER)
@@ -75,16 +68,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--ds_config", type=Path, required=True, help="engine knobs, see ds_configs/")
     parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
-    parser.add_argument(
-        "--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="print what the run would be (on RANKS ranks)"
-    )
-    parser.add_argument(
-        "--allow", nargs="+", default=[], metavar="NAME", help=f"what may have changed: {', '.join(ALLOWABLE)}"
-    )
+    parser.add_argument("--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="print what the run would be")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"may differ: {', '.join(ALLOWABLE)}")
     parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
-    parser.add_argument(
-        "--stop-at", metavar="TIME", help="save and leave after this time, such as 23h50m; exit code 75"
-    )
+    parser.add_argument("--stop-at", metavar="TIME", help="save and leave after this time (23h50m), with exit code 75")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

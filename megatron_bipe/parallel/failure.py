@@ -1,6 +1,7 @@
 """How a rank leaves that cannot go on: at once, and with a word on who it is."""
 
 import os
+import signal
 import socket
 import sys
 import time
@@ -30,6 +31,7 @@ def run_rank(main: Callable[[Arguments, Mesh], None], arguments: Arguments) -> N
         main(arguments, mesh)
     except Exception as error:
         if mesh is not None and not mesh.is_main and isinstance(error, BipeError):
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's end is welcome now
             time.sleep(_HEAD_START_S)
         leave(describe(error, rank_name(mesh) if mesh else ""), exit_code(error))
 

@@ -1,5 +1,7 @@
 """One start of a run, from where it stands to its end or to a request to stop, with all that watches over it."""
 
+import logging
+
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import Engine
 from megatron_bipe.model.precision import DTYPES
@@ -15,6 +17,8 @@ from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.stopping import StopRequest
 
+_log = logging.getLogger(__name__)
+
 
 def go_on(
     run: RunConfig,
@@ -23,24 +27,23 @@ def go_on(
     feed: Feed,
     watchdog: Watchdog,
     stop_request: StopRequest,
-    progress: Progress,
     stop: int,
 ) -> bool:
-    """Train; all ranks call this together, after the checkpoint was loaded.
+    """Train from the newest good checkpoint on; all ranks call this together.
 
     Args:
         run: the run; its folder is there.
         mesh: this process, laid out.
-        engine: with the state of `progress`.
+        engine: just started.
         feed: of the batches.
         watchdog: entered.
         stop_request: from now on of all ranks together.
-        progress: how far the run is.
         stop: updates done at the end.
 
     Returns:
         Whether it came there; False where it was asked to stop before.
     """
+    progress = _stand(run, engine, watchdog)
     events = Events(run.run_dir, mesh.is_main)
     stop_request.agree_by(engine.agreement.any)
     events.add(START, step=progress.step, ranks=mesh.num_ranks)
@@ -55,3 +58,15 @@ def go_on(
     if stop_request.reason and not finished:
         say(f"{rank_name(mesh)}: {stop_request.reason}, after step {progress.step}; the same command goes on")
     return finished
+
+
+def _stand(run: RunConfig, engine: Engine, watchdog: Watchdog) -> Progress:
+    """How far the run is, and its state in the engine."""
+    watchdog.at("the choice of a checkpoint")
+    checkpoint = engine.newest_good(run.run_dir)
+    if checkpoint is None:
+        return Progress()
+    watchdog.at(f"loading step {checkpoint.step}")
+    progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
+    _log.info("continuing %s from step %d", run.run_dir, progress.step)
+    return progress
