@@ -142,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=3,
         metavar="N",
-        help="without a save, before each one beside training (default: %(default)s)",
+        help="before each save beside training (default: %(default)s)",
     )
     add("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: %(default)s)")
     return parser
