@@ -60,18 +60,20 @@ def main() -> None:
         run = load_run_config(None, settings)
         engine = start_engine(run, engine_config(run, read_ds_config(DS_CONFIG), 1, DS_CONFIG), mesh)
         updates = _Updates(engine)
-        updates.do(3)
-        alone_s = statistics.median(updates.do(arguments.updates))
-        beside, waiting = [], []
+        updates.do(2)
+        beside, waiting, alone_s = [], [], []
         for number in range(arguments.repeats + 1):
             waiting.append(_waiting(engine, Path(folder), 2 * number + 1))
-            beside.append(_beside(engine, updates, Path(folder), 2 * number + 2, alone_s))
+            alone_s.append(statistics.median(updates.do(arguments.updates)))
+            beside.append(_beside(engine, updates, Path(folder), 2 * number + 2, alone_s[-1]))
         began_s = time.perf_counter()
         check_whole(find_checkpoint(folder))
         verified_s = time.perf_counter() - began_s
         size_gb = sum(path.stat().st_size for path in find_checkpoint(folder).folder.iterdir()) / 1e9
         engine.close()
-    print(f"{size_gb:.2f} GB a checkpoint; an update takes {alone_s:.2f} s; medians of {arguments.repeats}\n")
+    print(
+        f"{size_gb:.2f} GB a checkpoint; an update takes {statistics.median(alone_s):.2f} s; medians of {arguments.repeats}\n"
+    )
     _print_table(waiting, beside)
     print(f"\nverifying a checkpoint takes {verified_s:.2f} s")
 
@@ -135,7 +137,13 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--folder", type=Path, metavar="DIR", help="where to write (default: the folder for temporary files)")
     add("--layers", type=int, default=12, metavar="N", help="blocks of the model (default: %(default)s, 151M)")
-    add("--updates", type=int, default=5, metavar="N", help="updates without a save (default: %(default)s)")
+    add(
+        "--updates",
+        type=int,
+        default=3,
+        metavar="N",
+        help="before each save beside training (default: %(default)s)",
+    )
     add("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: %(default)s)")
     return parser
 
