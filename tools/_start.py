@@ -54,7 +54,12 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
     for dataset in blend.datasets:
         check_suits(subject, dataset)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
-    return publish(run.run_dir, 0, lambda folder: _write(folder, weights), _finish, is_main=True, barrier=lambda: None)
+    return write_step_zero(run.run_dir, weights)
+
+
+def write_step_zero(run_dir: Path, weights: Mapping[str, Tensor]) -> Path:
+    """Checkpoint 0 of a run, as pretrain.py would have written it before its first update; returns its folder."""
+    return publish(run_dir, 0, lambda folder: _write(folder, weights), _finish, is_main=True, barrier=lambda: None)
 
 
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
