@@ -57,7 +57,7 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
     for dataset in blend.datasets:
         check_suits(subject, dataset)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
-    return _write(run, blend.record, weights)
+    return write_step_zero(run, blend.record, weights)
 
 
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
@@ -75,8 +75,11 @@ def _yaml(value: Any) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _write(run: RunConfig, data: DataRecord, weights: Mapping[str, Tensor]) -> Path:
-    """One file a layer, so that one layer with its optimizer state is in memory at a time."""
+def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[str, Tensor]) -> Path:
+    """Checkpoint 0 of a run, as pretrain.py would have written it before its first update; returns its folder.
+
+    One file a layer, so that one layer with its optimizer state is in memory at a time.
+    """
     num_bytes = sum(weight.numel() for weight in weights.values()) * len(KINDS) * torch.float32.itemsize
     temporary = begin(run.run_dir, 0, "import", num_bytes)
     by_layer = groupby(sorted(weights, key=_layer_of), key=_layer_of)

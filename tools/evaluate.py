@@ -102,8 +102,7 @@ def parse_lengths(text: str) -> list[int]:
     Raises:
         ConfigError: something else than whole numbers of 2 and more.
     """
-    ranges = (part.strip().split("..") for part in text.split(","))
-    parts = [number for bounds in ranges for number in (_multiples(*bounds) if len(bounds) == 2 else bounds)]
+    parts = [length for part in text.split(",") for length in _multiples(part.strip())]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 2)]
     if wrong:
         raise ConfigError(
@@ -114,10 +113,12 @@ def parse_lengths(text: str) -> list[int]:
     return sorted(set(map(int, parts)))
 
 
-def _multiples(first: str, last: str) -> list[str]:
-    if not (first.isascii() and first.isdigit() and last.isascii() and last.isdigit() and 0 < int(first) <= int(last)):
-        return [f"{first}..{last}"]
-    return [str(length) for length in range(int(first), int(last) + 1, int(first))]
+def _multiples(text: str) -> list[str]:
+    """`8..32` -> 8, 16, 24, 32; anything else as it is."""
+    first, dots, last = text.partition("..")
+    if not (dots and all(bound.isascii() and bound.isdigit() for bound in (first, last))):
+        return [text]
+    return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
 def pick_device(name: str) -> str:

@@ -4,7 +4,9 @@ Example: python tools/export_hf.py --checkpoint runs/bipe_rope_151m@500000 --out
 """
 
 import argparse
+import json
 import logging
+import math
 from pathlib import Path
 
 import torch
@@ -20,8 +22,10 @@ from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.engine.checkpoint import find_checkpoint
-from megatron_bipe.errors import ConfigError, DataError
+from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint
+from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+from megatron_bipe.hf.card import PerplexityPlot
 from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -46,6 +50,7 @@ def main() -> None:
         "Training data fingerprint": f"`{record.fingerprint}`",
         "Recipe": f"`{recipe.strip()}`",
     }
+    perplexity = _perplexity(arguments.evaluation, checkpoint) if arguments.evaluation else None
     figure = export_model(
         WeightsOnDisk(checkpoint),
         run.model,
@@ -59,9 +64,49 @@ def main() -> None:
             arguments.overwrite,
             arguments.output.name,
             facts,
+            perplexity,
         ),
     )
     print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+
+
+def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:
+    """What `evaluate.py perplexity` found of this checkpoint, for the model card.
+
+    Raises:
+        CheckpointError: the folder holds no such results, or those of something else.
+    """
+    source = f"{checkpoint.run_dir}@{checkpoint.step}"
+    try:
+        report = json.loads((folder / JSON_NAME).read_text("utf-8"))
+        png = (folder / PNG_NAME).read_bytes()
+        found = {_resolved(model["source"]): model["results"] for model in report["models"]}
+        data = f"`{report['data']['name']}` (fingerprint `{report['data']['fingerprint']}`)"
+        about = f"Perplexity on {data}, {report['protocol']} protocol, in {report['dtype']}."
+        results = found.get(_resolved(source))
+        rows = [(f"{r['length_tokens']:,}", f"{r['perplexity'] or math.inf:,.2f}") for r in results or []]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(
+            f"no results of an evaluation can be read: {error}",
+            remedy="Name the --output of tools/evaluate.py perplexity",
+            place=folder,
+        ) from error
+    if results is None:
+        raise CheckpointError(
+            f"the evaluation is of {', '.join(found)}, not of {source}",
+            remedy=f"Make one with tools/evaluate.py perplexity --model {source}",
+            place=folder,
+        )
+    lines = [("window length", *(length for length, _ in rows)), ("---",) * (len(rows) + 1)]
+    table = "\n".join(
+        "| " + " | ".join(cells) + " |" for cells in (*lines, ("perplexity", *(value for _, value in rows)))
+    )
+    return PerplexityPlot(png, f"{about}\n\n{table}")
+
+
+def _resolved(source: str) -> str:
+    run_dir, _, step = source.rpartition("@")
+    return f"{Path(run_dir).resolve()}@{step}"
 
 
 def _windows(run: RunConfig, record: DataRecord) -> Windows:
@@ -86,6 +131,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
     add("--dtype", choices=DTYPES, help="precision of the stored weights (default: that of the training)")
     add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")
+    add("--evaluation", type=Path, metavar="DIR", help="results of evaluate.py perplexity, for the model card")
     add("--overwrite", action="store_true", help="replace a model that is there")
     return parser
 

@@ -44,8 +44,8 @@ def _draw_by_length(axes: Axes, subset: Subset) -> None:
         if curve.encoding in known:
             colour = COLOURS[known[curve.encoding] % len(COLOURS)]
             lengths, values = [list(part) for part in zip(*curve.points, strict=True)]
-            style = {"linestyle": ":", "marker": "x", "linewidth": 1.2}
-            axes.plot(lengths, values, color=colour, label=f"{curve.name}, the paper's", **style)
+            label = f"{curve.name}, the paper's"
+            axes.plot(lengths, values, color=colour, label=label, linestyle=":", marker="x", linewidth=1.2)
     _finish(axes, curves, f"{subset.name}: by window length", "window length, tokens")
 
 

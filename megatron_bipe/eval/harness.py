@@ -44,7 +44,8 @@ class OpeningOnce(HFLM):
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihoods of whole texts, in windows of the longest input, each token predicted once."""
-        before, self.add_bos_token = self.add_bos_token, False
+        before = vars(self)["add_bos_token"]
+        self.add_bos_token = False
         try:
             return super().loglikelihood_rolling(requests, disable_tqdm)
         finally:

@@ -23,7 +23,7 @@ class Curve(NamedTuple):
 
     name: str
     train_len_tokens: int
-    points: Sequence[tuple[int, float]]
+    points: Sequence[tuple[float, float]]
     """(window length, perplexity), ascending."""
 
 
@@ -82,9 +82,9 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     return [height - push for height in placed]
 
 
-def thin_ticks(lengths: Sequence[int], always: Sequence[int], smallest_gap: float) -> list[int]:
+def thin_ticks(lengths: Sequence[float], always: Sequence[float], smallest_gap: float) -> list[float]:
     """The lengths whose labels fit side by side; those in `always` come first, longer ones next."""
-    kept: list[int] = []
+    kept: list[float] = []
     for length in [*sorted(always), *sorted(set(lengths), reverse=True)]:
         if all(abs(length - other) >= smallest_gap for other in kept):
             kept.append(length)

@@ -35,7 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("DIR"{code})
 tokenizer = AutoTokenizer.from_pretrained("DIR")
-inputs = tokenizer("Once upon a time", return_tensors="pt", return_token_type_ids=False)
+inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """

@@ -85,6 +85,7 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
+        "model_input_names": ["input_ids", "attention_mask"],  # the class alone would add token_type_ids
     }
     for role in _ROLES:
         if role in source.special_ids:

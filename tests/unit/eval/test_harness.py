@@ -26,7 +26,7 @@ harness = pytest.importorskip("megatron_bipe.eval.harness", reason="lm_eval is n
 LENGTH = 32  # tokens of a window
 TEXT = "the first line. it ends here.\nanother one\n\nand <s> some more of it \u4e16 " * 5
 QUESTIONS = [
-    {"text": "where it is\n", "choices": [" there.", "\nhere", "x"], "label": 1},
+    {"text": "where\nit is", "choices": [" there.", "\nhere", "x"], "label": 1},
     {"text": "one. two.", "choices": [" three", "  \u00e9 \n."], "label": 0},
 ]
 COMMON = {"dataset_path": "json", "test_split": "test", "metadata": {"version": 1}}

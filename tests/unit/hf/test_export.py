@@ -309,6 +309,7 @@ def test_exported_tokenizer_gives_training_ids(tmp_path, make, encoding, text_fi
         assert loaded(text).input_ids == [trained.bos_id, *ids.tolist()]
         assert loaded.decode(loaded(text).input_ids, skip_special_tokens=True) == trained.decode(ids.tolist())
     assert loaded.padding_side == "left"
+    assert set(loaded("a")) == {"input_ids", "attention_mask"}  # what `generate` of either class takes
 
 
 def test_exported_llama_tokenizer_gives_training_ids(tmp_path, tiny, plan_of, fields, windows):

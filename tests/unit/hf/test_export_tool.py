@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -59,6 +60,32 @@ def test_export_tool_turns_a_run_into_a_model(run_dir, tmp_path):
     assert loaded.data["tokenizer_fingerprint"] == load_tokenizer(run_dir / "tokenizer").fingerprint
     card = (tmp_path / "out" / "README.md").read_text()
     assert "a" * 64 in card and "weight_decay: 0.01" in card and "| Step | 7 |" in card
+
+
+def evaluation(folder, source):
+    folder.mkdir()
+    results = [{"length_tokens": 1024, "perplexity": 20.5}, {"length_tokens": 8192, "perplexity": None}]
+    data = {"name": "pg19", "fingerprint": "c" * 64}
+    models = [{"source": "elsewhere@7", "results": []}, {"source": source, "results": results}]
+    report = {"data": data, "protocol": "full", "dtype": "float32", "models": models}
+    (folder / "perplexity.json").write_text(json.dumps(report))
+    (folder / "perplexity.png").write_bytes(b"\x89PNG picture")
+    return folder
+
+
+def test_export_tool_puts_an_evaluation_into_the_card_if_it_is_of_this_checkpoint(run_dir, tmp_path):
+    good = evaluation(tmp_path / "good", f"{run_dir}@7")
+    done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out", "--evaluation", good)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "perplexity.png").read_bytes() == b"\x89PNG picture"
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "![Perplexity against window length](perplexity.png)" in card and "c" * 64 in card
+    assert "| window length | 1,024 | 8,192 |\n| --- | --- | --- |\n| perplexity | 20.50 | inf |" in card
+    other = evaluation(tmp_path / "other", f"{run_dir}@6")
+    for folder, message in ((other, "not of"), (tmp_path, "no results of an evaluation")):
+        done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out2", "--evaluation", folder)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out2").exists()
 
 
 def test_export_tool_without_data_record_refuses(run_dir, tmp_path):

@@ -1,3 +1,4 @@
+import importlib.util
 import json
 import os
 import shutil
@@ -6,11 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from tokenizers import models
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, DataError
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
 
@@ -145,4 +148,52 @@ def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
     done = run_import("--input", published, "--output", tmp_path / "out", "--segments", "sentence")
     assert done.returncode == 2
     assert "--tokenizer" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def import_in_process(monkeypatch):
+    """The tool's `main` with a command line, in this process."""
+    monkeypatch.syspath_prepend(str(TOOL.parent))
+    spec = importlib.util.spec_from_file_location("import_hf_script", TOOL)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, arguments)])
+        module.main()
+
+    return run
+
+
+@pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi", "rope", "alibi"])
+def test_import_of_each_published_kind_matches_in_both_precisions(encoding, oracle, tmp_path, import_in_process):
+    source, data = oracle / "models" / encoding, load_file(oracle / "models" / encoding / "data.safetensors")
+    half = Path(shutil.copytree(source, tmp_path / "half"))
+    weights = {name: weight.half() for name, weight in load_file(source / "model.safetensors").items()}
+    (half / "model.safetensors").unlink()
+    torch.save(weights, half / "pytorch_model.bin")
+    edit(half, torch_dtype="float16")
+    for folder, dtype in ((source, torch.float32), (half, torch.float16)):
+        output = tmp_path / str(dtype)
+        import_in_process("--input", folder, "--output", output)
+        model = AutoModelForCausalLM.from_pretrained(output)
+        assert model.dtype == dtype
+        assert (type(model) is LlamaForCausalLM) == (encoding == "rope")
+        if dtype == torch.float32:
+            with torch.no_grad():
+                for part in ("", "ext_"):
+                    found = model(data[part + "input_ids"]).logits
+                    torch.testing.assert_close(found, data[part + "logits"], rtol=0, atol=5e-4)
+        else:  # its logits were compared by the export
+            stored = {name.replace("embed_intra", "embeds.0"): weight for name, weight in model.state_dict().items()}
+            assert all(torch.equal(weight, weights[name]) for name, weight in stored.items())
+
+
+def test_import_with_tokenizer_that_cannot_resolve_the_rule_refuses(published, tmp_path, import_in_process):
+    folder = tmp_path / "words"
+    folder.mkdir()
+    tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
+    with pytest.raises(DataError, match="reference"):
+        import_in_process("--input", published, "--output", tmp_path / "out", "--tokenizer", folder)
     assert not (tmp_path / "out").exists()
