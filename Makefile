@@ -26,12 +26,13 @@ RELOCATED := $(if $(wildcard $(READY)),$(if $(filter $(CURDIR),$(shell cat $(REA
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-parallel lint bench clean relocated
+.PHONY: help setup quickstart test test-parallel test-faults lint bench clean relocated
 
 help:
 	@echo 'make quickstart   from raw text to trained, evaluated and exported models, on this machine'
 	@echo 'make test         all tests (TEST_WORKERS=2)'
 	@echo 'make test-parallel  every layout of up to 8 ranks against one process; writes the table of docs/parallelism.md'
+	@echo 'make test-faults  50 killed ranks and 10 stops of a small run, against one that is left alone'
 	@echo 'make lint         ruff, mypy, import-linter'
 	@echo 'make bench        the benchmarks of tools/bench, at small sizes'
 	@echo 'make setup        create or update .venv; the targets above do it when needed'
@@ -63,6 +64,10 @@ test: $(READY)
 
 test-parallel: $(READY)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dist.table
+
+test-faults: $(READY)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills --count 50
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.stops --count 10
 
 lint: $(READY)
 	$(BIN)/ruff check .

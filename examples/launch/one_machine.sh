@@ -3,7 +3,9 @@
 #
 #   examples/launch/one_machine.sh [FURTHER OPTIONS OF pretrain.py]
 #
-# A rank that fails ends the others. Started again, the run goes on from its last checkpoint.
+# A rank that fails ends the others. Started again, the run goes on from its last checkpoint; to have that done:
+#
+#   tools/supervise.py RUN_DIR -- examples/launch/one_machine.sh --set run_dir=RUN_DIR
 set -euo pipefail
 
 GPUS=${GPUS:-8}

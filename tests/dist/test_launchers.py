@@ -38,7 +38,7 @@ def commands_of(name: str) -> str:
 
 def launched(name: str, word: str) -> tuple[list[str], list[str]]:
     """Options that a script gives its launcher, and those it gives pretrain.py."""
-    command = re.search(rf"^exec {word} (.*)$", commands_of(name), re.MULTILINE)[1]
+    command = re.search(rf"^exec (?:.* -- +)?{word} (.*)$", commands_of(name), re.MULTILINE)[1]
     before, after = command.split(" pretrain.py ")
     return [re.findall(r"(?<!\S)--?[a-z][\w-]*", part) for part in (before, after)]
 
@@ -73,7 +73,7 @@ def test_launch_script_gives_pretrain_options_that_it_has(name, monkeypatch):
     monkeypatch.setattr("sys.argv", ["pretrain.py", "--ds_config", "a", "--config", "b"])
     word = {"slurm.sbatch": "srun", "mpi.sh": "mpiexec", "torchrun.sh": "torchrun"}.get(name, "deepspeed")
     given = launched(name, word)[1]
-    assert given == ["--ds_config", "--config"]
+    assert given[:2] == ["--ds_config", "--config"]
     assert set(vars(pretrain.parse_args())) >= {option.lstrip("-") for option in given}
 
 
@@ -111,6 +111,19 @@ def test_launch_slurm_script_trains_on_300_billion_tokens():
         assert train.global_batch % (64 * train.micro_batch) == 0
 
 
+@pytest.mark.parametrize(("code", "queued"), [(75, True), (2, False)])
+def test_launch_slurm_script_queues_the_job_again_that_was_asked_to_stop(code, queued, tmp_path):
+    for name, script in {"srun": f"exit {code}", "scontrol": f'echo "$@" >> {tmp_path}/called'}.items():
+        (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
+    env |= {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT), "RUN_DIR": str(tmp_path / "run")}
+    ended = run(str(SCRIPTS / "slurm.sbatch"), env=env)
+    assert ended.code == code, ended.output
+    called = tmp_path / "called"
+    assert (called.read_text() if called.exists() else "") == ("requeue 17\n" if queued else "")
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, write_text_dataset):
     folder = tmp_path_factory.mktemp("data")
@@ -132,7 +145,8 @@ def test_launch_script_trains_two_ranks(name, data, tmp_path, free_port):
         "hostfile.sh": {"HOSTFILE": str(hosts), "HEAD": "127.0.0.1", "PORT": port}
         | {"LAUNCHER_OPTIONS": "--no_ssh --node_rank 0"},
         "slurm.sbatch": {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
-        | {"SLURM_JOB_ID": str(int(port)), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "64"},
+        | {"SLURM_JOB_ID": str(int(port)), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "64"}
+        | {"RUN_DIR": str(tmp_path / "run")},
         "mpi.sh": {"RANKS": "2", "MPI_OPTIONS": "--oversubscribe"},
         "torchrun.sh": {"GPUS": "2", "PORT": port},
     }[name]

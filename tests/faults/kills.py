@@ -58,7 +58,7 @@ def survive(
     )
     assert done.code == 0, done.output
     command = [*launcher(num_ranks, free_port()), *arguments(data, disturbed, *settings, steps=steps, zero=zero)]
-    attempts = [sys.executable, "-m", "tests.faults.attempt", str(plan), *command]
+    attempts = [sys.executable, "-m", "tests.faults.attempt", str(plan), str(killed), *command]
     began_s = time.monotonic()
     ended = run(*supervised(disturbed, attempts, failures=count + 1), limit_s=120 * (count + 1))
     seconds = time.monotonic() - began_s

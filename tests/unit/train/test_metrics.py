@@ -105,6 +105,14 @@ def test_metrics_reach_tensorboard_once_over_a_restart_and_a_return(run):
     assert [(line["step"], line["loss/train_nats"]) for line in _lines(run)] == expected
 
 
+def test_metrics_sync_leaves_nothing_in_memory(run):
+    metrics = _do(run, range(1, 51))
+    metrics.sync()
+    assert _scalars(run, "loss/train_nats") == [(step, float(step)) for step in range(1, 51)]
+    assert len(_lines(run)) == 50
+    metrics.close()
+
+
 def test_metrics_tensorboard_file_cut_off_by_a_kill_loses_nothing_before_the_checkpoint(run):
     metrics = _do(run, [1, 2])
     metrics.sync()

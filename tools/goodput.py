@@ -1,0 +1,140 @@
+"""Expected goodput of a long run on clusters of many sizes: a simulation, beside the formula for the best interval.
+
+A run of a given length is simulated on N nodes that fail independently of each other. A failure costs what was done
+since the last checkpoint, the time until it is noticed, and the time until the first step is done again; one that comes
+in that time begins it anew. Saving stalls training for a while. A node that failed is replaced within the restart. The
+checkpoint interval is what the formula of Young and Daly says; the last columns have the one that is best of a row of
+others, as the simulation finds it.
+
+Examples:
+    python tools/goodput.py
+    python tools/goodput.py --failures-per-node-day 0.0042 --save-s 4 --stall-s 0.3 --detect-s 610 --restart-s 120
+"""
+
+import argparse
+import math
+import random
+from typing import NamedTuple
+
+from _cli import run_tool
+from megatron_bipe.errors import ConfigError
+
+DAY_S = 86400.0
+NODES = (8, 16, 32, 64, 128, 256, 512, 1024)
+FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the interval by the formula
+
+
+class Costs(NamedTuple):
+    """What interruptions and checkpoints take, seconds."""
+
+    stall_s: float  # that a checkpoint keeps training
+    detect_s: float  # from a failure to the end of the launch
+    restart_s: float  # from there to the first step done again
+
+
+class Trial(NamedTuple):
+    """A run, simulated."""
+
+    wall_s: float
+    failures: int
+
+
+def simulate(work_s: float, interval_s: float, failures_per_s: float, costs: Costs, chance: random.Random) -> Trial:
+    """A run from its start to its end.
+
+    Args:
+        work_s: time of all steps together.
+        interval_s: of steps between two checkpoints.
+        failures_per_s: of the whole cluster; times between them are exponential.
+        costs: see there.
+        chance: source of the moments.
+    """
+    wall_s, done_s, failures = 0.0, 0.0, 0
+    next_failure_s = chance.expovariate(failures_per_s)
+    while done_s < work_s:
+        part_s = min(interval_s, work_s - done_s)
+        if wall_s + part_s + costs.stall_s <= next_failure_s:
+            wall_s, done_s = wall_s + part_s + costs.stall_s, done_s + part_s
+            continue
+        up = False
+        while not up:  # one that comes before the first step is done again begins the restart anew
+            failures += 1
+            wall_s = next_failure_s + costs.detect_s + costs.restart_s
+            next_failure_s += chance.expovariate(failures_per_s)
+            up = next_failure_s > wall_s
+            if not up:
+                next_failure_s = max(next_failure_s, wall_s - costs.restart_s)
+    return Trial(wall_s, failures)
+
+
+def daly_interval_s(stall_s: float, mean_time_s: float) -> float:
+    """The interval of steps between checkpoints that loses least, to the first order of Young and Daly's formula.
+
+    Args:
+        stall_s: that a checkpoint keeps training.
+        mean_time_s: between failures of the whole cluster.
+
+    Source: Young 1974; Daly 2006, "A higher order estimate of the optimum checkpoint interval", equation 20 without its
+        higher terms.
+    """
+    return max(1.0, math.sqrt(2 * stall_s * mean_time_s) - stall_s)
+
+
+def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials: int, seed: int) -> tuple[float, float]:
+    """Mean goodput and mean number of failures of some simulated runs."""
+    found = [simulate(work_s, interval_s, rate, costs, random.Random(f"{seed}/{n}")) for n in range(trials)]
+    return sum(work_s / trial.wall_s for trial in found) / trials, sum(trial.failures for trial in found) / trials
+
+
+def main() -> None:
+    """Print a line for each number of nodes."""
+    given = _parser().parse_args()
+    values = {name: value for name, value in vars(given).items() if isinstance(value, int | float)}
+    if bad := [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value < 0]:
+        raise ConfigError(f"{', '.join(bad)}: nothing here is negative", place="tools/goodput.py")
+    costs = Costs(given.stall_s, given.detect_s, given.restart_s)
+    tokens_per_node_s = given.gpus_per_node * given.flops_per_gpu * given.mfu / (6 * given.parameters)
+    print(f"{given.tokens:.3g} tokens, {given.parameters:.3g} parameters, {tokens_per_node_s:,.0f} tokens/s a node")
+    print(
+        f"failures a node and day {given.failures_per_node_day:.4f}; stall {costs.stall_s:g} s, "
+        f"detection {costs.detect_s:g} s, restart {costs.restart_s:g} s; means of {given.trials} runs"
+    )
+    print(f"{'nodes':>6} {'days':>8} {'MTBF h':>9} {'failures':>9} {'interval s':>11} {'goodput':>8} {'best':>8} at")
+    for nodes in given.nodes:
+        work_s = given.tokens / (tokens_per_node_s * nodes)
+        rate = given.failures_per_node_day * nodes / DAY_S
+        formula_s = daly_interval_s(costs.stall_s, 1 / rate)
+        row = {factor: goodput(work_s, formula_s * factor, rate, costs, given.trials, given.seed) for factor in FACTORS}
+        best = max(row, key=lambda factor: row[factor][0])
+        share, failures = row[1.0]
+        print(
+            f"{nodes:6} {work_s / DAY_S:8.2f} {1 / rate / 3600:9.1f} {failures:9.1f} {formula_s:11.0f} {share:8.2%} "
+            f"{row[best][0]:8.2%} {best:g} x the interval"
+        )
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--nodes", type=int, nargs="+", default=NODES, help="(default: %(default)s)")
+    add("--tokens", type=float, default=300e9, help="of the run (default: %(default)g)")
+    add("--parameters", type=float, default=1.6e9, help="of the model (default: %(default)g)")
+    add("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
+    add("--flops-per-gpu", type=float, default=989e12, help="peak (default: H100, bf16, %(default)g)")
+    add("--mfu", type=float, default=0.4, help="share of the peak (default: %(default)s)")
+    add(
+        "--failures-per-node-day",
+        type=float,
+        default=466 / 54 / 2048,
+        help="(default: %(default).4f, Llama 3: 466 interruptions in 54 days on 2,048 nodes of 8 GPUs)",
+    )
+    add("--stall-s", type=float, default=1.0, help="that a checkpoint keeps training (default: %(default)s)")
+    add("--detect-s", type=float, default=30.0, help="(default: %(default)s)")
+    add("--restart-s", type=float, default=120.0, help="(default: %(default)s)")
+    add("--trials", type=int, default=1000, help="simulated runs a figure (default: %(default)s)")
+    add("--seed", type=int, default=0, help="(default: %(default)s)")
+    return parser
+
+
+if __name__ == "__main__":
+    run_tool(main)
