@@ -37,12 +37,14 @@ def main() -> None:
     print(describe_machine("torch", "transformers", "safetensors"))
     run_dir = Path(tempfile.mkdtemp())
     try:
-        run = RunConfig(model=ModelConfig(num_layers=arguments.layers), train=TrainConfig(precision="fp32"))
+        run = RunConfig(
+            run_dir=run_dir, model=ModelConfig(num_layers=arguments.layers), train=TrainConfig(precision="fp32")
+        )
         (run_dir / "config.yaml").write_text(dump_yaml(run))
         weights = dict(build_model(run.model).named_parameters())
         megabytes = sum(4 * weight.numel() for weight in weights.values()) / 1e6
         largest = max(4 * weight.numel() for weight in weights.values()) / 1e6
-        write_step_zero(run_dir, {name: weight.detach() for name, weight in weights.items()})
+        write_step_zero(run, None, {name: weight.detach() for name, weight in weights.items()})
         del weights
         print(f"\n{megabytes:,.0f} MB of fp32 weights, the largest of {largest:,.0f} MB, beyond the imports\n")
         print(f"{'shards of MB':>14} {'peak MB':>10} {'of the model':>14} {'s':>8}")
