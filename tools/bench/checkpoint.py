@@ -71,9 +71,8 @@ def main() -> None:
         verified_s = time.perf_counter() - began_s
         size_gb = sum(path.stat().st_size for path in find_checkpoint(folder).folder.iterdir()) / 1e9
         engine.close()
-    print(
-        f"{size_gb:.2f} GB a checkpoint; an update takes {statistics.median(alone_s):.2f} s; medians of {arguments.repeats}\n"
-    )
+    update_s = statistics.median(alone_s)
+    print(f"{size_gb:.2f} GB a checkpoint; an update takes {update_s:.2f} s; medians of {arguments.repeats}\n")
     _print_table(waiting, beside)
     print(f"\nverifying a checkpoint takes {verified_s:.2f} s")
 
