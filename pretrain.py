@@ -60,6 +60,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
             logging.info("continuing %s from step %d", run.run_dir, progress.step)
         finished = go_on(run, mesh, engine, feed, watchdog, stop_request, progress, stop)
     engine.close()
+    stop_request.listen_no_more()
     if not finished:
         sys.exit(CONTINUE_LATER)
 
