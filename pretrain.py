@@ -58,6 +58,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
             write_run_folder(run, feed.record, tokenizer)
         finished = go_on(run, mesh, engine, feed, watchdog, stop_request, stop)
     engine.close()
+    stop_request.listen_no_more()
     if not finished:
         sys.exit(CONTINUE_LATER)
 

@@ -38,7 +38,7 @@ class Supervisor:
     """Starts launches, one after the other, and passes signals on to the one that runs."""
 
     def __init__(self) -> None:
-        self.asked = False
+        self.asked: int | None = None  # the signal that asked to stop
         self._process: subprocess.Popen[bytes] | None = None
         for number in (*SIGNALS, signal.SIGINT):
             signal.signal(number, self._pass_on)
@@ -47,6 +47,8 @@ class Supervisor:
         """Run a command to its end, and end what it leaves; its exit code, 128 and more for a signal."""
         self._process = subprocess.Popen(command, start_new_session=True)
         group = self._process.pid
+        if self.asked:  # while the command was being started
+            _send(group, self.asked)
         code = self._process.wait()
         self._process = None
         left, deadline_s = _send(group, signal.SIGTERM), time.monotonic() + LAST_WORDS_S
@@ -64,7 +66,7 @@ class Supervisor:
             time.sleep(LOOK_S)
 
     def _pass_on(self, number: int, _: FrameType | None) -> None:
-        self.asked = True
+        self.asked = number
         if self._process is not None:
             _send(self._process.pid, number)
 
@@ -80,7 +82,7 @@ def main() -> None:
         code = supervisor.launch(_filled(arguments))
         new = mark(run_dir).newest_step > before.newest_step
         fruitless = 0 if new else fruitless + 1
-        following = decide(code, was_stopped(run_dir, before), supervisor.asked, fruitless, patience)
+        following = decide(code, was_stopped(run_dir, before), bool(supervisor.asked), fruitless, patience)
         wait_s = patience.wait_s(fruitless)
         text = {
             Next.DONE: "the run is done",

@@ -46,6 +46,11 @@ class StopRequest:
         for number in SIGNALS:
             signal.signal(number, self._take)
 
+    def listen_no_more(self) -> None:
+        """Ignore the signals: launchers send one to the ranks that have not left yet when the first one has."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def agree_by(self, any_rank: Callable[[bool], bool]) -> None:
         """From now on all ranks decide together: `any_rank` says whether something is so on any of them."""
         self._any = any_rank

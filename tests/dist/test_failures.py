@@ -80,3 +80,5 @@ def test_failure_rank_in_an_endless_loop_is_at_another_place_than_the_others(lau
     assert "has made no progress" in output, output
     alone = rf"At step 3, in _spin \(faulty.py:\d+\): {re.escape(NAMES[1])}"
     assert re.search(alone, output), output
+    for name, function in ((NAMES[0], "train_step"), (NAMES[1], "_spin")):  # both ranks show their stacks
+        assert re.search(rf"{re.escape(name)}, at step 3.*is in\n.*, in {function}\n", output, re.DOTALL | re.I), output

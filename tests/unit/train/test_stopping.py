@@ -26,6 +26,15 @@ def test_stop_request_takes_a_signal(handlers, number):
     assert request.reason == number.name and request.agreed() and request.granted
 
 
+def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
+    request = StopRequest()
+    request.listen()
+    request.listen_no_more()
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.reason == ""
+
+
 def test_stop_request_takes_a_time_limit():
     now = [0.0]
     request = StopRequest(10.0, lambda: now[0])
