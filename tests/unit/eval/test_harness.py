@@ -25,6 +25,7 @@ harness = pytest.importorskip("megatron_bipe.eval.harness", reason="lm_eval is n
 
 LENGTH = 32  # tokens of a window
 TEXT = "the first line. it ends here.\nanother one\n\nand <s> some more of it \u4e16 " * 5
+TEXT = TEXT[: 8 * LENGTH]  # a token a character; the harness gives a shorter last window more context than we do
 QUESTIONS = [
     {"text": "where\nit is", "choices": [" there.", "\nhere", "x"], "label": 1},
     {"text": "one. two.", "choices": [" three", "  \u00e9 \n."], "label": 0},
@@ -116,7 +117,7 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(model, tasks):
     check_choices([[value[0] for value in row["filtered_resps"]] for row in samples["our_choice"]], folder)
     ours = evaluate_perplexity(exported_subject(folder), dataset, LENGTH, Settings())
     [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
-    assert ours.num_predictions > 8 * LENGTH and ours.num_predictions % LENGTH  # a last, shorter window, too
+    assert ours.num_predictions == 8 * LENGTH
     assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)
 
 

@@ -120,13 +120,13 @@ def test_export_writes_everything_a_user_needs(tmp_path, tiny, plan_of, fields, 
 
 
 def run_python(code, folder, tmp_path):
-    """Run `code` with `folder` in a fresh process, and give what it prints."""
+    """Run `code` with `folder` in a fresh process, and give the words of the lines that it prints after a ">"."""
     environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     environment["PYTHONPATH"] = str(Path(__file__).parents[3])
     command = [sys.executable, "-c", code, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
-    return done.stdout.split()
+    return [word for line in done.stdout.splitlines() if line.startswith("> ") for word in line[2:].split()]
 
 
 WITHOUT_THE_PACKAGE = """
@@ -150,7 +150,7 @@ model = load(sys.argv[1], trust_remote_code=True)
 model.save_pretrained(sys.argv[1] + "-saved")
 for each in (model, load(sys.argv[1] + "-saved", trust_remote_code=True)):
     torch.manual_seed(0)
-    print(*each.generate(torch.tensor([[6, 3, 7]]), max_new_tokens=3, eos_token_id=None)[0].tolist())
+    print(">", *each.generate(torch.tensor([[6, 3, 7]]), max_new_tokens=3, eos_token_id=None)[0].tolist())
 """
     printed = run_python(WITHOUT_THE_PACKAGE + code, tmp_path / "m", tmp_path)
     assert printed[:3] == ["6", "3", "7"] and len(printed) == 12
@@ -168,7 +168,7 @@ def test_two_versions_of_remote_code_under_one_name_do_not_mix(tmp_path, monkeyp
     export_model(plan_of(config).state_dict(), config, tmp_path / "b" / "m", fields, windows, None, FP32)
     code = """
 for part in ("a", "b", "a"):
-    print(getattr(load(f"{sys.argv[1]}/{part}/m", trust_remote_code=True), "version", 1))
+    print(">", getattr(load(f"{sys.argv[1]}/{part}/m", trust_remote_code=True), "version", 1))
 """
     assert run_python(WITHOUT_THE_PACKAGE + code, tmp_path, tmp_path) == ["1", "2", "1"]
 
@@ -182,7 +182,7 @@ import sys
 import megatron_bipe.hf
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
-    print(type(auto.from_pretrained(sys.argv[1], trust_remote_code={trust})).__module__)
+    print(">", type(auto.from_pretrained(sys.argv[1], trust_remote_code={trust})).__module__)
 """
     package = "megatron_bipe.hf."
     expected = [package + name for name in ("configuration_bipe", "modeling_bipe", "modeling_bipe")]

@@ -194,6 +194,6 @@ def test_import_with_tokenizer_that_cannot_resolve_the_rule_refuses(published, t
     folder = tmp_path / "words"
     folder.mkdir()
     tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
-    with pytest.raises(DataError, match="reference"):
+    with pytest.raises(DataError, match="Give the segment rule as fixed:N"):
         import_in_process("--input", published, "--output", tmp_path / "out", "--tokenizer", folder)
     assert not (tmp_path / "out").exists()
