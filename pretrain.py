@@ -27,11 +27,7 @@ from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_dura
 
 
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Run or describe the training that the arguments name.
-
-    Raises:
-        SystemExit: with `CONTINUE_LATER`, where the run was asked to stop before its end.
-    """
+    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop."""
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     stop_request.listen()
     logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")

@@ -53,7 +53,7 @@ class Difference(NamedTuple):
         return all(found <= limit for found, limit in zip(self, allowed, strict=True))
 
 
-# Twice and more of what was measured over all layouts of docs/parallelism.md, and for bf16 over those of test_layouts.py.
+# Twice and more of what docs/parallelism.md has of all layouts; for bf16, of those of test_layouts.py.
 FP32 = Difference(loss=2e-6, norm=2e-5, weight=1e-4)  # Adam divides small gradients by their own size
 BF16 = Difference(loss=1e-2, norm=1e-1, weight=1e-1)
 EXACT = Difference(loss=0.0, norm=1e-6, weight=0.0)  # the norm is a sum over stages, whose order is another

@@ -3,9 +3,9 @@
     python -m tests.dist.table
 
 For each way to share out 1, 2, 4 or 8 ranks among four axes, each ZeRO stage that it allows and each encoding (with
-context parallelism, the encodings in turn): 8 updates in fp32 with clipping at work, a held-out loss and the weights of a
-checkpoint. Stages alone also without clipping, where all but the norm must be the same bits. Exit code 1, and no table,
-where a difference is larger than allowed.
+context parallelism, the encodings in turn): 8 updates in fp32 with clipping at work, a held-out loss and the weights of
+a checkpoint. Stages alone also without clipping, where all but the norm must be the same bits. Exit code 1, and no
+table, where a difference is larger than allowed.
 """
 
 import itertools
@@ -76,7 +76,7 @@ def _is_meant(shape: Shape) -> bool:
 
 
 def rows_of(encoding: str) -> list[Shape]:
-    """All without context parallelism; of the others, which encode after the exchange just as those do, every fourth."""
+    """All without context parallelism; of the others, which encode after the exchange as those do, every fourth."""
     encodings = get_args(Encoding)
     rows = shapes()
     split = [row for row in rows if row.context > 1]

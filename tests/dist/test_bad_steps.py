@@ -1,8 +1,8 @@
 """A gradient or a loss that is not finite on one rank: no rank updates anything, in any layout; then all goes on.
 
 In every layout here: two good updates; one with NaN in the gradient of the logits on one rank; one with an infinite
-loss on one rank, whose gradient is as ever; two more good updates. The bad ones must leave the state as it was, bit for bit, and
-the good ones give what they give without bad ones between, bit for bit.
+loss on one rank, whose gradient is as ever; two more good updates. The bad ones must leave the state as it was, bit for
+bit, and the good ones give what they give without bad ones between, bit for bit.
 """
 
 from pathlib import Path

@@ -1,6 +1,6 @@
 """Layouts of four and eight ranks against one process: each axis, each pair of axes, and what models may have besides.
 
-`make test-parallel` runs every layout, see docs/parallelism.md. Measured over the layouts here: XXX.
+`make test-parallel` runs every layout; docs/parallelism.md has what it measured, and layouts.py the tolerances.
 """
 
 import pytest
