@@ -6,7 +6,7 @@
               scores at once, a mask and a bias of their size, softmax in fp32
     longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process
 
-Example: python tools/bench/attention.py --window 4096 --longest 32768
+Example: python tools/bench/attention.py --set model.num_layers=12 --window 4096 --longest 32768
 """
 
 import argparse
@@ -182,11 +182,11 @@ def make_eager(network: nn.Sequential, config: ModelConfig) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="run configuration (default: 151M)")
-    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--window", type=int, default=4096)
-    parser.add_argument("--longest", type=int, default=32768, help="0: leave it out")
-    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192, 32768])
+    parser.add_argument("--config", type=Path, help="run configuration (default: 151M with two blocks)")
+    parser.add_argument("--set", action="append", default=["model.num_layers=2"], metavar="KEY=VALUE")
+    parser.add_argument("--window", type=int, default=1024)
+    parser.add_argument("--longest", type=int, default=4096, help="0: leave it out")
+    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192])
     parser.add_argument("--repeats", type=int, default=7, help="of the kernels")
     parser.add_argument("--model-repeats", type=int, default=3)
     return parser

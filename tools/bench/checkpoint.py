@@ -135,7 +135,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--folder", type=Path, metavar="DIR", help="where to write (default: the folder for temporary files)")
-    add("--layers", type=int, default=12, metavar="N", help="blocks of the model (default: %(default)s, 151M)")
+    add("--layers", type=int, default=2, metavar="N", help="blocks of the model (default: %(default)s; 151M has 12)")
     add(
         "--updates",
         type=int,
@@ -143,7 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="before each save beside training (default: %(default)s)",
     )
-    add("--repeats", type=int, default=5, metavar="N", help="saves of each kind (default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="saves of each kind (default: %(default)s)")
     return parser
 
 

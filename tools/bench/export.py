@@ -31,8 +31,8 @@ WINDOW_TOKENS = 64
 def main() -> None:
     """Parse the command line, make a checkpoint, export it, and print a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--layers", type=int, default=12, metavar="N", help="blocks, 768 wide (default: %(default)s)")
-    parser.add_argument("--shards", default="50,100,10000", metavar="MB,MB,...", help="sizes (default: %(default)s)")
+    parser.add_argument("--layers", type=int, default=2, metavar="N", help="blocks, 768 wide (default: %(default)s)")
+    parser.add_argument("--shards", default="50,10000", metavar="MB,MB,...", help="sizes (default: %(default)s)")
     arguments = parser.parse_args()
     print(describe_machine("torch", "transformers", "safetensors"))
     run_dir = Path(tempfile.mkdtemp())

@@ -82,11 +82,11 @@ def _seconds(run: Callable[[], object], repeats: int) -> float:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add, shown = parser.add_argument, "(default: %(default)s)"
-    add("--encodings", default="bipe_rope,bipe_alibi", metavar="NAME,NAME,...", help=f"models {shown}")
+    add("--encodings", default="bipe_rope", metavar="NAME,NAME,...", help=f"models {shown}")
     add("--layers", type=int, default=4, metavar="N", help=f"blocks {shown}")
     add("--width", type=int, default=256, metavar="N", help=f"hidden size; heads are 64 wide {shown}")
-    add("--prompt", type=int, default=2048, metavar="N", help=f"tokens of the prompt {shown}")
-    add("--new", type=int, default=512, metavar="N", help=f"tokens to generate {shown}")
+    add("--prompt", type=int, default=512, metavar="N", help=f"tokens of the prompt {shown}")
+    add("--new", type=int, default=64, metavar="N", help=f"tokens to generate {shown}")
     add("--repeats", type=int, default=3, metavar="N", help=f"times with a cache; without, once {shown}")
     add("--plain-tokens", type=int, metavar="N", help="measure so many steps without a cache, twice (default: all)")
     return parser

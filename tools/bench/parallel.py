@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=11, help="of the small measurements")
-    parser.add_argument("--layers", type=int, default=12, help="blocks of the model whose replicas are compared")
+    parser.add_argument("--layers", type=int, default=2, help="blocks of the model whose replicas are compared")
     parser.add_argument("--steps", type=int, default=3, help="training steps and comparisons")
     return parser
 

@@ -7,7 +7,7 @@
 
 A share is the step's floating-point operations (docs/performance.md) at the rate of the matrix products, over its time.
 
-Example: python tools/bench/train.py --config examples/bipe_rope_151m.yaml --set train.micro_batch=1 --repeats 5
+Example: python tools/bench/train.py --set model.num_layers=12 --repeats 5
 """
 
 import argparse
@@ -211,10 +211,14 @@ def make_batch(run: RunConfig) -> Batch[Tensor]:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="run configuration (default: 151M)")
-    parser.add_argument("--set", action="append", default=["train.micro_batch=1"], metavar="KEY=VALUE")
+    parser.add_argument(
+        "--config", type=Path, help="run configuration (default: 151M with two blocks, a window at once)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=["train.micro_batch=1", "model.num_layers=2"], metavar="KEY=VALUE"
+    )
     parser.add_argument("--ds_config", type=Path, default=Path("ds_configs/zero1.json"))
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--only", nargs="*", metavar="NAME", help="of the contenders (default: all)")
     return parser
 
