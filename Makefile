@@ -49,7 +49,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(RELOCATED)
 	if [ -e $(UNFINISHED) ] || [ -n '$(RELOCATED)' ]; then rm -rf $(VENV); fi
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV_OPTIONS) $(VENV)
 	touch $(UNFINISHED)
-	@echo 'Setting up $(VENV): torch, then the other packages (1.8 GB in all; a few minutes on a slow network)'
+	@echo 'Setting up $(VENV): torch, then the other packages (2.2 GB in all; a few minutes on a slow network)'
 	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(PINS)
 	$(BIN)/python -m pip install --quiet $(TORCH_OPTIONS) -c $(PINS) setuptools wheel '$(TORCH)'
 	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/python -m pip install --quiet -e '.[dev,mpi]'
