@@ -79,9 +79,7 @@ def train_inside(
     fault: Plant | None,
 ) -> dict[int, list[list[int]]]:
     """Start or continue a run, up to `stop`; the tokens that this rank read, by first sample of the step."""
-    from megatron_bipe.engine.checkpoint import find_checkpoint, list_steps
     from megatron_bipe.engine.start import start_engine
-    from megatron_bipe.train.progress import Progress
     from megatron_bipe.train.session import go_on
     from megatron_bipe.train.stopping import StopRequest
 
@@ -95,10 +93,6 @@ def train_inside(
     feed = NotingFeed(run, laid_out)
     feed.plant, feed.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    progress = Progress()
-    if list_steps(run.run_dir):
-        checkpoint = find_checkpoint(run.run_dir)
-        progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
-    assert go_on(run, laid_out, engine, feed, StillWatchdog(), StopRequest(), progress, stop)  # type: ignore[arg-type]
+    assert go_on(run, laid_out, engine, feed, StillWatchdog(), StopRequest(), stop)  # type: ignore[arg-type]
     Planted.nothing()
     return feed.read

@@ -311,7 +311,7 @@ def test_build_limits_of_malformed_lines_stop_a_run_early_and_hold_over_resumpti
 
 
 def test_build_two_runs_at_once_are_refused(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("preprocessing.lock.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("megatron_bipe.lock.LOCK_WAIT_S", 0.0)
     with locked(options.output / WORK_FOLDER), pytest.raises(DataError, match="Another run"):
         build(options)
     build(options)
