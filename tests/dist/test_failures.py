@@ -53,7 +53,7 @@ def test_failure_rank_that_raises_is_named_with_its_traceback(launch, launcher):
 
 def test_failure_rank_that_is_killed_is_named_by_the_others(launch):
     output = launch("deepspeed", "kill", 1)
-    assert f"No sign of life: {NAMES[1]}, last at step" in output, output
+    assert f"No sign of life: {NAMES[1]}, last at " in output, output
 
 
 def test_failure_rank_0_that_is_killed_takes_the_store_along(launch):
@@ -66,7 +66,7 @@ def test_failure_rank_0_that_is_killed_takes_the_store_along(launch):
 def test_failure_rank_that_is_stopped_is_named_by_the_others(launch, launcher):
     output = launch(launcher, "stop", 1)
     assert f"{NAMES[0]}, at step 3, micro-batch 1, has made no progress for {TIMEOUT_S} s" in output, output
-    assert f"No sign of life: {NAMES[1]}, last at step" in output, output
+    assert f"No sign of life: {NAMES[1]}, last at " in output, output
 
 
 def test_failure_rank_0_that_is_stopped_stops_the_store(launch):

@@ -15,12 +15,12 @@ from tests.dist.layouts import Layout, start, train_steps
 
 MANY_STEPS = 50
 KEPT = [
-    Layout(tensor=2, zero=1),
-    Layout(tensor=2, zero=2, sequence=True, precision="bf16"),
-    Layout(tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16"),
-    Layout("bipe_alibi", tensor=4, zero=1, sequence=True),
-    Layout(tensor=4, zero=1, precision="bf16"),
-    Layout(tensor=2, zero=3, sequence=True),
+    Layout(tensor=2, zero=1, micro=8),
+    Layout(tensor=2, zero=2, sequence=True, precision="bf16", micro=8),
+    Layout(tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16", micro=8),
+    Layout("bipe_alibi", tensor=4, zero=1, sequence=True, micro=8),
+    Layout(tensor=4, zero=1, precision="bf16", micro=8),
+    Layout(tensor=2, zero=3, sequence=True, micro=8),
 ]
 NORM, SPLIT = "1.attention_norm.weight", "1.mlp.down.weight"
 
@@ -30,7 +30,7 @@ def keep_in_step(mesh: Mesh, layouts: list[Layout], work_dir: str) -> list[dict[
     found = []
     for layout in layouts:
         engine, laid_out = start(layout, mesh, Path(work_dir) / str(layout))
-        train_steps(engine, laid_out, range(MANY_STEPS))
+        train_steps(engine, laid_out, range(MANY_STEPS), layout.micro)
         engine.check_replicas(MANY_STEPS)
         whole = {name: p for name, p in engine._engine.module.named_parameters() if share_of(p) is None}
         found.append({name: bits(getattr(p, "ds_tensor", p)) for name, p in whole.items()})
