@@ -9,7 +9,9 @@ import sys
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import yaml
+from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, segment_ends, window_ends
@@ -119,6 +121,16 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(model, tasks):
     [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
     assert ours.num_predictions == 8 * LENGTH
     assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)
+    assert perplexity_by_hand(folder, dataset) == pytest.approx(ours.perplexity, rel=1e-5)
+
+
+def perplexity_by_hand(folder, dataset):
+    """What someone with transformers alone computes: windows side by side, each token told from those before it."""
+    hf_model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
+    tokens = torch.from_numpy(dataset.tokens(0, 8 * LENGTH + 1).astype(np.int64))
+    with torch.no_grad():
+        logits = hf_model(tokens[:-1].view(8, LENGTH)).logits
+    return float(F.cross_entropy(logits.flatten(0, 1).double(), tokens[1:]).exp())
 
 
 def test_harness_from_its_own_command_line_gives_our_log_likelihoods(model, tasks, tmp_path):
