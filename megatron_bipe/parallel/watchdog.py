@@ -136,6 +136,8 @@ class Watchdog:
             self._over.set()
             stacks = look is where_ranks_are  # where ranks wait for one that stands still, all stacks tell
             roll_call.end(End(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
+            if stacks:
+                time.sleep(2 * BEAT_S)  # the others look every beat; when this rank leaves, their collectives break
         except LOST as error:
             seen = _state_of_store(error)
         leave(seen or f"{self._who()} leaves", code)
