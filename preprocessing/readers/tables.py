@@ -6,7 +6,9 @@ A dataset on the Hub is named `ORG/NAME[/CONFIG][:SPLIT]`; without a split, it i
 `pyarrow` and `datasets` are optional packages, imported only where such an input is read.
 """
 
+import gc
 import json
+import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,6 +262,10 @@ def _hub_errors(name: str, remedies: Sequence[tuple[type[Exception], str]]) -> I
     except Exception as error:
         remedy = next(remedy for kind, remedy in remedies if isinstance(error, kind))
         said = " ".join(str(error).split())[:LONGEST_REASON]
+        # A scanner of Parquet that the traceback or a cycle keeps until the end of the process aborts it:
+        # https://github.com/apache/arrow/issues/45214
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
         raise DataError(f"`datasets` says: {said or type(error).__name__}", remedy=remedy, place=name) from error
 
 
