@@ -74,15 +74,15 @@ class BipeAttention(nn.Module):
             q_BNTH, k_BGTH = _rotate(q_BNTH, *encoding.rotation), _rotate(k_BGTH, *encoding.rotation)
         if past_key_values is not None:
             if self.layer_idx == 0 and encoding.memory is not None:
-                k_BGTH = _append(k_BGTH, encoding.memory)
+                k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.memory)), dim=-1)
             k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
             k_BGTH = k_BGTH[..., : self.head_dim]
         if encoding.bias is not None:
             queries, keys = encoding.bias
             keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a fresh static cache has empty slots
-            pad = (0, -(self.head_dim + 6) % 8)
-            q_BNTH = F.pad(_append(q_BNTH, queries), pad)
-            k_BGTH = F.pad(_append(k_BGTH, keys), pad)
+            pad = (0, -(self.head_dim + queries.shape[-1]) % 8)
+            q_BNTH = F.pad(torch.cat((_channels_of(q_BNTH, queries), q_BNTH), dim=-1), pad)
+            k_BGTH = F.pad(torch.cat((_channels_of(k_BGTH, keys), k_BGTH), dim=-1), pad)
             v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels want one width
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         scaling = self.head_dim**-0.5
@@ -96,8 +96,9 @@ def _rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
     return torch.cat((first * cos_B1TH - second * sin_B1TH, second * cos_B1TH + first * sin_B1TH), dim=-1)
 
 
-def _append(x_BNTH: Tensor, channels: Tensor) -> Tensor:
-    return torch.cat((x_BNTH, channels.to(x_BNTH.dtype).expand(*x_BNTH.shape[:3], -1)), dim=-1)
+def _channels_of(x_BNTH: Tensor, channels: Tensor) -> Tensor:
+    """The channels for every head, in its dtype."""
+    return channels.to(x_BNTH.dtype).expand(*x_BNTH.shape[:3], -1)
 
 
 def _eager_attention(

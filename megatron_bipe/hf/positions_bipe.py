@@ -19,6 +19,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 from .configuration_bipe import BipeConfig
 
 _DIGIT = 256  # bf16, the coarsest dtype a cache may have, holds every integer up to here
+_UNIT = 1024  # of ALiBi's channel for the query's own position, so that it is within fp16
 _DIGITS = 3  # of each of the two counts that a key carries: up to 16.7 million
 
 
@@ -62,7 +63,7 @@ class Encoding(NamedTuple):
     """What all layers share in one forward pass."""
 
     rotation: tuple[Tensor, Tensor] | None = None  # RoPE: cosines and sines [B, 1, T, H/2] of the new tokens
-    bias: tuple[Tensor, Tensor] | None = None  # ALiBi: channels of queries [1, N, 1, 6] and of keys [B, 1, S, 6]
+    bias: tuple[Tensor, Tensor] | None = None  # ALiBi: channels of queries [B, N, T, 7] and of keys [B, 1, S, 7]
     growth: Tensor | None = None  # log_scale's factor on queries [B, 1, T, 1]
     memory: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
 
@@ -154,10 +155,11 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def _alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
-    """The bias slope x (key - last key) as channels of queries and keys.
+    """The bias slope x (key - last key) as channels of queries and keys, which come before those of the head.
 
     Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
-    in three parts, distances in two, each of which bf16 holds exactly.
+    in three parts, distances in two, each of which bf16 holds exactly. The second channel adds what makes scores near
+    the query small; kernels add in order, so that large numbers cancel before anything small is added.
     """
     position_BS = new_BT
     if memory is not None:
@@ -171,14 +173,17 @@ def _alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> tuple[T
         raise ValueError(f"ALiBi's key bias is exact up to {_DIGIT**2} tokens; these are {position_BS.shape[1]}")
     factor = 96.0 if config.bilevel else 1.0
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=position_BS.device) * factor
-    rest, parts = slopes * math.sqrt(config.head_dim), []
+    slopes_N1 = slopes[:, None] * math.sqrt(config.head_dim)
+    back_BT, back_BS = new_BT[:, -1:] - new_BT, new_BT[:, -1:] - position_BS
+    own_BNT, rest_N1, parts = slopes_N1 / _UNIT * back_BT[:, None], slopes_N1, []
     for _ in range(3):
-        parts.append(rest.bfloat16().float())
-        rest = rest - parts[-1]
-    back_BS = new_BT[:, -1:] - position_BS
+        parts.append(rest_N1.bfloat16().float())
+        rest_N1 = rest_N1 - parts[-1]
+    high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in parts)
     fine_BS = back_BS % _DIGIT
-    keys_BS6 = -torch.stack([back_BS - fine_BS] * 3 + [fine_BS] * 3, dim=-1).float()
-    return torch.stack(parts * 2, dim=-1)[None, :, None], keys_BS6[:, None]
+    coarse_BS, unit_BS = back_BS - fine_BS, torch.full_like(back_BS, -_UNIT)
+    keys_BS7 = -torch.stack([coarse_BS, unit_BS, fine_BS, coarse_BS, fine_BS, coarse_BS, fine_BS], dim=-1).float()
+    return torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1), keys_BS7[:, None]
 
 
 def _rotary(

@@ -18,6 +18,8 @@ from megatron_bipe.errors import ConfigError
 BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
 _BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly
 MAX_BIASED_POSITIONS = _BF16_INTEGERS**2
+_CHANNELS = 7
+_OWN_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
 
 
 class RelativeEncoding(Protocol):
@@ -97,9 +99,11 @@ class KeyBias:
     Softmax ignores what is constant along the keys, so slope x (key position - query position) may be
     replaced by slope x (key position - last position): a product of something the head knows and something
     the key knows, that is a few more channels in the dot product. bf16 holds 8 significant bits, so the
-    slope goes in three parts (24 bits) and the position in two exact ones: 6 channels, padded to a
-    multiple of 8 together with the head width. Queries hold the slopes, so keys stay shared by
-    grouped queries.
+    slope goes in three parts (24 bits) and the position in two exact ones: 6 channels. A seventh is the query's
+    and takes off what its own position gives, so that scores near the query stay small; how it is rounded
+    does not matter, since it is the same for all keys. The channels come before the head's own and the largest come
+    first: kernels add in that order, and the large numbers have cancelled before anything small is added. Queries
+    hold the slopes, so keys stay shared by grouped queries.
     """
 
     def __init__(self, slopes_N: Tensor, head_width: int) -> None:
@@ -107,7 +111,7 @@ class KeyBias:
         self.slopes_N = slopes_N.to(torch.float32) * math.sqrt(head_width)
 
     def __call__(self, q_BNTH: Tensor, k_BGTH: Tensor, positions_BT: Tensor) -> tuple[Tensor, Tensor]:
-        """Queries and keys with the bias channels appended."""
+        """Queries and keys after the bias channels, the width filled up by zeros."""
         num_tokens = positions_BT.shape[-1]
         if num_tokens > MAX_BIASED_POSITIONS:
             raise ConfigError(
@@ -115,20 +119,22 @@ class KeyBias:
                 remedy="Use a shorter window",
                 place="train.seq_len_tokens or --lengths",
             )
-        dtype, head_width = q_BNTH.dtype, q_BNTH.shape[-1]
-        slopes_N6 = torch.stack(_bf16_parts(self.slopes_N.to(q_BNTH.device)) * 2, dim=-1)
+        slopes_N = self.slopes_N.to(q_BNTH.device)
         back_BT = positions_BT[:, -1:] - positions_BT  # segments or tokens before the last key, >= 0
         coarse_BT = back_BT // _BF16_INTEGERS * _BF16_INTEGERS
-        keys_BT6 = torch.stack((coarse_BT,) * 3 + (back_BT - coarse_BT,) * 3, dim=-1).neg()
-        pad = _widening(head_width) - 6
-        q_channels = slopes_N6.to(dtype)[None, :, None].expand(*q_BNTH.shape[:3], 6)
-        k_channels = keys_BT6.to(dtype)[:, None].expand(*k_BGTH.shape[:3], 6)
-        return _append(q_BNTH, q_channels, pad), _append(k_BGTH, k_channels, pad)
+        fine_BT, unit_BT = back_BT - coarse_BT, torch.full_like(back_BT, -_OWN_UNIT)
+        own_BNT = slopes_N[:, None] / _OWN_UNIT * back_BT[:, None]
+        high, middle, low = (part_N[:, None].expand_as(own_BNT) for part_N in _bf16_parts(slopes_N))
+        queries = [high, own_BNT, high, middle, middle, low, low]
+        keys = [coarse_BT, unit_BT, fine_BT, coarse_BT, fine_BT, coarse_BT, fine_BT]
+        pad = _widening(q_BNTH.shape[-1]) - _CHANNELS
+        q_BNT7, k_BT7 = torch.stack(queries, dim=-1), torch.stack(keys, dim=-1).neg()
+        return _prepend(q_BNT7, q_BNTH, pad), _prepend(k_BT7[:, None], k_BGTH, pad)
 
 
 def _widening(head_width: int) -> int:
-    """Six channels, and what fills the width up to a multiple of 8."""
-    return 6 + -(head_width + 6) % 8
+    """The channels, and what fills the width up to a multiple of 8."""
+    return _CHANNELS + -(head_width + _CHANNELS) % 8
 
 
 def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -138,5 +144,6 @@ def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (x - high - middle).bfloat16().float()
 
 
-def _append(x_BNTH: Tensor, channels_BNTC: Tensor, pad: int) -> Tensor:
-    return torch.nn.functional.pad(torch.cat((x_BNTH, channels_BNTC), dim=-1), (0, pad))
+def _prepend(channels_BNTC: Tensor, x_BNTH: Tensor, pad: int) -> Tensor:
+    channels_BNTC = channels_BNTC.to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
+    return torch.nn.functional.pad(torch.cat((channels_BNTC, x_BNTH), dim=-1), (0, pad))

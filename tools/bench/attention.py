@@ -186,7 +186,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--set", action="append", default=["model.num_layers=2"], metavar="KEY=VALUE")
     parser.add_argument("--window", type=int, default=1024)
     parser.add_argument("--longest", type=int, default=4096, help="0: leave it out")
-    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192])
+    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192, 32768])
     parser.add_argument("--repeats", type=int, default=7, help="of the kernels")
     parser.add_argument("--model-repeats", type=int, default=3)
     return parser

@@ -109,20 +109,23 @@ def test_key_bias_channels_hold_slope_times_distance_exactly(dtype, num_tokens):
     q, k = torch.zeros(1, 12, num_tokens, 16, dtype=dtype), torch.zeros(1, 4, num_tokens, 16, dtype=dtype)
     wide_q, wide_k = KeyBias(slopes, head_width=16)(q, k, positions)
 
-    scores = (wide_q[0, :, :1].double() @ wide_k[0, :1].double().mT).squeeze(1)
-    bias = scores / 4.0  # as attention scales, by 1/sqrt(16)
+    for query in (0, num_tokens // 2, num_tokens - 1):
+        scores = (wide_q[0, :, query, None].double() @ wide_k[0, :1].double().mT).squeeze(1)
+        bias = scores / 4.0  # as attention scales, by 1/sqrt(16)
 
-    want = slopes.double()[:, None] * (positions - positions[:, -1:]).double()
-    torch.testing.assert_close(bias, want, rtol=2**-23, atol=0)
+        own = slopes.double() * (positions[0, query] - positions[0, -1])  # what is the same for all keys
+        assert (bias[:, query].abs() <= 2**-8 * own.abs()).all()  # so it is small near the query
+        want = slopes.double()[:, None] * (positions - positions[:, query, None]).double()
+        torch.testing.assert_close(bias - bias[:, query, None], want, rtol=2**-23, atol=0)
 
 
 @pytest.mark.parametrize("head_width", [8, 12, 16, 64, 80])
 def test_key_bias_widened_heads_are_a_multiple_of_eight(head_width):
     q, k = queries_and_keys(5, width=head_width)
     wide_q, wide_k = KeyBias(torch.ones(4), head_width)(q, k, torch.arange(5).expand(2, -1))
-    assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 6 + 7) // 8 * 8
+    assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 7 + 7) // 8 * 8
     assert wide_q.shape[1] == 4 and wide_k.shape[1] == 2
-    assert torch.equal(wide_q[..., :head_width], q) and torch.equal(wide_k[..., :head_width], k)
+    assert torch.equal(wide_q[..., 7 : head_width + 7], q) and torch.equal(wide_k[..., 7 : head_width + 7], k)
 
 
 def test_key_bias_window_beyond_exact_range_names_both_lengths():
