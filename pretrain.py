@@ -21,6 +21,7 @@ from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import keep_freed_memory
+from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
 from megatron_bipe.train.session import go_on
 from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
@@ -52,7 +53,9 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
-        finished = go_on(run, mesh, engine, feed, watchdog, stop_request, stop)
+        finished = go_on(
+            run, mesh, engine, feed, watchdog, stop_request, stop, Profile(args.profile, run.run_dir, mesh)
+        )
     engine.close()
     stop_request.listen_no_more()
     if not finished:
@@ -69,6 +72,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"may differ: {', '.join(ALLOWABLE)}")
     parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
     parser.add_argument("--stop-at", metavar="TIME", help="save and leave after this time (23h50m), with exit code 75")
+    parser.add_argument(
+        "--profile", type=int, default=0, metavar="STEPS", help="trace so many updates, print their parts"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -7,6 +7,7 @@ from typing import Any
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
+from torch.profiler import record_function
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
@@ -82,7 +83,8 @@ class _Stages(PipelineModule):
         self._bounds = bounds
 
         def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
-            return mean_loss(layers.token_losses(logits_BTv, labels_BT))
+            with record_function("forward"):
+                return mean_loss(layers.token_losses(logits_BTv, labels_BT))
 
         with unannounced():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
@@ -91,6 +93,11 @@ class _Stages(PipelineModule):
         self._tied = [(table, group) for table in tables if group is not None]
         for table in filter(copied, tables):
             table.ds_pipe_replicated = True  # counts once in the gradient norm
+
+    def forward(self, payload: Any) -> Any:
+        """The layers of the stage, marked for the profiler."""
+        with record_function("forward"):
+            return super().forward(payload)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, ProcessGroup]]:
         """Whose gradients DeepSpeed sums over stages before it sums them over copies of the model."""

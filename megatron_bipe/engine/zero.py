@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
@@ -53,7 +54,8 @@ class ZeroEngine(DeepSpeedEngine):
         self._set_lr(lr)
         losses = []
         for batch in micro_batches:
-            loss = self._loss(batch)
+            with record_function("forward"):
+                loss = self._loss(batch)
             self._engine.backward(loss)
             losses.append(loss.detach())
             self._engine.step()

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from torch import Tensor
+from torch.profiler import record_function
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps, check_data
@@ -79,7 +80,8 @@ class Feed:
         for micro_windows in self.windows(first_sample).reshape(shape)[:, self._mesh.data_rank]:
             self._shard_check.raise_found()
             began_s = time.perf_counter()
-            batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
+            with record_function("data"):
+                batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
             self._reading_s += time.perf_counter() - began_s
             yield batch
 

@@ -7,6 +7,7 @@ from megatron_bipe.engine.api import Engine
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
@@ -22,6 +23,7 @@ class Parts(NamedTuple):
     watchdog: Watchdog
     recovery: Recovery
     stop_request: StopRequest
+    profile: Profile
 
 
 def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progress:
@@ -36,7 +38,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
     Returns:
         How far the run then is.
     """
-    engine, feed, metrics, watchdog, recovery, stop_request = parts
+    engine, feed, metrics, watchdog, recovery, stop_request, profile = parts
     if progress.valid_owed:
         _validate(parts, progress)
     save_owed, stopping = False, stop_request.agreed()
@@ -46,6 +48,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
         done = progress.step
         result = engine.train_step(watchdog.over(f"step {done}", feed.train_batches(samples[0])), lr)
         metrics.step(done, samples, result, lr)
+        profile.step_done()
         stopping = stop_request.agreed()
         if _due(done, run.train.check_replicas_every):
             engine.check_replicas(done)

@@ -13,6 +13,7 @@ from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import peak_flops
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.stopping import StopRequest
@@ -28,6 +29,7 @@ def go_on(
     watchdog: Watchdog,
     stop_request: StopRequest,
     stop: int,
+    profile: Profile,
 ) -> bool:
     """Train from the newest good checkpoint on; all ranks call this together.
 
@@ -39,6 +41,7 @@ def go_on(
         watchdog: entered.
         stop_request: from now on of all ranks together.
         stop: updates done at the end.
+        profile: of some of them.
 
     Returns:
         Whether it came there; False where it was asked to stop before.
@@ -50,7 +53,8 @@ def go_on(
     began_at_s = read_events(run.run_dir)[0]["time"] if mesh.is_main else None
     metrics = Metrics(run, mesh, progress, peak_flops(mesh.device, DTYPES[run.train.precision]), began_at_s)
     recovery = Recovery(run, engine, feed, events, progress)
-    progress = train(run, Parts(engine, feed, metrics, watchdog, recovery, stop_request), progress, stop)
+    progress = train(run, Parts(engine, feed, metrics, watchdog, recovery, stop_request, profile), progress, stop)
+    profile.close()
     metrics.close()
     finished = progress.step == stop and not (stop_request.granted and progress.valid_owed)
     goodput = metrics.goodput() if mesh.is_main else None

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,8 +56,9 @@ def line(tmp_path_factory, free_port):
     data = [f"data.path={folder / 'train'}", f"data.valid_path={folder / 'valid'}", *SETTINGS]
     first = pretrain("--stop-step", 4, settings=[*data, f"run_dir={folder / 'run'}"], ranks=2, port=free_port())
     second = pretrain(settings=[*data, f"run_dir={folder / 'run'}"], ranks=2, port=free_port())
-    pretrain(settings=[*data, f"run_dir={folder / 'undisturbed'}"], ranks=2, port=free_port())
-    return {"folder": folder, "data": data, "first": first, "second": second}
+    undisturbed = [*data, f"run_dir={folder / 'undisturbed'}"]
+    profiled = pretrain("--profile", 2, settings=undisturbed, ranks=2, port=free_port())
+    return {"folder": folder, "data": data, "first": first, "second": second, "profiled": profiled}
 
 
 def _metrics(run_dir: Path) -> list[dict[str, float]]:
@@ -71,6 +73,13 @@ def test_line_dataset_is_sound(line):
     assert "inter" in python("tools/inspect_data.py", "show", line["folder"] / "train", "--tokens", 40)
     manifest = json.loads((line["folder"] / "train" / "manifest.json").read_text())
     assert manifest["source"]["malformed_lines"] == 1
+
+
+def test_line_profile_tells_the_parts_of_steps_and_leaves_a_trace_of_every_rank(line):
+    shares = dict(re.findall(r"^  (\w+) .* (\d+\.\d)%$", line["profiled"], re.MULTILINE))
+    assert all(float(shares[part]) > 0 for part in ("data", "forward", "backward", "communication", "optimizer"))
+    traces = (line["folder"] / "undisturbed/profile").iterdir()
+    assert sorted(trace.name for trace in traces) == ["rank_0.json.gz", "rank_1.json.gz"]
 
 
 def test_line_training_learns_and_continues_bit_for_bit(line):

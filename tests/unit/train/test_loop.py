@@ -14,6 +14,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.events import Events, read_events
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
@@ -94,7 +95,7 @@ def start(tmp_path):
         progress = progress or Progress(step=start, samples=256 * start)
         metrics = Metrics(run, MAIN, progress, None)
         recovery = Recovery(run, notes, notes, events, progress)
-        parts = Parts(notes, notes, metrics, notes, recovery, stop_request or StopRequest())
+        parts = Parts(notes, notes, metrics, notes, recovery, stop_request or StopRequest(), Profile(0, tmp_path, MAIN))
         end = train(run, parts, progress, stop)
         metrics.close()
         return SimpleNamespace(notes=notes, end=end, run=run, run_dir=tmp_path)

@@ -1,0 +1,127 @@
+"""`--profile`: what the time of a few updates went into, on this rank, as a table and as a trace of torch's profiler.
+
+An operation belongs to the part of the step that it was called in. Backward is what autograd calls, recomputation
+included; the optimizer marks itself; collectives count by themselves wherever they are called. What is left is the
+engine's: casts, sums and the norm of gradients.
+"""
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+import torch
+from torch.autograd import DeviceType
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile
+
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.parallel.mesh import Mesh
+
+_log = logging.getLogger(__name__)
+
+WARM_UP_STEPS = 2  # allocate, compile and choose kernels; they are left out
+PARTS = ("data", "forward", "backward", "communication", "optimizer", "engine")
+
+# Beginnings of operations' names, and what they are part of; the innermost that is found decides.
+_PART_OF = {
+    "data": "data",  # marked by the feed
+    "forward": "forward",  # marked by the engines
+    "autograd::engine": "backward",
+    "Optimizer.step": "optimizer",
+    "c10d::": "communication",
+    "_c10d_functional::": "communication",
+    "gloo:": "communication",
+    "nccl:": "communication",
+    "record_param_comms": "communication",
+}
+
+
+class Profile:
+    """Watches some updates after the warm-up, and says where their time went.
+
+    Args:
+        steps: updates to watch; 0: none.
+        run_dir: `profile/` in it gets a trace of every rank, for chrome://tracing or Perfetto.
+        mesh: this process among the ranks.
+
+    Raises:
+        ConfigError: less than none are asked for.
+    """
+
+    def __init__(self, steps: int, run_dir: Path, mesh: Mesh) -> None:
+        if steps < 0:
+            raise ConfigError(f"{steps} updates cannot be watched", remedy="Give a number from 1 on", place="--profile")
+        self._steps, self._folder, self._mesh = steps, run_dir / "profile", mesh
+        self._done, self._began_s = 0, 0.0
+        self._profiler: profile | None = None
+
+    def step_done(self) -> None:
+        """Count an update."""
+        self._done += 1
+        if self._steps > 0 and self._done == WARM_UP_STEPS:
+            self._start()
+        elif self._profiler is not None and self._done == WARM_UP_STEPS + self._steps:
+            self._finish(self._profiler)
+
+    def close(self) -> None:
+        """The run ends here: say what was seen of it."""
+        if self._profiler is not None:
+            self._steps = self._done - WARM_UP_STEPS
+            self._finish(self._profiler)
+        elif self._steps and self._done <= WARM_UP_STEPS:
+            _log.warning("--profile: the run ended after %d updates, of which %d warm up", self._done, WARM_UP_STEPS)
+
+    def _start(self) -> None:
+        activities = [ProfilerActivity.CPU]
+        if self._mesh.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        self._profiler = profile(activities=activities, acc_events=True)
+        self._profiler.start()
+        self._began_s = self._now_s()
+
+    def _finish(self, profiler: profile) -> None:
+        wall_s = self._now_s() - self._began_s
+        profiler.stop()
+        self._profiler = None
+        self._folder.mkdir(parents=True, exist_ok=True)
+        trace = self._folder / f"rank_{self._mesh.rank}.json.gz"
+        profiler.export_chrome_trace(str(trace))
+        if self._mesh.is_main:
+            seconds = seconds_by_part(profiler.events(), on_gpu=self._mesh.device.type == "cuda")
+            _log.info("%s", table(seconds, wall_s, self._steps))
+            _log.info("traces of all ranks: %s", self._folder)
+
+    def _now_s(self) -> float:
+        if self._mesh.device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+def seconds_by_part(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[str, float]:
+    """Time of the operations of each part: of their kernels on a GPU, of themselves on a CPU."""
+    seconds: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
+    for event in events:
+        if event.device_type == DeviceType.CPU and not event.is_async:
+            own_us = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+            seconds[_part_of(event)] += own_us * 1e-6
+    return dict(seconds)
+
+
+def table(seconds: Mapping[str, float], wall_s: float, steps: int) -> str:
+    """A line for each part: seconds an update, and its share of the time on the clock."""
+    lines = [f"{steps} updates of {wall_s / steps:.4f} s under the profiler"]
+    rest = {"in no operation": max(0.0, wall_s - sum(seconds.values()))}  # Python, or waiting for other ranks
+    lines += [f"  {part:16} {own / steps:9.4f} s {own / wall_s:7.1%}" for part, own in (dict(seconds) | rest).items()]
+    return "\n".join(lines)
+
+
+def _part_of(event: FunctionEvent) -> str:
+    caller: FunctionEvent | None = event
+    while caller is not None:
+        for start, part in _PART_OF.items():
+            if caller.name.startswith(start):
+                return part
+        caller = caller.cpu_parent
+    return "engine"
