@@ -28,9 +28,9 @@ from megatron_bipe.engine.index import (
     not_whole,
     save_index,
 )
-from megatron_bipe.engine.tensor_file import write_tensors
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layers import Share
+from megatron_bipe.tensor_file import write_tensors
 
 WEIGHT = "weight"
 KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # the latter as torch's Adam names its running means
@@ -79,7 +79,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], rand
     tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
     tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
     about = {f.name: _saved(f, path.name).model_dump() for f in held}
-    return write_tensors(path, tensors, {_ABOUT: json.dumps(about)})
+    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(about)})._asdict())
 
 
 def write_index(folder: Path, about: About, files: Mapping[str, FileRecord]) -> None:
@@ -157,12 +157,12 @@ class StateReader:
 
     def _elements(self, kind: str, name: str, rank: int, start: int, stop: int) -> Tensor:
         """Elements of a share, from as many files as have them; only these bytes are read."""
-        parts = [torch.empty(0)]
+        parts = []
         for run in sorted(self.index.parameters[name].runs, key=lambda run: run.start):
             first, last = max(start, run.start), min(stop, run.start + run.size)
             if run.tensor_rank == rank and first < last:
                 parts.append(self._read(run, f"{name}:{kind}", first - run.start, last - run.start))
-        return torch.cat(parts)
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
 
     def _read(self, run: SavedRun, key: str, start: int, stop: int) -> Tensor:
         try:

@@ -15,19 +15,20 @@ from typing import Any, NamedTuple
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
+from megatron_bipe.hf.checksums import write_checksums
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
 from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.settings import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.tokenizer_files import TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weights import LlamaWeights
 from megatron_bipe.model.plan import build_model
+from megatron_bipe.tensor_file import write_tensors
 
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest
 # mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
@@ -60,8 +61,8 @@ def export_model(
 ) -> float:
     """Write an HF folder and return its parity figure.
 
-    Memory: the weights of one shard at a time, then one layer at a time and the logits of the windows; what `weights`
-    reads when it is asked is not held beyond that.
+    Memory: one weight at a time, then one layer at a time and the logits of the windows; what `weights` reads when it
+    is asked is not held beyond that.
 
     Args:
         weights: plan names, whole tensors.
@@ -82,7 +83,8 @@ def export_model(
     options = options or ExportOptions()
     with _published(Path(folder), options.overwrite) as draft:
         shapes = _shapes(config, options.dtype)
-        _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
+        files = _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
+        write_checksums(draft, files)
         settings = hf_settings(config, data, options.dtype)
         _write_json(draft / CONFIG, settings)
         _write_json(draft / "generation_config.json", generation_settings(config, data))
@@ -128,15 +130,33 @@ def _write_code(folder: Path) -> None:
 
 def _write_weights(
     weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], folder: Path, max_shard_bytes: int
-) -> None:
-    """safetensors, in one file or in shards with an index; one shard is in memory at a time."""
+) -> dict[str, str]:
+    """safetensors, in one file or in shards with an index; one weight is in memory at a time. Checksums by file."""
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=pattern, max_shard_size=max_shard_bytes)
+    stored, sums = _Stored(weights, shapes), {}
     for file, names in split.filename_to_tensors.items():
-        shard = {name: _as_stored(weights, name, shapes[name]) for name in names}
-        save_file(shard, folder / file, metadata={"format": "pt"})
+        like = {name: shapes[name] for name in names}
+        sums[file] = write_tensors(folder / file, stored, {"format": "pt"}, like).sha256
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
+    return sums
+
+
+class _Stored(Mapping[str, Tensor]):
+    """Weights as they go into the files, each cut and rounded when it is asked for."""
+
+    def __init__(self, weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> None:
+        self._weights, self._shapes = weights, shapes
+
+    def __getitem__(self, name: str) -> Tensor:
+        return _as_stored(self._weights, name, self._shapes[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._shapes)
+
+    def __len__(self) -> int:
+        return len(self._shapes)
 
 
 def _as_stored(weights: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
@@ -171,7 +191,6 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
         draft.mkdir()
         yield draft
         for file in draft.iterdir():
-            file.chmod(0o644)  # safetensors writes for the owner only
             sync(file)
         if folder.exists():
             folder.rename(scratch / "replaced")

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.checksums import check_file
 from megatron_bipe.hf.weights import from_llama
 from megatron_bipe.model.block import Block
 from megatron_bipe.model.plan import build_model
@@ -157,6 +158,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
         if not file.is_file():
             raise CheckpointError(f"the weights {file.name} are missing", remedy=_OURS, place=folder)
         try:
+            check_file(file)
             with safe_open(str(file), framework="pt") as shard:
                 weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:

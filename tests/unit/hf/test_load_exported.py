@@ -1,3 +1,4 @@
+import hashlib
 import json
 
 import pytest
@@ -97,9 +98,31 @@ def test_load_of_damaged_config_refuses(folder, content):
         load_exported(folder)
 
 
+def test_load_of_weights_with_a_flipped_bit_refuses(folder):
+    weights = folder / "model.safetensors"
+    whole = weights.read_bytes()
+    for place in (0, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        with pytest.raises(CheckpointError, match=r"not as they were exported.*SHA256SUMS"):
+            load_exported(folder)
+    (folder / "SHA256SUMS").unlink()  # as the message says; the last byte of a weight is all that differs
+    load_exported(folder)
+
+
+def test_load_goes_by_the_checksums_of_sha256sum(folder):
+    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    assert (folder / "SHA256SUMS").read_text() == f"{sha256}  model.safetensors\n"
+    (folder / "SHA256SUMS").write_text(f"{sha256}  another\n")
+    load_exported(folder)
+    (folder / "SHA256SUMS").write_text("nothing\n")
+    with pytest.raises(CheckpointError, match="no list of checksums"):
+        load_exported(folder)
+
+
 def test_load_of_damaged_weights_refuses(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
+    (folder / "SHA256SUMS").unlink()
     for content in (b"", whole[:100], whole[:-5], b"\xff" * 50):
         weights.write_bytes(content)
         with pytest.raises(CheckpointError, match="cannot be read"):
@@ -123,6 +146,7 @@ def test_load_with_missing_shard_or_damaged_index_refuses(folder):
 
 def test_load_of_weights_in_another_layout_refuses(folder, tiny, plan_of):
     weights = to_llama(plan_of(tiny(num_kv_heads=2)).state_dict(), tiny(num_kv_heads=2))
+    (folder / "SHA256SUMS").unlink()
     save_file({name: weight.contiguous() for name, weight in weights.items()}, folder / "model.safetensors")
     with pytest.raises(CheckpointError, match="do not fit"):
         load_exported(folder)

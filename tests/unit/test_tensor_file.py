@@ -8,8 +8,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from megatron_bipe.engine import tensor_file
-from megatron_bipe.engine.tensor_file import write_tensors
+from megatron_bipe import tensor_file
+from megatron_bipe.tensor_file import write_tensors
 
 TENSORS = {
     "a": torch.arange(7.0),
@@ -33,6 +33,24 @@ def test_write_tensors_is_read_back_by_the_library(tmp_path, monkeypatch, names,
         assert file.metadata() == {"about": "it", "quotes": '"\u00e9'}
     content = (tmp_path / "x").read_bytes()
     assert (record.bytes, record.sha256) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_write_tensors_asks_for_one_at_a_time_in_the_type_it_is_told(tmp_path, dtype):
+    asked = []
+
+    class Reads(dict):
+        def __getitem__(self, name):
+            asked.append((name, (tmp_path / "x").stat().st_size))
+            return super().__getitem__(name)
+
+    tensors = {name: torch.randn(300, 40).to(dtype) for name in "ab"}
+    like = {name: tensors[name].to("meta") for name in "ba"}
+    write_tensors(tmp_path / "x", Reads(tensors), {}, like)
+    (first, at_first), (second, at_second) = asked
+    assert (first, second) == ("b", "a") and at_second - at_first == tensors["b"].nbytes
+    found = load_file(tmp_path / "x")
+    assert all(found[name].dtype == dtype and torch.equal(found[name], tensors[name]) for name in "ab")
 
 
 def test_write_tensors_other_type_is_refused(tmp_path):

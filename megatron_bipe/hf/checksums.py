@@ -1,0 +1,41 @@
+"""SHA256SUMS of an exported folder: the checksums of its weights, as `sha256sum --check` reads them."""
+
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+
+from megatron_bipe.errors import CheckpointError
+
+SUMS = "SHA256SUMS"
+
+
+def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
+    """Write the file; `sums` has lower-case hex by the name of each weights file."""
+    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
+
+
+def check_file(path: Path) -> None:
+    """Compare a file of a model folder with its checksum, where there is one: other tools write none.
+
+    Raises:
+        CheckpointError: it is not as it was written, or the checksums cannot be read.
+    """
+    listing = path.parent / SUMS
+    if not listing.is_file():
+        return
+    try:
+        sums = {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
+    except ValueError as error:
+        raise CheckpointError(
+            "this is no list of checksums", remedy="Export the model again, or remove the file", place=listing
+        ) from error
+    if path.name not in sums:
+        return
+    with path.open("rb") as stream:
+        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    if found != sums[path.name]:
+        raise CheckpointError(
+            f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {sums[path.name]}",
+            remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
+            place=path,
+        )
