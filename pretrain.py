@@ -21,6 +21,7 @@ from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.hardware import keep_freed_memory
+from megatron_bipe.train.init_from import begin_from_model
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
 from megatron_bipe.train.session import go_on
@@ -53,6 +54,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
+            begin_from_model(run)
         finished = go_on(
             run, mesh, engine, feed, watchdog, stop_request, stop, Profile(args.profile, run.run_dir, mesh)
         )

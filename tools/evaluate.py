@@ -10,7 +10,6 @@ import torch
 from tqdm import tqdm
 
 from _cli import run_tool
-from _models import load_subject
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
@@ -23,6 +22,7 @@ from megatron_bipe.eval.subsets import Line, Subset
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.hardware import keep_freed_memory
+from megatron_bipe.train.models import load_subject
 
 HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)

@@ -14,7 +14,6 @@ import yaml
 from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
-from _models import WeightsOnDisk
 from _samples import random_windows
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
@@ -30,6 +29,7 @@ from megatron_bipe.hf.export import ExportOptions, Windows, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.train.models import WeightsOnDisk
 from megatron_bipe.train.run_folder import read_record
 
 log = logging.getLogger(__name__)

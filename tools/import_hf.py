@@ -15,7 +15,6 @@ from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
 from _samples import random_windows
-from _start import start_run
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
@@ -27,6 +26,7 @@ from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, PublishedModel, rea
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.train.init_from import start_run
 
 
 def main() -> None:

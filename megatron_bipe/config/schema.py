@@ -164,6 +164,9 @@ class TrainConfig(_Section):
     """Compute precision; bf16 keeps fp32 master weights and moments."""
     seed: NonNegative = 1234
     """Of the initial weights and of the sample order."""
+    init_from: Folder | None = None
+    """Model that a new run begins with: an exported folder, or RUN_DIR[@STEP]; the optimizer begins anew. Null: random
+    weights. A run that has a checkpoint goes on from that."""
     log_every: Positive = 10
     """Steps between progress lines; metrics.jsonl gets every step."""
     valid_every: NonNegative = 1000

@@ -13,10 +13,12 @@ from megatron_bipe.config.schema import ModelConfig, TrainConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
+from megatron_bipe.train.models import WeightsOnDisk
 from tests.dist.commands import MODEL, TEXTS, options, run_all
 
 IMPORT = [sys.executable, "tools/import_hf.py", "--input"]
@@ -63,6 +65,42 @@ def test_training_goes_on_from_an_imported_model(place, tied):
     assert first["loss/train_nats"] == pytest.approx(expected, rel=1e-5)
     again = run_all([[*IMPORT, str(folder), "--checkpoint", str(place / "run"), *settings]])[0]
     assert again.code == 2 and "the run has checkpoints already" in again.output
+
+
+PRETRAIN = [sys.executable, "pretrain.py", "--ds_config", "ds_configs/zero1.json"]
+
+
+def first_line(run_dir):
+    return json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+
+
+def test_training_begins_from_the_model_that_the_run_names(place):
+    config = ModelConfig(**yaml.safe_load(MODEL.partition("=")[2]), train_len_tokens=32, init_std=0.2)
+    plan = build_model(config, seed=9)
+    folder = model_folder(place / "model", place / "data", dict(plan.named_parameters()), config)
+    from_folder = options(place / "data", place / "run", f"train.init_from={folder}")
+    gone = options(place / "data", place / "gone", "train.init_from=no/such@3")
+    done, refused = run_all([[*PRETRAIN, *from_folder, "--stop-step", "2"], [*PRETRAIN, *gone]])
+    assert done.code == 0, done.output
+    assert refused.code == 2 and "no such folder" in refused.output and "Traceback" not in refused.output
+
+    from_run = options(place / "data", place / "next", f"train.init_from={place / 'run'}@2")
+    onwards, begun = run_all([[*PRETRAIN, *from_folder], [*PRETRAIN, *from_run]])
+    assert onwards.code == begun.code == 0, onwards.output + begun.output
+
+    blend = Blend([TokenDataset(place / "data")], None, 32, TrainConfig().seed)
+    batch = make_batch(blend, blend.window_indices(0, 8), 32, config.intra_size - 1)
+
+    def loss_of(model):
+        with torch.no_grad():
+            return float(token_losses(model(tuple(batch)[:3]), batch.labels_BT).mean())
+
+    assert first_line(place / "run")["loss/train_nats"] == pytest.approx(loss_of(plan), rel=1e-5)
+    assert "continuing" in onwards.output  # from its own checkpoint, not from the model again
+    trained = build_model(config)
+    trained.load_state_dict(dict(WeightsOnDisk(find_checkpoint(f"{place / 'run'}@2"), torch.float32)))
+    assert first_line(place / "next")["loss/train_nats"] == pytest.approx(loss_of(trained), rel=1e-5)
+    assert loss_of(trained) != pytest.approx(loss_of(plan), rel=1e-3)
 
 
 def test_import_into_a_run_that_it_does_not_suit_refuses(place):

@@ -13,9 +13,7 @@ from _machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other tools' helpers
 
-from _models import WeightsOnDisk
 from _samples import random_windows
-from _start import write_step_zero
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
 from megatron_bipe.data.segments import SegmentRule
@@ -23,6 +21,8 @@ from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.model.plan import build_model
+from megatron_bipe.train.init_from import write_step_zero
+from megatron_bipe.train.models import WeightsOnDisk
 
 RULE = SegmentRule(spec="[3,5]", token_ids=(3, 5))
 WINDOW_TOKENS = 64

@@ -18,10 +18,24 @@ from megatron_bipe.engine.publish import begin, publish
 from megatron_bipe.engine.state_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.subject import Subject, check_suits
+from megatron_bipe.train.models import load_subject, master_weights
 from megatron_bipe.train.run_folder import write_run_folder
 
 # What may differ between a model and the run that continues it; all else is built into the weights.
 _FREE = {"init_std", "train_len_tokens", "log_scale", "rope_scaling"}
+
+
+def begin_from_model(run: RunConfig) -> None:
+    """Give the run the weights of the model that `train.init_from` names, where it has no checkpoint yet.
+
+    Raises:
+        CheckpointError: there is no such model, or it is incomplete or damaged.
+        ConfigError, DataError: as `start_run`.
+    """
+    source = run.train.init_from
+    if source is not None and not list_steps(run.run_dir):
+        subject = load_subject(source)
+        start_run(run, subject, master_weights(source, subject))
 
 
 def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -> Path:

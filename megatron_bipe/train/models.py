@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from megatron_bipe.config.load import load_run_config
@@ -23,11 +24,32 @@ def load_subject(spec: str) -> Subject:
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
-    if (Path(spec) / "config.json").is_file():
+    checkpoint = _checkpoint(spec)
+    if checkpoint is None:
         return exported_subject(Path(spec))
+    return _checkpoint_subject(checkpoint, named_step=checkpoint.run_dir != Path(spec))
+
+
+def master_weights(spec: str, subject: Subject) -> Mapping[str, Tensor]:
+    """Weights under the plan's names: of a run the fp32 ones that the optimizer works on, else as they were exported.
+
+    Args:
+        spec: as `load_subject` takes it.
+        subject: what that gave.
+    """
+    checkpoint = _checkpoint(spec)
+    if checkpoint is None:  # a tied output is not named again
+        return {name: weight.detach() for name, weight in subject.model.named_parameters()}
+    return WeightsOnDisk(checkpoint, torch.float32)
+
+
+def _checkpoint(spec: str) -> Checkpoint | None:
+    """What a run folder is named for; None for an exported model."""
+    if (Path(spec) / "config.json").is_file():
+        return None
     run_dir = Path(spec if Path(spec).exists() else spec.rpartition("@")[0] or spec)
     if is_run_dir(run_dir):
-        return _checkpoint_subject(find_checkpoint(spec), named_step=run_dir != Path(spec))
+        return find_checkpoint(spec)
     what = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
     raise CheckpointError(
         what,
@@ -47,11 +69,16 @@ def _checkpoint_subject(checkpoint: Checkpoint, named_step: bool) -> Subject:
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):
-    """The weights of a checkpoint as `read_weights` gives them, each read when it is asked for, and not kept."""
+    """The weights of a checkpoint, each read when it is asked for, and not kept.
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    Args:
+        checkpoint: which.
+        dtype: of the weights; None: as `read_weights` gives them, in the run's compute precision.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
         self._reader = StateReader(checkpoint.folder)
-        self._dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
+        self._dtype = dtype or DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
 
     def __getitem__(self, name: str) -> Tensor:
         return self._reader.whole(WEIGHT, name).to(self._dtype)
