@@ -82,7 +82,7 @@ def evaluate_documents(
     nats = np.zeros(num_documents * NUM_PLACES)
     counts = np.zeros(num_documents * NUM_PLACES, dtype=np.int64)
     for rows, losses_BP in window_losses(subject, dataset, windows, settings, progress):
-        offsets = np.arange(losses_BP.shape[1])
+        offsets = windows.num_context[rows[0]] + np.arange(losses_BP.shape[1])
         predicted_BP = windows.starts[rows][:, None] + offsets + 1
         document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
         place_P = offsets * NUM_PLACES // length_tokens

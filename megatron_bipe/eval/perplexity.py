@@ -112,7 +112,8 @@ def window_losses(
     longest = int(windows.num_inputs.max())
     for rows in _batches(windows, max(1, settings.batch_tokens // longest)):
         batch = _read(dataset, windows, rows, subject.config.intra_size - 1)
-        losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch)))
+        num_context = int(windows.num_context[rows[0]])
+        losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch)), num_context)
         total_nats = losses_BP.sum()
         if not math.isfinite(total_nats):
             raise CheckpointError(
@@ -140,16 +141,18 @@ def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
 
 
 def _batches(windows: Windows, num_together: int) -> Iterator[IntArray]:
-    """Row numbers of windows of equal size, at most `num_together` at a time."""
-    for size in np.unique(windows.num_inputs)[::-1]:
-        rows = np.flatnonzero(windows.num_inputs == size)
+    """Row numbers of windows of equal size and context, at most `num_together` at a time."""
+    kinds, kind_of = np.unique(np.stack([windows.num_inputs, windows.num_context]), axis=1, return_inverse=True)
+    for kind in reversed(range(kinds.shape[1])):
+        rows = np.flatnonzero(kind_of == kind)
         yield from np.split(rows, range(num_together, rows.size, num_together))
 
 
 def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) -> Batch[Tensor]:
     """Windows of equal size with their ids; the labels are [B, P] with P <= T."""
-    num_inputs, num_predictions = int(windows.num_inputs[rows[0]]), int(windows.num_predictions[rows[0]])
-    reach = max(num_inputs, num_predictions + 1)
+    num_inputs, first_label = int(windows.num_inputs[rows[0]]), int(windows.num_context[rows[0]]) + 1
+    end = first_label + int(windows.num_predictions[rows[0]])
+    reach = max(num_inputs, end)
     starts = windows.starts[rows].tolist()
     tokens = np.stack([dataset.tokens(start, start + reach) for start in starts]).astype(np.int64)
     vocab_size = dataset.manifest.tokenizer.vocab_size
@@ -161,16 +164,19 @@ def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) ->
         )
     ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
     intra, inter = bilevel_ids(window_ends(ends, dataset.rule), clip)
-    arrays = (tokens[:, :num_inputs], intra, inter, tokens[:, 1 : num_predictions + 1])
+    arrays = (tokens[:, :num_inputs], intra, inter, tokens[:, first_label:end])
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
 
 @torch.inference_mode()
-def _losses(model: nn.Sequential, batch: Batch[Tensor]) -> FloatArray:
-    """Losses of all labels in nats [B, P]; the head runs over parts, since logits dwarf everything else."""
+def _losses(model: nn.Sequential, batch: Batch[Tensor], num_context: int) -> FloatArray:
+    """Losses of all labels in nats [B, P], the first that of token `num_context`.
+
+    The head runs over parts, since logits dwarf everything else.
+    """
     hidden_BTD, positions_BT = model[:-1]((batch.tokens_BT, batch.intra_BT, batch.inter_BT))
     num_predictions = batch.labels_BT.shape[1]
-    hidden_parts = hidden_BTD[:, :num_predictions].flatten(0, 1).split(HEAD_TOKENS)
+    hidden_parts = hidden_BTD[:, num_context : num_context + num_predictions].flatten(0, 1).split(HEAD_TOKENS)
     label_parts = batch.labels_BT.flatten().split(HEAD_TOKENS)
     parts = []
     for hidden_KD, labels_K in zip(hidden_parts, label_parts, strict=True):

@@ -1,4 +1,4 @@
-"""How a corpus is cut into evaluation windows: the two protocols, and nothing of the model.
+"""How a corpus is cut into evaluation windows: the protocols, and nothing of the model.
 
 W windows
 """
@@ -12,10 +12,13 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.types import IntArray
 
-Protocol = Literal["full", "reference"]
+Protocol = Literal["full", "sliding", "reference"]
 PROTOCOLS: dict[Protocol, str] = {
     "full": "windows of L tokens, each with the next token as its last label, the last window shorter: every token but "
     "the first is predicted once, at every length; mean over predictions",
+    "sliding": "windows of L tokens, each L/2 after the one before, in which the first L/2 labels are context alone: "
+    "every token but the first is predicted once, from at least L/2 tokens if as many come before it; mean over "
+    "predictions",
     "reference": "the authors' protocol: documents in groups of 1000, each group's tokens cut into blocks of L, its "
     "remainder and one whole block dropped; L - 1 predictions a block; mean over blocks",
 }
@@ -29,13 +32,15 @@ class Windows(NamedTuple):
     """First token of the window in the corpus."""
     num_inputs: IntArray
     """Tokens that the model reads."""
+    num_context: IntArray
+    """Tokens at the start whose labels do not count."""
     num_predictions: IntArray
-    """Labels that count: those of the window's first tokens."""
+    """Labels that count: those of the tokens after that."""
 
     @property
     def num_tokens(self) -> int:
         """Tokens of the corpus that any window touches."""
-        reach = np.maximum(self.num_inputs, self.num_predictions + 1)
+        reach = np.maximum(self.num_inputs, self.num_context + self.num_predictions + 1)
         overlap = np.maximum(0, (self.starts + reach)[:-1] - self.starts[1:])
         return int(reach.sum() - overlap.sum())
 
@@ -54,7 +59,9 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
             place="--lengths",
         )
     if protocol == "full":
-        windows = _cut_all(num_tokens, length_tokens)
+        windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens)
+    elif protocol == "sliding":
+        windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens // 2)
     else:
         bounds = np.minimum(dataset.document_bounds(), num_tokens)
         windows = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
@@ -62,7 +69,7 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
         limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
         rule = (
             f"of {length_tokens} and its last label need {length_tokens + 1}"
-            if protocol == "full"
+            if protocol != "reference"
             else f"of {length_tokens} that the reference protocol keeps needs a group of {2 * length_tokens}"
         )
         raise DataError(
@@ -73,10 +80,13 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
     return windows
 
 
-def _cut_all(num_tokens: int, length_tokens: int) -> Windows:
-    starts = np.arange(0, max(num_tokens - 1, 0), length_tokens, dtype=np.int64)
-    sizes = np.minimum(length_tokens, num_tokens - 1 - starts)
-    return Windows(starts, sizes, sizes)
+def _cut_all(num_tokens: int, length_tokens: int, stride_tokens: int) -> Windows:
+    """Windows a stride apart; of those after the first, what overlaps the one before is context."""
+    num_labels, overlap = num_tokens - 1, length_tokens - stride_tokens
+    starts = np.arange(0, max(num_labels - overlap, min(num_labels, 1)), stride_tokens, dtype=np.int64)
+    num_inputs = np.minimum(length_tokens, num_labels - starts)
+    num_context = np.where(starts > 0, overlap, 0)
+    return Windows(starts, num_inputs, num_context, num_inputs - num_context)
 
 
 def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> Windows:
@@ -87,4 +97,5 @@ def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> Windows:
         starts.append(first + length_tokens * np.arange(num_blocks, dtype=np.int64))
     joined = np.concatenate(starts)
     # The model reads the block's last token too, as the authors' does: dynamic RoPE scaling looks at the length.
-    return Windows(joined, np.full_like(joined, length_tokens), np.full_like(joined, length_tokens - 1))
+    sizes = np.full_like(joined, length_tokens)
+    return Windows(joined, sizes, np.zeros_like(joined), sizes - 1)

@@ -18,7 +18,7 @@ from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from tests.unit.eval.test_evaluate_command import TOOLS, evaluate, save_run  # noqa: F401  (fixtures)
 
 
-@pytest.mark.parametrize("protocol", ["full", "reference"])
+@pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject, documents, protocol):
     dataset, subject, settings = make_dataset(documents), make_subject(), Settings(protocol=protocol, batch_tokens=40)
     for length in (16, 24):
@@ -26,6 +26,8 @@ def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject
         expected = evaluate_perplexity(subject, dataset, length, settings)
         assert found.counts_DP.sum() == expected.num_predictions
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
+        if protocol == "sliding":  # places are those in the window: its first half counts in the first window alone
+            assert found.counts_DP[:, : NUM_PLACES // 2].sum() == length // 2
 
 
 def test_evaluate_documents_puts_each_loss_to_its_document_and_place(make_dataset, make_subject, documents):

@@ -79,6 +79,20 @@ def test_reference_equals_the_authors_loop_over_batches(
     assert result.num_tokens_dropped == 173 - len(blocks) * length == 173 - result.num_tokens_read
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("length", [2, 7, 60])
+def test_sliding_equals_a_plain_loop(make_dataset, make_subject, documents, encoding, length):
+    subject, corpus, stride = make_subject(encoding), np.concatenate(documents).tolist(), length // 2
+    losses, start = [], 0
+    while len(losses) < len(corpus) - 1:
+        window = plain_losses(subject, corpus[start : start + length + 1], closing(None))
+        losses += [float(loss) for loss in window[len(losses) - start :]]
+        start += stride
+    result = evaluate_perplexity(subject, make_dataset(documents), length, Settings(protocol="sliding"))
+    assert result.nats_per_token == pytest.approx(np.mean(losses), abs=2e-6)
+    assert (result.num_predictions, result.num_tokens_read, result.num_tokens_dropped) == (172, 173, 0)
+
+
 def test_reference_feeds_whole_blocks_to_length_dependent_scaling(make_dataset, make_subject, documents):
     scaling = {"type": "dynamic", "factor": 4.0}
     subject = make_subject("rope", rope_scaling=scaling, train_len_tokens=19)
@@ -103,7 +117,7 @@ def test_full_predicts_the_same_targets_at_every_length(make_dataset, make_subje
     assert {(result.num_tokens_read, result.num_tokens_dropped) for result in results} == {(173, 0)}
 
 
-@pytest.mark.parametrize("protocol", ["full", "reference"])
+@pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 def test_max_tokens_equals_a_dataset_of_so_many_tokens(make_dataset, make_subject, documents, protocol):
     subject = make_subject()
     short = [documents[0], documents[1], documents[2], documents[3][:6]]  # 98 tokens

@@ -35,6 +35,20 @@ def test_cut_windows_full_predicts_every_token_but_the_first_once(num_tokens, le
     assert windows.num_tokens == num_tokens
 
 
+@given(num_tokens=st.integers(3, 400), length=st.integers(2, 50))
+def test_cut_windows_sliding_predicts_every_token_once_from_half_a_window(num_tokens, length):
+    if num_tokens <= length:
+        return
+    windows = cut_windows(Corpus([num_tokens]), num_tokens, length, "sliding")
+    predicted = []
+    for start, size, context, count in zip(*(part.tolist() for part in windows), strict=True):
+        assert context + count == size <= length
+        assert context == (0 if start == 0 else length - length // 2)
+        predicted += range(start + context + 1, start + size + 1)
+    assert predicted == list(range(1, num_tokens))
+    assert windows.num_tokens == num_tokens
+
+
 @given(
     sizes=st.lists(st.integers(0, 3), min_size=1, max_size=3 * GROUP_DOCUMENTS).map(lambda sizes: sizes * 3),
     length=st.integers(2, 60),
@@ -63,20 +77,20 @@ def test_cut_windows_reference_drops_the_remainder_and_a_block_of_each_group_of_
     assert windows.starts.tolist() == [0, 300, 1000, 1300]
 
 
-@pytest.mark.parametrize("protocol", ["full", "reference"])
+@pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 @pytest.mark.parametrize("length", [1, 0, -5])
 def test_cut_windows_length_below_two_is_refused(protocol, length):
     with pytest.raises(ConfigError, match=f"a window of {length} token"):
         cut_windows(Corpus([100]), 100, length, protocol)
 
 
-@pytest.mark.parametrize(("protocol", "needed"), [("full", 101), ("reference", 200)])
+@pytest.mark.parametrize(("protocol", "needed"), [("full", 101), ("sliding", 101), ("reference", 200)])
 def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol, needed):
     corpus = Corpus([needed - 1])
     with pytest.raises(DataError, match=rf"there are {needed - 1} tokens to evaluate on; .* {needed}\."):
         cut_windows(corpus, corpus.num_tokens, 100, protocol)
     corpus = Corpus([needed])
-    assert cut_windows(corpus, corpus.num_tokens, 100, protocol).starts.tolist() == [0]
+    assert cut_windows(corpus, corpus.num_tokens, 100, protocol).starts[0] == 0
 
 
 def test_cut_windows_limit_shorter_than_a_window_names_the_option():
