@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 # Elements that are looked at together, in fp32: what stays in a core's cache, or what fills a GPU.
-_PART_ELEMENTS = {"cpu": 2**22, "cuda": 2**26}
+_PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def gradients_in_place(logits_Kv: Tensor, columns_K: Tensor, sums: RowSums, grad
 
 def _parts(logits_Kv: Tensor, *vectors_K: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Runs of rows, small enough to be looked at together."""
-    rows = max(1, _PART_ELEMENTS.get(logits_Kv.device.type, 2**22) // logits_Kv.shape[1])
+    rows = max(1, _PART_ELEMENTS.get(logits_Kv.device.type, 2**20) // logits_Kv.shape[1])
     return zip(logits_Kv.split(rows), *(vector.split(rows) for vector in vectors_K), strict=True)
 
 

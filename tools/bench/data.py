@@ -21,17 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import run_tool
 from bench._machine import describe_machine
+from bench._random_data import NUM_SHARDS, make_dataset
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.format import ShardWriter, choose_dtype
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.order import SampleOrder
-from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends
-from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
+from megatron_bipe.data.segments import bilevel_ids
+from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 BATCH, SEQ_LEN, CLIP = 256, 1024, 1023  # the 151M recipe
-VOCAB_SIZE, SEPARATOR, SEGMENT_LENGTH = 32000, 13, 13.7  # of the authors' rule on PG-19: mean segment 13.7 tokens
-DOCUMENT_TOKENS, NUM_SHARDS = 1500, 4
 Timed = dict[str, list[float]]
 
 
@@ -40,7 +37,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
-        dataset = _make_dataset(Path(folder), arguments.megatokens * 1_000_000)
+        dataset = make_dataset(Path(folder), arguments.megatokens * 1_000_000)
         order = SampleOrder(dataset.num_windows(SEQ_LEN), seed=0)
         print(describe_machine("numpy", "torch"))
         print(
@@ -145,25 +142,6 @@ def _print_table(times: Timed, base: str) -> None:
         median_s = statistics.median(seconds)
         print(f"{label:36} {median_s * 1e3:10.3f} {BATCH / median_s:12,.0f} {base_s / median_s:10.2f}")
     print(f"speed: in units of {base}")
-
-
-def _make_dataset(folder: Path, num_tokens: int) -> TokenDataset:
-    """Random tokens with separators as frequent as in the authors' data."""
-    generator = np.random.default_rng(0)
-    rule = SegmentRule(spec="newline", token_ids=(SEPARATOR,))
-    dtype = choose_dtype(VOCAB_SIZE)
-    records = []
-    for number in range(NUM_SHARDS):
-        with ShardWriter(folder, f"bench-{number:05d}", dtype) as writer:
-            while writer.num_tokens < num_tokens // NUM_SHARDS:
-                tokens = generator.integers(SEPARATOR + 1, VOCAB_SIZE, DOCUMENT_TOKENS).astype(dtype)
-                tokens[generator.random(DOCUMENT_TOKENS) < 1 / SEGMENT_LENGTH] = SEPARATOR
-                writer.add(TokenizedDocument(tokens, segment_ends(tokens, rule), DOCUMENT_TOKENS, ""))
-            records.append(writer.finish())
-    tokenizer = TokenizerRecord(name="none", fingerprint="0" * 64, vocab_size=VOCAB_SIZE, special_ids={})
-    manifest = Manifest(tokenizer=tokenizer, rule=rule, dtype="uint16", shards=tuple(records), source={})
-    manifest.save(folder)
-    return TokenDataset(folder)
 
 
 def _parser() -> argparse.ArgumentParser:
