@@ -11,7 +11,7 @@ import pytest
 import tokenizers
 
 from megatron_bipe.data.format import ShardWriter, choose_dtype
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import ExamplesRecord, Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.types import TokenizedDocument
@@ -29,14 +29,20 @@ def _write_dataset(
     rule: SegmentRule = RULE,
     vocab_size: int = 100,
     tokenizer: TokenizerRecord | None = None,
+    examples: ExamplesRecord | None = None,
 ) -> Manifest:
     """Write documents of token ids; segment ends follow from the rule."""
     with mock.patch("os.fsync"):  # test_format.py tests it; here it would cost most of the time
-        return _write(folder, shards, rule, vocab_size, tokenizer)
+        return _write(folder, shards, rule, vocab_size, tokenizer, examples)
 
 
 def _write(
-    folder: Path, shards: Shards, rule: SegmentRule, vocab_size: int, tokenizer: TokenizerRecord | None
+    folder: Path,
+    shards: Shards,
+    rule: SegmentRule,
+    vocab_size: int,
+    tokenizer: TokenizerRecord | None,
+    examples: ExamplesRecord | None,
 ) -> Manifest:
     dtype = choose_dtype(vocab_size)
     records = []
@@ -49,7 +55,14 @@ def _write(
     tokenizer = tokenizer or TokenizerRecord(
         name="test", fingerprint="a" * 64, vocab_size=vocab_size, special_ids={"bos": 1}
     )
-    manifest = Manifest(tokenizer=tokenizer, rule=rule, dtype=dtype.name, shards=tuple(records), source={"by": "test"})
+    manifest = Manifest(
+        tokenizer=tokenizer,
+        rule=rule,
+        dtype=dtype.name,
+        shards=tuple(records),
+        source={"by": "test"},
+        examples=examples,
+    )
     manifest.save(folder)
     return manifest
 
