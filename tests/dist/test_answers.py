@@ -85,12 +85,15 @@ def _expected(data, folder):
     for window in Blend([dataset], None, SEQ, run.train.seed).window_indices(0, GLOBAL):
         (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
         tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-        ends = np.flatnonzero(tokens[0, :-1] == 5) + 1
-        inter = torch.from_numpy(np.searchsorted(ends, np.arange(tokens.shape[1] - 1), side="right"))[None]
-        starts = np.concatenate([[0], ends])[inter[0]]
-        intra = (torch.arange(tokens.shape[1] - 1) - torch.from_numpy(starts)).clamp(max=15)[None]
+        starts, intra, inter = 0, [], []  # a segment ends behind a 5
+        for place, token in enumerate(tokens[0, :-1].tolist()):
+            intra.append(min(place - starts, 15))
+            inter.append(inter[-1] if inter else 0)
+            if place and tokens[0, place - 1] == 5:
+                starts, intra[-1], inter[-1] = place, 0, inter[-1] + 1
+        places = (torch.tensor([ids]) for ids in (intra, inter))
         with torch.no_grad():
-            losses = token_losses(model((tokens[:, :-1], intra, inter)), tokens[:, 1:])[0]
+            losses = token_losses(model((tokens[:, :-1], *places)), tokens[:, 1:])[0]
         total += float(losses[len(prompt) - 1 :].sum())
         count += len(answer)
     return total / count

@@ -1,0 +1,132 @@
+"""A model's answers to a split of a SCROLLS task, their scores, and a folder that gathers those of all tasks.
+
+DIR/TASK.json               scores and how they came about
+DIR/TASK.predictions.json   {id: answer}, as the benchmark's evaluator takes it
+DIR/scrolls.csv             Task, ID, Prediction of all tasks that are there: what is submitted once all seven are
+"""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.data.scrolls import TASKS, Prompter, Task
+from megatron_bipe.data.scrolls_files import Question
+from megatron_bipe.errors import DataError
+from megatron_bipe.eval.generation import Generator, Limits, generate
+from megatron_bipe.eval.scrolls_metrics import MAIN, score
+
+SUBMISSION_NAME = "scrolls.csv"
+COLUMNS = ("Task", "ID", "Prediction")
+
+
+def result_names(task: Task) -> tuple[str, str]:
+    """Files of a task: scores, and predictions."""
+    return f"{task.name}.json", f"{task.name}.predictions.json"
+
+
+def answer(
+    generator: Generator,
+    task: Task,
+    asked: Sequence[Question],
+    length_tokens: int,
+    batch_tokens: int,
+    advance: Callable[[int], object] | None = None,
+) -> dict[str, str]:
+    """The model's answer to each question, by its id.
+
+    Args:
+        generator: a model fine-tuned for the task.
+        task: that it is.
+        asked: inputs; their outputs are not looked at.
+        length_tokens: window that prompts and answers share, as in training.
+        batch_tokens: as `Limits` has it.
+        advance: told the answers that have been given.
+
+    Raises:
+        DataError: nothing is asked, or the window is too short for any prompt.
+    """
+    if not asked:
+        raise DataError(f"the split has no examples of {task.name}", remedy="Name another", place="--data")
+    prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
+    found = generate(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), advance)
+    return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
+
+
+def score_answers(task: Task, asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float] | None:
+    """Scores in percent, the task's own as `score`; None where the split has no outputs.
+
+    Raises:
+        DataError: some inputs have outputs, and others not.
+    """
+    without = [question.id for question in asked if not question.outputs]
+    if len(without) == len(asked):
+        return None
+    if without:
+        raise DataError(
+            f"{len(without)} of {len(asked)} inputs have no output, {without[0]!r} the first",
+            remedy="Fetch the file again",
+            place="--data",
+        )
+    scores = score(task.metric, [answers[question.id] for question in asked], [q.outputs for q in asked])
+    return scores | {"score": scores[MAIN[task.metric]]}
+
+
+def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: Mapping[str, str]) -> list[Path]:
+    """Write a task's two files, and the file of all tasks anew.
+
+    Args:
+        folder: of the results; made by `prepare_output`.
+        task: whose they are.
+        about: JSON, `split` and `scores` in it.
+        answers: by id.
+    """
+    results, predictions = (folder / name for name in result_names(task))
+    write_atomically(predictions, _json(answers))
+    write_atomically(results, _json({"task": task.name, "metric": MAIN[task.metric], **about}))
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, each in _read_all(folder, 1).items():
+        writer.writerows((name, id_, prediction) for id_, prediction in each.items())
+    write_atomically(folder / SUBMISSION_NAME, text.getvalue().encode())
+    return [results, predictions, folder / SUBMISSION_NAME]
+
+
+def results_table(folder: Path) -> str:
+    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one split."""
+    rows = [("task", "split", "examples", "metric", "score")]
+    found = _read_all(folder, 0)
+    for name, each in found.items():
+        scores = each["scores"]
+        shown = f"{scores['score']:.2f}" if scores else "no outputs"
+        rows.append((name, each["split"], f"{each['num_examples']:,}", each["metric"], shown))
+    if (
+        len(found) == len(TASKS)
+        and len({each["split"] for each in found.values()}) == 1
+        and all(each["scores"] for each in found.values())
+    ):
+        mean = sum(each["scores"]["score"] for each in found.values()) / len(found)
+        rows.append(("mean", "", "", "", f"{mean:.2f}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines.insert(1, "-" * max(map(len, lines)))
+    return "\n".join(lines)
+
+
+def _read_all(folder: Path, kind: int) -> dict[str, Any]:
+    """What the folder has of each task, in the benchmark's order."""
+    paths = {name: folder / result_names(task)[kind] for name, task in TASKS.items()}
+    try:
+        return {name: json.loads(path.read_bytes()) for name, path in paths.items() if path.exists()}
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"results of an earlier evaluation cannot be read: {error}", remedy="Remove them", place=folder
+        ) from error
+
+
+def _json(content: Mapping[str, Any]) -> bytes:
+    return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
