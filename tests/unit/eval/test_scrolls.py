@@ -54,23 +54,18 @@ def test_results_are_in_the_benchmarks_layouts_and_gather_in_a_folder(tmp_path):
     ]
     assert rows[2] == {"Task": "qasper", "ID": "b", "Prediction": 'x, "z"\n'}
     table = results_table(tmp_path)
-    assert [line.split()[0] for line in table.splitlines()] == [
-        "task",
-        "-" * len(table.splitlines()[1]),
-        "gov_report",
-        "qasper",
-    ]
+    assert [line.split()[0] for line in table.splitlines()[2:]] == ["gov_report", "qasper"]
     assert table.splitlines()[3].split() == ["qasper", "validation", "2", "f1", "75.00"]
 
 
 def test_table_has_the_benchmarks_mean_once_all_seven_are_there_and_of_one_split(tmp_path):
-    for place, (name, task) in enumerate(TASKS.items()):
+    for place, task in enumerate(TASKS.values()):
         assert "mean" not in (results_table(tmp_path) if place else "")
         write_results(tmp_path, task, _about({"score": 10.0 * place}), ANSWERS)
     assert results_table(tmp_path).splitlines()[-1].split() == ["mean", "30.00"]
     write_results(tmp_path, task, _about(None, "test"), ANSWERS)
     table = results_table(tmp_path)
-    assert "mean" not in table and f"{name}" in table and "no outputs" in table
+    assert "mean" not in table and "no outputs" in table
 
 
 def test_damaged_results_are_named(tmp_path):
