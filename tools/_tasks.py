@@ -28,6 +28,7 @@ def scrolls(arguments: argparse.Namespace) -> None:
         ) from error
     task = find_task(arguments.task)
     prepare_output(arguments.output, arguments.overwrite, result_names(task))
+    results_table(arguments.output)  # of other tasks, which is asked for again in the end
     asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
     generator = load_generator(arguments.model, pick_device(arguments.device), DTYPES[arguments.dtype])
     length_tokens = arguments.length or generator.train_len_tokens

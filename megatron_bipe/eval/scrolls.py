@@ -10,7 +10,7 @@ import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.scrolls import TASKS, Prompter, Task
@@ -97,24 +97,42 @@ def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: M
 
 
 def results_table(folder: Path) -> str:
-    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one split."""
+    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one split.
+
+    Raises:
+        DataError: what is there are no results.
+    """
+    found = _results(folder)
     rows = [("task", "split", "examples", "metric", "score")]
-    found = _read_all(folder, 0)
-    for name, each in found.items():
-        scores = each["scores"]
-        shown = f"{scores['score']:.2f}" if scores else "no outputs"
-        rows.append((name, each["split"], f"{each['num_examples']:,}", each["metric"], shown))
-    if (
-        len(found) == len(TASKS)
-        and len({each["split"] for each in found.values()}) == 1
-        and all(each["scores"] for each in found.values())
-    ):
-        mean = sum(each["scores"]["score"] for each in found.values()) / len(found)
-        rows.append(("mean", "", "", "", f"{mean:.2f}"))
+    for name, result in found.items():
+        shown = "no outputs" if result.score is None else f"{result.score:.2f}"
+        rows.append((name, result.split, f"{result.num_examples:,}", result.metric, shown))
+    scores = [result.score for result in found.values() if result.score is not None]
+    if len(scores) == len(TASKS) and len({result.split for result in found.values()}) == 1:
+        rows.append(("mean", "", "", "", f"{sum(scores) / len(scores):.2f}"))
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     lines.insert(1, "-" * max(map(len, lines)))
     return "\n".join(lines)
+
+
+class _Result(NamedTuple):
+    split: str
+    num_examples: int
+    metric: str
+    score: float | None  # percent
+
+
+def _results(folder: Path) -> dict[str, _Result]:
+    found = {}
+    for name, content in _read_all(folder, 0).items():
+        try:
+            scores = content["scores"]
+            score_percent = None if scores is None else float(scores["score"])
+            found[name] = _Result(content["split"], content["num_examples"], content["metric"], score_percent)
+        except (KeyError, TypeError, ValueError) as error:
+            raise _unreadable(folder, f"{name}: {error!r}") from error
+    return found
 
 
 def _read_all(folder: Path, kind: int) -> dict[str, Any]:
@@ -123,9 +141,12 @@ def _read_all(folder: Path, kind: int) -> dict[str, Any]:
     try:
         return {name: json.loads(path.read_bytes()) for name, path in paths.items() if path.exists()}
     except (OSError, ValueError) as error:
-        raise DataError(
-            f"results of an earlier evaluation cannot be read: {error}", remedy="Remove them", place=folder
-        ) from error
+        raise _unreadable(folder, str(error)) from error
+
+
+def _unreadable(folder: Path, why: str) -> DataError:
+    what = f"results of an earlier evaluation cannot be read: {why}"
+    return DataError(what, remedy="Remove them, or name another --output", place=folder)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -25,8 +25,8 @@ def exported(request, tmp_path, letters, make_subject):
     fields = DataFields(rule.spec, rule.token_ids, letters.fingerprint, letters.special_ids)
     windows = _ids(np.arange(260, 280), rule, subject.config)
     options = ExportOptions(dtype=torch.float32)
-    export_model(subject.model.state_dict(), subject.config, tmp_path, fields, windows, source, options)
-    return tmp_path, subject
+    export_model(subject.model.state_dict(), subject.config, tmp_path / "model", fields, windows, source, options)
+    return tmp_path / "model", subject
 
 
 def _ids(tokens, rule, config):
