@@ -58,7 +58,8 @@ def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
         }
         record = ExamplesRecord(task="arithmetic", seq_len_tokens=options.length)
         contents = Contents(tokenizer, resolve_rule(options.segments, tokenizer), source, record)
-        return write_examples(options.output, contents, _examples(tokenizer, found), overwrite=options.overwrite)
+        examples = _examples(tokenizer, found)
+        return write_examples(options.output, contents, examples, overwrite=options.overwrite, total=options.problems)
 
 
 def _examples(tokenizer: Tokenizer, found: Iterable[Problem]) -> Iterator[Example]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_bipe.data.format import ShardWriter, choose_dtype
 from megatron_bipe.data.manifest import Manifest
@@ -38,14 +39,17 @@ class Example(NamedTuple):
     place: str  # where it comes from, for messages
 
 
-def write_examples(output: Path, contents: Contents, examples: Iterable[Example], *, overwrite: bool) -> Manifest:
-    """Write a dataset of examples, in their order.
+def write_examples(
+    output: Path, contents: Contents, examples: Iterable[Example], *, overwrite: bool, total: int | None = None
+) -> Manifest:
+    """Write a dataset of examples, in their order, and show how far it is.
 
     Args:
         output: folder to make.
         contents: whose `examples` says for which window they are.
         examples: taken one by one.
         overwrite: replace a dataset that is there, once the new one is finished.
+        total: how many there are; None: not known.
 
     Raises:
         DataError: an example without prompt or answer, or longer than the window; none at all; the output may not be
@@ -57,7 +61,7 @@ def write_examples(output: Path, contents: Contents, examples: Iterable[Example]
             require_own(output)
             with locked(work.path, partial(_begin, work, overwrite)):
                 try:
-                    return _write(work, contents, examples)
+                    return _write(work, contents, tqdm(examples, total=total, unit=" examples", disable=None))
                 finally:
                     work.remove()
     finally:

@@ -141,10 +141,12 @@ def _expression(chooser: random.Random, operators: int) -> list[str]:
 
 
 def _can_be_done(tokens: list[str], place: int) -> bool:
-    """Whether a token is an operator between two numbers that no neighbour has a better claim to."""
+    """Whether a token is an operator between two numbers, the second of which no higher operator claims.
+
+    Of the operators for which that holds the first is always free to go: one before it that could claim its first
+    number would be free itself, or follow a bracket in which another is.
+    """
     rank = RANK.get(tokens[place])
     if rank is None or not (tokens[place - 1].isdigit() and tokens[place + 1].isdigit()):
         return False
-    before = RANK.get(tokens[place - 2], -1) if place > 1 else -1
-    after = RANK.get(tokens[place + 2], -1) if place + 2 < len(tokens) else -1
-    return before < rank and after <= rank
+    return place + 2 == len(tokens) or RANK.get(tokens[place + 2], -1) <= rank
