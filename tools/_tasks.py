@@ -75,10 +75,11 @@ def arithmetic(arguments: argparse.Namespace) -> None:
     prepare_output(arguments.output, arguments.overwrite, (problems.JSON_NAME, problems.CSV_NAME))
     asked = [problems.held_out_problems(n, arguments.problems, arguments.seed) for n in arguments.operators]
     found: dict[str, list[problems.Accuracy]] = {}
-    for folder in arguments.model:
+    names = [folder.resolve().name for folder in arguments.model]
+    for name, folder in zip(names, arguments.model, strict=True):
         generator = load_generator(folder, pick_device(arguments.device), DTYPES[arguments.dtype])
-        with tqdm(total=sum(map(len, asked)), desc=generator.name, unit=" problems", disable=None) as bar:
-            found[generator.name] = [
+        with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
+            found[name if names.count(name) == 1 else str(folder)] = [
                 problems.solve_all(generator, each, arguments.batch_tokens, bar.update) for each in asked
             ]
     about = {"seed": arguments.seed, "dtype": arguments.dtype, "sources": list(map(str, arguments.model))}

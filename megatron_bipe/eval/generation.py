@@ -18,7 +18,6 @@ from megatron_bipe.types import TokenArray
 class Generator(NamedTuple):
     """An exported model, ready to go on with prompts."""
 
-    name: str
     model: PreTrainedModel
     tokenizer: Tokenizer
     train_len_tokens: int
@@ -56,7 +55,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
             remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
             place=folder,
         ) from error
-    return Generator(folder.resolve().name, model.to(device).eval(), tokenizer, config.train_len_tokens)
+    return Generator(model.to(device).eval(), tokenizer, config.train_len_tokens)
 
 
 def generate(
