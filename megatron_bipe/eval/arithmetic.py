@@ -12,6 +12,7 @@ import numpy as np
 from megatron_bipe.data.arithmetic import Problem, final_answer, problems
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.eval.generation import Generator, Limits, generate
+from megatron_bipe.eval.text_table import text_table
 
 JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"
 SPARE = 1.25  # how much longer than the longest right solution one may get; it may be right in another order
@@ -76,10 +77,4 @@ def as_table(found: Mapping[str, Sequence[Accuracy]]) -> str:
     rows = [["operators", *(str(each.operators) for each in first)]]
     rows.append(["problems", *(str(each.num_problems) for each in first)])
     rows += [[name, *(f"{each.share:.1%}" for each in results)] for name, results in found.items()]
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
-        for cells in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines.insert(2, "-" * len(lines[0]))
-    return "\n".join(lines)
+    return text_table(rows, head=2)

@@ -18,6 +18,7 @@ from megatron_bipe.data.scrolls_files import Question
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.generation import Generator, Limits, generate
 from megatron_bipe.eval.scrolls_metrics import MAIN, score
+from megatron_bipe.eval.text_table import text_table
 
 SUBMISSION_NAME = "scrolls.csv"
 COLUMNS = ("Task", "ID", "Prediction")
@@ -110,10 +111,7 @@ def results_table(folder: Path) -> str:
     scores = [result.score for result in found.values() if result.score is not None]
     if len(scores) == len(TASKS) and len({result.split for result in found.values()}) == 1:
         rows.append(("mean", "", "", "", f"{sum(scores) / len(scores):.2f}"))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines.insert(1, "-" * max(map(len, lines)))
-    return "\n".join(lines)
+    return text_table(rows)
 
 
 class _Result(NamedTuple):
