@@ -119,7 +119,9 @@ class Blend:
         indices_B = np.asarray(indices_B, dtype=np.int64)
         answers_B2 = np.empty((indices_B.size, 2), dtype=np.int64)
         for dataset, rows, own_indices in self._shared_out(indices_B):
-            answers_B2[rows] = dataset.answers(own_indices)
+            own_answers = dataset.answers(own_indices)
+            assert own_answers is not None  # it is of examples, too
+            answers_B2[rows] = own_answers
         return answers_B2
 
     def _shared_out(self, indices_B: IntArray) -> Iterator[tuple[TokenDataset, IntArray, IntArray]]:

@@ -76,7 +76,7 @@ def _row(line: bytes, place: str) -> Row:
             raise DataError(f"{field!r} is {value!r:.60}, and must be a text", remedy=remedy, place=place)
     if not content["input"].strip():
         raise DataError("'input' has no text", remedy=remedy, place=place)
-    return Row(*(content[field] for field in FIELDS), place)
+    return Row(content["id"], content["pid"], content["input"], content["output"], place)
 
 
 @contextmanager

@@ -106,7 +106,7 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
 
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
     """A micro-batch where the model is."""
-    return Batch(*(field if field is None else field.to(device, non_blocking=True) for field in batch))
+    return Batch(*(field.to(device, non_blocking=True) for field in batch if field is not None))
 
 
 def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:

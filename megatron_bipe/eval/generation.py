@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError
@@ -18,7 +18,7 @@ from megatron_bipe.types import TokenArray
 class Generator(NamedTuple):
     """An exported model, ready to go on with prompts."""
 
-    model: PreTrainedModel
+    model: Any  # transformers' types do not say what can be called
     tokenizer: Tokenizer
     train_len_tokens: int
 
