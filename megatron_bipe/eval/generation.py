@@ -48,7 +48,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
             place=folder,
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
             f"transformers cannot load it: {' '.join(str(error).split())[:300]}",
