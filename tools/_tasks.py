@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from _cli import parse_range
 from _device import pick_device
@@ -11,7 +12,7 @@ from megatron_bipe.data.scrolls import TASKS, find_task
 from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval import arithmetic as problems
-from megatron_bipe.eval.generation import Limits, load_generator
+from megatron_bipe.eval.generation import Generator, Limits, load_generator
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.model.precision import DTYPES
 
@@ -30,7 +31,7 @@ def scrolls(arguments: argparse.Namespace) -> None:
     prepare_output(arguments.output, arguments.overwrite, result_names(task))
     results_table(arguments.output)  # of other tasks, which is asked for again in the end
     asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
-    generator = load_generator(arguments.model, pick_device(arguments.device), DTYPES[arguments.dtype])
+    generator = _load(arguments.model, arguments)
     length_tokens = arguments.length or generator.train_len_tokens
     with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
         answers = answer(generator, task, asked, length_tokens, arguments.batch_tokens, bar.update)
@@ -46,6 +47,12 @@ def scrolls(arguments: argparse.Namespace) -> None:
     files = write_results(arguments.output, task, about, answers)
     print(results_table(arguments.output))
     print("Written:", *files)
+
+
+def _load(folder: Path, arguments: argparse.Namespace) -> Generator:
+    disable_progress_bar()
+    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    return load_generator(folder, pick_device(arguments.device), DTYPES[arguments.dtype])
 
 
 def add_scrolls(command: argparse.ArgumentParser) -> None:
@@ -77,7 +84,7 @@ def arithmetic(arguments: argparse.Namespace) -> None:
     found: dict[str, list[problems.Accuracy]] = {}
     names = [folder.resolve().name for folder in arguments.model]
     for name, folder in zip(names, arguments.model, strict=True):
-        generator = load_generator(folder, pick_device(arguments.device), DTYPES[arguments.dtype])
+        generator = _load(folder, arguments)
         with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
             found[name if names.count(name) == 1 else str(folder)] = [
                 problems.solve_all(generator, each, arguments.batch_tokens, bar.update) for each in asked
