@@ -42,14 +42,15 @@ def answer(
     Args:
         generator: a model fine-tuned for the task.
         task: that it is.
-        asked: inputs; their outputs are not looked at.
+        asked: inputs; whether they can be scored is found out before anything is generated.
         length_tokens: window that prompts and answers share, as in training.
         batch_tokens: as `Limits` has it.
         advance: told the answers that have been given.
 
     Raises:
-        DataError: nothing is asked, or the window is too short for any prompt.
+        DataError: nothing is asked, the window is too short for any prompt, or as `have_outputs`.
     """
+    have_outputs(asked)
     if not asked:
         raise DataError(f"the split has no examples of {task.name}", remedy="Name another", place="--data")
     prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
@@ -57,21 +58,30 @@ def answer(
     return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
 
 
-def score_answers(task: Task, asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float] | None:
-    """Scores in percent, the task's own as `score`; None where the split has no outputs.
+def have_outputs(asked: Sequence[Question]) -> bool:
+    """Whether answers can be scored; in a test split they cannot.
 
     Raises:
         DataError: some inputs have outputs, and others not.
     """
     without = [question.id for question in asked if not question.outputs]
-    if len(without) == len(asked):
-        return None
-    if without:
+    if 0 < len(without) < len(asked):
         raise DataError(
             f"{len(without)} of {len(asked)} inputs have no output, {without[0]!r} the first",
             remedy="Fetch the file again",
             place="--data",
         )
+    return not without
+
+
+def score_answers(task: Task, asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float] | None:
+    """Scores in percent, the task's own as `score`; None where there are no outputs to compare with.
+
+    Raises:
+        DataError: as `have_outputs`.
+    """
+    if not have_outputs(asked):
+        return None
     scores = score(task.metric, [answers[question.id] for question in asked], [q.outputs for q in asked])
     return scores | {"score": scores[MAIN[task.metric]]}
 

@@ -30,7 +30,9 @@ def test_scores_are_of_each_inputs_own_answer():
 
 def test_split_with_some_outputs_missing_is_refused():
     with pytest.raises(DataError, match="1 of 2 inputs have no output, 'b' the first"):
-        score_answers(TASKS["qasper"], [ASKED[0], ASKED[1]._replace(outputs=())], ANSWERS)
+        answer(
+            None, TASKS["qasper"], [ASKED[0], ASKED[1]._replace(outputs=())], 8192, 1
+        )  # before anything is generated
 
 
 def test_empty_split_is_refused():
