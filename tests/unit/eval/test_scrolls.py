@@ -28,7 +28,7 @@ def test_scores_are_of_each_inputs_own_answer():
     assert score_answers(TASKS["qasper"], [question._replace(outputs=()) for question in ASKED], ANSWERS) is None
 
 
-def test_split_with_some_outputs_missing_is_refused():
+def test_split_with_some_outputs_missing_is_refused_before_anything_is_generated():
     with pytest.raises(DataError, match="1 of 2 inputs have no output, 'b' the first"):
         answer(
             None, TASKS["qasper"], [ASKED[0], ASKED[1]._replace(outputs=())], 8192, 1
