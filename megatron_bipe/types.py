@@ -34,9 +34,11 @@ class TokenizedDocument(NamedTuple):
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
-    """A micro-batch: `labels_BT` is `tokens_BT` moved one token to the left. All int64."""
+    """A micro-batch: `labels_BT` is `tokens_BT` moved one token to the left. All int64, but for the weights."""
 
     tokens_BT: ArrayT
     intra_BT: ArrayT  # place of the token inside its segment, clipped to the intra table
     inter_BT: ArrayT  # segments closed before the token, in this window
     labels_BT: ArrayT
+    # Of each label in the loss, fp32; 1 on average over the labels of the global batch. None: 1 each.
+    weights_BT: ArrayT | None = None

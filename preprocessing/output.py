@@ -14,7 +14,7 @@ from typing import Any
 from megatron_bipe.data.files import PARTIAL_SUFFIX
 from megatron_bipe.data.format import choose_dtype
 from megatron_bipe.data.layout import shard_path
-from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, ExamplesRecord, Manifest, TokenizerRecord
 from megatron_bipe.data.records import SUFFIXES, ShardRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
@@ -36,6 +36,7 @@ class Contents:
     tokenizer: Tokenizer
     rule: SegmentRule
     source: dict[str, Any]  # for the manifests
+    examples: ExamplesRecord | None = None  # None: the documents are text
 
 
 def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents) -> dict[Path, Manifest]:
@@ -57,7 +58,7 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
         for entry in record.shards:
             shards.setdefault(entry.destination, []).append((work.range_folder(number), entry.shard))
     made = {
-        folder: _publish_dataset(folder, shards[destination], contents, destination)
+        folder: publish_dataset(folder, shards[destination], contents, destination)
         for destination, folder in dataset_folders(work.output, list(shards)).items()
     }
     for folder in {work.output, *(folder.parent for folder in made)}:
@@ -74,9 +75,17 @@ def finish_publishing(work: WorkFolder) -> dict[Path, Manifest]:
     return {folder: Manifest.load(folder) for folder in folders}
 
 
-def _publish_dataset(
+def publish_dataset(
     folder: Path, shards: list[tuple[Path, ShardRecord]], contents: Contents, destination: Destination
 ) -> Manifest:
+    """Make a folder a dataset of shards that lie elsewhere on its disk.
+
+    Args:
+        folder: made if need be; nothing of another dataset is in it.
+        shards: the folder of each, and its record.
+        contents: see there.
+        destination: which of several datasets it is.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     renamed = []
     for number, (origin, record) in enumerate(shards):
@@ -101,6 +110,7 @@ def _publish_dataset(
         dtype="uint16" if choose_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
         shards=tuple(renamed),
         source=contents.source | chosen,
+        examples=contents.examples,
     )
     manifest.save(folder)
     return manifest

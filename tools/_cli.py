@@ -35,6 +35,14 @@ def add_max_malformed(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def parse_range(text: str) -> range:
+    """`3` -> 3 alone; `1..6` -> 1 to 6."""
+    first, dots, last = text.partition("..")
+    if not all(bound.isascii() and bound.isdigit() for bound in (first, last if dots else first)):
+        raise argparse.ArgumentTypeError(f"{text!r} is no range of whole numbers, such as 1..6")
+    return range(int(first), int(last if dots else first) + 1)
+
+
 def _say(message: str) -> int:
     sys.stderr.write(message + "\n")
     return 2

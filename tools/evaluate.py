@@ -1,4 +1,4 @@
-"""Evaluate trained models: perplexity against window length, one dataset or several; lm-evaluation-harness's tasks."""
+"""Evaluate trained models: perplexity against window length, one dataset or several; tasks that they answer."""
 
 import argparse
 import json
@@ -10,6 +10,8 @@ import torch
 from tqdm import tqdm
 
 from _cli import run_tool
+from _device import pick_device
+from _tasks import add_arithmetic, add_scrolls
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
@@ -121,22 +123,6 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def pick_device(name: str) -> str:
-    """`auto` -> a GPU where there is one; other names are checked.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r}: {reason}", remedy="Use auto, cpu or cuda", place="--device") from error
-    return name
-
-
 def _evaluate(subject: Subject, dataset: TokenDataset, lengths: list[int], settings: Settings) -> ModelResults:
     available = limit_tokens(dataset, settings.max_tokens)
     cuts = [cut_windows(dataset, available, length, settings.protocol) for length in lengths]
@@ -185,6 +171,8 @@ def _parser() -> argparse.ArgumentParser:
     _add_extrapolation(
         commands.add_parser("extrapolation", help="the same on several datasets, with intervals, as HTML")
     )
+    add_scrolls(commands.add_parser("scrolls", help="a task of SCROLLS: answers, scores and a table"))
+    add_arithmetic(commands.add_parser("arithmetic", help="accuracy by number of operators, modulo 11"))
     _add_harness(commands.add_parser("harness", help="tasks of lm-evaluation-harness"))
     return parser
 

@@ -103,8 +103,8 @@ class DataConfig(_Section):
     """What is read, and how it is cut into windows."""
 
     path: DataPath = Path("data/pile")
-    """Dataset folder made by tools/preprocess.py. Several are a blend: `{FOLDER: WEIGHT, ...}` takes them in the ratio
-    of their weights, `[FOLDER, ...]` in that of their tokens."""
+    """Dataset folder made by tools/preprocess.py, or by tools/prepare_task.py. Several are a blend: `{FOLDER: WEIGHT,
+    ...}` takes them in the ratio of their weights, `[FOLDER, ...]` in that of their tokens."""
     valid_path: Path | None = None
     """Dataset folder for the validation loss; null: none is computed."""
     segments: str | None = None

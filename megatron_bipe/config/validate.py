@@ -30,7 +30,15 @@ def accumulation_steps(train: TrainConfig, data_ranks: int) -> int:
     return train.global_batch // (train.micro_batch * data_ranks)
 
 
-def check_data(run: RunConfig, *, vocab_size: int, segments: str, fixed_length: int | None, place: str) -> None:
+def check_data(
+    run: RunConfig,
+    *,
+    vocab_size: int,
+    segments: str,
+    fixed_length: int | None,
+    examples_len_tokens: int | None = None,
+    place: str,
+) -> None:
     """Check a run against the dataset it names.
 
     Args:
@@ -38,6 +46,7 @@ def check_data(run: RunConfig, *, vocab_size: int, segments: str, fixed_length: 
         vocab_size: ids of the dataset's tokenizer.
         segments: specification of the dataset's segment rule.
         fixed_length: tokens a segment where the rule fixes it.
+        examples_len_tokens: window that examples were made for; None: the dataset is of text.
         place: the dataset folder, for the message.
 
     Raises:
@@ -55,8 +64,15 @@ def check_data(run: RunConfig, *, vocab_size: int, segments: str, fixed_length: 
             f"data.segments={run.data.segments!r}, but the dataset was made with {segments!r}; "
             f"make it again with tools/preprocess.py --segments {run.data.segments!r}"
         )
+    if examples_len_tokens not in (None, run.train.seq_len_tokens):
+        problems.append(
+            f"train.seq_len_tokens={run.train.seq_len_tokens}, but the dataset has examples made for windows of "
+            f"{examples_len_tokens} tokens; set train.seq_len_tokens={examples_len_tokens}, or make it again with "
+            f"tools/prepare_task.py --length {run.train.seq_len_tokens}"
+        )
     longest = fixed_length or run.train.seq_len_tokens
-    if model.bilevel and model.intra_size < longest:
+    # Longer windows are what examples are mostly for, and a table that was learned before keeps its size.
+    if examples_len_tokens is None and model.bilevel and model.intra_size < longest:
         problems.append(
             f"model.intra_size={model.intra_size} is smaller than the longest possible segment of {longest} tokens, "
             f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"

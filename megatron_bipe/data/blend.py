@@ -16,6 +16,7 @@ import numpy as np
 
 from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.manifest import BlendMember, DataRecord
 from megatron_bipe.data.order import SampleOrder
 from megatron_bipe.data.segments import SegmentRule
@@ -37,7 +38,7 @@ class Blend:
         seed: of the shuffle; every epoch of every dataset has a permutation of its own.
 
     Raises:
-        DataError: a dataset is shorter than a window, or of another tokenizer or segment rule than the first.
+        DataError: a dataset is shorter than a window, or of another tokenizer, segment rule or kind than the first.
         ConfigError: a weight is too small for one slot of the pattern.
     """
 
@@ -105,15 +106,31 @@ class Blend:
         if seq_len_tokens != self._seq_len_tokens:
             raise ValueError(f"windows of {seq_len_tokens} tokens from a blend of windows of {self._seq_len_tokens}")
         indices_B = np.asarray(indices_B, dtype=np.int64)
+        tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self._dtype)
+        ends = np.empty((indices_B.size, seq_len_tokens), dtype=np.bool_)
+        for dataset, rows, own_indices in self._shared_out(indices_B):
+            tokens[rows], ends[rows] = dataset.windows(own_indices, seq_len_tokens)
+        return tokens, ends
+
+    def answers(self, indices_B: IntArray) -> IntArray | None:
+        """Which labels count, as `TokenDataset.answers`: of examples the answers, of text all."""
+        if self.datasets[0].manifest.examples is None:  # and so is none of the others
+            return None
+        indices_B = np.asarray(indices_B, dtype=np.int64)
+        answers_B2 = np.empty((indices_B.size, 2), dtype=np.int64)
+        for dataset, rows, own_indices in self._shared_out(indices_B):
+            own_answers = dataset.answers(own_indices)
+            assert own_answers is not None  # it is of examples, too
+            answers_B2[rows] = own_answers
+        return answers_B2
+
+    def _shared_out(self, indices_B: IntArray) -> Iterator[tuple[TokenDataset, IntArray, IntArray]]:
+        """Each dataset that has some of these windows, their rows, and their numbers in it."""
         if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < self.num_windows:
             raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {self.num_windows}")
         member_B = np.searchsorted(self._firsts, indices_B, side="right") - 1
-        tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self._dtype)
-        ends = np.empty((indices_B.size, seq_len_tokens), dtype=np.bool_)
         for member, rows in _by_member(member_B):
-            own_indices = indices_B[rows] - self._firsts[member]
-            tokens[rows], ends[rows] = self.datasets[member].windows(own_indices, seq_len_tokens)
-        return tokens, ends
+            yield self.datasets[member], rows, indices_B[rows] - self._firsts[member]
 
 
 def open_blend(data: DataConfig, seq_len_tokens: int, seed: int) -> Blend:
@@ -123,7 +140,7 @@ def open_blend(data: DataConfig, seq_len_tokens: int, seed: int) -> Blend:
         DataError: a dataset is missing or damaged; else as `Blend`.
         ConfigError: as `Blend`.
     """
-    return Blend([TokenDataset(folder) for folder in data.folders], data.weights, seq_len_tokens, seed)
+    return Blend([open_dataset(folder) for folder in data.folders], data.weights, seq_len_tokens, seed)
 
 
 def slot_counts(weights: Sequence[float], names: Sequence[str | Path]) -> tuple[int, ...]:
@@ -204,6 +221,10 @@ def _shown(rule: SegmentRule) -> str:
     return f"{rule.spec} (token ids: {ids if len(ids) <= 40 else f'{len(rule.token_ids)}, SHA-256 {digest}'})"
 
 
+def _content(dataset: TokenDataset) -> str:
+    return "text" if dataset.manifest.examples is None else "examples"
+
+
 def _check_alike(datasets: Sequence[TokenDataset]) -> None:
     """Refuse datasets whose tokens or segments mean different things."""
     first = datasets[0]
@@ -212,6 +233,7 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
         pairs = {
             "tokenizer": (first.manifest.tokenizer.fingerprint, other.manifest.tokenizer.fingerprint),
             "segment rule": (_shown(first.rule), _shown(other.rule)),
+            "content": (_content(first), _content(other)),
         }
         problems += [
             f"{what} of {first.path} is {one}, that of {other.path} is {another}"
@@ -220,7 +242,8 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
         ]
     if problems:
         raise DataError(
-            f"the datasets of a blend must have the same tokenizer and segment rule: {'; '.join(problems)}",
+            "the datasets of a blend must have the same tokenizer and segment rule, and all be of text or all of "
+            f"examples: {'; '.join(problems)}",
             remedy="Make them with the same --tokenizer and --segments, or leave the others out",
             place="data.path",
         )

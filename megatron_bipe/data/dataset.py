@@ -142,6 +142,11 @@ class TokenDataset:
         self._check_ids(tokens, starts_B)
         return tokens, window_ends(ends, self.rule)
 
+    def answers(self, indices_B: IntArray) -> IntArray | None:
+        """Which labels of windows count in the loss: [first, stop) of each, int64 [B, 2]; None: all of all."""
+        del indices_B
+        return None
+
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
         """(shard, start, stop) inside each of the shards that tokens [start, stop) lie in."""
         if not 0 <= start <= stop <= self.num_tokens:

@@ -19,6 +19,7 @@ __all__ = [
     "TOKENIZER_FOLDER",
     "BlendMember",
     "DataRecord",
+    "ExamplesRecord",
     "FileRecord",
     "Manifest",
     "SegmentRule",
@@ -54,6 +55,15 @@ class BlendMember(Record):
     """Its share: slots of the blend's pattern."""
 
 
+class ExamplesRecord(Record):
+    """Of a dataset of examples: its documents are, in turn, a prompt and the answer to it."""
+
+    task: str
+    """For people: what the examples are of."""
+    seq_len_tokens: Annotated[int, Field(gt=1)]
+    """Most tokens of prompt and answer together: the window they were made for."""
+
+
 class DataRecord(Record):
     """What a model remembers of the data it was trained on: enough to refuse other data."""
 
@@ -82,6 +92,8 @@ class Manifest(Record):
     """In the order in which they are concatenated."""
     source: dict[str, Any]
     """What the dataset was made from and how; for people and `resume`, not compared."""
+    examples: ExamplesRecord | None = None
+    """None: the documents are text."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "Manifest":
@@ -114,7 +126,8 @@ class Manifest(Record):
     @property
     def fingerprint(self) -> str:
         """SHA-256 over what the data is: equal for equal contents, whatever machine and command made them."""
-        content = self.model_dump(mode="json", include={"tokenizer", "rule", "dtype", "shards"})
+        content = self._content()
+        del content["format_version"], content["source"]
         del content["tokenizer"]["name"]
         text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(text.encode()).hexdigest()
@@ -126,10 +139,14 @@ class Manifest(Record):
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` in one step; to be called last, since it makes the folder a dataset."""
-        content = self.model_dump(mode="json") | {"fingerprint": self.fingerprint}
+        content = self._content() | {"fingerprint": self.fingerprint}
         text = json.dumps(content, indent=2, ensure_ascii=False)
         # Names of files need not be Unicode; JSON must be.
         write_atomically(Path(folder) / MANIFEST_NAME, text.encode(errors="replace") + b"\n")
+
+    def _content(self) -> dict[str, Any]:
+        """All fields; of a dataset of text those that it had before there were examples."""
+        return self.model_dump(mode="json", exclude=None if self.examples else {"examples"})
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":

@@ -83,6 +83,7 @@ def resegment(
                 rule=rule,
                 dtype=old.dtype,
                 shards=tuple(shards),
+                examples=old.examples,
                 source=old.source | {"resegmented_from": {"rule": old.rule.spec, "fingerprint": old.fingerprint}},
             )
             tokenizer.copy_to(folder / TOKENIZER_FOLDER)

@@ -33,6 +33,7 @@ from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replicas import Replicas, check_replicas
 from megatron_bipe.parallel.tensor import TensorLayers
+from megatron_bipe.types import Batch
 
 _WATCHDOG_HEAD_START_S = 30
 
@@ -103,9 +104,19 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
     return run.train.precision != "fp32" or zero_stage(ds_config) > 0
 
 
-def mean_loss(losses_BT: Tensor) -> Tensor:
-    """The mean over tokens; one that is not finite makes the whole gradient NaN, so that the update is left out."""
-    mean = losses_BT.mean()
+def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
+    """A micro-batch where the model is."""
+    return Batch(*(field.to(device, non_blocking=True) for field in batch if field is not None))
+
+
+def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
+    """The mean over tokens; one that is not finite makes the whole gradient NaN, so that the update is left out.
+
+    Args:
+        losses_BT: in nats.
+        weights_BT: as `Batch` has them, of the same tokens.
+    """
+    mean = (losses_BT if weights_BT is None else losses_BT * weights_BT).mean()
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
 
 

@@ -17,6 +17,7 @@ from megatron_bipe.engine.common import (
     make_layers,
     make_topology,
     mean_loss,
+    on_device,
     start_deepspeed,
     unannounced,
 )
@@ -67,11 +68,11 @@ class PipelineEngine(DeepSpeedEngine):
         self._engine.module.train()
         return total / count
 
-    def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], Tensor]]:
-        """What the first and the last stage take: (tokens, intra, inter), labels."""
+    def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
+        """What the first and the last stage take: (tokens, intra, inter), and labels with their weights, if any."""
         for batch in batches:
-            tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
-            yield (tokens, intra, inter), labels
+            tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
+            yield (tokens, intra, inter), (labels,) if weights is None else (labels, weights)
 
 
 class _Stages(PipelineModule):
@@ -82,9 +83,10 @@ class _Stages(PipelineModule):
     ) -> None:
         self._bounds = bounds
 
-        def loss(logits_BTv: Tensor, labels_BT: Tensor) -> Tensor:
+        def loss(logits_BTv: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
+            labels_BT, *weights = labels
             with record_function("forward"):
-                return mean_loss(layers.token_losses(logits_BTv, labels_BT))
+                return mean_loss(layers.token_losses(logits_BTv, labels_BT), *map(layers.windows.own, weights))
 
         with unannounced():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)

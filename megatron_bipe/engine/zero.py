@@ -18,6 +18,7 @@ from megatron_bipe.engine.common import (
     make_grid,
     make_layers,
     mean_loss,
+    on_device,
     start_deepspeed,
 )
 from megatron_bipe.model.plan import build_model
@@ -70,8 +71,9 @@ class ZeroEngine(DeepSpeedEngine):
         return float(self._mean_over_ranks(losses.mean()))
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
-        tokens, intra, inter, labels = (ids.to(self._mesh.device, non_blocking=True) for ids in batch)
-        return mean_loss(self._layers.token_losses(self._engine((tokens, intra, inter)), labels))
+        tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
+        losses = self._layers.token_losses(self._engine((tokens, intra, inter)), labels)
+        return mean_loss(losses, None if weights is None else self._layers.windows.own(weights))
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)

@@ -16,6 +16,7 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
 from megatron_bipe.eval.plot import Curve, draw_perplexity
 from megatron_bipe.eval.subject import Subject
+from megatron_bipe.eval.text_table import text_table
 from megatron_bipe.eval.windows import PROTOCOLS
 
 FORMAT_VERSION = 1
@@ -122,13 +123,7 @@ def as_table(models: Sequence[ModelResults]) -> str:
         marks = ["*" if result.length_tokens == trained else " " for result in results]
         cells = [f"{result.perplexity:,.2f}{mark}" for result, mark in zip(results, marks, strict=True)]
         rows.append([name, *cells])
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    lines = [
-        "  ".join(cell.rjust(width) if column else cell.ljust(width) for column, (cell, width) in enumerate(pairs))
-        for pairs in (list(zip(row, widths, strict=True)) for row in rows)
-    ]
-    lines.insert(1, "-" * len(lines[0]))
-    return "\n".join([*(line.rstrip() for line in lines), "* training length"])
+    return f"{text_table(rows)}\n* training length"
 
 
 def describe(dataset: TokenDataset, settings: Settings, results: Sequence[LengthResult]) -> str:

@@ -10,8 +10,9 @@ from torch.profiler import record_function
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps, check_data
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.collate import make_batch
+from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.format import Shard
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.data.shard_check import ShardCheck
@@ -37,7 +38,7 @@ class Feed:
         self._reading_s = 0.0
         self._valid = None
         if run.data.valid_path is not None:
-            self._valid = TokenDataset(run.data.valid_path)
+            self._valid = open_dataset(run.data.valid_path)
             _check(run, self._valid)
             self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
             self._valid_windows = self._choose_valid_windows(self._valid)
@@ -77,11 +78,13 @@ class Feed:
         """
         train, data_ranks = self._train, self._mesh.data_ranks
         shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
-        for micro_windows in self.windows(first_sample).reshape(shape)[:, self._mesh.data_rank]:
+        windows = self.windows(first_sample)
+        weight = label_weight(self._blend, windows, train.seq_len_tokens)
+        for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
             self._shard_check.raise_found()
             began_s = time.perf_counter()
             with record_function("data"):
-                batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip)
+                batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip, weight)
             self._reading_s += time.perf_counter() - began_s
             yield batch
 
@@ -93,10 +96,12 @@ class Feed:
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
         """This rank's share of the validation windows, always the same ones."""
         assert self._valid is not None
+        seq_len_tokens = self._train.seq_len_tokens
+        weight = label_weight(self._valid, self._valid_windows, seq_len_tokens)
         mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
         for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
             self._shard_check.raise_found()
-            yield make_batch(self._valid, windows, self._train.seq_len_tokens, self._clip)
+            yield make_batch(self._valid, windows, seq_len_tokens, self._clip, weight)
 
     def _own_shards(self) -> list[Shard]:
         """The part that this rank checks: ranks with the same windows leave it to one, the others share all shards."""
@@ -122,10 +127,12 @@ class Feed:
 
 
 def _check(run: RunConfig, dataset: TokenDataset) -> None:
+    examples = dataset.manifest.examples
     check_data(
         run,
         vocab_size=dataset.manifest.tokenizer.vocab_size,
         segments=dataset.rule.spec,
         fixed_length=dataset.rule.fixed_length,
+        examples_len_tokens=examples.seq_len_tokens if examples else None,
         place=str(dataset.path),
     )

@@ -142,7 +142,7 @@ def prepare_bare(settings: Settings) -> Callable[[], None]:
     masters = nn.ParameterList([p.detach().float() for p in model.parameters()])
     optimizer, layers, batch = make_optimizer(masters, run.optimizer), LocalLayers(), make_batch(run)
     pairs = list(zip(masters, model.parameters(), strict=True))
-    tokens, intra, inter, labels = (ids.to(device) for ids in batch)
+    tokens, intra, inter, labels = (ids.to(device) for ids in batch[:4])
 
     def step() -> None:
         layers.token_losses(model((tokens, intra, inter)), labels).mean().backward()

@@ -1,0 +1,136 @@
+"""SCROLLS: its seven tasks, and how an input becomes the tokens of a prompt. Torch-free.
+
+Training and evaluation both ask here, so that a model is evaluated on prompts like those it learned from.
+
+Source: Shaham et al. 2022, "SCROLLS: Standardized CompaRison Over Long Language Sequences"; prompts and limits are
+those of BiPE's authors.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Sequence
+from itertools import islice
+from typing import Literal, NamedTuple
+
+import numpy as np
+
+from megatron_bipe.data.tokenizer import Tokenizer
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import TokenArray
+
+Metric = Literal["f1", "exact_match", "rouge"]
+Encode = Callable[[Sequence[str]], Sequence[TokenArray]]  # ids of each text, without special tokens
+
+
+class Form(NamedTuple):
+    """How a task asks, and how long the answer may be."""
+
+    head: str
+    tail: str  # of which every token is kept, whatever is cut
+    max_words: int | None  # of the input; None: all
+    answer_tokens: int  # without EOS
+
+
+QUESTION = Form("", "", 20_000, 200)
+SUMMARY = Form("Context:\n", "\n Please summarize this report:", None, 1000)
+
+
+class Task(NamedTuple):
+    """One of the benchmark's tasks."""
+
+    name: str
+    form: Form
+    metric: Metric
+
+
+TASKS = {
+    task.name: task
+    for task in (
+        Task("gov_report", SUMMARY, "rouge"),
+        Task("summ_screen_fd", SUMMARY, "rouge"),
+        Task("qmsum", SUMMARY, "rouge"),
+        Task("narrative_qa", QUESTION, "f1"),
+        Task("qasper", QUESTION, "f1"),
+        Task("quality", QUESTION, "exact_match"),
+        Task("contract_nli", QUESTION, "exact_match"),
+    )
+}
+
+
+def find_task(name: str) -> Task:
+    """A task by the benchmark's name for it.
+
+    Raises:
+        DataError: there is none.
+    """
+    if name not in TASKS:
+        near = difflib.get_close_matches(name, TASKS, n=1)
+        remedy = f"Did you mean {near[0]}? " if near else ""
+        raise DataError(f"no SCROLLS task {name!r}", remedy=f"{remedy}Tasks are: {', '.join(TASKS)}", place="--task")
+    return TASKS[name]
+
+
+class Prompter:
+    """Makes the tokens of prompts and answers, cut so that both and EOS fit a window.
+
+    Args:
+        task: whose they are.
+        length_tokens: of the window.
+        tokenizer: of the model.
+        encode: the same ids, perhaps sooner; None: the tokenizer's own.
+
+    Attributes:
+        prompt_tokens: most tokens of a prompt, BOS included.
+
+    Raises:
+        DataError: the tokenizer has no EOS, or the window is too short for any prompt.
+    """
+
+    def __init__(self, task: Task, length_tokens: int, tokenizer: Tokenizer, encode: Encode | None = None) -> None:
+        self._form, self._encode = task.form, encode or tokenizer.encode_batch
+        self._bos_id = tokenizer.bos_id
+        if tokenizer.eos_id is None:
+            raise DataError(
+                "the tokenizer has no end-of-sequence token, which ends every answer",
+                remedy='Name one as "eos_token" in the tokenizer_config.json beside it',
+                place=tokenizer.definition,
+            )
+        self._eos_id = tokenizer.eos_id
+        with_tail, without = self._encode([f"{self._form.head}x{self._form.tail}", f"{self._form.head}x"])
+        self._tail_tokens = with_tail.size - without.size
+        self.prompt_tokens = length_tokens - self._form.answer_tokens - 1
+        if self.prompt_tokens < 2 + self._tail_tokens:  # BOS, and something of the input
+            raise DataError(
+                f"windows of {length_tokens} tokens hold no prompt of {task.name} beside an answer of "
+                f"{self._form.answer_tokens} and EOS",
+                remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; the authors use 8192",
+                place="--length",
+            )
+
+    def prompts(self, inputs: Sequence[str]) -> list[TokenArray]:
+        """Tokens of each prompt, BOS first; of one that is too long, the beginning, and the task's own last words."""
+        form = self._form
+        texts = [f"{form.head}{first_words(text, form.max_words)}{form.tail}" for text in inputs]
+        return [self._cut(np.concatenate([[self._bos_id], ids])) for ids in self._encode(texts)]
+
+    def answers(self, outputs: Sequence[str]) -> list[TokenArray]:
+        """Tokens of each answer, as many as are allowed, and EOS."""
+        most = self._form.answer_tokens
+        return [np.concatenate([ids[:most], [self._eos_id]]) for ids in self._encode(outputs)]
+
+    def _cut(self, ids_T: TokenArray) -> TokenArray:
+        if ids_T.size <= self.prompt_tokens:
+            return ids_T
+        kept = self.prompt_tokens - self._tail_tokens
+        return np.concatenate([ids_T[:kept], ids_T[ids_T.size - self._tail_tokens :]])
+
+
+def first_words(text: str, count: int | None) -> str:
+    """The text up to the end of its `count`-th word, all that stands between words as it is; None: all of it.
+
+    A word is what has no white space in it. White space is kept because newlines end segments.
+    """
+    if count is None:
+        return text
+    last = next(islice(re.finditer(r"\S+", text), count - 1, count), None)
+    return text if last is None else text[: last.end()]

@@ -1,0 +1,104 @@
+"""The loss over answers alone is the exact mean over those of the global batch, in every kind of layout."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bipe.config.schema import DataConfig
+from megatron_bipe.data.examples import open_dataset
+from megatron_bipe.data.manifest import ExamplesRecord
+from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model.plan import build_model
+from tests.dist.launch import run_ranks
+from tests.dist.layouts import FP32, LR, Layout, run_config, start
+
+SEQ, GLOBAL, STEPS = 16, 16, 4  # as layouts.py has them
+ONE = Layout()
+OF_TWO = [
+    Layout(zero=1),
+    Layout(zero=3),
+    Layout(pipeline=2, zero=1),
+    Layout(tensor=2, zero=2, sequence=True),
+    Layout(context=2, zero=1),
+]
+
+
+def train(mesh, layouts, data, work_dir):
+    """Losses and norms of `STEPS` updates, and a held-out loss, by layout."""
+    from megatron_bipe.train.feed import Feed
+
+    found = {}
+    for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
+        run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
+        engine, laid_out = start(layout, mesh, run_dir)
+        feed = Feed(_run(layout, data, run_dir), laid_out)
+        results = [engine.train_step(feed.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
+        losses = [float(result.loss_nats) for result in results]
+        found[layout] = (losses, [float(result.grad_norm) for result in results], engine.eval_loss(feed.valid_batches()))
+    return found
+
+
+def _run(layout, data, run_dir):
+    run = run_config(layout, run_dir)
+    return run.model_copy(update={"data": DataConfig(path=Path(data) / "train", valid_path=Path(data) / "valid")})
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory, write_dataset):
+    """Examples of every length, answers of one token to a whole window: micro-batches differ much in their number."""
+    folder, generator = tmp_path_factory.mktemp("answers"), np.random.default_rng(5)
+    for name in ("train", "valid"):
+        documents = []
+        for _ in range(40):
+            length = int(generator.integers(2, SEQ + 1))
+            prompt = int(generator.integers(1, length))
+            tokens = generator.integers(2, 64, length).tolist()
+            documents += [tokens[:prompt], tokens[prompt:]]
+        record = ExamplesRecord(task="noise", seq_len_tokens=SEQ)
+        write_dataset(folder / name, [documents], vocab_size=64, examples=record)
+    return folder
+
+
+def test_loss_over_answers_is_their_exact_mean_in_every_layout(tmp_path, data):
+    (alone,) = run_ranks(train, 1, tmp_path / "1", layouts=[ONE], data=str(data), work_dir=str(tmp_path))
+    ranks = run_ranks(train, 2, tmp_path / "2", layouts=OF_TWO, data=str(data), work_dir=str(tmp_path))
+    losses, norms, held_out = alone[ONE]
+    assert losses[0] == pytest.approx(_expected(data, tmp_path), rel=FP32.loss)
+    for found in ranks:
+        for layout in OF_TWO:
+            its_losses, its_norms, its_held_out = found[layout]
+            assert its_losses == pytest.approx(losses, rel=FP32.loss), layout
+            assert its_norms == pytest.approx(norms, rel=FP32.norm), layout
+            assert its_held_out == pytest.approx(held_out, rel=FP32.loss), layout
+
+
+def _expected(data, folder):
+    """Of the first global batch: every answer token once, by plain loops over examples."""
+    run = _run(ONE, data, folder / "plain")
+    dataset = open_dataset(data / "train")
+    model = build_model(run.model, run.train.seed)
+    from megatron_bipe.data.blend import Blend
+
+    total, count = 0.0, 0
+    for window in Blend([dataset], None, SEQ, run.train.seed).window_indices(0, GLOBAL):
+        (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
+        tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
+        starts, intra, inter = 0, [], []  # a segment ends behind a 5
+        for place, token in enumerate(tokens[0, :-1].tolist()):
+            intra.append(min(place - starts, 15))
+            inter.append(inter[-1] if inter else 0)
+            if place and tokens[0, place - 1] == 5:
+                starts, intra[-1], inter[-1] = place, 0, inter[-1] + 1
+        places = (torch.tensor([ids]) for ids in (intra, inter))
+        with torch.no_grad():
+            losses = token_losses(model((tokens[:, :-1], *places)), tokens[:, 1:])[0]
+        total += float(losses[len(prompt) - 1 :].sum())
+        count += len(answer)
+    return total / count
+
+
+def _documents(dataset, example):
+    bounds = dataset.document_bounds().tolist()
+    return [(bounds[place], bounds[place + 1]) for place in (2 * example, 2 * example + 1)]

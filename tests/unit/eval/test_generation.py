@@ -1,0 +1,89 @@
+"""Batched greedy generation against the training model, one token at a time and without a cache."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from megatron_bipe.data.segments import bilevel_ids, resolve_rule, segment_ends
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.eval.generation import Limits, batches, generate, load_generator
+from megatron_bipe.hf.export import ExportOptions, export_model
+from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.tokenizer_files import TokenizerSource
+
+NEW = 12
+
+
+@pytest.fixture(params=["bipe_rope", "bipe_alibi", "rope"])
+def exported(request, tmp_path, letters, make_subject):
+    """An exported model of letters, and the training model it came from."""
+    rule = resolve_rule('["c"]', letters)
+    subject = make_subject(request.param, rule=rule, vocab_size=letters.vocab_size, train_len_tokens=32, init_std=0.5)
+    source = TokenizerSource(letters.definition, letters.to_json(), letters.special_ids, letters.encode_batch)
+    fields = DataFields(rule.spec, rule.token_ids, letters.fingerprint, letters.special_ids)
+    windows = _ids(np.arange(260, 280), rule, subject.config)
+    options = ExportOptions(dtype=torch.float32)
+    export_model(subject.model.state_dict(), subject.config, tmp_path / "model", fields, windows, source, options)
+    return tmp_path / "model", subject
+
+
+def _ids(tokens, rule, config):
+    arrays = (tokens[None], *bilevel_ids(segment_ends(tokens, rule)[None], config.intra_size - 1))
+    return tuple(torch.from_numpy(np.asarray(array, dtype=np.int64)) for array in arrays)
+
+
+def _greedy(subject, prompt):
+    tokens = list(prompt)
+    with torch.no_grad():
+        for _ in range(NEW):
+            tokens.append(int(subject.model(_ids(np.array(tokens), subject.rule, subject.config))[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def test_generation_in_batches_is_the_training_models_choice_token_by_token(exported, letters):
+    folder, subject = exported
+    generator = load_generator(folder, "cpu", torch.float32)
+    assert generator.train_len_tokens == 32
+    texts = ["abc de", "c", "hello world. c and more of it", "x", "the end c"]
+    prompts = [np.concatenate([[1], ids]) for ids in letters.encode_batch(texts)]
+    done = []
+    found = generate(generator, prompts, Limits(NEW, batch_tokens=70), done.append)
+    assert sum(done) == 5 and len(done) > 1
+    expected = [_greedy(subject, prompt) for prompt in prompts]
+    for tokens, wanted in zip(found, expected, strict=True):
+        assert tokens == (wanted[: wanted.index(2)] if 2 in wanted else wanted)
+
+
+def test_answer_ends_before_eos(exported, letters):
+    generator = load_generator(exported[0], "cpu", torch.float32)
+    prompt = np.concatenate([[1], letters.encode_batch(["abc de"])[0]])
+    [whole] = generate(generator, [prompt], Limits(NEW))
+    stop = whole[5]  # taken for EOS
+    generator.tokenizer.special_ids = generator.tokenizer.special_ids | {"eos": stop}
+    [cut] = generate(generator, [prompt], Limits(NEW))
+    assert cut == whole[: whole.index(stop)]
+
+
+def test_batches_take_the_longest_first_and_stay_below_the_limit():
+    lengths = [3, 10, 4, 10, 1, 30]
+    made = batches(lengths, Limits(new_tokens=10, batch_tokens=40))
+    assert made == [[5], [1, 3], [2, 0], [4]]
+    assert batches([100], Limits(10, batch_tokens=1)) == [[0]]
+    assert batches([], Limits(10)) == []
+
+
+def test_models_that_cannot_answer_are_refused(exported, tmp_path):
+    folder, _ = exported
+    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+        load_generator(folder / "none", "cpu", torch.float32)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    with pytest.raises(CheckpointError, match="no end-of-sequence token"):
+        load_generator(folder, "cpu", torch.float32)
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+        load_generator(folder, "cpu", torch.float32)

@@ -1,0 +1,134 @@
+"""Datasets of examples as they are written: whole or not at all."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_bipe.data.examples import open_dataset
+from megatron_bipe.data.inspect import open_tokenizer
+from megatron_bipe.data.manifest import ExamplesRecord, Manifest
+from megatron_bipe.data.scrolls import TASKS, Prompter
+from megatron_bipe.data.scrolls_files import read_rows
+from megatron_bipe.data.segments import resolve_rule
+from megatron_bipe.data.verify import find_problems
+from megatron_bipe.errors import DataError
+from preprocessing.examples import Example, write_examples
+from preprocessing.output import Contents
+from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
+from tests.scrolls import write_benchmark
+
+LENGTH = 8
+
+
+@pytest.fixture
+def contents(letters):
+    rule = resolve_rule("newline", letters)
+    return Contents(letters, rule, {"by": "test"}, ExamplesRecord(task="letters", seq_len_tokens=LENGTH))
+
+
+def example(prompt, answer, place="somewhere"):
+    return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), place)
+
+
+GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the window
+
+
+def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
+    made = write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.manifest == made and dataset.num_windows(LENGTH) == 2
+    assert not list(find_problems([dataset]))
+    assert open_tokenizer(dataset).eos_id == 2
+    tokens, _ = dataset.windows(np.array([1]), LENGTH)
+    assert tokens[0].tolist() == [1, 4, 4, 4, 4, 4, 4, 2, 0]
+    assert made.text_bytes == 13
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "manifest.json",
+        "tokenizer",
+        "tokens-00000.bin",
+        "tokens-00000.idx",
+        "tokens-00000.seg",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "message"),
+    [
+        (example([], [3]), "an example without prompt"),
+        (example([1], []), "an example without answer"),
+        (example([1, 2, 3, 4], [5, 6, 7, 8, 2]), "4 tokens of prompt and 5 of answer; a window has 8. Use --length 9"),
+    ],
+)
+def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, bad, message):
+    bad = bad._replace(place="file, line 7")
+    with pytest.raises(DataError, match=rf"{message}.*\[file, line 7\]"):
+        write_examples(tmp_path / "new", contents, [*GOOD, bad], overwrite=False)
+    assert not (tmp_path / "new").exists()
+    made = write_examples(tmp_path / "old", contents, GOOD, overwrite=False)
+    with pytest.raises(DataError, match=message):
+        write_examples(tmp_path / "old", contents, [bad], overwrite=True)
+    assert Manifest.load(tmp_path / "old") == made
+    assert not list(find_problems([open_dataset(tmp_path / "old")]))
+
+
+def test_output_is_replaced_only_when_asked_and_foreign_files_never(tmp_path, contents):
+    write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
+    with pytest.raises(DataError, match=r"holds a dataset.*--overwrite"):
+        write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=False)
+    write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=True)
+    assert open_dataset(tmp_path / "out").num_windows(LENGTH) == 1
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"no part of a dataset: notes\.txt"):
+        write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
+    with pytest.raises(DataError, match="There are no examples"):
+        write_examples(tmp_path / "none", contents, [], overwrite=False)
+
+
+# SCROLLS
+
+
+@pytest.fixture(scope="module")
+def benchmark(tmp_path_factory):
+    return write_benchmark(tmp_path_factory.mktemp("benchmark"))
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_scrolls_split_becomes_an_example_for_each_output(tmp_path, letters, benchmark, name):
+    folder = str(letters.definition.parent)
+    options = ScrollsOptions(name, benchmark, "train", folder, tmp_path, length=1300, segments="newline")
+    made = prepare_scrolls(options)
+    rows = list(read_rows(benchmark, name, "train"))
+    dataset, prompter = open_dataset(tmp_path), Prompter(TASKS[name], 1300, letters)
+    assert dataset.num_windows(1300) == len(rows) == 9
+    assert made.examples == ExamplesRecord(task=name, seq_len_tokens=1300)
+    tokens, _ = dataset.windows(np.arange(9), 1300)
+    answers = dataset.answers(np.arange(9))
+    for row, ids, (first, stop) in zip(rows, tokens, answers, strict=True):
+        (prompt,) = prompter.prompts([row.input])
+        assert ids[: first + 1].tolist() == prompt.tolist()
+        assert letters.decode(ids[first + 1 : stop]) == row.output
+        assert ids[stop] == letters.eos_id
+
+
+def test_split_without_outputs_has_nothing_to_learn_from(tmp_path, letters, benchmark):
+    options = ScrollsOptions(
+        "qmsum", benchmark, "test", str(letters.definition.parent), tmp_path / "out", 1300, "newline"
+    )
+    with pytest.raises(DataError, match=r"'qmsum-0_0' has no answer.*train or validation.*test.jsonl, line 1\]"):
+        prepare_scrolls(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prepare_task_command_says_what_was_made_and_leaves_with_2_on_bad_input(tmp_path, letters, benchmark):
+    command = [sys.executable, "tools/prepare_task.py", "scrolls", "--data", str(benchmark), "--segments", "newline"]
+    command += ["--tokenizer", str(letters.definition.parent), "--output", str(tmp_path / "out"), "--length", "1300"]
+    env = os.environ | {"PYTHONPATH": str(Path.cwd())}
+    good = subprocess.run([*command, "--task", "qasper"], env=env, capture_output=True, text=True)
+    assert good.returncode == 0, good.stderr
+    assert "9 examples of qasper" in good.stdout and "windows of 1300 tokens" in good.stdout
+    bad = subprocess.run([*command, "--task", "squad"], env=env, capture_output=True, text=True)
+    assert bad.returncode == 2 and "no SCROLLS task 'squad'" in bad.stderr

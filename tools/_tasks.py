@@ -1,0 +1,111 @@
+"""Commands of `evaluate.py` that let a fine-tuned model answer."""
+
+import argparse
+from pathlib import Path
+
+from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from _cli import parse_range
+from _device import pick_device
+from megatron_bipe.data.scrolls import TASKS, find_task
+from megatron_bipe.data.scrolls_files import questions, read_rows
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval import arithmetic as problems
+from megatron_bipe.eval.generation import Generator, Limits, load_generator
+from megatron_bipe.eval.report import prepare_output
+from megatron_bipe.model.precision import DTYPES
+
+
+def scrolls(arguments: argparse.Namespace) -> None:
+    """Let the model answer a split of a task; write and print scores, beside those of other tasks in the folder."""
+    try:
+        from megatron_bipe.eval.scrolls import answer, result_names, results_table, score_answers, write_results
+    except ImportError as error:
+        raise ConfigError(
+            f"rouge_score cannot be imported: {error}",
+            remedy="Install it: pip install 'megatron-bipe[scrolls]'",
+            place="evaluate.py scrolls",
+        ) from error
+    task = find_task(arguments.task)
+    prepare_output(arguments.output, arguments.overwrite, result_names(task))
+    results_table(arguments.output)  # of other tasks, which is asked for again in the end
+    asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
+    generator = _load(arguments.model, arguments)
+    length_tokens = arguments.length or generator.train_len_tokens
+    with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
+        answers = answer(generator, task, asked, length_tokens, arguments.batch_tokens, bar.update)
+    about = {
+        "split": arguments.split,
+        "num_examples": len(asked),
+        "scores": score_answers(task, asked, answers),
+        "model": str(arguments.model),
+        "length_tokens": length_tokens,
+        "dtype": arguments.dtype,
+        "limit": arguments.limit,
+    }
+    files = write_results(arguments.output, task, about, answers)
+    print(results_table(arguments.output))
+    print("Written:", *files)
+
+
+def _load(folder: Path, arguments: argparse.Namespace) -> Generator:
+    disable_progress_bar()
+    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    return load_generator(folder, pick_device(arguments.device), DTYPES[arguments.dtype])
+
+
+def add_scrolls(command: argparse.ArgumentParser) -> None:
+    """The options of `scrolls`."""
+    command.description = (
+        "A split of a SCROLLS task, answered by an exported model. Results of several tasks in one folder make a table."
+    )
+    add, shown = command.add_argument, "(default: %(default)s)"
+    add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
+    add("--task", required=True, metavar="NAME", help=", ".join(TASKS))
+    add("--data", type=Path, required=True, metavar="DIR", help="has NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
+    add("--split", default="validation", help=f"validation, or test, which has no outputs {shown}")
+    add("--output", type=Path, required=True, metavar="DIR", help="for scores and answers of one or more tasks")
+    add("--length", type=int, metavar="N", help="tokens of prompt and answer together (default: the training length)")
+    add("--limit", type=int, metavar="N", help="only the first N inputs")
+    add("--batch-tokens", type=int, metavar="N", default=Limits(0).batch_tokens, help=f"most tokens at once {shown}")
+    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
+    command.set_defaults(run=scrolls)
+
+
+def arithmetic(arguments: argparse.Namespace) -> None:
+    """Let the models solve held-out problems; write and print how often they are right."""
+    if not arguments.operators or arguments.operators.start < 1 or arguments.problems < 1:
+        raise ConfigError("there is nothing to solve", remedy="Use --operators 1..6 or the like", place="--operators")
+    prepare_output(arguments.output, arguments.overwrite, (problems.JSON_NAME, problems.CSV_NAME))
+    asked = [problems.held_out_problems(n, arguments.problems, arguments.seed) for n in arguments.operators]
+    found: dict[str, list[problems.Accuracy]] = {}
+    names = [folder.resolve().name for folder in arguments.model]
+    for name, folder in zip(names, arguments.model, strict=True):
+        generator = _load(folder, arguments)
+        with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
+            found[name if names.count(name) == 1 else str(folder)] = [
+                problems.solve_all(generator, each, arguments.batch_tokens, bar.update) for each in asked
+            ]
+    about = {"seed": arguments.seed, "dtype": arguments.dtype, "sources": list(map(str, arguments.model))}
+    files = problems.write_results(arguments.output, about, found)
+    print(problems.as_table(found))
+    print("Written:", *files)
+
+
+def add_arithmetic(command: argparse.ArgumentParser) -> None:
+    """The options of `arithmetic`."""
+    command.description = "Held-out problems modulo 11, solved by exported models; the final number alone is judged."
+    add, shown = command.add_argument, "(default: %(default)s)"
+    add("--model", type=Path, nargs="+", required=True, metavar="HF_DIR", help="folders made by tools/export_hf.py")
+    add("--operators", type=parse_range, required=True, metavar="N..M", help="numbers of operators, each by itself")
+    add("--problems", type=int, default=200, metavar="N", help=f"of each number of operators {shown}")
+    add("--seed", type=int, default=0, help=f"of the choice of problems {shown}")
+    add("--output", type=Path, required=True, metavar="DIR", help="for arithmetic.json and .csv")
+    add("--batch-tokens", type=int, metavar="N", default=Limits(0).batch_tokens, help=f"most tokens at once {shown}")
+    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
+    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
+    command.set_defaults(run=arithmetic)
