@@ -13,7 +13,8 @@ import torch
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.plan import build_model
 
-tokens, shape = torch.arange(12)[None], {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 8, "vocab_size": 20}
+tokens = torch.arange(12)[None]
+shape = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 8, "vocab_size": 20}
 for name, positions in (("log_distance", torch.arange(12)), ("bipe_log_distance", torch.arange(12) // 3)):
     model = build_model(ModelConfig(encoding=name, **shape, init_std=0.3))
     model((tokens, tokens % 3, positions[None])).sum().backward()
