@@ -1,6 +1,9 @@
 """Every encoding beyond the four published ones, over two ranks in each way, against one process.
 
-Measured (largest over encodings and layouts): losses differ by LOSS relative, gradient norms by NORM, weights by WEIGHT.
+Measured (largest over encodings and layouts): losses differ by 2.3e-7 relative, gradient norms by 5.4e-6, weights by
+1.1e-5. bipe_xpos without an intra encoding is not among them: it cannot tell the tokens of a segment apart, which makes
+this task ill-conditioned. One process that adds its micro-batches up in another order is off by 9.6e-6 and 7.5e-5 then
+(norms, weights), 30 times as much as with one. test_tensor.py has a single step of it.
 """
 
 import pytest
@@ -15,7 +18,7 @@ ENCODINGS = {
     "xpos": "",
     "t5": "",
     "nope": "",
-    "bipe_xpos": "intra_encoding: none",
+    "bipe_xpos": "",
     "bipe_t5": "intra_encoding: sinusoidal, num_kv_heads: 2",
     "bipe_nope": "",
     "bipe_rope": "rope_scaling: {type: yarn, factor: 4, original_positions: 7}",
