@@ -73,5 +73,5 @@ def known_absolute(name: str) -> str:
 
 def _known(name: str, table: Mapping[str, object]) -> str:
     if name not in table:
-        raise ValueError(f"it should be one of {', '.join(table)}")
+        raise ValueError(f"Input should be one of {', '.join(table)}")
     return name

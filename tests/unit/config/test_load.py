@@ -116,7 +116,7 @@ def test_load_all_problems_are_named_at_once():
         load_run_config(None, ["train.steps=0", "model.encoding=rop", "optimizer.betas=[0.9, 1.0]", "oops=1"])
     for part in (
         "train.steps=0",
-        "model.encoding='rop': Value error, it should be one of bipe_rope, bipe_alibi,",
+        "model.encoding='rop': Input should be one of bipe_rope, bipe_alibi,",
         "optimizer.betas",
         "unknown key 'oops'",
     ):
