@@ -80,7 +80,7 @@ def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:
     key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"unknown key {key!r}, did you mean {nearest(key, known)!r}?"
-    return f"{key}={entry['input']!r}: {entry['msg']}"
+    return f"{key}={entry['input']!r}: {entry['msg'].removeprefix('Value error, ')}"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

@@ -7,11 +7,12 @@ rules that involve several are in `validate.py`; where values come from is in `l
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+
+from megatron_bipe.config.encodings import ENCODINGS, RELATIVE, Encoding, Relative, known_absolute, known_encoding
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-Encoding = Literal["bipe_rope", "bipe_alibi", "rope", "alibi"]
 
 
 class _Section(BaseModel):
@@ -21,17 +22,30 @@ class _Section(BaseModel):
 class RopeScaling(_Section):
     """Stretching of the rotary positions beyond the training length."""
 
-    type: Literal["linear", "dynamic"]
-    """linear: positions divided by `factor`; dynamic: base raised once the window exceeds `train_len_tokens`."""
+    type: Literal["linear", "dynamic", "ntk", "yarn"]
+    """linear: positions divided by `factor`; dynamic: base raised once the window exceeds `train_len_tokens`; ntk: base
+    raised once and for all; yarn: slow pairs of channels as linear, fast ones as they are, scores sharpened."""
     factor: Annotated[float, Field(gt=1.0)]
     """How many times the training length is wanted."""
+    original_positions: Positive | None = None
+    """yarn: positions of a window that the model was trained on; null: `train_len_tokens`. The bilevel encodings count
+    segments: a window's tokens over the mean length of a segment."""
+    beta_fast: Annotated[float, Field(gt=0)] = 32.0
+    """yarn: pairs that turn more often than this over the original positions stay as they are."""
+    beta_slow: Annotated[float, Field(gt=0)] = 1.0
+    """yarn: pairs that turn less often than this are stretched by the whole factor."""
+    attention_factor: Annotated[float, Field(gt=0)] | None = None
+    """yarn: what queries and keys are multiplied with; null: 0.1 ln(factor) + 1, as its authors found best."""
 
 
 class ModelConfig(_Section):
     """Shape and encoding of the network; everything that an exported model needs to know of itself."""
 
-    encoding: Encoding = "bipe_rope"
-    """Positional encoding; the `bipe_` ones add the intra table and feed segment counts to attention."""
+    encoding: Annotated[str, AfterValidator(known_encoding)] = "bipe_rope"
+    """Positional encoding, see docs/encodings.md; `bipe_X` adds places in segments to the embeddings and feeds segment
+    counts to X in attention."""
+    intra_encoding: Annotated[str, AfterValidator(known_absolute)] = "learned"
+    """What a bilevel encoding adds to the embeddings, by the token's place in its segment; learned: the paper's."""
     num_layers: Positive = 12
     """Transformer blocks."""
     hidden_size: Positive = 768
@@ -46,8 +60,11 @@ class ModelConfig(_Section):
     """Rows of the token table: at least the tokenizer's number of ids (LLaMA: 32,000)."""
     intra_size: Positive = 1024
     """Rows of the intra-segment table (bipe encodings); longer segments are clipped to the last row."""
+    position_range: Positive | None = None
+    """randomized_rope: positions are drawn below this; null: 4 x train_len_tokens, up to where the paper's held."""
     train_len_tokens: Positive = 1024
-    """Window length the model is trained at: reference point of log_scale and of dynamic RoPE scaling."""
+    """Window length the model is trained at: reference point of log_scale and of RoPE scaling,
+    rows of the table of `learned`."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
     """Added to the mean square in RMSNorm."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
@@ -64,9 +81,39 @@ class ModelConfig(_Section):
     """Project to the vocabulary with the token table, in place of a matrix of its own."""
 
     @property
+    def parts(self) -> Encoding:
+        """What `encoding` and `intra_encoding` stand for."""
+        parts = ENCODINGS[self.encoding]
+        return parts._replace(absolute=self.intra_encoding) if parts.positions == "segments" else parts
+
+    @property
+    def relative(self) -> Relative:
+        """What is known of the relative part."""
+        return RELATIVE[self.parts.relative]
+
+    @property
     def bilevel(self) -> bool:
-        """True where the model takes segment positions and owns an intra table."""
-        return self.encoding.startswith("bipe_")
+        """True where the model takes segment positions."""
+        return self.parts.positions == "segments"
+
+    @property
+    def table_rows(self) -> int | None:
+        """Rows of the learned table of places; None where there is none."""
+        if self.parts.absolute != "learned":
+            return None
+        return self.intra_size if self.bilevel else self.train_len_tokens
+
+    @property
+    def drawn_range(self) -> int:
+        """`position_range` after the default is applied."""
+        return self.position_range or 4 * self.train_len_tokens
+
+    @property
+    def longest_window_tokens(self) -> int | None:
+        """Tokens beyond which the encoding has no positions; None where the configuration sets no limit."""
+        if self.parts.positions == "drawn":
+            return self.drawn_range
+        return None if self.bilevel else self.table_rows
 
     @property
     def kv_heads(self) -> int:

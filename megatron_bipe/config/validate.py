@@ -4,7 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
-from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RunConfig, TrainConfig
+from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RopeScaling, RunConfig, TrainConfig
 from megatron_bipe.errors import ConfigError
 
 
@@ -16,6 +16,7 @@ def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
     """
     problems = [
         *_model(run.model),
+        *_encoding(run.model, run.train.seq_len_tokens),
         *_data(run.data),
         *_optimizer(run.optimizer, run.train),
         *_layout(run, num_ranks),
@@ -70,9 +71,10 @@ def check_data(
             f"{examples_len_tokens} tokens; set train.seq_len_tokens={examples_len_tokens}, or make it again with "
             f"tools/prepare_task.py --length {run.train.seq_len_tokens}"
         )
-    longest = fixed_length or run.train.seq_len_tokens
-    # Longer windows are what examples are mostly for, and a table that was learned before keeps its size.
-    if examples_len_tokens is None and model.bilevel and model.intra_size < longest:
+    longest = fixed_length or min(run.train.seq_len_tokens, model.train_len_tokens)  # beyond both, as in the paper
+    # Examples are mostly for longer windows, and a table that was learned before keeps its size.
+    rows = model.table_rows if model.bilevel and examples_len_tokens is None else None
+    if rows is not None and rows < longest:
         problems.append(
             f"model.intra_size={model.intra_size} is smaller than the longest possible segment of {longest} tokens, "
             f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
@@ -84,19 +86,64 @@ def check_data(
 def _model(model: ModelConfig) -> Iterator[str]:
     if model.hidden_size % model.num_heads:
         yield f"model.hidden_size={model.hidden_size} is not a multiple of model.num_heads={model.num_heads}"
-    elif "rope" in model.encoding and model.head_width % 2:
+    elif model.relative.rotates and model.head_width % 2:
         yield (
-            f"model.hidden_size / model.num_heads = {model.head_width} is odd, and RoPE rotates pairs; "
+            f"model.hidden_size / model.num_heads = {model.head_width} is odd, and model.encoding={model.encoding} "
+            "rotates pairs; "
             "choose an even head width"
         )
     if model.num_heads % model.kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.kv_heads}"
-    if model.rope_scaling is not None and "rope" not in model.encoding:
-        yield f"model.rope_scaling has no meaning for model.encoding={model.encoding}; set it to null"
     if model.tied_output and model.zero_last_row:
         yield "model.tied_output=True trains the last row that model.zero_last_row=True keeps at zero; make one false"
     if model.log_scale and model.train_len_tokens < 2:
         yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}); 2 is the least"
+
+
+def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
+    name, scaling = f"model.encoding={model.encoding}", model.rope_scaling
+    if not model.bilevel and model.intra_encoding != "learned":
+        yield f"model.intra_encoding={model.intra_encoding} has no meaning for {name}; remove it, or choose a bipe_ one"
+    if model.parts.positions != "drawn" and model.position_range is not None:
+        yield f"model.position_range has no meaning for {name}; set it to null"
+    if model.parts.absolute == "sinusoidal" and model.hidden_size % 2:
+        yield f"model.hidden_size={model.hidden_size} is odd, and sines go with cosines; choose an even one"
+    longest = model.longest_window_tokens
+    if longest is not None and seq_len_tokens > longest:
+        key = "position_range" if model.parts.positions == "drawn" else "train_len_tokens"
+        yield (
+            f"train.seq_len_tokens={seq_len_tokens} exceeds the {longest} positions of {name}; set model.{key}="
+            f"{seq_len_tokens} or more"
+        )
+    if scaling is not None and not model.relative.rotates:
+        yield f"model.rope_scaling has no meaning for {name}; set it to null"
+    elif scaling is not None:
+        yield from _scaling(model, scaling)
+
+
+def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
+    name = "model.rope_scaling"
+    if scaling.type in ("ntk", "dynamic") and model.head_width == 2:
+        yield f"{name}.type={scaling.type} slows all pairs of channels but one, and heads of 2 channels have no other"
+    if scaling.type != "yarn":
+        return
+    original = scaling.original_positions or model.train_len_tokens
+    if scaling.beta_fast <= scaling.beta_slow:
+        yield (
+            f"{name}.beta_fast={scaling.beta_fast:g} does not exceed {name}.beta_slow={scaling.beta_slow:g}: fast "
+            "pairs of channels are those that turn more often"
+        )
+    if original <= 2 * math.pi * scaling.beta_slow:
+        yield (
+            f"in the {original} original positions of {name} no pair of channels turns {scaling.beta_slow:g} times, so "
+            f"none would be stretched; lower {name}.beta_slow, or use type linear"
+        )
+    if model.bilevel and scaling.original_positions is None:
+        yield (
+            f"{name}.type=yarn without original_positions, and model.encoding={model.encoding} counts segments; set "
+            f"{name}.original_positions to the segments of a training window: model.train_len_tokens="
+            f"{model.train_len_tokens} over the mean length that tools/inspect_data.py stats shows"
+        )
 
 
 def _data(data: DataConfig) -> Iterator[str]:

@@ -92,7 +92,7 @@ def as_csv(subsets: Sequence[Subset]) -> str:
                 )
         for curve in subset.paper:
             for length, value in curve.points:
-                row = (subset.name, f"paper: {curve.name}", curve.encoding or "", length, value, "", "")
+                row = (subset.name, f"paper: {curve.name}", curve.encoding, length, value, "", "")
                 writer.writerow(row)
     return text.getvalue()
 

@@ -6,13 +6,14 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.settings import DataFields, is_stock
 
-_ENCODINGS = {
-    "bipe_rope": "bilevel (BiPE): learned intra-segment table, RoPE over segment counts",
-    "bipe_alibi": "bilevel (BiPE): learned intra-segment table, ALiBi over segment counts",
-    "rope": "RoPE over token positions",
-    "alibi": "ALiBi over token positions",
+_ABSOLUTE = {"none": "", "learned": "learned table", "sinusoidal": "sines and cosines"}
+_RELATIVE = {"rope": "RoPE", "alibi": "ALiBi", "xpos": "XPOS", "t5": "T5's relative bias", "nope": ""}
+_POSITIONS = {
+    "segments": ("place in the segment", "segment counts"),
+    "tokens": ("token positions", "token positions"),
+    "drawn": ("", "token positions drawn at random in training"),
 }
 _HEAD = """---
 library_name: transformers
@@ -79,7 +80,7 @@ def model_card(
     shapes = list(weights)
     dtype = str(shapes[0].dtype).removeprefix("torch.")
     rows = {
-        "Positional encoding": _ENCODINGS[config.encoding],
+        "Positional encoding": _described(config),
         "Parameters": f"{sum(t.numel() for t in shapes):,} ({dtype})",
         "Layers / width / heads / feed-forward": f"{config.num_layers} / {config.hidden_size} / {config.num_heads}"
         f" ({config.kv_heads} key/value) / {config.ffn_size}",
@@ -89,10 +90,21 @@ def model_card(
         "Tokenizer fingerprint": f"`{data.tokenizer_fingerprint}`" if data.tokenizer_fingerprint else "not known",
     } | dict(facts)
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
-    code = "" if config.encoding == "rope" and not config.log_scale else ", trust_remote_code=True"
+    code = "" if is_stock(config) else ", trust_remote_code=True"
     measured = _PERPLEXITY.format(plot=PLOT, text=perplexity.text) if perplexity else ""
     text = _HEAD.format(title=title, rows=table, figure=figure, code=code, perplexity=measured)
     return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
+
+
+def _described(config: ModelConfig) -> str:
+    parts = config.parts
+    places, positions = _POSITIONS[parts.positions]
+    named = (
+        (_ABSOLUTE.get(parts.absolute, parts.absolute), places),
+        (_RELATIVE.get(parts.relative, parts.relative), positions),
+    )
+    text = ", ".join(f"{name} over {what}" for name, what in named if name) or "none"
+    return f"`{config.encoding}`, bilevel (BiPE): {text}" if config.bilevel else f"`{config.encoding}`: {text}"
 
 
 def _ids(token_ids: Sequence[int]) -> str:

@@ -34,7 +34,9 @@ from megatron_bipe.tensor_file import write_tensors
 # mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
 # 0.02, give 1e-3 and more.
 TOLERANCE = 2e-5
-REMOTE_CODE = ("configuration_bipe.py", "modeling_bipe.py", "positions_bipe.py")
+REMOTE_CODE = tuple(
+    f"{name}_bipe.py" for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
+)
 
 
 class ExportOptions(NamedTuple):

@@ -10,13 +10,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.checksums import check_file
+from megatron_bipe.hf.rope_settings import rope_fields
 from megatron_bipe.hf.weights import from_llama
-from megatron_bipe.model.block import Block
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.positions import make_encoding
 from megatron_bipe.model.tied import TOKEN_TABLE
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -80,16 +79,15 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             place=place,
         )
     try:
-        rope = settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
-        scaled = rope["rope_type"] != "default"
         config = ModelConfig(
             encoding=encoding,
             **llama_shape(settings),
             intra_size=settings["intra_size"],
             train_len_tokens=settings["train_len_tokens"],
             init_std=settings["initializer_range"],
-            rope_base=rope["rope_theta"],
-            rope_scaling=RopeScaling(type=rope["rope_type"], factor=rope["factor"]) if scaled else None,
+            intra_encoding=settings.get("intra_encoding", "learned"),
+            position_range=settings.get("position_range"),
+            **rope_fields(settings),
             log_scale=settings.get("log_scale", False),
             zero_last_row=settings.get("zero_last_row", False),
             tied_output=settings.get("tie_word_embeddings", False),
@@ -183,8 +181,6 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: 
             remedy="Check that the weights and the configuration belong to the same model",
             place=place,
         ) from error
-    for layer in model:
-        _make_constants(layer, config)
     return model.eval()
 
 
@@ -197,10 +193,4 @@ def fill_layer(
         tied = config.tied_output and index == config.num_layers + 1 and name == "output.weight"
         own[name] = weights[TOKEN_TABLE if tied else f"{index}.{name}"].to(dtype).float()
     layer.load_state_dict(own, assign=True)
-    _make_constants(layer, config)
     return layer.eval()
-
-
-def _make_constants(layer: nn.Module, config: ModelConfig) -> None:
-    if isinstance(layer, Block):
-        layer.attention.encoding = make_encoding(config)  # they were made on the meta device

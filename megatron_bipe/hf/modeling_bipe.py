@@ -15,8 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .configuration_bipe import BipeConfig
-from .positions_bipe import Encoding, Memory, encode, find_places, memorise, recall
+from .bias_bipe import biased_mask
+from .configuration_bipe import NUM_BUCKETS, BipeConfig
+from .encodings_bipe import Encoding, encode, sinusoidal
+from .positions_bipe import Places, find_places, memorise, real_tokens, recall
 
 
 class BipeRMSNorm(nn.Module):
@@ -59,6 +61,8 @@ class BipeAttention(nn.Module):
         self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+        if config.relative == "t5":
+            self.relative_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
 
     def forward(
         self, hidden_BTD: Tensor, encoding: Encoding, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
@@ -71,19 +75,22 @@ class BipeAttention(nn.Module):
         if encoding.growth is not None:
             q_BNTH = q_BNTH * encoding.growth.to(q_BNTH.dtype)
         if encoding.rotation is not None:
-            q_BNTH, k_BGTH = _rotate(q_BNTH, *encoding.rotation), _rotate(k_BGTH, *encoding.rotation)
+            for_queries, for_keys = encoding.rotation
+            q_BNTH, k_BGTH = _rotate(q_BNTH, *for_queries), _rotate(k_BGTH, *for_keys)
         if past_key_values is not None:
             if self.layer_idx == 0 and encoding.memory is not None:
                 k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.memory)), dim=-1)
             k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
             k_BGTH = k_BGTH[..., : self.head_dim]
-        if encoding.bias is not None:
-            queries, keys = encoding.bias
+        if encoding.channels is not None:
+            queries, keys = encoding.channels
             keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a fresh static cache has empty slots
             pad = (0, -(self.head_dim + queries.shape[-1]) % 8)
             q_BNTH = F.pad(torch.cat((_channels_of(q_BNTH, queries), q_BNTH), dim=-1), pad)
             k_BGTH = F.pad(torch.cat((_channels_of(k_BGTH, keys), k_BGTH), dim=-1), pad)
             v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels want one width
+        if encoding.buckets is not None and mask is not None:
+            mask = biased_mask(self.relative_bias(encoding.buckets), mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         scaling = self.head_dim**-0.5
         mixed_BTNH, _ = attend(self, q_BNTH, k_BGTH, v_BGTH, mask, dropout=0.0, scaling=scaling, **kwargs)
@@ -159,8 +166,10 @@ class BipeModel(BipePreTrainedModel):
         config.validate_architecture()
         width, unused_row = config.hidden_size, -1 if config.zero_last_row else None
         self.embed_tokens = nn.Embedding(config.vocab_size, width, unused_row)
-        if config.bilevel:
+        if config.absolute == "learned" and config.bilevel:
             self.embed_intra = nn.Embedding(config.intra_size, width, unused_row)
+        elif config.absolute == "learned":
+            self.embed_positions = nn.Embedding(config.train_len_tokens, width, unused_row)
         self.layers = nn.ModuleList(BipeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BipeRMSNorm(width, config.rms_norm_eps)
         self.gradient_checkpointing = False
@@ -196,14 +205,16 @@ class BipeModel(BipePreTrainedModel):
         memory = recall(past_key_values, self.config.head_dim, hidden.device)
         if memory is not None and recomputes:
             raise ValueError("gradient checkpointing cannot train on past_key_values: pass all tokens")
-        real_BT = _real_tokens(attention_mask, hidden, memory, past_key_values)
+        real_BT = real_tokens(attention_mask, hidden, memory, past_key_values)
         places = find_places(self.config, input_ids, real_BT, memory)
         encoding = encode(self.config, places, memory, attention_mask)
         if past_key_values is not None:
             encoding = encoding._replace(memory=memorise(places))
-        if self.config.bilevel:
-            hidden = hidden + self.embed_intra(places.intra.clamp(max=self.config.intra_size - 1))
-        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values)
+        hidden = self._placed(hidden, places)
+        fused = encoding.buckets is None
+        if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"{self.config.encoding} biases scores: use attn_implementation='sdpa' or 'eager'")
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, allow_is_causal_skip=fused)
         states = [hidden]
         for layer in self.layers:
             hidden = layer(hidden, encoding, mask, past_key_values=past_key_values, **kwargs)
@@ -215,26 +226,21 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-
-def _real_tokens(
-    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: Memory | None, cache: Cache | None
-) -> Tensor:
-    """Bool [B, T]: False at padding among the new tokens."""
-    rows, new = hidden_BTD.shape[:2]
-    if attention_mask is None:
-        return torch.ones(rows, new, dtype=torch.bool, device=hidden_BTD.device)
-    shape = tuple(attention_mask.shape)
-    slots = cache.get_max_length() if cache is not None and cache.is_compileable else -1
-    if memory is not None and memory.num_filled is not None and shape == (rows, slots):
-        places = memory.num_filled + torch.arange(new, device=hidden_BTD.device)
-        return attention_mask.index_select(1, places).bool()
-    num_cached = 0 if memory is None else memory.num_held
-    if shape == (rows, slots) or shape == (rows, num_cached + new):
-        return attention_mask[:, num_cached : num_cached + new].bool()
-    raise ValueError(
-        f"attention_mask is {list(shape)}; positions need [{rows}, {num_cached + new}]: {num_cached} cached and {new} "
-        "new tokens, 0 at padding"
-    )
+    def _placed(self, hidden_BTD: Tensor, places: Places) -> Tensor:
+        """The hidden states with the absolute part of the encoding added."""
+        config, place_BT = self.config, places.intra
+        if config.bilevel:
+            place_BT = place_BT.clamp(max=config.intra_size - 1)
+        if config.absolute == "sinusoidal":
+            return hidden_BTD + sinusoidal(config, place_BT).to(hidden_BTD.dtype)
+        if config.absolute == "none":
+            return hidden_BTD
+        if config.bilevel:
+            return hidden_BTD + self.embed_intra(place_BT)
+        rows = config.train_len_tokens
+        if not torch.compiler.is_compiling() and int(place_BT.max()) >= rows:
+            raise ValueError(f"{int(place_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
+        return hidden_BTD + self.embed_positions(place_BT)
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):

@@ -1,14 +1,13 @@
-"""Where the tokens of a BiPE model stand, what a cache remembers of it, and what attention makes of it.
+"""Where the tokens of a BiPE model stand, and what a cache remembers of it.
 
 Places travel with the keys: those of layer 0 carry a few more channels, in which the cache remembers where
 in its segment every token stands. Whatever generation does to a cache (reorder, crop, repeat) keeps them
 right, and a cached continuation starts from them, for any split of the input into chunks.
 
 B batch · T new tokens · C cached tokens, or all slots of a static cache · S keys that attention sees: C and T, or the
-slots · N query heads · H head width
+slots
 """
 
-import math
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +17,7 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .configuration_bipe import BipeConfig
 
-_DIGIT = 256  # bf16, the coarsest dtype a cache may have, holds every integer up to here
-_UNIT = 1024  # of ALiBi's channel for the query's own position, so that it is within fp16
+DIGIT = 256  # bf16, the coarsest dtype a cache may have, holds every integer up to here
 _DIGITS = 3  # of each of the two counts that a key carries: up to 16.7 million
 
 
@@ -59,15 +57,6 @@ class Memory(NamedTuple):
         return (self.next_intra - 1).clamp(min=0)
 
 
-class Encoding(NamedTuple):
-    """What all layers share in one forward pass."""
-
-    rotation: tuple[Tensor, Tensor] | None = None  # RoPE: cosines and sines [B, 1, T, H/2] of the new tokens
-    bias: tuple[Tensor, Tensor] | None = None  # ALiBi: channels of queries [B, N, T, 7] and of keys [B, 1, S, 7]
-    growth: Tensor | None = None  # log_scale's factor on queries [B, 1, T, 1]
-    memory: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
-
-
 def find_places(config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: Memory | None = None) -> Places:
     """Places of new tokens [B, T], in segments for the bilevel encodings, else in the sequence.
 
@@ -101,7 +90,7 @@ def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor)
 def memorise(places: Places) -> Tensor:
     """The channels [B, 1, T, C] that the cached keys of layer 0 carry: both next counts, digit by digit."""
     counts_BT2 = torch.stack((places.next_intra, places.next_inter), dim=-1)
-    digits = [counts_BT2 // _DIGIT**power % _DIGIT for power in range(_DIGITS)]
+    digits = [counts_BT2 // DIGIT**power % DIGIT for power in range(_DIGITS)]
     return torch.cat(digits, dim=-1)[:, None].float()
 
 
@@ -130,82 +119,58 @@ def recall(cache: Cache | None, head_dim: int, device: torch.device) -> Memory |
     if keys.shape[2] == 0:
         return None
     digits = keys[:, 0, :, head_dim:].to(device).round().long().unflatten(-1, (_DIGITS, 2))
-    powers = _DIGIT ** torch.arange(_DIGITS, device=device)
+    powers = DIGIT ** torch.arange(_DIGITS, device=device)
     next_intra, next_inter = (digits * powers[:, None]).sum(-2).unbind(-1)
     num_filled = layer.cumulative_length.to(device) if isinstance(layer, StaticLayer) else None
     return Memory(next_intra, next_inter, num_filled)
 
 
-def encode(config: BipeConfig, places: Places, memory: Memory | None, attention_mask: Tensor | None) -> Encoding:
-    """What attention needs of the places, once for all layers."""
-    new_BT = places.inter if config.bilevel else places.intra
-    growth = None
-    if config.log_scale:
-        growth = ((new_BT + 1).float().log() / math.log(config.train_len_tokens))[:, None, :, None]
-    if config.encoding.endswith("alibi"):
-        return Encoding(bias=_alibi(config, new_BT, memory), growth=growth)
-    return Encoding(rotation=_rotary(config, new_BT, memory, attention_mask), growth=growth)
+def real_tokens(
+    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: Memory | None, cache: Cache | None
+) -> Tensor:
+    """Bool [B, T]: False at padding among the new tokens."""
+    rows, new = hidden_BTD.shape[:2]
+    if attention_mask is None:
+        return torch.ones(rows, new, dtype=torch.bool, device=hidden_BTD.device)
+    shape = tuple(attention_mask.shape)
+    slots = cache.get_max_length() if cache is not None and cache.is_compileable else -1
+    if memory is not None and memory.num_filled is not None and shape == (rows, slots):
+        places = memory.num_filled + torch.arange(new, device=hidden_BTD.device)
+        return attention_mask.index_select(1, places).bool()
+    num_cached = 0 if memory is None else memory.num_held
+    if shape == (rows, slots) or shape == (rows, num_cached + new):
+        return attention_mask[:, num_cached : num_cached + new].bool()
+    raise ValueError(
+        f"attention_mask is {list(shape)}; positions need [{rows}, {num_cached + new}]: {num_cached} cached and {new} "
+        "new tokens, 0 at padding"
+    )
 
 
-def alibi_slopes(num_heads: int) -> list[float]:
-    """One slope a head (Press et al. 2022); counts that are no power of two borrow from the next higher one."""
-    lower = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
-    return slopes + [2.0 ** (-4.0 * (i + 1) / lower) for i in range(0, 2 * lower, 2)][: num_heads - lower]
+def key_positions(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> Tensor:
+    """What the relative encoding goes by, of cached keys and of new ones, int64 [B, S]."""
+    if memory is None:
+        return new_BT
+    old_BC = memory.own_places(config.bilevel)
+    if memory.num_filled is None:
+        return torch.cat((old_BC, new_BT), dim=1)
+    slots = memory.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
+    return old_BC.index_copy(1, slots, new_BT)
 
 
-def _alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> tuple[Tensor, Tensor]:
-    """The bias slope x (key - last key) as channels of queries and keys, which come before those of the head.
+def count_tokens(
+    config: BipeConfig, num_new: int, memory: Memory | None, attention_mask: Tensor | None, what: str
+) -> Tensor:
+    """Real tokens of each row, int64 [B, 1] or [1, 1], for encodings that every further token changes.
 
-    Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
-    in three parts, distances in two, each of which bf16 holds exactly. The second channel adds what makes scores near
-    the query small; kernels add in order, so that large numbers cancel before anything small is added.
+    Raises:
+        ValueError: a cache would have to be continued beyond the training length, up to which nothing changes.
     """
-    position_BS = new_BT
-    if memory is not None:
-        old_BC = memory.own_places(config.bilevel)
-        if memory.num_filled is None:
-            position_BS = torch.cat((old_BC, new_BT), dim=1)
-        else:
-            slots = memory.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
-            position_BS = old_BC.index_copy(1, slots, new_BT)
-    if position_BS.shape[1] > _DIGIT**2:
-        raise ValueError(f"ALiBi's key bias is exact up to {_DIGIT**2} tokens; these are {position_BS.shape[1]}")
-    factor = 96.0 if config.bilevel else 1.0
-    slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=position_BS.device) * factor
-    slopes_N1 = slopes[:, None] * math.sqrt(config.head_dim)
-    back_BT, back_BS = new_BT[:, -1:] - new_BT, new_BT[:, -1:] - position_BS
-    own_BNT, rest_N1, parts = slopes_N1 / _UNIT * back_BT[:, None], slopes_N1, []
-    for _ in range(3):
-        parts.append(rest_N1.bfloat16().float())
-        rest_N1 = rest_N1 - parts[-1]
-    high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in parts)
-    fine_BS = back_BS % _DIGIT
-    coarse_BS, unit_BS = back_BS - fine_BS, torch.full_like(back_BS, -_UNIT)
-    keys_BS7 = -torch.stack([coarse_BS, unit_BS, fine_BS, coarse_BS, fine_BS, coarse_BS, fine_BS], dim=-1).float()
-    return torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1), keys_BS7[:, None]
-
-
-def _rotary(
-    config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, angles in fp32; dynamic scaling looks at the number of real tokens of the row."""
-    scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
-    rope_type, base = scaling.get("rope_type", "default"), torch.tensor(float(scaling.get("rope_theta", 10000.0)))
-    angle_of = position_BT.float()
-    if rope_type == "linear":
-        angle_of = angle_of / scaling["factor"]
-    if rope_type == "dynamic":
-        num_cached = 0 if memory is None else memory.num_held
-        trained, total = config.train_len_tokens, num_cached + position_BT.shape[1]
-        count = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
-        if num_cached and int(count.max()) > trained:
-            raise ValueError(
-                f"{total} tokens with dynamic RoPE scaling, trained at {trained}: every further token changes the "
-                "encoding of all earlier ones, so a cache cannot be continued. Use generate(..., use_cache=False)"
-            )
-        stretch = scaling["factor"] * count[..., None].clamp(min=trained).double() / trained - (scaling["factor"] - 1)
-        base = (base * stretch ** (width / (width - 2))).float()
-    exponents_H = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-    angles_B1TH = (angle_of[..., None] * (1.0 / base.to(device) ** exponents_H)).unsqueeze(1)
-    return angles_B1TH.cos(), angles_B1TH.sin()
+    num_cached = 0 if memory is None else memory.num_held
+    trained, total = config.train_len_tokens, num_cached + num_new
+    counts = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
+    if num_cached and int(counts.max()) > trained:
+        raise ValueError(
+            f"{total} tokens with {what}, trained at {trained}: every further token changes the "
+            "encoding of all earlier ones, so a cache cannot be continued. Use generate(..., use_cache=False)"
+        )
+    return counts

@@ -23,6 +23,7 @@ from megatron_bipe.hf.weights import INTRA_TABLE, from_llama
 # period after a space. They are the rule of all published models, for folders that come without a tokenizer.
 PUBLISHED_SEPARATORS = (13, 869)
 
+_ENCODINGS, _SCALINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi"), ("linear", "dynamic")
 _INTRA_TABLE = "model.embeds.0.weight"
 _BUFFERS = ("self_attn.alibi", "self_attn.rotary_emb.inv_freq")  # recomputed, not learned
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
@@ -62,6 +63,11 @@ def read_published(folder: Path) -> PublishedModel:
 def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], place: Path) -> ModelConfig:
     encoding, train_len = settings["rpe_type"], settings.get("train_scale") or settings.get("max_position_embeddings")
     scaling = settings.get("rope_scaling")
+    kinds = {"rpe_type": (encoding, _ENCODINGS), "rope_scaling": (scaling and scaling.get("type"), (None, *_SCALINGS))}
+    if wrong := [f"{key} {found!r}" for key, (found, known) in kinds.items() if found not in known]:
+        raise CheckpointError(
+            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, place=place
+        )
     if settings.get("tie_word_embeddings"):
         raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, place=place)
     if scaling and scaling.get("type") == "dynamic" and settings.get("max_position_embeddings") != train_len:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.hf.rope_settings import rope_settings
 
 
 class DataFields(NamedTuple):
@@ -28,9 +29,6 @@ def is_stock(config: ModelConfig) -> bool:
 
 def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:
     """`config.json`; the keys that LLaMA does not know are the same for a stock model, which ignores them."""
-    rope: dict[str, Any] = {"rope_type": "default", "rope_theta": config.rope_base}
-    if config.rope_scaling is not None:
-        rope |= {"rope_type": config.rope_scaling.type, "factor": config.rope_scaling.factor}
     stock = is_stock(config)
     name = "Llama" if stock else "Bipe"
     settings: dict[str, Any] = {
@@ -45,8 +43,10 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         "num_key_value_heads": config.kv_heads,
         "rms_norm_eps": config.norm_eps,
         "initializer_range": config.init_std,
-        "rope_parameters": rope,
+        **rope_settings(config),
         "encoding": config.encoding,
+        "intra_encoding": config.intra_encoding,
+        "position_range": config.position_range,
         "intra_size": config.intra_size,
         "train_len_tokens": config.train_len_tokens,
         "log_scale": config.log_scale,
@@ -57,7 +57,7 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
     }
     if stock:
-        more = {"max_position_embeddings": config.train_len_tokens, "hidden_act": "silu"}
+        more = {"max_position_embeddings": _reach_tokens(config), "hidden_act": "silu"}
         return settings | more | {"attention_bias": False, "mlp_bias": False}
     code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
     return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
@@ -68,6 +68,15 @@ def generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]
     settings: dict[str, Any] = {
         f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
     }
-    if config.rope_scaling is not None and config.rope_scaling.type == "dynamic":
-        settings["use_cache"] = False  # each further token changes the base, and with it every cached key
+    dynamic = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
+    if dynamic or config.parts.positions == "drawn":
+        settings["use_cache"] = False  # beyond the training length each further token changes every cached key
     return settings
+
+
+def _reach_tokens(config: ModelConfig) -> int:
+    """The longest input that programs are told of: of YaRN what it stretches to, as transformers takes the number."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.type != "yarn":
+        return config.train_len_tokens
+    return int((scaling.original_positions or config.train_len_tokens) * scaling.factor)

@@ -15,7 +15,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 
 T = TypeVar("T")
-INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no name for it
+INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no names for these
+_PLACE_TABLE = "model.embed_positions.weight"
 
 _BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -23,6 +24,7 @@ _BLOCK_NAMES = {
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
 }
+_BIAS = {"attention.encoding.table.weight": "self_attn.relative_bias.weight"}  # of T5, in each block
 _QKV, _GATE_UP = "attention.qkv.weight", "mlp.gate_up.weight"
 _QKV_PARTS = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
 _GATE_UP_PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
@@ -75,19 +77,28 @@ def _sources(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Ten
     result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
         "model.embed_tokens.weight": ("0.token.weight", _whole)
     }
-    if config.bilevel:
-        result[INTRA_TABLE] = ("0.intra.weight", _whole)
+    result |= {theirs: (ours, _whole) for ours, theirs in _place_names(config).items()}
     for layer in range(config.num_layers):
         ours, theirs = f"{layer + 1}.", f"model.layers.{layer}."
         for part, name in enumerate(_QKV_PARTS):
             result[theirs + name] = (ours + _QKV, partial(_part_of_qkv, config, part))
         for part, name in enumerate(_GATE_UP_PARTS):
             result[theirs + name] = (ours + _GATE_UP, partial(_half, part))
-        result |= {theirs + name: (ours + source, _whole) for source, name in _BLOCK_NAMES.items()}
+        result |= {theirs + name: (ours + source, _whole) for source, name in _block_names(config).items()}
     result["model.norm.weight"] = (f"{last}.norm.weight", _whole)
     if not config.tied_output:
         result["lm_head.weight"] = (f"{last}.output.weight", _whole)
     return result
+
+
+def _place_names(config: ModelConfig) -> dict[str, str]:
+    if config.table_rows is None:
+        return {}
+    return {"0.intra.weight": INTRA_TABLE} if config.bilevel else {"0.place.weight": _PLACE_TABLE}
+
+
+def _block_names(config: ModelConfig) -> dict[str, str]:
+    return _BLOCK_NAMES | (_BIAS if config.parts.relative == "t5" else {})
 
 
 def _whole(weight: Tensor) -> Tensor:
@@ -112,15 +123,14 @@ def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, 
     last = config.num_layers + 1
     rest = dict(weights)
     result = {"0.token.weight": _take(rest, "model.embed_tokens.weight")}
-    if config.bilevel:
-        result["0.intra.weight"] = _take(rest, INTRA_TABLE)
+    result |= {ours: _take(rest, theirs) for ours, theirs in _place_names(config).items()}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         groups, _, width = _qkv_shape(config)
         parts = [_take(rest, prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
         result[f"{layer + 1}.{_QKV}"] = torch.cat(parts, dim=1).flatten(0, 2)
         result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([_take(rest, prefix + name) for name in _GATE_UP_PARTS])
-        for ours, theirs in _BLOCK_NAMES.items():
+        for ours, theirs in _block_names(config).items():
             result[f"{layer + 1}.{ours}"] = _take(rest, prefix + theirs)
     result[f"{last}.norm.weight"] = _take(rest, "model.norm.weight")
     tied = config.tied_output

@@ -1,4 +1,4 @@
-"""Causal attention that never materialises its scores, for any relative encoding.
+"""Causal attention for any relative encoding; only one that adds a bias of its own to scores materialises them.
 
 B batch · T positions · D width · N query heads · G key/value heads · R queries a group · H head width
 (lower case: this rank's share)
@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layers import LayerFactory
-from megatron_bipe.model.positions import RelativeEncoding, make_encoding
+from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.positions.relative import SharedTables
 
 
 class Attention(nn.Module):
@@ -21,16 +22,15 @@ class Attention(nn.Module):
     that a contiguous share of the rows is a whole number of groups.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, tables: SharedTables | None = None) -> None:
         super().__init__()
         width, head_width = config.hidden_size, config.head_width
         self.head_width = head_width
         self.queries_per_group = config.num_heads // config.kv_heads
         self.log_scale_base = math.log(config.train_len_tokens) if config.log_scale else None
         self.windows = layers.windows
-        heads_here = config.num_heads // (layers.ranks * self.windows.ranks)
-        first_head = (layers.rank * self.windows.ranks + self.windows.rank) * heads_here
-        self.encoding: RelativeEncoding = make_encoding(config, first_head, heads_here)
+        self.encoding = make_relative(config, layers)
+        self._tables = tables or SharedTables()
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 
@@ -45,23 +45,26 @@ class Attention(nn.Module):
         if self.log_scale_base is not None:
             growth_BT = (positions_BT + 1).float().log() / self.log_scale_base
             q_BnTH = q_BnTH * growth_BT.to(q_BnTH.dtype)[:, None, :, None]
-        q_BnTE, k_BgTE = self.encoding(q_BnTH, k_BgTH, positions_BT)
-        mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH)
+        prepared = self._tables.prepared(self.encoding, positions_BT, q_BnTH.dtype)
+        q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)
+        mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
         return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
 
 
-def causal_attention(q_BnTE: Tensor, k_BgTE: Tensor, v_BgTH: Tensor) -> Tensor:
-    """Stock flash attention; queries and keys may be wider than values (E >= H) by bias channels.
+def causal_attention(q_BnTE: Tensor, k_BgTE: Tensor, v_BgTH: Tensor, bias_BnTT: Tensor | None = None) -> Tensor:
+    """Stock attention; queries and keys may be wider than values (E >= H) by bias channels.
 
     Scores are scaled by 1/sqrt(H). Values are padded with zeros to the same width, because the fused kernels
-    want one width, and the padding is cut off again. Returns [B, n, T, H].
+    want one width, and the padding is cut off again. A bias of the scores, minus infinity at later keys, stands for the
+    causal mask, too. Returns [B, n, T, H].
     """
     head_width, extra = v_BgTH.shape[-1], q_BnTE.shape[-1] - v_BgTH.shape[-1]
     mixed_BnTE = F.scaled_dot_product_attention(
         q_BnTE,
         k_BgTE,
         F.pad(v_BgTH, (0, extra)) if extra else v_BgTH,
-        is_causal=True,
+        attn_mask=bias_BnTT,
+        is_causal=bias_BnTT is None,
         scale=1.0 / math.sqrt(head_width),
         enable_gqa=q_BnTE.shape[1] != k_BgTE.shape[1],
     )

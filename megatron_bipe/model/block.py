@@ -9,17 +9,24 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.layers import LayerFactory
 from megatron_bipe.model.mlp import SwiGLU
+from megatron_bipe.model.positions.relative import SharedTables
 from megatron_bipe.model.recompute import Recompute, recomputing
 
 
 class Block(nn.Module):
     """Pre-norm attention and feed-forward, each added to the residual stream."""
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, recompute: Recompute = "none") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerFactory,
+        recompute: Recompute = "none",
+        tables: SharedTables | None = None,
+    ) -> None:
         super().__init__()
         self._run = recomputing(self._residuals, recompute)
         self.attention_norm = layers.norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layers)
+        self.attention = Attention(config, layers, tables)
         self.mlp_norm = layers.norm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config, layers)
 

@@ -1,34 +1,65 @@
-"""Layer 0: tokens and intra-segment ids become the residual stream; the intra ids stop here.
+"""Layer 0: tokens, and the absolute part of the encoding, become the residual stream; intra-segment ids stop here.
 
 B batch · T positions · D width (lower case: this rank's share)
 """
 
-import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.positions.make import make_absolute
+from megatron_bipe.model.positions.places import drawn_places, spread_places, token_places
 
 
 class Embedding(nn.Module):
-    """Token table plus, for the bilevel encodings, the learned absolute table of intra-segment places."""
+    """Token table, what the absolute part of the encoding adds, and the positions that attention encodes.
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+    Args:
+        config: of the model.
+        layers: what makes the tables.
+        seed: of the run, for positions that are drawn.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory, seed: int = 0) -> None:
         super().__init__()
-        unused_row = -1 if config.zero_last_row else None
-        self._own = layers.windows.own
-        self.token = layers.table(config.vocab_size, config.hidden_size, unused_row)
-        self.intra = layers.small_table(config.intra_size, config.hidden_size, unused_row) if config.bilevel else None
+        self._config, self._own, self._seed = config, layers.windows.own, seed
+        self.token = layers.table(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
+        absolute = make_absolute(config, layers)
+        self.intra = absolute if config.bilevel else None
+        self.place = None if config.bilevel else absolute
 
     def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, t, D], positions int64 [B, T]).
 
         The positions are what attention encodes: inter-segment ids, or the token's place in the window. They are
         those of whole windows, since attention sees these.
+
+        Raises:
+            ConfigError: the windows are longer than the encoding has positions.
         """
         tokens_BT, intra_BT, inter_BT = ids
         hidden_BtD = self.token(self._own(tokens_BT))
-        if self.intra is not None:
-            return hidden_BtD + self.intra(self._own(intra_BT)), inter_BT
-        places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
-        return hidden_BtD, places_T.expand_as(tokens_BT).contiguous()  # pipeline stages send no views
+        if self._config.bilevel:
+            return _sum(hidden_BtD, self.intra, self._own(intra_BT)), inter_BT
+        places_BT = self._places(tokens_BT)
+        return _sum(hidden_BtD, self.place, self._own(places_BT)), places_BT
+
+    def _places(self, tokens_BT: Tensor) -> Tensor:
+        config, num_tokens = self._config, tokens_BT.shape[1]
+        longest = config.longest_window_tokens
+        if longest is not None and num_tokens > longest:
+            raise ConfigError(
+                f"a window of {num_tokens} tokens exceeds the {longest} positions of model.encoding={config.encoding}",
+                remedy="Use a shorter window",
+                place="train.seq_len_tokens or --lengths",
+            )
+        if config.parts.positions == "tokens":
+            return token_places(tokens_BT)
+        if self.training:
+            return drawn_places(tokens_BT, config.drawn_range, self._seed)
+        return spread_places(tokens_BT, config.drawn_range, config.train_len_tokens)
+
+
+def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, places_Bt: Tensor) -> Tensor:
+    return hidden_BtD if absolute is None else hidden_BtD + absolute(places_Bt).to(hidden_BtD.dtype)

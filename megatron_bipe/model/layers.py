@@ -78,6 +78,12 @@ class LayerFactory(Protocol):
     def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Embedding that is whole on every rank, into the residual stream."""
 
+    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+        """Of the ids of this rank's positions, those of its part of the residual stream."""
+
+    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+        """Embedding with a column a query head, split over ranks by columns; its output stays with its rank."""
+
     def norm(self, width: int, eps: float) -> nn.Module:
         """Norm of the residual stream, whole on every rank."""
 
@@ -113,6 +119,14 @@ class LocalLayers:
         """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
+    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+        """All of them."""
+        return ids_Bt
+
+    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+        """A whole table."""
+        return nn.Embedding(rows, num_heads)
+
     def norm(self, width: int, eps: float) -> nn.Module:
         """A plain norm."""
         return RMSNorm(width, eps)
@@ -124,6 +138,13 @@ class LocalLayers:
     def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over whole rows of logits."""
         return token_losses(logits_BtV, self.windows.own(labels_BT))
+
+
+def heads_here(num_heads: int, layers: LayerFactory) -> slice:
+    """Which of the model's query heads this rank's attention sees."""
+    count = num_heads // (layers.ranks * layers.windows.ranks)
+    first = (layers.rank * layers.windows.ranks + layers.windows.rank) * count
+    return slice(first, first + count)
 
 
 @dataclass(frozen=True)

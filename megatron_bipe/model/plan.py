@@ -18,6 +18,7 @@ from megatron_bipe.model.embedding import Embedding
 from megatron_bipe.model.head import Head
 from megatron_bipe.model.init import init_layer
 from megatron_bipe.model.layers import LayerFactory, LocalLayers
+from megatron_bipe.model.positions.relative import SharedTables
 from megatron_bipe.model.recompute import Recompute
 from megatron_bipe.model.tied import copied, tie, tie_to_copy
 
@@ -36,9 +37,9 @@ def make_plan(
 ) -> list[LayerPlan]:
     """The layers of the model in order; nothing is allocated until a layer is built."""
     factory = layers or LocalLayers()
-    block = partial(Block, config, factory, recompute)
+    block = partial(Block, config, factory, recompute, SharedTables())
     kinds: list[tuple[str, Callable[[], nn.Module]]] = [
-        ("Embedding", partial(Embedding, config, factory)),
+        ("Embedding", partial(Embedding, config, factory, seed)),
         *[("Block", block)] * config.num_layers,
         ("Head", partial(Head, config, factory)),
     ]

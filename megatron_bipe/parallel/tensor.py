@@ -69,6 +69,14 @@ class TensorLayers:
         """Whole, looked up for this rank's part of the residual stream."""
         return ReplicatedTable(rows, width, padding_row, self._split)
 
+    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+        """With sequence parallelism this rank's run of them."""
+        return own_tokens(ids_Bt, self._split.group) if self._split.sequence else ids_Bt
+
+    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+        """Columns of the table are split."""
+        return HeadTable(rows, num_heads, self._split)
+
     def norm(self, width: int, eps: float) -> nn.Module:
         """Whole, over this rank's part of the residual stream."""
         return ReplicatedNorm(width, eps, self._split)
@@ -164,6 +172,15 @@ class ReplicatedTable(nn.Embedding):
         if self._split.sequence:
             ids_BT = own_tokens(ids_BT, self._split.group)
         return F.embedding(ids_BT, self._split.replicated(self.weight), self.padding_idx)
+
+
+class HeadTable(nn.Embedding):
+    """A table with a column for each head, of which every rank has those of its heads."""
+
+    def __init__(self, rows: int, num_heads: int, split: Split) -> None:
+        ranks = split.group.size()
+        super().__init__(rows, num_heads // ranks)
+        mark_share(self.weight, Share(1, 1, split.group.rank(), ranks))
 
 
 class ReplicatedNorm(RMSNorm):

@@ -77,8 +77,14 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     for key, value in _flat(model).items():
         other = _flat(wanted)[key]
-        if key not in _FREE and value != other:
+        if key not in _FREE - _built_in(model) and value != other:
             yield key, value, other
+
+
+def _built_in(model: ModelConfig) -> set[str]:
+    """What the encoding's positions or sizes are made of."""
+    sizes = {"init_std"} if model.parts.absolute == "sinusoidal" else set()
+    return sizes | ({"train_len_tokens"} if model.longest_window_tokens else set())
 
 
 def _flat(model: ModelConfig) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
-from megatron_bipe.model.positions import bias_channels
+from megatron_bipe.model.positions.make import relative_class
 from megatron_bipe.parallel.stages import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor import parameters_of_rank
 
@@ -60,7 +60,7 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
             here = [*here, model.vocab_size * model.hidden_size // parallel.tensor]  # its copy of the table
         state, host = _state_bytes(sum(here), max(here), run, ds_config, num_ranks)
         blocks = len(range(max(start, 1), min(stop, model.num_layers + 1)))
-        activations = blocks * _micro_batches_kept(run, stage, num_ranks) * _kept_a_block(run)
+        kept = blocks * _kept_a_block(run) + (_kept_tables(run) if blocks else 0)
         stages.append(
             StageMemory(
                 stage,
@@ -69,7 +69,7 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
                 sum(here),
                 sum(costs[start:stop]) / sum(costs),
                 *state,
-                activations + _recomputed(run),
+                _micro_batches_kept(run, stage, num_ranks) * kept + _recomputed(run),
                 logits_bytes(run) if stage == parallel.pipeline - 1 else 0.0,
                 host,
             )
@@ -77,7 +77,16 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
     return stages
 
 
-def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, recompute: str) -> float:
+def table_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, seq_len_tokens: int) -> float:
+    """What the blocks of a stage keep together of a micro-batch's positions; arguments as `block_bytes_per_token`."""
+    relative = relative_class(model)
+    buckets = 8 * seq_len_tokens if relative.biases_scores else 0
+    return (relative.table_width(model.head_width) * width + buckets) * parallel.context
+
+
+def block_bytes_per_token(
+    model: ModelConfig, parallel: ParallelConfig, width: int, recompute: str, seq_len_tokens: int
+) -> float:
     """What a block keeps for backward, on one rank, for each token of its micro-batch that the rank has.
 
     Args:
@@ -85,6 +94,7 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
         parallel: its layout.
         width: bytes of a number in compute precision.
         recompute: as `ParallelConfig.recompute` has it.
+        seq_len_tokens: of a window; matters to encodings that materialise scores.
     """
     between = 1 / (parallel.tensor if parallel.sequence else 1)  # share of the positions between split layers
     stream = model.hidden_size * between
@@ -94,23 +104,24 @@ def block_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
     split = parallel.tensor
     queries, keys = model.num_heads * model.head_width / split, model.kv_heads * model.head_width / split
     ffn, head_sums = model.ffn_size / split, model.num_heads / split * _FP32
-    biased = 1 + bias_channels(model) / model.head_width  # queries, keys, values and output are wider
+    relative = relative_class(model)
+    channels = relative.widening(model.head_width)
+    scores = seq_len_tokens * head_sums if relative.biases_scores else 0  # in fp32
+    biased = 1 + channels / model.head_width  # queries, keys, values and output are wider
     attention_output = queries * biased * width + head_sums
     if recompute == "selective":  # inputs, products of matrices, attention, what came from other ranks
         products = queries + 2 * keys + 2 * ffn + 2 * model.hidden_size
         received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
         received += 2 * queries + 2 * keys if parallel.context > 1 else 0
-        return (stream + products + received) * width + attention_output + input_ids
+        return (stream + products + received) * width + attention_output + scores + input_ids
     norms = 2 * (stream * width + between * _FP32)  # their inputs, and a number a token
     gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
-    encoded = (queries + keys) * biased
-    if bias_channels(model):
-        values = keys * biased
-    else:
-        values = queries + 2 * keys  # a view of the whole projection
-        encoded += model.head_width * parallel.context  # cosines and sines of whole windows
+    encoded = (queries + keys) * biased if relative.encodes else 0
+    laid_out = queries if relative.encodes or parallel.context > 1 else 0  # the output, tokens before heads
+    values = keys * biased if channels else queries + 2 * keys  # a view of the whole projection
     mlp = 3 * ffn
-    return norms + gathered + (encoded + values + queries + mlp) * width + attention_output
+    mask = seq_len_tokens * parallel.context if relative.biases_scores else 0
+    return norms + gathered + (encoded + values + laid_out + mlp) * width + attention_output + scores + mask
 
 
 def logits_bytes(run: RunConfig) -> float:
@@ -129,14 +140,23 @@ def compute_width(run: RunConfig) -> int:
 
 
 def _kept_a_block(run: RunConfig) -> float:
-    return tokens_here(run) * block_bytes_per_token(run.model, run.parallel, compute_width(run), run.parallel.recompute)
+    return _block_bytes(run, run.parallel.recompute)
 
 
 def _recomputed(run: RunConfig) -> float:
     """Of the one block that backward is at."""
-    if run.parallel.recompute == "none":
-        return 0.0
-    return tokens_here(run) * block_bytes_per_token(run.model, run.parallel, compute_width(run), "none")
+    return 0.0 if run.parallel.recompute == "none" else _block_bytes(run, "none")
+
+
+def _block_bytes(run: RunConfig, recompute: str) -> float:
+    seq_len_tokens = run.train.seq_len_tokens
+    a_token = block_bytes_per_token(run.model, run.parallel, compute_width(run), recompute, seq_len_tokens)
+    return tokens_here(run) * a_token
+
+
+def _kept_tables(run: RunConfig) -> float:
+    seq_len_tokens = run.train.seq_len_tokens
+    return tokens_here(run) * table_bytes_per_token(run.model, run.parallel, compute_width(run), seq_len_tokens)
 
 
 def _micro_batches_kept(run: RunConfig, stage: int, num_ranks: int) -> int:

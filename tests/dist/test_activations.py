@@ -10,7 +10,7 @@ from megatron_bipe.config.schema import ModelConfig, ParallelConfig
 from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import make_plan
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.memory import block_bytes_per_token
+from megatron_bipe.train.memory import block_bytes_per_token, table_bytes_per_token
 from tests.dist.launch import run_ranks
 
 TOKENS = 64
@@ -19,6 +19,8 @@ MODELS = {
     "bipe_alibi": {"encoding": "bipe_alibi"},
     "grouped rope": {"encoding": "rope", "num_kv_heads": 2},
     "grouped alibi": {"encoding": "alibi", "num_kv_heads": 2},
+    "xpos": {"encoding": "xpos"},
+    "nope": {"encoding": "bipe_nope"},
 }
 RECOMPUTE = ("none", "selective", "full")
 DTYPES = (torch.bfloat16, torch.float32)
@@ -29,8 +31,8 @@ LAYOUTS = {
 }
 
 
-def config(name: str) -> ModelConfig:
-    return ModelConfig(hidden_size=128, num_heads=4, ffn_size=192, **MODELS[name])
+def config(name: str, **changes: Any) -> ModelConfig:
+    return ModelConfig(hidden_size=128, num_heads=4, ffn_size=192, **(MODELS[name] | changes))
 
 
 def alive() -> dict[int, int]:
@@ -40,11 +42,11 @@ def alive() -> dict[int, int]:
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
-def kept_bytes(name: str, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> int:
+def kept_bytes(model: ModelConfig, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> int:
     """What autograd and recomputation hold after the forward pass of a block, its output left out."""
-    block = make_plan(config(name), 0, layers, recompute)[1].build().to(dtype)
+    block = make_plan(model, 0, layers, recompute)[1].build().to(dtype)
     hidden = torch.randn(1, tokens_here, 128, dtype=dtype, requires_grad=True)
-    positions = torch.arange(TOKENS)[None] // 7
+    positions = torch.arange(max(TOKENS, tokens_here))[None] // 7
     before = alive()
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     saved: dict[int, int] = {}
@@ -66,8 +68,26 @@ def kept_bytes(name: str, recompute: Any, dtype: torch.dtype, layers: Any, token
 @pytest.mark.parametrize("recompute", RECOMPUTE)
 @pytest.mark.parametrize("name", MODELS)
 def test_block_keeps_what_the_estimate_says(name: str, recompute: Any, dtype: torch.dtype) -> None:
-    measured = kept_bytes(name, recompute, dtype, LocalLayers(), TOKENS)
-    assert block_bytes_per_token(config(name), ParallelConfig(), dtype.itemsize, recompute) * TOKENS == measured
+    measured = kept_bytes(config(name), recompute, dtype, LocalLayers(), TOKENS)
+    assert estimate(config(name), ParallelConfig(), dtype, recompute, TOKENS) == measured
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("recompute", RECOMPUTE)
+@pytest.mark.parametrize("encoding", ["t5", "bipe_t5"])
+def test_block_that_materialises_scores_keeps_about_what_the_estimate_says(
+    encoding: str, recompute: Any, dtype: torch.dtype
+) -> None:
+    """Measured: up to 3.1%, which copies that torch's plain attention makes are."""
+    t5 = config("nope", encoding=encoding)
+    measured = kept_bytes(t5, recompute, dtype, LocalLayers(), 1024)
+    assert estimate(t5, ParallelConfig(), dtype, recompute, 1024) == pytest.approx(measured, rel=0.04)
+
+
+def estimate(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: str, tokens: int) -> float:
+    """Bytes of a block, and of what it shares with the others of its stage, for a window."""
+    block = block_bytes_per_token(model, parallel, dtype.itemsize, recompute, tokens)
+    return (block + table_bytes_per_token(model, parallel, dtype.itemsize, tokens)) * tokens / parallel.context
 
 
 def measure_split(mesh: Mesh) -> dict[tuple[Any, ...], int]:
@@ -79,7 +99,7 @@ def measure_split(mesh: Mesh) -> dict[tuple[Any, ...], int]:
     dist.init_process_group("gloo")
     return {
         (name, recompute, dtype, layout): kept_bytes(
-            name, recompute, dtype, make_layers(mesh.laid_out(parallel))[0], TOKENS // hidden_parts(parallel)
+            config(name), recompute, dtype, make_layers(mesh.laid_out(parallel))[0], TOKENS // hidden_parts(parallel)
         )
         for layout, parallel in LAYOUTS.items()
         for name in MODELS
@@ -105,5 +125,4 @@ def test_split_block_keeps_what_the_estimate_says(
     split: Any, name: str, recompute: Any, dtype: torch.dtype, layout: str
 ) -> None:
     parallel = LAYOUTS[layout]
-    estimate = block_bytes_per_token(config(name), parallel, dtype.itemsize, recompute) * TOKENS / parallel.context
-    assert estimate == split[name, recompute, dtype, layout]
+    assert estimate(config(name), parallel, dtype, recompute, TOKENS) == split[name, recompute, dtype, layout]

@@ -21,6 +21,11 @@ MODELS = {
     **{name: {"encoding": name} for name in ("bipe_rope", "bipe_alibi", "rope", "alibi")},
     "grouped": {"encoding": "bipe_alibi", "num_kv_heads": 4},
     "dynamic scaling": {"encoding": "rope", "rope_scaling": {"type": "dynamic", "factor": 4.0}, "train_len_tokens": 8},
+    "t5": {"encoding": "bipe_t5", "num_kv_heads": 4},
+    "xpos": {"encoding": "xpos"},
+    "sinusoidal": {"encoding": "bipe_nope", "intra_encoding": "sinusoidal"},
+    "learned": {"encoding": "learned", "train_len_tokens": TOKENS},
+    "drawn": {"encoding": "randomized_rope", "train_len_tokens": TOKENS},
     "log scale": {"encoding": "bipe_rope", "log_scale": True},
 }
 LAYOUTS = {

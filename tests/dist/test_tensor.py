@@ -19,6 +19,11 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 MODELS = {
     **{name: {"encoding": name} for name in ("bipe_rope", "bipe_alibi", "rope", "alibi")},
     "grouped": {"encoding": "bipe_alibi", "num_kv_heads": 4},
+    "t5": {"encoding": "t5", "num_kv_heads": 4},
+    "sinusoidal": {"encoding": "bipe_xpos", "intra_encoding": "sinusoidal"},
+    "no intra": {"encoding": "bipe_xpos", "intra_encoding": "none"},
+    "learned": {"encoding": "learned", "train_len_tokens": 16},
+    "drawn": {"encoding": "randomized_rope", "train_len_tokens": 16},
     "padding row": {"encoding": "bipe_rope", "zero_last_row": True},
 }
 

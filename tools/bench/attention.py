@@ -30,7 +30,7 @@ from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.block import Block
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
 from megatron_bipe.model.precision import DTYPES
 
 SEGMENT_TOKENS, HEAD_TOKENS = 14, 1024

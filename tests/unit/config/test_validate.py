@@ -20,6 +20,38 @@ def test_validate_default_run_passes_and_accumulates():
         (["model.hidden_size=36", "model.num_heads=12"], "is odd"),
         (["model.num_kv_heads=5"], "not a multiple of model.num_kv_heads=5"),
         (["model.encoding=alibi", "model.rope_scaling={type: linear, factor: 2}"], "has no meaning"),
+        (["model.encoding=bipe_t5", "model.rope_scaling={type: yarn, factor: 2}"], "rope_scaling has no meaning"),
+        (
+            ["model.encoding=rope", "model.intra_encoding=none"],
+            "model.intra_encoding=none has no meaning for model.enc",
+        ),
+        (["model.encoding=rope", "model.position_range=9"], "model.position_range has no meaning"),
+        (
+            ["model.encoding=learned", "model.train_len_tokens=512"],
+            "seq_len_tokens=1024 exceeds the 512 positions of model.encoding=learned; set model.train_len_tokens=1024",
+        ),
+        (
+            ["model.encoding=randomized_rope", "model.position_range=1000"],
+            "exceeds the 1000 positions of model.encoding=randomized_rope; set model.position_range=1024 or more",
+        ),
+        (["model.encoding=sinusoidal", "model.hidden_size=33", "model.num_heads=3"], "sines go with cosines"),
+        (["model.encoding=xpos", "model.hidden_size=36", "model.num_heads=12"], "3 is odd, and model.encoding=xpos"),
+        (
+            ["model.rope_scaling={type: yarn, factor: 16}"],
+            "without original_positions, and .*bipe_rope counts segments",
+        ),
+        (
+            ["model.encoding=rope", "model.rope_scaling={type: yarn, factor: 16, beta_fast: 1}"],
+            "beta_fast=1 does not exceed model.rope_scaling.beta_slow=1",
+        ),
+        (
+            ["model.rope_scaling={type: yarn, factor: 16, original_positions: 6}"],
+            "in the 6 original positions .* no pair of channels turns 1 times",
+        ),
+        (
+            ["model.encoding=rope", "model.hidden_size=24", "model.rope_scaling={type: ntk, factor: 2}"],
+            "heads of 2 channels have no other",
+        ),
         (["model.log_scale=true", "model.train_len_tokens=1"], "2 is the least"),
         (["model.tied_output=true", "model.zero_last_row=true"], "trains the last row"),
         (["optimizer.min_lr=1"], "exceeds optimizer.lr"),

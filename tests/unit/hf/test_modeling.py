@@ -201,8 +201,9 @@ def test_forward_with_unknowable_places_refuses(bilevel, call, message):
     ("changes", "message"),
     [
         ({"segments": None}, "needs the segment rule"),
-        ({"encoding": "xpos"}, "'xpos' is none of"),
-        ({"rope_parameters": {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}}, "'yarn' is not implemented"),
+        ({"encoding": "ropes"}, "'ropes' is none of bipe_rope, "),
+        ({"intra_encoding": "rope"}, "intra_encoding 'rope' is none of none, learned, sinusoidal"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "'longrope' is not impl"),
         ({"num_key_value_heads": 3}, "3 key/value heads do not divide"),
     ],
 )

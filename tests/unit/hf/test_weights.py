@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.weights import from_llama, to_llama
@@ -11,7 +12,7 @@ from megatron_bipe.model.plan import build_model
 
 @settings(deadline=None, max_examples=30)
 @given(
-    encoding=st.sampled_from(["bipe_rope", "bipe_alibi", "rope", "alibi"]),
+    encoding=st.sampled_from(list(ENCODINGS)),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 3)]),
     layers=st.integers(1, 3),
     head_width=st.sampled_from([2, 4]),

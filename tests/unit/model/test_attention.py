@@ -12,7 +12,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.positions import KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
 
 ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]
 HEAD_WIDTH = 16

@@ -12,7 +12,7 @@ from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.positions import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
+from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
 from tests.beside import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"

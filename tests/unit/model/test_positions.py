@@ -7,7 +7,11 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.positions import MAX_BIASED_POSITIONS, KeyBias, Rotary, alibi_slopes, make_encoding
+from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.positions.alibi import MAX_BIASED_POSITIONS, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.positions.scaling import rotary_frequencies
 
 TRAINED = 32
 SCALINGS = {
@@ -51,7 +55,7 @@ def test_rotary_token_positions_equals_transformers(name, num_tokens, base):
     positions = torch.arange(num_tokens).expand(2, -1)
     want_q, want_k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(llama)(q, positions))
 
-    got_q, got_k = Rotary(small_config(rope_scaling=ours, rope_base=base))(q, k, positions)
+    got_q, got_k = Rotary(small_config(rope_scaling=ours, rope_base=base), LocalLayers())(q, k, positions)
 
     # transformers raises the dynamic base in fp32, we in float64; times a position of 127.
     atol = 5e-5 if name == "dynamic" else 2e-6
@@ -65,22 +69,25 @@ def test_rotary_segment_positions_equals_transformers():
     llama = LlamaConfig(hidden_size=64, num_attention_heads=4, max_position_embeddings=TRAINED)
     want_q, want_k = apply_rotary_pos_emb(q, k, *LlamaRotaryEmbedding(llama)(q, segments))
 
-    got_q, got_k = Rotary(small_config(encoding="bipe_rope"))(q, k, segments)
+    got_q, got_k = Rotary(small_config(encoding="bipe_rope"), LocalLayers())(q, k, segments)
 
     torch.testing.assert_close(got_q, want_q, atol=2e-6, rtol=0)
     torch.testing.assert_close(got_k, want_k, atol=2e-6, rtol=0)
 
 
 def test_rotary_dynamic_within_training_length_is_unscaled():
-    scaled = Rotary(small_config(rope_scaling=SCALINGS["dynamic"][0]))
-    assert torch.equal(scaled.frequencies(TRAINED), Rotary(small_config()).frequencies(TRAINED))
-    assert not torch.equal(scaled.frequencies(TRAINED + 1), scaled.frequencies(TRAINED))
+    def frequencies(scaling, window_tokens):
+        return rotary_frequencies(small_config(rope_scaling=scaling), window_tokens)[0]
+
+    dynamic = SCALINGS["dynamic"][0]
+    assert torch.equal(frequencies(dynamic, TRAINED), frequencies(None, TRAINED))
+    assert not torch.equal(frequencies(dynamic, TRAINED + 1), frequencies(dynamic, TRAINED))
 
 
 def test_rotary_angles_are_computed_in_fp32_for_bf16_inputs():
     positions = torch.tensor([[4093]])
-    cos, sin = Rotary(small_config()).tables(positions, torch.bfloat16)
-    angles = positions.double() * Rotary(small_config()).frequencies(1).double()
+    (cos, sin), _ = Rotary(small_config(), LocalLayers()).prepare(positions, torch.bfloat16)
+    angles = positions.double() * rotary_frequencies(small_config(), 1)[0].double()
     # bf16 positions would be off by up to 8 radians here; rounding the result costs at most 2^-9.
     torch.testing.assert_close(cos.double().flatten(), angles.cos().flatten(), atol=3e-3, rtol=0)
     torch.testing.assert_close(sin.double().flatten(), angles.sin().flatten(), atol=3e-3, rtol=0)
@@ -95,8 +102,8 @@ def test_alibi_slopes_twelve_heads_take_every_other_slope_of_sixteen():
 
 
 @pytest.mark.parametrize(("encoding", "factor"), [("alibi", 1.0), ("bipe_alibi", 96.0)])
-def test_make_encoding_alibi_has_the_papers_slope_factor(encoding, factor):
-    biased = make_encoding(small_config(encoding=encoding))
+def test_make_relative_alibi_has_the_papers_slope_factor(encoding, factor):
+    biased = make_relative(small_config(encoding=encoding))
     slopes = biased.slopes_N / small_config().head_width ** 0.5
     torch.testing.assert_close(slopes, torch.tensor(alibi_slopes(4)) * factor)
 

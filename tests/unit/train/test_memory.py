@@ -68,12 +68,13 @@ def test_parameters_tied_output_is_held_twice_by_stages_and_once_by_one():
 
 def test_activations_earlier_stages_keep_more_micro_batches():
     stages = memories(1, 4, "parallel.pipeline=4")
-    a_block = 8 * 1024 * 35_512  # tokens of a micro-batch; bytes a token, as test_activations.py measures them
+    # Tokens of a micro-batch; bytes a token, as test_activations.py measures them.
+    a_block, tables = 8 * 1024 * 35_384, 8 * 1024 * 128
     assert [stage.activations for stage in stages] == [
-        4 * 3 * a_block,  # micro-batches under way x blocks
-        3 * 4 * a_block,
-        2 * 4 * a_block,
-        1 * 1 * a_block,
+        4 * (3 * a_block + tables),  # micro-batches under way x blocks
+        3 * (4 * a_block + tables),
+        2 * (4 * a_block + tables),
+        1 * (1 * a_block + tables),
     ]
 
 
@@ -85,7 +86,7 @@ def test_activations_few_micro_batches_are_all_that_is_kept():
 def test_activations_recomputation_and_splitting_keep_less():
     def kept(*settings):
         run = load_run_config(None, list(settings))
-        return block_bytes_per_token(run.model, run.parallel, 2, run.parallel.recompute)
+        return block_bytes_per_token(run.model, run.parallel, 2, run.parallel.recompute, run.train.seq_len_tokens)
 
     assert memories(1, 2, "parallel.context=2")[0].logits == memories(1, 2)[0].logits / 2
     layouts = ["parallel.tensor=4", "parallel={tensor: 4, sequence: true}"]

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.api import StepResult
@@ -18,7 +19,9 @@ MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    # Files that are made within one second are read in the order of a counter, as text: 9 after 10.
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
     (tmp_path / "run").mkdir()
     return load_run_config(None, [f"run_dir={tmp_path / 'run'}", "train.steps=6"])
 

@@ -1,0 +1,39 @@
+"""Absolute parts of encodings: modules that turn places int64 [B, t] into what is added to the residual stream.
+
+B batch · t this rank's positions · D width
+"""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.layers import LayerFactory
+
+
+def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:
+    """A learned row for each place: of the segment, as in BiPE, or of the window (Gehring et al. 2017)."""
+    assert config.table_rows is not None
+    return layers.small_table(config.table_rows, config.hidden_size, -1 if config.zero_last_row else None)
+
+
+class Sinusoidal(nn.Module):
+    """Sines and cosines of the place, at wavelengths from 2 pi to 10000 x 2 pi, for places of any size.
+
+    Times the initial standard deviation of the token table: its authors' token rows, of standard deviation 1 where they
+    are added, and their sines stand in the same proportion.
+
+    Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5; sines in the first half of the width.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self._width, self._scale, self._own = config.hidden_size, config.init_std, layers.residual_ids
+
+    def forward(self, places_Bt: Tensor) -> Tensor:
+        """[B, t] -> fp32 [B, t, D], computed in fp32."""
+        pairs = torch.arange(self._width // 2, device=places_Bt.device)
+        frequencies = (pairs.float() * (-2 * math.log(10_000.0) / self._width)).exp()
+        angles = self._own(places_Bt).float()[..., None] * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=-1) * self._scale

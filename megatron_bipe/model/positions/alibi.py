@@ -1,0 +1,109 @@
+"""ALiBi.
+
+B batch · T positions · N query heads · G key/value heads · H head width
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.model.layers import LayerFactory, heads_here
+from megatron_bipe.model.positions.relative import RelativeEncoding
+
+BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
+_BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly
+MAX_BIASED_POSITIONS = _BF16_INTEGERS**2
+_CHANNELS = 7
+_OWN_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
+
+
+def alibi_slopes(num_heads: int) -> list[float]:
+    """One slope a head: a geometric row from 2^(-8/n); for other counts, padded from the next power of two.
+
+    Source: Press et al. 2022 (arXiv 2108.12409); rows fixed by tests/golden/alibi_slopes.json.
+    """
+    lower = 2 ** int(math.log2(num_heads))
+    slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
+    between = [2.0 ** (-8.0 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
+    return slopes + between[: num_heads - lower]
+
+
+class KeyBias(RelativeEncoding):
+    """ALiBi as channels of queries and keys, so that attention itself needs no bias.
+
+    Softmax ignores what is constant along the keys, so slope x (key position - query position) may be
+    replaced by slope x (key position - last position): a product of something the head knows and something
+    the key knows, that is a few more channels in the dot product. bf16 holds 8 significant bits, so the
+    slope goes in three parts (24 bits) and the position in two exact ones: 6 channels. A seventh is the query's
+    and takes off what its own position gives, so that scores near the query stay small; how it is rounded
+    does not matter, since it is the same for all keys. The channels come before the head's own and the largest come
+    first: kernels add in that order, and the large numbers have cancelled before anything small is added. Queries
+    hold the slopes, so keys stay shared by grouped queries.
+    """
+
+    encodes = True
+
+    def __init__(self, slopes_N: Tensor, head_width: int) -> None:
+        # Attention multiplies scores by 1/sqrt(H); the bias must come through unscaled.
+        self.slopes_N = slopes_N.to(torch.float32) * math.sqrt(head_width)
+
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
+        """The channels of keys [B, 1, T, 7]."""
+        num_tokens = positions_BT.shape[-1]
+        if num_tokens > MAX_BIASED_POSITIONS:
+            raise ConfigError(
+                f"a window of {num_tokens} tokens exceeds the {MAX_BIASED_POSITIONS} that ALiBi's exact key bias holds",
+                remedy="Use a shorter window",
+                place="train.seq_len_tokens or --lengths",
+            )
+        back_BT = positions_BT[:, -1:] - positions_BT  # segments or tokens before the last key, >= 0
+        coarse_BT = back_BT // _BF16_INTEGERS * _BF16_INTEGERS
+        fine_BT, unit_BT = back_BT - coarse_BT, torch.full_like(back_BT, -_OWN_UNIT)
+        keys = [coarse_BT, unit_BT, fine_BT, coarse_BT, fine_BT, coarse_BT, fine_BT]
+        return torch.stack(keys, dim=-1).neg().to(dtype)[:, None]
+
+    def encode(self, q_BNTH: Tensor, k_BGTH: Tensor, prepared: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys after the bias channels, the width filled up by zeros."""
+        slopes_N1 = self.slopes_N.to(q_BNTH.device)[:, None]
+        back_B1T = -(prepared[..., 0].float() + prepared[..., 2].float())
+        own_BNT = slopes_N1 / _OWN_UNIT * back_B1T
+        high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in _bf16_parts(slopes_N1))
+        q_BNT7 = torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1)
+        pad = self.widening(q_BNTH.shape[-1]) - _CHANNELS
+        return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
+
+    @staticmethod
+    def widening(head_width: int) -> int:
+        """The channels, and what fills the width up to a multiple of 8."""
+        return _CHANNELS + -(head_width + _CHANNELS) % 8
+
+    @staticmethod
+    def table_width(head_width: int) -> int:
+        """The channels of a key, which all heads share."""
+        del head_width
+        return _CHANNELS
+
+
+class Alibi(KeyBias):
+    """ALiBi on places in the window; on segment counts with slopes 96 times as steep."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
+        slopes = alibi_slopes(config.num_heads)[heads_here(config.num_heads, layers)]
+        # Constants of weights that are yet to be read are no weights: layers on the meta device get them, too.
+        super().__init__(torch.tensor(slopes, device="cpu") * factor, config.head_width)
+
+
+def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Three fp32 tensors that bf16 represents exactly and that sum to `x` within 2^-24."""
+    high = x.bfloat16().float()
+    middle = (x - high).bfloat16().float()
+    return high, middle, (x - high - middle).bfloat16().float()
+
+
+def _prepend(channels_BNTC: Tensor, x_BNTH: Tensor, pad: int) -> Tensor:
+    channels_BNTC = channels_BNTC.to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
+    return torch.nn.functional.pad(torch.cat((channels_BNTC, x_BNTH), dim=-1), (0, pad))

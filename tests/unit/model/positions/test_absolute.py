@@ -1,0 +1,80 @@
+"""Absolute parts against plain formulas, and windows that are longer than a table."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.model.embedding import Embedding
+from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.plan import build_model
+
+WIDTH = 12
+
+
+def embedding_of(encoding, **changes):
+    shape = {"num_layers": 1, "hidden_size": WIDTH, "num_heads": 2, "ffn_size": 8, "vocab_size": 20, "intra_size": 9}
+    config = ModelConfig(**{**shape, "encoding": encoding, "train_len_tokens": 32, **changes})
+    torch.manual_seed(0)
+    return Embedding(config, LocalLayers())
+
+
+def windows(num_tokens):
+    """Tokens, places in segments of 9, numbers of segments."""
+    tokens = torch.randint(0, 20, (2, num_tokens), generator=torch.Generator().manual_seed(1))
+    places = torch.arange(num_tokens).expand(2, -1)
+    return tokens, places % 9, places // 9
+
+
+def added(embedding, ids):
+    return embedding(ids)[0] - embedding.token(ids[0])
+
+
+@pytest.mark.parametrize("encoding", ["sinusoidal", "bipe_nope"])
+def test_sinusoidal_adds_sines_and_cosines_for_places_of_any_size(encoding):
+    intra = {"intra_encoding": "sinusoidal"} if encoding != "sinusoidal" else {}
+    ids = windows(500)
+    found = added(embedding_of(encoding, init_std=0.3, **intra), ids)
+    for t in (0, 1, 7, 31, 32, 499):
+        place = t % 9 if intra else t
+        angles = [place / 10_000 ** (2 * i / WIDTH) for i in range(WIDTH // 2)]
+        wanted = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)]) * 0.3
+        torch.testing.assert_close(found[1, t], wanted, atol=2e-5, rtol=0)  # of angles of 499, in fp32
+
+
+def test_sinusoidal_has_no_parameters():
+    assert [name for name, _ in embedding_of("sinusoidal").named_parameters()] == ["token.weight"]
+
+
+def test_learned_adds_the_row_of_the_token_place():
+    embedding, ids = embedding_of("learned"), windows(32)
+    table = dict(embedding.named_parameters())["place.weight"]
+    assert table.shape == (32, WIDTH)
+    torch.testing.assert_close(added(embedding, ids), table.expand(2, -1, -1))
+
+
+def test_bilevel_learned_adds_the_row_of_the_place_in_the_segment():
+    embedding, ids = embedding_of("bipe_xpos"), windows(32)
+    table = dict(embedding.named_parameters())["intra.weight"]
+    torch.testing.assert_close(added(embedding, ids), table[ids[1]])
+
+
+@pytest.mark.parametrize("encoding", ["nope", "rope", "xpos", "t5", "bipe_rope"])
+def test_none_adds_nothing(encoding):
+    embedding = embedding_of(encoding, **({"intra_encoding": "none"} if encoding == "bipe_rope" else {}))
+    assert [name for name, _ in embedding.named_parameters()] == ["token.weight"]
+    assert not added(embedding, windows(32)).any()
+
+
+@pytest.mark.parametrize(("encoding", "longest"), [("learned", 32), ("randomized_rope", 128)])
+def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
+    model = build_model(embedding_of(encoding)._config)
+    assert model(windows(longest)).isfinite().all()
+    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} positions of .*{encoding}"):
+        model(windows(longest + 1))
+
+
+def test_sinusoidal_keeps_the_precision_of_the_residual_stream():
+    assert embedding_of("sinusoidal").bfloat16()(windows(8))[0].dtype == torch.bfloat16
