@@ -6,53 +6,23 @@ kept, and a step whose result exists is not done again, so an interrupted quicks
 
 import argparse
 import csv
-import os
 import shlex
-import subprocess
-import sys
 import time
 from itertools import takewhile
 from pathlib import Path
-from typing import NamedTuple
 
 from _cli import run_tool
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.errors import BipeError
 
 CONFIG = Path("examples/quickstart.yaml")
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
 BAND = 0.05  # how much worse than at the training length still counts as holding
 STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
-NOISE = ("[20", "Warning:", "  return func(", "  warn")  # log lines of the launcher, warnings of libraries
 
-# Title, command, and the file that exists once it has succeeded; {each} stands for every encoding in turn.
 STEPS = (
-    ("Collect text of this machine", "python tools/corpus.py --output {out}/raw", "raw/valid.jsonl.zst"),
-    (
-        "Train a tokenizer",
-        "python tools/train_tokenizer.py --input {out}/raw/train.jsonl.zst --vocab-size {vocab} "
-        "--output {out}/tokenizer",
-        "tokenizer/tokenizer.json",
-    ),
-    (
-        "Tokenize the training text and mark its segments",
-        "python tools/preprocess.py --input {out}/raw/train.jsonl.zst --tokenizer {out}/tokenizer "
-        "--output {out}/data/train --workers 2",
-        "data/train/manifest.json",
-    ),
-    (
-        "Tokenize the held-out text",
-        "python tools/preprocess.py --input {out}/raw/valid.jsonl.zst --tokenizer {out}/tokenizer "
-        "--output {out}/data/valid --workers 2",
-        "data/valid/manifest.json",
-    ),
-    (
-        "Train {each}",
-        "deepspeed --num_accelerators 2 pretrain.py --ds_config ds_configs/zero2.json --config {config} "
-        "--set run_dir={out}/runs/{each} --set model.encoding={each} "
-        "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
-        "runs/{each}/checkpoints/step-{steps:08d}",
-    ),
+    *FROM_TEXT_TO_DATA,
+    TRAIN_EACH,
     (
         "Evaluate at 1 to 8 times the training length",
         "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
@@ -73,14 +43,6 @@ STEPS = (
 )
 
 
-class Step(NamedTuple):
-    """One command, and the file that exists once it has succeeded."""
-
-    title: str
-    command: list[str]
-    result: Path
-
-
 def main() -> None:
     """Run all steps, then say what came out and where it lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -89,9 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.output
     begin = time.monotonic()
-    planned = plan(folder, arguments.set)
-    for number, step in enumerate(planned, 1):
-        run_step(step, f"{number}/{len(planned)}", folder / "logs")
+    run_steps(plan(folder, arguments.set), folder / "logs")
     summarise(folder, (time.monotonic() - begin) / 60)
 
 
@@ -99,7 +59,6 @@ def plan(folder: Path, settings: list[str]) -> list[Step]:
     """All steps in order, with their values filled in."""
     run = load_run_config(CONFIG, settings)
     values = {
-        "out": shlex.quote(str(folder)),
         "config": CONFIG,
         "vocab": run.model.vocab_size,
         "steps": run.train.steps,
@@ -107,44 +66,7 @@ def plan(folder: Path, settings: list[str]) -> list[Step]:
         "lengths": ",".join(str(stretch * run.train.seq_len_tokens) for stretch in STRETCHES),
         "runs": " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in ENCODINGS),
     }
-    result = []
-    for title, command, made in STEPS:
-        for encoding in ENCODINGS if "{each}" in title else ("",):
-            filled = [text.format(**values, each=encoding) for text in (title, command, made)]
-            result.append(Step(filled[0], shlex.split(filled[1]), folder / filled[2]))
-    return result
-
-
-def run_step(step: Step, number: str, logs: Path) -> None:
-    """Run one command unless its result is there; show its progress, keep its whole output.
-
-    Raises:
-        BipeError: it failed; names its log.
-    """
-    print(f"\n[{number}] {step.title}", flush=True)
-    if step.result.exists():
-        print(f"    done before: {step.result}", flush=True)
-        return
-    print("    $ " + shlex.join(step.command), flush=True)
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{number.partition('/')[0]:0>2}-{step.title.replace(' ', '_').replace(',', '')}.log"
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    begin = time.monotonic()
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
-    ):
-        for line in process.stdout or ():
-            file.write(line)
-            if not any(noise in line for noise in NOISE) and line.strip():
-                print("    " + line.rstrip(), flush=True)
-    if process.returncode != 0 or not step.result.exists():
-        raise BipeError(
-            f"the command left with exit code {process.returncode} and did not make {step.result}",
-            remedy="Read its whole output, mend the cause, and run the quickstart again: finished steps are kept",
-            place=log,
-        )
-    print(f"    {time.monotonic() - begin:.0f} s", flush=True)
+    return fill(STEPS, folder, values, ENCODINGS)
 
 
 def summarise(folder: Path, minutes: float) -> None:

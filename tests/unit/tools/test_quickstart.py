@@ -1,12 +1,9 @@
 """The quickstart's plan and its honesty; the commands themselves are tested where they belong."""
 
 import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-
-from megatron_bipe.errors import BipeError
 
 ROOT = Path(__file__).parents[3]
 
@@ -35,31 +32,6 @@ def test_plan_is_commands_of_the_project_with_values_filled_in(quickstart):
     assert train.result.name == "step-00000007"
     assert train.command[-4:] == ["--set", "train.steps=7", "--set", "optimizer.warmup_steps=1"]
     assert "data.path=some where/data/train" in train.command
-
-
-def test_run_step_finished_before_is_not_run_again(quickstart, tmp_path, capsys):
-    (tmp_path / "result").touch()
-    quickstart.run_step(quickstart.Step("Fail", ["false"], tmp_path / "result"), "1/1", tmp_path / "logs")
-    assert "done before" in capsys.readouterr().out
-
-
-def test_run_step_keeps_all_output_and_shows_what_matters(quickstart, tmp_path, capsys):
-    code = "print('[2026-01-01] noise'); print('step 1'); open('result', 'w')".replace(
-        "result", str(tmp_path / "result")
-    )
-    step = quickstart.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
-    quickstart.run_step(step, "1/1", tmp_path / "logs")
-    shown = capsys.readouterr().out
-    assert "    step 1\n" in shown and "    [2026" not in shown
-    assert "noise" in (tmp_path / "logs" / "01-Do_it.log").read_text()
-
-
-@pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
-def test_run_step_failing_or_without_result_names_its_log(quickstart, tmp_path, code):
-    step = quickstart.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
-    with pytest.raises(BipeError, match="did not make") as error:
-        quickstart.run_step(step, "2/9", tmp_path / "logs")
-    assert error.value.place == str(tmp_path / "logs" / "02-Do_it.log")
 
 
 BASE = {64: 20.0, 128: 19.0, 256: 20.9, 512: 25.0}

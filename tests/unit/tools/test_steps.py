@@ -1,0 +1,62 @@
+"""Commands that are run one after the other: not twice, with their output kept, and with one error where they fail."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.errors import BipeError
+
+
+@pytest.fixture(scope="module")
+def steps():
+    spec = importlib.util.spec_from_file_location("steps_script", Path(__file__).parents[3] / "tools" / "_steps.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_fill_repeats_what_is_for_each(steps):
+    patterns = [("One", "echo {out} {n}", "one"), ("Do {each}", "echo {each}", "{each}/done")]
+    filled = steps.fill(patterns, Path("some where"), {"n": 3}, ["a", "b"])
+    assert filled[0] == steps.Step("One", ["echo", "some where", "3"], Path("some where/one"))
+    assert [(step.title, step.result) for step in filled[1:]] == [
+        ("Do a", Path("some where/a/done")),
+        ("Do b", Path("some where/b/done")),
+    ]
+
+
+def test_run_steps_stops_at_the_first_that_fails(steps, tmp_path):
+    def step(name, code):
+        return steps.Step(name, [sys.executable, "-c", code], tmp_path / name)
+
+    planned = [step("a", f"open({str(tmp_path / 'a')!r}, 'w')"), step("b", "1/0"), step("c", "1/0")]
+    with pytest.raises(BipeError, match="exit code 1") as error:
+        steps.run_steps(planned, tmp_path / "logs")
+    assert error.value.place.endswith("02-b.log") and (tmp_path / "a").exists()
+
+
+def test_run_step_finished_before_is_not_run_again(steps, tmp_path, capsys):
+    (tmp_path / "result").touch()
+    steps.run_step(steps.Step("Fail", ["false"], tmp_path / "result"), "1/1", tmp_path / "logs")
+    assert "done before" in capsys.readouterr().out
+
+
+def test_run_step_keeps_all_output_and_shows_what_matters(steps, tmp_path, capsys):
+    code = "print('[2026-01-01] noise'); print('step 1'); open('result', 'w')".replace(
+        "result", str(tmp_path / "result")
+    )
+    step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
+    steps.run_step(step, "1/1", tmp_path / "logs")
+    shown = capsys.readouterr().out
+    assert "    step 1\n" in shown and "    [2026" not in shown
+    assert "noise" in (tmp_path / "logs" / "01-Do_it.log").read_text()
+
+
+@pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
+def test_run_step_failing_or_without_result_names_its_log(steps, tmp_path, code):
+    step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
+    with pytest.raises(BipeError, match="did not make") as error:
+        steps.run_step(step, "2/9", tmp_path / "logs")
+    assert error.value.place == str(tmp_path / "logs" / "02-Do_it.log")

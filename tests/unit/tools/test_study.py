@@ -1,0 +1,74 @@
+"""The plan of the study of encodings, and its table; the commands themselves are tested where they belong."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.config.encodings import ENCODINGS
+from megatron_bipe.errors import ConfigError
+
+ROOT = Path(__file__).parents[3]
+
+
+@pytest.fixture(scope="module")
+def study():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        patch.chdir(ROOT)
+        spec = importlib.util.spec_from_file_location("study_script", ROOT / "tools" / "study.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def test_reaches_end_where_an_encoding_does(study):
+    reach = study.reaches(list(ENCODINGS), [])
+    assert reach["rope"] == (256, 512, 768, 1024, 1536, 2048)
+    assert reach["learned"] == (256,)
+    assert reach["randomized_rope"] == (256, 512, 768, 1024)
+    assert study.reaches(["learned"], ["model.train_len_tokens=600"])["learned"] == (256, 512)
+
+
+@pytest.mark.parametrize(("names", "message"), [(["ropes"], "should be one of"), (["rope", "rope"], "twice")])
+def test_reaches_of_wrong_names_is_one_error(study, names, message):
+    with pytest.raises(ConfigError, match=message):
+        study.reaches(names, [])
+
+
+def test_plan_trains_each_and_evaluates_those_of_equal_reach_together(study):
+    reach = study.reaches(["rope", "learned", "bipe_rope"], [])
+    steps = study.plan(Path("some where"), reach, ["train.steps=7"])
+    assert [step.title for step in steps[4:]] == [
+        "Train rope",
+        "Train learned",
+        "Train bipe_rope",
+        "Evaluate up to 2048 tokens",
+        "Evaluate up to 256 tokens",
+    ]
+    together = steps[7].command
+    assert together[together.index("--model") + 1 : together.index("--data")] == [
+        "some where/runs/rope",
+        "some where/runs/bipe_rope",
+    ]
+    assert together[together.index("--lengths") + 1] == "256,512,768,1024,1536,2048"
+    assert steps[4].result == Path("some where/runs/rope/checkpoints/step-00000007")
+    for step in steps:
+        assert (ROOT / next(word for word in step.command if word.endswith(".py"))).is_file()
+        assert not any("{" in word for word in step.command)
+
+
+def test_table_has_a_line_for_each_and_leaves_out_what_is_beyond_reach(study, tmp_path):
+    for folder, rows in {
+        "evaluation-512": ["rope,256,9.04", "rope,512,20.5"],
+        "evaluation-256": ["learned,256,9.5"],
+    }.items():
+        (tmp_path / folder).mkdir()
+        text = "\n".join(["encoding,length_tokens,perplexity", *rows])
+        (tmp_path / folder / "perplexity.csv").write_text(text)
+    assert study.table(tmp_path, {"learned": (256,), "rope": (256, 512)}).splitlines() == [
+        "| encoding | 256 | 512 |",
+        "| --- | --- | --- |",
+        "| `learned` | 9.5 |  |",
+        "| `rope` | 9.0 | 20.5 |",
+    ]

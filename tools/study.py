@@ -1,0 +1,101 @@
+"""Every positional encoding on the same text for the same steps, then perplexity at up to 8 times the training length.
+
+Every step is a command of this project; it is shown before it runs, and what is finished is not done again, so an
+interrupted study goes on where it stopped. Encodings with a longest window are evaluated up to that.
+
+Example: python tools/study.py --output study --encodings rope bipe_rope
+"""
+
+import argparse
+import shlex
+from itertools import groupby
+from pathlib import Path
+
+from _cli import run_tool
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps
+from megatron_bipe.config.encodings import ENCODINGS
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.errors import ConfigError
+from quickstart import read_perplexities
+
+CONFIG = Path("examples/extrapolation_cpu.yaml")
+STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
+EVALUATE_EACH = (
+    "Evaluate up to {each} tokens",
+    "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
+    "--max-tokens 100000 --output {out}/evaluation-{each}",
+    "evaluation-{each}/perplexity.png",
+)
+
+
+def main() -> None:
+    """Run all steps, then print and write the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("study"), help="default: %(default)s")
+    parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), metavar="NAME", help="default: all")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
+    arguments = parser.parse_args()
+    folder: Path = arguments.output
+    reach = reaches(arguments.encodings, arguments.set)
+    run_steps(plan(folder, reach, arguments.set), folder / "logs")
+    text = table(folder, reach)
+    write_atomically(folder / "table.md", text.encode())
+    print(f"\nPerplexity on held-out text, by window length in tokens\n\n{text}\nWritten: {folder / 'table.md'}")
+
+
+def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, ...]]:
+    """The lengths at which each encoding can be evaluated.
+
+    Raises:
+        ConfigError: there is no such encoding, or one is named twice.
+    """
+    if len(set(encodings)) < len(encodings):
+        raise ConfigError("an encoding is named twice", remedy="Name each once", place="--encodings")
+    result = {}
+    for encoding in encodings:
+        run = load_run_config(CONFIG, [*settings, f"model.encoding={encoding}"])
+        lengths = (stretch * run.train.seq_len_tokens for stretch in STRETCHES)
+        longest = run.model.longest_window_tokens
+        result[encoding] = tuple(length for length in lengths if longest is None or length <= longest)
+    return result
+
+
+def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Step]:
+    """All steps in order, with their values filled in: one evaluation for all encodings with the same lengths."""
+    run = load_run_config(CONFIG, settings)
+    values = {
+        "config": CONFIG,
+        "vocab": run.model.vocab_size,
+        "steps": run.train.steps,
+        "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
+    }
+    steps = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, values, reach)
+    for lengths, alike in _alike(reach):
+        runs = " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in alike)
+        evaluated = {"runs": runs, "lengths": ",".join(map(str, lengths))}
+        steps += fill([EVALUATE_EACH], folder, evaluated, [str(lengths[-1])])
+    return steps
+
+
+def table(folder: Path, reach: dict[str, tuple[int, ...]]) -> str:
+    """Perplexities as Markdown, a line for each encoding in the order asked for."""
+    found: dict[str, dict[int, float]] = {}
+    for lengths, _ in _alike(reach):
+        found |= read_perplexities(folder / f"evaluation-{lengths[-1]}" / "perplexity.csv")
+    columns = max(reach.values(), key=len)
+    lines = [["encoding", *map(str, columns)], ["---"] * (len(columns) + 1)]
+    for encoding in reach:
+        values = (found[encoding].get(length) for length in columns)
+        lines.append([f"`{encoding}`", *("" if value is None else f"{value:.1f}" for value in values)])
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _alike(reach: dict[str, tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[str]]]:
+    """Encodings by their lengths, most lengths first."""
+    ordered = sorted(reach, key=lambda encoding: -len(reach[encoding]))
+    return [(lengths, list(alike)) for lengths, alike in groupby(ordered, key=lambda encoding: reach[encoding])]
+
+
+if __name__ == "__main__":
+    run_tool(main)
