@@ -15,12 +15,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
 from bench._machine import describe_machine
+from bench._peer import PEER, make_peer
 from bench._random_data import make_dataset
 from bench._turns import Prepare, take_turns
 from megatron_bipe.config.load import load_run_config
@@ -30,7 +30,6 @@ from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.subject import Subject
 from megatron_bipe.model.plan import build_model
 
-PEER = "transformers, LlamaForCausalLM"
 DTYPE = torch.bfloat16
 
 
@@ -74,21 +73,7 @@ def prepare_ours(model: ModelConfig, encoding: str, folder: Path, length: int, t
 
 def prepare_peer(model: ModelConfig, folder: Path, length: int, tokens: int) -> Callable[[], None]:
     """The same windows in one call of the model, which computes the loss itself."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=model.vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.ffn_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.kv_heads,
-        max_position_embeddings=length,
-        use_cache=False,
-    )
-    config._attn_implementation = "sdpa"
-    peer, dataset = LlamaForCausalLM(config).eval(), TokenDataset(folder)
-    nn.Module.to(peer, device(), DTYPE)
+    peer, dataset = make_peer(model, length).to(device(), DTYPE).eval(), TokenDataset(folder)
 
     @torch.inference_mode()
     def evaluate() -> None:

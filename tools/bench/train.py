@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import run_tool
 from bench._machine import describe_machine
+from bench._peer import PEER, make_peer
 from bench._turns import Prepare, Turns, take_turns
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
@@ -38,7 +39,7 @@ from megatron_bipe.parallel.launch import join_launch
 from megatron_bipe.types import Batch
 
 ENCODINGS = {"BiPE-RoPE": "bipe_rope", "BiPE-ALiBi": "bipe_alibi", "RoPE": "rope", "ALiBi": "alibi"}
-PRODUCTS, BARE, PEER = "matrix products", "BiPE-RoPE without the engine", "transformers, LlamaForCausalLM"
+PRODUCTS, BARE = "matrix products", "BiPE-RoPE without the engine"
 LR, SEGMENT_TOKENS = 1e-4, 14
 Settings = tuple[Path | None, tuple[str, ...], Path]  # --config, --set, --ds_config
 
@@ -112,21 +113,7 @@ class PeerEngine(ZeroEngine):
     """Our engine around a model that computes its own loss from tokens and labels."""
 
     def _build(self, run: RunConfig) -> nn.Module:
-        from transformers import LlamaConfig, LlamaForCausalLM
-
-        model = run.model
-        config = LlamaConfig(
-            vocab_size=model.vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.ffn_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.kv_heads,
-            max_position_embeddings=run.train.seq_len_tokens,
-            use_cache=False,
-        )
-        config._attn_implementation = "sdpa"
-        return LlamaForCausalLM(config)
+        return make_peer(run.model, run.train.seq_len_tokens)
 
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, labels = (ids.to(self._mesh.device) for ids in (batch.tokens_BT, batch.labels_BT))
