@@ -36,8 +36,8 @@ def spoil_weight(engine: Any) -> None:
 
 
 def _planted(mean_loss: Any) -> Any:
-    def planted(losses_BT: Tensor) -> Tensor:
-        return mean_loss(losses_BT * Planted.loss_factor + Planted.loss_offset)
+    def planted(losses_BT: Tensor, *weights: Tensor | None) -> Tensor:
+        return mean_loss(losses_BT * Planted.loss_factor + Planted.loss_offset, *weights)
 
     planted.planted = True  # type: ignore[attr-defined]
     return planted

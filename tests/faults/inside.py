@@ -80,6 +80,7 @@ def train_inside(
 ) -> dict[int, list[list[int]]]:
     """Start or continue a run, up to `stop`; the tokens that this rank read, by first sample of the step."""
     from megatron_bipe.engine.start import start_engine
+    from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.session import go_on
     from megatron_bipe.train.stopping import StopRequest
 
@@ -93,6 +94,6 @@ def train_inside(
     feed = NotingFeed(run, laid_out)
     feed.plant, feed.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    assert go_on(run, laid_out, engine, feed, StillWatchdog(), StopRequest(), stop)  # type: ignore[arg-type]
+    assert go_on(run, laid_out, engine, feed, StillWatchdog(), StopRequest(), stop, Profile(0, run.run_dir, laid_out))  # type: ignore[arg-type]
     Planted.nothing()
     return feed.read
