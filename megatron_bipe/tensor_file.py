@@ -8,7 +8,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,7 +28,10 @@ class WrittenFile(NamedTuple):
 
 
 def write_tensors(
-    path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str], like: Mapping[str, Tensor] | None = None
+    path: Path,
+    tensors: Mapping[str, Tensor],
+    metadata: Mapping[str, str],
+    read: Callable[[str], Tensor] | None = None,
 ) -> WrittenFile:
     """Write a file that is on the disk when this returns.
 
@@ -36,13 +39,13 @@ def write_tensors(
 
     Args:
         path: of the file.
-        tensors: in the CPU's memory, contiguous, wider types before narrower ones; each is asked for once, in order.
+        tensors: in the CPU's memory, contiguous, wider types before narrower ones.
         metadata: for the file's header.
-        like: their types and shapes, where `tensors` reads what it is asked for.
+        read: gives a tensor by its name, once each and in order; `tensors` then only tell types and shapes.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
-    like, end = tensors if like is None else like, 0
-    for name, tensor in like.items():
+    end = 0
+    for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
         entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
@@ -50,7 +53,7 @@ def write_tensors(
     digest = hashlib.sha256()
     with path.open("wb", buffering=0) as stream:
         heading = [memoryview(len(header).to_bytes(8, "little")), memoryview(header)]
-        for view in itertools.chain(heading, (_bytes(tensors[name]) for name in like)):
+        for view in itertools.chain(heading, (_bytes((read or tensors.__getitem__)(name)) for name in tensors)):
             for start in range(0, len(view), _CHUNK_BYTES):
                 chunk = view[start : start + _CHUNK_BYTES]
                 digest.update(chunk)

@@ -5,10 +5,11 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import BipeError
 
 _NOISE = ("[20", "Warning:", "  return func(", "  warn")  # log lines of the launcher, warnings of libraries
@@ -53,6 +54,17 @@ TRAIN_EACH: Pattern = (
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
 )
+
+
+def run_values(config: Path, settings: Sequence[str]) -> dict[str, object]:
+    """What `TRAIN_EACH` and the steps before it ask for, of a run configuration with `KEY=VALUE` settings."""
+    run = load_run_config(config, list(settings))
+    return {
+        "config": config,
+        "vocab": run.model.vocab_size,
+        "steps": run.train.steps,
+        "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
+    }
 
 
 def fill(patterns: Iterable[Pattern], folder: Path, values: Mapping[str, object], each_of: Iterable[str]) -> list[Step]:

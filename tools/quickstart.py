@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from _cli import run_tool
-from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
 
 CONFIG = Path("examples/quickstart.yaml")
@@ -58,11 +58,7 @@ def main() -> None:
 def plan(folder: Path, settings: list[str]) -> list[Step]:
     """All steps in order, with their values filled in."""
     run = load_run_config(CONFIG, settings)
-    values = {
-        "config": CONFIG,
-        "vocab": run.model.vocab_size,
-        "steps": run.train.steps,
-        "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
+    values = run_values(CONFIG, settings) | {
         "lengths": ",".join(str(stretch * run.train.seq_len_tokens) for stretch in STRETCHES),
         "runs": " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in ENCODINGS),
     }

@@ -12,15 +12,14 @@ from itertools import groupby
 from pathlib import Path
 
 from _cli import run_tool
-from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps, run_values
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
-from quickstart import read_perplexities
+from quickstart import STRETCHES, read_perplexities
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
-STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
 EVALUATE_EACH = (
     "Evaluate up to {each} tokens",
     "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
@@ -63,14 +62,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
 
 def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Step]:
     """All steps in order, with their values filled in: one evaluation for all encodings with the same lengths."""
-    run = load_run_config(CONFIG, settings)
-    values = {
-        "config": CONFIG,
-        "vocab": run.model.vocab_size,
-        "steps": run.train.steps,
-        "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
-    }
-    steps = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, values, reach)
+    steps = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings), reach)
     for lengths, alike in _alike(reach):
         runs = " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in alike)
         evaluated = {"runs": runs, "lengths": ",".join(map(str, lengths))}

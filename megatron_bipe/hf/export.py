@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -136,32 +137,19 @@ def _write_weights(
     """safetensors, in one file or in shards with an index; one weight is in memory at a time. Checksums by file."""
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=pattern, max_shard_size=max_shard_bytes)
-    stored, sums = _Stored(weights, shapes), {}
+    sums = {}
     for file, names in split.filename_to_tensors.items():
-        like = {name: shapes[name] for name in names}
-        sums[file] = write_tensors(folder / file, stored, {"format": "pt"}, like).sha256
+        held = {name: shapes[name] for name in names}
+        read = partial(_as_stored, weights, shapes)
+        sums[file] = write_tensors(folder / file, held, {"format": "pt"}, read).sha256
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return sums
 
 
-class _Stored(Mapping[str, Tensor]):
-    """Weights as they go into the files, each cut and rounded when it is asked for."""
-
-    def __init__(self, weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor]) -> None:
-        self._weights, self._shapes = weights, shapes
-
-    def __getitem__(self, name: str) -> Tensor:
-        return _as_stored(self._weights, name, self._shapes[name])
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._shapes)
-
-    def __len__(self) -> int:
-        return len(self._shapes)
-
-
-def _as_stored(weights: Mapping[str, Tensor], name: str, like: Tensor) -> Tensor:
+def _as_stored(weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], name: str) -> Tensor:
+    """A weight as it goes into the files, cut and rounded when it is asked for."""
+    like = shapes[name]
     try:
         weight, problem = weights[name], ""
     except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says

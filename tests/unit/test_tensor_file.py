@@ -46,7 +46,7 @@ def test_write_tensors_asks_for_one_at_a_time_in_the_type_it_is_told(tmp_path, d
 
     tensors = {name: torch.randn(300, 40).to(dtype) for name in "ab"}
     like = {name: tensors[name].to("meta") for name in "ba"}
-    write_tensors(tmp_path / "x", Reads(tensors), {}, like)
+    write_tensors(tmp_path / "x", like, {}, Reads(tensors).__getitem__)
     (first, at_first), (second, at_second) = asked
     assert (first, second) == ("b", "a") and at_second - at_first == tensors["b"].nbytes
     found = load_file(tmp_path / "x")
