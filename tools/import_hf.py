@@ -10,7 +10,6 @@ With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.
 import argparse
 from pathlib import Path
 
-from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
@@ -27,6 +26,7 @@ from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.train.init_from import start_run
+from megatron_bipe.train.models import plan_weights
 
 
 def main() -> None:
@@ -74,8 +74,7 @@ def to_run(arguments: argparse.Namespace) -> None:
         subject = Subject(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
     else:
         subject = exported_subject(arguments.input)
-    weights: dict[str, Tensor] = dict(subject.model.named_parameters())  # a tied output is not named again
-    folder = start_run(run, subject, {name: weight.detach() for name, weight in weights.items()})
+    folder = start_run(run, subject, plan_weights(subject))
     print(f"{folder}: pretrain.py goes on from here with the same --config and --set, and run_dir={run.run_dir}")
 
 

@@ -18,7 +18,7 @@ from megatron_bipe.engine.publish import begin, publish
 from megatron_bipe.engine.state_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.subject import Subject, check_suits
-from megatron_bipe.train.models import load_subject, master_weights
+from megatron_bipe.train.models import load_with_masters
 from megatron_bipe.train.run_folder import write_run_folder
 
 # What may differ between a model and the run that continues it; all else is built into the weights.
@@ -34,8 +34,7 @@ def begin_from_model(run: RunConfig) -> None:
     """
     source = run.train.init_from
     if source is not None and not list_steps(run.run_dir):
-        subject = load_subject(source)
-        start_run(run, subject, master_weights(source, subject))
+        start_run(run, *load_with_masters(source))
 
 
 def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -> Path:

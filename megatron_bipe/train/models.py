@@ -25,22 +25,25 @@ def load_subject(spec: str) -> Subject:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
     checkpoint = _checkpoint(spec)
-    if checkpoint is None:
-        return exported_subject(Path(spec))
-    return _checkpoint_subject(checkpoint, named_step=checkpoint.run_dir != Path(spec))
+    return exported_subject(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
 
 
-def master_weights(spec: str, subject: Subject) -> Mapping[str, Tensor]:
-    """Weights under the plan's names: of a run the fp32 ones that the optimizer works on, else as they were exported.
+def load_with_masters(spec: str) -> tuple[Subject, Mapping[str, Tensor]]:
+    """The model that `spec` names, and its weights: of a run the fp32 ones that the optimizer works on.
 
-    Args:
-        spec: as `load_subject` takes it.
-        subject: what that gave.
+    Raises:
+        CheckpointError: as `load_subject`.
     """
     checkpoint = _checkpoint(spec)
-    if checkpoint is None:  # a tied output is not named again
-        return {name: weight.detach() for name, weight in subject.model.named_parameters()}
-    return WeightsOnDisk(checkpoint, torch.float32)
+    if checkpoint is None:
+        subject = exported_subject(Path(spec))
+        return subject, plan_weights(subject)
+    return _checkpoint_subject(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
+
+
+def plan_weights(subject: Subject) -> dict[str, Tensor]:
+    """Weights under the plan's names, as the model has them; a tied output is not named again."""
+    return {name: weight.detach() for name, weight in subject.model.named_parameters()}
 
 
 def _checkpoint(spec: str) -> Checkpoint | None:
@@ -58,12 +61,12 @@ def _checkpoint(spec: str) -> Checkpoint | None:
     )
 
 
-def _checkpoint_subject(checkpoint: Checkpoint, named_step: bool) -> Subject:
+def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> Subject:
     config = load_run_config(checkpoint.run_dir / "config.yaml").model
     model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
     record = read_record(checkpoint.run_dir)
     run_name = checkpoint.run_dir.resolve().name
-    name = f"{run_name} step {checkpoint.step:,}" if named_step else run_name
+    name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
     return Subject(name, source, model, config, record.tokenizer.fingerprint, record.rule)
 
