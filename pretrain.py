@@ -20,7 +20,6 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.hardware import keep_freed_memory
 from megatron_bipe.train.init_from import begin_from_model
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
@@ -42,7 +41,6 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, num_ranks))
         return
-    keep_freed_memory(mesh.device)
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     stop = min(run.train.steps, args.stop_step or run.train.steps)

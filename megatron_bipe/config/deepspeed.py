@@ -83,7 +83,13 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
     # Gradients add up in fp32 over micro-batches; DeepSpeed can do that from ZeRO 1 on.
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
     accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))
-    return {
+    bf16_zero_1: dict[str, tuple[str, Any]] = {
+        # What was added up in fp32 would be rounded to bf16 to be exchanged once an update, even with no one else.
+        "communication_data_type": ("(train.precision and the ZeRO stage)", "fp32"),
+        # Each gradient is added to its fp32 sum as soon as it is there, and no bf16 copy waits for the end of backward.
+        "bf16.immediate_grad_update": ("(train.precision and the ZeRO stage)", True),
+    }
+    return (bf16_zero_1 if train.precision == "bf16" and stage == 1 else {}) | {
         # To DeepSpeed ranks that share a window are data-parallel ones, so each window counts for each of them.
         "train_batch_size": ("train.global_batch x parallel.context", train.global_batch * run.parallel.context),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),

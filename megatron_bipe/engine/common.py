@@ -193,6 +193,9 @@ class DeepSpeedEngine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
+        if self._mesh.replica_ranks == 1 and hasattr(self._optimizer, "get_grads_for_reduction"):  # bf16 with ZeRO 1
+            # With no one to exchange them with, DeepSpeed would still copy all gradients together and back.
+            self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
         forget_steps(self._optimizer)
         self._own_time = OwnTime(self._engine.module, self._mesh.device)
         self._run, self.agreement = run, Agreement(self._mesh)

@@ -6,10 +6,10 @@ B batch · T positions · D width · N query heads · G key/value heads · R que
 
 import math
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.causal import causal_attention, leaving_out_pays, reaching_attention
 from megatron_bipe.model.layers import LayerFactory
 from megatron_bipe.model.positions.make import make_relative
 from megatron_bipe.model.positions.relative import SharedTables
@@ -46,26 +46,10 @@ class Attention(nn.Module):
             growth_BT = (positions_BT + 1).float().log() / self.log_scale_base
             q_BnTH = q_BnTH * growth_BT.to(q_BnTH.dtype)[:, None, :, None]
         prepared = self._tables.prepared(self.encoding, positions_BT, q_BnTH.dtype)
+        reach_n = self.encoding.reach(q_BnTH, k_BgTH) if leaving_out_pays(q_BnTH) else None
         q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)
-        mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
+        if reach_n is None:
+            mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
+        else:
+            mixed_BnTH = reaching_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
         return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
-
-
-def causal_attention(q_BnTE: Tensor, k_BgTE: Tensor, v_BgTH: Tensor, bias_BnTT: Tensor | None = None) -> Tensor:
-    """Stock attention; queries and keys may be wider than values (E >= H) by bias channels.
-
-    Scores are scaled by 1/sqrt(H). Values are padded with zeros to the same width, because the fused kernels
-    want one width, and the padding is cut off again. A bias of the scores, minus infinity at later keys, stands for the
-    causal mask, too. Returns [B, n, T, H].
-    """
-    head_width, extra = v_BgTH.shape[-1], q_BnTE.shape[-1] - v_BgTH.shape[-1]
-    mixed_BnTE = F.scaled_dot_product_attention(
-        q_BnTE,
-        k_BgTE,
-        F.pad(v_BgTH, (0, extra)) if extra else v_BgTH,
-        attn_mask=bias_BnTT,
-        is_causal=bias_BnTT is None,
-        scale=1.0 / math.sqrt(head_width),
-        enable_gqa=q_BnTE.shape[1] != k_BgTE.shape[1],
-    )
-    return mixed_BnTE[..., :head_width]

@@ -17,7 +17,7 @@ from megatron_bipe.model.positions.make import relative_class
 from megatron_bipe.parallel.stages import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor import parameters_of_rank
 
-_FP32 = 4
+FP32_BYTES = 4
 
 
 class StageMemory(NamedTuple):
@@ -103,7 +103,7 @@ def block_bytes_per_token(
         return stream * width + input_ids
     split = parallel.tensor
     queries, keys = model.num_heads * model.head_width / split, model.kv_heads * model.head_width / split
-    ffn, head_sums = model.ffn_size / split, model.num_heads / split * _FP32
+    ffn, head_sums = model.ffn_size / split, model.num_heads / split * FP32_BYTES
     relative = relative_class(model)
     channels = relative.widening(model.head_width)
     scores = seq_len_tokens * head_sums if relative.biases_scores else 0  # in fp32
@@ -114,7 +114,7 @@ def block_bytes_per_token(
         received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
         received += 2 * queries + 2 * keys if parallel.context > 1 else 0
         return (stream + products + received) * width + attention_output + scores + input_ids
-    norms = 2 * (stream * width + between * _FP32)  # their inputs, and a number a token
+    norms = 2 * (stream * width + between * FP32_BYTES)  # their inputs, and a number a token
     gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
     encoded = (queries + keys) * biased if relative.encodes else 0
     laid_out = queries if relative.encodes or parallel.context > 1 else 0  # the output, tokens before heads
@@ -136,7 +136,7 @@ def tokens_here(run: RunConfig) -> float:
 
 def compute_width(run: RunConfig) -> int:
     """Bytes of a number in compute precision."""
-    return 2 if run.train.precision == "bf16" else _FP32
+    return 2 if run.train.precision == "bf16" else FP32_BYTES
 
 
 def _kept_a_block(run: RunConfig) -> float:
@@ -175,10 +175,10 @@ def _state_bytes(
     zero, width = zero_stage(ds_config), compute_width(run)
     replicas = run.parallel.replica_ranks(num_ranks)
     part = {stage: parameters / replicas if zero >= stage else parameters for stage in (1, 2, 3)}
-    has_masters = width < _FP32 or zero > 0
+    has_masters = width < FP32_BYTES or zero > 0
     weights = part[3] * width + (2 * largest_layer * width if zero == 3 else 0)
-    gradients = part[2] * (width if zero == 0 else _FP32)
-    optimizer = part[1] * (3 if has_masters else 2) * _FP32
+    gradients = part[2] * (width if zero == 0 else FP32_BYTES)
+    optimizer = part[1] * (3 if has_masters else 2) * FP32_BYTES
     device = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
     if device == "cpu":  # gradients are summed there, too
         return (weights, 0.0, 0.0), gradients + optimizer

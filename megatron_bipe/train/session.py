@@ -10,7 +10,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train.events import DONE, START, STOP, Events, read_events
 from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.hardware import peak_flops
+from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
@@ -47,6 +47,7 @@ def go_on(
         Whether it came there; False where it was asked to stop before.
     """
     progress = _stand(run, engine, watchdog)
+    keep_freed_memory(mesh.device)  # from here on; what starting and loading took is given back
     events = Events(run.run_dir, mesh.is_main)
     stop_request.agree_by(engine.agreement.any)
     events.add(START, step=progress.step, ranks=mesh.num_ranks)

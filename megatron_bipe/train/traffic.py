@@ -14,7 +14,7 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.parallel.stages import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor import parameters_of_rank
-from megatron_bipe.train.memory import compute_width, tokens_here
+from megatron_bipe.train.memory import FP32_BYTES, compute_width, tokens_here
 
 
 class Traffic(NamedTuple):
@@ -103,7 +103,7 @@ def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
 
 
 def _data(run: RunConfig, zero: int, num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
-    """DeepSpeed sums gradients in compute precision: once a step, with ZeRO 2 and 3 once a micro-batch."""
+    """Gradients are summed once a step, with ZeRO 1 in fp32; with ZeRO 2 and 3 once a micro-batch."""
     replicas = run.parallel.replica_ranks(num_ranks)
     if replicas == 1:
         return
@@ -112,7 +112,8 @@ def _data(run: RunConfig, zero: int, num_ranks: int, micro_batches: int) -> Iter
     most = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
     whole, ring = most * compute_width(run), (replicas - 1) / replicas
     if zero < 2:
-        yield Traffic("data", "gradients, all-reduced", 1, 2 * whole * ring)
+        summed = most * (FP32_BYTES if zero == 1 else compute_width(run))
+        yield Traffic("data", "gradients, all-reduced", 1, 2 * summed * ring)
     else:
         yield Traffic("data", "gradients, reduced", micro_batches, micro_batches * whole * ring)
     if zero in (1, 2):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.attention import causal_attention
+from megatron_bipe.model.causal import causal_attention
 from megatron_bipe.model.positions.alibi import KeyBias
 from megatron_bipe.model.positions.make import make_relative
 

@@ -4,7 +4,7 @@ import multiprocessing
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from multiprocessing.connection import Connection
 from typing import NamedTuple
 
@@ -22,10 +22,15 @@ class Turns(NamedTuple):
     peak_gib: float  # of the device, or of the whole process on a CPU
 
 
-def take_turns(contenders: Mapping[str, Prepare], repeats: int) -> dict[str, Turns]:
+def take_turns(contenders: Mapping[str, Prepare], repeats: int, as_it_comes: Container[str] = ()) -> dict[str, Turns]:
     """Time every contender `repeats` times, in turns, after one turn that does not count.
 
     `Prepare` functions must be importable by name (or partials of such).
+
+    Args:
+        contenders: by name.
+        repeats: turns that count.
+        as_it_comes: those that run without what this project does to the process (`keep_freed_memory`).
     """
     context = multiprocessing.get_context("spawn")
     pipes: dict[str, Connection] = {}
@@ -33,7 +38,8 @@ def take_turns(contenders: Mapping[str, Prepare], repeats: int) -> dict[str, Tur
     try:
         for name, prepare in contenders.items():
             pipes[name], far_end = context.Pipe()
-            processes.append(context.Process(target=_serve, args=(prepare, far_end), daemon=True))
+            served = (prepare, far_end, name not in as_it_comes)
+            processes.append(context.Process(target=_serve, args=served, daemon=True))
             processes[-1].start()
             pipes[name].recv()  # it is ready
             sys.stderr.write(f"ready: {name}\n")
@@ -54,10 +60,11 @@ def take_turns(contenders: Mapping[str, Prepare], repeats: int) -> dict[str, Tur
             process.kill()
 
 
-def _serve(prepare: Prepare, pipe: Connection) -> None:
+def _serve(prepare: Prepare, pipe: Connection, tuned: bool) -> None:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keep_freed_memory(device)
     run = prepare()
+    if tuned:
+        keep_freed_memory(device)
     pipe.send("ready")
     while pipe.recv() == "turn":
         start = time.perf_counter()

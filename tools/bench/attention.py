@@ -2,8 +2,9 @@
 
     kernel    causal flash attention alone, forward and backward, without and with the bias channels
     errors    of the output against float64, the largest over sampled queries of the steepest and the flattest head
-    models    forward passes of the whole model at one window, ours and with attention as the authors wrote it: all
-              scores at once, a mask and a bias of their size, softmax in fp32
+    models    forward passes of the whole model at one window: ours; with all scores in memory, a mask and a bias of
+              their size, softmax in fp32, as the authors wrote attention; and the whole pass as they wrote it, which
+              has all logits in fp32, too, and runs as it comes, without what this project tells the allocator
     longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process
 
 Example: python tools/bench/attention.py --set model.num_layers=12 --window 4096 --longest 32768
@@ -26,8 +27,9 @@ from bench._machine import describe_machine
 from bench._turns import Prepare, Turns, take_turns
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.attention import Attention, causal_attention
+from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.block import Block
+from megatron_bipe.model.causal import causal_attention
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
@@ -50,19 +52,19 @@ def main() -> None:
         print_turns(f"kernel, {tokens} tokens, bf16, forward and backward", take_turns(kernels, repeats), "plain")
     for precision in ("bf16", "fp32"):
         for encoding in ("bipe_rope", "bipe_alibi"):
-            pair: dict[str, Prepare] = {
-                name: partial(prepare_model, model, encoding, precision, length, eager)
-                for name, eager in (("ours", False), ("as the authors wrote it", True))
+            forwards: dict[str, Prepare] = {
+                name: partial(prepare_model, model, encoding, precision, length, name) for name in (OURS, SCORES, WHOLE)
             }
             title = f"forward, {encoding}, {length} tokens, {precision}"
-            print_turns(title, take_turns(pair, arguments.model_repeats), "as the authors wrote it")
+            print_turns(title, take_turns(forwards, arguments.model_repeats, as_it_comes={WHOLE}), WHOLE)
     if arguments.longest:
         for encoding in ("bipe_rope", "bipe_alibi"):
-            alone = {encoding: partial(prepare_model, model, encoding, "bf16", arguments.longest, False)}
+            alone = {encoding: partial(prepare_model, model, encoding, "bf16", arguments.longest, OURS)}
             print_turns(f"forward and loss, {arguments.longest} tokens, bf16", take_turns(alone, 1), encoding)
 
 
 KERNELS = {"plain": False, "with key bias": True}
+OURS, SCORES, WHOLE = "ours", "ours with all scores", "as the authors wrote it"
 
 
 def print_turns(title: str, found: dict[str, Turns], against: str) -> None:
@@ -124,11 +126,11 @@ def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[]
     return lambda: causal_attention(*inputs).backward(grad)
 
 
-def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, eager: bool) -> Callable[[], None]:
-    """Forward pass and loss of a window, the head in parts, without gradients."""
+def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, manner: str) -> Callable[[], None]:
+    """Forward pass and loss of a window without gradients, in one of three manners."""
     config = model.model_copy(update={"encoding": encoding})
     network = build_model(config).to(device(), DTYPES[precision])
-    if eager:
+    if manner != OURS:
         make_eager(network, config)
     ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
     places = torch.arange(tokens)[None]
@@ -136,12 +138,16 @@ def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int
     inputs, labels = tuple(x.to(device()) for x in on_host), ids[0, 1:].to(device())
 
     @torch.inference_mode()
-    def forward() -> None:
+    def in_parts() -> None:
         hidden_BTD, positions_BT = network[:-1](inputs)
         for hidden_KD, labels_K in zip(hidden_BTD[0].split(HEAD_TOKENS), labels.split(HEAD_TOKENS), strict=True):
             float(token_losses(network[-1]((hidden_KD, positions_BT)), labels_K).sum())
 
-    return forward
+    @torch.inference_mode()
+    def at_once() -> None:
+        float(nn.functional.cross_entropy(network(inputs)[0].float(), labels))
+
+    return at_once if manner == WHOLE else in_parts
 
 
 class EagerAttention(nn.Module):

@@ -75,6 +75,21 @@ class KeyBias(RelativeEncoding):
         pad = self.widening(q_BNTH.shape[-1]) - _CHANNELS
         return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
 
+    def reach(self, q_BNTH: Tensor, k_BGTH: Tensor) -> Tensor:
+        """Where a key's weight against the query's own is at most 2^-24 / T, whatever the two products.
+
+        A query's own key has no bias. Another key's score is higher by at most |q| times the longest key, less the
+        query's own product, all over sqrt(H); slope x distance takes off more than that and 24 ln 2 + ln T beyond
+        the reach. 1 is added for rounding.
+        """
+        num_tokens, root = q_BNTH.shape[2], math.sqrt(q_BNTH.shape[-1])
+        q_BGRTH, k_BG1TH = q_BNTH.float().unflatten(1, (k_BGTH.shape[1], -1)), k_BGTH.float()[:, :, None]
+        longest_BG111 = k_BG1TH.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
+        own_BGRT = (q_BGRTH * k_BG1TH).sum(dim=-1)
+        higher_BGRT = (q_BGRTH.norm(dim=-1, keepdim=True) * longest_BG111).squeeze(-1) - own_BGRT
+        higher_N = higher_BGRT.amax(dim=(0, 3)).flatten() / root
+        return (higher_N + 24 * math.log(2) + math.log(num_tokens) + 1) * root / self.slopes_N.to(q_BNTH.device)
+
     @staticmethod
     def widening(head_width: int) -> int:
         """The channels, and what fills the width up to a multiple of 8."""

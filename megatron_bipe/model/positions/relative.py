@@ -48,6 +48,14 @@ class RelativeEncoding:
         del prepared
         return None
 
+    def reach(self, q_BNTH: Tensor, k_BGTH: Tensor) -> Tensor | None:
+        """How far back a key has any weight, fp32 [N], in positions, for queries and keys as `encode` takes them.
+
+        All keys further back together have less of a query's weight than 2^-24. None: there is no such bound.
+        """
+        del q_BNTH, k_BGTH
+        return None
+
     @staticmethod
     def widening(head_width: int) -> int:
         """Channels by which `encode` widens heads."""

@@ -58,7 +58,7 @@ def test_pipeline_stages_send_hidden_states_ids_and_gradients():
     ("zero", "gradients", "weights"),
     [
         (0, ("all-reduced", 1, 2), None),
-        (1, ("all-reduced", 1, 2), 1),
+        (1, ("all-reduced", 1, 4), 1),  # in fp32
         (2, ("reduced", 8, 8), 1),
         (3, ("reduced", 8, 8), 16),
     ],

@@ -8,7 +8,8 @@ import torch
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.attention import Attention, causal_attention
+from megatron_bipe.model.attention import Attention
+from megatron_bipe.model.causal import causal_attention
 from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.make import make_relative

@@ -1,0 +1,122 @@
+"""Attention over the keys within reach: the same as over all, in fewer products, and the bound behind it."""
+
+import math
+
+import pytest
+import torch
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model import attention, causal
+from megatron_bipe.model.attention import Attention
+from megatron_bipe.model.causal import causal_attention, reaching_attention
+from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.rotary import Rotary
+
+TOKENS, HEADS, WIDTH = 1100, 6, 16  # not a multiple of a chunk
+SLOPES = torch.tensor(alibi_slopes(HEADS)) * BIPE_ALIBI_SLOPE_FACTOR
+
+
+def heads(scale=1.0, groups=HEADS, windows=2, tokens=TOKENS):
+    generator = torch.Generator().manual_seed(groups)
+    return [
+        scale * torch.randn(windows, count, tokens, WIDTH, generator=generator) for count in (HEADS, groups, groups)
+    ]
+
+
+def segment_counts(*lengths, tokens=TOKENS):
+    return torch.stack([torch.arange(tokens) // length for length in lengths])
+
+
+@pytest.fixture
+def areas(monkeypatch):
+    """Heads x queries x keys of every call of the stock kernel."""
+    seen = []
+
+    def watched(q, k, v, mask=None):
+        seen.append(q.shape[1] * q.shape[2] * k.shape[2])
+        return causal_attention(q, k, v, mask)
+
+    monkeypatch.setattr(causal, "causal_attention", watched)
+    monkeypatch.setattr(attention, "causal_attention", watched)
+    return seen
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+@pytest.mark.parametrize("groups", [HEADS, 2])
+def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale, groups, areas):
+    q, k, v = heads(scale, groups)
+    positions, encoding = segment_counts(5, 14), KeyBias(SLOPES, WIDTH)
+    wide = encoding(q, k, positions)
+    got = reaching_attention(*wide, v, positions, encoding.reach(q, k))
+    # Measured: 6e-7 to 1.9e-6 of the largest value, of which the kernel's own order of additions is all.
+    torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=1e-5 * scale)
+    whole = HEADS * TOKENS * TOKENS
+    assert sum(areas) < (0.75 if scale < 3.0 else 1.0) * whole
+
+
+@pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
+def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
+    q, k, _ = heads(scale)
+    positions = segment_counts(3, 14)
+    reach = KeyBias(SLOPES, WIDTH).reach(q, k)
+    distance = positions[:, None, :, None] - positions[:, None, None, :]
+    scores = q.double() @ k.double().mT / math.sqrt(WIDTH) - SLOPES.double()[:, None, None] * distance
+    weights = scores.masked_fill(torch.ones(TOKENS, TOKENS, dtype=torch.bool).triu(1), -math.inf).softmax(dim=-1)
+    beyond = distance > reach[:, None, None]
+    assert beyond.any(dim=-1).any(dim=-1).any(dim=0).sum() >= (2 if scale == 3.0 else 4)
+    assert (weights * beyond).sum(dim=-1).max() < 2.0**-24
+
+
+def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
+    q, k, v = heads(windows=1)
+    query, liked = 3 * causal.CHUNK, 3 * causal.CHUNK - 300
+    q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
+    positions, encoding = segment_counts(1), KeyBias(SLOPES, WIDTH)
+    wide = encoding(q, k, positions)
+    got = reaching_attention(*wide, v, positions, encoding.reach(q, k))
+    torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=2e-5)
+    flattest = SLOPES.argmin()
+    torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # it does look there
+
+
+def test_scores_that_are_no_numbers_stay_so():
+    q, k, v = heads(windows=1)
+    k[0, 2, 600] = math.nan
+    positions, encoding = segment_counts(14), KeyBias(SLOPES, WIDTH)
+    got = reaching_attention(*encoding(q, k, positions), v, positions, encoding.reach(q, k))
+    assert got[0, 2, 600:].isnan().any()
+    assert got[0, 1].isfinite().all()
+
+
+def attend(encoding, tokens, **settings):
+    torch.manual_seed(0)
+    config = ModelConfig(
+        encoding=encoding, num_layers=1, hidden_size=64, num_heads=4, ffn_size=8, vocab_size=10, **settings
+    )
+    layer = Attention(config, LocalLayers())
+    hidden, positions = torch.randn(1, tokens, 64), segment_counts(14, tokens=tokens)
+    return layer(hidden, positions)
+
+
+@pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])
+@pytest.mark.parametrize("log_scale", [False, True])
+def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log_scale, areas):
+    tokens = causal.SHORTEST_WINDOW
+    whole = attend(encoding, tokens, log_scale=log_scale).detach()
+    with torch.no_grad():
+        short = attend(encoding, tokens - 1, log_scale=log_scale)
+        assert areas == [4 * tokens**2, 4 * (tokens - 1) ** 2]
+        areas.clear()
+        torch.testing.assert_close(attend(encoding, tokens, log_scale=log_scale), whole, rtol=0, atol=1e-5)
+    torch.testing.assert_close(short, whole[:, :-1], rtol=0, atol=1e-5)
+    assert len(areas) > 1
+    assert sum(areas) < 0.6 * 4 * tokens**2
+
+
+def test_encodings_without_a_bound_take_all_keys(areas):
+    with torch.no_grad():
+        attend("bipe_rope", causal.SHORTEST_WINDOW)
+    assert areas == [4 * causal.SHORTEST_WINDOW**2]
+    config = ModelConfig(encoding="rope", num_layers=1, hidden_size=64, num_heads=4, ffn_size=8, vocab_size=10)
+    assert Rotary(config, LocalLayers()).reach(*heads()[:2]) is None
