@@ -7,6 +7,7 @@ import sys
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
@@ -48,19 +49,19 @@ def run_all(
     full = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", MARK: mark}
     full |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     full.pop("VIRTUAL_ENV", None)
-    started = [
-        subprocess.Popen(
-            command, cwd=ROOT, env=full | (env or {}), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for command in commands
-    ]
-    outputs = []
-    try:
-        outputs = [process.communicate(timeout=limit_s)[0] for process in started]
-    finally:
-        left = _marked(mark)
-        for pid in left:
-            os.kill(pid, signal.SIGKILL)
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # torchrun leaves folders there
+        full |= {"TMPDIR": folder, **(env or {})}
+        started = [
+            subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+            for command in commands
+        ]
+        outputs = []
+        try:
+            outputs = [process.communicate(timeout=limit_s)[0] for process in started]
+        finally:
+            left = _marked(mark)
+            for pid in left:
+                os.kill(pid, signal.SIGKILL)
     return [Ended(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
 
 
