@@ -17,9 +17,11 @@ from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.plot import Curve, draw_perplexity
 from quickstart import STRETCHES, read_perplexities
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
+TITLE = "Perplexity on held-out text, encodings trained alike"
 EVALUATE_EACH = (
     "Evaluate up to {each} tokens",
     "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
@@ -38,9 +40,12 @@ def main() -> None:
     folder: Path = arguments.output
     reach = reaches(arguments.encodings, arguments.set)
     run_steps(plan(folder, reach, arguments.set), folder / "logs")
-    text = table(folder, reach)
+    found = perplexities(folder, reach)
+    text, plot = table(found), draw_perplexity(curves(found, min(next(iter(reach.values())))), TITLE)
     write_atomically(folder / "table.md", text.encode())
-    print(f"\nPerplexity on held-out text, by window length in tokens\n\n{text}\nWritten: {folder / 'table.md'}")
+    write_atomically(folder / "perplexity.png", plot)
+    print(f"\nPerplexity on held-out text, by window length in tokens\n\n{text}")
+    print(f"Written: {folder / 'table.md'} {folder / 'perplexity.png'}")
 
 
 def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, ...]]:
@@ -70,17 +75,27 @@ def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -
     return steps
 
 
-def table(folder: Path, reach: dict[str, tuple[int, ...]]) -> str:
-    """Perplexities as Markdown, a line for each encoding in the order asked for."""
+def perplexities(folder: Path, reach: dict[str, tuple[int, ...]]) -> dict[str, dict[int, float]]:
+    """Of each encoding, in the order asked for, by window length."""
     found: dict[str, dict[int, float]] = {}
     for lengths, _ in _alike(reach):
         found |= read_perplexities(folder / f"evaluation-{lengths[-1]}" / "perplexity.csv")
-    columns = max(reach.values(), key=len)
+    return {encoding: found[encoding] for encoding in reach}
+
+
+def table(found: dict[str, dict[int, float]]) -> str:
+    """Perplexities as Markdown, a line for each encoding."""
+    columns = sorted({length for by_length in found.values() for length in by_length})
     lines = [["encoding", *map(str, columns)], ["---"] * (len(columns) + 1)]
-    for encoding in reach:
-        values = (found[encoding].get(length) for length in columns)
+    for encoding, by_length in found.items():
+        values = (by_length.get(length) for length in columns)
         lines.append([f"`{encoding}`", *("" if value is None else f"{value:.1f}" for value in values)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> list[Curve]:
+    """The same for the plot."""
+    return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]
 
 
 def _alike(reach: dict[str, tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[str]]]:

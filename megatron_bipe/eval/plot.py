@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 # Okabe and Ito's palette, told apart with any colour vision; markers repeat the distinction without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for each row of the palette
 GREY = "#666666"
 CLIP_FACTOR = 2.5  # perplexities beyond so many times the worst one at the training length leave the plot
 LABEL_GAP = 0.055  # of the plot's height, between labels
@@ -36,10 +37,11 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
     axes.set_ylim(low, high)
     for index, curve in enumerate(curves):
         lengths, values = zip(*curve.points, strict=True)
-        colour, marker = COLOURS[index % len(COLOURS)], MARKERS[index % len(MARKERS)]
+        row, place = divmod(index, len(COLOURS))
+        colour, marker, dashes = COLOURS[place], MARKERS[(place + row) % len(MARKERS)], DASHES[row % len(DASHES)]
         # Matplotlib draws no line towards infinity; this one is to be seen leaving.
         drawn = [min(value, 100 * high) for value in values]
-        axes.plot(lengths, drawn, linewidth=2, markersize=5, color=colour, marker=marker)
+        axes.plot(lengths, drawn, linewidth=2, markersize=5, color=colour, marker=marker, linestyle=dashes)
     _draw_frame(axes, curves, title)
     _label_lines(axes, curves)
     beyond = values_beyond(curves, high)

@@ -3,7 +3,8 @@
     matrix products       all products of a step on their shapes, nothing else: the rate that the rest is a share of
     BiPE-RoPE ... ALiBi   this project's models under its engine
     without the engine    BiPE-RoPE in a bare loop with the same optimizer on fp32 masters
-    transformers          the installed LlamaForCausalLM (SDPA) under the same engine settings and optimizer
+    transformers          the installed LlamaForCausalLM (SDPA) under the same engine and optimizer
+    as it comes           the same under plain DeepSpeed: no settings but ours for ZeRO, the allocator as it is
 
 A share is the step's floating-point operations (docs/performance.md) at the rate of the matrix products, over its time.
 
@@ -40,6 +41,7 @@ from megatron_bipe.types import Batch
 
 ENCODINGS = {"BiPE-RoPE": "bipe_rope", "BiPE-ALiBi": "bipe_alibi", "RoPE": "rope", "ALiBi": "alibi"}
 PRODUCTS, BARE = "matrix products", "BiPE-RoPE without the engine"
+AS_IT_COMES = "transformers, as it comes"
 LR, SEGMENT_TOKENS = 1e-4, 14
 Settings = tuple[Path | None, tuple[str, ...], Path]  # --config, --set, --ds_config
 
@@ -52,9 +54,10 @@ def main() -> None:
     contenders: dict[str, Prepare] = {PRODUCTS: partial(prepare_products, settings)}
     contenders |= {name: partial(prepare_ours, settings, encoding) for name, encoding in ENCODINGS.items()}
     contenders |= {BARE: partial(prepare_bare, settings), PEER: partial(prepare_peer, settings)}
+    contenders |= {AS_IT_COMES: partial(prepare_peer_as_it_comes, settings)}
     if arguments.only:
         contenders = {name: contenders[name] for name in (PRODUCTS, *arguments.only)}
-    found = take_turns(contenders, arguments.repeats)
+    found = take_turns(contenders, arguments.repeats, as_it_comes={AS_IT_COMES})
     train, tokens = run.train, run.train.micro_batch * run.train.seq_len_tokens
     print(describe_machine("torch", "deepspeed", "transformers"))
     print(
@@ -104,9 +107,18 @@ def prepare_peer(settings: Settings) -> Callable[[], None]:
     """The same of transformers' model, which is handed to the same engine in place of ours."""
     run, mesh = load(settings, "rope"), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
+    return partial(train_step, PeerEngine(run, ds_config, mesh.laid_out(run.parallel)), make_batch(run))
+
+
+def prepare_peer_as_it_comes(settings: Settings) -> Callable[[], None]:
+    """The same without what this project sets in DeepSpeed, but for fp32 sums of gradients."""
+    run, mesh = load(settings, "rope"), join_launch()
+    ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
+    ds_config.pop("communication_data_type", None)
+    ds_config["bf16"].pop("immediate_grad_update", None)
     engine = PeerEngine(run, ds_config, mesh.laid_out(run.parallel))
-    batch = make_batch(run)
-    return partial(train_step, engine, batch)
+    engine._engine.enable_backward_allreduce = True
+    return partial(train_step, engine, make_batch(run))
 
 
 class PeerEngine(ZeroEngine):
