@@ -5,7 +5,8 @@
     models    forward passes of the whole model at one window: ours; with all scores in memory, a mask and a bias of
               their size, softmax in fp32, as the authors wrote attention; and the whole pass as they wrote it, which
               has all logits in fp32, too, and runs as it comes, without what this project tells the allocator
-    longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process
+    longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process; for
+              BiPE-ALiBi, also over all keys, those beyond reach included
 
 Example: python tools/bench/attention.py --set model.num_layers=12 --window 4096 --longest 32768
 """
@@ -27,6 +28,7 @@ from bench._machine import describe_machine
 from bench._turns import Prepare, Turns, take_turns
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model import causal
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.block import Block
 from megatron_bipe.model.causal import causal_attention
@@ -58,13 +60,15 @@ def main() -> None:
             title = f"forward, {encoding}, {length} tokens, {precision}"
             print_turns(title, take_turns(forwards, arguments.model_repeats, as_it_comes={WHOLE}), WHOLE)
     if arguments.longest:
-        for encoding in ("bipe_rope", "bipe_alibi"):
-            alone = {encoding: partial(prepare_model, model, encoding, "bf16", arguments.longest, OURS)}
-            print_turns(f"forward and loss, {arguments.longest} tokens, bf16", take_turns(alone, 1), encoding)
+        for encoding, manners in (("bipe_rope", (OURS,)), ("bipe_alibi", (OURS, ALL_KEYS))):
+            long = {name: partial(prepare_model, model, encoding, "bf16", arguments.longest, name) for name in manners}
+            title = f"forward and loss, {encoding}, {arguments.longest} tokens, bf16"
+            print_turns(title, take_turns(long, 1), manners[-1])
 
 
 KERNELS = {"plain": False, "with key bias": True}
-OURS, SCORES, WHOLE = "ours", "ours with all scores", "as the authors wrote it"
+OURS, ALL_KEYS = "ours", "ours over all keys"
+SCORES, WHOLE = "ours with all scores", "as the authors wrote it"
 
 
 def print_turns(title: str, found: dict[str, Turns], against: str) -> None:
@@ -127,10 +131,12 @@ def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[]
 
 
 def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, manner: str) -> Callable[[], None]:
-    """Forward pass and loss of a window without gradients, in one of three manners."""
+    """Forward pass and loss of a window without gradients, in one of four manners."""
     config = model.model_copy(update={"encoding": encoding})
     network = build_model(config).to(device(), DTYPES[precision])
-    if manner != OURS:
+    if manner == ALL_KEYS:
+        causal.SHORTEST_WINDOW = tokens + 1
+    elif manner != OURS:
         make_eager(network, config)
     ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
     places = torch.arange(tokens)[None]
