@@ -1,10 +1,8 @@
 """`tools/evaluate.py perplexity` from the outside: checkpoints and exported models in, files and exit codes out."""
 
-import importlib.util
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import yaml
@@ -14,18 +12,14 @@ from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataEr
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.hf.weights import to_llama
 from tests.checkpoints import write_checkpoint
-
-TOOLS = Path(__file__).parents[3] / "tools"
+from tests.scripts import ROOT, script
 
 
 @pytest.fixture
-def evaluate(monkeypatch):
+def evaluate():
     """The script as a module."""
-    monkeypatch.syspath_prepend(str(TOOLS))
-    spec = importlib.util.spec_from_file_location("evaluate_script", TOOLS / "evaluate.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with script("evaluate") as module:
+        yield module
 
 
 @pytest.fixture
@@ -185,7 +179,7 @@ def test_command_wrong_tokenizer_leaves_with_exit_code_2_and_one_message(
 ):
     run_dir = save_run(make_subject(), make_dataset(documents))
     other = make_dataset(documents, fingerprint="b" * 64, name="other")
-    command = [sys.executable, TOOLS / "evaluate.py", "perplexity", "--model", run_dir, "--data", other.path]
+    command = [sys.executable, ROOT / "tools" / "evaluate.py", "perplexity", "--model", run_dir, "--data", other.path]
     done = subprocess.run(
         [*command, "--lengths", "8", "--output", tmp_path / "out"], capture_output=True, text=True, timeout=120
     )

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import shutil
@@ -16,8 +15,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from megatron_bipe.errors import CheckpointError, DataError
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
+from tests.scripts import ROOT, script
 
-TOOL = Path(__file__).parents[3] / "tools" / "import_hf.py"
+TOOL = ROOT / "tools" / "import_hf.py"
 
 
 @pytest.fixture
@@ -154,16 +154,13 @@ def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
 @pytest.fixture
 def import_in_process(monkeypatch):
     """The tool's `main` with a command line, in this process."""
-    monkeypatch.syspath_prepend(str(TOOL.parent))
-    spec = importlib.util.spec_from_file_location("import_hf_script", TOOL)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with script("import_hf") as module:
 
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, arguments)])
-        module.main()
+        def run(*arguments):
+            monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, arguments)])
+            module.main()
 
-    return run
+        yield run
 
 
 @pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi", "rope", "alibi"])

@@ -1,22 +1,15 @@
 """The quickstart's plan and its honesty; the commands themselves are tested where they belong."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[3]
+from tests.scripts import ROOT, script
 
 
 @pytest.fixture(scope="module")
 def quickstart():
-    """The script as a module, from the repository's root as the working folder."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        patch.chdir(ROOT)
-        spec = importlib.util.spec_from_file_location("quickstart_script", ROOT / "tools" / "quickstart.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with script("quickstart") as module:
         yield module
 
 

@@ -1,20 +1,18 @@
 """Commands that are run one after the other: not twice, with their output kept, and with one error where they fail."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 
 from megatron_bipe.errors import BipeError
+from tests.scripts import script
 
 
 @pytest.fixture(scope="module")
 def steps():
-    spec = importlib.util.spec_from_file_location("steps_script", Path(__file__).parents[3] / "tools" / "_steps.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    with script("_steps") as module:
+        yield module
 
 
 def test_fill_repeats_what_is_for_each(steps):

@@ -1,24 +1,17 @@
 """The plan of the study of encodings, and its table; the commands themselves are tested where they belong."""
 
-import importlib.util
 from pathlib import Path
 
 import pytest
 
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.errors import ConfigError
-
-ROOT = Path(__file__).parents[3]
+from tests.scripts import ROOT, script
 
 
 @pytest.fixture(scope="module")
 def study():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(ROOT / "tools"))
-        patch.chdir(ROOT)
-        spec = importlib.util.spec_from_file_location("study_script", ROOT / "tools" / "study.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
+    with script("study") as module:
         yield module
 
 
