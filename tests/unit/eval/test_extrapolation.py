@@ -15,7 +15,7 @@ from megatron_bipe.eval.documents import NUM_PLACES, DocumentLosses, evaluate_do
 from megatron_bipe.eval.extrapolation import NAMES
 from megatron_bipe.eval.paper import PAPER, paper_subset
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
-from tests.unit.eval.test_evaluate_command import TOOLS, evaluate, save_run  # noqa: F401  (fixtures)
+from tests.unit.eval.test_evaluate_command import evaluate, save_run  # noqa: F401  (fixtures)
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
