@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_bipe.eval.plot import COLOURS, GREY, MARKERS, Curve, thin_ticks, visible_range
+from megatron_bipe.eval.plot import COLOURS, GREY, Curve, line_style, thin_ticks, visible_range
 from megatron_bipe.eval.subsets import Subset
 
 
@@ -29,15 +29,15 @@ def draw_extrapolation(subsets: Sequence[Subset]) -> bytes:
 def _draw_by_length(axes: Axes, subset: Subset) -> None:
     curves = []
     for index, line in enumerate(subset.lines):
-        colour = COLOURS[index % len(COLOURS)]
+        style = line_style(index)
         lengths = [losses.length_tokens for losses in line.losses]
         values = [losses.perplexity for losses in line.losses]
         curves.append(Curve(line.model, line.train_len_tokens, list(zip(lengths, values, strict=True))))
-        axes.plot(lengths, values, color=colour, marker=MARKERS[index % len(MARKERS)], linewidth=2, label=line.model)
+        axes.plot(lengths, values, linewidth=2, label=line.model, **style)
         bounds = [losses.interval() for losses in line.losses]
         if all(bounds):
             lows, highs = zip(*(pair for pair in bounds if pair), strict=True)
-            axes.fill_between(lengths, lows, highs, color=colour, alpha=0.18, linewidth=0)
+            axes.fill_between(lengths, lows, highs, color=style["color"], alpha=0.18, linewidth=0)
         axes.axvline(line.train_len_tokens, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     known = {line.encoding: index for index, line in reversed(list(enumerate(subset.lines)))}
     for curve in subset.paper:

@@ -4,7 +4,7 @@ import io
 import textwrap
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -37,11 +37,9 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
     axes.set_ylim(low, high)
     for index, curve in enumerate(curves):
         lengths, values = zip(*curve.points, strict=True)
-        row, place = divmod(index, len(COLOURS))
-        colour, marker, dashes = COLOURS[place], MARKERS[(place + row) % len(MARKERS)], DASHES[row % len(DASHES)]
         # Matplotlib draws no line towards infinity; this one is to be seen leaving.
         drawn = [min(value, 100 * high) for value in values]
-        axes.plot(lengths, drawn, linewidth=2, markersize=5, color=colour, marker=marker, linestyle=dashes)
+        axes.plot(lengths, drawn, linewidth=2, markersize=5, **line_style(index))
     _draw_frame(axes, curves, title)
     _label_lines(axes, curves)
     beyond = values_beyond(curves, high)
@@ -51,6 +49,13 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", bbox_inches="tight", pad_inches=0.15, metadata={"Software": None})
     return buffer.getvalue()
+
+
+def line_style(index: int) -> dict[str, Any]:
+    """Colour, marker and dashes of the line with this number; the palette comes again with other markers and dashes."""
+    row, place = divmod(index, len(COLOURS))
+    marker, dashes = MARKERS[(place + row) % len(MARKERS)], DASHES[row % len(DASHES)]
+    return {"color": COLOURS[place], "marker": marker, "linestyle": dashes}
 
 
 def visible_range(curves: Sequence[Curve]) -> tuple[float, float]:

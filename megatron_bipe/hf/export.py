@@ -137,10 +137,9 @@ def _write_weights(
     """safetensors, in one file or in shards with an index; one weight is in memory at a time. Checksums by file."""
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=pattern, max_shard_size=max_shard_bytes)
-    sums = {}
+    sums, read = {}, partial(_as_stored, weights, shapes)
     for file, names in split.filename_to_tensors.items():
         held = {name: shapes[name] for name in names}
-        read = partial(_as_stored, weights, shapes)
         sums[file] = write_tensors(folder / file, held, {"format": "pt"}, read).sha256
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})

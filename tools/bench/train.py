@@ -54,7 +54,7 @@ def main() -> None:
     contenders: dict[str, Prepare] = {PRODUCTS: partial(prepare_products, settings)}
     contenders |= {name: partial(prepare_ours, settings, encoding) for name, encoding in ENCODINGS.items()}
     contenders |= {BARE: partial(prepare_bare, settings), PEER: partial(prepare_peer, settings)}
-    contenders |= {AS_IT_COMES: partial(prepare_peer_as_it_comes, settings)}
+    contenders |= {AS_IT_COMES: partial(prepare_peer, settings, as_it_comes=True)}
     if arguments.only:
         contenders = {name: contenders[name] for name in (PRODUCTS, *arguments.only)}
     found = take_turns(contenders, arguments.repeats, as_it_comes={AS_IT_COMES})
@@ -103,21 +103,19 @@ def train_step(engine: Engine, batch: Batch[Tensor]) -> None:
     float(engine.train_step([batch], LR).loss_nats)
 
 
-def prepare_peer(settings: Settings) -> Callable[[], None]:
-    """The same of transformers' model, which is handed to the same engine in place of ours."""
+def prepare_peer(settings: Settings, as_it_comes: bool = False) -> Callable[[], None]:
+    """The same of transformers' model, which is handed to the same engine in place of ours.
+
+    `as_it_comes`: without what this project sets in DeepSpeed, but for fp32 sums of gradients.
+    """
     run, mesh = load(settings, "rope"), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    return partial(train_step, PeerEngine(run, ds_config, mesh.laid_out(run.parallel)), make_batch(run))
-
-
-def prepare_peer_as_it_comes(settings: Settings) -> Callable[[], None]:
-    """The same without what this project sets in DeepSpeed, but for fp32 sums of gradients."""
-    run, mesh = load(settings, "rope"), join_launch()
-    ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    ds_config.pop("communication_data_type", None)
-    ds_config["bf16"].pop("immediate_grad_update", None)
+    if as_it_comes:
+        ds_config.pop("communication_data_type", None)
+        ds_config["bf16"].pop("immediate_grad_update", None)
     engine = PeerEngine(run, ds_config, mesh.laid_out(run.parallel))
-    engine._engine.enable_backward_allreduce = True
+    if as_it_comes:
+        engine._engine.enable_backward_allreduce = True
     return partial(train_step, engine, make_batch(run))
 
 

@@ -84,9 +84,8 @@ class KeyBias(RelativeEncoding):
         """
         num_tokens, root = q_BNTH.shape[2], math.sqrt(q_BNTH.shape[-1])
         q_BGRTH, k_BG1TH = q_BNTH.float().unflatten(1, (k_BGTH.shape[1], -1)), k_BGTH.float()[:, :, None]
-        longest_BG111 = k_BG1TH.norm(dim=-1, keepdim=True).amax(dim=-2, keepdim=True)
-        own_BGRT = (q_BGRTH * k_BG1TH).sum(dim=-1)
-        higher_BGRT = (q_BGRTH.norm(dim=-1, keepdim=True) * longest_BG111).squeeze(-1) - own_BGRT
+        longest_BG11 = k_BG1TH.norm(dim=-1).amax(dim=-1, keepdim=True)
+        higher_BGRT = q_BGRTH.norm(dim=-1) * longest_BG11 - (q_BGRTH * k_BG1TH).sum(dim=-1)
         higher_N = higher_BGRT.amax(dim=(0, 3)).flatten() / root
         return (higher_N + 24 * math.log(2) + math.log(num_tokens) + 1) * root / self.slopes_N.to(q_BNTH.device)
 
