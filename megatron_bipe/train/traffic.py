@@ -16,6 +16,9 @@ from megatron_bipe.parallel.stages import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor import parameters_of_rank
 from megatron_bipe.train.memory import FP32_BYTES, compute_width, tokens_here
 
+# By `communication_data_type`; without one DeepSpeed exchanges gradients in compute precision.
+_EXCHANGED_BYTES = {"fp32": FP32_BYTES, "bf16": 2, "fp16": 2}
+
 
 class Traffic(NamedTuple):
     """One kind of message of a rank."""
@@ -27,13 +30,13 @@ class Traffic(NamedTuple):
 
 
 def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[Traffic]:
-    """All that a rank sends in one optimizer step, by axis."""
+    """All that a rank sends in one optimizer step, by axis; `ds_config` is what the engine is started with."""
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     return [
         *_tensor(run, micro_batches),
         *_context(run, micro_batches),
         *_pipeline(run, micro_batches),
-        *_data(run, zero_stage(ds_config), num_ranks, micro_batches),
+        *_data(run, ds_config, num_ranks, micro_batches),
     ]
 
 
@@ -102,21 +105,21 @@ def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
         yield Traffic("pipeline", "their gradients", micro_batches, micro_batches * hidden)
 
 
-def _data(run: RunConfig, zero: int, num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
-    """Gradients are summed once a step, with ZeRO 1 in fp32; with ZeRO 2 and 3 once a micro-batch."""
-    replicas = run.parallel.replica_ranks(num_ranks)
+def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
+    """Gradients are summed once a step, with ZeRO 2 and 3 once a micro-batch."""
+    replicas, zero = run.parallel.replica_ranks(num_ranks), zero_stage(ds_config)
     if replicas == 1:
         return
     bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     counts = parameters_of_rank(run.model, run.parallel.tensor)
     most = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
-    whole, ring = most * compute_width(run), (replicas - 1) / replicas
+    weights, ring = most * compute_width(run), (replicas - 1) / replicas
+    gradients = most * _EXCHANGED_BYTES.get(ds_config.get("communication_data_type", ""), compute_width(run))
     if zero < 2:
-        summed = most * (FP32_BYTES if zero == 1 else compute_width(run))
-        yield Traffic("data", "gradients, all-reduced", 1, 2 * summed * ring)
+        yield Traffic("data", "gradients, all-reduced", 1, 2 * gradients * ring)
     else:
-        yield Traffic("data", "gradients, reduced", micro_batches, micro_batches * whole * ring)
+        yield Traffic("data", "gradients, reduced", micro_batches, micro_batches * gradients * ring)
     if zero in (1, 2):
-        yield Traffic("data", "weights, gathered", 1, whole * ring)
+        yield Traffic("data", "weights, gathered", 1, weights * ring)
     if zero == 3:
-        yield Traffic("data", "weights, gathered", 2 * micro_batches, 2 * micro_batches * whole * ring)
+        yield Traffic("data", "weights, gathered", 2 * micro_batches, 2 * micro_batches * weights * ring)

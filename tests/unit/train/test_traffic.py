@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.train.traffic import bubble, step_traffic
 
@@ -9,9 +10,10 @@ PARAMETERS = 163_203_840
 HIDDEN = 8 * 1024 * 768 * 2  # bytes of a micro-batch of the default run in bf16
 
 
-def sent(zero, num_ranks, *settings):
+def sent(zero, num_ranks, *settings, **more):
     run = load_run_config(None, list(settings))
-    found = step_traffic(run, {"zero_optimization": {"stage": zero}}, num_ranks)
+    ds_config = engine_config(run, {"zero_optimization": {"stage": zero}} | more, num_ranks, "")
+    found = step_traffic(run, ds_config, num_ranks)
     return {(kind.axis, kind.what): (kind.times, kind.bytes_sent) for kind in found}
 
 
@@ -69,6 +71,11 @@ def test_data_ranks_sum_gradients_and_gather_weights_as_zero_does(zero, gradient
     what, times, volumes = gradients
     assert found["data", f"gradients, {what}"] == (times, volumes * whole)
     assert found.get(("data", "weights, gathered")) == (weights and (weights, weights * whole))
+
+
+def test_data_ranks_exchange_gradients_in_the_precision_that_is_asked_for():
+    times, volume = sent(2, 4)["data", "gradients, reduced"]
+    assert sent(2, 4, communication_data_type="fp32")["data", "gradients, reduced"] == (times, 2 * volume)
 
 
 def test_one_rank_sends_nothing():
