@@ -14,6 +14,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.start import start_engine
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh
@@ -32,6 +33,7 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     stop_request.listen()
     logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")
+    _check_counts(args)
     run = load_run_config(args.config, args.set)
     mesh = mesh.laid_out(run.parallel)
     num_ranks = args.dry_run or mesh.num_ranks
@@ -60,6 +62,12 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     stop_request.listen_no_more()
     if not finished:
         sys.exit(CONTINUE_LATER)
+
+
+def _check_counts(args: argparse.Namespace) -> None:
+    for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None)):
+        if value is not None and value < 1:
+            raise ConfigError(f"{option} {value}", remedy="Give a whole number, 1 or more", place=option)
 
 
 def parse_args() -> argparse.Namespace:

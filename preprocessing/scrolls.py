@@ -6,7 +6,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
-from megatron_bipe.data.scrolls import Encode, Prompter, find_task
+from megatron_bipe.data.scrolls import WINDOW_TOKENS, Encode, Prompter, find_task
 from megatron_bipe.data.scrolls_files import Row, read_rows
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
@@ -29,7 +29,7 @@ class ScrollsOptions:
     split: str
     tokenizer: str
     output: Path
-    length: int = 8192
+    length: int = WINDOW_TOKENS
     segments: str = "reference"
     overwrite: bool = False
 
@@ -74,10 +74,10 @@ def _examples(prompter: Prompter, rows: Iterable[Row]) -> Iterator[Example]:
 
 
 def _output(row: Row) -> str:
-    if row.output is None or not row.output.strip():
+    if row.output is None:
         raise DataError(
             f"the example {row.pid!r} has no answer to learn from",
-            remedy="Name a split that has outputs: train or validation",
+            remedy="Name a split that has outputs, train or validation; in one of these, mend or remove the line",
             place=row.place,
         )
     return row.output

@@ -5,8 +5,9 @@ import logging
 import os
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
-from megatron_bipe.errors import BipeError
+from megatron_bipe.errors import BipeError, DataError
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -23,6 +24,18 @@ def run_tool(main: Callable[[], None]) -> None:
     except KeyboardInterrupt:
         sys.stderr.write("Interrupted.\n")
         sys.exit(1)
+
+
+def check_output_file(file: Path, overwrite: bool) -> None:
+    """Refuse a file that cannot be written, before the work starts.
+
+    Raises:
+        DataError: it is a folder or in none, or it is there and may not be replaced.
+    """
+    if file.is_dir() or not file.absolute().parent.is_dir():
+        raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
+    if file.exists() and not overwrite:
+        raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:

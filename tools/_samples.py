@@ -19,5 +19,5 @@ def random_windows(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int, 
         chosen = generator.random(tokens.shape) < SEPARATOR_SHARE
         tokens = np.where(chosen, generator.choice(separators, tokens.shape), tokens)
     ends = np.broadcast_to(segment_ends(tokens, rule), tokens.shape)  # fixed:N gives one row for all
-    intra, inter = bilevel_ids(window_ends(ends, rule), config.intra_size - 1)
+    intra, inter = bilevel_ids(window_ends(ends, rule), config.intra_clip)
     return torch.from_numpy(tokens), torch.from_numpy(intra), torch.from_numpy(inter)

@@ -1,6 +1,7 @@
 """Commands of this project, one after the other: each is shown, its full output kept, and nothing done twice."""
 
 import os
+import re
 import shlex
 import subprocess
 import sys
@@ -77,31 +78,34 @@ def fill(patterns: Iterable[Pattern], folder: Path, values: Mapping[str, object]
     return result
 
 
-def run_steps(steps: list[Step], logs: Path) -> None:
+def run_steps(steps: list[Step], folder: Path) -> None:
     """Run all that are not done yet. Raises as `run_step`."""
     for number, step in enumerate(steps, 1):
-        run_step(step, f"{number}/{len(steps)}", logs)
+        print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
+        run_step(step, folder)
 
 
-def run_step(step: Step, number: str, logs: Path) -> None:
-    """Run one command unless its result is there; show its progress, keep its whole output.
+def run_step(step: Step, folder: Path) -> None:
+    """Run one command unless its result is there; show its progress, keep its whole output in `FOLDER/logs`.
 
     Raises:
-        BipeError: it failed; names its log.
+        BipeError: it failed, and its log is named; or the result that is there is another command's.
     """
-    print(f"\n[{number}] {step.title}", flush=True)
+    log = folder / "logs" / f"{step.title.replace(' ', '_').replace(',', '')}.log"
+    made_by = "$ " + shlex.join(_without(folder, word) for word in step.command)
     if step.result.exists():
+        _check_made_by(made_by, log, step.result)
         print(f"    done before: {step.result}", flush=True)
         return
     print("    $ " + shlex.join(step.command), flush=True)
-    logs.mkdir(parents=True, exist_ok=True)
-    log = logs / f"{number.partition('/')[0]:0>2}-{step.title.replace(' ', '_').replace(',', '')}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
     env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     begin = time.monotonic()
     with (
         log.open("w", encoding="utf-8") as file,
         subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
     ):
+        print(made_by, file=file, flush=True)
         for line in process.stdout or ():
             file.write(line)
             if not any(noise in line for noise in _NOISE) and line.strip():
@@ -113,3 +117,21 @@ def run_step(step: Step, number: str, logs: Path) -> None:
             place=log,
         )
     print(f"    {time.monotonic() - begin:.0f} s", flush=True)
+
+
+def _without(folder: Path, word: str) -> str:
+    """A word of a command, wherever the folder lies."""
+    return re.sub(rf"(^|=){re.escape(str(folder))}/", r"\1OUTPUT/", word)
+
+
+def _check_made_by(made_by: str, log: Path, result: Path) -> None:
+    if not log.exists():
+        return
+    with log.open(encoding="utf-8") as file:
+        before = file.readline().rstrip("\n")
+    if before.startswith("$ ") and before != made_by:
+        raise BipeError(
+            f"{result} was made by {before!r}, and now it is {made_by!r}",
+            remedy="Name another --output, or give the same options; or remove the result, to have it made anew",
+            place=log,
+        )

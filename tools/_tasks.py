@@ -8,7 +8,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from _cli import parse_range
 from _device import pick_device
-from megatron_bipe.data.scrolls import TASKS, find_task
+from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS, find_task
 from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval import arithmetic as problems
@@ -32,15 +32,14 @@ def scrolls(arguments: argparse.Namespace) -> None:
     results_table(arguments.output)  # of other tasks, which is asked for again in the end
     asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
     generator = _load(arguments.model, arguments)
-    length_tokens = arguments.length or generator.train_len_tokens
     with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
-        answers = answer(generator, task, asked, length_tokens, arguments.batch_tokens, bar.update)
+        answers = answer(generator, task, asked, arguments.length, arguments.batch_tokens, bar.update)
     about = {
         "split": arguments.split,
         "num_examples": len(asked),
         "scores": score_answers(task, asked, answers),
         "model": str(arguments.model),
-        "length_tokens": length_tokens,
+        "length_tokens": arguments.length,
         "dtype": arguments.dtype,
         "limit": arguments.limit,
     }
@@ -66,7 +65,7 @@ def add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="has NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
     add("--split", default="validation", help=f"validation, or test, which has no outputs {shown}")
     add("--output", type=Path, required=True, metavar="DIR", help="for scores and answers of one or more tasks")
-    add("--length", type=int, metavar="N", help="tokens of prompt and answer together (default: the training length)")
+    add("--length", type=int, default=WINDOW_TOKENS, metavar="N", help=f"that of the fine-tuning data {shown}")
     add("--limit", type=int, metavar="N", help="only the first N inputs")
     add("--batch-tokens", type=int, metavar="N", default=Limits(0).batch_tokens, help=f"most tokens at once {shown}")
     add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
@@ -83,14 +82,14 @@ def arithmetic(arguments: argparse.Namespace) -> None:
     asked = [problems.held_out_problems(n, arguments.problems, arguments.seed) for n in arguments.operators]
     found: dict[str, list[problems.Accuracy]] = {}
     names = [folder.resolve().name for folder in arguments.model]
+    about = {"seed": arguments.seed, "dtype": arguments.dtype, "sources": list(map(str, arguments.model))}
     for name, folder in zip(names, arguments.model, strict=True):
         generator = _load(folder, arguments)
         with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
             found[name if names.count(name) == 1 else str(folder)] = [
                 problems.solve_all(generator, each, arguments.batch_tokens, bar.update) for each in asked
             ]
-    about = {"seed": arguments.seed, "dtype": arguments.dtype, "sources": list(map(str, arguments.model))}
-    files = problems.write_results(arguments.output, about, found)
+        files = problems.write_results(arguments.output, about, found)  # of the models so far
     print(problems.as_table(found))
     print("Written:", *files)
 

@@ -34,6 +34,8 @@ def main() -> None:
 
 
 def _refuse_to_overwrite(output: Path, overwrite: bool) -> None:
+    if output.exists() and not output.is_dir():
+        raise DataError("output is no folder", remedy="Choose another", place=output)
     existing = [path for path in corpus_files(output) if path.exists()]
     if existing and not overwrite:
         raise DataError("output exists already", remedy="Pass --overwrite, or choose another folder", place=existing[0])

@@ -13,6 +13,7 @@ from _cli import run_tool
 from _device import pick_device
 from _tasks import add_arithmetic, add_scrolls
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.examples import open_text
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.documents import evaluate_documents
@@ -41,7 +42,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     lengths = parse_lengths(arguments.lengths)
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
-    dataset = TokenDataset(arguments.data)
+    dataset = open_text(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject in subjects:
         check_suits(subject, dataset)
@@ -56,7 +57,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     """Evaluate all models on all datasets at all lengths, by document and place; write the report."""
     lengths, settings = parse_lengths(arguments.lengths), _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite, NAMES)
-    datasets = [TokenDataset(folder) for folder in arguments.data]
+    datasets = [open_text(folder) for folder in arguments.data]
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject, dataset in product(subjects, datasets):
         check_suits(subject, dataset)

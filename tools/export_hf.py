@@ -38,6 +38,10 @@ log = logging.getLogger(__name__)
 def main() -> None:
     """Parse the command line, export, and say how near the result is."""
     arguments = _parser().parse_args()
+    if arguments.max_shard_gb <= 0:
+        raise ConfigError(
+            f"--max-shard-gb {arguments.max_shard_gb:g}", remedy="Give more than 0", place="--max-shard-gb"
+        )
     disable_progress_bar()
     checkpoint = find_checkpoint(arguments.checkpoint)
     run = load_run_config(checkpoint.run_dir / "config.yaml")
@@ -115,7 +119,7 @@ def _windows(run: RunConfig, record: DataRecord) -> Windows:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         if blend.record.fingerprint == record.fingerprint:
             windows = torch.arange(min(2, blend.num_windows)).numpy()
-            batch = make_batch(blend, windows, run.train.seq_len_tokens, run.model.intra_size - 1)
+            batch = make_batch(blend, windows, run.train.seq_len_tokens, run.model.intra_clip)
             return batch.tokens_BT, batch.intra_BT, batch.inter_BT
         folders = ", ".join(map(str, run.data.folders))
         log.info("%s: not the data of this run any more; comparing on random tokens", folders)

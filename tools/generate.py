@@ -7,8 +7,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from _cli import run_tool
+from _cli import check_output_file, run_tool
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.checksums import check_folder
 
 
 def main() -> None:
@@ -20,11 +21,17 @@ def main() -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
     parser.add_argument("--output", type=Path, help="also write the texts to this file")
+    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     arguments = parser.parse_args()
+    if arguments.max_new_tokens < 1 or arguments.temperature < 0:
+        parser.error("--max-new-tokens must be 1 or more, and --temperature 0 or more")
+    if arguments.output:
+        check_output_file(arguments.output, arguments.overwrite)
     if not (arguments.model / "config.json").is_file():
         raise CheckpointError(
             "no exported model here", remedy="Make one with tools/export_hf.py", place=arguments.model
         )
+    check_folder(arguments.model)
     disable_progress_bar()
     set_verbosity_error()  # it reminds of the training length, which these models may exceed
     texts = generate(arguments)

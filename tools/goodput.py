@@ -8,7 +8,7 @@ others, as the simulation finds it.
 
 Examples:
     python tools/goodput.py
-    python tools/goodput.py --failures-per-node-day 0.0042 --save-s 4 --stall-s 0.3 --detect-s 610 --restart-s 120
+    python tools/goodput.py --failures-per-node-day 0.017 --stall-s 0.3 --detect-s 610 --restart-s 120
 """
 
 import argparse
@@ -89,9 +89,7 @@ def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials:
 def main() -> None:
     """Print a line for each number of nodes."""
     given = _parser().parse_args()
-    values = {name: value for name, value in vars(given).items() if isinstance(value, int | float)}
-    if bad := [f"--{name.replace('_', '-')}={value}" for name, value in values.items() if value < 0]:
-        raise ConfigError(f"{', '.join(bad)}: nothing here is negative", place="tools/goodput.py")
+    _check(given)
     costs = Costs(given.stall_s, given.detect_s, given.restart_s)
     tokens_per_node_s = given.gpus_per_node * given.flops_per_gpu * given.mfu / (6 * given.parameters)
     print(f"{given.tokens:.3g} tokens, {given.parameters:.3g} parameters, {tokens_per_node_s:,.0f} tokens/s a node")
@@ -113,6 +111,19 @@ def main() -> None:
         )
 
 
+def _check(given: argparse.Namespace) -> None:
+    values = {name: [value] if isinstance(value, int | float) else value for name, value in vars(given).items()}
+    may_be_0 = ("stall_s", "detect_s", "restart_s", "seed")
+    bad = [
+        f"--{name.replace('_', '-')} {value}"
+        for name, each in values.items()
+        for value in each
+        if not (value > 0 or (value == 0 and name in may_be_0))
+    ]
+    if bad:
+        raise ConfigError(f"{', '.join(bad)}: times may be 0, and all else is more", place="tools/goodput.py")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -129,8 +140,8 @@ def _parser() -> argparse.ArgumentParser:
         help="(default: %(default).4f, Llama 3: 466 interruptions in 54 days on 2,048 nodes of 8 GPUs)",
     )
     add("--stall-s", type=float, default=1.0, help="that a checkpoint keeps training (default: %(default)s)")
-    add("--detect-s", type=float, default=30.0, help="(default: %(default)s)")
-    add("--restart-s", type=float, default=120.0, help="(default: %(default)s)")
+    add("--detect-s", type=float, default=60.0, help="from a failure to the end of the launch (default: %(default)s)")
+    add("--restart-s", type=float, default=120.0, help="from there to the first step (default: %(default)s)")
     add("--trials", type=int, default=1000, help="simulated runs a figure (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from _cli import run_tool
+from _cli import check_output_file, run_tool
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.inspect import find_datasets, open_tokenizer
@@ -62,7 +62,7 @@ def stats(arguments: argparse.Namespace) -> None:
             f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", place="--sample-tokens"
         )
     for file in filter(None, (arguments.png, arguments.json)):
-        _check_file(file, arguments.overwrite)
+        check_output_file(file, arguments.overwrite)
     folders = find_datasets(arguments.folder)
     datasets = {_name(folder, arguments.folder): TokenDataset(folder) for folder in folders}
     manifests = {name: dataset.manifest for name, dataset in datasets.items()}
@@ -123,14 +123,6 @@ def _name(folder: Path, within: Path) -> str:
 def _require_workers(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
         raise DataError(f"--workers is {arguments.workers}", remedy="Give 1 or more", place="--workers")
-
-
-def _check_file(file: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot be written before the counting starts."""
-    if file.is_dir() or not file.absolute().parent.is_dir():
-        raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
-    if file.exists() and not overwrite:
-        raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
 
 
 def _parser() -> argparse.ArgumentParser:

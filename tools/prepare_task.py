@@ -9,7 +9,7 @@ from pathlib import Path
 
 from _cli import parse_range, run_tool
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.data.scrolls import TASKS
+from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS
 from preprocessing.arithmetic import SEGMENTS, ArithmeticOptions, prepare_arithmetic
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 
@@ -59,7 +59,13 @@ def _add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--split", default="train", help=f"train or validation {shown}")
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="that of the model to be fine-tuned")
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
-    add("--length", type=int, default=8192, metavar="N", help=f"tokens of prompt, answer and EOS together {shown}")
+    add(
+        "--length",
+        type=int,
+        default=WINDOW_TOKENS,
+        metavar="N",
+        help=f"of prompt, answer and EOS together {shown}",
+    )
     add("--segments", default="reference", metavar="RULE", help=f"that of the model {shown}")
     add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
     command.set_defaults(make=prepare_scrolls, options=ScrollsOptions)

@@ -51,7 +51,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.output
     begin = time.monotonic()
-    run_steps(plan(folder, arguments.set), folder / "logs")
+    run_steps(plan(folder, arguments.set), folder)
     summarise(folder, (time.monotonic() - begin) / 60)
 
 

@@ -7,8 +7,7 @@ Example: python tools/study.py --output study --encodings rope bipe_rope
 """
 
 import argparse
-import shlex
-from itertools import groupby
+from collections.abc import Iterable
 from pathlib import Path
 
 from _cli import run_tool
@@ -23,10 +22,10 @@ from quickstart import STRETCHES, read_perplexities
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 TITLE = "Perplexity on held-out text, encodings trained alike"
 EVALUATE_EACH = (
-    "Evaluate up to {each} tokens",
-    "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
-    "--max-tokens 100000 --output {out}/evaluation-{each}",
-    "evaluation-{each}/perplexity.png",
+    "Evaluate {each}",
+    "python tools/evaluate.py perplexity --model {out}/runs/{each} --data {out}/data/valid --lengths {lengths} "
+    "--max-tokens 100000 --output {out}/evaluation/{each}",
+    "evaluation/{each}/perplexity.png",
 )
 
 
@@ -39,7 +38,7 @@ def main() -> None:
     arguments = parser.parse_args()
     folder: Path = arguments.output
     reach = reaches(arguments.encodings, arguments.set)
-    run_steps(plan(folder, reach, arguments.set), folder / "logs")
+    run_steps(plan(folder, reach, arguments.set), folder)
     found = perplexities(folder, reach)
     text, plot = table(found), draw_perplexity(curves(found, min(next(iter(reach.values())))), TITLE)
     write_atomically(folder / "table.md", text.encode())
@@ -52,7 +51,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
     """The lengths at which each encoding can be evaluated.
 
     Raises:
-        ConfigError: there is no such encoding, or one is named twice.
+        ConfigError: there is no such encoding, one is named twice, or one reaches none of the lengths.
     """
     if len(set(encodings)) < len(encodings):
         raise ConfigError("an encoding is named twice", remedy="Name each once", place="--encodings")
@@ -62,25 +61,28 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
         lengths = (stretch * run.train.seq_len_tokens for stretch in STRETCHES)
         longest = run.model.longest_window_tokens
         result[encoding] = tuple(length for length in lengths if longest is None or length <= longest)
+        if not result[encoding]:
+            raise ConfigError(
+                f"{encoding} ends at {longest} tokens, and windows of training have {run.train.seq_len_tokens}",
+                remedy="Leave it out, or let its positions reach further",
+                place="--set",
+            )
     return result
 
 
 def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Step]:
-    """All steps in order, with their values filled in: one evaluation for all encodings with the same lengths."""
+    """All steps in order, with their values filled in."""
     steps = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings), reach)
-    for lengths, alike in _alike(reach):
-        runs = " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in alike)
-        evaluated = {"runs": runs, "lengths": ",".join(map(str, lengths))}
-        steps += fill([EVALUATE_EACH], folder, evaluated, [str(lengths[-1])])
+    for encoding, lengths in reach.items():
+        steps += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
     return steps
 
 
-def perplexities(folder: Path, reach: dict[str, tuple[int, ...]]) -> dict[str, dict[int, float]]:
+def perplexities(folder: Path, reach: Iterable[str]) -> dict[str, dict[int, float]]:
     """Of each encoding, in the order asked for, by window length."""
-    found: dict[str, dict[int, float]] = {}
-    for lengths, _ in _alike(reach):
-        found |= read_perplexities(folder / f"evaluation-{lengths[-1]}" / "perplexity.csv")
-    return {encoding: found[encoding] for encoding in reach}
+    return {
+        encoding: read_perplexities(folder / "evaluation" / encoding / "perplexity.csv")[encoding] for encoding in reach
+    }
 
 
 def table(found: dict[str, dict[int, float]]) -> str:
@@ -96,12 +98,6 @@ def table(found: dict[str, dict[int, float]]) -> str:
 def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> list[Curve]:
     """The same for the plot."""
     return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]
-
-
-def _alike(reach: dict[str, tuple[int, ...]]) -> list[tuple[tuple[int, ...], list[str]]]:
-    """Encodings by their lengths, most lengths first."""
-    ordered = sorted(reach, key=lambda encoding: -len(reach[encoding]))
-    return [(lengths, list(alike)) for lengths, alike in groupby(ordered, key=lambda encoding: reach[encoding])]
 
 
 if __name__ == "__main__":

@@ -25,6 +25,7 @@ from pathlib import Path
 from types import FrameType
 
 from _cli import run_tool
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.stopping import CONTINUE_LATER, SIGNALS, parse_duration
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
@@ -45,7 +46,10 @@ class Supervisor:
 
     def launch(self, command: Sequence[str]) -> int:
         """Run a command to its end, and end what it leaves; its exit code, 128 and more for a signal."""
-        self._process = subprocess.Popen(command, start_new_session=True)
+        try:
+            self._process = subprocess.Popen(command, start_new_session=True)
+        except OSError as error:
+            raise _no_command(command, error, "after --") from error
         group = self._process.pid
         if self.asked:  # while the command was being started
             _send(group, self.asked)
@@ -98,7 +102,7 @@ def main() -> None:
             following = Next.LATER
             break
     if following is Next.LATER and arguments.on_stop:
-        subprocess.run(shlex.split(arguments.on_stop), check=True)
+        _on_stop(shlex.split(arguments.on_stop))
     sys.exit(CODES.get(following, code if code == 2 else 1))
 
 
@@ -106,7 +110,11 @@ def _filled(arguments: argparse.Namespace) -> list[str]:
     """The command, with {nodes} and {hosts} filled in where hosts are asked for."""
     if not arguments.hosts_command:
         return list(arguments.command)
-    asked = subprocess.run(shlex.split(arguments.hosts_command), stdout=subprocess.PIPE, text=True, check=False)
+    command = shlex.split(arguments.hosts_command)
+    try:
+        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    except OSError as error:
+        raise _no_command(command, error, "--hosts-command") from error
     hosts = usable_hosts(arguments.run_dir, asked.stdout.split(), arguments.ranks_per_host, arguments.least_hosts)
     values = {"{nodes}": str(len(hosts)), "{hosts}": ",".join(hosts)}
     filled = []
@@ -115,6 +123,21 @@ def _filled(arguments: argparse.Namespace) -> list[str]:
             part = part.replace(name, value)
         filled.append(part)
     return filled
+
+
+def _on_stop(command: Sequence[str]) -> None:
+    """Run it; that it fails is said, and changes nothing: the run has been saved."""
+    try:
+        code = subprocess.run(command, check=False).returncode
+    except OSError as error:
+        _log.error("supervise: %s", _no_command(command, error, "--on-stop"))
+    else:
+        if code:
+            _log.error("supervise: --on-stop %s left with exit code %d; start the run again later", command, code)
+
+
+def _no_command(command: Sequence[str], error: OSError, place: str) -> ConfigError:
+    return ConfigError(f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", place=place)
 
 
 def _send(group: int, number: int) -> bool:

@@ -5,7 +5,7 @@
 #
 # A rank that fails ends the others. Started again, the run goes on from its last checkpoint; to have that done:
 #
-#   tools/supervise.py RUN_DIR -- examples/launch/one_machine.sh --set run_dir=RUN_DIR
+#   python tools/supervise.py RUN_DIR -- examples/launch/one_machine.sh --set run_dir=RUN_DIR
 set -euo pipefail
 
 GPUS=${GPUS:-8}

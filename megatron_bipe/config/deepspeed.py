@@ -15,6 +15,7 @@ from megatron_bipe.errors import ConfigError
 
 AUTO = "auto"
 _OWNED_SECTIONS = ("optimizer", "scheduler")
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")  # that are looked into
 _QUIET = 2**31  # the loop prints its own progress
 
 
@@ -50,6 +51,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         ConfigError: lists every literal that disagrees with the run, and every "auto" that nothing fills.
     """
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
+    if wrong := [key for key in _SECTIONS if not isinstance(result.get(key, {}), dict)]:
+        seen = ", ".join(f"{key}={json.dumps(result[key])}" for key in wrong)
+        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", place=place)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
         for section in _OWNED_SECTIONS
@@ -67,7 +71,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
             f"parallel.pipeline={run.parallel.pipeline} with zero_optimization.stage={stage}: the pipeline engine "
             "cannot shard gradients; use ds_configs/zero1.json, or parallel.pipeline=1"
         )
-    if stage not in (0, 1, 2, 3):
+    if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
     for key in ("offload_optimizer", "offload_param"):
         if _get(result, f"zero_optimization.{key}.device") == "nvme":

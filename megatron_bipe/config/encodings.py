@@ -18,6 +18,8 @@ class Relative(NamedTuple):
     """MODULE:NAME under `megatron_bipe/model/positions/`."""
     rotates: bool = False
     """It rotates pairs of channels: head widths are even, and `rope_scaling` stretches its positions."""
+    longest_window_tokens: int | None = None
+    """Beyond this its numbers would not be exact, or leave the range of their type; None: it has no such limit."""
 
 
 class Encoding(NamedTuple):
@@ -40,8 +42,8 @@ ABSOLUTE: Mapping[str, str | None] = {
 }
 RELATIVE: Mapping[str, Relative] = {
     "rope": Relative("rotary:Rotary", rotates=True),
-    "alibi": Relative("alibi:Alibi"),
-    "xpos": Relative("xpos:Xpos", rotates=True),
+    "alibi": Relative("alibi:Alibi", longest_window_tokens=2**16),
+    "xpos": Relative("xpos:Xpos", rotates=True, longest_window_tokens=2**14),
     "t5": Relative("t5:T5Bias"),
     "nope": Relative("relative:RelativeEncoding"),
 }

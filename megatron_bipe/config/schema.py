@@ -37,6 +37,11 @@ class RopeScaling(_Section):
     attention_factor: Annotated[float, Field(gt=0)] | None = None
     """yarn: what queries and keys are multiplied with; null: 0.1 ln(factor) + 1, as its authors found best."""
 
+    def yarn_only(self) -> list[str]:
+        """Fields that are for yarn alone and are not at their defaults."""
+        keys = ("original_positions", "beta_fast", "beta_slow", "attention_factor")
+        return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
+
 
 class ModelConfig(_Section):
     """Shape and encoding of the network; everything that an exported model needs to know of itself."""
@@ -109,11 +114,22 @@ class ModelConfig(_Section):
         return self.position_range or 4 * self.train_len_tokens
 
     @property
-    def longest_window_tokens(self) -> int | None:
-        """Tokens beyond which the encoding has no positions; None where the configuration sets no limit."""
+    def intra_clip(self) -> int:
+        """Largest place in a segment that is told apart: the last row of a learned table; sines have no last place."""
+        return self.table_rows - 1 if self.bilevel and self.table_rows is not None else 2**31 - 1
+
+    @property
+    def num_positions(self) -> int | None:
+        """Places in the window that the encoding has; None where it has them all, or counts segments."""
         if self.parts.positions == "drawn":
             return self.drawn_range
         return None if self.bilevel else self.table_rows
+
+    @property
+    def longest_window_tokens(self) -> int | None:
+        """Tokens beyond which windows cannot be encoded; None: no such limit."""
+        limits = [limit for limit in (self.num_positions, self.relative.longest_window_tokens) if limit is not None]
+        return min(limits, default=None)
 
     @property
     def kv_heads(self) -> int:

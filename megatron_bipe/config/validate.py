@@ -111,10 +111,9 @@ def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
     longest = model.longest_window_tokens
     if longest is not None and seq_len_tokens > longest:
         key = "position_range" if model.parts.positions == "drawn" else "train_len_tokens"
-        yield (
-            f"train.seq_len_tokens={seq_len_tokens} exceeds the {longest} positions of {name}; set model.{key}="
-            f"{seq_len_tokens} or more"
-        )
+        grows = longest == model.num_positions
+        remedy = f"set model.{key}={seq_len_tokens} or more" if grows else "use a shorter window"
+        yield f"train.seq_len_tokens={seq_len_tokens} exceeds the {longest} that {name} encodes; {remedy}"
     if scaling is not None and not model.relative.rotates:
         yield f"model.rope_scaling has no meaning for {name}; set it to null"
     elif scaling is not None:
@@ -126,6 +125,8 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
     if scaling.type in ("ntk", "dynamic") and model.head_width == 2:
         yield f"{name}.type={scaling.type} slows all pairs of channels but one, and heads of 2 channels have no other"
     if scaling.type != "yarn":
+        for key in scaling.yarn_only():
+            yield f"{name}.{key} has no meaning for {name}.type={scaling.type}; remove it"
         return
     original = scaling.original_positions or model.train_len_tokens
     if scaling.beta_fast <= scaling.beta_slow:
@@ -138,11 +139,18 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
             f"in the {original} original positions of {name} no pair of channels turns {scaling.beta_slow:g} times, so "
             f"none would be stretched; lower {name}.beta_slow, or use type linear"
         )
-    if model.bilevel and scaling.original_positions is None:
+    if scaling.original_positions is None and model.parts.positions != "tokens":
+        counts, positions = {
+            "segments": (
+                "counts segments",
+                f"the segments of a training window: model.train_len_tokens={model.train_len_tokens} over the mean "
+                "length that tools/inspect_data.py stats shows",
+            ),
+            "drawn": ("draws positions", f"the range that they were drawn from, {model.drawn_range} as configured"),
+        }[model.parts.positions]
         yield (
-            f"{name}.type=yarn without original_positions, and model.encoding={model.encoding} counts segments; set "
-            f"{name}.original_positions to the segments of a training window: model.train_len_tokens="
-            f"{model.train_len_tokens} over the mean length that tools/inspect_data.py stats shows"
+            f"{name}.type=yarn without original_positions, and model.encoding={model.encoding} {counts}; set "
+            f"{name}.original_positions to {positions}"
         )
 
 

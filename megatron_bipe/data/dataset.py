@@ -53,6 +53,26 @@ class TokenDataset:
         """What the segment ends were made with."""
         return self.manifest.rule
 
+    def check_rule(self, expected: SegmentRule, place: str | Path) -> None:
+        """Refuse data whose tokens stand in other segments than the user of the data thinks.
+
+        Names may differ where the resolved ids agree, as with a rule given as a list.
+
+        Args:
+            expected: that a model or a run goes by.
+            place: where it comes from, for the message.
+
+        Raises:
+            DataError: naming both.
+        """
+        if (self.rule.token_ids, self.rule.fixed_length) != (expected.token_ids, expected.fixed_length):
+            raise DataError(
+                f"the dataset {self.path} was made with segment rule {self.rule.described}, but {expected.described} "
+                "is expected here: the same tokens would stand in other segments",
+                remedy=f"Make it again with --segments '{expected.spec}', or by tools/inspect_data.py resegment",
+                place=place,
+            )
+
     def check_tokenizer(self, expected_fingerprint: str, place: str | Path) -> None:
         """Refuse data whose ids mean something else than the user of the data thinks.
 

@@ -102,6 +102,23 @@ class ExampleDataset(TokenDataset):
         return indices_B
 
 
+def open_text(path: str | Path) -> TokenDataset:
+    """The dataset of a folder, which must be of text.
+
+    Raises:
+        DataError: it is of examples, or as `open_dataset`.
+    """
+    dataset = TokenDataset(path)
+    if dataset.manifest.examples is not None:
+        raise DataError(
+            f"it has examples of {dataset.manifest.examples.task}, prompts with answers, and this is for text",
+            remedy="Name a dataset made by tools/preprocess.py; for answers there are tools/evaluate.py scrolls and "
+            "arithmetic",
+            place=dataset.path,
+        )
+    return dataset
+
+
 def open_dataset(path: str | Path) -> TokenDataset:
     """The dataset of a folder as what it is: text, or examples.
 

@@ -1,6 +1,7 @@
 """SCROLLS's public files: one JSON object a line, in a file for each task and split, or a zip file for each task."""
 
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,7 +20,7 @@ class Row(NamedTuple):
     id: str  # of the input: rows that share it differ in their output
     pid: str  # of the pair
     input: str
-    output: str | None  # None in test splits
+    output: str | None  # None in test splits, and where it has no text
     place: str  # for messages
 
 
@@ -76,7 +77,8 @@ def _row(line: bytes, place: str) -> Row:
             raise DataError(f"{field!r} is {value!r:.60}, and must be a text", remedy=remedy, place=place)
     if not content["input"].strip():
         raise DataError("'input' has no text", remedy=remedy, place=place)
-    return Row(content["id"], content["pid"], content["input"], content["output"], place)
+    output = content["output"]
+    return Row(content["id"], content["pid"], content["input"], output if output and output.strip() else None, place)
 
 
 @contextmanager
@@ -100,6 +102,6 @@ def _opened(folder: Path, task: str, split: str) -> Iterator[tuple[BinaryIO, str
             )
     except KeyError as error:
         raise DataError(f"it has no {member}", remedy="Name another split, or fetch it again", place=packed) from error
-    except (OSError, zipfile.BadZipFile) as error:
+    except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         what = f"the file cannot be read: {error}"
         raise DataError(what, remedy="Fetch it again", place=plain if plain.exists() else packed) from error

@@ -46,6 +46,12 @@ class SegmentRule(BaseModel):
     """The ids it came out as, ascending; empty for `fixed:N`."""
 
     @property
+    def described(self) -> str:
+        """For messages."""
+        listed = ", ".join(map(str, self.token_ids[:6])) + (", ..." if len(self.token_ids) > 6 else "")
+        return f"{self.spec!r} (token ids {listed})" if self.token_ids else repr(self.spec)
+
+    @property
     def fixed_length(self) -> int | None:
         """N of `fixed:N`; None for rules that look at the tokens."""
         return _fixed_length(self.spec)

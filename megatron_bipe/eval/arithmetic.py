@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,14 +47,20 @@ def solve_all(
     batch_tokens: int,
     advance: Callable[[int], object] | None = None,
 ) -> Accuracy:
-    """Let the model solve problems of one number of operators, and compare the final numbers."""
+    """Let the model solve problems of one number of operators, and compare the final numbers.
+
+    Raises:
+        ConfigError: the longest problem and its solution exceed the windows that the model can encode.
+    """
     encode, bos_id = generator.tokenizer.encode_batch, generator.tokenizer.bos_id
     prompts = [np.concatenate([[bos_id], ids]) for ids in encode([problem.prompt for problem in asked])]
     longest = max(ids.size for ids in encode([problem.answer for problem in asked])) + 1
-    found = generate(generator, prompts, Limits(int(SPARE * longest), batch_tokens), advance)
+    whole = max(prompt.size for prompt in prompts) + longest
+    room = max(whole, generator.longest_window_tokens or sys.maxsize) - whole  # for more than the right solution
+    found = generate(generator, prompts, Limits(longest + min(int((SPARE - 1) * longest), room), batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]
     right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
-    return Accuracy(asked[0].operators, len(asked), right, max(prompt.size for prompt in prompts) + longest)
+    return Accuracy(asked[0].operators, len(asked), right, whole)
 
 
 def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:

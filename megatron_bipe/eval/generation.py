@@ -10,7 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.hf.checksums import check_folder
 from megatron_bipe.hf.load import model_config, read_settings
 from megatron_bipe.types import TokenArray
 
@@ -20,7 +21,8 @@ class Generator(NamedTuple):
 
     model: Any  # transformers' types do not say what can be called
     tokenizer: Tokenizer
-    train_len_tokens: int
+    longest_window_tokens: int | None
+    """Beyond this its encoding has no positions; None: no such limit."""
 
 
 class Limits(NamedTuple):
@@ -36,10 +38,11 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
     """The model and the tokenizer of an exported folder.
 
     Raises:
-        CheckpointError: there is no exported model, or it has no EOS token to end an answer with.
+        CheckpointError: there is no exported model, it is damaged, or it has no EOS token to end an answer with.
         DataError: its tokenizer cannot be read.
     """
     config = model_config(read_settings(folder), folder)
+    check_folder(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_id is None:
         raise CheckpointError(
@@ -55,7 +58,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
             remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
             place=folder,
         ) from error
-    return Generator(model.to(device).eval(), tokenizer, config.train_len_tokens)
+    return Generator(model.to(device).eval(), tokenizer, config.longest_window_tokens)
 
 
 def generate(
@@ -71,7 +74,11 @@ def generate(
 
     Returns:
         New tokens of each prompt, in the order of the prompts.
+
+    Raises:
+        ConfigError: the longest prompt, gone on with, exceeds the windows that the model can encode.
     """
+    _check_room(generator, prompts, limits)
     found: list[list[int]] = [[] for _ in prompts]
     for rows in batches([len(prompt) for prompt in prompts], limits):
         for row, tokens in zip(rows, _generate_batch(generator, [prompts[row] for row in rows], limits), strict=True):
@@ -79,6 +86,17 @@ def generate(
         if advance:
             advance(len(rows))
     return found
+
+
+def _check_room(generator: Generator, prompts: Sequence[TokenArray], limits: Limits) -> None:
+    longest, room = max(map(len, prompts), default=0), generator.longest_window_tokens
+    if room is not None and longest + limits.new_tokens > room:
+        raise ConfigError(
+            f"prompts of up to {longest} tokens and {limits.new_tokens} new ones exceed the {room} that the encoding "
+            "of the model has positions for",
+            remedy="Give shorter prompts, or train a model for longer windows",
+            place=generator.model.name_or_path,
+        )
 
 
 def batches(lengths: Sequence[int], limits: Limits) -> list[list[int]]:

@@ -13,6 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.hf.checksums import check_folder
 from megatron_bipe.hf.load import read_settings
 
 
@@ -60,6 +61,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
         ConfigError: there is no such task.
     """
     read_settings(folder)
+    check_folder(folder)
     manager = TaskManager(include_path=settings.include_path)
     _check_known(tasks, manager)
     try:

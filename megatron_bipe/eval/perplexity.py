@@ -111,7 +111,7 @@ def window_losses(
     model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
     longest = int(windows.num_inputs.max())
     for rows in _batches(windows, max(1, settings.batch_tokens // longest)):
-        batch = _read(dataset, windows, rows, subject.config.intra_size - 1)
+        batch = _read(dataset, windows, rows, subject.config.intra_clip)
         num_context = int(windows.num_context[rows[0]])
         losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch[:4])), num_context)
         total_nats = losses_BP.sum()

@@ -2,7 +2,8 @@
 
 DIR/TASK.json               scores and how they came about
 DIR/TASK.predictions.json   {id: answer}, as the benchmark's evaluator takes it
-DIR/scrolls.csv             Task, ID, Prediction of all tasks that are there: what is submitted once all seven are
+DIR/scrolls.csv             Task, ID, Prediction of all tasks that are there of the split that was answered last: what
+                            is submitted once all seven are
 """
 
 import csv
@@ -92,7 +93,7 @@ def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: M
     Args:
         folder: of the results; made by `prepare_output`.
         task: whose they are.
-        about: JSON, `split` and `scores` in it.
+        about: JSON, `split`, `scores` and `limit` in it.
         answers: by id.
     """
     results, predictions = (folder / name for name in result_names(task))
@@ -101,14 +102,16 @@ def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: M
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(COLUMNS)
+    splits = {name: result.split for name, result in _results(folder).items()}
     for name, each in _read_all(folder, 1).items():
-        writer.writerows((name, id_, prediction) for id_, prediction in each.items())
+        if splits.get(name) == about["split"]:
+            writer.writerows((name, id_, prediction) for id_, prediction in each.items())
     write_atomically(folder / SUBMISSION_NAME, text.getvalue().encode())
     return [results, predictions, folder / SUBMISSION_NAME]
 
 
 def results_table(folder: Path) -> str:
-    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one split.
+    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one whole split.
 
     Raises:
         DataError: what is there are no results.
@@ -117,8 +120,9 @@ def results_table(folder: Path) -> str:
     rows = [("task", "split", "examples", "metric", "score")]
     for name, result in found.items():
         shown = "no outputs" if result.score is None else f"{result.score:.2f}"
-        rows.append((name, result.split, f"{result.num_examples:,}", result.metric, shown))
-    scores = [result.score for result in found.values() if result.score is not None]
+        part = "the first " if result.limited else ""
+        rows.append((name, result.split, f"{part}{result.num_examples:,}", result.metric, shown))
+    scores = [result.score for result in found.values() if result.score is not None and not result.limited]
     if len(scores) == len(TASKS) and len({result.split for result in found.values()}) == 1:
         rows.append(("mean", "", "", "", f"{sum(scores) / len(scores):.2f}"))
     return text_table(rows)
@@ -129,6 +133,7 @@ class _Result(NamedTuple):
     num_examples: int
     metric: str
     score: float | None  # percent
+    limited: bool  # to the first examples of the split
 
 
 def _results(folder: Path) -> dict[str, _Result]:
@@ -137,7 +142,8 @@ def _results(folder: Path) -> dict[str, _Result]:
         try:
             scores = content["scores"]
             score_percent = None if scores is None else float(scores["score"])
-            found[name] = _Result(content["split"], content["num_examples"], content["metric"], score_percent)
+            about = content["split"], content["num_examples"], content["metric"]
+            found[name] = _Result(*about, score_percent, content["limit"] is not None)
         except (KeyError, TypeError, ValueError) as error:
             raise _unreadable(folder, f"{name}: {error!r}") from error
     return found

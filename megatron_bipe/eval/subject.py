@@ -10,7 +10,7 @@ from torch import nn
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.errors import CheckpointError, DataError
+from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import load_exported
 
 _log = logging.getLogger(__name__)
@@ -75,25 +75,9 @@ def check_suits(subject: Subject, dataset: TokenDataset) -> None:
             remedy="Evaluate on a dataset made with the model's tokenizer",
             place=subject.source,
         )
-    if subject.config.bilevel:
-        _check_rule(subject, dataset)
-
-
-def _check_rule(subject: Subject, dataset: TokenDataset) -> None:
+    if not subject.config.bilevel:
+        return
     if subject.rule is None:
         _log.warning("%s does not record its segment rule: taking the dataset's on trust", subject.source)
-        return
-    ours, theirs = subject.rule, dataset.rule
-    # Names may differ where the resolved ids agree, as with a rule given as a list.
-    if (ours.token_ids, ours.fixed_length) != (theirs.token_ids, theirs.fixed_length):
-        raise DataError(
-            f"the model was trained with segment rule {_described(ours)}, but the dataset {dataset.path} was made "
-            f"with {_described(theirs)}",
-            remedy=f"Make the dataset again with --segments '{ours.spec}'",
-            place=subject.source,
-        )
-
-
-def _described(rule: SegmentRule) -> str:
-    listed = ", ".join(map(str, rule.token_ids[:6])) + (", ..." if len(rule.token_ids) > 6 else "")
-    return f"{rule.spec!r} (token ids {listed})" if rule.token_ids else repr(rule.spec)
+    else:
+        dataset.check_rule(subject.rule, subject.source)

@@ -14,28 +14,47 @@ def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
 
 
+def check_folder(folder: Path) -> None:
+    """Compare all files of a model folder that have a checksum.
+
+    Raises:
+        CheckpointError: one is gone or is not as it was written, or the checksums cannot be read.
+    """
+    for name in _sums(folder):
+        check_file(folder / name)
+
+
 def check_file(path: Path) -> None:
     """Compare a file of a model folder with its checksum, where there is one: other tools write none.
 
     Raises:
         CheckpointError: it is not as it was written, or the checksums cannot be read.
     """
-    listing = path.parent / SUMS
-    if not listing.is_file():
-        return
-    try:
-        sums = {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
-    except ValueError as error:
-        raise CheckpointError(
-            "this is no list of checksums", remedy="Export the model again, or remove the file", place=listing
-        ) from error
+    sums = _sums(path.parent)
     if path.name not in sums:
         return
-    with path.open("rb") as stream:
-        found = hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with path.open("rb") as stream:
+            found = hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        what = f"the weights {path.name} cannot be read: {error.strerror}"
+        raise CheckpointError(what, remedy="Copy or export the model again", place=path.parent) from error
     if found != sums[path.name]:
         raise CheckpointError(
             f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {sums[path.name]}",
             remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
             place=path,
         )
+
+
+def _sums(folder: Path) -> dict[str, str]:
+    """Checksums by the names of files; none where there is no list."""
+    listing = folder / SUMS
+    if not listing.is_file():
+        return {}
+    try:
+        return {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
+    except ValueError as error:
+        raise CheckpointError(
+            "this is no list of checksums", remedy="Export the model again, or remove the file", place=listing
+        ) from error

@@ -210,7 +210,7 @@ class BipeModel(BipePreTrainedModel):
         encoding = encode(self.config, places, memory, attention_mask)
         if past_key_values is not None:
             encoding = encoding._replace(memory=memorise(places))
-        hidden = self._placed(hidden, places)
+        hidden = self._placed(hidden, places, real_BT)
         fused = encoding.buckets is None
         if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"{self.config.encoding} biases scores: use attn_implementation='sdpa' or 'eager'")
@@ -226,18 +226,16 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _placed(self, hidden_BTD: Tensor, places: Places) -> Tensor:
+    def _placed(self, hidden_BTD: Tensor, places: Places, real_BT: Tensor) -> Tensor:
         """The hidden states with the absolute part of the encoding added."""
         config, place_BT = self.config, places.intra
-        if config.bilevel:
-            place_BT = place_BT.clamp(max=config.intra_size - 1)
         if config.absolute == "sinusoidal":
             return hidden_BTD + sinusoidal(config, place_BT).to(hidden_BTD.dtype)
         if config.absolute == "none":
             return hidden_BTD
         if config.bilevel:
-            return hidden_BTD + self.embed_intra(place_BT)
-        rows = config.train_len_tokens
+            return hidden_BTD + self.embed_intra(place_BT.clamp(max=config.intra_size - 1))
+        rows, place_BT = config.train_len_tokens, place_BT.where(real_BT, 0)
         if not torch.compiler.is_compiling() and int(place_BT.max()) >= rows:
             raise ValueError(f"{int(place_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
         return hidden_BTD + self.embed_positions(place_BT)

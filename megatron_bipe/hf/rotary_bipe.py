@@ -10,11 +10,12 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_bipe import BipeConfig
-from .positions_bipe import Memory, count_tokens
+from .positions_bipe import Memory, count_tokens, key_positions
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
 _DECAY_POSITIONS, _GAMMA = 512, 0.4  # of XPOS (Sun et al. 2022), as published
+_MAX_FADING_TOKENS = 2**14  # beyond, powers leave the range of bf16 and fp32
 
 
 def rope(
@@ -29,6 +30,9 @@ def xpos(
     config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
+    num_tokens = key_positions(config, position_BT, memory).shape[1]
+    if num_tokens > _MAX_FADING_TOKENS:
+        raise ValueError(f"XPOS stays in range up to {_MAX_FADING_TOKENS} tokens; these are {num_tokens}")
     cos_B1TH, sin_B1TH = _tables(config, position_BT, memory, attention_mask)
     pairs_H = torch.arange(0, config.head_dim, 2, device=position_BT.device) / config.head_dim
     powers_BT = (position_BT - config.train_len_tokens // 2).float() / _DECAY_POSITIONS

@@ -23,8 +23,12 @@ class DataFields(NamedTuple):
 
 
 def is_stock(config: ModelConfig) -> bool:
-    """True where transformers' own `LlamaForCausalLM` is the model."""
-    return config.encoding == "rope" and not config.log_scale
+    """True where transformers' own `LlamaForCausalLM` is the model.
+
+    Of dynamic scaling it is not: there one base serves a whole batch, and stays at the longest input that was seen.
+    """
+    dynamic = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
+    return config.encoding == "rope" and not config.log_scale and not dynamic
 
 
 def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:

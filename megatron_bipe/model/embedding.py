@@ -36,24 +36,27 @@ class Embedding(nn.Module):
         those of whole windows, since attention sees these.
 
         Raises:
-            ConfigError: the windows are longer than the encoding has positions.
+            ConfigError: the windows are longer than the encoding allows.
         """
         tokens_BT, intra_BT, inter_BT = ids
+        self._check_length(tokens_BT.shape[1])
         hidden_BtD = self.token(self._own(tokens_BT))
         if self._config.bilevel:
             return _sum(hidden_BtD, self.intra, self._own(intra_BT)), inter_BT
         places_BT = self._places(tokens_BT)
         return _sum(hidden_BtD, self.place, self._own(places_BT)), places_BT
 
-    def _places(self, tokens_BT: Tensor) -> Tensor:
-        config, num_tokens = self._config, tokens_BT.shape[1]
-        longest = config.longest_window_tokens
+    def _check_length(self, num_tokens: int) -> None:
+        config, longest = self._config, self._config.longest_window_tokens
         if longest is not None and num_tokens > longest:
             raise ConfigError(
-                f"a window of {num_tokens} tokens exceeds the {longest} positions of model.encoding={config.encoding}",
+                f"a window of {num_tokens} tokens exceeds the {longest} that model.encoding={config.encoding} encodes",
                 remedy="Use a shorter window",
                 place="train.seq_len_tokens or --lengths",
             )
+
+    def _places(self, tokens_BT: Tensor) -> Tensor:
+        config = self._config
         if config.parts.positions == "tokens":
             return token_places(tokens_BT)
         if self.training:

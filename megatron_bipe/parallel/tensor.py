@@ -11,15 +11,14 @@ Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import Share, WholeWindows, Windows, share_of
+from megatron_bipe.model.layers import Share, WholeWindows, Windows
 from megatron_bipe.model.norm import RMSNorm, rms_norm
-from megatron_bipe.model.plan import build_model, count_parameters
+from megatron_bipe.model.plan import count_parameters
 from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
 from megatron_bipe.parallel.cross_entropy import token_losses
 
@@ -88,14 +87,6 @@ class TensorLayers:
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over split logits."""
         return token_losses(logits_Btv, self.windows.own(labels_BT), self._split.group)
-
-
-def shares_of(config: ModelConfig, ranks: int) -> dict[str, Share]:
-    """How each parameter that is split over `ranks` ranks is, by its name in the plan; `Share.rank` means nothing."""
-    with torch.device("meta"):
-        model = build_model(config, layers=TensorLayers(cast(ProcessGroup, _NoGroup(ranks))))
-    found = {name: share_of(parameter) for name, parameter in model.named_parameters()}
-    return {name: share for name, share in found.items() if share is not None}
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:

@@ -12,12 +12,17 @@ from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.train.feed import check_manifest
 from megatron_bipe.train.memory import StageMemory, stage_memories
 from megatron_bipe.train.traffic import bubble, step_traffic
 
 
 def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
-    """The text that `--dry-run` prints."""
+    """The text that `--dry-run` prints.
+
+    Raises:
+        ConfigError: a dataset that is there does not fit the run.
+    """
     stages = stage_memories(run, ds_config, num_ranks)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
@@ -121,10 +126,14 @@ def _length(run: RunConfig, num_ranks: int) -> str:
 
 
 def _data(run: RunConfig) -> str:
+    folders = [*run.data.folders, *([run.data.valid_path] if run.data.valid_path else [])]
     try:
-        manifests = [Manifest.load(folder) for folder in run.data.folders]
+        found = {folder: Manifest.load(folder) for folder in folders}
     except DataError as error:
         return f"not usable yet: {error}\n"
+    for folder, manifest in found.items():
+        check_manifest(run, manifest, folder)
+    manifests = [found[folder] for folder in run.data.folders]
     weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
     slots = slot_counts(weights, run.data.folders)
     rows = zip(run.data.folders, manifests, slots, strict=True)

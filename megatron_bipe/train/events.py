@@ -10,6 +10,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import orjson
+
 from megatron_bipe.disk import sync
 
 EVENTS = "events.jsonl"
@@ -28,12 +30,12 @@ class Events:
         self._path, self.is_main = run_dir / EVENTS, is_main
 
     def add(self, event: str, **facts: Any) -> None:
-        """Add one; it is on the disk when this returns."""
+        """Add one; it is on the disk when this returns. Numbers that are not finite are null, as JSON has none."""
         if not self.is_main:
             return
         cut_off = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
-        with self._path.open("a", encoding="utf-8") as file:
-            file.write("\n" * cut_off + json.dumps({"time": time.time(), "event": event} | facts) + "\n")
+        with self._path.open("ab") as file:
+            file.write(b"\n" * cut_off + orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n")
         sync(self._path)
 
 

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -14,7 +15,7 @@ from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.format import Shard
-from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.data.manifest import DataRecord, Manifest
 from megatron_bipe.data.shard_check import ShardCheck
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
@@ -31,16 +32,18 @@ class Feed:
 
     def __init__(self, run: RunConfig, mesh: Mesh) -> None:
         self._train, self._mesh = run.train, mesh
-        self._clip = run.model.intra_size - 1
+        self._clip = run.model.intra_clip
         self._blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         for dataset in self._blend.datasets:
-            _check(run, dataset)
+            check_manifest(run, dataset.manifest, dataset.path)
         self._reading_s = 0.0
         self._valid = None
         if run.data.valid_path is not None:
             self._valid = open_dataset(run.data.valid_path)
-            _check(run, self._valid)
+            check_manifest(run, self._valid.manifest, run.data.valid_path)
             self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
+            if run.model.bilevel:
+                self._valid.check_rule(self.dataset.rule, "data.path")
             self._valid_windows = self._choose_valid_windows(self._valid)
         self._shard_check = ShardCheck(self._own_shards() if run.data.verify else ())
 
@@ -126,13 +129,17 @@ class Feed:
         return np.linspace(0, num_windows - 1, count).astype(np.int64)
 
 
-def _check(run: RunConfig, dataset: TokenDataset) -> None:
-    examples = dataset.manifest.examples
+def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:
+    """Check a run against a dataset that it names, by what its manifest says.
+
+    Raises:
+        ConfigError: lists every disagreement at once.
+    """
     check_data(
         run,
-        vocab_size=dataset.manifest.tokenizer.vocab_size,
-        segments=dataset.rule.spec,
-        fixed_length=dataset.rule.fixed_length,
-        examples_len_tokens=examples.seq_len_tokens if examples else None,
-        place=str(dataset.path),
+        vocab_size=manifest.tokenizer.vocab_size,
+        segments=manifest.rule.spec,
+        fixed_length=manifest.rule.fixed_length,
+        examples_len_tokens=manifest.examples.seq_len_tokens if manifest.examples else None,
+        place=str(folder),
     )

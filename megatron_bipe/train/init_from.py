@@ -1,5 +1,7 @@
 """A run folder that begins with the weights of a model: checkpoint 0 of a run that `pretrain.py` then continues."""
 
+import json
+import shlex
 from collections.abc import Iterator, Mapping
 from itertools import groupby
 from pathlib import Path
@@ -22,7 +24,8 @@ from megatron_bipe.train.models import load_with_masters
 from megatron_bipe.train.run_folder import write_run_folder
 
 # What may differ between a model and the run that continues it; all else is built into the weights.
-_FREE = {"init_std", "train_len_tokens", "log_scale", "rope_scaling"}
+_FREE = {"init_std", "train_len_tokens"}
+_ADDED = {"log_scale", "rope_scaling"}  # may be put on, or changed, but what a model learned with is not left off
 
 
 def begin_from_model(run: RunConfig) -> None:
@@ -57,7 +60,7 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
         raise CheckpointError("the run has checkpoints already", remedy="Name another folder", place=run.run_dir)
     differences = list(_differences(subject.config, run.model))
     if differences:
-        changes = " ".join(f"--set model.{key}={_yaml(value)}" for key, value, _ in differences)
+        changes = " ".join(shlex.quote(f"--set=model.{key}={json.dumps(value)}") for key, value, _ in differences)
         raise ConfigError(
             "the run is configured for another model: "
             + "; ".join(
@@ -76,22 +79,18 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     for key, value in _flat(model).items():
         other = _flat(wanted)[key]
-        if key not in _FREE - _built_in(model) and value != other:
+        if value != other and key not in _FREE - _built_in(model) and not (key in _ADDED and other):
             yield key, value, other
 
 
 def _built_in(model: ModelConfig) -> set[str]:
     """What the encoding's positions or sizes are made of."""
     sizes = {"init_std"} if model.parts.absolute == "sinusoidal" else set()
-    return sizes | ({"train_len_tokens"} if model.longest_window_tokens else set())
+    return sizes | ({"train_len_tokens"} if model.num_positions else set())
 
 
 def _flat(model: ModelConfig) -> dict[str, Any]:
     return model.model_copy(update={"num_kv_heads": model.kv_heads}).model_dump(mode="json")
-
-
-def _yaml(value: Any) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[str, Tensor]) -> Path:

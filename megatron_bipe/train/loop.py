@@ -57,14 +57,15 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
         if not (_due(done, run.train.log_every) or progress.valid_owed or save_owed):
             continue
         recovery.judge(metrics.flush())  # waits for the device
-        if recovery.is_needed or (done == stop and not recovery.is_well):
+        last_is_bad = done == stop and not recovery.is_well
+        if recovery.is_needed or (last_is_bad and recovery.can_go_back()):
             progress, save_owed = recovery.go_back(), False
             metrics.go_back(progress)
             continue
         if progress.valid_owed and not stopping:
             stopping = _validate(parts, progress)
             save_owed = save_owed or stopping
-        if save_owed and recovery.is_well:
+        if save_owed and (recovery.is_well or last_is_bad):
             progress.good_losses = recovery.good_losses
             metrics.sync()
             watchdog.at(f"checkpoint of step {done}")

@@ -141,7 +141,7 @@ class Metrics:
 
     def _show(self, line: dict[str, Any]) -> None:
         for key in line.keys() - {"step", "tokens"}:
-            self._board.add_scalar(key, line[key], line["step"])
+            self._board.add_scalar(key, math.nan if line[key] is None else line[key], line["step"])
 
     def _line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
         step, total = readings[-1].step, self._run.train.steps

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import orjson
+
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
 
@@ -40,8 +42,8 @@ class MetricsFile:
         self.last_lines = kept.last_lines
 
     def add(self, values: Mapping[str, Any]) -> None:
-        """Append a line."""
-        self._file.write(json.dumps(values).encode() + b"\n")
+        """Append a line; JSON has no numbers that are not finite, and null stands for them."""
+        self._file.write(orjson.dumps(values) + b"\n")
         self._file.flush()
         self.step_time_s += values.get(STEP_TIME, 0.0)
 

@@ -65,6 +65,15 @@ class Recovery:
             self._name_slow_ranks(readings[-1].step)
             self._steps_compared = 0
 
+    def can_go_back(self) -> bool:
+        """Whether there is a checkpoint; where there is none, what was learned is better kept than lost."""
+        found = self._engine.newest_good(self._run.run_dir) is not None
+        if not found:
+            last = self._health.streak[-1]
+            step = last.reading.step
+            self._warn(f"step {step} | {last.reason} in the last step, and no checkpoint to return to: it is kept")
+        return found
+
     def go_back(self) -> Progress:
         """Load the newest checkpoint, and leave out the samples of the bad steps from now on.
 

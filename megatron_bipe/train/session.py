@@ -40,13 +40,15 @@ def go_on(
         feed: of the batches.
         watchdog: entered.
         stop_request: from now on of all ranks together.
-        stop: updates done at the end.
+        stop: updates done at the end; where the run is further, nothing is done.
         profile: of some of them.
 
     Returns:
         Whether it came there; False where it was asked to stop before.
     """
     progress = _stand(run, engine, watchdog)
+    if progress.step > stop:
+        _log.info("the run is at step %d already, past the %d that are asked for", progress.step, stop)
     keep_freed_memory(mesh.device)  # from here on; what starting and loading took is given back
     events = Events(run.run_dir, mesh.is_main)
     stop_request.agree_by(engine.agreement.any)
@@ -57,7 +59,7 @@ def go_on(
     progress = train(run, Parts(engine, feed, metrics, watchdog, recovery, stop_request, profile), progress, stop)
     profile.close()
     metrics.close()
-    finished = progress.step == stop and not (stop_request.granted and progress.valid_owed)
+    finished = progress.step >= stop and not (stop_request.granted and progress.valid_owed)
     goodput = metrics.goodput() if mesh.is_main else None
     events.add(DONE if finished else STOP, step=progress.step, goodput=goodput)
     if stop_request.reason and not finished:

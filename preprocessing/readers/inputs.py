@@ -69,9 +69,10 @@ def find_inputs(inputs: Sequence[str]) -> list[Input]:
     found: dict[str, Input] = {}
     for entry in inputs:
         for item in _inputs_of(entry):
-            if item.name in found:
+            what = item.name if item.kind == HUB else str(Path(item.name).resolve())
+            if what in found:
                 log.warning("%s is named twice among the inputs; it is read once", item.name)
-            found[item.name] = item
+            found.setdefault(what, item)
     return list(found.values())
 
 

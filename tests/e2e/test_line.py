@@ -127,8 +127,10 @@ def test_line_exported_model_speaks_hugging_face(line):
     text = json.loads((folder / "valid.jsonl").read_text().splitlines()[0])["text"]
     stored = dataset.tokens(*dataset.document_bounds()[:2].tolist()).tolist()
     assert tokenizer(text)["input_ids"][-len(stored) + 1 :] == stored[1:]  # with or without BOS
-    generated = python("tools/generate.py", "--model", folder / "exported", "--prompt", "import", "--max-new-tokens", 5)
-    assert "import" in generated
+    generate = ("tools/generate.py", "--model", folder / "exported", "--prompt", "import", "--max-new-tokens", 5)
+    assert "import" in python(*generate, "--output", folder / "generated.txt")
+    assert "The file exists" in python(*generate, "--output", folder / "generated.txt", code=2)
+    assert "existing folder" in python(*generate, "--output", folder / "no" / "generated.txt", code=2)
 
 
 def test_line_bad_commands_leave_with_code_2_and_one_message(line, free_port):
@@ -145,6 +147,9 @@ def test_line_bad_commands_leave_with_code_2_and_one_message(line, free_port):
         "model.intra_size=8 is smaller": ["model.intra_size=8"],
         "was 2 and is now 3": [f"run_dir={folder / 'run'}", "model.num_layers=3"],
     }
+    for option in (("--stop-step", 0), ("--dry-run", -4)):
+        output = pretrain(*option, settings=data, ranks=1, port=free_port(), code=2)
+        assert output.count("Error: ") == 1 and "1 or more" in output, output
     for message, settings in cases.items():
         output = pretrain(settings=[*data, *settings], ranks=2, port=free_port(), code=2)
         assert output.count("Error: ") == 1 and message in output, output

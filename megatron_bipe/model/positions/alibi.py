@@ -9,13 +9,11 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layers import LayerFactory, heads_here
 from megatron_bipe.model.positions.relative import RelativeEncoding
 
 BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
 _BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly
-MAX_BIASED_POSITIONS = _BF16_INTEGERS**2
 _CHANNELS = 7
 _OWN_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
 
@@ -37,7 +35,8 @@ class KeyBias(RelativeEncoding):
     Softmax ignores what is constant along the keys, so slope x (key position - query position) may be
     replaced by slope x (key position - last position): a product of something the head knows and something
     the key knows, that is a few more channels in the dot product. bf16 holds 8 significant bits, so the
-    slope goes in three parts (24 bits) and the position in two exact ones: 6 channels. A seventh is the query's
+    slope goes in three parts (24 bits) and the position in two exact ones (up to 65,536, the limit in
+    config/encodings.py): 6 channels. A seventh is the query's
     and takes off what its own position gives, so that scores near the query stay small; how it is rounded
     does not matter, since it is the same for all keys. The channels come before the head's own and the largest come
     first: kernels add in that order, and the large numbers have cancelled before anything small is added. Queries
@@ -52,13 +51,6 @@ class KeyBias(RelativeEncoding):
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """The channels of keys [B, 1, T, 7]."""
-        num_tokens = positions_BT.shape[-1]
-        if num_tokens > MAX_BIASED_POSITIONS:
-            raise ConfigError(
-                f"a window of {num_tokens} tokens exceeds the {MAX_BIASED_POSITIONS} that ALiBi's exact key bias holds",
-                remedy="Use a shorter window",
-                place="train.seq_len_tokens or --lengths",
-            )
         back_BT = positions_BT[:, -1:] - positions_BT  # segments or tokens before the last key, >= 0
         coarse_BT = back_BT // _BF16_INTEGERS * _BF16_INTEGERS
         fine_BT, unit_BT = back_BT - coarse_BT, torch.full_like(back_BT, -_OWN_UNIT)

@@ -6,20 +6,19 @@ B batch · T positions · H head width
 import torch
 from torch import Tensor
 
-from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.positions.rotary import Rotary, Tables
 
 DECAY_POSITIONS = 512  # over these, pair i fades by the factor zeta_i; as published
 _GAMMA = 0.4  # as published: zeta of pair i is (2 i / H + gamma) / (1 + gamma), from 0.29 to almost 1
-MAX_FADING_POSITIONS = 2**14
 
 
 class Xpos(Rotary):
     """Rotated queries times zeta^(position/512), keys times its inverse: scores fade by zeta^(distance/512).
 
     Powers count from the middle of the training length, which cancels in every score; no other centre would let cached
-    keys stay. Up to `MAX_FADING_POSITIONS` they lie within e^-40 and e^40, which leaves bf16 and fp32 (e^88) room for
-    queries, keys and gradients. fp16 (e^11) ends about 4,500 positions from the middle.
+    keys stay. In windows of up to 16,384 tokens (the limit in config/encodings.py) they lie within e^-40 and e^40, so
+    that bf16 and fp32 (e^88) have room for queries, keys and gradients. fp16 (e^11) ends about 4,500 positions from the
+    middle.
 
     Blockwise attention, which its authors evaluate with, is no part of it here.
 
@@ -28,13 +27,6 @@ class Xpos(Rotary):
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tables, Tables]:
         """Cosines and sines, times the power of the query, and times that of the key."""
-        num_tokens = positions_BT.shape[-1]
-        if num_tokens > MAX_FADING_POSITIONS:
-            raise ConfigError(
-                f"a window of {num_tokens} tokens exceeds the {MAX_FADING_POSITIONS} over which XPOS stays in range",
-                remedy="Use a shorter window",
-                place="train.seq_len_tokens or --lengths",
-            )
         head_width = self.config.head_width
         zetas_H = (torch.arange(0, head_width, 2, device=positions_BT.device) / head_width + _GAMMA) / (1 + _GAMMA)
         powers_BT = (positions_BT - self.config.train_len_tokens // 2).float() / DECAY_POSITIONS

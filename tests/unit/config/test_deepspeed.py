@@ -84,6 +84,22 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
     assert error.value.place == "ds.json"
 
 
+@pytest.mark.parametrize(
+    ("sections", "named"),
+    [
+        ({"zero_optimization": 2}, "zero_optimization=2: a section is a JSON object"),
+        ({"bf16": True, "data_types": "fp32"}, 'bf16=true, data_types="fp32": a section'),
+        ({"zero_optimization": None}, "zero_optimization=null"),
+        ({"fp16": None}, "fp16=null"),
+        ({"zero_optimization": {"stage": True}}, "stage=True is none of 0, 1, 2, 3"),
+    ],
+)
+def test_engine_config_section_that_is_none_is_named(sections, named):
+    with pytest.raises(ConfigError, match=named) as error:
+        engine_config(load_run_config(None), sections, 1, "ds.json")
+    assert error.value.place == "ds.json"
+
+
 @pytest.mark.parametrize("text", ["{", "[]", ""])
 def test_read_ds_config_damaged_file_is_named(tmp_path, text):
     path = tmp_path / "ds.json"

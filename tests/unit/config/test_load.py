@@ -101,6 +101,7 @@ def test_dump_then_load_is_the_same_run(tmp_path):
         ("optimizer.warmup", "optimizer.warmup_steps"),
         ("modle", "model"),
         ("model.rope_scaling.kind", "model.rope_scaling"),
+        ("model.rope_scaling.beta_fats", "model.rope_scaling.beta_fast"),
     ],
 )
 def test_load_unknown_key_names_the_nearest_one(key, nearest):
@@ -125,7 +126,14 @@ def test_load_all_problems_are_named_at_once():
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("model: [", "cannot read"), ("- 1", "mapping of sections"), ("model: 3", "model=3"), ("\x00", "cannot read")],
+    [
+        ("model: [", "cannot read"),
+        ("- 1", "mapping of sections"),
+        ("model: 3", "model=3"),
+        ("\x00", "cannot read"),
+        ("train: {steps: 6}\nmodel: {}\ntrain: {save_every: 3}", "the key 'train' is there twice.* line 3"),
+        ("train: {steps: 6, seed: 1, steps: 7}", "the key 'steps' is there twice"),
+    ],
 )
 def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, message):
     path = tmp_path / "run.yaml"
@@ -135,13 +143,22 @@ def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, message):
     assert error.value.place == str(path)
 
 
+def test_load_key_that_an_anchor_brought_may_be_given_anew(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: &a {steps: 6, seed: 3}\noptimizer: {}\n")
+    assert load_run_config(path).train.steps == 6
+    path.write_text("train: {<<: {steps: 6, seed: 3}, steps: 7}\n")
+    train = load_run_config(path).train
+    assert (train.steps, train.seed) == (7, 3)
+
+
 def test_load_missing_file_lists_what_is_there(tmp_path):
     (tmp_path / "there.yaml").write_text("")
     with pytest.raises(ConfigError, match=r"there\.yaml"):
         load_run_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("override", ["train.steps", "train.steps.deep=1", "train.steps=[1"])
+@pytest.mark.parametrize("override", ["train.steps", "train.steps.deep=1", "train.steps=[1", "data.path={a: 1, a: 2}"])
 def test_load_malformed_override_is_refused(override):
     overrides = ["train.steps=5", override] if "deep" in override else [override]
     with pytest.raises(ConfigError):

@@ -28,11 +28,11 @@ def test_validate_default_run_passes_and_accumulates():
         (["model.encoding=rope", "model.position_range=9"], "model.position_range has no meaning"),
         (
             ["model.encoding=learned", "model.train_len_tokens=512"],
-            "seq_len_tokens=1024 exceeds the 512 positions of model.encoding=learned; set model.train_len_tokens=1024",
+            "seq_len_tokens=1024 exceeds the 512 that model.encoding=learned encodes; set model.train_len_tokens=1024",
         ),
         (
             ["model.encoding=randomized_rope", "model.position_range=1000"],
-            "exceeds the 1000 positions of model.encoding=randomized_rope; set model.position_range=1024 or more",
+            "exceeds the 1000 that model.encoding=randomized_rope encodes; set model.position_range=1024 or more",
         ),
         (["model.encoding=sinusoidal", "model.hidden_size=33", "model.num_heads=3"], "sines go with cosines"),
         (["model.encoding=xpos", "model.hidden_size=36", "model.num_heads=12"], "3 is odd, and model.encoding=xpos"),
@@ -58,6 +58,23 @@ def test_validate_default_run_passes_and_accumulates():
         (["train.steps=100"], "optimizer.warmup_steps=10000 exceeds the 100 steps"),
         (["train.global_batch=20"], "train.global_batch=20 is not a multiple of train.micro_batch=8 x 2"),
         (["data.path=a", "data.valid_path=a"], "is the training set"),
+        (
+            ["model.encoding=bipe_alibi", "train.seq_len_tokens=65600", "model.intra_size=65600"],
+            "train.seq_len_tokens=65600 exceeds the 65536 that model.encoding=bipe_alibi encodes; use a shorter window",
+        ),
+        (["model.encoding=xpos", "train.seq_len_tokens=16386"], "exceeds the 16384 that model.encoding=xpos encodes"),
+        (
+            ["model.encoding=learned", "train.seq_len_tokens=66", "model.train_len_tokens=64"],
+            "exceeds the 64 that model.encoding=learned encodes; set model.train_len_tokens=66 or more",
+        ),
+        (
+            ["model.encoding=rope", "model.rope_scaling={type: linear, factor: 2, beta_slow: 2, attention_factor: 2}"],
+            "scaling.beta_slow has no meaning for model.rope_scaling.type=linear.*scaling.attention_factor has",
+        ),
+        (
+            ["model.encoding=randomized_rope", "model.rope_scaling={type: yarn, factor: 2}"],
+            "draws positions; set model.rope_scaling.original_positions to .* drawn from, 4096 as configured",
+        ),
         (["data.path={b: 1, a: 2}", "data.valid_path=a"], "data.valid_path=a is the training set"),
         (["data.path=[b, a]", "data.valid_path=a/"], "data.valid_path=a is the training set"),
         (["data.path=[b, a, a/]"], "data.path names a more than once"),

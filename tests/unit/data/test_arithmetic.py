@@ -135,6 +135,9 @@ def test_bad_options_and_problems_longer_than_a_window_are_refused(tmp_path):
     for wrong in ({"operators": range(3)}, {"operators": range(3, 3)}, {"problems": 0}):
         with pytest.raises(DataError, match=r"Ask for 1 problem or more, of 1 operator or more"):
             prepare_arithmetic(options(tmp_path, **wrong))
+    for length in (1, 0, -5):
+        with pytest.raises(DataError, match=f"windows of {length} tokens hold no problem"):
+            prepare_arithmetic(options(tmp_path, length=length))
     with pytest.raises(DataError, match=r"a window has 12.*\[problem \d+, of [23] operators\]"):
         prepare_arithmetic(options(tmp_path, length=12))
     with pytest.raises(DataError, match="no single token of this vocabulary"):

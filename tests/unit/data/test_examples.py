@@ -11,7 +11,7 @@ from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import Blend, open_blend
 from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.examples import ExampleDataset, open_dataset
+from megatron_bipe.data.examples import ExampleDataset, open_dataset, open_text
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
 from megatron_bipe.data.resegment import resegment
 from megatron_bipe.data.segments import SegmentRule
@@ -131,6 +131,13 @@ def test_dataset_without_examples_is_refused(tmp_path, write_dataset):
     write_dataset(tmp_path, [[]], examples=MADE_FOR)
     with pytest.raises(DataError, match="has no examples"):
         open_dataset(tmp_path).num_windows(SEQ)
+
+
+def test_examples_where_text_is_wanted_are_refused(tmp_path, write_dataset, folder):
+    with pytest.raises(DataError, match=r"it has examples of .*, prompts with answers, and this is for text"):
+        open_text(folder)
+    write_dataset(tmp_path / "text", [[[1, 2, 3]]])
+    assert open_text(tmp_path / "text").num_tokens == 3
 
 
 def _run(folder, seq_len_tokens=SEQ):

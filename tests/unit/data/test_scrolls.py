@@ -1,6 +1,7 @@
 """Prompts and answers of SCROLLS, at and beside every limit; and the benchmark's files."""
 
 import json
+import zipfile
 
 import numpy as np
 import pytest
@@ -171,3 +172,24 @@ def test_missing_files_are_named_with_the_command_that_fetches_them(tmp_path):
     (tmp_path / "qasper.zip").write_bytes(b"no zip file")
     with pytest.raises(DataError, match=r"the file cannot be read.*qasper.zip\]"):
         list(read_rows(tmp_path, "qasper", "train"))
+
+
+def test_output_without_text_is_none(tmp_path):
+    (tmp_path / "qasper").mkdir()
+    lines = [
+        {"id": "a", "pid": f"a{n}", "input": "?", "output": text} for n, text in enumerate(["", " \n", None, " x "])
+    ]
+    (tmp_path / "qasper" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    assert questions(read_rows(tmp_path, "qasper", "test")) == [Question("a", "?", (" x ",))]
+
+
+def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
+    with zipfile.ZipFile(tmp_path / "qasper.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        lines = [{"id": f"{n}", "pid": f"{n}", "input": f"text {n * n}", "output": "x"} for n in range(300)]
+        archive.writestr("qasper/train.jsonl", "\n".join(map(json.dumps, lines)))
+    whole = (tmp_path / "qasper.zip").read_bytes()
+    for place in range(60, 300, 7):
+        (tmp_path / "qasper.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+        with pytest.raises(DataError) as error:
+            list(read_rows(tmp_path, "qasper", "train"))
+        assert "qasper" in error.value.place

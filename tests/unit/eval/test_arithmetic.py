@@ -16,7 +16,7 @@ PROBLEMS = [Problem("1+2*3=", "1+6=7", 2), Problem("2*2-4=", "4-4=0", 2), Proble
 @pytest.fixture
 def generator(tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
-    return Generator(None, load_tokenizer(tmp_path / "tokenizer"), 64)  # what it would generate is given
+    return Generator(None, load_tokenizer(tmp_path / "tokenizer"), None)  # what it would generate is given
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,19 @@ def test_right_is_what_ends_with_the_value(monkeypatch, generator, answers, num_
     assert asked["prompts"][0] == [1, *generator.tokenizer.encode_batch(["1+2*3="])[0].tolist()]
     assert asked["new_tokens"] == 7  # a quarter more than 5 and EOS
     assert found.num_tokens == 1 + 6 + 6
+
+
+@pytest.mark.parametrize(("longest", "new_tokens"), [(13, 6), (14, 7), (15, 7), (12, 6)])
+def test_what_may_be_generated_ends_with_the_positions_of_the_model(monkeypatch, generator, longest, new_tokens):
+    asked = []
+
+    def generate(_, prompts, limits, advance):
+        asked.append(limits.new_tokens)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(arithmetic, "generate", generate)
+    arithmetic.solve_all(generator._replace(longest_window_tokens=longest), PROBLEMS, 1000)
+    assert asked == [new_tokens]  # for the longest right solution always, which then is refused where it does not fit
 
 
 def test_asked_problems_are_held_out_and_differ():

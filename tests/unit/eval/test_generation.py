@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bipe.data.segments import bilevel_ids, resolve_rule, segment_ends
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.generation import Limits, batches, generate, load_generator
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
@@ -45,7 +45,7 @@ def _greedy(subject, prompt):
 def test_generation_in_batches_is_the_training_models_choice_token_by_token(exported, letters):
     folder, subject = exported
     generator = load_generator(folder, "cpu", torch.float32)
-    assert generator.train_len_tokens == 32
+    assert generator.longest_window_tokens == subject.config.longest_window_tokens
     texts = ["abc de", "c", "hello world. c and more of it", "x", "the end c"]
     prompts = [np.concatenate([[1], ids]) for ids in letters.encode_batch(texts)]
     done = []
@@ -64,6 +64,22 @@ def test_answer_ends_before_eos(exported, letters):
     generator.tokenizer.special_ids = generator.tokenizer.special_ids | {"eos": stop}
     [cut] = generate(generator, [prompt], Limits(NEW))
     assert cut == whole[: whole.index(stop)]
+
+
+def test_prompts_that_do_not_fit_the_encoding_are_refused_before_any_is_gone_on_with(exported, letters):
+    generator = load_generator(exported[0], "cpu", torch.float32)._replace(longest_window_tokens=20)
+    prompts = [np.full(length, 5) for length in (3, 9)]
+    assert len(generate(generator, prompts, Limits(11))) == 2
+    with pytest.raises(ConfigError, match="prompts of up to 9 tokens and 12 new ones exceed the 20"):
+        generate(generator, prompts, Limits(12))
+
+
+def test_damaged_weights_are_refused(exported):
+    weights = exported[0] / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(CheckpointError, match="not as they were exported"):
+        load_generator(exported[0], "cpu", torch.float32)
 
 
 def test_batches_take_the_longest_first_and_stay_below_the_limit():
@@ -85,5 +101,8 @@ def test_models_that_cannot_answer_are_refused(exported, tmp_path):
         load_generator(folder, "cpu", torch.float32)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
     (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=r"the weights model\.safetensors cannot be read: No such file"):
+        load_generator(folder, "cpu", torch.float32)
+    (folder / "SHA256SUMS").unlink()
     with pytest.raises(CheckpointError, match="transformers cannot load it"):
         load_generator(folder, "cpu", torch.float32)

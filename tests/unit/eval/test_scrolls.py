@@ -16,8 +16,8 @@ ASKED = [Question("a", "?", ("the cat", "a dog")), Question("b", "?", ("x y",))]
 ANSWERS = {"b": 'x, "z"\n', "a": "dog"}
 
 
-def _about(scores, split="validation"):
-    return {"split": split, "num_examples": 2, "scores": scores}
+def _about(scores, split="validation", limit=None):
+    return {"split": split, "num_examples": 2, "scores": scores, "limit": limit}
 
 
 def test_scores_are_of_each_inputs_own_answer():
@@ -68,6 +68,18 @@ def test_table_has_the_benchmarks_mean_once_all_seven_are_there_and_of_one_split
     write_results(tmp_path, task, _about(None, "test"), ANSWERS)
     table = results_table(tmp_path)
     assert "\nmean" not in table and "no outputs" in table
+    write_results(tmp_path, task, _about({"score": 1.0}, "train"), ANSWERS)
+    assert "\nmean" not in results_table(tmp_path)
+    write_results(tmp_path, task, _about({"score": 1.0}, limit=2), ANSWERS)
+    table = results_table(tmp_path)
+    assert "\nmean" not in table and "the first 2" in table
+
+
+def test_what_is_submitted_is_of_one_split(tmp_path):
+    for name, split in (("qasper", "validation"), ("quality", "test"), ("qmsum", "test")):
+        write_results(tmp_path, TASKS[name], _about(None, split), ANSWERS)
+    with (tmp_path / "scrolls.csv").open(newline="") as file:
+        assert {row["Task"] for row in csv.DictReader(file)} == {"quality", "qmsum"}
 
 
 @pytest.mark.parametrize("content", ["{", "{}", "[1]", '{"scores": {}, "split": "test"}'])

@@ -34,7 +34,7 @@ def test_check_suits_padded_token_table_passes(make_dataset, make_subject, docum
 
 @pytest.mark.parametrize("rule", [SENTENCE, SegmentRule(spec="fixed:8", token_ids=())])
 def test_check_suits_other_rule_names_both(make_dataset, make_subject, documents, rule):
-    with pytest.raises(DataError, match=rf"'newline' \(token ids 13\).*'{rule.spec}'.*--segments 'newline'"):
+    with pytest.raises(DataError, match=rf"'{rule.spec}'.*'newline' \(token ids 13\).*--segments 'newline'"):
         check_suits(make_subject("bipe_alibi"), make_dataset(documents, rule=rule))
 
 

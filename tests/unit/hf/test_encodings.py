@@ -18,6 +18,7 @@ GRID = [(f"bipe_{relative}", absolute) for relative in RELATIVE for absolute in 
 ALL = [(name, "learned") for name in PLAIN] + GRID
 YARN = RopeScaling(type="yarn", factor=4.0, beta_fast=8.0, original_positions=16)
 SCALINGS = [RopeScaling(type="ntk", factor=4.0), YARN, RopeScaling(type="yarn", factor=2.0, attention_factor=1.3)]
+DYNAMIC = RopeScaling(type="dynamic", factor=4.0)
 LIVELY = {"no_repeat_ngram_size": 2, "sequence_bias": {(3,): 4.0, (5,): 4.0}, "max_new_tokens": 14}
 
 
@@ -101,6 +102,8 @@ EXPORTED = [
     {"encoding": "rope", "rope_scaling": SCALINGS[0]},
     {"encoding": "rope", "rope_scaling": YARN},
     {"encoding": "rope", "rope_scaling": SCALINGS[2]},
+    {"encoding": "rope", "rope_scaling": DYNAMIC},
+    {"encoding": "bipe_nope", "intra_encoding": "sinusoidal", "intra_size": 4},
 ]
 
 
@@ -110,7 +113,7 @@ def test_exported_model_loads_as_users_load_it_and_back(tmp_path, changes, tiny,
     plan, windows, folder = plan_of(config), (tokens, *ids_of(tokens, config)), tmp_path / "m"
     figure = export_model(plan.state_dict(), config, folder, fields, windows, None, ExportOptions(dtype=torch.float32))
     assert figure < TOLERANCE
-    stock = config.encoding == "rope"
+    stock = config.encoding == "rope" and config.rope_scaling != DYNAMIC
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
     assert (type(model) is LlamaForCausalLM) == stock
     with torch.no_grad():
@@ -146,6 +149,40 @@ def test_learned_table_that_ends_is_one_clear_error(tiny, plan_of, hf_of, tokens
     mask = torch.ones(1, 33, dtype=torch.long)
     mask[0, 0] = 0  # padding has no place
     assert model(tokens_of(1, 33), attention_mask=mask).logits.shape == (1, 33, 64)
+
+
+def test_learned_table_does_not_ask_for_the_places_of_padding(tiny, plan_of, hf_of, tokens_of):
+    config = tiny(encoding="learned")
+    model, tokens, mask = hf_of(plan_of(config), config), tokens_of(2, 40), torch.ones(2, 40, dtype=torch.long)
+    mask[0, 32:] = mask[1, 31:] = 0
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask).logits
+        torch.testing.assert_close(found[0, :32], model(tokens[:1, :32]).logits[0], **NEAR)
+        torch.testing.assert_close(found[1, :31], model(tokens[1:, :31]).logits[0], **NEAR)
+
+
+@pytest.mark.parametrize("encoding", ["xpos", "bipe_xpos"])
+def test_xpos_has_an_end(encoding, tiny, plan_of, hf_of, tokens_of):
+    config = tiny(encoding=encoding, num_layers=1, hidden_size=8, num_heads=1, ffn_size=8)
+    model = hf_of(plan_of(config), config)
+    with torch.no_grad():
+        cached = model(tokens_of(1, 2**14)).past_key_values
+        with pytest.raises(ValueError, match="XPOS stays in range up to 16384 tokens; these are 16385"):
+            model(tokens_of(1, 1), past_key_values=cached)
+
+
+def test_dynamic_scaling_of_a_row_goes_by_that_row_alone(tiny, plan_of, hf_of, tokens_of):
+    config = tiny(encoding="rope", rope_scaling=DYNAMIC)
+    plan = plan_of(config)
+    model, tokens, mask = hf_of(plan, config), tokens_of(2, 90), torch.ones(2, 90, dtype=torch.long)
+    mask[0, :60] = 0
+    with torch.no_grad():
+        found = model(tokens, attention_mask=mask, use_cache=False).logits  # longer: beside, then before
+        for row, start in ((0, 60), (1, 0)):
+            alone = tokens[row : row + 1, start:]
+            expected = plan((alone, *ids_of(alone, config)))
+            torch.testing.assert_close(found[row, start:], expected[0], **NEAR)
+            torch.testing.assert_close(model(alone, use_cache=False).logits, expected, **NEAR)
 
 
 def test_spread_positions_have_an_end_and_no_cache_beyond_the_training_length(tiny, plan_of, hf_of, tokens_of, fields):

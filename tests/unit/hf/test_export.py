@@ -82,7 +82,7 @@ def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(
 
 
 def test_export_of_rope_is_a_stock_llama(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny(encoding="rope", rope_scaling=RopeScaling(type="dynamic", factor=2.0), num_kv_heads=2)
+    config = tiny(encoding="rope", rope_scaling=RopeScaling(type="linear", factor=2.0), num_kv_heads=2)
     export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
     settings = json.loads((tmp_path / "m" / "config.json").read_text())
     assert "auto_map" not in settings
@@ -90,13 +90,18 @@ def test_export_of_rope_is_a_stock_llama(tmp_path, tiny, plan_of, fields, window
     assert settings["segments"] == {"spec": "[3,5]", "token_ids": [3, 5]}
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
     assert type(model) is LlamaForCausalLM
-    assert model.generation_config.use_cache is False  # dynamic scaling: cached keys would go stale
+    assert model.generation_config.use_cache is not False
 
 
-def test_export_of_rope_with_log_scale_is_remote_code(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny(encoding="rope", log_scale=True)
+@pytest.mark.parametrize(
+    "changes", [{"log_scale": True}, {"rope_scaling": RopeScaling(type="dynamic", factor=2.0)}], ids=str
+)
+def test_export_of_rope_as_llama_does_not_have_it_is_remote_code(tmp_path, tiny, plan_of, fields, windows, changes):
+    config = tiny(encoding="rope", **changes)
     export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
     assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "bipe"
+    generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+    assert generation.get("use_cache", True) == ("log_scale" in changes)  # else cached keys would go stale
 
 
 def test_export_writes_everything_a_user_needs(tmp_path, tiny, plan_of, fields, windows):

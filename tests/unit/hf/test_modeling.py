@@ -23,7 +23,7 @@ PUBLISHED = SegmentRule(spec="reference", token_ids=(13, 869))
 def ids_of(tokens, config, rule=None):
     rule = rule or SegmentRule(spec="[3,5]", token_ids=(3, 5))
     ends = window_ends(segment_ends(tokens.numpy(), rule), rule)
-    return tuple(torch.from_numpy(ids) for ids in bilevel_ids(ends, config.intra_size - 1))
+    return tuple(torch.from_numpy(ids) for ids in bilevel_ids(ends, config.intra_clip))
 
 
 def published(folder, hf_of, fields):

@@ -6,9 +6,8 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layers import LocalLayers
-from megatron_bipe.model.positions.alibi import MAX_BIASED_POSITIONS, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
 from megatron_bipe.model.positions.make import make_relative
 from megatron_bipe.model.positions.rotary import Rotary
 from megatron_bipe.model.positions.scaling import rotary_frequencies
@@ -133,10 +132,3 @@ def test_key_bias_widened_heads_are_a_multiple_of_eight(head_width):
     assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 7 + 7) // 8 * 8
     assert wide_q.shape[1] == 4 and wide_k.shape[1] == 2
     assert torch.equal(wide_q[..., 7 : head_width + 7], q) and torch.equal(wide_k[..., 7 : head_width + 7], k)
-
-
-def test_key_bias_window_beyond_exact_range_names_both_lengths():
-    num_tokens = MAX_BIASED_POSITIONS + 1
-    q = torch.zeros(1, 1, num_tokens, 8)
-    with pytest.raises(ConfigError, match=f"{num_tokens} tokens exceeds the {MAX_BIASED_POSITIONS}"):
-        KeyBias(torch.ones(1), 8)(q, q, torch.zeros(1, num_tokens, dtype=torch.int64))

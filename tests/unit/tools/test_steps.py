@@ -31,14 +31,27 @@ def test_run_steps_stops_at_the_first_that_fails(steps, tmp_path):
 
     planned = [step("a", f"open({str(tmp_path / 'a')!r}, 'w')"), step("b", "1/0"), step("c", "1/0")]
     with pytest.raises(BipeError, match="exit code 1") as error:
-        steps.run_steps(planned, tmp_path / "logs")
-    assert error.value.place.endswith("02-b.log") and (tmp_path / "a").exists()
+        steps.run_steps(planned, tmp_path)
+    assert error.value.place.endswith("b.log") and (tmp_path / "a").exists()
 
 
 def test_run_step_finished_before_is_not_run_again(steps, tmp_path, capsys):
     (tmp_path / "result").touch()
-    steps.run_step(steps.Step("Fail", ["false"], tmp_path / "result"), "1/1", tmp_path / "logs")
+    steps.run_step(steps.Step("Fail", ["false"], tmp_path / "result"), tmp_path)
     assert "done before" in capsys.readouterr().out
+
+
+def test_run_step_result_of_another_command_is_refused(steps, tmp_path, monkeypatch):
+    def step(*options, folder=tmp_path):
+        return steps.Step("Do it", ["touch", f"{folder}/result", *options], folder / "result")
+
+    steps.run_step(step(), tmp_path)
+    steps.run_step(step(), tmp_path)
+    with pytest.raises(BipeError, match=r"result was made by '\$ touch OUTPUT/result', and now it is .*--no-create"):
+        steps.run_step(step("--no-create"), tmp_path)
+    monkeypatch.chdir(tmp_path.parent)
+    relative = Path(tmp_path.name)
+    steps.run_step(step(folder=relative), relative)  # the same, from elsewhere
 
 
 def test_run_step_keeps_all_output_and_shows_what_matters(steps, tmp_path, capsys):
@@ -46,15 +59,15 @@ def test_run_step_keeps_all_output_and_shows_what_matters(steps, tmp_path, capsy
         "result", str(tmp_path / "result")
     )
     step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
-    steps.run_step(step, "1/1", tmp_path / "logs")
+    steps.run_step(step, tmp_path)
     shown = capsys.readouterr().out
     assert "    step 1\n" in shown and "    [2026" not in shown
-    assert "noise" in (tmp_path / "logs" / "01-Do_it.log").read_text()
+    assert "noise" in (tmp_path / "logs" / "Do_it.log").read_text()
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
 def test_run_step_failing_or_without_result_names_its_log(steps, tmp_path, code):
     step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
     with pytest.raises(BipeError, match="did not make") as error:
-        steps.run_step(step, "2/9", tmp_path / "logs")
-    assert error.value.place == str(tmp_path / "logs" / "02-Do_it.log")
+        steps.run_step(step, tmp_path)
+    assert error.value.place == str(tmp_path / "logs" / "Do_it.log")

@@ -23,28 +23,34 @@ def test_reaches_end_where_an_encoding_does(study):
     assert study.reaches(["learned"], ["model.train_len_tokens=600"])["learned"] == (256, 512)
 
 
+def test_reaches_of_an_encoding_that_ends_before_the_first_length_is_one_error(study):
+    with pytest.raises(ConfigError, match="learned ends at 128 tokens, and windows of training have 256"):
+        study.reaches(["rope", "learned"], ["model.train_len_tokens=128"])
+
+
 @pytest.mark.parametrize(("names", "message"), [(["ropes"], "should be one of"), (["rope", "rope"], "twice")])
 def test_reaches_of_wrong_names_is_one_error(study, names, message):
     with pytest.raises(ConfigError, match=message):
         study.reaches(names, [])
 
 
-def test_plan_trains_each_and_evaluates_those_of_equal_reach_together(study):
+def test_plan_trains_each_and_evaluates_each_up_to_its_reach(study):
     reach = study.reaches(["rope", "learned", "bipe_rope"], [])
     steps = study.plan(Path("some where"), reach, ["train.steps=7"])
     assert [step.title for step in steps[4:]] == [
         "Train rope",
         "Train learned",
         "Train bipe_rope",
-        "Evaluate up to 2048 tokens",
-        "Evaluate up to 256 tokens",
+        "Evaluate rope",
+        "Evaluate learned",
+        "Evaluate bipe_rope",
     ]
-    together = steps[7].command
-    assert together[together.index("--model") + 1 : together.index("--data")] == [
-        "some where/runs/rope",
-        "some where/runs/bipe_rope",
+    commands = [step.command for step in steps[7:]]
+    assert [words[words.index("--model") + 1] for words in commands] == [
+        f"some where/runs/{name}" for name in ("rope", "learned", "bipe_rope")
     ]
-    assert together[together.index("--lengths") + 1] == "256,512,768,1024,1536,2048"
+    lengths = [words[words.index("--lengths") + 1] for words in commands]
+    assert lengths == ["256,512,768,1024,1536,2048", "256", "256,512,768,1024,1536,2048"]
     assert steps[4].result == Path("some where/runs/rope/checkpoints/step-00000007")
     for step in steps:
         assert (ROOT / next(word for word in step.command if word.endswith(".py"))).is_file()
@@ -53,10 +59,10 @@ def test_plan_trains_each_and_evaluates_those_of_equal_reach_together(study):
 
 def test_table_has_a_line_for_each_and_leaves_out_what_is_beyond_reach(study, tmp_path):
     for folder, rows in {
-        "evaluation-512": ["rope,256,9.04", "rope,512,20.5"],
-        "evaluation-256": ["learned,256,9.5"],
+        "evaluation/rope": ["rope,256,9.04", "rope,512,20.5"],
+        "evaluation/learned": ["learned,256,9.5"],
     }.items():
-        (tmp_path / folder).mkdir()
+        (tmp_path / folder).mkdir(parents=True)
         text = "\n".join(["encoding,length_tokens,perplexity", *rows])
         (tmp_path / folder / "perplexity.csv").write_text(text)
     found = study.perplexities(tmp_path, {"learned": (256,), "rope": (256, 512)})

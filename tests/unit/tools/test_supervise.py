@@ -53,6 +53,23 @@ def test_supervise_stop_is_passed_on_and_runs_what_requeues(tmp_path):
     assert process.returncode == 75 and (tmp_path / "requeued").exists(), output
 
 
+def test_supervise_that_what_requeues_fails_is_said_and_the_run_is_still_to_be_continued(tmp_path):
+    (tmp_path / "events.jsonl").write_text("")
+    script = f"""echo '{{"time": 1, "event": "stop"}}' >> {tmp_path}/events.jsonl; exit 75"""
+    output, code = _supervise(tmp_path, script, "--on-stop", "false")
+    assert code == 75 and "--on-stop ['false'] left with exit code 1" in output, output
+    output, code = _supervise(tmp_path, script, "--on-stop", "/no/such")
+    assert code == 75 and "'/no/such' cannot be started: No such file" in output, output
+
+
+def test_supervise_commands_that_are_none_are_one_error(tmp_path):
+    for arguments in (["--", "/no/such"], ["--hosts-command", "/no/such", "--", "true"]):
+        command = [sys.executable, str(ROOT / "tools" / "supervise.py"), str(tmp_path), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 2 and "'/no/such' cannot be started: No such file" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_supervise_ends_what_a_launch_leaves(tmp_path):
     output, code = _supervise(tmp_path, f"sleep 300 & echo $! > {tmp_path}/pid; exit 2")
     pid = int((tmp_path / "pid").read_text())

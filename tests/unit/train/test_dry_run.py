@@ -1,6 +1,9 @@
 """What a run would be, in words and numbers."""
 
+import pytest
+
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.dry_run import describe
 
 PARAMETERS = 163_203_840  # of the default run
@@ -38,6 +41,18 @@ def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_da
     assert f"{big}: 75.00% of the windows; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
     by_tokens = describe(load_run_config(None, [f"data.path=[{small}, {big}]", *length]), {}, num_ranks=1)
     assert by_tokens.count("reads it 10.24 times") == 2
+
+
+def test_describe_data_that_the_run_would_refuse_is_refused(tmp_path, write_dataset):
+    write_dataset(tmp_path / "data", [[[1] * 1000]])
+    small = ["model.vocab_size=8", "train.seq_len_tokens=100"]
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=8 is smaller"):
+        describe(load_run_config(None, [f"data.path={tmp_path / 'data'}", *small]), {}, num_ranks=1)
+    write_dataset(tmp_path / "other", [[[1] * 1000]], vocab_size=8)
+    paths = [f"data.path={tmp_path / 'other'}", f"data.valid_path={tmp_path / 'data'}"]
+    with pytest.raises(ConfigError, match=r"model\.vocab_size=8 is smaller") as error:
+        describe(load_run_config(None, [*paths, *small]), {}, num_ranks=1)
+    assert error.value.place == str(tmp_path / "data")
 
 
 def test_describe_empty_dataset_is_described(tmp_path, write_dataset):

@@ -1,5 +1,7 @@
 """What is written down of a run beside its steps."""
 
+import orjson
+
 from megatron_bipe.train.events import EVENTS, Events, read_events
 
 
@@ -17,6 +19,12 @@ def test_events_a_line_cut_off_by_a_crash_costs_no_other(tmp_path):
         file.write('{"time": 1, "ev')
     events.add("stop", step=1)
     assert [event["event"] for event in read_events(tmp_path)] == ["start", "stop"]
+
+
+def test_events_are_json_also_of_what_is_not_finite(tmp_path):
+    Events(tmp_path, True).add("bad step", step=3, loss_nats=float("nan"), grad_norm=float("inf"))
+    [event] = [orjson.loads(line) for line in (tmp_path / EVENTS).read_bytes().splitlines()]
+    assert (event["step"], event["loss_nats"], event["grad_norm"]) == (3, None, None)
 
 
 def test_events_other_ranks_write_nothing(tmp_path):

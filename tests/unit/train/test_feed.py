@@ -10,6 +10,7 @@ from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.order import SampleOrder
+from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.feed import Feed
@@ -118,6 +119,22 @@ def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset)
     write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
     with pytest.raises(DataError, match="a" * 64):
         Feed(run, _mesh())
+
+
+def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run, write_dataset):
+    other = SegmentRule(spec="fixed:3", token_ids=())
+    write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)
+    with pytest.raises(DataError, match=r"was made with segment rule 'fixed:3', but .* is expected here"):
+        Feed(run, _mesh())
+    Feed(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
+
+
+def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
+    model = run.model.model_copy(update={"intra_size": 8})
+    short = run.model_copy(update={"model": model})
+    sines = run.model_copy(update={"model": model.model_copy(update={"intra_encoding": "sinusoidal", "intra_size": 2})})
+    learned, places = (next(iter(Feed(each, _mesh()).train_batches(0))).intra_BT for each in (short, sines))
+    assert learned.max() <= 7 and places.max() >= 2 and torch.equal(learned, places.clamp(max=7))
 
 
 def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):

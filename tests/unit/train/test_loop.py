@@ -143,6 +143,16 @@ def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start):
     assert '"loss/valid_nats"' not in (done.run_dir / "metrics.jsonl").read_text()
 
 
+def test_train_last_step_bad_without_a_checkpoint_is_kept(start, caplog):
+    done = start("train.save_every=0", bad_steps=[6])
+    assert done.notes.of("save") == [6] and done.end.step == 6
+    assert "in the last step, and no checkpoint to return to: it is kept" in caplog.text
+    trouble = start("train.save_every=0", "health.patience=2", bad_steps=[6])
+    assert trouble.notes.of("save") == [6]  # one is not trouble
+    with pytest.raises(HealthError, match="no checkpoint to return to"):
+        start("train.save_every=0", "health.patience=2", bad_steps=[5, 6])
+
+
 def test_train_single_bad_step_goes_on_and_is_written_down(start):
     done = start(bad_steps=[3])
     assert done.notes.of("step") == [256 * step for step in range(6)]
@@ -161,8 +171,8 @@ def test_train_bad_steps_in_a_row_go_back_and_pass_their_samples_over(start):
     assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 5, 6, 7)]
     assert done.end.step == 6 and done.end.samples == 8 * 256
     lines = (done.run_dir / "metrics.jsonl").read_text()
-    assert [lines.count(f'"step": {step}, ') for step in range(1, 7)] == [1, 2, 1, 2, 1, 2]  # even ones are validated
-    assert "NaN" not in lines
+    assert [lines.count(f'"step":{step},') for step in range(1, 7)] == [1, 2, 1, 2, 1, 2]  # even ones are validated
+    assert "null" not in lines
 
 
 def test_train_good_steps_between_checkpoint_and_trouble_are_done_again(start):

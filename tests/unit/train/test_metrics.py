@@ -1,8 +1,10 @@
 """metrics.jsonl and TensorBoard: every step once, also over restarts, whatever moment the kill comes."""
 
 import json
+import math
 import os
 
+import orjson
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -54,6 +56,17 @@ def test_metrics_every_step_has_one_line_with_units(run):
     keys = {"optim/lr", "optim/grad_norm", "time/step_s", "rate/tokens_per_s", "mem/peak_gib", "util/mfu"}
     assert keys | {"run/goodput"} <= set(lines[0])
     assert lines[3]["valid/perplexity"] == pytest.approx(7.389, abs=1e-3)
+
+
+def test_metrics_of_a_loss_that_is_not_finite_are_json_and_shown_again_after_a_restart(run):
+    metrics = Metrics(run, MAIN, Progress(), None)
+    metrics.step(1, (0, 8), StepResult(torch.tensor(torch.nan), float("inf")), lr=1e-4)
+    metrics.close()
+    [line] = [orjson.loads(line) for line in (run.run_dir / "metrics.jsonl").read_bytes().splitlines()]
+    assert (line["loss/train_nats"], line["optim/grad_norm"]) == (None, None)
+    Metrics(run, MAIN, Progress(step=1), None).close()
+    [(step, loss)] = _scalars(run, "loss/train_nats")
+    assert step == 1 and math.isnan(loss)
 
 
 def test_metrics_flush_tells_what_it_read(run):

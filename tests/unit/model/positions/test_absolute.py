@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.embedding import Embedding
@@ -72,8 +73,17 @@ def test_none_adds_nothing(encoding):
 def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
     model = build_model(embedding_of(encoding)._config)
     assert model(windows(longest)).isfinite().all()
-    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} positions of .*{encoding}"):
+    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} that .*{encoding} encodes"):
         model(windows(longest + 1))
+
+
+@pytest.mark.parametrize("name", ["alibi", "bipe_alibi", "xpos", "bipe_xpos"])
+def test_window_beyond_what_attention_encodes_is_refused_before_it_is_reached(name):
+    longest = RELATIVE[name.removeprefix("bipe_")].longest_window_tokens
+    embedding = embedding_of(name)
+    embedding(windows(longest))
+    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} that .*{name} encodes"):
+        embedding(windows(longest + 1))
 
 
 def test_sinusoidal_keeps_the_precision_of_the_residual_stream():

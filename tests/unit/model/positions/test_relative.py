@@ -6,15 +6,14 @@ import math
 import pytest
 import torch
 
+from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.causal import causal_attention
 from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.make import make_relative
 from megatron_bipe.model.positions.relative import RelativeEncoding
-from megatron_bipe.model.positions.xpos import MAX_FADING_POSITIONS
 
 HEADS, WIDTH, TRAINED = 2, 8, 64
 
@@ -70,7 +69,7 @@ def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
-    positions = token_positions(MAX_FADING_POSITIONS)[:, -40:]
+    positions = token_positions(RELATIVE["xpos"].longest_window_tokens)[:, -40:]
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(40))
     grown, shrunk = (x.detach() for x in make_relative(config_of("xpos"))(q, k, positions))
     assert grown[grown != 0].abs().min() > 1e-22 and shrunk.abs().max() < 1e19  # fp32 and bf16: 1.2e-38 to 3.4e38
@@ -81,12 +80,6 @@ def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
     wanted = torch.autograd.grad(near.float().square().sum(), (q, k, v))
     for found, expected in zip(torch.autograd.grad(far.float().square().sum(), (q, k, v)), wanted, strict=True):
         torch.testing.assert_close(found, expected, atol=4 * tolerance, rtol=4 * tolerance)
-
-
-def test_xpos_window_beyond_its_range_is_refused():
-    q = torch.zeros(1, 1, MAX_FADING_POSITIONS + 1, WIDTH)
-    with pytest.raises(ConfigError, match=f"{MAX_FADING_POSITIONS + 1} tokens exceeds the {MAX_FADING_POSITIONS}"):
-        make_relative(config_of("xpos"))(q, q, token_positions(MAX_FADING_POSITIONS + 1))
 
 
 def bucket(distance):

@@ -78,11 +78,14 @@ def test_find_inputs_folder_that_may_not_be_searched_is_an_error(
         find_inputs([str(tmp_path)])
 
 
-def test_find_inputs_file_named_twice_is_read_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_find_inputs_file_named_twice_is_read_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").write_text("x")
-    found = find_inputs([str(tmp_path / "b.txt"), str(tmp_path)])
-    assert [Path(item.name).name for item in found] == ["b.txt", "a.txt"]
+    monkeypatch.chdir(tmp_path)
+    found = find_inputs(["b.txt", str(tmp_path)])
+    assert [item.name for item in found] == ["b.txt", str(tmp_path / "a.txt")]
     assert "named twice" in caplog.text
 
 
