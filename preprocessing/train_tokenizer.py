@@ -54,6 +54,10 @@ def train_tokenizer(options: TrainOptions) -> Path:
     require_at_least("--sample-bytes", options.sample_bytes, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
     files = find_inputs(options.inputs)
+    if options.output.exists() and not options.output.is_dir():
+        raise DataError(
+            "The output is a file, and a tokenizer is a folder", remedy="Name another", place=options.output
+        )
     names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
     present = [name for name in names if (options.output / name).exists()]
     if present and not options.overwrite:

@@ -267,7 +267,7 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         """Let a static cache find its own shapes: the keys of layer 0 are wider than those of the others."""
 
     def bilevel_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Intra-segment ids (clipped to the table) and inter-segment ids, int64 [B, T].
+        """Intra-segment ids (clipped to the table, where there is one) and inter-segment ids, int64 [B, T].
 
         The first real token of a row opens its first segment; what padding gets means nothing.
 
@@ -278,7 +278,10 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
             raise ValueError(f"encoding {self.config.encoding!r} has no segments")
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
         places = find_places(self.config, input_ids, real_BT.bool())
-        return places.intra.clamp(max=self.config.intra_size - 1), places.inter
+        intra = places.intra
+        if self.config.absolute == "learned":
+            intra = intra.clamp(max=self.config.intra_size - 1)
+        return intra, places.inter
 
     def forward(
         self,

@@ -66,7 +66,7 @@ class Recovery:
             self._steps_compared = 0
 
     def can_go_back(self) -> bool:
-        """Whether there is a checkpoint; where there is none, what was learned is better kept than lost."""
+        """Whether there is a checkpoint. Where there is none, that is said: the end is better kept than lost."""
         found = self._engine.newest_good(self._run.run_dir) is not None
         if not found:
             last = self._health.streak[-1]

@@ -118,6 +118,8 @@ def test_exported_model_loads_as_users_load_it_and_back(tmp_path, changes, tiny,
     assert (type(model) is LlamaForCausalLM) == stock
     with torch.no_grad():
         torch.testing.assert_close(model(tokens).logits, plan(windows), **NEAR)
+    if config.bilevel:
+        assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(tokens), windows[1:], strict=True))
     loaded = load_exported(folder)
     assert loaded.config == config.model_copy(update={"num_kv_heads": config.kv_heads})
     with torch.no_grad():

@@ -195,6 +195,8 @@ def test_corpus_tool_existing_output_exits_2_and_overwrite_replaces_it(tmp_path:
     refused = run_tool(*options)
     assert (refused.returncode, local_corpus.corpus_files(tmp_path)[0].read_text()) == (2, "old")
     assert "--overwrite" in refused.stderr
+    no_folder = run_tool("--output", str(local_corpus.corpus_files(tmp_path)[0]), "--overwrite")
+    assert no_folder.returncode == 2 and "output is no folder" in no_folder.stderr
     done = run_tool(*options, "--overwrite")
     assert (done.returncode, len(done.stdout.splitlines())) == (0, 4), done.stderr
     assert json.loads(zstandard.open(local_corpus.corpus_files(tmp_path)[1], "rt").readline())["meta"]

@@ -110,6 +110,8 @@ def test_train_existing_tokenizer_is_kept_without_overwrite(tmp_path: Path) -> N
         train_tokenizer(options)
     train_tokenizer(TrainOptions(inputs, 271, tmp_path / "made", overwrite=True))
     assert load_tokenizer(tmp_path / "made").vocab_size == 271
+    with pytest.raises(DataError, match="The output is a file"):
+        train_tokenizer(TrainOptions(inputs, 271, tmp_path / "in.jsonl", overwrite=True))
 
 
 def test_train_no_text_or_bad_lines_is_an_error(tmp_path: Path) -> None:
