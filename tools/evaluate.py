@@ -20,8 +20,8 @@ from megatron_bipe.eval.documents import evaluate_documents
 from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_tokens
 from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, unique_names, write_report
-from megatron_bipe.eval.subject import Subject, check_suits
-from megatron_bipe.eval.subsets import Line, Subset
+from megatron_bipe.eval.subject import Subject, check_length, check_suits
+from megatron_bipe.eval.subsets import Line, Subset, subset_names
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.train.hardware import keep_freed_memory
@@ -46,6 +46,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject in subjects:
         check_suits(subject, dataset)
+        check_length(subject, lengths[-1])
     models = [_evaluate(subject, dataset, lengths, settings) for subject in subjects]
     files = write_report(arguments.output, dataset, settings, models)
     print(as_table(models))
@@ -61,10 +62,12 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject, dataset in product(subjects, datasets):
         check_suits(subject, dataset)
+        check_length(subject, lengths[-1])
         for length in lengths:  # the shortest dataset speaks up before anything is run
             cut_windows(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)
     names = unique_names([(subject, ()) for subject in subjects])
-    subsets = [_evaluate_subset(dataset, names, subjects, lengths, settings) for dataset in datasets]
+    evaluated = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
+    subsets = [_evaluate_subset(name, dataset, names, subjects, lengths, settings) for name, dataset in evaluated]
     files = write_extrapolation(arguments.output, settings, subsets)
     print("Written:", *files)
 
@@ -138,19 +141,24 @@ def _evaluate(subject: Subject, dataset: TokenDataset, lengths: list[int], setti
 
 
 def _evaluate_subset(
-    dataset: TokenDataset, names: list[str], subjects: list[Subject], lengths: list[int], settings: Settings
+    subset: str,
+    dataset: TokenDataset,
+    names: list[str],
+    subjects: list[Subject],
+    lengths: list[int],
+    settings: Settings,
 ) -> Subset:
     lines = []
     for name, subject in zip(names, subjects, strict=True):
         results = []
-        with tqdm(desc=f"{name} on {dataset.path.name}", unit=" tokens", unit_scale=True, disable=None) as bar:
+        with tqdm(desc=f"{name} on {subset}", unit=" tokens", unit_scale=True, disable=None) as bar:
             for length in reversed(lengths):  # longest first, as in `perplexity`
                 results.append(evaluate_documents(subject, dataset, length, settings, bar.update))
                 bar.set_postfix_str(f"{length}: {results[-1].perplexity:.2f}")
         subject.model.cpu()
         known = (name, subject.source, subject.config.encoding, subject.config.train_len_tokens)
         lines.append(Line(*known, tuple(reversed(results))))
-    return Subset(dataset.path.resolve().name, dataset.manifest.fingerprint, tuple(lines))
+    return Subset(subset, dataset.manifest.fingerprint, tuple(lines))
 
 
 def _settings(arguments: argparse.Namespace) -> Settings:

@@ -17,7 +17,7 @@ from _samples import random_windows
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.eval.subject import Subject, exported_subject
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import plan_model, read_settings
@@ -33,7 +33,20 @@ def main() -> None:
     """Parse the command line and convert."""
     arguments = _parser().parse_args()
     disable_progress_bar()
+    _check_used(arguments)
     (to_run if arguments.checkpoint else to_model)(arguments)
+
+
+def _check_used(arguments: argparse.Namespace) -> None:
+    """Refuse options that the chosen target has no use for, and an output that is the input."""
+    unused = {"--config": arguments.config, "--set": arguments.set} if arguments.output else {}
+    if arguments.checkpoint and "rpe_type" not in read_settings(arguments.input):
+        unused = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}  # the model knows its own
+    if given := [name for name, value in unused.items() if value]:
+        target = "--output" if arguments.output else "--checkpoint of a model that knows its tokenizer and rule"
+        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", place=given[0])
+    if arguments.output and arguments.output.resolve() == arguments.input.resolve():
+        raise ConfigError("the output is the input", remedy="Name another --output", place=arguments.output)
 
 
 def to_model(arguments: argparse.Namespace) -> None:
@@ -81,7 +94,7 @@ def to_run(arguments: argparse.Namespace) -> None:
 def _published(arguments: argparse.Namespace) -> tuple[PublishedModel, Tokenizer | None, SegmentRule]:
     model = read_published(arguments.input)
     tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
-    return model, tokenizer, _rule(arguments.segments, tokenizer, model.config.vocab_size)
+    return model, tokenizer, _rule(arguments.segments or "reference", tokenizer, model.config.vocab_size)
 
 
 def _tokenizer(place: Path, required: bool) -> Tokenizer | None:
@@ -129,7 +142,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--config", type=Path, help="with --checkpoint: configuration of the run (default: as pretrain.py)")
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="with --checkpoint: override one of its fields")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder (default: the input folder, if it has one)")
-    add("--segments", default="reference", metavar="RULE", help="segment rule of the model (default: %(default)s)")
+    add("--segments", metavar="RULE", help="segment rule of the model (default: reference)")
     add("--overwrite", action="store_true", help="replace a model that is there; never a run")
     return parser
 

@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_bipe.eval.plot import COLOURS, GREY, Curve, line_style, thin_ticks, visible_range
+from megatron_bipe.eval.plot import COLOURS, GREY, Curve, line_style, thin_ticks, values_beyond, visible_range
 from megatron_bipe.eval.subsets import Subset
 
 
@@ -19,8 +19,8 @@ def draw_extrapolation(subsets: Sequence[Subset]) -> bytes:
     for column, subset in enumerate(subsets):
         _draw_by_length(grid[0][column], subset)
         _draw_by_place(grid[1][column], subset)
-    handles, labels = grid[0][0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+    named = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
+    figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", metadata={"Software": None})
     return buffer.getvalue()
@@ -46,6 +46,7 @@ def _draw_by_length(axes: Axes, subset: Subset) -> None:
             lengths, values = [list(part) for part in zip(*curve.points, strict=True)]
             label = f"{curve.name}, the paper's"
             axes.plot(lengths, values, color=colour, label=label, linestyle=":", marker="x", linewidth=1.2)
+            curves.append(Curve(label, curve.points[0][0], curve.points))
     _finish(axes, curves, f"{subset.name}: by window length", "window length, tokens")
 
 
@@ -62,7 +63,10 @@ def _draw_by_place(axes: Axes, subset: Subset) -> None:
 
 
 def _finish(axes: Axes, curves: Sequence[Curve], title: str, label: str) -> None:
-    axes.set_ylim(*visible_range(curves))
+    low, high = visible_range(curves)
+    axes.set_ylim(low, high)
+    if beyond := values_beyond(curves, high):
+        axes.text(0, 1.0, f"beyond: {beyond}", transform=axes.transAxes, fontsize=7, color=GREY, va="top", wrap=True)
     lengths = sorted({round(length) for curve in curves for length, _ in curve.points})
     axes.set_xticks(thin_ticks(lengths, [], 0.12 * (lengths[-1] - lengths[0])))
     axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -10,7 +10,7 @@ from torch import nn
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.hf.load import load_exported
 
 _log = logging.getLogger(__name__)
@@ -81,3 +81,19 @@ def check_suits(subject: Subject, dataset: TokenDataset) -> None:
         _log.warning("%s does not record its segment rule: taking the dataset's on trust", subject.source)
     else:
         dataset.check_rule(subject.rule, subject.source)
+
+
+def check_length(subject: Subject, length_tokens: int) -> None:
+    """Refuse windows that are longer than the model encodes, before any model is run.
+
+    Raises:
+        ConfigError: they are.
+    """
+    longest = subject.config.longest_window_tokens
+    if longest is not None and length_tokens > longest:
+        raise ConfigError(
+            f"a window of {length_tokens} tokens exceeds the {longest} that the model's encoding, "
+            f"{subject.config.encoding}, encodes",
+            remedy=f"Use --lengths of at most {longest}, or leave the model out",
+            place=subject.source,
+        )

@@ -1,5 +1,7 @@
 """What an extrapolation run finds: every model on every subset at every length."""
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 from megatron_bipe.eval.documents import DocumentLosses
@@ -25,7 +27,7 @@ class Subset(NamedTuple):
     """One dataset with all models on it."""
 
     name: str
-    """Of its folder."""
+    """As `subset_names` has it."""
     fingerprint: str
     """Of its manifest."""
     lines: tuple[Line, ...]
@@ -35,3 +37,14 @@ class Subset(NamedTuple):
     def paper(self) -> tuple[PaperCurve, ...]:
         """What the paper has of this subset; nothing where its name says nothing of it."""
         return PAPER.get(paper_subset(self.name) or "", ())
+
+
+def subset_names(folders: Sequence[Path]) -> list[str]:
+    """Names of datasets: those of their folders, with as much of the path as tells all of them apart."""
+    paths = [folder.resolve() for folder in folders]
+    different = len(set(paths))
+    for count in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-count:]) for path in paths]
+        if len(set(names)) == different:
+            break
+    return names

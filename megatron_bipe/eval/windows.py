@@ -45,6 +45,9 @@ class Windows(NamedTuple):
         return int(reach.sum() - overlap.sum())
 
 
+_NONE = Windows(*(np.zeros(0, dtype=np.int64) for _ in Windows._fields))
+
+
 def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> Windows:
     """Cut the first `num_tokens` tokens of a dataset, as if there were no more.
 
@@ -58,14 +61,16 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
             remedy="Use lengths of 2 and more",
             place="--lengths",
         )
-    if protocol == "full":
+    if num_tokens <= length_tokens:  # also lengths that no integer of numpy's holds
+        windows = _NONE
+    elif protocol == "full":
         windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens)
     elif protocol == "sliding":
         windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens // 2)
     else:
         bounds = np.minimum(dataset.document_bounds(), num_tokens)
         windows = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
-    if num_tokens <= length_tokens or not windows.starts.size:
+    if not windows.starts.size:
         limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
         rule = (
             f"of {length_tokens} and its last label need {length_tokens + 1}"

@@ -6,6 +6,7 @@ on sample windows, and renamed into place last: a folder under the final name is
 
 import hashlib
 import json
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -22,11 +23,11 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
-from megatron_bipe.hf.checksums import write_checksums
+from megatron_bipe.hf.checksums import SUMS, write_checksums
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
 from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.settings import DataFields, generation_settings, hf_settings
-from megatron_bipe.hf.tokenizer_files import TokenizerSource, write_tokenizer
+from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weights import LlamaWeights
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.tensor_file import write_tensors
@@ -38,6 +39,9 @@ TOLERANCE = 2e-5
 REMOTE_CODE = tuple(
     f"{name}_bipe.py" for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
 )
+GENERATION, CARD = "generation_config.json", "README.md"
+_WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES, *REMOTE_CODE}  # and weights
+_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 class ExportOptions(NamedTuple):
@@ -90,7 +94,7 @@ def export_model(
         write_checksums(draft, files)
         settings = hf_settings(config, data, options.dtype)
         _write_json(draft / CONFIG, settings)
-        _write_json(draft / "generation_config.json", generation_settings(config, data))
+        _write_json(draft / GENERATION, generation_settings(config, data))
         if settings["model_type"] == "bipe":
             _write_code(draft)
         if tokenizer is not None:
@@ -107,7 +111,7 @@ def export_model(
             (draft / PLOT).write_bytes(options.perplexity.png)
         more = (tokenizer is not None, options.facts, options.perplexity)
         card = model_card(options.title, config, data, figure, shapes.values(), *more)
-        (draft / "README.md").write_text(card, "utf-8")
+        (draft / CARD).write_text(card, "utf-8")
     return figure
 
 
@@ -171,22 +175,47 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
     folder = folder.resolve()
     if folder.exists() and not overwrite:
         raise CheckpointError("the output exists already", remedy="Choose another, or add --overwrite", place=folder)
-    if folder.exists() and not (folder / CONFIG).is_file() and not (folder.is_dir() and not any(folder.iterdir())):
-        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", place=folder)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
+    if folder.exists():
+        _check_replaceable(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
+    except OSError as error:
+        what = f"no folder can be made there: {error.strerror}"
+        raise CheckpointError(what, remedy="Choose another", place=folder) from error
     try:
         draft = scratch / folder.name
         draft.mkdir()
         yield draft
         for file in draft.iterdir():
             sync(file)
+        _put_in_place(draft, folder, scratch / "replaced")
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _check_replaceable(folder: Path) -> None:
+    """Refuse to replace what is no model folder, or has more in it than an export writes."""
+    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
+        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", place=folder)
+    names = (path.name for path in folder.iterdir() if path.is_file())
+    ours = {name for name in names if name in _WRITTEN or _WEIGHTS.fullmatch(name)}
+    foreign = sorted({path.name for path in folder.iterdir()} - ours)
+    if foreign:
+        what = f"the output holds what no export writes: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
+        raise CheckpointError(what, remedy="Move that away, or choose another output", place=folder)
+
+
+def _put_in_place(draft: Path, folder: Path, replaced: Path) -> None:
+    """The draft takes the folder's name; whatever happens, one of both has it."""
+    try:
         if folder.exists():
-            folder.rename(scratch / "replaced")
+            folder.rename(replaced)
         draft.rename(folder)
         sync(folder.parent)
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        if replaced.exists() and not folder.exists():
+            replaced.rename(folder)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -57,12 +57,19 @@ def read_published(folder: Path) -> PublishedModel:
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) != 1:
         raise CheckpointError(f"weights of several types: {dtypes}", remedy=_REMEDY, place=folder)
-    return PublishedModel(from_llama(weights, config), config, dtypes.pop())
+    try:
+        renamed = from_llama(weights, config)
+    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
+        what = f"the weights do not fit the configuration: {' '.join(str(error).split())}"
+        raise CheckpointError(what, remedy=_REMEDY, place=folder / CONFIG) from error
+    return PublishedModel(renamed, config, dtypes.pop())
 
 
 def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], place: Path) -> ModelConfig:
     encoding, train_len = settings["rpe_type"], settings.get("train_scale") or settings.get("max_position_embeddings")
     scaling = settings.get("rope_scaling")
+    if scaling is not None and not isinstance(scaling, dict):
+        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, place=place)
     kinds = {"rpe_type": (encoding, _ENCODINGS), "rope_scaling": (scaling and scaling.get("type"), (None, *_SCALINGS))}
     if wrong := [f"{key} {found!r}" for key, (found, known) in kinds.items() if found not in known]:
         raise CheckpointError(
@@ -105,7 +112,11 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return read_safetensors(folder)
     names = [_BIN]
     if (folder / _BIN_INDEX).is_file():
-        names = sorted(set(json.loads((folder / _BIN_INDEX).read_text("utf-8"))["weight_map"].values()))
+        try:
+            names = sorted(set(json.loads((folder / _BIN_INDEX).read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError, TypeError) as error:
+            place = folder / _BIN_INDEX
+            raise CheckpointError("the index of shards is damaged", remedy=_REMEDY, place=place) from error
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

@@ -16,6 +16,7 @@ from transformers import AutoTokenizer
 
 from megatron_bipe.errors import CheckpointError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _ROLES = ("bos", "eos", "unk", "pad")
 _SPACE = "\u2581"  # SentencePiece's sign for a space
 

@@ -120,6 +120,16 @@ def test_command_protocol_and_limit_reach_the_report(run_command, make_dataset, 
     assert [(r["length_tokens"], r["num_windows"]) for r in model["results"]] == [(8, 11), (16, 5)]
 
 
+def test_command_model_that_does_not_encode_the_longest_window_is_named_before_any_is_run(
+    run_command, make_dataset, make_subject, documents, save_run, monkeypatch, evaluate
+):
+    dataset = make_dataset(documents)
+    runs = [save_run(make_subject(name), dataset) for name in ("rope", "learned")]
+    monkeypatch.setattr(evaluate, "_evaluate", None)
+    with pytest.raises(ConfigError, match=r"a window of 64 tokens exceeds the 16 .*learned.*at most 16"):
+        run_command(runs, dataset.path, lengths="16,64")
+
+
 def test_command_existing_output_needs_overwrite(run_command, make_dataset, make_subject, documents, save_run):
     dataset = make_dataset(documents)
     run_dir = save_run(make_subject(), dataset)

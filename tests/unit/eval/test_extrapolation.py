@@ -4,17 +4,21 @@ import base64
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from matplotlib.figure import Figure
 
 from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.documents import NUM_PLACES, DocumentLosses, evaluate_documents
 from megatron_bipe.eval.extrapolation import NAMES
+from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
 from megatron_bipe.eval.paper import PAPER, paper_subset
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.subsets import Line, Subset, subset_names
 from tests.unit.eval.test_evaluate_command import evaluate, save_run  # noqa: F401  (fixtures)
 
 
@@ -84,6 +88,31 @@ def test_interval_of_equal_documents_is_a_point_and_of_one_is_none():
 def test_paper_subset_of_a_name(name, subset):
     assert paper_subset(name) == subset
     assert subset is None or subset in PAPER
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["d/arxiv", "e/github"], ["arxiv", "github"]),
+        (["d/arxiv/valid", "d/github/valid"], ["arxiv/valid", "github/valid"]),
+        (["d/a/valid", "e/a/valid", "e/b/valid"], ["d/a/valid", "e/a/valid", "e/b/valid"]),
+        (["d/valid", "d/../d/valid"], ["valid", "valid"]),
+    ],
+)
+def test_subset_names_tell_all_datasets_apart(folders, names):
+    assert subset_names([Path("/", folder) for folder in folders]) == names
+
+
+def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    line = Line("m", "m", "rope", 16, (losses_of([3.0, 3.0], [1, 1]),))
+    draw_extrapolation([Subset("arxiv", "f", (line,)), Subset("gutenberg-pg-19", "f", (line,))])
+    [figure] = figures
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m", "RoPE, the paper's"]
+    columns = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("by window length")]
+    low, high = columns[1].get_ylim()
+    assert low < 19 and (high > 41 or "RoPE, the paper's 41 at 2,048" in columns[1].texts[0].get_text())
 
 
 @pytest.fixture

@@ -89,6 +89,8 @@ def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol
     corpus = Corpus([needed - 1])
     with pytest.raises(DataError, match=rf"there are {needed - 1} tokens to evaluate on; .* {needed}\."):
         cut_windows(corpus, corpus.num_tokens, 100, protocol)
+    with pytest.raises(DataError, match=f"there are {needed - 1} tokens"):
+        cut_windows(corpus, corpus.num_tokens, 10**20, protocol)
     corpus = Corpus([needed])
     assert cut_windows(corpus, corpus.num_tokens, 100, protocol).starts[0] == 0
 

@@ -6,6 +6,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS, RELATIVE
 from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.hf.bias_bipe import alibi
 from megatron_bipe.hf.configuration_bipe import ABSOLUTE as REMOTE_ABSOLUTE
 from megatron_bipe.hf.configuration_bipe import ENCODINGS as REMOTE_ENCODINGS
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
@@ -171,6 +172,15 @@ def test_xpos_has_an_end(encoding, tiny, plan_of, hf_of, tokens_of):
         cached = model(tokens_of(1, 2**14)).past_key_values
         with pytest.raises(ValueError, match="XPOS stays in range up to 16384 tokens; these are 16385"):
             model(tokens_of(1, 1), past_key_values=cached)
+
+
+@pytest.mark.parametrize("encoding", ["alibi", "bipe_alibi"])
+def test_alibi_has_an_end(encoding, tiny, plan_of, hf_of):
+    model = hf_of(plan_of(tiny(encoding=encoding)), tiny(encoding=encoding))
+    positions = torch.zeros(1, 2**16, dtype=torch.long)
+    assert alibi(model.config, positions, None, None)["channels"][1].shape[2] == 2**16
+    with pytest.raises(ValueError, match="exact up to 65536 tokens; these are 65537"):
+        alibi(model.config, torch.zeros(1, 2**16 + 1, dtype=torch.long), None, None)
 
 
 def test_dynamic_scaling_of_a_row_goes_by_that_row_alone(tiny, plan_of, hf_of, tokens_of):

@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import subprocess
 import sys
@@ -247,6 +248,38 @@ def test_export_over_something_else_refuses(tmp_path, tiny, plan_of, fields, win
         export()
     export(overwrite=True)
     assert (target / "config.json").stat().st_ino != before
+    assert left_behind(tmp_path) == ["m"]
+    for name in ("notes.md", "model.bin", ".git", "model.safetensors.old"):
+        (target / name).mkdir()
+        with pytest.raises(CheckpointError, match=f"holds what no export writes: {name}"):
+            export(overwrite=True)
+        (target / name).rename(tmp_path / "elsewhere")
+        (tmp_path / "elsewhere").rmdir()
+    (tmp_path / "file").write_text("")
+    target = tmp_path / "file" / "m"
+    with pytest.raises(CheckpointError, match="no folder can be made there: File exists"):
+        export()
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_export_that_cannot_take_the_place_of_another_leaves_that(
+    tmp_path, tiny, plan_of, fields, windows, monkeypatch, failing
+):
+    config, target, calls, rename = tiny(), tmp_path / "m", [], Path.rename
+    arguments = plan_of(config).state_dict(), config, target, fields, windows, None
+    export_model(*arguments, FP32)
+    before = (target / "config.json").stat().st_ino
+
+    def fails(self, to):
+        calls.append(to)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return rename(self, to)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(OSError, match="No space left"):
+        export_model(*arguments, FP32._replace(overwrite=True))
+    assert (target / "config.json").stat().st_ino == before
     assert left_behind(tmp_path) == ["m"]
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from megatron_bipe.errors import CheckpointError, DataError
+from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
 from tests.scripts import ROOT, script
@@ -119,6 +119,8 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
         ({"model_type": "bipe"}, "model_type 'bipe', rpe_type 'bipe_alibi': not the authors' layout"),
         ({"rpe_type": "xpos"}, "a value that no model here has: .*xpos"),
         ({"rpe_type": "alibi"}, "belong to no layer"),
+        ({"num_attention_heads": 3}, "the weights do not fit the configuration"),
+        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', no object"),
         ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, "a value that no model here has: .*yarn"),
         ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic RoPE scaling from 64 tokens, trained at 128"),
         ({"tie_word_embeddings": True}, "tied embeddings"),
@@ -142,6 +144,10 @@ def test_read_without_or_with_damaged_weights_refuses(published):
     (published / "pytorch_model.bin").write_bytes(b"nonsense")
     with pytest.raises(CheckpointError, match="cannot be read"):
         read_published(published)
+    for content in ("{", "[]", '{"weight_map": 3}'):
+        (published / "pytorch_model.bin.index.json").write_text(content)
+        with pytest.raises(CheckpointError, match="the index of shards is damaged"):
+            read_published(published)
 
 
 def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
@@ -194,3 +200,15 @@ def test_import_with_tokenizer_that_cannot_resolve_the_rule_refuses(published, t
     with pytest.raises(DataError, match="Give the segment rule as fixed:N"):
         import_in_process("--input", published, "--output", tmp_path / "out", "--tokenizer", folder)
     assert not (tmp_path / "out").exists()
+
+
+def test_import_options_that_mean_nothing_for_the_target_are_refused(published, tmp_path, import_in_process):
+    given = ("--input", published, "--output", tmp_path / "out")
+    with pytest.raises(ConfigError, match="--config, --set mean nothing with --output"):
+        import_in_process(*given, "--config", "no/such.yaml", "--set", "model.num_layers=99")
+    with pytest.raises(ConfigError, match="the output is the input"):
+        import_in_process("--input", published, "--output", published / ".." / "published", "--overwrite")
+    assert read_published(published).config.num_layers and not (tmp_path / "out").exists()
+    import_in_process(*given)
+    with pytest.raises(ConfigError, match="--segments mean nothing with --checkpoint of a model that knows its"):
+        import_in_process("--input", tmp_path / "out", "--checkpoint", tmp_path / "run", "--segments", "newline")
