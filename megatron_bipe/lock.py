@@ -27,7 +27,7 @@ def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[No
         begin: done first, while no other process holds the folder.
 
     Raises:
-        DataError: another run is at work here.
+        DataError: another run is at work here, or there can be no folder.
     """
     stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH)
     try:
@@ -48,7 +48,11 @@ def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[No
 def _open(folder: Path, kind: int) -> IO[str]:
     until_s = time.monotonic() + LOCK_WAIT_S
     while True:
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            what = f"a file is in the way: {error.strerror}"
+            raise DataError(what, remedy="Name another folder, or move it away", place=folder.parent) from error
         with suppress(FileNotFoundError):  # a run that has ended removed the folder just now
             stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs reading
             if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # and that run did not remove the file

@@ -84,7 +84,7 @@ def main() -> None:
     while True:
         before = mark(run_dir)
         code = supervisor.launch(_filled(arguments))
-        new = mark(run_dir).newest_step > before.newest_step
+        new = mark(run_dir).newest_step != before.newest_step  # lower where a damaged one had to be left
         fruitless = 0 if new else fruitless + 1
         following = decide(code, was_stopped(run_dir, before), bool(supervisor.asked), fruitless, patience)
         wait_s = patience.wait_s(fruitless)

@@ -15,7 +15,8 @@ from megatron_bipe.errors import ConfigError
 
 AUTO = "auto"
 _OWNED_SECTIONS = ("optimizer", "scheduler")
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types")  # that are looked into
+_OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", *_OFFLOAD)  # that are looked into
 _QUIET = 2**31  # the loop prints its own progress
 
 
@@ -51,8 +52,8 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         ConfigError: lists every literal that disagrees with the run, and every "auto" that nothing fills.
     """
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
-    if wrong := [key for key in _SECTIONS if not isinstance(result.get(key, {}), dict)]:
-        seen = ", ".join(f"{key}={json.dumps(result[key])}" for key in wrong)
+    if wrong := [key for key in _SECTIONS if not isinstance(_section(result, key), dict)]:
+        seen = ", ".join(f"{key}={json.dumps(_section(result, key))}" for key in wrong)
         raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", place=place)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
@@ -73,9 +74,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         )
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
-    for key in ("offload_optimizer", "offload_param"):
-        if _get(result, f"zero_optimization.{key}.device") == "nvme":
-            problems.append(f'zero_optimization.{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
+    for key in _OFFLOAD:
+        if _get(result, f"{key}.device") == "nvme":
+            problems.append(f'{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
     if problems:
         raise ConfigError("; ".join(problems), place=place)
     return result
@@ -104,6 +105,22 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "fp16.enabled": ("(train.precision == 'fp16')", False),
         "steps_per_print": ("(the loop prints its own progress)", _QUIET),
     }
+
+
+def offloads(ds_config: dict[str, Any]) -> tuple[bool, bool]:
+    """Whether the optimizer's state, and the weights, lie in the host's memory."""
+    optimizer, weights = (_get(ds_config, f"{key}.device") == "cpu" for key in _OFFLOAD)
+    return optimizer, weights
+
+
+def _section(values: dict[str, Any], dotted: str) -> Any:
+    """What stands there; an empty section where there is nothing."""
+    *outer, last = dotted.split(".")
+    for section in outer:
+        values = values.get(section, {})
+        if not isinstance(values, dict):
+            return {}
+    return values.get(last, {})
 
 
 def _get(values: dict[str, Any], dotted: str) -> Any:

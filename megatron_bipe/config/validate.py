@@ -198,10 +198,10 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
             yield f"{name}={size} is not a multiple of {by}, which splits it"
     if parallel.sequence and parallel.tensor == 1:
         yield "parallel.sequence=True splits windows among tensor-parallel ranks, and parallel.tensor=1; make it false"
-    if parallel.pipeline > model.num_layers + 2:
+    if parallel.pipeline > model.num_layers + 1:
         yield (
-            f"parallel.pipeline={parallel.pipeline} stages are more than the {model.num_layers + 2} layers "
-            "(model.num_layers, the embedding and the head)"
+            f"parallel.pipeline={parallel.pipeline} exceeds {model.num_layers + 1}, a stage for each of the "
+            f"model.num_layers={model.num_layers} blocks and one for the head; lower it"
         )
 
 

@@ -1,6 +1,6 @@
 """What the training loop may ask of an engine; the loop knows nothing else of DeepSpeed."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -58,6 +58,9 @@ class Engine(Protocol):
 
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; from one of the same layout bit for bit. Returns its loop state."""
+
+    def tell_passes(self, to: Callable[[], None]) -> None:
+        """Call `to` at each forward pass of this rank's part: of a stage between others no one else hears."""
 
     def own_time_s(self) -> float:
         """Seconds of this rank's own forward passes since the last call: without what it waits for other stages."""

@@ -2,7 +2,7 @@
 
 import io
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -13,12 +13,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.checkpoint import Checkpoint
-from megatron_bipe.engine.fragments import fill, forget_steps, fragments, is_shared_out, optimizer_steps
+from megatron_bipe.engine.fragments import begin_adam, fill, fragments, is_shared_out, optimizer_steps
 from megatron_bipe.engine.index import About
 from megatron_bipe.engine.own_time import OwnTime
 from megatron_bipe.engine.random_states import random_states, set_random_states
@@ -49,10 +50,24 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives get some more, so that the watchdog,
             which can name the ranks, is the first to see it.
     """
-    timeout = timedelta(seconds=timeout_s + _WATCHDOG_HEAD_START_S)
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(dist_backend="nccl" if mesh.device.type == "cuda" else "gloo", timeout=timeout)
+    backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+    deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
+
+
+def equal_timeouts(timeout_s: float) -> None:
+    """Give all groups of this rank the timeout of `start_deepspeed`, DeepSpeed's own included.
+
+    A group is formed with torch's default, 10 or 30 minutes, whatever that of the group of all ranks is.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        if not distributed_c10d._rank_not_in_group(group):
+            distributed_c10d._set_pg_timeout(_collective_timeout(timeout_s), group)
+
+
+def _collective_timeout(timeout_s: float) -> timedelta:
+    return timedelta(seconds=timeout_s + _WATCHDOG_HEAD_START_S)
 
 
 def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
@@ -196,11 +211,16 @@ class DeepSpeedEngine:
         if self._mesh.replica_ranks == 1 and hasattr(self._optimizer, "get_grads_for_reduction"):  # bf16 with ZeRO 1
             # With no one to exchange them with, DeepSpeed would still copy all gradients together and back.
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
-        forget_steps(self._optimizer)
-        self._own_time = OwnTime(self._engine.module, self._mesh.device)
+        begin_adam(self._optimizer)
+        self._own_time = OwnTime(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.agreement = run, Agreement(self._mesh)
+        equal_timeouts(run.parallel.timeout_s)
         self._saver = Saver(run.checkpoint, self._mesh, self.agreement, lambda: connect_store(run.parallel.timeout_s))
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
+
+    def tell_passes(self, to: Callable[[], None]) -> None:
+        """See `Engine.tell_passes`."""
+        self._engine.module.register_forward_pre_hook(lambda *_: to())
 
     def own_time_s(self) -> float:
         """See `Engine.own_time_s`."""

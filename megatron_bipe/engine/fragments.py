@@ -41,7 +41,7 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
 
     Args:
         module: the rank's part of the model, under the plan's names.
-        optimizer: what DeepSpeed made of torch's; it has done a step, or `fill` has been called.
+        optimizer: what DeepSpeed made of torch's; `begin_adam` or `fill` has been called.
     """
     adam = _torch_optimizer(optimizer)
     found = []
@@ -65,24 +65,29 @@ def optimizer_steps(optimizer: Any) -> int:
     return int(next(iter(_torch_optimizer(optimizer).state.values()))[_STEP])
 
 
-def forget_steps(optimizer: Any) -> None:
-    """Let Adam begin, whatever DeepSpeed made it do at the start."""
+def begin_adam(optimizer: Any) -> None:
+    """Let Adam begin, whatever DeepSpeed made it do at the start: before the first update it has state already."""
     _torch_optimizer(optimizer).state.clear()
+    _zero_moments(optimizer, 0)
 
 
 @torch.no_grad()
 def fill(module: nn.Module, optimizer: Any, reader: StateReader) -> None:
     """Set the state of this rank, and the weights that the model computes with; all ranks call this together."""
-    adam = _torch_optimizer(optimizer)
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()
-    for master in _masters(optimizer):
-        step = torch.tensor(float(reader.index.optimizer_steps), device=master.device)
-        adam.state[master] = {_STEP: step} | {kind: torch.zeros_like(master) for kind in KINDS[1:]}
+    _zero_moments(optimizer, reader.index.optimizer_steps)
     for fragment in fragments(module, optimizer):
         for kind, view in fragment.state.items():
             view.copy_(reader.run(kind, fragment))
     _compute_weights_follow(optimizer)
+
+
+def _zero_moments(optimizer: Any, steps: int) -> None:
+    adam = _torch_optimizer(optimizer)
+    for master in _masters(optimizer):
+        step = torch.tensor(float(steps), device=master.device)
+        adam.state[master] = {_STEP: step} | {kind: torch.zeros_like(master) for kind in KINDS[1:]}
 
 
 def _torch_optimizer(optimizer: Any) -> torch.optim.Optimizer:

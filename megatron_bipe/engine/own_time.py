@@ -17,14 +17,16 @@ class OwnTime:
     Args:
         module: whose; it gets hooks.
         device: where it computes. On a GPU time is taken by events, so that nothing waits before `take_s`.
+        wanted: whether anyone will ask; otherwise nothing is kept.
     """
 
-    def __init__(self, module: nn.Module, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, device: torch.device, *, wanted: bool) -> None:
         self._on_gpu = device.type == "cuda"
         self._passes: list[tuple[Any, Any]] = []  # begin and end: events, or seconds
         self._began: Any = None
-        module.register_forward_pre_hook(self._begin)
-        module.register_forward_hook(self._end)
+        if wanted:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end)
 
     def take_s(self) -> float:
         """Seconds since the last call of this."""

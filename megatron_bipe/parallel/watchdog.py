@@ -39,7 +39,7 @@ class Watchdog:
 
     Args:
         mesh: this process, laid out.
-        timeout_s: longest time between two calls of `at`, or two micro-batches.
+        timeout_s: longest time between two calls of `at` or `still_there`, or two micro-batches.
         connect: opens a connection to the store of the launch, within the seconds it is given.
     """
 
@@ -56,6 +56,10 @@ class Watchdog:
     def at(self, place: str) -> None:
         """Note where this rank is, and that it has come so far."""
         self._place, self._since_s = place, self._clock_s
+
+    def still_there(self) -> None:
+        """Note that this rank has come further, without another place for it."""
+        self._since_s = self._clock_s
 
     def over(self, place: str, items: Iterable[Item]) -> Iterator[Item]:
         """Micro-batches one by one; each that is asked for is progress."""

@@ -40,13 +40,13 @@ class Events:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """All events of a run, in order; none where it never started. A line that a crash cut off is left out."""
+    """All events of a run, in order; none where it never started. Lines that are cut off or damaged are left out."""
     path = run_dir / EVENTS
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = path.read_bytes().splitlines() if path.exists() else []
     return [event for event in map(_parsed, lines) if event is not None]
 
 
-def _parsed(line: str) -> dict[str, Any] | None:
+def _parsed(line: bytes) -> dict[str, Any] | None:
     try:
         event = json.loads(line)
     except ValueError:

@@ -7,7 +7,18 @@ import time
 import torch
 
 # Dense bf16 tensor-core peaks from the vendors' data sheets, FLOP/s.
-_BF16_PEAKS = {"A100": 312e12, "H100": 989e12, "H200": 989e12, "B200": 2250e12, "L40S": 362e12, "A10": 125e12}
+# The first name that fits counts.
+_BF16_PEAKS = {
+    "A100": 312e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200": 989e12,
+    "B200": 2250e12,
+    "L40S": 362e12,
+    "A10G": 70e12,
+    "A10": 125e12,
+}
 # glibc's malloc.h: never map large blocks by themselves, never trim the heap, grow it by 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}

@@ -61,6 +61,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
         if recovery.is_needed or (last_is_bad and recovery.can_go_back()):
             progress, save_owed = recovery.go_back(), False
             metrics.go_back(progress)
+            stopping = (progress.valid_owed and _validate(parts, progress)) or stopping
             continue
         if progress.valid_owed and not stopping:
             stopping = _validate(parts, progress)
@@ -72,7 +73,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
             is_last = stopping or done == stop
             engine.save(run.run_dir, done, loop_state=progress.model_dump(mode="json"), final=is_last)
             metrics.restart_clock()
-            save_owed, stopping = False, stop_request.agreed()
+            save_owed = False  # who asks meanwhile to stop is heard after the next step, whose checkpoint is the last
     return progress
 
 

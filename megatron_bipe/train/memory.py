@@ -10,7 +10,7 @@ Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 import itertools
 from typing import Any, NamedTuple
 
-from megatron_bipe.config.deepspeed import zero_stage
+from megatron_bipe.config.deepspeed import offloads, zero_stage
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.model.positions.make import relative_class
@@ -176,10 +176,14 @@ def _state_bytes(
     replicas = run.parallel.replica_ranks(num_ranks)
     part = {stage: parameters / replicas if zero >= stage else parameters for stage in (1, 2, 3)}
     has_masters = width < FP32_BYTES or zero > 0
-    weights = part[3] * width + (2 * largest_layer * width if zero == 3 else 0)
+    fetched = 2 * largest_layer * width if zero == 3 else 0
+    weights = part[3] * width
     gradients = part[2] * (width if zero == 0 else FP32_BYTES)
     optimizer = part[1] * (3 if has_masters else 2) * FP32_BYTES
-    device = ds_config.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none")
-    if device == "cpu":  # gradients are summed there, too
-        return (weights, 0.0, 0.0), gradients + optimizer
-    return (weights, gradients, optimizer), 0.0
+    optimizer_on_host, weights_on_host = offloads(ds_config)
+    host = 0.0
+    if optimizer_on_host:  # gradients are summed there, too
+        host, gradients, optimizer = gradients + optimizer, 0.0, 0.0
+    if weights_on_host:
+        host, weights = host + weights, 0.0
+    return (weights + fetched, gradients, optimizer), host

@@ -6,13 +6,15 @@ before the checkpoint is (`sync`), so that nothing is missing either.
 """
 
 import json
-import math
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
+
+_log = logging.getLogger(__name__)
 
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
@@ -57,15 +59,20 @@ class MetricsFile:
 
 
 def scan(path: Path, last_step: int, valid_owed: bool = False) -> Kept:
-    """The whole lines at the beginning of a file that are about steps up to `last_step`; as `MetricsFile` takes it."""
-    size_bytes, step_time_s, last_lines = 0, 0.0, list[dict[str, Any]]()
+    """The beginning of a file up to the last whole line about steps up to `last_step`; as `MetricsFile` takes it."""
+    read_bytes, size_bytes, step_time_s, last_lines = 0, 0, 0.0, list[dict[str, Any]]()
     with path.open("rb") as file:
         for line in file:
+            read_bytes += len(line)
             values = _parsed(line)
-            step = values.get("step", math.inf)
+            if "step" not in values:  # damaged; it stays where good lines follow
+                continue
+            step = values["step"]
             if step > last_step or (valid_owed and step == last_step and VALID_LOSS in values):
                 break
-            size_bytes += len(line)
+            if read_bytes - len(line) > size_bytes:
+                _log.warning("%s has damaged lines before step %s; they are left as they are", path, step)
+            size_bytes = read_bytes
             step_time_s += values.get(STEP_TIME, 0.0)
             last_lines = [*(line for line in last_lines if line["step"] == step), values]
     return Kept(size_bytes, step_time_s, last_lines)

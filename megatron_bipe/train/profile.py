@@ -67,10 +67,12 @@ class Profile:
 
     def close(self) -> None:
         """The run ends here: say what was seen of it."""
-        if self._profiler is not None:
+        if self._profiler is not None and self._done > WARM_UP_STEPS:
             self._steps = self._done - WARM_UP_STEPS
             self._finish(self._profiler)
         elif self._steps and self._done <= WARM_UP_STEPS:
+            if self._profiler is not None:
+                self._profiler.stop()
             _log.warning("--profile: the run ended after %d updates, of which %d warm up", self._done, WARM_UP_STEPS)
 
     def _start(self) -> None:

@@ -46,6 +46,7 @@ def go_on(
     Returns:
         Whether it came there; False where it was asked to stop before.
     """
+    engine.tell_passes(watchdog.still_there)
     progress = _stand(run, engine, watchdog)
     if progress.step > stop:
         _log.info("the run is at step %d already, past the %d that are asked for", progress.step, stop)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
-from megatron_bipe.engine.checkpoint import list_steps
+from megatron_bipe.engine.checkpoint import newest_first
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.events import STOP, read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
@@ -36,7 +36,7 @@ class Mark(NamedTuple):
     """What a run folder shows of how far a run is."""
 
     num_events: int
-    newest_step: int  # of its checkpoints; -1 where there is none
+    newest_step: int  # of the checkpoint it would go on from; -1 where there is none
 
 
 class Patience(NamedTuple):
@@ -53,7 +53,8 @@ class Patience(NamedTuple):
 
 def mark(run_dir: Path) -> Mark:
     """How far the run is."""
-    return Mark(len(read_events(run_dir)), max(list_steps(run_dir), default=-1))
+    newest = newest_first(run_dir)
+    return Mark(len(read_events(run_dir)), newest[0].step if newest else -1)
 
 
 def was_stopped(run_dir: Path, before: Mark) -> bool:

@@ -127,3 +127,10 @@ def test_locked_file_system_without_locks_goes_without(folder: Path, monkeypatch
     monkeypatch.setattr(fcntl, "flock", none)
     with locked(folder, begin):
         enter(folder, begin)
+
+
+def test_locked_folder_with_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "work"):
+        with pytest.raises(DataError, match="a file is in the way"):
+            enter(folder, begin)

@@ -91,6 +91,8 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
         ({"bf16": True, "data_types": "fp32"}, 'bf16=true, data_types="fp32": a section'),
         ({"zero_optimization": None}, "zero_optimization=null"),
         ({"fp16": None}, "fp16=null"),
+        ({"zero_optimization": {"offload_optimizer": None}}, "zero_optimization.offload_optimizer=null: a section"),
+        ({"zero_optimization": {"offload_param": "cpu"}}, 'zero_optimization.offload_param="cpu": a section'),
         ({"zero_optimization": {"stage": True}}, "stage=True is none of 0, 1, 2, 3"),
     ],
 )

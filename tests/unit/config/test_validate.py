@@ -101,6 +101,10 @@ def test_validate_contradiction_names_values_and_rule(overrides, message):
             "model.num_kv_heads=12 is not a multiple of parallel.tensor=4 x parallel.context=2, which splits it",
         ),
         ("{sequence: true}", "parallel.tensor=1; make it false"),
+        (
+            "{pipeline: 14}",
+            "parallel.pipeline=14 exceeds 13, a stage for each of the model.num_layers=12 blocks",
+        ),
     ],
 )
 def test_validate_layout_that_does_not_divide_names_values_and_rule(parallel, message):

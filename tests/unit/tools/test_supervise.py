@@ -38,6 +38,14 @@ def test_supervise_progress_makes_failures_count_anew(tmp_path):
     assert code == 0 and (tmp_path / "tries").read_text() == "x\n" * 4, output
 
 
+def test_supervise_a_new_checkpoint_before_a_damaged_one_is_progress(tmp_path):
+    (tmp_path / "checkpoints" / "step-00001000").mkdir(parents=True)
+    script = f"""cd {tmp_path}; echo x >> tries; n=$(wc -l < tries)
+        mkdir -p checkpoints/step-0000090$n; echo -n step-0000090$n > checkpoints/latest; [ $n = 4 ]"""
+    output, code = _supervise(tmp_path, script, "--failures", "2")
+    assert code == 0 and (tmp_path / "tries").read_text() == "x\n" * 4, output
+
+
 def test_supervise_what_the_user_must_fix_is_not_tried_again(tmp_path):
     output, code = _supervise(tmp_path, "echo try; exit 2")
     assert code == 2 and output.count("try") == 1

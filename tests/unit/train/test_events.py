@@ -27,6 +27,16 @@ def test_events_are_json_also_of_what_is_not_finite(tmp_path):
     assert (event["step"], event["loss_nats"], event["grad_norm"]) == (3, None, None)
 
 
+def test_events_a_damaged_line_costs_no_other(tmp_path):
+    events = Events(tmp_path, True)
+    for step in range(3):
+        events.add("start", step=step)
+    whole = (tmp_path / EVENTS).read_bytes()
+    place = whole.index(b"\n") + 5
+    (tmp_path / EVENTS).write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    assert [event["step"] for event in read_events(tmp_path)] == [0, 2]
+
+
 def test_events_other_ranks_write_nothing(tmp_path):
     Events(tmp_path, False).add("start", step=0)
     assert read_events(tmp_path) == []

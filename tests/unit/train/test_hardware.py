@@ -4,6 +4,7 @@ import platform
 import subprocess
 import sys
 
+import pytest
 import torch
 
 from megatron_bipe.train.hardware import peak_flops, peak_memory_gib
@@ -16,9 +17,13 @@ def test_peak_flops_of_a_cpu_bounds_what_a_product_reaches():
     assert 1e8 < peak < 1e15
 
 
-def test_peak_flops_of_a_known_gpu_is_its_data_sheet(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H200")
-    assert peak_flops(torch.device("cuda"), torch.bfloat16) == 989e12
+@pytest.mark.parametrize(
+    ("name", "peak"),
+    [("NVIDIA H200", 989e12), ("NVIDIA H100 80GB HBM3", 989e12), ("NVIDIA H100 PCIe", 756e12), ("NVIDIA A10G", 70e12)],
+)
+def test_peak_flops_of_a_known_gpu_is_its_data_sheet(monkeypatch, name, peak):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None
 
 

@@ -1,5 +1,6 @@
 """The order of a step, with an engine that only takes notes."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -31,7 +32,7 @@ class Notes:
 
     def __init__(self, run_dir, bad_samples=()):
         self.calls, self.run_dir, self.bad_samples, self.loop_states = [], run_dir, bad_samples, {}
-        self.in_validation = lambda: None
+        self.in_validation = self.in_save = lambda: None
 
     @property
     def names(self):
@@ -52,6 +53,7 @@ class Notes:
 
     def save(self, run_dir, step, *, loop_state, final):
         self.calls.append(("save", step, final))
+        self.in_save()
         self.loop_states[step_folder(run_dir, step)] = loop_state
         step_folder(run_dir, step).mkdir(parents=True, exist_ok=True)
 
@@ -61,6 +63,12 @@ class Notes:
     def load(self, folder):
         self.calls.append(("load", folder.name))
         return self.loop_states[folder]
+
+    def tell_passes(self, to):
+        pass
+
+    def still_there(self):
+        pass
 
     def own_time_s(self):
         return 0.1
@@ -133,6 +141,14 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
     assert done.notes.names == [] and done.end.step == 0
 
 
+def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_is_the_last(start):
+    request, notes = StopRequest(), Notes(None)
+    notes.in_save = lambda: request._take(15, None)
+    done = start("train.save_every=2", "train.valid_every=0", stop_request=request, notes=notes)
+    assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
+    assert done.end.step == 3 and request.granted
+
+
 def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start):
     request = StopRequest()
     notes = Notes(None)
@@ -151,6 +167,20 @@ def test_train_last_step_bad_without_a_checkpoint_is_kept(start, caplog):
     assert trouble.notes.of("save") == [6]  # one is not trouble
     with pytest.raises(HealthError, match="no checkpoint to return to"):
         start("train.save_every=0", "health.patience=2", bad_steps=[5, 6])
+
+
+def test_train_validation_that_is_owed_is_made_up_for_again_after_a_return(start):
+    times = iter([0.0, 1.0, 2.0, 20.0, *[30.0] * 9])
+    stopped = start("health.patience=2", stop_request=StopRequest(15.0, lambda: next(times)))
+    assert stopped.end.step == 2 and stopped.end.valid_owed
+    notes = stopped.notes
+    notes.calls.clear()
+    notes.bad_samples = [256 * step for step in (2, 3)]
+    progress = Progress.at(2, 256, notes.loop_states[step_folder(stopped.run_dir, 2)])
+    again = start("health.patience=2", progress=progress, notes=notes)
+    assert notes.names[:5] == ["eval", "step", "step", "load", "eval"]
+    lines = [json.loads(line) for line in (again.run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/valid_nats" in line] == [2, 4, 6]
 
 
 def test_train_single_bad_step_goes_on_and_is_written_down(start):
@@ -202,7 +232,7 @@ def test_train_bad_last_step_goes_back_in_place_of_the_last_checkpoint(start):
 
 
 def test_train_asked_to_stop_after_a_bad_step_saves_nothing(start):
-    times = iter([0.0, 1.0, 2.0, 3.0, 4.0, 20.0, *[30.0] * 9])  # and after the checkpoint of step 2
+    times = iter([0.0, 1.0, 2.0, 3.0, 20.0, *[30.0] * 9])
     done = start("train.save_every=2", bad_steps=[3], stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.of("save") == [2] and done.end.step == 3
 

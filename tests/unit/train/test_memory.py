@@ -49,6 +49,12 @@ def test_state_offloaded_is_on_the_host():
     assert (stage.gradients, stage.optimizer, stage.host) == (0, 0, 16 * PARAMETERS / 4)
 
 
+def test_state_weights_that_are_offloaded_are_on_the_host_but_for_two_layers():
+    largest = max(count_parameters(load_run_config(None).model))
+    (stage,) = memories(3, 4, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"})
+    assert (stage.weights, stage.host) == (2 * 2 * largest, (2 + 4 + 12) * PARAMETERS / 4)
+
+
 @pytest.mark.parametrize("tensor", [1, 2, 4])
 @pytest.mark.parametrize("pipeline", [1, 2, 5])
 def test_parameters_of_all_stages_and_tensor_ranks_are_the_model_and_its_replicas(tensor, pipeline):

@@ -96,6 +96,19 @@ def test_metrics_restart_drops_what_is_no_line_of_metrics(run, damage):
     assert [line["step"] for line in _lines(run)] == [1, 2, 3]
 
 
+@pytest.mark.parametrize("damage", [b"#", b"\xff", b"\x00"])
+def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
+    _do(run, [1, 2, 3]).close()
+    path = run.run_dir / "metrics.jsonl"
+    whole = path.read_bytes()
+    second = whole.index(b"\n") + 1
+    path.write_bytes(whole[:second] + damage + whole[second + 1 :])
+    _do(run, [4], start=3).close()
+    lines = path.read_bytes().splitlines()
+    assert len(lines) == 4 and [json.loads(lines[row])["step"] for row in (0, 2, 3)] == [1, 3, 4]
+    assert "has damaged lines before step 3" in caplog.text
+
+
 @pytest.mark.parametrize("owed", [False, True])
 def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_owed(run, owed):
     metrics = _do(run, [1, 2])

@@ -57,6 +57,15 @@ def test_profile_of_a_run_that_ends_earlier_tells_what_it_saw(tmp_path, said):
     assert said()["1"].startswith("1 updates") and (tmp_path / "profile/rank_0.json.gz").exists()
 
 
+def test_profile_of_a_run_that_ends_with_the_warm_up_has_watched_nothing(tmp_path, caplog):
+    profile = Profile(5, tmp_path, MAIN)
+    train(profile, WARM_UP_STEPS)
+    profile.close()
+    assert "ended after 2 updates, of which 2 warm up" in caplog.text and not (tmp_path / "profile").exists()
+    with torch.profiler.profile():  # there can be one at a time
+        pass
+
+
 def test_profile_of_a_run_that_ends_in_the_warm_up_says_so(tmp_path, said):
     profile = Profile(5, tmp_path, MAIN)
     train(profile, 1)

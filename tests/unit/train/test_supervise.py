@@ -44,6 +44,18 @@ def test_mark_knows_events_and_checkpoints(tmp_path):
     assert was_stopped(tmp_path, before) and not was_stopped(tmp_path, mark(tmp_path))
 
 
+def test_mark_after_a_damaged_checkpoint_was_left_behind_moves_with_the_new_ones(tmp_path):
+    for step in (900, 1000):
+        step_folder(tmp_path, step).mkdir(parents=True)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.write_text("step-00001000")
+    before = mark(tmp_path)
+    assert before.newest_step == 1000
+    step_folder(tmp_path, 910).mkdir()
+    pointer.write_text("step-00000910")
+    assert mark(tmp_path).newest_step == 910 != before.newest_step
+
+
 @pytest.fixture
 def run_dir(tmp_path):
     run = load_run_config(None, ["train.global_batch=96", "train.micro_batch=2", "parallel.tensor=2"])
