@@ -111,11 +111,11 @@ def test_import_into_a_run_that_it_does_not_suit_refuses(place):
     other_tokenizer = model_folder(place / "tokens", place / "data", weights, config, tokenizer_fingerprint="e" * 64)
     run = options(place / "data", place / "run")
     wrong = {
-        "intra_size is 64 in the model and 32 in the run.* Give --set model.intra_size=64": (
+        "intra_size is 64 in the model and 32 in the run.* Give --set=model.intra_size=64": (
             good,
             ["model.intra_size=32"],
         ),
-        "trained with segment rule": (other_rule, []),
+        "segment rule .* is expected here": (other_rule, []),
         "e{64}": (other_tokenizer, []),
         "no such folder": (good, [f"data.path={place / 'gone'}"]),
     }
