@@ -51,8 +51,8 @@ def _open(folder: Path, kind: int) -> IO[str]:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
-            what = f"a file is in the way: {error.strerror}"
-            raise DataError(what, remedy="Name another folder, or move it away", place=folder.parent) from error
+            what = f"The output cannot be written: {error.strerror}"
+            raise DataError(what, remedy="Mend it: a file is in the way", place=folder.parent) from error
         with suppress(FileNotFoundError):  # a run that has ended removed the folder just now
             stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs reading
             if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # and that run did not remove the file

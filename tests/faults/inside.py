@@ -64,6 +64,9 @@ class StillWatchdog:
     def at(self, place: str) -> None:
         pass
 
+    def still_there(self) -> None:
+        pass
+
     def over(self, place: str, items: Any) -> Any:
         return items
 
