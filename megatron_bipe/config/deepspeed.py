@@ -52,8 +52,8 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         ConfigError: lists every literal that disagrees with the run, and every "auto" that nothing fills.
     """
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
-    if wrong := [key for key in _SECTIONS if not isinstance(_section(result, key), dict)]:
-        seen = ", ".join(f"{key}={json.dumps(_section(result, key))}" for key in wrong)
+    if wrong := [key for key in _SECTIONS if not isinstance(_get(result, key, {}), dict)]:
+        seen = ", ".join(f"{key}={json.dumps(_get(result, key))}" for key in wrong)
         raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", place=place)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
@@ -113,20 +113,10 @@ def offloads(ds_config: dict[str, Any]) -> tuple[bool, bool]:
     return optimizer, weights
 
 
-def _section(values: dict[str, Any], dotted: str) -> Any:
-    """What stands there; an empty section where there is nothing."""
-    *outer, last = dotted.split(".")
-    for section in outer:
-        values = values.get(section, {})
-        if not isinstance(values, dict):
-            return {}
-    return values.get(last, {})
-
-
-def _get(values: dict[str, Any], dotted: str) -> Any:
+def _get(values: dict[str, Any], dotted: str, absent: Any = None) -> Any:
     for part in dotted.split("."):
         if not isinstance(values, dict) or part not in values:
-            return None
+            return absent
         values = values[part]
     return values
 

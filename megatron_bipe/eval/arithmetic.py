@@ -3,7 +3,6 @@
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -55,12 +54,13 @@ def solve_all(
     encode, bos_id = generator.tokenizer.encode_batch, generator.tokenizer.bos_id
     prompts = [np.concatenate([[bos_id], ids]) for ids in encode([problem.prompt for problem in asked])]
     longest = max(ids.size for ids in encode([problem.answer for problem in asked])) + 1
-    whole = max(prompt.size for prompt in prompts) + longest
-    room = max(whole, generator.longest_window_tokens or sys.maxsize) - whole  # for more than the right solution
-    found = generate(generator, prompts, Limits(longest + min(int((SPARE - 1) * longest), room), batch_tokens), advance)
+    prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
+    if (room := generator.longest_window_tokens) is not None:  # for the right solution always, or it is refused
+        new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
+    found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]
     right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
-    return Accuracy(asked[0].operators, len(asked), right, whole)
+    return Accuracy(asked[0].operators, len(asked), right, prompt_tokens + longest)
 
 
 def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:

@@ -20,8 +20,8 @@ def check_folder(folder: Path) -> None:
     Raises:
         CheckpointError: one is gone or is not as it was written, or the checksums cannot be read.
     """
-    for name in _sums(folder):
-        check_file(folder / name)
+    for name, digest in _sums(folder).items():
+        _compare(folder / name, digest)
 
 
 def check_file(path: Path) -> None:
@@ -30,18 +30,21 @@ def check_file(path: Path) -> None:
     Raises:
         CheckpointError: it is not as it was written, or the checksums cannot be read.
     """
-    sums = _sums(path.parent)
-    if path.name not in sums:
-        return
+    digest = _sums(path.parent).get(path.name)
+    if digest is not None:
+        _compare(path, digest)
+
+
+def _compare(path: Path, digest: str) -> None:
     try:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         what = f"the weights {path.name} cannot be read: {error.strerror}"
         raise CheckpointError(what, remedy="Copy or export the model again", place=path.parent) from error
-    if found != sums[path.name]:
+    if found != digest:
         raise CheckpointError(
-            f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {sums[path.name]}",
+            f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {digest}",
             remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
             place=path,
         )

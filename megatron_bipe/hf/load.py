@@ -142,15 +142,19 @@ def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | No
     return {"tokenizer_fingerprint": settings.get("tokenizer_fingerprint")} | fields
 
 
+def shard_names(index: Path, remedy: str) -> list[str]:
+    """The files that an index of shards names, sorted."""
+    try:
+        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError("the index of shards is damaged", remedy=remedy, place=index) from error
+
+
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
     """All weights of a model folder, from one file or from the shards that its index names."""
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError("the index of shards is damaged", remedy=_OURS, place=folder / INDEX) from error
-        files = [folder / name for name in names]
+        files = [folder / name for name in shard_names(folder / INDEX, _OURS)]
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():

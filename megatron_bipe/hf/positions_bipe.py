@@ -157,6 +157,14 @@ def key_positions(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> 
     return old_BC.index_copy(1, slots, new_BT)
 
 
+def num_keys(num_new: int, memory: Memory | None) -> int:
+    """Keys that attention sees: cached and new ones, or the slots of a static cache."""
+    if memory is None:
+        return num_new
+    num_cached = memory.next_intra.shape[1]
+    return num_cached + num_new if memory.num_filled is None else num_cached
+
+
 def count_tokens(
     config: BipeConfig, num_new: int, memory: Memory | None, attention_mask: Tensor | None, what: str
 ) -> Tensor:

@@ -4,7 +4,6 @@ Their `config.json` says `model_type: llama` and `rpe_type`; names are LLaMA's, 
 `model.embeds.0.weight`, and the ALiBi models carry their slopes as a buffer in every layer.
 """
 
-import json
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings
+from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings, shard_names
 from megatron_bipe.hf.weights import INTRA_TABLE, from_llama
 
 # The ids that the authors' code compares tokens with, whatever the tokenizer: LLaMA's newline byte and its
@@ -112,11 +111,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         return read_safetensors(folder)
     names = [_BIN]
     if (folder / _BIN_INDEX).is_file():
-        try:
-            names = sorted(set(json.loads((folder / _BIN_INDEX).read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
-            place = folder / _BIN_INDEX
-            raise CheckpointError("the index of shards is damaged", remedy=_REMEDY, place=place) from error
+        names = shard_names(folder / _BIN_INDEX, _REMEDY)
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():

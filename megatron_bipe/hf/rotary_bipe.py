@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_bipe import BipeConfig
-from .positions_bipe import Memory, count_tokens, key_positions
+from .positions_bipe import Memory, count_tokens, num_keys
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
@@ -30,7 +30,7 @@ def xpos(
     config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
-    num_tokens = key_positions(config, position_BT, memory).shape[1]
+    num_tokens = num_keys(position_BT.shape[1], memory)
     if num_tokens > _MAX_FADING_TOKENS:
         raise ValueError(f"XPOS stays in range up to {_MAX_FADING_TOKENS} tokens; these are {num_tokens}")
     cos_B1TH, sin_B1TH = _tables(config, position_BT, memory, attention_mask)
