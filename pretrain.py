@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.inspect import open_tokenizer
 from megatron_bipe.engine.start import start_engine
@@ -19,30 +19,36 @@ from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.watchdog import Watchdog
+from megatron_bipe.runtime.logs import log_to_stderr
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 from megatron_bipe.train.init_from import begin_from_model
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
+from megatron_bipe.train.run_folder import ALLOWABLE, entered, settle_precision, write_run_folder
+from megatron_bipe.train.run_summary import end_summary, start_summary
 from megatron_bipe.train.session import go_on
 from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
+
+_log = logging.getLogger("pretrain")
 
 
 def main(args: argparse.Namespace, mesh: Mesh) -> None:
     """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop."""
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     stop_request.listen()
-    logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")
+    log_to_stderr(mesh.rank)
     _check_counts(args)
     run = load_run_config(args.config, args.set)
     mesh = mesh.laid_out(run.parallel)
     num_ranks = args.dry_run or mesh.num_ranks
-    validate_run(run, num_ranks, str(args.config or "--set"))
+    validate_run(run, num_ranks, Sources(args.config, args.set))
+    run, precision = settle_precision(run, mesh.device, args.allow)
     ds_config = engine_config(run, read_ds_config(args.ds_config), num_ranks, args.ds_config)
     if args.dry_run is not None:
         if mesh.is_main:
-            sys.stdout.write(describe(run, ds_config, num_ranks))
+            sys.stdout.write(describe(run, ds_config, num_ranks, precision))
         return
+    _log_lines(start_summary(run, ds_config, mesh, precision))
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     stop = min(run.train.steps, args.stop_step or run.train.steps)
@@ -62,6 +68,12 @@ def main(args: argparse.Namespace, mesh: Mesh) -> None:
     stop_request.listen_no_more()
     if not finished:
         sys.exit(CONTINUE_LATER)
+    _log_lines(end_summary(run, stop))
+
+
+def _log_lines(text: str) -> None:
+    for line in text.splitlines():
+        _log.info(line)
 
 
 def _check_counts(args: argparse.Namespace) -> None:

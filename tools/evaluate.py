@@ -24,7 +24,7 @@ from megatron_bipe.eval.subject import Subject, check_length, check_suits
 from megatron_bipe.eval.subsets import Line, Subset, subset_names
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 from megatron_bipe.model.precision import DTYPES
-from megatron_bipe.train.hardware import keep_freed_memory
+from megatron_bipe.runtime.hardware import keep_freed_memory
 from megatron_bipe.train.models import load_subject
 
 HARNESS_NAME = "harness.json"

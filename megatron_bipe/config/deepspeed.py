@@ -9,11 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.schema import AUTO, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.errors import ConfigError
 
-AUTO = "auto"
 _OWNED_SECTIONS = ("optimizer", "scheduler")
 _OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
 _SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", *_OFFLOAD)  # that are looked into
@@ -43,7 +42,7 @@ def zero_stage(ds_config: dict[str, Any]) -> Any:
 
 
 def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, place: str | Path) -> dict[str, Any]:
-    """Fill every "auto" of `ds_config` from the run.
+    """Fill every "auto" of `ds_config` from the run, whose own precision is settled (`train.run_folder`).
 
     Returns:
         A new dictionary without any "auto", for `deepspeed.initialize`.
@@ -85,6 +84,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
 def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, Any]]:
     """DeepSpeed key -> (name of the fact in the run, its value)."""
     train = run.train
+    assert train.precision != AUTO, "settled before"
     # Gradients add up in fp32 over micro-batches; DeepSpeed can do that from ZeRO 1 on.
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
     accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))

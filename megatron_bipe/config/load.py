@@ -1,15 +1,34 @@
 """Where a run configuration comes from: defaults, then a YAML file, then `--set section.key=value`."""
 
 import difflib
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.errors import ConfigError
+
+
+class Sources(NamedTuple):
+    """Where the values of a run configuration came from, for error messages."""
+
+    path: Path | None = None
+    """YAML file; None: the defaults."""
+    overrides: Sequence[str] = ()
+    """`section.key=value` of the command line."""
+
+    def location(self, message: str) -> str:
+        """Return the `--set` options whose keys the message names; the YAML file where it names none of them."""
+        keys = {override: re.escape(override.partition("=")[0].strip()) for override in self.overrides}
+        named = [override for override, key in keys.items() if re.search(rf"(?<![\w.]){key}(?!\.?\w)", message)]
+        named = named or [override for override, key in keys.items() if re.search(rf"(?<![\w.]){key}\.\w", message)]
+        if named or self.path is None:
+            return " ".join(f"--set {override}" for override in named) or "--set"
+        return str(self.path)
 
 
 def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConfig:
@@ -28,12 +47,13 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
     values = _read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
-    place = str(path) if path is not None else "--set"
     try:
         run = RunConfig.model_validate(values)
     except ValidationError as error:
         known = list(_keys(RunConfig))
-        raise ConfigError("; ".join(_problem(entry, known) for entry in error.errors()), place=place) from None
+        keys = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors())
+        message = "; ".join(_problem(entry, known) for entry in error.errors())
+        raise ConfigError(message, place=Sources(path, overrides).location(keys)) from None
     if "train_len_tokens" not in run.model.model_fields_set:
         model = run.model.model_copy(update={"train_len_tokens": run.train.seq_len_tokens})
         run = run.model_copy(update={"model": model})

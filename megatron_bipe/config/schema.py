@@ -14,6 +14,10 @@ from megatron_bipe.config.encodings import ENCODINGS, RELATIVE, Encoding, Relati
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 
+ComputePrecision = Literal["bf16", "fp32"]
+Precision = Literal["auto", "bf16", "fp32"]
+AUTO: Literal["auto"] = "auto"
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
@@ -223,8 +227,9 @@ class TrainConfig(_Section):
     """Sequences an optimizer step, over all ranks."""
     micro_batch: Positive = 8
     """Sequences a forward pass on one rank; gradient accumulation follows from the rank count."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """Compute precision; bf16 keeps fp32 master weights and moments."""
+    precision: Precision = AUTO
+    """Compute precision; bf16 keeps fp32 master weights and moments. auto: bf16 where the device multiplies it natively
+    (GPUs since A100, CPUs with AVX512_BF16, AMX or Arm BF16), else fp32; a run keeps what it began with."""
     seed: NonNegative = 1234
     """Of the initial weights and of the sample order."""
     init_from: Folder | None = None

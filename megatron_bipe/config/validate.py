@@ -4,12 +4,20 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 
+from megatron_bipe.config.load import Sources
 from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RopeScaling, RunConfig, TrainConfig
 from megatron_bipe.errors import ConfigError
 
+_DEFAULTS = Sources()  # where nothing else is said
 
-def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
+
+def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -> None:
     """Check a run configuration for a launch of `num_ranks` ranks.
+
+    Args:
+        run: the run configuration.
+        num_ranks: of the launch.
+        sources: where its values came from, for the message.
 
     Raises:
         ConfigError: lists every broken rule at once, each with the values seen.
@@ -23,7 +31,8 @@ def validate_run(run: RunConfig, num_ranks: int, place: str = "") -> None:
         *_batches(run.train, max(1, run.parallel.data_ranks(num_ranks))),
     ]
     if problems:
-        raise ConfigError("; ".join(problems), place=place)
+        message = "; ".join(problems)
+        raise ConfigError(message, place=sources.location(message))
 
 
 def accumulation_steps(train: TrainConfig, data_ranks: int) -> int:

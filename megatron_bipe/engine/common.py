@@ -26,10 +26,12 @@ from megatron_bipe.engine.random_states import random_states, set_random_states
 from megatron_bipe.engine.saver import Saver
 from megatron_bipe.engine.state_files import Fragment, StateReader
 from megatron_bipe.engine.verify import newest_good, of_another_run
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layers import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
 from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.context import SplitWindows
+from megatron_bipe.parallel.failure import rank_name
 from megatron_bipe.parallel.launch import connect_store
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replicas import Replicas, check_replicas
@@ -42,8 +44,8 @@ _WATCHDOG_HEAD_START_S = 30
 def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
     """Form the process group of all ranks, if there is none yet.
 
-    Keeps DeepSpeed from announcing what works, and from compiling a collective that only inference uses: on a CPU it
-    would build that shared-memory operator at every first start on a machine, for about a minute.
+    Keeps DeepSpeed from probing its compiled operators, and so from compiling a collective that only inference uses: on
+    a CPU it would build that shared-memory operator at every first start on a machine, for about a minute.
 
     Args:
         mesh: this process.
@@ -51,9 +53,28 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
             which can name the ranks, is the first to see it.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Every operator counts as not compiled; DeepSpeed would probe them all, with a warning for each that cannot be.
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # reading the attribute would already probe
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
     deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
+
+
+def check_precision(mesh: Mesh, run: RunConfig) -> None:
+    """Compare the settled precision of all ranks, which call this together; the process group stands.
+
+    Raises:
+        ConfigError: on all ranks: `train.precision=auto` came out differently on hosts of different kinds.
+    """
+    seen: list[Any] = [None] * mesh.num_ranks
+    dist.all_gather_object(seen, (run.train.precision, rank_name(mesh)))
+    first_by_precision = dict(reversed(seen))
+    if len(first_by_precision) > 1:
+        found = ", ".join(f"{precision} on {name}" for precision, name in sorted(first_by_precision.items()))
+        raise ConfigError(
+            f"train.precision=auto is {found}: all ranks must compute in one precision, and these hosts differ",
+            remedy="Name the precision: --set train.precision=fp32, or bf16",
+            place="train.precision",
+        )
 
 
 def equal_timeouts(timeout_s: float) -> None:

@@ -14,6 +14,7 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
+    check_precision,
     make_layers,
     make_topology,
     mean_loss,
@@ -42,6 +43,7 @@ class PipelineEngine(DeepSpeedEngine):
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
         self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
+        check_precision(mesh, run)
         layers, self._tensor_group = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         bounds = cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline)

@@ -15,6 +15,7 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.engine.common import (
     DeepSpeedEngine,
+    check_precision,
     make_grid,
     make_layers,
     mean_loss,
@@ -41,6 +42,7 @@ class ZeroEngine(DeepSpeedEngine):
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
         self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
+        check_precision(mesh, run)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
         self._layers, self._tensor_group = make_layers(mesh)

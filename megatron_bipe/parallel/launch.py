@@ -1,4 +1,4 @@
-"""Joining a launch: the only place that reads the environment."""
+"""Joining a launch: reads the variables of its launcher, and sets those that torch and DeepSpeed know."""
 
 import os
 import socket
@@ -10,6 +10,8 @@ import torch.distributed as dist
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.launchers import Launch, Meeting, read_launch
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.environment import DEVICE, prepare_environment
+from megatron_bipe.runtime.hardware import device_type
 
 
 def join_launch() -> Mesh:
@@ -21,6 +23,7 @@ def join_launch() -> Mesh:
     Raises:
         ConfigError: the launcher's variables do not fit together, or there is no GPU for this rank.
     """
+    prepare_environment()
     env = os.environ
     launch = read_launch(env, _agree_by_mpi, _free_port)
     env.update(
@@ -31,7 +34,7 @@ def join_launch() -> Mesh:
         MASTER_ADDR=launch.meeting.address,
         MASTER_PORT=str(launch.meeting.port),
     )
-    if torch.cuda.is_available():
+    if device_type() == "cuda":
         device = torch.device("cuda", _own_gpu(launch, torch.cuda.device_count()))
         torch.cuda.set_device(device)
     else:
@@ -59,7 +62,7 @@ def _own_gpu(launch: Launch, num_gpus: int) -> int:
         raise ConfigError(
             f"a rank takes the GPU of its number on the host, and local rank {launch.local_rank} sees {num_gpus}",
             remedy="Start at most as many ranks a host as it has GPUs, and let each rank see all of them (SLURM: "
-            "--gpus-per-node, without --gpus-per-task or --gpu-bind)",
+            f"--gpus-per-node, without --gpus-per-task or --gpu-bind). CPU ranks take {DEVICE}=cpu DS_ACCELERATOR=cpu",
             place=f"rank {launch.rank} on {socket.gethostname()}",
         )
     return launch.local_rank

@@ -12,13 +12,20 @@ from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.feed import check_manifest
 from megatron_bipe.train.memory import StageMemory, stage_memories
 from megatron_bipe.train.traffic import bubble, step_traffic
 
 
-def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
-    """The text that `--dry-run` prints.
+def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice) -> str:
+    """Return the text that `--dry-run` prints.
+
+    Args:
+        run: the run configuration, validated for `num_ranks`, its precision settled.
+        ds_config: result of `config.deepspeed.engine_config`.
+        num_ranks: of the launch that is described.
+        precision: the run's, with the reason for it.
 
     Raises:
         ConfigError: a dataset that is there does not fit the run.
@@ -26,6 +33,7 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
     stages = stage_memories(run, ds_config, num_ranks)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
+        "# Precision\n" + _precision(run, precision),
         "# Layers\n" + layer_table(run.model),
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
@@ -35,6 +43,12 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
         "# Data\n" + _data(run),
     ]
     return "\n".join(parts)
+
+
+def _precision(run: RunConfig, precision: PrecisionChoice) -> str:
+    is_guess = precision.reason.startswith("auto")
+    hint = "decided on this machine; to plan for another one, set train.precision\n" if is_guess else ""
+    return f"{run.train.precision} ({precision.reason})\n{hint}"
 
 
 def layer_table(model: ModelConfig) -> str:

@@ -41,7 +41,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
     engine, feed, metrics, watchdog, recovery, stop_request, profile = parts
     if progress.valid_owed:
         _validate(parts, progress)
-    save_owed, stopping = False, stop_request.agreed()
+    save_owed, stopping, first = False, stop_request.agreed(), progress.step + 1
     while progress.step < stop and not stopping:
         lr = learning_rate(run.optimizer, run.train.steps, progress.step)
         samples = progress.take(run.train.global_batch)
@@ -54,7 +54,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
             engine.check_replicas(done)
         progress.valid_owed = feed.has_valid and (_due(done, run.train.valid_every) or done == run.train.steps)
         save_owed = save_owed or stopping or _due(done, run.train.save_every) or done == stop
-        if not (_due(done, run.train.log_every) or progress.valid_owed or save_owed):
+        if not (done == first or _due(done, run.train.log_every) or progress.valid_owed or save_owed):
             continue
         recovery.judge(metrics.flush())  # waits for the device
         last_is_bad = done == stop and not recovery.is_well

@@ -136,7 +136,7 @@ def tokens_here(run: RunConfig) -> float:
 
 def compute_width(run: RunConfig) -> int:
     """Bytes of a number in compute precision."""
-    return 2 if run.train.precision == "bf16" else FP32_BYTES
+    return {"bf16": 2, "fp32": FP32_BYTES}[run.train.precision]
 
 
 def _kept_a_block(run: RunConfig) -> float:

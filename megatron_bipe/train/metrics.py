@@ -12,9 +12,9 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.api import StepResult
 from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.hardware import peak_memory_gib
+from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
 from megatron_bipe.train.health import Reading
-from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.progress import Progress, Samples
 
 _log = logging.getLogger(__name__)
@@ -42,6 +42,7 @@ class Metrics:
         self._tokens_per_step = tokens
         flops = train_flops_per_token(run.model, run.train.seq_len_tokens) * tokens
         self._ideal_step_s = flops / (peak_flops * mesh.num_ranks) if peak_flops else None
+        self._warned_of_mfu = False
         self._began_at_s = time.time() if began_at_s is None else began_at_s
         self._open(start)
 
@@ -77,6 +78,7 @@ class Metrics:
         }
         if self._ideal_step_s is not None:
             shared["util/mfu"] = self._ideal_step_s / step_s
+            self._check_mfu(shared["util/mfu"])
         if self._mesh.is_main:
             shared["run/goodput"] = self.goodput(len(readings) * step_s)
         for reading, (*_, lr) in zip(readings, self._waiting, strict=True):
@@ -119,7 +121,6 @@ class Metrics:
         """Write what is left."""
         self.flush()
         if self._mesh.is_main:
-            _log.info("goodput %.1f%%: time of steps over time since the first start", 100 * self.goodput())
             self._file.close()
             self._board.close()
 
@@ -135,12 +136,21 @@ class Metrics:
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._mesh.is_main:
-            line = {"step": step, "tokens": step * self._tokens_per_step} | values
+            line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time()} | values
             self._file.add(line)
             self._show(line)
 
+    def _check_mfu(self, mfu: float) -> None:
+        """Warn, once, of a figure that cannot be."""
+        if mfu > 1 and self._mesh.is_main and not self._warned_of_mfu:
+            self._warned_of_mfu = True
+            _log.warning(
+                "MFU of %.0f%%: the peak of %s in megatron_bipe/runtime/hardware.py is too low; please report it",
+                *(100 * mfu, device_name(self._mesh.device)),
+            )
+
     def _show(self, line: dict[str, Any]) -> None:
-        for key in line.keys() - {"step", "tokens"}:
+        for key in line.keys() - {"step", "tokens", TIME}:
             self._board.add_scalar(key, math.nan if line[key] is None else line[key], line["step"])
 
     def _line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:

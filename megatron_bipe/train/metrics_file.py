@@ -16,6 +16,7 @@ import orjson
 
 _log = logging.getLogger(__name__)
 
+TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
 

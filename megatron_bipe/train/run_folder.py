@@ -16,8 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from megatron_bipe.config.load import dump_yaml, load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.schema import AUTO, ComputePrecision, RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
@@ -26,6 +28,7 @@ from megatron_bipe.engine.checkpoint import list_steps
 from megatron_bipe.engine.publish import tidy
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.lock import locked
+from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision
 
 # What a continued run may change without becoming another run.
 _FREE = {
@@ -60,6 +63,30 @@ class _Difference(NamedTuple):
     def allowable(self) -> str:
         """What `--allow` calls it; "" where nothing does."""
         return next((name for name in ALLOWABLE if self.key == name or self.key.startswith(f"{name}.")), "")
+
+
+def settle_precision(
+    run: RunConfig, device: torch.device, allow: Collection[str] = ()
+) -> tuple[RunConfig, PrecisionChoice]:
+    """Replace `train.precision=auto` by what this run computes in.
+
+    A run that has a checkpoint keeps the precision it has, on a machine of another kind, too, unless `allow` names
+    `train.precision`; else the hardware decides.
+
+    Args:
+        run: the run as it is asked for.
+        device: where this rank's part of the model will be.
+        allow: of `ALLOWABLE`, what may be other than before.
+
+    Returns:
+        The run with `bf16` or `fp32`, and that choice with its reason.
+    """
+    kept = _precision_to_keep(run, allow)
+    choice = choose_precision(kept or run.train.precision, device, "train.precision")
+    if kept:
+        choice = choice._replace(reason=f"auto: {run.run_dir} began in it")
+    train = run.train.model_copy(update={"precision": choice.precision})
+    return run.model_copy(update={"train": train}), choice
 
 
 @contextmanager
@@ -109,6 +136,14 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
             remedy=f"Undo these changes to continue it{flags}, or start anew with --set run_dir=OTHER",
             place=run.run_dir,
         )
+
+
+def _precision_to_keep(run: RunConfig, allow: Collection[str]) -> ComputePrecision | None:
+    """Return the precision of the checkpoints that a run with `auto` would continue; None where it is free."""
+    if run.train.precision != AUTO or "train.precision" in allow or not list_steps(run.run_dir):
+        return None
+    before = load_run_config(run.run_dir / "config.yaml").train.precision
+    return None if before == AUTO else before
 
 
 def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -> None:

@@ -8,9 +8,9 @@ from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.failure import rank_name, say
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.watchdog import Watchdog
+from megatron_bipe.runtime.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.train.events import DONE, START, STOP, Events, read_events
 from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_bipe.train.hardware import keep_freed_memory, peak_memory_gib
+from megatron_bipe.runtime.hardware import keep_freed_memory, peak_memory_gib
 
 Prepare = Callable[[], Callable[[], None]]  # sets up, and returns what is timed
 

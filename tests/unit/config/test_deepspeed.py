@@ -9,6 +9,8 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
 
+BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
+
 DS_CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 
 
@@ -37,7 +39,7 @@ def test_engine_config_all_stages_are_shipped():
 
 
 def test_engine_config_bf16_gradients_add_up_in_fp32_from_zero_1_on():
-    run = load_run_config(None)
+    run = load_run_config(None, BF16)
     dtypes = [engine_config(run, {"zero_optimization": {"stage": s}}, 1, "x")["data_types"] for s in range(4)]
     assert [d["grad_accum_dtype"] for d in dtypes] == ["bf16", "fp32", "fp32", "fp32"]
 
@@ -57,11 +59,13 @@ def test_engine_config_bf16_gradients_are_exchanged_in_fp32_with_zero_1():
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
 def test_engine_config_states_on_nvme_are_refused(key):
     with pytest.raises(ConfigError, match=f'{key}.device="nvme": checkpoints cannot read'):
-        engine_config(load_run_config(None), {"zero_optimization": {"stage": 3, key: {"device": "nvme"}}}, 1, "x.json")
+        engine_config(
+            load_run_config(None, BF16), {"zero_optimization": {"stage": 3, key: {"device": "nvme"}}}, 1, "x.json"
+        )
 
 
 def test_engine_config_literal_that_agrees_is_fine():
-    assert engine_config(load_run_config(None), {"train_batch_size": 256}, 1, "x")["train_batch_size"] == 256
+    assert engine_config(load_run_config(None, BF16), {"train_batch_size": 256}, 1, "x")["train_batch_size"] == 256
 
 
 @pytest.mark.parametrize(
@@ -79,7 +83,7 @@ def test_engine_config_literal_that_agrees_is_fine():
 )
 def test_engine_config_literal_that_disagrees_names_both(literal, named):
     with pytest.raises(ConfigError) as error:
-        engine_config(load_run_config(None), literal, 1, "ds.json")
+        engine_config(load_run_config(None, BF16), literal, 1, "ds.json")
     assert all(part in str(error.value) for part in named)
     assert error.value.place == "ds.json"
 
@@ -98,7 +102,7 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
 )
 def test_engine_config_section_that_is_none_is_named(sections, named):
     with pytest.raises(ConfigError, match=named) as error:
-        engine_config(load_run_config(None), sections, 1, "ds.json")
+        engine_config(load_run_config(None, BF16), sections, 1, "ds.json")
     assert error.value.place == "ds.json"
 
 

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bipe.config.load import dump_yaml, load_run_config
+from megatron_bipe.config.load import Sources, dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.errors import ConfigError
 
@@ -109,7 +109,33 @@ def test_load_unknown_key_names_the_nearest_one(key, nearest):
     overrides = [f"model.rope_scaling={value}"] if "rope" in key else []
     with pytest.raises(ConfigError, match=f"unknown key '{key}', did you mean '{nearest}'") as error:
         load_run_config(None, [*overrides, f"{key}=4"])
-    assert error.value.place == "--set"
+    assert error.value.place == f"--set {key}=4"
+
+
+@pytest.mark.parametrize(
+    ("message", "location"),
+    [
+        ("train.steps=7 and optimizer.lr=1 disagree", "--set train.steps=7"),
+        (
+            "optimizer.warmup_steps=20 exceeds the 7 of train.steps",
+            "--set train.steps=7 --set optimizer.warmup_steps=20",
+        ),
+        ("model.rope_scaling.type=yarn has no meaning", "--set model.rope_scaling={type: yarn}"),
+        ("train.steps_ahead=7 and other.train.steps", "run.yaml"),
+        ("model.num_heads=3", "run.yaml"),
+    ],
+)
+def test_location_of_a_message_is_the_options_that_it_names_else_the_file(message, location):
+    overrides = ("train.steps=7", "optimizer.warmup_steps=20", "model.rope_scaling={type: yarn}")
+    assert Sources(Path("run.yaml"), overrides).location(message) == location
+
+
+def test_load_error_in_a_set_option_names_the_option_and_not_the_file(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {seed: 3}")
+    with pytest.raises(ConfigError) as error:
+        load_run_config(path, ["train.steps=0", "train.seed=2"])
+    assert error.value.place == "--set train.steps=0"
 
 
 def test_load_all_problems_are_named_at_once():

@@ -1,8 +1,10 @@
 """Rules across fields."""
 
+from pathlib import Path
+
 import pytest
 
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
 from megatron_bipe.errors import ConfigError
 
@@ -83,7 +85,7 @@ def test_validate_default_run_passes_and_accumulates():
 )
 def test_validate_contradiction_names_values_and_rule(overrides, message):
     with pytest.raises(ConfigError, match=message):
-        validate_run(load_run_config(None, overrides), num_ranks=2, place="run.yaml")
+        validate_run(load_run_config(None, overrides), num_ranks=2, sources=Sources(Path("run.yaml")))
 
 
 @pytest.mark.parametrize(
@@ -109,7 +111,7 @@ def test_validate_contradiction_names_values_and_rule(overrides, message):
 )
 def test_validate_layout_that_does_not_divide_names_values_and_rule(parallel, message):
     with pytest.raises(ConfigError) as error:
-        validate_run(load_run_config(None, [f"parallel={parallel}"]), num_ranks=8, place="run.yaml")
+        validate_run(load_run_config(None, [f"parallel={parallel}"]), num_ranks=8, sources=Sources(Path("run.yaml")))
     assert message in str(error.value)
 
 
@@ -130,7 +132,7 @@ def test_validate_window_that_is_split_must_divide(parallel, divisor):
 def test_validate_all_problems_are_named_at_once():
     run = load_run_config(None, ["model.num_heads=7", "train.global_batch=20", "optimizer.min_lr=1"])
     with pytest.raises(ConfigError) as error:
-        validate_run(run, num_ranks=2, place="run.yaml")
+        validate_run(run, num_ranks=2, sources=Sources(Path("run.yaml")))
     assert str(error.value).count(";") >= 2
     assert error.value.place == "run.yaml"
 

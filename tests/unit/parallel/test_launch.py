@@ -26,7 +26,7 @@ def environment(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
-        for name in (*LAUNCH, "LOCAL_SIZE", "OMP_NUM_THREADS"):
+        for name in (*LAUNCH, "LOCAL_SIZE", "OMP_NUM_THREADS", "BIPE_DEVICE", "DS_ACCELERATOR"):
             os.environ.pop(name, None)
         yield os.environ
     torch.set_num_threads(threads)
@@ -69,6 +69,30 @@ def test_join_launch_of_more_ranks_than_gpus_is_refused(environment, monkeypatch
     with pytest.raises(ConfigError, match="local rank 1 sees 1") as caught:
         join_launch()
     assert "--gpus-per-node" in caught.value.remedy and "rank 5" in caught.value.place
+
+
+def test_join_launch_with_bipe_device_cpu_takes_no_gpu_and_tells_deepspeed(environment, monkeypatch):
+    def touched():
+        raise AssertionError("CUDA was asked")
+
+    for name in ("is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    environment.update(LAUNCH, BIPE_DEVICE="cpu")
+    assert join_launch().device.type == "cpu"
+    assert environment["DS_ACCELERATOR"] == "cpu"
+
+
+def test_join_launch_with_bipe_device_cuda_and_no_gpu_is_refused(environment):
+    environment["BIPE_DEVICE"] = "cuda"
+    with pytest.raises(ConfigError, match="BIPE_DEVICE=cuda") as caught:
+        join_launch()
+    assert caught.value.place == "BIPE_DEVICE"
+
+
+def test_join_launch_with_an_unknown_bipe_device_is_refused(environment):
+    environment["BIPE_DEVICE"] = "gpu"
+    with pytest.raises(ConfigError, match="BIPE_DEVICE='gpu'"):
+        join_launch()
 
 
 def test_join_launch_shares_the_cores_among_the_ranks_of_a_machine(environment, monkeypatch):

@@ -117,6 +117,13 @@ def test_train_steps_validate_and_save_when_due(start):
     assert done.notes.calls[3] == ("step", 512, learning_rate(done.run.optimizer, 6, 2))
 
 
+@pytest.mark.parametrize(("begin", "shown"), [(0, [1, 5, 10, 12]), (7, [8, 10, 12])])
+def test_train_shows_progress_after_the_first_step_then_when_due(start, caplog, begin, shown):
+    with caplog.at_level("INFO"):
+        start("train.steps=12", "train.log_every=5", "train.valid_every=0", "train.save_every=0", start=begin, stop=12)
+    assert [int(line.split("/")[0].split()[-1]) for line in caplog.messages if "/12 |" in line] == shown
+
+
 def test_train_stopped_early_saves_and_keeps_the_schedule(start):
     done = start(start=3, stop=5)
     assert done.notes.of("save") == [4, 5]

@@ -6,12 +6,14 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.model.plan import count_parameters
 from megatron_bipe.train.memory import block_bytes_per_token, stage_memories
 
+BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
+
 PARAMETERS = 163_203_840  # of the default run
 NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # whole on every tensor-parallel rank
 
 
 def memories(zero, num_ranks, *settings, **knobs):
-    run = load_run_config(None, list(settings))
+    run = load_run_config(None, [*BF16, *settings])
     return stage_memories(run, {"zero_optimization": {"stage": zero, **knobs}}, num_ranks)
 
 
@@ -40,7 +42,7 @@ def test_state_is_shared_out_over_all_ranks_with_the_same_weights():
 
 
 def test_state_zero_3_has_its_part_of_the_weights_and_two_layers_whole():
-    largest = max(count_parameters(load_run_config(None).model))
+    largest = max(count_parameters(load_run_config(None, BF16).model))
     assert memories(3, 4)[0].weights == 2 * PARAMETERS / 4 + 2 * 2 * largest
 
 
@@ -50,7 +52,7 @@ def test_state_offloaded_is_on_the_host():
 
 
 def test_state_weights_that_are_offloaded_are_on_the_host_but_for_two_layers():
-    largest = max(count_parameters(load_run_config(None).model))
+    largest = max(count_parameters(load_run_config(None, BF16).model))
     (stage,) = memories(3, 4, offload_param={"device": "cpu"}, offload_optimizer={"device": "cpu"})
     assert (stage.weights, stage.host) == (2 * 2 * largest, (2 + 4 + 12) * PARAMETERS / 4)
 
@@ -91,7 +93,7 @@ def test_activations_few_micro_batches_are_all_that_is_kept():
 
 def test_activations_recomputation_and_splitting_keep_less():
     def kept(*settings):
-        run = load_run_config(None, list(settings))
+        run = load_run_config(None, [*BF16, *settings])
         return block_bytes_per_token(run.model, run.parallel, 2, run.parallel.recompute, run.train.seq_len_tokens)
 
     assert memories(1, 2, "parallel.context=2")[0].logits == memories(1, 2)[0].logits / 2

@@ -58,6 +58,32 @@ def test_metrics_every_step_has_one_line_with_units(run):
     assert lines[3]["valid/perplexity"] == pytest.approx(7.389, abs=1e-3)
 
 
+def test_metrics_lines_say_when_they_were_written_and_tensorboard_does_not(run, monkeypatch):
+    monkeypatch.setattr("time.time", lambda: 1234.5)
+    _do(run, [1]).close()
+    assert _lines(run)[0]["time"] == 1234.5
+    assert _scalars(run, "time") == []
+
+
+@pytest.mark.parametrize(("peak_flops", "warnings"), [(1.0, 1), (1e30, 0)])
+def test_metrics_warn_once_of_an_mfu_above_one(run, caplog, peak_flops, warnings):
+    metrics = Metrics(run, MAIN, Progress(), peak_flops)
+    for step in (1, 2):
+        metrics.step(step, (0, 8), StepResult(torch.tensor(1.0), 0.5), lr=1e-4)
+        metrics.flush()
+    metrics.close()
+    assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
+
+
+def test_metrics_without_a_known_peak_show_no_mfu(run, caplog):
+    with caplog.at_level("INFO"):
+        metrics = Metrics(run, MAIN, Progress(), None)
+        metrics.step(1, (0, 8), StepResult(torch.tensor(1.0), 0.5), lr=1e-4)
+        metrics.close()
+    assert "mfu" not in caplog.text and "tokens/s" in caplog.text and "goodput" not in caplog.text
+    assert "util/mfu" not in _lines(run)[0] and _scalars(run, "util/mfu") == []
+
+
 def test_metrics_of_a_loss_that_is_not_finite_are_json_and_shown_again_after_a_restart(run):
     metrics = Metrics(run, MAIN, Progress(), None)
     metrics.step(1, (0, 8), StepResult(torch.tensor(torch.nan), float("inf")), lr=1e-4)

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from megatron_bipe import lock
 from megatron_bipe.config.load import load_run_config
@@ -11,7 +12,16 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.train.run_folder import ALLOWABLE, check_same_run, entered, read_record, write_run_folder
+from megatron_bipe.runtime import hardware
+from megatron_bipe.runtime.hardware import Bf16Support
+from megatron_bipe.train.run_folder import (
+    ALLOWABLE,
+    check_same_run,
+    entered,
+    read_record,
+    settle_precision,
+    write_run_folder,
+)
 
 
 @pytest.fixture
@@ -23,7 +33,7 @@ def record():
 @pytest.fixture
 def run(tmp_path, record, write_text_dataset):
     write_text_dataset(tmp_path / "dataset", [["a b"]])
-    run = load_run_config(None, [f"run_dir={tmp_path / 'run'}"])
+    run = load_run_config(None, [f"run_dir={tmp_path / 'run'}", "train.precision=bf16"])
     write_run_folder(run, record, load_tokenizer(tmp_path / "dataset" / "tokenizer"))
     return run
 
@@ -31,6 +41,40 @@ def run(tmp_path, record, write_text_dataset):
 def _checkpoint(run, step):
     step_folder(run.run_dir, step).mkdir(parents=True)
     (run.run_dir / "checkpoints" / "latest").write_text(step_folder(run.run_dir, step).name + "\n")
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_checkpoint", "allow", "is_native", "precision"),
+    [
+        ("auto", False, (), True, "bf16"),
+        ("auto", False, (), False, "fp32"),
+        ("auto", True, (), False, "bf16"),  # what the run began with, on a machine without native bf16
+        ("auto", True, ("train.precision",), False, "fp32"),
+        ("auto", True, ("train.precision",), True, "bf16"),
+        ("fp32", True, (), True, "fp32"),  # which check_same_run then refuses
+        ("bf16", False, (), False, "bf16"),
+    ],
+)
+def test_settle_precision_of_auto_is_the_hardwares_until_there_is_a_checkpoint(
+    run, monkeypatch, caplog, asked, has_checkpoint, allow, is_native, precision
+):
+    monkeypatch.setattr(hardware, "bf16_support", lambda _: Bf16Support(is_native, "REASON"))
+    if has_checkpoint:
+        _checkpoint(run, 10)
+    same = load_run_config(None, [f"run_dir={run.run_dir}", f"train.precision={asked}"])
+    settled, choice = settle_precision(same, torch.device("cpu"), allow)
+    assert settled.train.precision == choice.precision == precision
+    assert settled == same.model_copy(update={"train": same.train.model_copy(update={"precision": precision})})
+    assert (str(run.run_dir) in choice.reason) == (asked == "auto" and has_checkpoint and not allow)
+    assert ("REASON" in caplog.text) == (precision == "bf16" and not is_native)
+
+
+def test_settled_precision_is_what_the_run_folder_keeps(run, record, monkeypatch):
+    monkeypatch.setattr(hardware, "bf16_support", lambda _: Bf16Support(True, ""))
+    settled, _ = settle_precision(load_run_config(None, [f"run_dir={run.run_dir}"]), torch.device("cpu"))
+    _checkpoint(run, 10)
+    check_same_run(settled, record)
+    assert load_run_config(run.run_dir / "config.yaml").train.precision == "bf16"
 
 
 def test_same_run_without_a_checkpoint_may_be_any(run, record):
@@ -47,7 +91,7 @@ def test_same_run_is_continued(run, record):
 def test_same_run_harmless_changes_need_no_leave(run, record):
     _checkpoint(run, 10)
     settings = ["train.micro_batch=4", "parallel.tensor=4", "checkpoint.keep_last=2", "data.verify=false"]
-    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", *settings]), record)
+    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", *settings]), record)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +104,7 @@ def test_same_run_harmless_changes_need_no_leave(run, record):
 )
 def test_same_run_allowable_changes_need_leave_by_name(run, record, settings, allowed):
     _checkpoint(run, 10)
-    changed = load_run_config(None, [f"run_dir={run.run_dir}", *settings])
+    changed = load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", *settings])
     data = record.model_copy(update={"fingerprint": "d" * 64}) if allowed == "data" else record
     for others in ((), [name for name in ALLOWABLE if name != allowed]):
         with pytest.raises(CheckpointError, match=f"--allow {allowed}"):
@@ -146,7 +190,7 @@ BLEND = ("data/x", "1", 3000), ("data/y", "2", 7000)
 def _continue(run, old, new, path="{data/x: 3, data/y: 7}"):
     _checkpoint(run, 10)
     (run.run_dir / "data.json").write_text(old.model_dump_json(exclude_defaults=True))
-    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", f"data.path={path}"]), new)
+    check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", f"data.path={path}"]), new)
 
 
 @pytest.mark.parametrize("path", ["{data/x: 3, data/y: 7}", "{moved/x: 30, moved/y: 70}", "[moved/x, moved/y]"])

@@ -6,12 +6,14 @@ from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.train.traffic import bubble, step_traffic
 
+BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
+
 PARAMETERS = 163_203_840
 HIDDEN = 8 * 1024 * 768 * 2  # bytes of a micro-batch of the default run in bf16
 
 
 def sent(zero, num_ranks, *settings, **more):
-    run = load_run_config(None, list(settings))
+    run = load_run_config(None, [*BF16, *settings])
     ds_config = engine_config(run, {"zero_optimization": {"stage": zero}} | more, num_ranks, "")
     found = step_traffic(run, ds_config, num_ranks)
     return {(kind.axis, kind.what): (kind.times, kind.bytes_sent) for kind in found}
@@ -84,17 +86,17 @@ def test_one_rank_sends_nothing():
 
 def test_bubble_equal_stages_is_the_textbook_share():
     # Without a head that costs anything, 12 blocks cut evenly.
-    run = load_run_config(None, ["model.vocab_size=1", "parallel.pipeline=4"])
+    run = load_run_config(None, [*BF16, "model.vocab_size=1", "parallel.pipeline=4"])
     assert bubble(run, 4) == pytest.approx(3 / (32 + 3), rel=1e-3)
 
 
 def test_bubble_unequal_stages_wait_for_the_slowest():
     even, uneven = (
-        load_run_config(None, [f"model.num_layers={layers}", "model.vocab_size=1", "parallel.pipeline=4"])
+        load_run_config(None, [*BF16, f"model.num_layers={layers}", "model.vocab_size=1", "parallel.pipeline=4"])
         for layers in (12, 13)
     )
     assert bubble(uneven, 4) > bubble(even, 4) + 0.1
 
 
 def test_bubble_of_one_stage_is_none():
-    assert bubble(load_run_config(None), 4) == 0
+    assert bubble(load_run_config(None, BF16), 4) == 0

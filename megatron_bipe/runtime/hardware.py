@@ -1,0 +1,193 @@
+"""The device that models run on: what it is, whether it multiplies bf16 natively, its peak, its memory."""
+
+import ctypes
+import logging
+import re
+import resource
+from collections.abc import Collection
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from megatron_bipe.config.schema import AUTO, ComputePrecision, Precision
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.environment import DEVICE, DeviceType, onednn_isa_limit, requested_device
+
+_log = logging.getLogger(__name__)
+
+# Dense bf16 tensor-core peaks with fp32 accumulation from the vendors' data sheets, FLOP/s.
+# The first pattern that is found in the device's name counts.
+_BF16_PEAKS = {
+    r"\bMIG\b": None,  # a slice of a GPU, of which the name does not say how much can be used
+    r"\bGB300\b": 2500e12,
+    r"\bB300\b": 2250e12,
+    r"\bGB200\b": 2500e12,
+    r"\bB200\b": 2250e12,
+    r"\bGH200\b": 989e12,
+    r"\bH200 NVL\b": 835e12,
+    r"\bH200\b": 989e12,
+    r"\bH[18]00 PCIe\b": 756e12,
+    r"\bH100 NVL\b": 835e12,
+    r"\bH[18]00\b": 989e12,
+    r"\bH20\b": 148e12,
+    r"\bA[18]00\b": 312e12,
+    r"\bA40\b": 149.7e12,
+    r"\bA30\b": 165e12,
+    r"\bA10G\b": 70e12,
+    r"\bA10\b": 125e12,
+    r"\bL40S\b": 362e12,
+    r"\bL40\b": 181e12,
+    r"\bL4\b": 121e12,
+}
+_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # products of bf16, as /proc/cpuinfo names them; the last: Arm
+_ISAS_WITH_BF16 = re.compile(r"(AVX512_CORE_(BF16|FP16|AMX)|AVX10|ALL|DEFAULT)", re.IGNORECASE)  # oneDNN's names
+# glibc's malloc.h: never map large blocks by themselves, never trim the heap, grow it by 64 MiB.
+_M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
+_KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
+
+
+class PrecisionChoice(NamedTuple):
+    """The precision that a model computes in, and why."""
+
+    precision: ComputePrecision
+    reason: str
+
+
+class Bf16Support(NamedTuple):
+    """Whether a device multiplies bf16 matrices in hardware."""
+
+    is_native: bool
+    reason: str  # such as "this CPU has amx_bf16"
+
+
+def device_type() -> DeviceType:
+    """Return where models run: what `BIPE_DEVICE` asks for, else `cuda` where there is a GPU, else `cpu`.
+
+    CUDA is not touched where `BIPE_DEVICE=cpu`.
+
+    Raises:
+        ConfigError: `BIPE_DEVICE=cuda` without a GPU that torch can use, or an unknown value.
+    """
+    requested = requested_device()
+    if requested == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if requested == "cuda":
+        raise ConfigError(
+            f"{DEVICE}=cuda, but torch {torch.__version__} finds no GPU",
+            remedy="Check nvidia-smi and that torch is a build for CUDA, or unset the variable",
+            place=DEVICE,
+        )
+    return "cpu"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the model of the GPU or of the processor, for people to read."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return cpu_facts().name
+
+
+class CpuFacts(NamedTuple):
+    """What the operating system says of the processor; empty where it says nothing."""
+
+    name: str
+    flags: frozenset[str]
+
+
+def cpu_facts() -> CpuFacts:
+    """Read `/proc/cpuinfo`, on Linux alone."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    flags = fields.get("flags") or fields.get("features") or ""  # x86, Arm
+    return CpuFacts(fields.get("model name", "CPU"), frozenset(flags.split()))
+
+
+def choose_precision(asked: Precision, device: torch.device, option: str) -> PrecisionChoice:
+    """Return the precision to compute in: `auto` is bf16 where the device multiplies it natively, else fp32.
+
+    Warns where bf16 is asked for and is not native.
+
+    Args:
+        asked: as the configuration or the command line has it.
+        device: where the model will run.
+        option: what asked, for the messages: `train.precision` or `--dtype`.
+    """
+    support = bf16_support(device)
+    if asked == AUTO:
+        return PrecisionChoice("bf16" if support.is_native else "fp32", f"auto: {support.reason}")
+    if asked == "bf16" and not support.is_native:
+        _log.warning(
+            "%s=bf16, but %s: expect products of matrices to be many times slower than in fp32, which %s=auto chooses",
+            *(option, support.reason, option),
+        )
+    return PrecisionChoice(asked, f"{option}={asked}")
+
+
+def bf16_support(device: torch.device) -> Bf16Support:
+    """Return whether the device multiplies bf16 in hardware, by its own flags; nothing is timed."""
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        what = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        is_native = (major, minor) >= (8, 0)
+        return Bf16Support(is_native, f"{what} multiplies bf16 {'natively' if is_native else 'by emulation alone'}")
+    return cpu_bf16_support(cpu_facts().flags, onednn_isa_limit())
+
+
+def cpu_bf16_support(flags: Collection[str], isa_limit: str) -> Bf16Support:
+    """Return the same for a processor.
+
+    Without such instructions torch's products of bf16 are 50 to 500 times slower than those of fp32 (AVX2) or several
+    times slower (AVX-512): https://github.com/pytorch/pytorch/issues/146508.
+
+    Args:
+        flags: as `/proc/cpuinfo` lists them.
+        isa_limit: value of `ONEDNN_MAX_CPU_ISA`; oneDNN multiplies torch's matrices.
+    """
+    found = [flag for flag in _BF16_CPU_FLAGS if flag in flags]
+    if not found:
+        return Bf16Support(False, f"this CPU cannot multiply bf16 (it has none of {', '.join(_BF16_CPU_FLAGS)})")
+    if isa_limit and not _ISAS_WITH_BF16.match(isa_limit):
+        return Bf16Support(False, f"ONEDNN_MAX_CPU_ISA={isa_limit} keeps torch from multiplying bf16 natively")
+    return Bf16Support(True, f"this CPU multiplies bf16 natively ({', '.join(found)})")
+
+
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return the data sheet's dense bf16 peak of a GPU, FLOP/s; None for other precisions, unknown GPUs, CPUs.
+
+    A CPU's clock and with it its peak depend on the instructions and on its neighbours, so no figure is made up.
+    """
+    if device.type != "cuda" or dtype != torch.bfloat16:
+        return None
+    name = torch.cuda.get_device_name(device)
+    return next((peak for pattern, peak in _BF16_PEAKS.items() if re.search(pattern, name)), None)
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Most memory this process has used, GiB: device memory on a GPU, resident memory on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def keep_freed_memory(device: torch.device) -> bool:
+    """Let glibc hand freed memory to the next tensor instead of returning it to the system; nothing but on a CPU.
+
+    By default every large tensor is mapped anew and faulted in page by page, at every step. Measured on two cores
+    with the quickstart's model: 1.28 times the tokens a second. The process keeps its peak memory until it ends.
+
+    Returns:
+        Whether the C library took the settings; others than glibc do not know them.
+    """
+    if device.type != "cpu":
+        return False
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError):
+        return False
+    return all(mallopt(option, value) == 1 for option, value in _KEEP_MEMORY.items())

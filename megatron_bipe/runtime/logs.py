@@ -1,0 +1,23 @@
+"""Format of log lines: UTC time and rank first, so that lines of several ranks and files can be merged."""
+
+import logging
+import time
+
+
+class _RankFormatter(logging.Formatter):
+    """Formats `2026-11-28 16:40:07Z rank 0 message`; from WARNING on the level stands before the message."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)sZ rank {rank} %(level)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)
+
+
+def log_to_stderr(rank: int) -> None:
+    """Send this process's log to stderr: INFO on rank 0, WARNING on the others."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RankFormatter(rank))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler])

@@ -1,0 +1,27 @@
+"""What both engines share."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.common import check_precision
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.parallel.mesh import Mesh
+
+MESH = Mesh(0, 0, 3, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("others", [("fp32", "fp32"), ("fp32", "bf16")])
+def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others):
+    def gather(seen, own):
+        seen[:] = [own, *((precision, f"rank {rank}") for rank, precision in enumerate(others, 1))]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    run = load_run_config(None, ["train.precision=fp32"])
+    if len({"fp32", *others}) == 1:
+        check_precision(MESH, run)
+        return
+    with pytest.raises(ConfigError, match="bf16 on rank 2, fp32 on rank 0") as error:
+        check_precision(MESH, run)
+    assert error.value.place == "train.precision"

@@ -1,0 +1,67 @@
+"""Variables that are set before torch is imported."""
+
+import os
+import subprocess
+import sys
+from unittest import mock
+
+import pytest
+
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime import environment
+from megatron_bipe.runtime.environment import prepare_environment, requested_device
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch):
+    with mock.patch.dict(os.environ):
+        for name in ("BIPE_DEVICE", "DS_ACCELERATOR", "OMP_WAIT_POLICY"):
+            os.environ.pop(name, None)
+        monkeypatch.setattr(environment, "has_gpu_driver", lambda: False)
+        yield
+
+
+@pytest.mark.parametrize(("value", "device"), [("cpu", "cpu"), ("cuda", "cuda"), ("", None), (None, None)])
+def test_requested_device_is_what_the_variable_holds(value, device):
+    if value is not None:
+        os.environ["BIPE_DEVICE"] = value
+    assert requested_device() == device
+
+
+def test_requested_device_of_another_name_is_refused():
+    os.environ["BIPE_DEVICE"] = "CPU"
+    with pytest.raises(ConfigError, match="BIPE_DEVICE='CPU'") as error:
+        requested_device()
+    assert error.value.place == "BIPE_DEVICE"
+
+
+def test_prepare_for_cpu_tells_deepspeed_and_lets_threads_sleep():
+    os.environ.update(BIPE_DEVICE="cpu", DS_ACCELERATOR="cuda")
+    prepare_environment()
+    assert os.environ["DS_ACCELERATOR"] == "cpu" and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
+
+
+def test_prepare_without_a_gpu_lets_threads_sleep_and_leaves_deepspeed_alone():
+    prepare_environment()
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "DS_ACCELERATOR" not in os.environ
+
+
+@pytest.mark.parametrize("device", ["cuda", None])
+def test_prepare_with_a_gpu_changes_nothing(monkeypatch, device):
+    monkeypatch.setattr(environment, "has_gpu_driver", lambda: True)
+    if device:
+        os.environ["BIPE_DEVICE"] = device
+    prepare_environment()
+    assert "OMP_WAIT_POLICY" not in os.environ and "DS_ACCELERATOR" not in os.environ
+
+
+def test_prepare_keeps_a_chosen_wait_policy():
+    os.environ["OMP_WAIT_POLICY"] = "ACTIVE"
+    prepare_environment()
+    assert os.environ["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_environment_is_prepared_without_importing_torch():
+    code = "import sys, megatron_bipe.runtime.environment; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"
