@@ -51,12 +51,24 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         mesh: this process.
         timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives get some more, so that the watchdog,
             which can name the ranks, is the first to see it.
+
+    Raises:
+        ConfigError: another launch on this host has the port.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # Every operator counts as not compiled; DeepSpeed would probe them all, with a warning for each that cannot be.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # reading the attribute would already probe
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
-    deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
+    try:
+        deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
+    except dist.DistNetworkError as error:
+        if "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"the port where the ranks meet is taken, by another launch on this host perhaps: {error}",
+            remedy="Give this launch another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
+            place=f"MASTER_PORT of {rank_name(mesh)}",
+        ) from error
 
 
 def check_precision(mesh: Mesh, run: RunConfig) -> None:

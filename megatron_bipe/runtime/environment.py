@@ -41,7 +41,8 @@ def requested_device() -> DeviceType | None:
 def prepare_environment() -> None:
     """Set what torch and DeepSpeed read while they are imported; call it before they are.
 
-    `BIPE_DEVICE=cpu` becomes `DS_ACCELERATOR=cpu`, so that DeepSpeed does not look for GPUs either.
+    DeepSpeed gets `DS_ACCELERATOR=cpu` with `BIPE_DEVICE=cpu`, so that it does not look for GPUs either, and where no
+    driver is loaded, so that it does not warn of that.
 
     Where nothing runs on a GPU, `OMP_WAIT_POLICY=PASSIVE` unless it is set: by default a thread of libgomp that waits
     for the others keeps its core busy, so on a machine with other work it takes the core from the thread that it waits
@@ -50,10 +51,10 @@ def prepare_environment() -> None:
     Raises:
         ConfigError: as `requested_device`.
     """
-    device_type = requested_device()
-    if device_type == "cpu":
+    if requested_device() == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
-    if device_type == "cpu" or not has_gpu_driver():
+    if requested_device() == "cpu" or not has_gpu_driver():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 

@@ -4,14 +4,13 @@ import ctypes
 import logging
 import re
 import resource
-from collections.abc import Collection
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megatron_bipe.config.schema import AUTO, ComputePrecision, Precision
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.cpu import Bf16Support, cpu_bf16_support, cpu_facts
 from megatron_bipe.runtime.environment import DEVICE, DeviceType, onednn_isa_limit, requested_device
 
 _log = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ _BF16_PEAKS = {
     r"\bL40\b": 181e12,
     r"\bL4\b": 121e12,
 }
-_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # products of bf16, as /proc/cpuinfo names them; the last: Arm
-_ISAS_WITH_BF16 = re.compile(r"(AVX512_CORE_(BF16|FP16|AMX)|AVX10|ALL|DEFAULT)", re.IGNORECASE)  # oneDNN's names
 # glibc's malloc.h: never map large blocks by themselves, never trim the heap, grow it by 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
@@ -52,13 +49,6 @@ class PrecisionChoice(NamedTuple):
 
     precision: ComputePrecision
     reason: str
-
-
-class Bf16Support(NamedTuple):
-    """Whether a device multiplies bf16 matrices in hardware."""
-
-    is_native: bool
-    reason: str  # such as "this CPU has amx_bf16"
 
 
 def device_type() -> DeviceType:
@@ -90,24 +80,6 @@ def device_name(device: torch.device) -> str:
     return cpu_facts().name
 
 
-class CpuFacts(NamedTuple):
-    """What the operating system says of the processor; empty where it says nothing."""
-
-    name: str
-    flags: frozenset[str]
-
-
-def cpu_facts() -> CpuFacts:
-    """Read `/proc/cpuinfo`, on Linux alone."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    fields = {key.strip().lower(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    flags = fields.get("flags") or fields.get("features") or ""  # x86, Arm
-    return CpuFacts(fields.get("model name", "CPU"), frozenset(flags.split()))
-
-
 def choose_precision(asked: Precision, device: torch.device, option: str) -> PrecisionChoice:
     """Return the precision to compute in: `auto` is bf16 where the device multiplies it natively, else fp32.
 
@@ -137,24 +109,6 @@ def bf16_support(device: torch.device) -> Bf16Support:
         is_native = (major, minor) >= (8, 0)
         return Bf16Support(is_native, f"{what} multiplies bf16 {'natively' if is_native else 'by emulation alone'}")
     return cpu_bf16_support(cpu_facts().flags, onednn_isa_limit())
-
-
-def cpu_bf16_support(flags: Collection[str], isa_limit: str) -> Bf16Support:
-    """Return the same for a processor.
-
-    Without such instructions torch's products of bf16 are 50 to 500 times slower than those of fp32 (AVX2) or several
-    times slower (AVX-512): https://github.com/pytorch/pytorch/issues/146508.
-
-    Args:
-        flags: as `/proc/cpuinfo` lists them.
-        isa_limit: value of `ONEDNN_MAX_CPU_ISA`; oneDNN multiplies torch's matrices.
-    """
-    found = [flag for flag in _BF16_CPU_FLAGS if flag in flags]
-    if not found:
-        return Bf16Support(False, f"this CPU cannot multiply bf16 (it has none of {', '.join(_BF16_CPU_FLAGS)})")
-    if isa_limit and not _ISAS_WITH_BF16.match(isa_limit):
-        return Bf16Support(False, f"ONEDNN_MAX_CPU_ISA={isa_limit} keeps torch from multiplying bf16 natively")
-    return Bf16Support(True, f"this CPU multiplies bf16 natively ({', '.join(found)})")
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:

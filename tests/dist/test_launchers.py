@@ -124,6 +124,24 @@ def test_launch_slurm_script_queues_the_job_again_that_was_asked_to_stop(code, q
     assert (called.read_text() if called.exists() else "") == ("requeue 17\n" if queued else "")
 
 
+@pytest.mark.parametrize(
+    ("variables", "options"),
+    [({}, ""), ({"GPUS": "2"}, "--num_gpus 2 "), ({"CUDA_VISIBLE_DEVICES": "4,5"}, "")],
+)
+def test_launch_one_machine_leaves_the_gpus_to_cuda_visible_devices(variables, options, tmp_path):
+    (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "got $CUDA_VISIBLE_DEVICES: $*"\n')
+    (tmp_path / "deepspeed").chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "GPUS": "", "CUDA_VISIBLE_DEVICES": ""}
+    ended = run(str(SCRIPTS / "one_machine.sh"), env=env | variables)
+    visible = variables.get("CUDA_VISIBLE_DEVICES", "")
+    assert f"got {visible}: {options}--master_port 29500 pretrain.py" in ended.output
+
+
+def test_launch_one_machine_with_two_choices_of_gpus_is_refused():
+    ended = run(str(SCRIPTS / "one_machine.sh"), env={"GPUS": "2", "CUDA_VISIBLE_DEVICES": "4,5"})
+    assert ended.code == 2 and "GPUS=2" in ended.output and "CUDA_VISIBLE_DEVICES=4,5" in ended.output
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, write_text_dataset):
     folder = tmp_path_factory.mktemp("data")

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._device import device, native_precision
 from bench._machine import describe_machine
 from bench._turns import Prepare, Turns, take_turns
 from megatron_bipe.config.load import load_run_config
@@ -51,8 +52,12 @@ def main() -> None:
     length, repeats = arguments.window, arguments.repeats
     for tokens in dict.fromkeys((1024, length)):
         kernels = {name: partial(prepare_kernel, model, tokens, biased) for name, biased in KERNELS.items()}
-        print_turns(f"kernel, {tokens} tokens, bf16, forward and backward", take_turns(kernels, repeats), "plain")
-    for precision in ("bf16", "fp32"):
+        print_turns(
+            f"kernel, {tokens} tokens, {native_precision()}, forward and backward",
+            take_turns(kernels, repeats),
+            "plain",
+        )
+    for precision in dict.fromkeys((native_precision(), "fp32")):
         for encoding in ("bipe_rope", "bipe_alibi"):
             forwards: dict[str, Prepare] = {
                 name: partial(prepare_model, model, encoding, precision, length, name) for name in (OURS, SCORES, WHOLE)
@@ -61,8 +66,11 @@ def main() -> None:
             print_turns(title, take_turns(forwards, arguments.model_repeats, as_it_comes={WHOLE}), WHOLE)
     if arguments.longest:
         for encoding, manners in (("bipe_rope", (OURS,)), ("bipe_alibi", (OURS, ALL_KEYS))):
-            long = {name: partial(prepare_model, model, encoding, "bf16", arguments.longest, name) for name in manners}
-            title = f"forward and loss, {encoding}, {arguments.longest} tokens, bf16"
+            long = {
+                name: partial(prepare_model, model, encoding, native_precision(), arguments.longest, name)
+                for name in manners
+            }
+            title = f"forward and loss, {encoding}, {arguments.longest} tokens, {native_precision()}"
             print_turns(title, take_turns(long, 1), manners[-1])
 
 
@@ -113,15 +121,10 @@ def segments(tokens: int) -> Tensor:
     return torch.arange(tokens) // SEGMENT_TOKENS
 
 
-def device() -> torch.device:
-    """The GPU, if there is one."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[], None]:
     """Forward and backward of attention itself; the channels are there before."""
     shape = (1, model.num_heads, tokens, model.head_width)
-    q, k, v = (torch.randn(shape, device=device()).bfloat16() for _ in range(3))
+    q, k, v = (torch.randn(shape).to(device(), DTYPES[native_precision()]) for _ in range(3))
     if biased:
         slopes = torch.tensor(alibi_slopes(model.num_heads)) * BIPE_ALIBI_SLOPE_FACTOR
         q, k = KeyBias(slopes, model.head_width)(q, k, segments(tokens).to(device())[None])

@@ -19,6 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._device import device, native_precision
 from bench._machine import describe_machine
 from bench._peer import PEER, make_peer
 from bench._random_data import make_dataset
@@ -29,8 +30,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.subject import Subject
 from megatron_bipe.model.plan import build_model
-
-DTYPE = torch.bfloat16
+from megatron_bipe.model.precision import DTYPES
 
 
 def main() -> None:
@@ -38,7 +38,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     model = load_run_config(None, arguments.set).model
     print(describe_machine("torch", "transformers"))
-    print(f"{model.num_layers} blocks x {model.hidden_size}, bf16, {arguments.repeats} turns")
+    print(f"{model.num_layers} blocks x {model.hidden_size}, {native_precision()}, {arguments.repeats} turns")
     with tempfile.TemporaryDirectory() as name:
         folder, lengths = Path(name), [int(length) for length in arguments.lengths.split(",")]
         make_dataset(folder, max(lengths) + arguments.batch_tokens)
@@ -58,22 +58,19 @@ def main() -> None:
                 print(f"  {contender:32} {rate:9.0f} tokens/s {turns.peak_gib:7.2f} GiB {times}", flush=True)
 
 
-def device() -> str:
-    """The GPU, if there is one."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
 def prepare_ours(model: ModelConfig, encoding: str, folder: Path, length: int, tokens: int) -> Callable[[], None]:
     """One batch of `tools/evaluate.py perplexity`."""
     config, dataset = model.model_copy(update={"encoding": encoding}), TokenDataset(folder)
     subject = Subject(encoding, encoding, build_model(config), config, None, dataset.rule)
-    settings = Settings(max_tokens=tokens + 1, batch_tokens=tokens, device=device(), dtype=DTYPE)
+    settings = Settings(
+        max_tokens=tokens + 1, batch_tokens=tokens, device=str(device()), dtype=DTYPES[native_precision()]
+    )
     return lambda: print(evaluate_perplexity(subject, dataset, length, settings).perplexity, file=sys.stderr)
 
 
 def prepare_peer(model: ModelConfig, folder: Path, length: int, tokens: int) -> Callable[[], None]:
     """The same windows in one call of the model, which computes the loss itself."""
-    peer, dataset = make_peer(model, length).to(device(), DTYPE).eval(), TokenDataset(folder)
+    peer, dataset = make_peer(model, length).to(device(), DTYPES[native_precision()]).eval(), TokenDataset(folder)
 
     @torch.inference_mode()
     def evaluate() -> None:

@@ -27,6 +27,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._device import native_precision
 from bench._machine import describe_machine
 from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
@@ -117,8 +118,8 @@ def exchanges() -> dict[str, Callable[[], None]]:
 
 
 def replicas(mesh: Mesh, layout: str, num_layers: int) -> dict[str, Callable[[], None]]:
-    """A model of the 151M shape (12 layers), fp32 masters and bf16 weights, one window of 1024 a copy of the model."""
-    train = f"{{global_batch: {mesh.num_ranks}, micro_batch: 1, precision: bf16}}"
+    """A model of the 151M shape (12 layers), fp32 masters, one window of 1024 a copy of the model."""
+    train = f"{{global_batch: {mesh.num_ranks}, micro_batch: 1, precision: {native_precision()}}}"
     settings = [f"model.num_layers={num_layers}", f"train={train}", f"parallel={layout}"]
     run = load_run_config(None, settings)
     laid_out = mesh.laid_out(run.parallel)

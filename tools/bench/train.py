@@ -23,6 +23,7 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
+from bench._device import device
 from bench._machine import describe_machine
 from bench._peer import PEER, make_peer
 from bench._turns import Prepare, Turns, take_turns
@@ -37,6 +38,7 @@ from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import build_model, train_flops_per_token
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.launch import join_launch
+from megatron_bipe.runtime.hardware import choose_precision
 from megatron_bipe.types import Batch
 
 ENCODINGS = {"BiPE-RoPE": "bipe_rope", "BiPE-ALiBi": "bipe_alibi", "RoPE": "rope", "ALiBi": "alibi"}
@@ -87,7 +89,9 @@ def load(settings: Settings, encoding: str | None = None) -> RunConfig:
     """The run that the options name; one micro-batch a step."""
     config, overrides, _ = settings
     run = load_run_config(config, [*overrides, *([f"model.encoding={encoding}"] if encoding else [])])
-    return run.model_copy(update={"train": run.train.model_copy(update={"global_batch": run.train.micro_batch})})
+    precision = choose_precision(run.train.precision, device(), "train.precision").precision
+    update = {"global_batch": run.train.micro_batch, "precision": precision}
+    return run.model_copy(update={"train": run.train.model_copy(update=update)})
 
 
 def prepare_ours(settings: Settings, encoding: str) -> Callable[[], None]:
@@ -134,12 +138,11 @@ class PeerEngine(ZeroEngine):
 def prepare_bare(settings: Settings) -> Callable[[], None]:
     """The model and the optimizer without an engine: fp32 masters, gradients copied up, weights copied down."""
     run = load(settings, "bipe_rope")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = build_model(run.model).to(device, DTYPES[run.train.precision])
+    model = build_model(run.model).to(device(), DTYPES[run.train.precision])
     masters = nn.ParameterList([p.detach().float() for p in model.parameters()])
     optimizer, layers, batch = make_optimizer(masters, run.optimizer), LocalLayers(), make_batch(run)
     pairs = list(zip(masters, model.parameters(), strict=True))
-    tokens, intra, inter, labels = (ids.to(device) for ids in batch[:4])
+    tokens, intra, inter, labels = (ids.to(device()) for ids in batch[:4])
 
     def step() -> None:
         layers.token_losses(model((tokens, intra, inter)), labels).mean().backward()
@@ -161,12 +164,12 @@ def prepare_bare(settings: Settings) -> Callable[[], None]:
 def prepare_products(settings: Settings) -> Callable[[], None]:
     """Every matrix product of a step: forward, and two backward."""
     run = load(settings)
-    dtype, device = DTYPES[run.train.precision], torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = DTYPES[run.train.precision]
     tokens = run.train.micro_batch * run.train.seq_len_tokens
     held: list[tuple[Tensor, Tensor, Tensor, int]] = []
     for rows, columns, times in product_shapes(run):
         x, w, grad = (
-            torch.randn(size).to(device, dtype) for size in ((tokens, columns), (rows, columns), (tokens, rows))
+            torch.randn(size).to(device(), dtype) for size in ((tokens, columns), (rows, columns), (tokens, rows))
         )
         held.append((x, w, grad, times))
 

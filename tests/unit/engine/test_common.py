@@ -1,11 +1,13 @@
 """What both engines share."""
 
+import socket
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.common import check_precision
+from megatron_bipe.engine.common import check_precision, start_deepspeed
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.mesh import Mesh
 
@@ -25,3 +27,15 @@ def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others
     with pytest.raises(ConfigError, match="bf16 on rank 2, fp32 on rank 0") as error:
         check_precision(MESH, run)
     assert error.value.place == "train.precision"
+
+
+def test_port_of_another_launch_is_one_clear_error(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(ConfigError, match=f"port: {port}") as error:
+            start_deepspeed(MESH._replace(num_ranks=1), 30)
+    assert "--master_port" in error.value.remedy and not dist.is_initialized()

@@ -41,9 +41,12 @@ def test_prepare_for_cpu_tells_deepspeed_and_lets_threads_sleep():
     assert os.environ["DS_ACCELERATOR"] == "cpu" and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"
 
 
-def test_prepare_without_a_gpu_lets_threads_sleep_and_leaves_deepspeed_alone():
+def test_prepare_without_a_gpu_does_the_same_but_keeps_a_chosen_accelerator():
     prepare_environment()
-    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and "DS_ACCELERATOR" not in os.environ
+    assert os.environ["OMP_WAIT_POLICY"] == "PASSIVE" and os.environ["DS_ACCELERATOR"] == "cpu"
+    os.environ["DS_ACCELERATOR"] = "xpu"
+    prepare_environment()
+    assert os.environ["DS_ACCELERATOR"] == "xpu"
 
 
 @pytest.mark.parametrize("device", ["cuda", None])

@@ -8,14 +8,8 @@ import pytest
 import torch
 
 from megatron_bipe.runtime import hardware
-from megatron_bipe.runtime.hardware import (
-    Bf16Support,
-    bf16_support,
-    choose_precision,
-    cpu_bf16_support,
-    peak_flops,
-    peak_memory_gib,
-)
+from megatron_bipe.runtime.cpu import Bf16Support, cpu_bf16_support
+from megatron_bipe.runtime.hardware import bf16_support, choose_precision, peak_flops, peak_memory_gib
 
 CPU = torch.device("cpu")
 

@@ -13,7 +13,7 @@ from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime import hardware
-from megatron_bipe.runtime.hardware import Bf16Support
+from megatron_bipe.runtime.cpu import Bf16Support
 from megatron_bipe.train.run_folder import (
     ALLOWABLE,
     check_same_run,
