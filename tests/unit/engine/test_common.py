@@ -34,7 +34,8 @@ def test_port_of_another_launch_is_one_clear_error(monkeypatch):
         other.bind(("", 0))
         other.listen()
         port = str(other.getsockname()[1])
-        for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in (rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
             monkeypatch.setenv(name, value)
         with pytest.raises(ConfigError, match=f"port: {port}") as error:
             start_deepspeed(MESH._replace(num_ranks=1), 30)
