@@ -62,7 +62,7 @@ def signals_sent(file: Path) -> list[dict[str, Any]]:
 def lines(run_dir: Path) -> list[dict[str, Any]]:
     """What the run says of its steps, without what depends on the clock and the machine."""
     parsed = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    clocks = ("time/", "rate/", "mem/", "util/", "run/")
+    clocks = ("time", "rate/", "mem/", "util/", "run/")
     return [{key: value for key, value in line.items() if not key.startswith(clocks)} for line in parsed]
 
 
