@@ -1,0 +1,1 @@
+"""The process itself: what it starts, and what started it."""
