@@ -9,6 +9,11 @@ import math
 import sys
 from pathlib import Path
 
+from megatron_bipe.runtime.launcher_watch import watch_launcher
+
+if __name__ == "__main__":
+    watch_launcher(is_importing=True)  # before the imports below, which take seconds
+
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.validate import validate_run

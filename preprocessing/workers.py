@@ -4,19 +4,18 @@ Neighbours in one compressed file are read without going back. A worker that has
 second half of the longest one left, so all end at about the same time. What crosses between processes is numbers.
 """
 
-import os
 import signal
-import threading
 import traceback
 from collections import deque
 from collections.abc import Iterator, Sequence
-from multiprocessing import get_context, parent_process
+from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from megatron_bipe.errors import BipeError, DataError
 from megatron_bipe.lock import locked
+from megatron_bipe.runtime.child_processes import leave_with_parent
 from preprocessing.ranges import Advance, Job, RangeWorker
 from preprocessing.readers.inputs import Piece
 from preprocessing.work import WorkFolder
@@ -146,7 +145,7 @@ class _Pool:
 def _work(job: Job, task: Task, connection: Connection) -> None:
     """A worker process: do the ranges that are asked for until there are no more."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
     advance = _Teller(connection)
     with locked(WorkFolder(job.output).path), RangeWorker(job, advance) as worker:
         while (number := connection.recv()) is not None:
@@ -178,10 +177,3 @@ class _Teller:
     def flush(self) -> None:
         self._connection.send(("advance", self._read_bytes, self._text_bytes))
         self._read_bytes = self._text_bytes = 0
-
-
-def _leave_with_parent() -> None:
-    parent = parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)

@@ -1,59 +1,89 @@
-"""Commands of this project, one after the other: each is shown, its full output kept, and nothing done twice."""
+"""Commands of this project, in turn or side by side: each is shown, its full output kept, and nothing done twice."""
 
+import json
 import os
 import re
 import shlex
-import subprocess
 import sys
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from subprocess import PIPE, STDOUT
 from typing import NamedTuple
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import BipeError
+from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
 
-_NOISE = ("[20", "Warning:", "  return func(", "  warn")  # log lines of the launcher, warnings of libraries
+TIMES_FILE = Path("logs/times.json")  # in the folder of the steps
+LOOK_S = 0.1
+LAST_LINES = 20  # of a log, shown when its command fails
+# Lines of DeepSpeed's log, and warnings whose location is in an installed package, with the source line below them.
+_NOISE = re.compile(
+    r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\] \[(INFO|WARNING)\] "
+    r"|(?P<warning>\S*/(site|dist)-packages/\S+:\d+: \w*Warning: )"
+)
+_ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
 
 
 class Step(NamedTuple):
     """One command, and the file that exists once it has succeeded."""
 
     title: str
-    command: list[str]
+    command: list[str]  # may begin with NAME=VALUE, as in a shell: variables of this command alone
     result: Path
+    name: str = ""  # stands before its lines where it runs beside others
 
 
-# Title, command, and the file that exists once it has succeeded; {each} stands for every one of several in turn.
-Pattern = tuple[str, str, str]
+Stage = list[Step]  # steps that run side by side
+
+
+class Pattern(NamedTuple):
+    """A step before its values are filled in; `{each}` stands for each of several names in turn."""
+
+    title: str
+    command: str
+    result: str
+    together: bool = False  # run the steps for all names side by side
+
 
 FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
-    ("Collect text of this machine", "python tools/corpus.py --output {out}/raw", "raw/valid.jsonl.zst"),
-    (
+    Pattern("Collect text of this machine", "python tools/corpus.py --output {out}/raw", "raw/valid.jsonl.zst"),
+    Pattern(
         "Train a tokenizer",
         "python tools/train_tokenizer.py --input {out}/raw/train.jsonl.zst --vocab-size {vocab} "
         "--output {out}/tokenizer",
         "tokenizer/tokenizer.json",
     ),
-    (
+    Pattern(
         "Tokenize the training text and mark its segments",
         "python tools/preprocess.py --input {out}/raw/train.jsonl.zst --tokenizer {out}/tokenizer "
         "--output {out}/data/train --workers 2",
         "data/train/manifest.json",
     ),
-    (
+    Pattern(
         "Tokenize the held-out text",
         "python tools/preprocess.py --input {out}/raw/valid.jsonl.zst --tokenizer {out}/tokenizer "
         "--output {out}/data/valid --workers 2",
         "data/valid/manifest.json",
     ),
 )
-TRAIN_EACH: Pattern = (
+TRAIN_EACH = Pattern(
     "Train {each}",
     "deepspeed --num_accelerators 2 pretrain.py --ds_config ds_configs/zero2.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={each} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
+)
+TRAIN_EACH_ALONE = Pattern(
+    "Train {each}",
+    "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero2.json --config {config} "
+    "--set run_dir={out}/runs/{each} --set model.encoding={each} "
+    "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
+    "runs/{each}/checkpoints/step-{steps:08d}",
+    together=True,
 )
 
 
@@ -68,55 +98,148 @@ def run_values(config: Path, settings: Sequence[str]) -> dict[str, object]:
     }
 
 
-def fill(patterns: Iterable[Pattern], folder: Path, values: Mapping[str, object], each_of: Iterable[str]) -> list[Step]:
-    """All steps in order, with their values filled in; `{out}` is the folder."""
-    names, result = tuple(each_of), []
+def fill(patterns: Iterable[Pattern], folder: Path, values: dict[str, object], each_of: Iterable[str]) -> list[Stage]:
+    """Return all stages in order, with their values filled in; `{out}` is the folder."""
+    names, stages = tuple(each_of), list[Stage]()
     for pattern in patterns:
-        for name in names if "{each}" in pattern[0] else ("",):
-            title, command, made = (text.format(**values, out=shlex.quote(str(folder)), each=name) for text in pattern)
-            result.append(Step(title, shlex.split(command), folder / made))
-    return result
+        steps = []
+        for name in names if "{each}" in pattern.title else ("",):
+            quoted = values | {"out": shlex.quote(str(folder)), "each": name}
+            title, command, made = (text.format(**quoted) for text in pattern[:3])
+            steps.append(Step(title, shlex.split(command), folder / made, name))
+        stages += [steps] if pattern.together else [[step] for step in steps]
+    return stages
 
 
-def run_steps(steps: list[Step], folder: Path) -> None:
-    """Run all that are not done yet. Raises as `run_step`."""
-    for number, step in enumerate(steps, 1):
-        print(f"\n[{number}/{len(steps)}] {step.title}", flush=True)
-        run_step(step, folder)
+def run_steps(stages: Sequence[Stage], folder: Path) -> None:
+    """Run all that are not done yet, and keep their seconds in `FOLDER/logs/times.json`. Raises as `run_stage`."""
+    total, number = sum(map(len, stages)), 1
+    times = read_times(folder)
+    with raising_on_signals():
+        for steps in stages:
+            last = number + len(steps) - 1
+            numbers = f"{number}-{last}" if len(steps) > 1 else f"{number}"
+            print(f"\n[{numbers}/{total}] {', '.join(step.title for step in steps)}", flush=True)
+            try:
+                run_stage(steps, folder, times)
+            finally:
+                _write_times(stages, folder, times)
+            number = last + 1
 
 
-def run_step(step: Step, folder: Path) -> None:
-    """Run one command unless its result is there; show its progress, keep its whole output in `FOLDER/logs`.
+def read_times(folder: Path) -> dict[str, float]:
+    """Return the seconds of each step that has been run, by its title."""
+    path = folder / TIMES_FILE
+    times: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["steps_s"] if path.exists() else {}
+    return times
+
+
+def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float]) -> None:
+    planned = {step.title: times[step.title] for steps in stages for step in steps if step.title in times}
+    total_s = sum(max(times.get(step.title, 0.0) for step in steps) for steps in stages)
+    (folder / TIMES_FILE).parent.mkdir(parents=True, exist_ok=True)
+    content = json.dumps({"steps_s": planned, "total_s": round(total_s, 1)}, indent=1)
+    write_atomically(folder / TIMES_FILE, content.encode())
+
+
+def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
+    """Run commands side by side, except those whose results exist, and note the seconds of each by its title.
+
+    Progress is shown, and the full output of each kept in `FOLDER/logs`. When one fails, the others are ended.
 
     Raises:
-        BipeError: it failed, and its log is named; or the result that is there is another command's.
+        BipeError: one failed, and its log is named; or a result that exists is another command's.
     """
-    log = folder / "logs" / f"{step.title.replace(' ', '_').replace(',', '')}.log"
-    made_by = "$ " + shlex.join(_without(folder, word) for word in step.command)
-    if step.result.exists():
-        _check_made_by(made_by, log, step.result)
-        print(f"    done before: {step.result}", flush=True)
-        return
-    print("    $ " + shlex.join(step.command), flush=True)
-    log.parent.mkdir(parents=True, exist_ok=True)
-    env = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    begin = time.monotonic()
-    with (
-        log.open("w", encoding="utf-8") as file,
-        subprocess.Popen(step.command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env) as process,
-    ):
-        print(made_by, file=file, flush=True)
-        for line in process.stdout or ():
-            file.write(line)
-            if not any(noise in line for noise in _NOISE) and line.strip():
-                print("    " + line.rstrip(), flush=True)
-    if process.returncode != 0 or not step.result.exists():
-        raise BipeError(
-            f"the command left with exit code {process.returncode} and did not make {step.result}",
-            remedy="Read its whole output, mend the cause, and run this again: finished steps are kept",
-            place=log,
-        )
-    print(f"    {time.monotonic() - begin:.0f} s", flush=True)
+    runs = [_Run(step, folder, f"{step.name}: " if len(steps) > 1 else "") for step in steps]
+    running = [run for run in runs if not run.is_done()]
+    with ThreadPoolExecutor(len(runs)) as readers:
+        try:
+            for run in running:
+                run.start(readers)
+            while running:
+                for run in [run for run in running if run.has_ended()]:
+                    times[run.step.title] = run.finish()
+                    running.remove(run)
+                time.sleep(LOOK_S)
+        finally:
+            end_all([run.child for run in running if run.child])
+
+
+class _Run:
+    """A step as it is run."""
+
+    def __init__(self, step: Step, folder: Path, prefix: str) -> None:
+        self.step, self._prefix = step, prefix
+        self.child: ChildProcess | None = None
+        self._log = folder / "logs" / f"{step.title.replace(' ', '_').replace(',', '')}.log"
+        self._made_by = "$ " + shlex.join(_without(folder, word) for word in step.command)
+
+    def is_done(self) -> bool:
+        if not self.step.result.exists():
+            return False
+        _check_made_by(self._made_by, self._log, self.step.result)
+        self._show(f"done before: {self.step.result}")
+        return True
+
+    def start(self, readers: ThreadPoolExecutor) -> None:
+        self._show("$ " + shlex.join(self.step.command))
+        self._log.parent.mkdir(parents=True, exist_ok=True)
+        self._log.write_text(self._made_by + "\n", encoding="utf-8")
+        env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+        command = list(self.step.command)
+        while match := _ASSIGNMENT.fullmatch(command[0]):
+            env[match[1]] = match[2]
+            del command[0]
+        self._began_s = time.monotonic()
+        self.child = ChildProcess(command, env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace")
+        self._reader: Future[None] = readers.submit(self._read, self.child)
+
+    def has_ended(self) -> bool:
+        assert self.child is not None
+        if self._reader.done():
+            self._reader.result()  # raises its error, such as a full disk
+        return self.child.process.poll() is not None
+
+    def finish(self) -> float:
+        """Return the seconds that it took.
+
+        Raises:
+            BipeError: it failed.
+        """
+        assert self.child is not None
+        seconds = time.monotonic() - self._began_s
+        end_all([self.child])  # what still has its output open
+        self._reader.result()
+        code = self.child.process.returncode
+        if code != 0 or not self.step.result.exists():
+            lines = self._log.read_text(encoding="utf-8").splitlines()[1:][-LAST_LINES:]
+            for line in lines:
+                self._show(f"| {line}")
+            raise BipeError(
+                f"the command left with exit code {code} and did not make {self.step.result}; "
+                f"the last {len(lines)} lines of its output are above, unfiltered",
+                remedy="Read its whole output, mend the cause, and run this again: finished steps are kept",
+                place=self._log,
+            )
+        self._show(f"{seconds:.0f} s")
+        return round(seconds, 1)
+
+    def _read(self, child: ChildProcess) -> None:
+        assert child.process.stdout is not None
+        after_warning = False
+        with self._log.open("a", encoding="utf-8") as file, child.process.stdout:
+            for line in child.process.stdout:
+                file.write(line)
+                file.flush()
+                noise = _NOISE.match(line)
+                is_source = after_warning and line.startswith("  ")
+                after_warning = bool(noise and noise["warning"])
+                if line.strip() and not noise and not is_source:
+                    self._show(line.rstrip())
+
+    def _show(self, text: str) -> None:
+        sys.stdout.write(f"    {self._prefix}{text}\n")  # in one piece: other threads write, too
+        sys.stdout.flush()
 
 
 def _without(folder: Path, word: str) -> str:

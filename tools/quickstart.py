@@ -12,7 +12,7 @@ from itertools import takewhile
 from pathlib import Path
 
 from _cli import run_tool
-from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps, run_values
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
 
 CONFIG = Path("examples/quickstart.yaml")
@@ -23,18 +23,18 @@ STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
 STEPS = (
     *FROM_TEXT_TO_DATA,
     TRAIN_EACH,
-    (
+    Pattern(
         "Evaluate at 1 to 8 times the training length",
         "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
         "--max-tokens 100000 --output {out}/evaluation",
         "evaluation/perplexity.png",
     ),
-    (
+    Pattern(
         "Export {each}",
         "python tools/export_hf.py --checkpoint {out}/runs/{each} --output {out}/exported/{each}",
         "exported/{each}/config.json",
     ),
-    (
+    Pattern(
         "Generate a few lines with bipe_rope",
         "python tools/generate.py --model {out}/exported/bipe_rope --max-new-tokens 60 --output {out}/generated.txt "
         "--prompt 'The default value is' 'def __init__(self, name):'",
@@ -55,7 +55,7 @@ def main() -> None:
     summarise(folder, (time.monotonic() - begin) / 60)
 
 
-def plan(folder: Path, settings: list[str]) -> list[Step]:
+def plan(folder: Path, settings: list[str]) -> list[Stage]:
     """All steps in order, with their values filled in."""
     run = load_run_config(CONFIG, settings)
     values = run_values(CONFIG, settings) | {

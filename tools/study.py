@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from _cli import run_tool
-from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Step, fill, run_steps, run_values
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
@@ -21,7 +21,7 @@ from quickstart import STRETCHES, read_perplexities
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 TITLE = "Perplexity on held-out text, encodings trained alike"
-EVALUATE_EACH = (
+EVALUATE_EACH = Pattern(
     "Evaluate {each}",
     "python tools/evaluate.py perplexity --model {out}/runs/{each} --data {out}/data/valid --lengths {lengths} "
     "--max-tokens 100000 --output {out}/evaluation/{each}",
@@ -70,12 +70,12 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
     return result
 
 
-def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Step]:
+def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Stage]:
     """All steps in order, with their values filled in."""
-    steps = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings), reach)
+    stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings), reach)
     for encoding, lengths in reach.items():
-        steps += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
-    return steps
+        stages += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
+    return stages
 
 
 def perplexities(folder: Path, reach: Iterable[str]) -> dict[str, dict[int, float]]:

@@ -1,7 +1,8 @@
 r"""Keep a run going: start its launcher, and start it again when it fails, until the run is done.
 
 What stands after -- is any command that starts pretrain.py on all ranks. After a failure its processes are ended, and
-it is started again, after a wait that doubles while no new checkpoint appears. Signals to stop are passed on.
+it is started again, after a wait that doubles while no new checkpoint appears. Signals to stop are passed on; after
+SIGTERM and SIGINT, what is left is killed when --grace is over, after SIGUSR1 the run may take its time to save.
 
 Exit codes: 0 the run is done; 1 it failed too often at the same place; 2 the message says what you can do about it;
 75 it was asked to stop, and saved: start this again later.
@@ -14,54 +15,69 @@ Examples:
 
 import argparse
 import logging
-import os
+import math
 import shlex
 import signal
-import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from _cli import run_tool
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
 from megatron_bipe.train.stopping import CONTINUE_LATER, SIGNALS, parse_duration
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
 LAST_WORDS_S, LOOK_S = 60.0, 0.2  # that what is left of a launch has to end by itself; between looks
+AT_ONCE = (signal.SIGTERM, signal.SIGINT)  # they leave the run no more than the grace
 CODES = {Next.DONE: 0, Next.LATER: CONTINUE_LATER}
 
 _log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Starts launches, one after the other, and passes signals on to the one that runs."""
+    """Runs commands, one after the other, and passes signals on to the one that runs.
 
-    def __init__(self) -> None:
+    Args:
+        grace_s: seconds after SIGTERM or SIGINT until what is left of a command is killed.
+    """
+
+    def __init__(self, grace_s: float) -> None:
         self.asked: int | None = None  # the signal that asked to stop
-        self._process: subprocess.Popen[bytes] | None = None
+        self._grace_s = grace_s
+        self._kill_at_s = math.inf
+        self._launched: ChildProcess | None = None
         for number in (*SIGNALS, signal.SIGINT):
             signal.signal(number, self._pass_on)
 
     def launch(self, command: Sequence[str]) -> int:
         """Run a command to its end, and end what it leaves; its exit code, 128 and more for a signal."""
-        try:
-            self._process = subprocess.Popen(command, start_new_session=True)
-        except OSError as error:
-            raise _no_command(command, error, "after --") from error
-        group = self._process.pid
-        if self.asked:  # while the command was being started
-            _send(group, self.asked)
-        code = self._process.wait()
-        self._process = None
-        left, deadline_s = _send(group, signal.SIGTERM), time.monotonic() + LAST_WORDS_S
-        while left and time.monotonic() < deadline_s:
-            time.sleep(LOOK_S)
-            left = _send(group, 0)
-        if left:
-            _send(group, signal.SIGKILL)
+        with self._start(command, "after --") as child:
+            self._launched = child
+            if self.asked:  # while the command was being started
+                self._pass_on(self.asked, None)
+            code = self._wait_for(child)
+            self._launched = None
+            child.send(signal.SIGTERM)
+            self._wait_until(child.is_over, time.monotonic() + LAST_WORDS_S)
+            child.kill()
         return code if code >= 0 else 128 - code
+
+    def output(self, command: Sequence[str], option: str) -> str:
+        """Run a command to its end; return what it printed."""
+        with tempfile.TemporaryFile("w+") as file, self._start(command, option, stdout=file) as child:
+            self._wait_for(child)
+            file.seek(0)
+            return file.read()
+
+    def call(self, command: Sequence[str], option: str) -> int:
+        """Run a command to its end; return its exit code."""
+        with self._start(command, option) as child:
+            return self._wait_for(child)
 
     def wait(self, seconds: float) -> None:
         """Do nothing, unless a signal comes."""
@@ -69,21 +85,42 @@ class Supervisor:
         while time.monotonic() < end_s and not self.asked:
             time.sleep(LOOK_S)
 
+    def _start(self, command: Sequence[str], option: str, stdout: IO[str] | None = None) -> ChildProcess:
+        self._kill_at_s = math.inf
+        try:
+            return ChildProcess(command, stdout=stdout)
+        except OSError as error:
+            raise ConfigError(
+                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", place=option
+            ) from error
+
+    def _wait_for(self, child: ChildProcess) -> int:
+        self._wait_until(lambda: child.process.poll() is not None)
+        if child.process.returncode is None:
+            child.kill()
+        return int(child.process.returncode)
+
+    def _wait_until(self, is_over: Callable[[], bool], limit_s: float = math.inf) -> None:
+        while not is_over() and time.monotonic() < min(limit_s, self._kill_at_s):
+            time.sleep(LOOK_S)
+
     def _pass_on(self, number: int, _: FrameType | None) -> None:
         self.asked = number
-        if self._process is not None:
-            _send(self._process.pid, number)
+        if number in AT_ONCE:
+            self._kill_at_s = min(self._kill_at_s, time.monotonic() + self._grace_s)
+        if self._launched is not None:
+            self._launched.send(number)
 
 
 def main() -> None:
     """Launch until there is nothing more to do."""
     arguments = _parser().parse_args()
-    run_dir, supervisor, fruitless = arguments.run_dir, Supervisor(), 0
+    run_dir, supervisor, fruitless = arguments.run_dir, Supervisor(parse_duration(arguments.grace)), 0
     waits = parse_duration(arguments.first_wait), parse_duration(arguments.longest_wait)
     patience = Patience(arguments.failures, *waits)
     while True:
         before = mark(run_dir)
-        code = supervisor.launch(_filled(arguments))
+        code = supervisor.launch(_filled(arguments, supervisor))
         new = mark(run_dir).newest_step != before.newest_step  # lower where a damaged one had to be left
         fruitless = 0 if new else fruitless + 1
         following = decide(code, was_stopped(run_dir, before), bool(supervisor.asked), fruitless, patience)
@@ -102,20 +139,16 @@ def main() -> None:
             following = Next.LATER
             break
     if following is Next.LATER and arguments.on_stop:
-        _on_stop(shlex.split(arguments.on_stop))
+        _on_stop(shlex.split(arguments.on_stop), supervisor)
     sys.exit(CODES.get(following, code if code == 2 else 1))
 
 
-def _filled(arguments: argparse.Namespace) -> list[str]:
+def _filled(arguments: argparse.Namespace, supervisor: Supervisor) -> list[str]:
     """The command, with {nodes} and {hosts} filled in where hosts are asked for."""
     if not arguments.hosts_command:
         return list(arguments.command)
-    command = shlex.split(arguments.hosts_command)
-    try:
-        asked = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
-    except OSError as error:
-        raise _no_command(command, error, "--hosts-command") from error
-    hosts = usable_hosts(arguments.run_dir, asked.stdout.split(), arguments.ranks_per_host, arguments.least_hosts)
+    listed = supervisor.output(shlex.split(arguments.hosts_command), "--hosts-command")
+    hosts = usable_hosts(arguments.run_dir, listed.split(), arguments.ranks_per_host, arguments.least_hosts)
     values = {"{nodes}": str(len(hosts)), "{hosts}": ",".join(hosts)}
     filled = []
     for part in arguments.command:
@@ -125,28 +158,15 @@ def _filled(arguments: argparse.Namespace) -> list[str]:
     return filled
 
 
-def _on_stop(command: Sequence[str]) -> None:
-    """Run it; that it fails is said, and changes nothing: the run has been saved."""
+def _on_stop(command: Sequence[str], supervisor: Supervisor) -> None:
+    """Run it; an error is only logged, because the run has been saved."""
     try:
-        code = subprocess.run(command, check=False).returncode
-    except OSError as error:
-        _log.error("supervise: %s", _no_command(command, error, "--on-stop"))
+        code = supervisor.call(command, "--on-stop")
+    except ConfigError as error:
+        _log.error("supervise: %s", error)
     else:
         if code:
             _log.error("supervise: --on-stop %s left with exit code %d; start the run again later", command, code)
-
-
-def _no_command(command: Sequence[str], error: OSError, place: str) -> ConfigError:
-    return ConfigError(f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", place=place)
-
-
-def _send(group: int, number: int) -> bool:
-    """Signal all processes of a group; whether there was one."""
-    try:
-        os.killpg(group, number)
-    except ProcessLookupError:
-        return False
-    return True
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -156,6 +176,12 @@ def _parser() -> argparse.ArgumentParser:
     add("--failures", type=int, default=3, metavar="N", help="launches without progress to give up after (%(default)s)")
     add("--first-wait", default="10s", metavar="TIME", help="before the second launch (default: %(default)s)")
     add("--longest-wait", default="10m", metavar="TIME", help="(default: %(default)s)")
+    add(
+        "--grace",
+        default=f"{GRACE_S}s",
+        metavar="TIME",
+        help="after SIGTERM or SIGINT, to save and leave before what is left is killed (default: %(default)s)",
+    )
     add("--on-stop", metavar="COMMAND", help="run when the run was asked to stop, such as: scontrol requeue ID")
     add("--hosts-command", metavar="COMMAND", help="prints the hosts that are up; fills {nodes} and {hosts} below")
     add("--ranks-per-host", type=int, default=8, metavar="N", help="(default: %(default)s)")

@@ -7,11 +7,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import NoReturn, TypeVar
 
 from megatron_bipe.errors import BipeError
 from megatron_bipe.parallel.launch import join_launch
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.launcher_watch import watch_launcher
 
 Arguments = TypeVar("Arguments")
 
@@ -25,6 +27,7 @@ def run_rank(main: Callable[[Arguments, Mesh], None], arguments: Arguments) -> N
     An error that the user can fix is most often one of all ranks. The main one tells it; another, if it still lives
     after a while, had one of its own.
     """
+    watch_launcher()
     mesh = None
     try:
         mesh = join_launch()
@@ -64,13 +67,16 @@ def exit_code(error: BaseException) -> int:
 
 
 def say(text: str) -> None:
-    """Put a message on stderr in one piece, so that those of several ranks do not mix."""
-    sys.stderr.write(text + "\n")
-    sys.stderr.flush()
+    """Put a message on stderr in one piece, so that those of several ranks do not mix; a closed pipe is no error."""
+    with suppress(BrokenPipeError):
+        sys.stderr.write(text + "\n")
+        sys.stderr.flush()
 
 
 def leave(text: str, code: int) -> NoReturn:
     """Say something and end the process at once: Python's own end would wait for threads that wait for other ranks."""
-    sys.stdout.flush()
-    say(text)
-    os._exit(code)
+    try:
+        sys.stdout.flush()
+        say(text)
+    finally:  # both fail where the output went through a pipe of a launcher that is gone
+        os._exit(code)

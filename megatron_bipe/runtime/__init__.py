@@ -1,1 +1,1 @@
-"""The process and the machine it runs on: environment variables, the device, its precision and its limits."""
+"""The process: what started it and what it starts, its environment variables, the device and its precision, its log."""

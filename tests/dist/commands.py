@@ -4,8 +4,10 @@ import os
 import signal
 import subprocess
 import sys
+import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -59,7 +61,7 @@ def run_all(
         try:
             outputs = [process.communicate(timeout=limit_s)[0] for process in started]
         finally:
-            left = _marked(mark)
+            left = marked(mark)
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
     return [Ended(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
@@ -70,7 +72,7 @@ def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = TI
     return run_all([command], env, limit_s)[0]
 
 
-def _marked(mark: str) -> list[int]:
+def marked(mark: str) -> list[int]:
     """Processes that were started with the mark in their environment, or by such a one."""
     found = []
     for folder in Path("/proc").iterdir():
@@ -80,3 +82,16 @@ def _marked(mark: str) -> list[int]:
         except OSError:  # it has ended meanwhile
             continue
     return found
+
+
+def left_after(marks: Iterable[str], limit_s: float) -> list[str]:
+    """The commands of marked processes that still run when the time is over, which are killed then."""
+    marks, until_s = list(marks), time.monotonic() + limit_s
+    while any(map(marked, marks)) and time.monotonic() < until_s:
+        time.sleep(0.1)
+    left = []
+    for pid in [pid for mark in marks for pid in marked(mark)]:
+        with suppress(OSError):  # it has just ended
+            left.append(Path(f"/proc/{pid}/cmdline").read_text().replace("\0", " "))
+            os.kill(pid, signal.SIGKILL)
+    return left

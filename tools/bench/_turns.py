@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.runtime.hardware import device_type, keep_freed_memory, peak_memory_gib
 
 Prepare = Callable[[], Callable[[], None]]  # sets up, and returns what is timed
@@ -61,6 +62,7 @@ def take_turns(contenders: Mapping[str, Prepare], repeats: int, as_it_comes: Con
 
 
 def _serve(prepare: Prepare, pipe: Connection, tuned: bool) -> None:
+    leave_with_parent()
     device = torch.device(device_type())
     run = prepare()
     if tuned:

@@ -21,6 +21,7 @@ from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.model.plan import build_model
+from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.train.init_from import write_step_zero
 from megatron_bipe.train.models import WeightsOnDisk
 
@@ -59,7 +60,7 @@ def _measure(run_dir: Path, config: ModelConfig, shard_mb: int) -> tuple[float, 
     """Peak of anonymous memory over that before the export, in MB, and its seconds."""
     context = multiprocessing.get_context("spawn")
     ready, go = context.Event(), context.Event()
-    process = context.Process(target=_export, args=(run_dir, config, shard_mb, ready, go))
+    process = context.Process(target=_export, args=(run_dir, config, shard_mb, ready, go), daemon=True)
     process.start()
     ready.wait()
     base, peak, began_s = _anonymous_mb(process.pid), 0.0, time.perf_counter()
@@ -71,6 +72,7 @@ def _measure(run_dir: Path, config: ModelConfig, shard_mb: int) -> tuple[float, 
 
 
 def _export(run_dir: Path, config: ModelConfig, shard_mb: int, ready: object, go: object) -> None:
+    leave_with_parent()
     windows = random_windows(config, RULE, WINDOW_TOKENS, rows=1)
     options = ExportOptions(torch.float32, max_shard_bytes=shard_mb * 10**6, overwrite=True)
     ready.set()  # type: ignore[attr-defined]

@@ -35,6 +35,7 @@ from _cli import run_tool
 from bench._corpus import collect
 from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.types import Document
 from preprocessing import tokenize
 from preprocessing.backend import CheckedBackend, Encoded, GigatokenBackend, StockBackend
@@ -152,6 +153,7 @@ _encoder: Any = None  # of a process of the pool above
 
 
 def _start_encoder(definition: Path) -> None:
+    leave_with_parent()
     import tokenizers
 
     globals()["_encoder"] = tokenizers.Tokenizer.from_file(str(definition))
@@ -225,12 +227,16 @@ def _run_apart(label: str, corpus: Path, definition: Path, output: Path) -> Cost
     sender.close()
     try:
         cost: Cost = receiver.recv()
+    except BaseException:
+        process.terminate()
+        raise
     finally:
         process.join()
     return cost
 
 
 def _timed(label: str, corpus: Path, definition: Path, output: Path, sender: Connection) -> None:
+    leave_with_parent()
     contender = CONTENDERS[label]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable(logging.WARNING)

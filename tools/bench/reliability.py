@@ -13,12 +13,12 @@ import argparse
 import functools
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
+from subprocess import DEVNULL
 from typing import Any
 
 import numpy as np
@@ -32,6 +32,7 @@ from megatron_bipe.config.schema import HealthConfig, TrainConfig
 from megatron_bipe.data.format import ShardWriter
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.types import TokenizedDocument
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -62,7 +63,7 @@ def main() -> None:
         command = ["torchrun", "--standalone", "--nproc-per-node", str(given.ranks), __file__, "--as-rank", name]
         options = ["--ds_config", str(ROOT / "ds_configs" / "zero1.json")]
         options += [part for setting in settings for part in ("--set", setting)]
-        subprocess.run([*command, *options], check=True, stdout=subprocess.DEVNULL, cwd=ROOT)
+        run_command([*command, *options], check=True, stdout=DEVNULL, cwd=ROOT)
         print(describe_machine("torch", "deepspeed"))
         print_table(json.loads((folder / "times.json").read_text()), given)
 

@@ -23,6 +23,7 @@ from _cli import run_tool
 from bench._corpus import collect
 from bench._machine import describe_machine
 from megatron_bipe.errors import DataError
+from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 from preprocessing.work import RANGE_NAME, WORK_FOLDER
 
@@ -63,18 +64,16 @@ def main() -> None:
 
 
 def _start_and_kill(command: list[str], output: Path, after_s: float) -> None:
-    process = subprocess.Popen(
-        [*command, "--output", str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    try:
-        process.wait(after_s)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+    null = subprocess.DEVNULL
+    with ChildProcess([*command, "--output", str(output)], stdout=null, stderr=null) as child:
+        try:
+            child.process.wait(after_s)
+        except subprocess.TimeoutExpired:
+            child.process.kill()
 
 
 def _finish(command: list[str], output: Path) -> None:
-    done = subprocess.run([*command, "--output", str(output)], capture_output=True, text=True, check=False)
+    done = run_command([*command, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
         raise DataError(f"preprocess.py failed: {done.stderr}", place=output)
 

@@ -8,12 +8,12 @@ Example: python tools/bench/startup.py --folder /scratch
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
@@ -38,6 +38,7 @@ from megatron_bipe.data.layout import (
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.records import FileRecord, ShardRecord, Suffix
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.runtime.child_processes import run_command
 
 BATCH, SEQ_LEN, CLIP, BATCHES = 256, 1024, 1023, 20  # the 151M recipe
 VOCAB_SIZE = 32000
@@ -118,7 +119,7 @@ def make_sparse(folder: Path, num_tokens: int, num_shards: int) -> None:
 
 def _in_fresh_process(folders: Sequence[Path]) -> dict[str, float]:
     command = [sys.executable, __file__, "--open", *map(str, folders)]
-    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+    done = run_command(command, stdout=PIPE, check=True)
     figures: dict[str, float] = json.loads(done.stdout)
     return figures
 

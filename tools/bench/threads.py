@@ -1,7 +1,7 @@
 """Training on several threads: how waiting threads of OpenMP wait, on an idle machine and beside other work.
 
-libgomp lets a thread that waits for the others keep its core busy unless `OMP_WAIT_POLICY=PASSIVE`, which is the default here
-where nothing runs on a GPU. Each contender trains the quickstart's model in a process of its own; beside other work,
+libgomp lets a thread that waits for the others keep its core busy unless `OMP_WAIT_POLICY=PASSIVE`, which this project
+sets where nothing runs on a GPU. Each contender trains the quickstart's model in a process of its own; beside other work,
 `--load` further processes keep a core busy each. Contenders take turns.
 
 Example: python tools/bench/threads.py --repeats 5
@@ -10,20 +10,20 @@ Example: python tools/bench/threads.py --repeats 5
 import argparse
 import os
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import run_tool
 from bench._machine import describe_machine
+from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 
 CONFIG = Path("examples/quickstart.yaml")
-POLICIES = {"libgomp's default": {}, "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}}
+POLICIES = {"libgomp's default": "", "OMP_WAIT_POLICY=PASSIVE": "PASSIVE"}  # libgomp ignores an empty variable
 WARM_UP_STEPS, STEPS = 3, 12
 BUSY_LOOP = "while True: pass"
 
@@ -42,7 +42,9 @@ def main() -> None:
     print(describe_machine("torch"))
     print(f"{arguments.threads} threads, {arguments.repeats} turns; load before: {os.getloadavg()[0]:.1f}\n")
     for load in (0, arguments.load):
-        with busy(load):
+        with ExitStack() as others:
+            for _ in range(load):
+                others.enter_context(ChildProcess([sys.executable, "-c", BUSY_LOOP]))
             found: dict[str, list[float]] = {name: [] for name in POLICIES}
             for _ in range(arguments.repeats):
                 for name, policy in POLICIES.items():
@@ -53,23 +55,11 @@ def main() -> None:
             print(f"{load} busy processes  {name:26} {median:9,.0f} tokens/s {median / first:6.2f} x", flush=True)
 
 
-@contextmanager
-def busy(count: int) -> Iterator[None]:
-    """Keep so many cores busy meanwhile."""
-    processes = [subprocess.Popen([sys.executable, "-c", BUSY_LOOP]) for _ in range(count)]
-    try:
-        yield
-    finally:
-        for process in processes:
-            process.kill()
-
-
-def measure(policy: dict[str, str], threads: int) -> float:
+def measure(policy: str, threads: int) -> float:
     """Return the tokens/s of one contender, in a fresh process: libgomp reads its variables once."""
-    env = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"}
-    env |= {"OMP_NUM_THREADS": str(threads), **policy}
+    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
     command = [sys.executable, __file__, "--train-here"]
-    return float(subprocess.run(command, env=env, stdout=subprocess.PIPE, text=True, check=True).stdout)
+    return float(run_command(command, env=env, stdout=PIPE, check=True).stdout)
 
 
 def train() -> float:

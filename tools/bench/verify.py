@@ -9,13 +9,13 @@ Example: python tools/bench/verify.py --megatokens 512 --workers 1,2
 import argparse
 import ssl
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from subprocess import DEVNULL, PIPE
 
 import numpy as np
 
@@ -31,6 +31,7 @@ from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.records import SUFFIXES
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.verify import find_problems
+from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.types import TokenizedDocument
 
 VOCAB_SIZE, SEGMENT_LENGTH = 32000, 13.7  # of the authors' rule on PG-19: mean segment 13.7 tokens
@@ -47,7 +48,7 @@ def main() -> None:
     arguments = _parser().parse_args()
     workers = [int(part) for part in arguments.workers.split(",")]
     print(describe_machine("numpy"))
-    sha256sum = subprocess.run(["sha256sum", "--version"], capture_output=True, text=True, check=True).stdout
+    sha256sum = run_command(["sha256sum", "--version"], stdout=PIPE, check=True).stdout
     print(f"{sha256sum.splitlines()[0]}; hashlib with {ssl.OPENSSL_VERSION}")
     for label, rule in RULES.items():
         with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -81,7 +82,7 @@ def _print_table(label: str, dataset: TokenDataset, workers: list[int], repeats:
 def _sha256sum(files: list[Path], processes: int) -> None:
     names = "\0".join(map(str, files))
     command = ["xargs", "-0", "-n", "1", "-P", str(processes), "sha256sum"]
-    subprocess.run(command, input=names.encode(), stdout=subprocess.DEVNULL, check=True)
+    run_command(command, stdin_text=names, stdout=DEVNULL, check=True)
 
 
 def _hash_all(files: list[Path], threads: int) -> None:

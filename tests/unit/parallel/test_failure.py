@@ -1,5 +1,6 @@
 """How a rank leaves that cannot go on: codes and words, in a process of its own."""
 
+import os
 import subprocess
 import sys
 import textwrap
@@ -27,11 +28,11 @@ run_rank(main, {error})
 """
 
 
-def leave(error, **env):
+def leave(error, output=subprocess.PIPE, **env):
     program = textwrap.dedent(PROGRAM.format(error=error, after="import os; os._exit(7)"))
-    command = [sys.executable, "-c", program]
+    command, full = [sys.executable, "-c", program], {"PATH": "/usr/bin:/bin"} | env
     return subprocess.run(
-        command, cwd=ROOT, env={"PATH": "/usr/bin:/bin"} | env, capture_output=True, text=True, timeout=120, check=False
+        command, cwd=ROOT, env=full, stdout=output, stderr=output, text=True, timeout=120, check=False
     )
 
 
@@ -39,6 +40,12 @@ def test_run_rank_that_fails_leaves_with_code_1_and_names_itself():
     done = leave("ValueError('broken')")
     assert done.returncode == 1 and done.stdout == "before"
     assert "rank 0 of 1 on " in done.stderr and "ValueError: broken" in done.stderr and ", in main" in done.stderr
+
+
+def test_run_rank_that_fails_leaves_though_its_launcher_took_the_pipe_of_its_output_along():
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert leave("ValueError('broken')", writer).returncode == 1
 
 
 def test_run_rank_with_a_user_error_leaves_with_code_2_and_one_message():

@@ -6,6 +6,8 @@ import os
 import signal
 import subprocess
 import sys
+import time
+import uuid
 from collections import deque
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -19,6 +21,7 @@ from preprocessing.build import BuildOptions, build
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.inputs import KINDS, Input, Piece
 from preprocessing.workers import _Pool, share_out
+from tests.dist.commands import MARK, ROOT, left_after, marked
 
 PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
 
@@ -132,3 +135,21 @@ def test_work_ends_with_its_parent(tmp_path: Path) -> None:
         except subprocess.TimeoutExpired:
             os.killpg(parent.pid, signal.SIGKILL)
             raise
+
+
+def test_preprocess_leaves_no_workers_however_it_ends(tmp_path: Path, tokenizer_folder: Path) -> None:
+    file = tmp_path / "in.jsonl"
+    file.write_text("".join(json.dumps({"text": f"{n} words of a text .\n" * 40}) + "\n" for n in range(30_000)))
+    marks, started = [uuid.uuid4().hex for _ in range(3)], []
+    for mark in marks:
+        paths = ["--input", str(file), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / mark)]
+        command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *paths, "--workers", "2"]
+        null = subprocess.DEVNULL
+        started.append(subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=null, stderr=null))
+    for mark, parent, number in zip(marks, started, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True):
+        while sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(mark)) < 2:
+            assert parent.poll() is None
+            time.sleep(0.02)
+        parent.send_signal(number)
+    assert not left_after(marks, 10)
+    assert not any(parent.wait() == 0 for parent in started)

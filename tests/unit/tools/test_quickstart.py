@@ -14,7 +14,8 @@ def quickstart():
 
 
 def test_plan_is_commands_of_the_project_with_values_filled_in(quickstart):
-    steps = quickstart.plan(Path("some where"), ["train.steps=7", "optimizer.warmup_steps=1"])
+    stages = quickstart.plan(Path("some where"), ["train.steps=7", "optimizer.warmup_steps=1"])
+    steps = [step for stage in stages for step in stage]
     assert len(steps) == 4 + 3 + 1 + 3 + 1
     for step in steps:
         script = next(word for word in step.command if word.endswith(".py"))

@@ -1,6 +1,11 @@
-"""Commands that are run one after the other: not twice, with their output kept, and with one error where they fail."""
+"""Commands in turn and side by side: not twice, with their output kept, and with one error where they fail."""
 
+import json
+import os
+import signal
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -15,59 +20,157 @@ def steps():
         yield module
 
 
+@pytest.fixture
+def python(steps, tmp_path):
+    """Makes a step that makes its result, by default named like it, and then runs the code."""
+
+    def make(title, code, name="", result=None):
+        made, program = tmp_path / (result or title), tmp_path / f"{title}.py"
+        program.write_text(f"open({str(made)!r}, 'w')\n{code}")
+        return steps.Step(title, [sys.executable, str(program)], made, name)
+
+    return make
+
+
 def test_fill_repeats_what_is_for_each(steps):
-    patterns = [("One", "echo {out} {n}", "one"), ("Do {each}", "echo {each}", "{each}/done")]
+    patterns = [
+        steps.Pattern("One", "echo {out} {n}", "one"),
+        steps.Pattern("Do {each}", "echo {each}", "{each}/done"),
+        steps.Pattern("Also {each}", "A=1 echo {each}", "{each}/also", together=True),
+    ]
     filled = steps.fill(patterns, Path("some where"), {"n": 3}, ["a", "b"])
-    assert filled[0] == steps.Step("One", ["echo", "some where", "3"], Path("some where/one"))
-    assert [(step.title, step.result) for step in filled[1:]] == [
-        ("Do a", Path("some where/a/done")),
-        ("Do b", Path("some where/b/done")),
+    assert filled == [
+        [steps.Step("One", ["echo", "some where", "3"], Path("some where/one"))],
+        [steps.Step("Do a", ["echo", "a"], Path("some where/a/done"), "a")],
+        [steps.Step("Do b", ["echo", "b"], Path("some where/b/done"), "b")],
+        [
+            steps.Step("Also a", ["A=1", "echo", "a"], Path("some where/a/also"), "a"),
+            steps.Step("Also b", ["A=1", "echo", "b"], Path("some where/b/also"), "b"),
+        ],
     ]
 
 
-def test_run_steps_stops_at_the_first_that_fails(steps, tmp_path):
-    def step(name, code):
-        return steps.Step(name, [sys.executable, "-c", code], tmp_path / name)
-
-    planned = [step("a", f"open({str(tmp_path / 'a')!r}, 'w')"), step("b", "1/0"), step("c", "1/0")]
+def test_run_steps_stops_at_the_first_that_fails_and_keeps_the_times_of_those_before(steps, python, tmp_path):
+    planned = [[python("a", "import time; time.sleep(0.5)")], [python("b", "1/0")]]
+    planned.append([python("c", "")])
     with pytest.raises(BipeError, match="exit code 1") as error:
         steps.run_steps(planned, tmp_path)
-    assert error.value.place.endswith("b.log") and (tmp_path / "a").exists()
+    assert error.value.place.endswith("b.log") and (tmp_path / "a").exists() and not (tmp_path / "c").exists()
+    before = steps.read_times(tmp_path)
+    assert set(before) == {"a"} and before["a"] >= 0.5
+    planned[1] = [python("b2", "")]
+    steps.run_steps(planned, tmp_path)
+    times = json.loads((tmp_path / steps.TIMES_FILE).read_text())
+    assert set(times["steps_s"]) == {"a", "b2", "c"} and times["steps_s"]["a"] == before["a"]
+    assert times["total_s"] == pytest.approx(sum(times["steps_s"].values()), abs=0.2)
 
 
-def test_run_step_finished_before_is_not_run_again(steps, tmp_path, capsys):
-    (tmp_path / "result").touch()
-    steps.run_step(steps.Step("Fail", ["false"], tmp_path / "result"), tmp_path)
-    assert "done before" in capsys.readouterr().out
-
-
-def test_run_step_result_of_another_command_is_refused(steps, tmp_path, monkeypatch):
-    def step(*options, folder=tmp_path):
-        return steps.Step("Do it", ["touch", f"{folder}/result", *options], folder / "result")
-
-    steps.run_step(step(), tmp_path)
-    steps.run_step(step(), tmp_path)
-    with pytest.raises(BipeError, match=r"result was made by '\$ touch OUTPUT/result', and now it is .*--no-create"):
-        steps.run_step(step("--no-create"), tmp_path)
-    monkeypatch.chdir(tmp_path.parent)
-    relative = Path(tmp_path.name)
-    steps.run_step(step(folder=relative), relative)  # the same, from elsewhere
-
-
-def test_run_step_keeps_all_output_and_shows_what_matters(steps, tmp_path, capsys):
-    code = "print('[2026-01-01] noise'); print('step 1'); open('result', 'w')".replace(
-        "result", str(tmp_path / "result")
-    )
-    step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
-    steps.run_step(step, tmp_path)
+def test_run_stage_runs_all_at_once_and_names_each_line(steps, python, tmp_path, capsys):
+    wait = """
+import os, pathlib, time
+there = pathlib.Path({folder!r})
+(there / {name!r}).touch()
+while not ((there / "one").exists() and (there / "two").exists()):
+    time.sleep(0.01)
+print("line of", {name!r}, os.environ["WHO"])
+"""
+    stage = []
+    for name in ("one", "two"):
+        step = python(f"Do {name}", wait.format(folder=str(tmp_path), name=name), name)
+        stage.append(step._replace(command=[f"WHO={name} itself", *step.command]))
+    steps.run_steps([stage], tmp_path)
     shown = capsys.readouterr().out
-    assert "    step 1\n" in shown and "    [2026" not in shown
-    assert "noise" in (tmp_path / "logs" / "Do_it.log").read_text()
+    assert "    one: line of one one itself\n" in shown and "    two: line of two two itself\n" in shown
+    times = json.loads((tmp_path / steps.TIMES_FILE).read_text())
+    assert times["total_s"] == max(times["steps_s"].values())
+    assert "line of two" not in (tmp_path / "logs" / "Do_one.log").read_text()
+    steps.run_steps([stage], tmp_path)
+    assert capsys.readouterr().out.count("done before") == 2
+    assert json.loads((tmp_path / steps.TIMES_FILE).read_text()) == times
+
+
+def _is_running(pid_file):
+    return Path(f"/proc/{pid_file.read_text()}/exe").exists()
+
+
+SLEEP = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(300)"
+
+
+def test_run_stage_one_that_fails_ends_the_others(steps, python, tmp_path):
+    pid = tmp_path / "pid"
+    fail = f"import os, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.01)\ntime.sleep(0.2); 1/0"
+    stage = [python("long", SLEEP.format(str(pid))), python("short", fail)]
+    stage.append(python("done", ""))
+    begin_s = time.monotonic()
+    with pytest.raises(BipeError, match="exit code 1") as error:
+        steps.run_stage(stage, tmp_path, times := {})
+    assert error.value.place.endswith("short.log") and set(times) == {"done"}
+    assert not _is_running(pid) and time.monotonic() - begin_s < 60
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_run_steps_signal_ends_all(steps, python, tmp_path, number, kind):
+    pids = [tmp_path / "pid-1", tmp_path / "pid-2"]
+    stage = [python(pid.name, SLEEP.format(str(pid)), result=f"made-{pid.name}") for pid in pids]
+
+    def send():
+        while not all(pid.exists() and pid.read_text() for pid in pids):
+            time.sleep(0.01)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=send, daemon=True).start()
+    with pytest.raises(kind):
+        steps.run_steps([stage], tmp_path)
+    assert not any(map(_is_running, pids))
+
+
+def test_run_stage_finished_before_is_not_run_again(steps, tmp_path, capsys):
+    (tmp_path / "result").touch()
+    steps.run_stage([steps.Step("Fail", ["false"], tmp_path / "result")], tmp_path, times := {})
+    assert "done before" in capsys.readouterr().out and not times
+
+
+def test_run_stage_result_of_another_command_is_refused(steps, tmp_path, monkeypatch):
+    def run(*options, folder=tmp_path, assigned=()):
+        command = [*assigned, "touch", f"{folder}/result", *options]
+        steps.run_stage([steps.Step("Do it", command, folder / "result")], folder, {})
+
+    run()
+    run()
+    with pytest.raises(BipeError, match=r"result was made by '\$ touch OUTPUT/result', and now it is .*--no-create"):
+        run("--no-create")
+    with pytest.raises(BipeError, match=r"now it is '\$ A=1 touch"):
+        run(assigned=["A=1"])
+    monkeypatch.chdir(tmp_path.parent)
+    run(folder=Path(tmp_path.name))  # the same, from elsewhere
+
+
+OUTPUT = """
+[2026-01-01 10:00:00,123] [INFO] [launch.py:1:main] noise
+[2026-01-01 10:00:00,123] [ERROR] [launch.py:1:main] exits with return code = 1
+[2026-01-01T10:00:00Z rank 0] step 1
+/x/lib/python3.11/site-packages/torch/cuda/x.py:1: UserWarning: a noise of torch
+  noise()
+  step 2
+/x/megatron_bipe/model.py:1: UserWarning: step 3
+"""
+
+
+def test_run_stage_keeps_all_output_and_shows_what_matters(steps, python, tmp_path, capsys):
+    steps.run_stage([python("Do it", f"print({OUTPUT!r})")], tmp_path, {})
+    shown = capsys.readouterr().out
+    assert all(f"step {number}" in shown for number in (1, 2, 3)) and "exits with return code" in shown
+    assert "noise" not in shown
+    assert OUTPUT in (tmp_path / "logs" / "Do_it.log").read_text()
 
 
 @pytest.mark.parametrize("code", ["raise SystemExit(3)", "pass"])
-def test_run_step_failing_or_without_result_names_its_log(steps, tmp_path, code):
-    step = steps.Step("Do it", [sys.executable, "-c", code], tmp_path / "result")
+def test_run_stage_failing_or_without_result_names_its_log_and_shows_its_end_unfiltered(steps, tmp_path, capsys, code):
+    lines = "\n".join(f"{number} lines" for number in range(1000, 1030)) + "\n" + OUTPUT.strip()
+    step = steps.Step("Do it", [sys.executable, "-c", f"print({lines!r}, flush=True)\n{code}"], tmp_path / "result")
     with pytest.raises(BipeError, match="did not make") as error:
-        steps.run_step(step, tmp_path)
+        steps.run_stage([step], tmp_path, {})
     assert error.value.place == str(tmp_path / "logs" / "Do_it.log")
+    shown = capsys.readouterr().out
+    assert "    | [2026-01-01 10:00:00,123] [INFO] [launch.py:1:main] noise\n" in shown
+    assert "| 1029 lines" in shown and "| 1000 lines" not in shown

@@ -36,7 +36,7 @@ def test_reaches_of_wrong_names_is_one_error(study, names, message):
 
 def test_plan_trains_each_and_evaluates_each_up_to_its_reach(study):
     reach = study.reaches(["rope", "learned", "bipe_rope"], [])
-    steps = study.plan(Path("some where"), reach, ["train.steps=7"])
+    steps = [step for stage in study.plan(Path("some where"), reach, ["train.steps=7"]) for step in stage]
     assert [step.title for step in steps[4:]] == [
         "Train rope",
         "Train learned",

@@ -1,0 +1,150 @@
+"""Starts commands that do not outlive this process.
+
+A command gets a process group of its own, so that one signal reaches it and all that it starts. A second process, the
+guard, waits at a pipe from this one. When this process ends without having ended the group, even by SIGKILL, the pipe
+closes, and the guard ends the group. The kernel's parent-death signal (PR_SET_PDEATHSIG) could not do that: it reaches
+the command alone and not what the command starts, and it fires when the thread that forked ends, not the process.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from multiprocessing import parent_process
+from typing import Any
+
+GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model, and all are gone within 10 seconds
+_LOOK_S = 0.05
+
+# The first line is the group's number, the second one comes when the group has been ended. An end of file in place of
+# either means that the writer has died.
+_GUARD = f"""
+read -r group || exit 0
+read -r ended && exit 0
+kill -s TERM -- "-$group" || exit 0
+for second in {" ".join(map(str, range(GRACE_S)))}; do kill -s 0 -- "-$group" || exit 0; sleep 1; done
+kill -s KILL -- "-$group"
+"""
+
+
+class ChildProcess:
+    """A running command with its process group; leaving its block ends all that is left of them.
+
+    Args:
+        command: program and arguments.
+        env: variables in addition to those of this process.
+        options: further arguments of `subprocess.Popen`.
+
+    Raises:
+        OSError: the command cannot be started.
+    """
+
+    def __init__(self, command: Sequence[str], env: Mapping[str, str] | None = None, **options: Any) -> None:
+        null = subprocess.DEVNULL
+        self._guard = subprocess.Popen(
+            ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
+        )
+        try:
+            self.process: subprocess.Popen[Any] = subprocess.Popen(
+                command, env=os.environ | (env or {}), start_new_session=True, **options
+            )
+        except BaseException:
+            self._guard.communicate()
+            raise
+        self._tell_guard(str(self.process.pid))
+
+    def __enter__(self) -> "ChildProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        end_all([self])
+
+    def send(self, number: int) -> bool:
+        """Send a signal to all processes of the group; return False if there are none."""
+        try:
+            os.killpg(self.process.pid, number)
+        except ProcessLookupError:
+            return False
+        return True
+
+    def is_over(self) -> bool:
+        """Return True if neither the command nor any other process of its group is left."""
+        if self.process.poll() is None:
+            return False
+        with suppress(ChildProcessError):  # process 1 of a container inherits orphans, and has to reap them
+            while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
+                pass
+        return not self.send(0)
+
+    def kill(self) -> None:
+        """Kill what is left, and dismiss the guard."""
+        self.send(signal.SIGKILL)
+        self.process.wait()
+        if self._guard.returncode is None:
+            self._tell_guard("ended")
+            self._guard.communicate()
+
+    def _tell_guard(self, line: str) -> None:
+        assert self._guard.stdin is not None
+        with suppress(BrokenPipeError):  # somebody killed the guard
+            self._guard.stdin.write(f"{line}\n".encode())
+            self._guard.stdin.flush()
+
+
+def end_all(children: Sequence[ChildProcess], grace_s: float = GRACE_S) -> None:
+    """Send SIGTERM to all groups; when `grace_s` is over, or this is interrupted, SIGKILL what is left of them."""
+    try:
+        for child in children:
+            if not child.is_over():
+                child.send(signal.SIGTERM)
+        deadline_s = time.monotonic() + grace_s
+        while not all(child.is_over() for child in children) and time.monotonic() < deadline_s:
+            time.sleep(_LOOK_S)
+    finally:
+        for child in children:
+            child.kill()
+
+
+def run_command(
+    command: Sequence[str], *, stdin_text: str | None = None, check: bool = False, **options: Any
+) -> "subprocess.CompletedProcess[str]":
+    """Run a command to its end as `subprocess.run` does, in text mode; it does not outlive this process."""
+    if stdin_text is not None:
+        options["stdin"] = subprocess.PIPE
+    with ChildProcess(command, text=True, **options) as child:
+        output, errors = child.process.communicate(stdin_text)
+    done = subprocess.CompletedProcess(list(command), child.process.returncode, output, errors)
+    if check:
+        done.check_returncode()
+    return done
+
+
+@contextmanager
+def raising_on_signals() -> Iterator[None]:
+    """Let SIGINT raise KeyboardInterrupt and SIGTERM SystemExit, so that `with` and `finally` end what was started.
+
+    A process that a script starts in the background would else ignore SIGINT, and die of SIGTERM at once.
+    """
+    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
+    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def leave_with_parent() -> None:
+    """Let this process, started by `multiprocessing`, end when its parent does."""
+    threading.Thread(target=_leave_with_parent, name="parent watch", daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
