@@ -11,34 +11,40 @@ from pathlib import Path
 
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.config.validate import validate_run
-from megatron_bipe.data.inspect import open_tokenizer
-from megatron_bipe.engine.start import start_engine
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.parallel.launch import connect_store
-from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.parallel.watchdog import Watchdog
-from megatron_bipe.train.dry_run import describe
-from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.init_from import begin_from_model
-from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.run_folder import ALLOWABLE, entered, write_run_folder
-from megatron_bipe.train.session import go_on
+from megatron_bipe.parallel.launch import connect_store, join_launch
+from megatron_bipe.parallel.launchers import Launch
 from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
 
 
-def main(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop."""
+def main(args: argparse.Namespace, launch: Launch) -> None:
+    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop.
+
+    The configuration is checked before torch and DeepSpeed are imported, so that errors in it appear at once.
+    """
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     stop_request.listen()
-    logging.basicConfig(level=logging.INFO if mesh.is_main else logging.WARNING, format="%(message)s")
+    logging.basicConfig(level=logging.INFO if launch.is_main else logging.WARNING, format="%(message)s")
     _check_counts(args)
     run = load_run_config(args.config, args.set)
-    mesh = mesh.laid_out(run.parallel)
-    num_ranks = args.dry_run or mesh.num_ranks
+    num_ranks = args.dry_run or launch.num_ranks
     validate_run(run, num_ranks, str(args.config or "--set"))
     ds_config = engine_config(run, read_ds_config(args.ds_config), num_ranks, args.ds_config)
+
+    from megatron_bipe.data.inspect import open_tokenizer
+    from megatron_bipe.engine.start import start_engine
+    from megatron_bipe.parallel.watchdog import Watchdog
+    from megatron_bipe.train.dry_run import describe
+    from megatron_bipe.train.feed import Feed
+    from megatron_bipe.train.init_from import begin_from_model
+    from megatron_bipe.train.profile import Profile
+    from megatron_bipe.train.run_folder import entered, write_run_folder
+    from megatron_bipe.train.session import go_on
+
+    mesh = join_launch(launch).laid_out(run.parallel)
     if args.dry_run is not None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, num_ranks))

@@ -1,4 +1,8 @@
-"""What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it)."""
+"""What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it).
+
+A command answers `--help` and errors in its arguments at once: its file imports at the top only what is needed for
+these. Torch, transformers and others that take long are imported by the functions that use them.
+"""
 
 import argparse
 import logging
@@ -7,7 +11,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_bipe.errors import BipeError, DataError
+from megatron_bipe.errors import BipeError, CheckpointError, DataError
 
 
 def run_tool(main: Callable[[], None]) -> None:
@@ -36,6 +40,16 @@ def check_output_file(file: Path, overwrite: bool) -> None:
         raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
     if file.exists() and not overwrite:
         raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
+
+
+def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_hf.py") -> None:
+    """Refuse a folder without a Hugging Face model, before transformers is imported to read it.
+
+    Raises:
+        CheckpointError: there is no `config.json`.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("no exported model here", remedy=remedy, place=folder)
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:

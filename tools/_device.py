@@ -1,7 +1,5 @@
 """Where a command's model runs."""
 
-import torch
-
 from megatron_bipe.errors import ConfigError
 
 
@@ -11,6 +9,8 @@ def pick_device(name: str) -> str:
     Raises:
         ConfigError: there is no such device.
     """
+    import torch
+
     if name == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
     try:

@@ -5,27 +5,27 @@ import json
 import logging
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from _cli import run_tool
+from _cli import check_model_folder, run_tool
 from _device import pick_device
 from _tasks import add_arithmetic, add_scrolls
+from megatron_bipe.config.schema import PRECISIONS
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.examples import open_text
 from megatron_bipe.data.files import write_atomically
+from megatron_bipe.engine.checkpoint import find_model
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.documents import evaluate_documents
-from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_tokens
-from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, unique_names, write_report
-from megatron_bipe.eval.subject import Subject, check_length, check_suits
-from megatron_bipe.eval.subsets import Line, Subset, subset_names
+from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
-from megatron_bipe.model.precision import DTYPES
-from megatron_bipe.train.hardware import keep_freed_memory
-from megatron_bipe.train.models import load_subject
+
+if TYPE_CHECKING:
+    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.eval.report import ModelResults
+    from megatron_bipe.eval.subject import Subject
+    from megatron_bipe.eval.subsets import Subset
 
 HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)
@@ -40,9 +40,15 @@ def main() -> None:
 def perplexity(arguments: argparse.Namespace) -> None:
     """Evaluate all models at all lengths; write and print the results."""
     lengths = parse_lengths(arguments.lengths)
+    dataset = open_text(arguments.data)
+    for spec in arguments.model:
+        find_model(spec)
+    from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
+    from megatron_bipe.eval.subject import check_length, check_suits
+    from megatron_bipe.train.models import load_subject
+
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
-    dataset = open_text(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject in subjects:
         check_suits(subject, dataset)
@@ -56,9 +62,19 @@ def perplexity(arguments: argparse.Namespace) -> None:
 
 def extrapolation(arguments: argparse.Namespace) -> None:
     """Evaluate all models on all datasets at all lengths, by document and place; write the report."""
-    lengths, settings = parse_lengths(arguments.lengths), _settings(arguments)
-    prepare_output(arguments.output, arguments.overwrite, NAMES)
+    lengths = parse_lengths(arguments.lengths)
     datasets = [open_text(folder) for folder in arguments.data]
+    for spec in arguments.model:
+        find_model(spec)
+    from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
+    from megatron_bipe.eval.perplexity import limit_tokens
+    from megatron_bipe.eval.report import prepare_output, unique_names
+    from megatron_bipe.eval.subject import check_length, check_suits
+    from megatron_bipe.eval.subsets import subset_names
+    from megatron_bipe.train.models import load_subject
+
+    settings = _settings(arguments)
+    prepare_output(arguments.output, arguments.overwrite, NAMES)
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject, dataset in product(subjects, datasets):
         check_suits(subject, dataset)
@@ -74,6 +90,10 @@ def extrapolation(arguments: argparse.Namespace) -> None:
 
 def harness(arguments: argparse.Namespace) -> None:
     """Run the tasks; write and print the results."""
+    check_model_folder(arguments.model)
+    from megatron_bipe.eval.report import prepare_output
+    from megatron_bipe.model.precision import DTYPES
+
     try:
         from lm_eval.utils import make_table
 
@@ -127,7 +147,10 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def _evaluate(subject: Subject, dataset: TokenDataset, lengths: list[int], settings: Settings) -> ModelResults:
+def _evaluate(subject: "Subject", dataset: TokenDataset, lengths: list[int], settings: "Settings") -> "ModelResults":
+    from megatron_bipe.eval.perplexity import evaluate_perplexity, limit_tokens
+    from megatron_bipe.eval.report import ModelResults
+
     available = limit_tokens(dataset, settings.max_tokens)
     cuts = [cut_windows(dataset, available, length, settings.protocol) for length in lengths]
     total = sum(int(windows.num_inputs.sum()) for windows in cuts)
@@ -144,10 +167,13 @@ def _evaluate_subset(
     subset: str,
     dataset: TokenDataset,
     names: list[str],
-    subjects: list[Subject],
+    subjects: "list[Subject]",
     lengths: list[int],
-    settings: Settings,
-) -> Subset:
+    settings: "Settings",
+) -> "Subset":
+    from megatron_bipe.eval.documents import evaluate_documents
+    from megatron_bipe.eval.subsets import Line, Subset
+
     lines = []
     for name, subject in zip(names, subjects, strict=True):
         results = []
@@ -161,7 +187,13 @@ def _evaluate_subset(
     return Subset(subset, dataset.manifest.fingerprint, tuple(lines))
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    import torch
+
+    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.model.precision import DTYPES
+    from megatron_bipe.train.hardware import keep_freed_memory
+
     settings = Settings(
         protocol=arguments.protocol,
         max_tokens=arguments.max_tokens,
@@ -197,7 +229,7 @@ def _add_harness(command: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
     add("--batch-size", type=int, default=8, metavar="N", help=f"requests a forward pass {shown}")
     add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
+    add("--dtype", choices=PRECISIONS, default="fp32", help=f"precision the model runs in {shown}")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=harness)
@@ -233,15 +265,15 @@ def _protocols() -> str:
 
 def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
     """What both evaluations of perplexity take."""
-    defaults, add, shown = Settings(), command.add_argument, "(default: %(default)s)"
+    add, shown = command.add_argument, "(default: %(default)s)"
     add(
         "--lengths", required=True, metavar="N,N,...", help="window lengths in tokens; N..M: the multiples of N up to M"
     )
     add("--output", type=Path, required=True, metavar="DIR", help=f"for {written}")
-    add("--protocol", choices=list(PROTOCOLS), default=defaults.protocol, help=f"how the corpus is cut {shown}")
+    add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {shown}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
-    add("--batch-tokens", type=int, metavar="N", default=defaults.batch_tokens, help=f"tokens a forward pass {shown}")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
+    add("--batch-tokens", type=int, metavar="N", default=WINDOW_BATCH_TOKENS, help=f"tokens a forward pass {shown}")
+    add("--dtype", choices=PRECISIONS, default="fp32", help=f"precision the model runs in {shown}")
     add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
 

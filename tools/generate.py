@@ -3,13 +3,7 @@
 import argparse
 from pathlib import Path
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-from _cli import check_output_file, run_tool
-from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.checksums import check_folder
+from _cli import check_model_folder, check_output_file, run_tool
 
 
 def main() -> None:
@@ -27,13 +21,7 @@ def main() -> None:
         parser.error("--max-new-tokens must be 1 or more, and --temperature 0 or more")
     if arguments.output:
         check_output_file(arguments.output, arguments.overwrite)
-    if not (arguments.model / "config.json").is_file():
-        raise CheckpointError(
-            "no exported model here", remedy="Make one with tools/export_hf.py", place=arguments.model
-        )
-    check_folder(arguments.model)
-    disable_progress_bar()
-    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    check_model_folder(arguments.model)
     texts = generate(arguments)
     print("\n\n".join(texts))
     if arguments.output:
@@ -42,6 +30,15 @@ def main() -> None:
 
 def generate(arguments: argparse.Namespace) -> list[str]:
     """Prompts with their continuations, one by one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from megatron_bipe.hf.checksums import check_folder
+
+    check_folder(arguments.model)
+    disable_progress_bar()
+    set_verbosity_error()  # it reminds of the training length, which these models may exceed
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=torch.float32).eval()
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}

@@ -5,7 +5,7 @@ rules that involve several are in `validate.py`; where values come from is in `l
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -13,6 +13,11 @@ from megatron_bipe.config.encodings import ENCODINGS, RELATIVE, Encoding, Relati
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
+Precision = Literal["bf16", "fp32"]
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# Fields that a resumed run may change where `--allow` names them: the training state keeps its meaning, and the loss
+# takes another course. Other changes would give weights another meaning, or read some windows twice and others never.
+ALLOWABLE = ("optimizer", "train.precision", "data")
 
 
 class _Section(BaseModel):
@@ -223,7 +228,7 @@ class TrainConfig(_Section):
     """Sequences an optimizer step, over all ranks."""
     micro_batch: Positive = 8
     """Sequences a forward pass on one rank; gradient accumulation follows from the rank count."""
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Precision = "bf16"
     """Compute precision; bf16 keeps fp32 master weights and moments."""
     seed: NonNegative = 1234
     """Of the initial weights and of the sample order."""

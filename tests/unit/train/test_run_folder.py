@@ -6,12 +6,13 @@ import pytest
 
 from megatron_bipe import lock
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.train.run_folder import ALLOWABLE, check_same_run, entered, read_record, write_run_folder
+from megatron_bipe.train.run_folder import check_same_run, entered, read_record, write_run_folder
 
 
 @pytest.fixture
