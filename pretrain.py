@@ -9,46 +9,50 @@ import math
 import sys
 from pathlib import Path
 
-from megatron_bipe.runtime.launcher_watch import watch_launcher
-
-if __name__ == "__main__":
-    watch_launcher(is_importing=True)  # before the imports below, which take seconds
-
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
+from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.config.validate import validate_run
-from megatron_bipe.data.inspect import open_tokenizer
-from megatron_bipe.engine.start import start_engine
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.parallel.launch import connect_store
-from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.parallel.watchdog import Watchdog
+from megatron_bipe.parallel.launch import connect_store, join_launch
+from megatron_bipe.parallel.launchers import Launch
+from megatron_bipe.runtime.launcher_watch import watch_launcher
 from megatron_bipe.runtime.logs import log_to_stderr
-from megatron_bipe.train.dry_run import describe
-from megatron_bipe.train.feed import Feed
-from megatron_bipe.train.init_from import begin_from_model
-from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.run_folder import ALLOWABLE, entered, settle_precision, write_run_folder
-from megatron_bipe.train.run_summary import end_summary, start_summary
-from megatron_bipe.train.session import go_on
 from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
 
 _log = logging.getLogger("pretrain")
 
 
-def main(args: argparse.Namespace, mesh: Mesh) -> None:
-    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop."""
+def main(args: argparse.Namespace, launch: Launch) -> None:
+    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop.
+
+    The configuration is checked before torch and DeepSpeed are imported, so that errors in it appear at once.
+    """
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     stop_request.listen()
-    log_to_stderr(mesh.rank)
+    log_to_stderr(launch.rank)
     _check_counts(args)
     run = load_run_config(args.config, args.set)
-    mesh = mesh.laid_out(run.parallel)
-    num_ranks = args.dry_run or mesh.num_ranks
+    num_ranks = args.dry_run or launch.num_ranks
     validate_run(run, num_ranks, Sources(args.config, args.set))
+    ds_values = read_ds_config(args.ds_config)
+
+    from megatron_bipe.data.inspect import open_tokenizer
+    from megatron_bipe.engine.start import start_engine
+    from megatron_bipe.parallel.watchdog import Watchdog
+    from megatron_bipe.train.dry_run import describe
+    from megatron_bipe.train.feed import Feed
+    from megatron_bipe.train.init_from import begin_from_model
+    from megatron_bipe.train.profile import Profile
+    from megatron_bipe.train.run_folder import entered, settle_precision, write_run_folder
+    from megatron_bipe.train.run_summary import end_summary, start_summary
+    from megatron_bipe.train.session import go_on
+
+    watch_launcher()
+    mesh = join_launch(launch).laid_out(run.parallel)
     run, precision = settle_precision(run, mesh.device, args.allow)
-    ds_config = engine_config(run, read_ds_config(args.ds_config), num_ranks, args.ds_config)
+    ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
     if args.dry_run is not None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, num_ranks, precision))

@@ -1,4 +1,8 @@
-"""What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it)."""
+"""What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it).
+
+A command answers `--help` and errors in its arguments at once: its file imports at the top only what is needed for
+these. Torch, transformers and others that take long are imported by the functions that use them.
+"""
 
 import argparse
 import logging
@@ -7,13 +11,15 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from megatron_bipe.errors import BipeError, DataError
+from megatron_bipe.errors import BipeError, CheckpointError, DataError
+from megatron_bipe.runtime.environment import prepare_environment
 
 
 def run_tool(main: Callable[[], None]) -> None:
     """Run `main` and leave the process with the exit code its outcome stands for."""
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     try:
+        prepare_environment()  # before main imports torch
         main()
         sys.stdout.flush()
     except BipeError as error:
@@ -36,6 +42,16 @@ def check_output_file(file: Path, overwrite: bool) -> None:
         raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
     if file.exists() and not overwrite:
         raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
+
+
+def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_hf.py") -> None:
+    """Refuse a folder without a Hugging Face model, before transformers is imported to read it.
+
+    Raises:
+        CheckpointError: there is no `config.json`.
+    """
+    if not (folder / "config.json").is_file():
+        raise CheckpointError("no exported model here", remedy=remedy, place=folder)
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:

@@ -1,21 +1,51 @@
-"""Where a command's model runs."""
+"""Where a command's model runs, and in which precision: the options `--device` and `--dtype`."""
 
-import torch
+import argparse
+from typing import TYPE_CHECKING
 
+from megatron_bipe.config.schema import AUTO, PRECISIONS, Precision
 from megatron_bipe.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+def add_device_options(parser: argparse.ArgumentParser, dtype: Precision = "fp32") -> None:
+    """Add both options; `dtype` is the default of `--dtype`."""
+    parser.add_argument("--device", default=AUTO, help="auto (the default), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        default=dtype,
+        help="precision the model runs in; auto: bf16 where the device multiplies it natively (default: %(default)s)",
+    )
 
 
 def pick_device(name: str) -> str:
-    """`auto` -> a GPU where there is one; other names are checked.
+    """Return the torch device of a `--device` option; `auto`: `BIPE_DEVICE`, else a GPU where there is one.
 
     Raises:
         ConfigError: there is no such device.
     """
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+    import torch
+
+    from megatron_bipe.runtime.hardware import device_type
+
+    if name == AUTO:
+        return device_type()
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigError(f"device {name!r}: {reason}", remedy="Use auto, cpu or cuda", place="--device") from error
     return name
+
+
+def pick_dtype(name: Precision, device: str) -> "torch.dtype":
+    """Return the torch type of a `--dtype` option for a model on that device; warns of bf16 where it is slow."""
+    import torch
+
+    from megatron_bipe.model.precision import DTYPES
+    from megatron_bipe.runtime.hardware import choose_precision
+
+    return DTYPES[choose_precision(name, torch.device(device), "--dtype").precision]

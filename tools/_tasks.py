@@ -2,23 +2,28 @@
 
 import argparse
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from _cli import parse_range
-from _device import pick_device
+from _cli import check_model_folder, parse_range
+from _device import add_device_options, pick_device, pick_dtype
 from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS, find_task
 from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval import arithmetic as problems
-from megatron_bipe.eval.generation import Generator, Limits, load_generator
-from megatron_bipe.eval.report import prepare_output
-from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
+
+if TYPE_CHECKING:
+    from megatron_bipe.eval.arithmetic import Accuracy
+    from megatron_bipe.eval.generation import Generator
 
 
 def scrolls(arguments: argparse.Namespace) -> None:
     """Let the model answer a split of a task; write and print scores, beside those of other tasks in the folder."""
+    task = find_task(arguments.task)
+    check_model_folder(arguments.model)
+    from megatron_bipe.eval.report import prepare_output
+
     try:
         from megatron_bipe.eval.scrolls import answer, result_names, results_table, score_answers, write_results
     except ImportError as error:
@@ -27,7 +32,6 @@ def scrolls(arguments: argparse.Namespace) -> None:
             remedy="Install it: pip install 'megatron-bipe[scrolls]'",
             place="evaluate.py scrolls",
         ) from error
-    task = find_task(arguments.task)
     prepare_output(arguments.output, arguments.overwrite, result_names(task))
     results_table(arguments.output)  # of other tasks, which is asked for again in the end
     asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
@@ -48,10 +52,15 @@ def scrolls(arguments: argparse.Namespace) -> None:
     print("Written:", *files)
 
 
-def _load(folder: Path, arguments: argparse.Namespace) -> Generator:
+def _load(folder: Path, arguments: argparse.Namespace) -> "Generator":
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from megatron_bipe.eval.generation import load_generator
+
     disable_progress_bar()
     set_verbosity_error()  # it reminds of the training length, which these models may exceed
-    return load_generator(folder, pick_device(arguments.device), DTYPES[arguments.dtype])
+    device = pick_device(arguments.device)
+    return load_generator(folder, device, pick_dtype(arguments.dtype, device))
 
 
 def add_scrolls(command: argparse.ArgumentParser) -> None:
@@ -67,9 +76,8 @@ def add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help="for scores and answers of one or more tasks")
     add("--length", type=int, default=WINDOW_TOKENS, metavar="N", help=f"that of the fine-tuning data {shown}")
     add("--limit", type=int, metavar="N", help="only the first N inputs")
-    add("--batch-tokens", type=int, metavar="N", default=Limits(0).batch_tokens, help=f"most tokens at once {shown}")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
-    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"most tokens at once {shown}")
+    add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=scrolls)
 
@@ -78,9 +86,14 @@ def arithmetic(arguments: argparse.Namespace) -> None:
     """Let the models solve held-out problems; write and print how often they are right."""
     if not arguments.operators or arguments.operators.start < 1 or arguments.problems < 1:
         raise ConfigError("there is nothing to solve", remedy="Use --operators 1..6 or the like", place="--operators")
+    for folder in arguments.model:
+        check_model_folder(folder)
+    from megatron_bipe.eval import arithmetic as problems
+    from megatron_bipe.eval.report import prepare_output
+
     prepare_output(arguments.output, arguments.overwrite, (problems.JSON_NAME, problems.CSV_NAME))
     asked = [problems.held_out_problems(n, arguments.problems, arguments.seed) for n in arguments.operators]
-    found: dict[str, list[problems.Accuracy]] = {}
+    found: dict[str, list[Accuracy]] = {}
     names = [folder.resolve().name for folder in arguments.model]
     about = {"seed": arguments.seed, "dtype": arguments.dtype, "sources": list(map(str, arguments.model))}
     for name, folder in zip(names, arguments.model, strict=True):
@@ -103,8 +116,7 @@ def add_arithmetic(command: argparse.ArgumentParser) -> None:
     add("--problems", type=int, default=200, metavar="N", help=f"of each number of operators {shown}")
     add("--seed", type=int, default=0, help=f"of the choice of problems {shown}")
     add("--output", type=Path, required=True, metavar="DIR", help="for arithmetic.json and .csv")
-    add("--batch-tokens", type=int, metavar="N", default=Limits(0).batch_tokens, help=f"most tokens at once {shown}")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
-    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"most tokens at once {shown}")
+    add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=arithmetic)

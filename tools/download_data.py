@@ -6,11 +6,13 @@ Example: python tools/download_data.py --output pile --include 'train/0*' val.js
 import argparse
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import run_tool
-from preprocessing.hub.download import download
 from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
-from preprocessing.hub.plan import DownloadOptions, Plan, in_bytes, make_plan
+
+if TYPE_CHECKING:
+    from preprocessing.hub.plan import Plan
 
 
 def main() -> None:
@@ -19,6 +21,10 @@ def main() -> None:
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, with signed addresses in it
     dry_run = arguments.pop("dry_run")
     known = find_known(arguments.pop("dataset"))
+
+    from preprocessing.hub.download import download
+    from preprocessing.hub.plan import DownloadOptions, make_plan
+
     options = DownloadOptions(**arguments | {"repo": known.repo, "include": arguments["include"] or known.include})
     if dry_run:
         _show(make_plan(options))
@@ -32,7 +38,9 @@ def main() -> None:
         print(f"Next: {command}")
 
 
-def _show(plan: Plan) -> None:
+def _show(plan: "Plan") -> None:
+    from preprocessing.hub.plan import in_bytes
+
     print(f"{plan.snapshot.repo} at commit {plan.snapshot.commit}; licence: {plan.snapshot.licence}")
     for file, state, _ in plan.items:
         print(f"  {in_bytes(file.size_bytes):>7}  {state:<13} {file.path}")

@@ -5,27 +5,26 @@ import json
 import logging
 from itertools import product
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from tqdm import tqdm
 
-from _cli import run_tool
-from _device import pick_device
+from _cli import check_model_folder, run_tool
+from _device import add_device_options, pick_device, pick_dtype
 from _tasks import add_arithmetic, add_scrolls
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.examples import open_text
 from megatron_bipe.data.files import write_atomically
+from megatron_bipe.engine.checkpoint import find_model
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.documents import evaluate_documents
-from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity, limit_tokens
-from megatron_bipe.eval.report import ModelResults, as_table, describe, prepare_output, unique_names, write_report
-from megatron_bipe.eval.subject import Subject, check_length, check_suits
-from megatron_bipe.eval.subsets import Line, Subset, subset_names
+from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
-from megatron_bipe.model.precision import DTYPES
-from megatron_bipe.runtime.hardware import keep_freed_memory
-from megatron_bipe.train.models import load_subject
+
+if TYPE_CHECKING:
+    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.eval.report import ModelResults
+    from megatron_bipe.eval.subject import Subject
+    from megatron_bipe.eval.subsets import Subset
 
 HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)
@@ -40,9 +39,15 @@ def main() -> None:
 def perplexity(arguments: argparse.Namespace) -> None:
     """Evaluate all models at all lengths; write and print the results."""
     lengths = parse_lengths(arguments.lengths)
+    dataset = open_text(arguments.data)
+    for spec in arguments.model:
+        find_model(spec)
+    from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
+    from megatron_bipe.eval.subject import check_length, check_suits
+    from megatron_bipe.train.models import load_subject
+
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
-    dataset = open_text(arguments.data)
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject in subjects:
         check_suits(subject, dataset)
@@ -56,9 +61,19 @@ def perplexity(arguments: argparse.Namespace) -> None:
 
 def extrapolation(arguments: argparse.Namespace) -> None:
     """Evaluate all models on all datasets at all lengths, by document and place; write the report."""
-    lengths, settings = parse_lengths(arguments.lengths), _settings(arguments)
-    prepare_output(arguments.output, arguments.overwrite, NAMES)
+    lengths = parse_lengths(arguments.lengths)
     datasets = [open_text(folder) for folder in arguments.data]
+    for spec in arguments.model:
+        find_model(spec)
+    from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
+    from megatron_bipe.eval.perplexity import limit_tokens
+    from megatron_bipe.eval.report import prepare_output, unique_names
+    from megatron_bipe.eval.subject import check_length, check_suits
+    from megatron_bipe.eval.subsets import subset_names
+    from megatron_bipe.train.models import load_subject
+
+    settings = _settings(arguments)
+    prepare_output(arguments.output, arguments.overwrite, NAMES)
     subjects = [load_subject(spec) for spec in arguments.model]
     for subject, dataset in product(subjects, datasets):
         check_suits(subject, dataset)
@@ -74,6 +89,9 @@ def extrapolation(arguments: argparse.Namespace) -> None:
 
 def harness(arguments: argparse.Namespace) -> None:
     """Run the tasks; write and print the results."""
+    check_model_folder(arguments.model)
+    from megatron_bipe.eval.report import prepare_output
+
     try:
         from lm_eval.utils import make_table
 
@@ -85,14 +103,15 @@ def harness(arguments: argparse.Namespace) -> None:
             place="evaluate.py harness",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, (HARNESS_NAME,))
+    device = pick_device(arguments.device)
     settings = HarnessSettings(
         include_path=arguments.include,
         num_fewshot=arguments.num_fewshot,
         limit=arguments.limit,
         batch_size=arguments.batch_size,
         max_length_tokens=arguments.max_length,
-        device=pick_device(arguments.device),
-        dtype=str(DTYPES[arguments.dtype]).removeprefix("torch."),
+        device=device,
+        dtype=str(pick_dtype(arguments.dtype, device)).removeprefix("torch."),
     )
     results = run_tasks(arguments.model, arguments.tasks.split(","), settings)
     kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples", "configs", "samples")}
@@ -127,7 +146,10 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def _evaluate(subject: Subject, dataset: TokenDataset, lengths: list[int], settings: Settings) -> ModelResults:
+def _evaluate(subject: "Subject", dataset: TokenDataset, lengths: list[int], settings: "Settings") -> "ModelResults":
+    from megatron_bipe.eval.perplexity import evaluate_perplexity, limit_tokens
+    from megatron_bipe.eval.report import ModelResults
+
     available = limit_tokens(dataset, settings.max_tokens)
     cuts = [cut_windows(dataset, available, length, settings.protocol) for length in lengths]
     total = sum(int(windows.num_inputs.sum()) for windows in cuts)
@@ -144,10 +166,13 @@ def _evaluate_subset(
     subset: str,
     dataset: TokenDataset,
     names: list[str],
-    subjects: list[Subject],
+    subjects: "list[Subject]",
     lengths: list[int],
-    settings: Settings,
-) -> Subset:
+    settings: "Settings",
+) -> "Subset":
+    from megatron_bipe.eval.documents import evaluate_documents
+    from megatron_bipe.eval.subsets import Line, Subset
+
     lines = []
     for name, subject in zip(names, subjects, strict=True):
         results = []
@@ -161,15 +186,21 @@ def _evaluate_subset(
     return Subset(subset, dataset.manifest.fingerprint, tuple(lines))
 
 
-def _settings(arguments: argparse.Namespace) -> Settings:
+def _settings(arguments: argparse.Namespace) -> "Settings":
+    import torch
+
+    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.runtime.hardware import keep_freed_memory
+
+    device = pick_device(arguments.device)
     settings = Settings(
         protocol=arguments.protocol,
         max_tokens=arguments.max_tokens,
         batch_tokens=arguments.batch_tokens,
-        device=pick_device(arguments.device),
-        dtype=DTYPES[arguments.dtype],
+        device=device,
+        dtype=pick_dtype(arguments.dtype, device),
     )
-    keep_freed_memory(torch.device(settings.device))
+    keep_freed_memory(torch.device(device))
     return settings
 
 
@@ -197,8 +228,7 @@ def _add_harness(command: argparse.ArgumentParser) -> None:
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
     add("--batch-size", type=int, default=8, metavar="N", help=f"requests a forward pass {shown}")
     add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
-    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=harness)
 
@@ -233,16 +263,15 @@ def _protocols() -> str:
 
 def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
     """What both evaluations of perplexity take."""
-    defaults, add, shown = Settings(), command.add_argument, "(default: %(default)s)"
+    add, shown = command.add_argument, "(default: %(default)s)"
     add(
         "--lengths", required=True, metavar="N,N,...", help="window lengths in tokens; N..M: the multiples of N up to M"
     )
     add("--output", type=Path, required=True, metavar="DIR", help=f"for {written}")
-    add("--protocol", choices=list(PROTOCOLS), default=defaults.protocol, help=f"how the corpus is cut {shown}")
+    add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {shown}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
-    add("--batch-tokens", type=int, metavar="N", default=defaults.batch_tokens, help=f"tokens a forward pass {shown}")
-    add("--dtype", choices=list(DTYPES), default="fp32", help=f"precision the model runs in {shown}")
-    add("--device", default="auto", help="auto (the default), cpu, cuda, cuda:1, ...")
+    add("--batch-tokens", type=int, metavar="N", default=WINDOW_BATCH_TOKENS, help=f"tokens a forward pass {shown}")
+    add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
 
 

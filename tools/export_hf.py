@@ -8,42 +8,50 @@ import json
 import logging
 import math
 from pathlib import Path
+from typing import TYPE_CHECKING, get_args
 
-import torch
+import numpy as np
 import yaml
-from transformers.utils.logging import disable_progress_bar
 
 from _cli import run_tool
-from _samples import random_windows
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.schema import ComputePrecision, RunConfig
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
-from megatron_bipe.hf.card import PerplexityPlot
-from megatron_bipe.hf.export import ExportOptions, Windows, export_model
-from megatron_bipe.hf.settings import DataFields
-from megatron_bipe.hf.tokenizer_files import TokenizerSource
-from megatron_bipe.model.precision import DTYPES
-from megatron_bipe.train.models import WeightsOnDisk
-from megatron_bipe.train.run_folder import read_record
+
+if TYPE_CHECKING:
+    from megatron_bipe.hf.card import PerplexityPlot
+    from megatron_bipe.hf.export import Windows
 
 log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Parse the command line, export, and say how near the result is."""
+    """Parse the command line and export."""
     arguments = _parser().parse_args()
     if arguments.max_shard_gb <= 0:
         raise ConfigError(
             f"--max-shard-gb {arguments.max_shard_gb:g}", remedy="Give more than 0", place="--max-shard-gb"
         )
-    disable_progress_bar()
     checkpoint = find_checkpoint(arguments.checkpoint)
+    export(checkpoint, arguments)
+
+
+def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
+    """Write the model folder, and print how near it is."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_bipe.hf.export import ExportOptions, export_model
+    from megatron_bipe.hf.settings import DataFields
+    from megatron_bipe.hf.tokenizer_files import TokenizerSource
+    from megatron_bipe.model.precision import DTYPES
+    from megatron_bipe.train.models import WeightsOnDisk
+    from megatron_bipe.train.run_folder import read_record
+
+    disable_progress_bar()
     run = load_run_config(checkpoint.run_dir / "config.yaml")
     record = read_record(checkpoint.run_dir)
     tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
@@ -74,12 +82,15 @@ def main() -> None:
     print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
 
 
-def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:
+def _perplexity(folder: Path, checkpoint: Checkpoint) -> "PerplexityPlot":
     """What `evaluate.py perplexity` found of this checkpoint, for the model card.
 
     Raises:
         CheckpointError: the folder holds no such results, or those of something else.
     """
+    from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+    from megatron_bipe.hf.card import PerplexityPlot
+
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
     try:
         report = json.loads((folder / JSON_NAME).read_text("utf-8"))
@@ -113,12 +124,15 @@ def _resolved(source: str) -> str:
     return f"{Path(run_dir).resolve()}@{step}"
 
 
-def _windows(run: RunConfig, record: DataRecord) -> Windows:
+def _windows(run: RunConfig, record: DataRecord) -> "Windows":
     """Two windows of the training data with the ids that training saw; random ones where the data is gone."""
+    from _samples import random_windows
+    from megatron_bipe.data.collate import make_batch
+
     try:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         if blend.record.fingerprint == record.fingerprint:
-            windows = torch.arange(min(2, blend.num_windows)).numpy()
+            windows = np.arange(min(2, blend.num_windows))
             batch = make_batch(blend, windows, run.train.seq_len_tokens, run.model.intra_clip)
             return batch.tokens_BT, batch.intra_BT, batch.inter_BT
         folders = ", ".join(map(str, run.data.folders))
@@ -133,7 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--checkpoint", required=True, metavar="RUN_DIR[@STEP]", help="run folder; without a step its newest")
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
-    add("--dtype", choices=DTYPES, help="precision of the stored weights (default: that of the training)")
+    add(
+        "--dtype",
+        choices=get_args(ComputePrecision),
+        help="precision of the stored weights (default: that of the training)",
+    )
     add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")
     add("--evaluation", type=Path, metavar="DIR", help="results of evaluate.py perplexity, for the model card")
     add("--overwrite", action="store_true", help="replace a model that is there")

@@ -2,14 +2,11 @@
 
 import argparse
 from pathlib import Path
+from typing import Any
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
-
-from _cli import check_output_file, run_tool
-from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.checksums import check_folder
+from _cli import check_model_folder, check_output_file, run_tool
+from _device import add_device_options, pick_device, pick_dtype
+from megatron_bipe.config.schema import AUTO
 
 
 def main() -> None:
@@ -20,6 +17,7 @@ def main() -> None:
     parser.add_argument("--max-new-tokens", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    add_device_options(parser, AUTO)
     parser.add_argument("--output", type=Path, help="also write the texts to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
     arguments = parser.parse_args()
@@ -27,13 +25,7 @@ def main() -> None:
         parser.error("--max-new-tokens must be 1 or more, and --temperature 0 or more")
     if arguments.output:
         check_output_file(arguments.output, arguments.overwrite)
-    if not (arguments.model / "config.json").is_file():
-        raise CheckpointError(
-            "no exported model here", remedy="Make one with tools/export_hf.py", place=arguments.model
-        )
-    check_folder(arguments.model)
-    disable_progress_bar()
-    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    check_model_folder(arguments.model)
     texts = generate(arguments)
     print("\n\n".join(texts))
     if arguments.output:
@@ -42,13 +34,24 @@ def main() -> None:
 
 def generate(arguments: argparse.Namespace) -> list[str]:
     """Prompts with their continuations, one by one."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+    from megatron_bipe.hf.checksums import check_folder
+
+    check_folder(arguments.model)
+    disable_progress_bar()
+    set_verbosity_error()  # it reminds of the training length, which these models may exceed
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
-    model = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=torch.float32).eval()
+    device = pick_device(arguments.device)
+    dtype = pick_dtype(arguments.dtype, device)
+    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=dtype)
+    model.to(device).eval()
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     texts = []
     for prompt in arguments.prompt:
         set_seed(arguments.seed)
-        encoded = tokenizer(prompt, return_tensors="pt")
+        encoded = tokenizer(prompt, return_tensors="pt").to(device)
         output = model.generate(**encoded, max_new_tokens=arguments.max_new_tokens, **sampling)
         texts += tokenizer.batch_decode(output, skip_special_tokens=True)
     return texts

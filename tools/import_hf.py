@@ -8,49 +8,51 @@ With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.
 """
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from transformers.utils.logging import disable_progress_bar
-
-from _cli import run_tool
-from _samples import random_windows
+from _cli import check_model_folder, run_tool
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import ConfigError, DataError
-from megatron_bipe.eval.subject import Subject, exported_subject
-from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.load import plan_model, read_settings
-from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, PublishedModel, read_published
-from megatron_bipe.hf.settings import DataFields
-from megatron_bipe.hf.tokenizer_files import TokenizerSource
-from megatron_bipe.hf.weights import to_llama
-from megatron_bipe.train.init_from import start_run
-from megatron_bipe.train.models import plan_weights
+
+if TYPE_CHECKING:
+    from megatron_bipe.hf.published import PublishedModel
 
 
 def main() -> None:
     """Parse the command line and convert."""
     arguments = _parser().parse_args()
-    disable_progress_bar()
-    _check_used(arguments)
-    (to_run if arguments.checkpoint else to_model)(arguments)
-
-
-def _check_used(arguments: argparse.Namespace) -> None:
-    """Refuse options that the chosen target has no use for, and an output that is the input."""
-    unused = {"--config": arguments.config, "--set": arguments.set} if arguments.output else {}
-    if arguments.checkpoint and "rpe_type" not in read_settings(arguments.input):
-        unused = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}  # the model knows its own
-    if given := [name for name, value in unused.items() if value]:
-        target = "--output" if arguments.output else "--checkpoint of a model that knows its tokenizer and rule"
-        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", place=given[0])
+    check_model_folder(arguments.input, remedy="Name the folder of a model, one with config.json")
     if arguments.output and arguments.output.resolve() == arguments.input.resolve():
         raise ConfigError("the output is the input", remedy="Name another --output", place=arguments.output)
+    if arguments.output:
+        _refuse({"--config": arguments.config, "--set": arguments.set}, "--output")
+        to_model(arguments)
+    else:
+        to_run(arguments, load_run_config(arguments.config, [*arguments.set, f"run_dir={arguments.checkpoint}"]))
+
+
+def _refuse(unused: Mapping[str, object], target: str) -> None:
+    """Refuse options, by name, that the chosen target has no use for."""
+    if given := [name for name, value in unused.items() if value]:
+        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", place=given[0])
 
 
 def to_model(arguments: argparse.Namespace) -> None:
     """Into our Hugging Face layout; says how near the result is."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from _samples import random_windows
+    from megatron_bipe.hf.export import ExportOptions, export_model
+    from megatron_bipe.hf.load import read_settings
+    from megatron_bipe.hf.settings import DataFields
+    from megatron_bipe.hf.tokenizer_files import TokenizerSource
+
+    disable_progress_bar()
     model, tokenizer, rule = _published(arguments)
     settings = read_settings(arguments.input)
     named = {role: settings.get(f"{role}_token_id") for role in ("bos", "eos")}
@@ -77,21 +79,33 @@ def to_model(arguments: argparse.Namespace) -> None:
     print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
 
 
-def to_run(arguments: argparse.Namespace) -> None:
+def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     """Into checkpoint 0 of a run."""
-    run = load_run_config(arguments.config, [*arguments.set, f"run_dir={arguments.checkpoint}"])
+    from transformers.utils.logging import disable_progress_bar
+
+    from megatron_bipe.eval.subject import Subject, exported_subject
+    from megatron_bipe.hf.load import plan_model, read_settings
+    from megatron_bipe.hf.weights import to_llama
+    from megatron_bipe.train.init_from import start_run
+    from megatron_bipe.train.models import plan_weights
+
+    disable_progress_bar()
     if "rpe_type" in read_settings(arguments.input):
         model, tokenizer, rule = _published(arguments)
         whole = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         subject = Subject(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
     else:
+        own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
+        _refuse(own, "--checkpoint of a model that knows its tokenizer and rule")
         subject = exported_subject(arguments.input)
     folder = start_run(run, subject, plan_weights(subject))
     print(f"{folder}: pretrain.py goes on from here with the same --config and --set, and run_dir={run.run_dir}")
 
 
-def _published(arguments: argparse.Namespace) -> tuple[PublishedModel, Tokenizer | None, SegmentRule]:
+def _published(arguments: argparse.Namespace) -> "tuple[PublishedModel, Tokenizer | None, SegmentRule]":
+    from megatron_bipe.hf.published import read_published
+
     model = read_published(arguments.input)
     tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
     return model, tokenizer, _rule(arguments.segments or "reference", tokenizer, model.config.vocab_size)
@@ -119,6 +133,8 @@ def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRu
     if tokenizer is not None:
         return resolve_rule(spec, tokenizer)
     if spec == "reference":
+        from megatron_bipe.hf.published import PUBLISHED_SEPARATORS
+
         return SegmentRule(spec=spec, token_ids=PUBLISHED_SEPARATORS)
     try:
         return resolve_rule(spec, _IdsOnly(vocab_size))

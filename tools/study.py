@@ -9,6 +9,7 @@ Example: python tools/study.py --output study --encodings rope bipe_rope
 import argparse
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from _cli import run_tool
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
@@ -16,8 +17,10 @@ from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.plot import Curve, draw_perplexity
 from quickstart import STRETCHES, read_perplexities
+
+if TYPE_CHECKING:
+    from megatron_bipe.eval.plot import Curve
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 TITLE = "Perplexity on held-out text, encodings trained alike"
@@ -39,6 +42,9 @@ def main() -> None:
     folder: Path = arguments.output
     reach = reaches(arguments.encodings, arguments.set)
     run_steps(plan(folder, reach, arguments.set), folder)
+
+    from megatron_bipe.eval.plot import draw_perplexity
+
     found = perplexities(folder, reach)
     text, plot = table(found), draw_perplexity(curves(found, min(next(iter(reach.values())))), TITLE)
     write_atomically(folder / "table.md", text.encode())
@@ -95,8 +101,10 @@ def table(found: dict[str, dict[int, float]]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> list[Curve]:
+def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> "list[Curve]":
     """The same for the plot."""
+    from megatron_bipe.eval.plot import Curve
+
     return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]
 
 

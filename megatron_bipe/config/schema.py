@@ -5,7 +5,7 @@ rules that involve several are in `validate.py`; where values come from is in `l
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
@@ -13,10 +13,13 @@ from megatron_bipe.config.encodings import ENCODINGS, RELATIVE, Encoding, Relati
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
-
 ComputePrecision = Literal["bf16", "fp32"]
 Precision = Literal["auto", "bf16", "fp32"]
 AUTO: Literal["auto"] = "auto"
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+# Fields that a resumed run may change where `--allow` names them: the training state keeps its meaning, and the loss
+# takes another course. Other changes would give weights another meaning, or read some windows twice and others never.
+ALLOWABLE = ("optimizer", "train.precision", "data")
 
 
 class _Section(BaseModel):

@@ -46,6 +46,28 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
     return Checkpoint(step_folder(run_dir, found[wanted]), run_dir, found[wanted])
 
 
+def find_model(spec: str) -> Checkpoint | None:
+    """Find the model that a folder's name, or `RUN_DIR[@STEP]`, stands for.
+
+    Returns:
+        The checkpoint that is named; None for an exported model.
+
+    Raises:
+        CheckpointError: there is neither.
+    """
+    if (Path(spec) / "config.json").is_file():
+        return None
+    run_dir = Path(spec if Path(spec).exists() else spec.rpartition("@")[0] or spec)
+    if is_run_dir(run_dir):
+        return find_checkpoint(spec)
+    what = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
+    raise CheckpointError(
+        what,
+        remedy="Name a folder made by tools/export_hf.py or tools/import_hf.py, or RUN_DIR[@STEP] of pretrain.py",
+        place=spec,
+    )
+
+
 def newest_first(run_dir: Path) -> list[Checkpoint]:
     """All checkpoints of a run, in the order in which they are to be tried.
 

@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
 from megatron_bipe.hf.checksums import check_folder
 from megatron_bipe.hf.load import model_config, read_settings
 from megatron_bipe.types import TokenArray
@@ -30,7 +31,7 @@ class Limits(NamedTuple):
 
     new_tokens: int
     """Most tokens of a continuation, EOS included."""
-    batch_tokens: int = 65_536
+    batch_tokens: int = PROMPT_BATCH_TOKENS
     """Most tokens of a batch, padding and continuations included; one prompt is always taken."""
 
 

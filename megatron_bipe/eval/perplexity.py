@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.subject import Subject
 from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
 from megatron_bipe.model.loss import token_losses
@@ -28,11 +29,11 @@ HEAD_TOKENS = 2048  # logits that exist at a time: 260 MB in fp32 for LLaMA's vo
 class Settings(NamedTuple):
     """What an evaluation is run with, besides model, dataset and length."""
 
-    protocol: Protocol = "full"
+    protocol: Protocol = DEFAULT_PROTOCOL
     """How the corpus is cut."""
     max_tokens: int | None = None
     """Evaluate on the dataset's first so many tokens, as if there were no more; None: on all."""
-    batch_tokens: int = 16_384
+    batch_tokens: int = WINDOW_BATCH_TOKENS
     """Windows are batched up to so many tokens; a longer window goes alone."""
     device: str = "cpu"
     """Where the model runs."""

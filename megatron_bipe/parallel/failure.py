@@ -8,12 +8,15 @@ import time
 import traceback
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NoReturn, TypeVar
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_bipe.errors import BipeError
-from megatron_bipe.parallel.launch import join_launch
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel.launch import find_launch
+from megatron_bipe.parallel.launchers import Launch
 from megatron_bipe.runtime.launcher_watch import watch_launcher
+
+if TYPE_CHECKING:
+    from megatron_bipe.parallel.mesh import Mesh
 
 Arguments = TypeVar("Arguments")
 
@@ -21,30 +24,30 @@ FAILED, USER_ERROR = 1, 2  # exit codes
 _HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one must have spoken by then
 
 
-def run_rank(main: Callable[[Arguments, Mesh], None], arguments: Arguments) -> None:
-    """Join the launch and do a rank's work; an error ends the process.
+def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) -> None:
+    """Find the launch and do a rank's work; an error ends the process.
 
     An error that the user can fix is most often one of all ranks. The main one tells it; another, if it still lives
     after a while, had one of its own.
     """
-    watch_launcher()
-    mesh = None
+    watch_launcher(is_importing=True)
+    launch = None
     try:
-        mesh = join_launch()
-        main(arguments, mesh)
+        launch = find_launch()
+        main(arguments, launch)
     except Exception as error:
-        if mesh is not None and not mesh.is_main and isinstance(error, BipeError):
+        if launch is not None and not launch.is_main and isinstance(error, BipeError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's end is welcome now
             time.sleep(_HEAD_START_S)
-        leave(describe(error, rank_name(mesh) if mesh else ""), exit_code(error))
+        leave(describe(error, rank_name(launch) if launch else ""), exit_code(error))
 
 
-def rank_name(mesh: Mesh) -> str:
+def rank_name(mesh: "Mesh | Launch") -> str:
     """A rank and its host, for messages."""
     return f"rank {mesh.rank} of {mesh.num_ranks} on {socket.gethostname()}"
 
 
-def place_in_layout(mesh: Mesh) -> str:
+def place_in_layout(mesh: "Mesh") -> str:
     """What a rank has of the model and of the data, for messages; of a mesh that is laid out."""
     return f"stage {mesh.stage}, data {mesh.data_rank}, context {mesh.context_rank}, tensor {mesh.tensor_rank}"
 

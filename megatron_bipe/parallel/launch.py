@@ -3,29 +3,48 @@
 import os
 import socket
 from datetime import timedelta
-
-import torch
-import torch.distributed as dist
+from typing import TYPE_CHECKING
 
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.launchers import Launch, Meeting, read_launch
-from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.environment import DEVICE, prepare_environment
-from megatron_bipe.runtime.hardware import device_type
+
+if TYPE_CHECKING:  # torch is imported when the launch is joined; the configuration is checked before
+    import torch.distributed as dist
+
+    from megatron_bipe.parallel.mesh import Mesh
 
 
-def join_launch() -> Mesh:
-    """Read the launch, settle device and threads, and tell torch and DeepSpeed in the variables that they know.
+def find_launch() -> Launch:
+    """Read the launch that this process belongs to; without a launcher it is one of one rank.
 
-    Without a launcher this is a launch of one rank. On CPU the cores of the machine are shared evenly among
-    its ranks, unless OMP_NUM_THREADS says otherwise.
+    Sets what torch and DeepSpeed read when they are imported (`prepare_environment`).
 
     Raises:
-        ConfigError: the launcher's variables do not fit together, or there is no GPU for this rank.
+        ConfigError: the launcher's variables do not fit together.
     """
     prepare_environment()
+    return read_launch(os.environ, _agree_by_mpi, _free_port)
+
+
+def join_launch(launch: Launch | None = None) -> "Mesh":
+    """Settle device and threads of a rank, and tell torch and DeepSpeed in the variables that they know.
+
+    On CPU the cores of the machine are shared evenly among its ranks, unless OMP_NUM_THREADS says otherwise.
+
+    Args:
+        launch: what `find_launch` returned; None: call it.
+
+    Raises:
+        ConfigError: there is no GPU for this rank; or as `find_launch`.
+    """
+    import torch
+
+    from megatron_bipe.parallel.mesh import Mesh
+    from megatron_bipe.runtime.hardware import device_type
+
     env = os.environ
-    launch = read_launch(env, _agree_by_mpi, _free_port)
+    launch = launch or find_launch()
     env.update(
         RANK=str(launch.rank),
         LOCAL_RANK=str(launch.local_rank),
@@ -44,12 +63,14 @@ def join_launch() -> Mesh:
     return Mesh(launch.rank, launch.local_rank, launch.num_ranks, launch.num_local_ranks, device)
 
 
-def connect_store(timeout_s: float) -> dist.Store:
+def connect_store(timeout_s: float) -> "dist.Store":
     """A connection of its own to the store that rank 0, or torchrun for it, opens for the launch joined.
 
     Raises:
         torch.distributed.DistError: it was not opened within the time.
     """
+    import torch.distributed as dist
+
     env = os.environ
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)

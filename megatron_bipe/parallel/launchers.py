@@ -29,6 +29,11 @@ class Launch(NamedTuple):
     num_local_ranks: int
     meeting: Meeting
 
+    @property
+    def is_main(self) -> bool:
+        """True on the rank that speaks for all."""
+        return self.rank == 0
+
 
 class Launcher(NamedTuple):
     """The variables that a launcher sets; of alternatives, the first one that is there counts.

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint, is_run_dir
+from megatron_bipe.engine.checkpoint import Checkpoint, find_model
 from megatron_bipe.engine.state_files import WEIGHT, StateReader
 from megatron_bipe.engine.weights import read_weights
-from megatron_bipe.errors import CheckpointError
 from megatron_bipe.eval.subject import Subject, exported_subject
 from megatron_bipe.hf.load import plan_model
 from megatron_bipe.hf.weights import to_llama
@@ -24,7 +23,7 @@ def load_subject(spec: str) -> Subject:
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
-    checkpoint = _checkpoint(spec)
+    checkpoint = find_model(spec)
     return exported_subject(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
 
 
@@ -34,7 +33,7 @@ def load_with_masters(spec: str) -> tuple[Subject, Mapping[str, Tensor]]:
     Raises:
         CheckpointError: as `load_subject`.
     """
-    checkpoint = _checkpoint(spec)
+    checkpoint = find_model(spec)
     if checkpoint is None:
         subject = exported_subject(Path(spec))
         return subject, plan_weights(subject)
@@ -44,21 +43,6 @@ def load_with_masters(spec: str) -> tuple[Subject, Mapping[str, Tensor]]:
 def plan_weights(subject: Subject) -> dict[str, Tensor]:
     """Weights under the plan's names, as the model has them; a tied output is not named again."""
     return {name: weight.detach() for name, weight in subject.model.named_parameters()}
-
-
-def _checkpoint(spec: str) -> Checkpoint | None:
-    """What a run folder is named for; None for an exported model."""
-    if (Path(spec) / "config.json").is_file():
-        return None
-    run_dir = Path(spec if Path(spec).exists() else spec.rpartition("@")[0] or spec)
-    if is_run_dir(run_dir):
-        return find_checkpoint(spec)
-    what = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
-    raise CheckpointError(
-        what,
-        remedy="Name a folder made by tools/export_hf.py or tools/import_hf.py, or RUN_DIR[@STEP] of pretrain.py",
-        place=spec,
-    )
 
 
 def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> Subject:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bipe.config.load import dump_yaml, load_run_config
-from megatron_bipe.config.schema import AUTO, ComputePrecision, RunConfig
+from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
@@ -48,9 +48,6 @@ _FREE = {
     "parallel",  # checkpoints say nothing of a layout
     "checkpoint",
 }
-# What it may change where `--allow` names it: the state keeps its meaning, and what follows is another curve. All else
-# would give weights another meaning, or read windows twice and leave others out.
-ALLOWABLE = ("optimizer", "train.precision", "data")
 
 
 class _Difference(NamedTuple):

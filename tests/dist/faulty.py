@@ -5,7 +5,7 @@ import signal
 
 import pretrain
 from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.train.feed import Feed
+from megatron_bipe.train import feed
 
 
 def _raise():
@@ -25,7 +25,7 @@ FAULTS = {
 }
 
 
-class FaultyFeed(Feed):
+class FaultyFeed(feed.Feed):
     """A feed that does what FAULT says when the step is asked for, on the rank it names."""
 
     def train_batches(self, first_sample):
@@ -38,5 +38,5 @@ class FaultyFeed(Feed):
 
 
 if __name__ == "__main__":
-    pretrain.Feed = FaultyFeed
+    feed.Feed = FaultyFeed
     run_rank(pretrain.main, pretrain.parse_args())

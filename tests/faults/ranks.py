@@ -17,10 +17,10 @@ import numpy as np
 import torch
 
 import pretrain
+from megatron_bipe.engine import start
+from megatron_bipe.parallel import watchdog
 from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.parallel.watchdog import Watchdog
 from megatron_bipe.train import feed as feeds
-from megatron_bipe.train.feed import Feed
 from tests.dist.planted import Planted, plant, spoil_weight
 
 SPIKE = 20.0
@@ -40,7 +40,7 @@ PLANTS = {
 }
 
 
-class FaultyFeed(Feed):
+class FaultyFeed(feeds.Feed):
     """A feed that plants faults as steps are asked for."""
 
     _planted = False
@@ -88,7 +88,7 @@ def _start_engine(start_engine):
     return started
 
 
-class SignallingWatchdog(Watchdog):
+class SignallingWatchdog(watchdog.Watchdog):
     """A watchdog that knows where this rank is to get a signal."""
 
     _count = 0
@@ -114,6 +114,6 @@ class SignallingWatchdog(Watchdog):
 
 if __name__ == "__main__":
     feeds.make_batch = _noted(feeds.make_batch)
-    pretrain.start_engine = _start_engine(pretrain.start_engine)
-    pretrain.Feed, pretrain.Watchdog = FaultyFeed, SignallingWatchdog
+    start.start_engine = _start_engine(start.start_engine)
+    feeds.Feed, watchdog.Watchdog = FaultyFeed, SignallingWatchdog
     run_rank(pretrain.main, pretrain.parse_args())

@@ -71,10 +71,12 @@ def main() -> None:
 def be_rank(folder: Path) -> None:
     """Train as pretrain.py does, with clocks; the main rank writes down what they showed."""
     import pretrain
+    from megatron_bipe.data import inspect
     from megatron_bipe.engine.common import DeepSpeedEngine
     from megatron_bipe.engine.zero import ZeroEngine
     from megatron_bipe.parallel.failure import run_rank
     from megatron_bipe.parallel.watchdog import Watchdog
+    from megatron_bipe.train import run_folder
     from megatron_bipe.train.recovery import Recovery
     from megatron_bipe.train.stopping import StopRequest
 
@@ -91,16 +93,16 @@ def be_rank(folder: Path) -> None:
         setattr(owner, name, _timed(getattr(owner, name), times_s[label]))
 
     # Random tokens have no tokenizer.
-    without: dict[str, Any] = {
-        "open_tokenizer": lambda _: None,
-        "write_run_folder": lambda run, *_: run.run_dir.mkdir(parents=True, exist_ok=True),
-    }
-    for name, replacement in without.items():
-        setattr(pretrain, name, replacement)
+    without: list[tuple[Any, str, Any]] = [
+        (inspect, "open_tokenizer", lambda _: None),
+        (run_folder, "write_run_folder", lambda run, *_: run.run_dir.mkdir(parents=True, exist_ok=True)),
+    ]
+    for module, name, replacement in without:
+        setattr(module, name, replacement)
 
-    def train_and_write(arguments: argparse.Namespace, mesh: Any) -> None:
-        pretrain.main(arguments, mesh)
-        if mesh.is_main:
+    def train_and_write(arguments: argparse.Namespace, launch: Any) -> None:
+        pretrain.main(arguments, launch)
+        if launch.is_main:
             (folder / "times.json").write_text(json.dumps(times_s))
 
     sys.argv.remove("--as-rank")

@@ -1,8 +1,8 @@
 """Training on several threads: how waiting threads of OpenMP wait, on an idle machine and beside other work.
 
 libgomp lets a thread that waits for the others keep its core busy unless `OMP_WAIT_POLICY=PASSIVE`, which this project
-sets where nothing runs on a GPU. Each contender trains the quickstart's model in a process of its own; beside other work,
-`--load` further processes keep a core busy each. Contenders take turns.
+sets where nothing runs on a GPU. Each contender trains the quickstart's model in a process of its own; "beside other
+work", `--load` further processes keep a core busy each. Contenders take turns.
 
 Example: python tools/bench/threads.py --repeats 5
 """
