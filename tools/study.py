@@ -16,7 +16,8 @@ from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.plot import Curve, draw_perplexity
+from megatron_bipe.eval.curves import Curve
+from megatron_bipe.eval.plot import draw_perplexity
 from quickstart import STRETCHES, read_perplexities
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
