@@ -3,6 +3,7 @@
 Free of torch and matplotlib: `plot` draws them as PNG, `line_chart` as SVG.
 """
 
+import math
 from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -25,7 +26,10 @@ def visible_range(curves: Sequence[Curve]) -> tuple[float, float]:
     """Return limits of the perplexity axis: everything, unless a line explodes beyond what the others need."""
     at_training = [min(c.points, key=lambda point: abs(point[0] - c.train_len_tokens))[1] for c in curves]
     values = [value for curve in curves for _, value in curve.points]
-    low, sensible = min(values), CLIP_FACTOR * max(at_training)
+    low = min(values)
+    if math.isinf(low):  # every model diverged
+        return 0.0, 1.0
+    sensible = CLIP_FACTOR * max((value for value in at_training if math.isfinite(value)), default=low)
     top = max(values) if max(values) <= sensible else sensible
     room = max(top - low, 0.3 * low)  # noise shall not look like an effect
     return max(0.0, low - 0.12 * room), top if top < max(values) else low + 1.08 * room

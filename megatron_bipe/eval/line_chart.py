@@ -17,6 +17,7 @@ DASHES = ("", "9 4", "2.5 4", "12 4 2.5 4")
 MARKERS = ("circle", "square", "triangle", "diamond")
 NUM_STYLES = len(COLOURS)
 TICK_GAP, LABEL_GAP, LABEL_CHARACTER = 46, 17, 7.6  # pixels: between x ticks, between names, width of a name's letter
+TICK_CHARACTER = 7.6  # pixels: width of a digit on an axis
 MARKER_GAP = 22  # pixels between markers; lines whose points are closer have none
 
 
@@ -87,8 +88,10 @@ def _draw(chart: Chart, kind: str, width: int, height: int) -> str:
     low, high = min(xs), max(xs)
     margin = 0.02 * (high - low) or 1.0
     top = 52 if chart.x_mark else 32
-    frame = _Frame(44, top, width - 44 - right, height - top - 52, (low - margin, high + margin), chart.y_range)
-    parts = [*_axes(chart, frame, height), *_mark(chart, frame), *_curves(chart, frame), *_names(named, frame)]
+    numbers = _y_numbers(chart.y_range)
+    left = 14 + TICK_CHARACTER * max((len(shown) for _, shown in numbers), default=0)
+    frame = _Frame(left, top, width - left - right, height - top - 52, (low - margin, high + margin), chart.y_range)
+    parts = [*_axes(chart, frame, numbers, height), *_mark(chart, frame), *_curves(chart, frame), *_names(named, frame)]
     return (
         f'<svg class="chart {kind}" viewBox="0 0 {width} {height}" role="img" aria-label="{escape(chart.summary)}">'
         + "".join(parts)
@@ -96,16 +99,21 @@ def _draw(chart: Chart, kind: str, width: int, height: int) -> str:
     )
 
 
-def _axes(chart: Chart, frame: _Frame, height: int) -> list[str]:
+def _y_numbers(y_range: tuple[float, float]) -> list[tuple[float, str]]:
+    """Values on the vertical axis, and how they are written: with the decimals that tell them apart."""
+    ticks = nice_ticks(*y_range, at_most=7)
+    decimals = max(0, -math.floor(math.log10(min(b - a for a, b in pairwise(ticks))) + 1e-9)) if ticks[1:] else 1
+    return [(value, f"{value:,.{decimals}f}") for value in ticks]
+
+
+def _axes(chart: Chart, frame: _Frame, numbers: list[tuple[float, str]], height: int) -> list[str]:
     """Grid lines with numbers, ticks, and the labels of both axes."""
     bottom, right = frame.top + frame.height, frame.left + frame.width
-    y_ticks = nice_ticks(*frame.y_range, at_most=7)
-    decimals = max(0, -math.floor(math.log10(min(b - a for a, b in pairwise(y_ticks))) + 1e-9)) if y_ticks[1:] else 1
     parts = []
-    for value in y_ticks:
+    for value, shown in numbers:
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{frame.left:.1f}" x2="{right:.1f}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(_text(frame.left - 8, y + 4, f"{value:,.{decimals}f}", "tick", "end"))
+        parts.append(_text(frame.left - 8, y + 4, shown, "tick", "end"))
     always = [chart.x_mark[0]] if chart.x_mark and chart.x_ticks else []
     gap = TICK_GAP * (frame.x_range[1] - frame.x_range[0]) / frame.width
     num_ticks = max(3, min(7, int(frame.width / (1.6 * TICK_GAP))))
@@ -113,7 +121,7 @@ def _axes(chart: Chart, frame: _Frame, height: int) -> list[str]:
         x = frame.x(value)
         parts.append(f'<line class="axis" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom:.1f}" y2="{bottom + 5:.1f}"/>')
         parts.append(_text(x, bottom + 20, chart.show_x(value), "tick", "middle"))
-    parts.append(f'<line class="axis" x1="{frame.left}" x2="{right:.1f}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>')
+    parts.append(f'<line class="axis" x1="{frame.left:.1f}" x2="{right:.1f}" y1="{bottom:.1f}" y2="{bottom:.1f}"/>')
     parts.append(_text(frame.left + frame.width / 2, height - 8, chart.x_label, "label", "middle"))
     parts.append(_text(0, 14, chart.y_label, "label", "start"))
     return parts
@@ -150,7 +158,7 @@ def _curves(chart: Chart, frame: _Frame) -> list[str]:
                 said = f"{line.name}: {y:,.2f} at {chart.show_x(x)}"
                 shape = _shape(MARKERS[line.style % len(MARKERS)], frame.x(x), frame.y(y))
                 dots.append(f'<g class="dot {style}"><title>{escape(said)}</title>{shape}</g>')
-    area = f'<svg x="{frame.left}" y="{frame.top}" width="{frame.width:.1f}" height="{frame.height:.1f}">'
+    area = f'<svg x="{frame.left:.1f}" y="{frame.top}" width="{frame.width:.1f}" height="{frame.height:.1f}">'
     return [area, *body, "</svg>", *dots]
 
 

@@ -8,9 +8,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_bipe.data.manifest import TOKENIZER_FOLDER
 from megatron_bipe.data.show import printable
-from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.eval.curves import values_beyond, visible_range
 from megatron_bipe.eval.line_chart import Chart, Line, line_chart
 from megatron_bipe.eval.page import Section, bars, commands, definitions, details, facts, figure, page, paragraph, table
@@ -24,7 +22,13 @@ ABOUT = {
     "bipe_rope": "The position inside the segment is a learned embedding; the number of the segment goes to RoPE.",
     "bipe_alibi": "The position inside the segment is a learned embedding; the number of the segment goes to ALiBi.",
     "rope": "The baseline: the position of the token in the text goes to RoPE, and segments play no part.",
-}  # Title, text, commands; {folder} is the quickstart's.
+}
+SEGMENT_ENDS = {
+    "reference": "at line breaks and full stops that stand alone",
+    "sentence": "at full stops and line breaks",
+    "newline": "at line breaks",
+}
+# Title, text, commands; {folder} is the quickstart's.
 NEXT_STEPS = (
     (
         "Use what you have",
@@ -79,7 +83,9 @@ HOSTFILE=my_hosts examples/launch/hostfile.sh
 )
 
 
-def quickstart_page(folder: Path, verdict: str, prompts: Sequence[str] = (), machine: str = "") -> str:
+def quickstart_page(
+    folder: Path, verdict: str, prompts: Sequence[str] = (), machine: str = "", elapsed_s: float | None = None
+) -> str:
     """Return the page about a finished quickstart as HTML.
 
     Args:
@@ -87,6 +93,8 @@ def quickstart_page(folder: Path, verdict: str, prompts: Sequence[str] = (), mac
         verdict: whether the effect shows, in a sentence or two; line breaks are kept.
         prompts: what the generated texts begin with, in their order; they are set off.
         machine: what it ran on; by default this machine's processor.
+        elapsed_s: from the command's start to now, where it did all steps in one call; by default the sum of
+            logs/times.json, if that is there.
 
     Raises:
         BipeError: a file in the folder is missing or damaged; names it.
@@ -102,7 +110,10 @@ def quickstart_page(folder: Path, verdict: str, prompts: Sequence[str] = (), mac
         Section("Where to go next", _next_steps(folder)),
     )
     return page(
-        f"{_count(found)} language models, one question", _lead(found, verdict), sections, "megatron_bipe quickstart"
+        f"{_count(found)} language models, one question",
+        _lead(found, verdict, elapsed_s),
+        sections,
+        "megatron_bipe quickstart",
     )
 
 
@@ -118,22 +129,25 @@ def describe_processor() -> str:
     return f"{cores} {'core' if cores == 1 else 'cores'} of {' '.join(model.split())}"
 
 
-def _lead(found: Quickstart, verdict: str) -> str:
-    run, losses = found.runs[0]
-    tokens = {losses.num_tokens for _, losses in found.runs}
+def _lead(found: Quickstart, verdict: str, elapsed_s: float | None) -> str:
+    run = found.runs[0][0]
+    num_tokens = [losses.num_tokens for _, losses in found.runs]
+    rate = sum(num_tokens) / max(sum(sum(losses.steps_s) for _, losses in found.runs), 1e-9)
     parameters = max(model.num_parameters for model in found.evaluation.models)
     lead = (
-        f"This machine just trained {_count(found).lower()} small language models on the same text, in windows of "
+        f"This machine trained {_count(found).lower()} small language models on the same text, in windows of "
         f"{run.train.seq_len_tokens:,} tokens. They differ in their positional encoding alone. Which of them can "
         "read windows longer than those they were trained on?"
     )
     tiles = [
         (_short(parameters), "parameters a model"),
-        (_short(max(tokens)), "tokens of training a model"),
-        (f"{losses.tokens_per_s:,.0f}", f"tokens a second, in {run.train.precision}"),
+        (_short(max(num_tokens)), "tokens of training a model"),
+        (f"{rate:,.0f}", f"tokens a second, in {run.train.precision}"),
     ]
-    if found.times_s:
-        tiles.append((_duration(sum(found.times_s.values())), "from raw text to this page"))
+    if elapsed_s is not None:
+        tiles.append((_duration(elapsed_s), "from raw text to this page"))
+    elif found.times_s:
+        tiles.append((_duration(sum(found.times_s.values())), "all steps together"))
     return paragraph(escape(lead), "lead") + f'<div class="verdict">{escape(verdict.strip())}</div>\n' + facts(tiles)
 
 
@@ -190,17 +204,19 @@ def _losses(found: Quickstart) -> str:
         (model.name, losses.valid[-1]) for model, (_, losses) in zip(models, found.runs, strict=True) if losses.valid
     ]
     told = "; ".join(f"{name}: {loss:.3f} after {tokens:,.0f} tokens" for name, (tokens, loss) in last)
+    low, high = _loss_range(lines)
     chart = Chart(
         summary=f"Training and validation loss against tokens of training. Last validation losses: {told or 'none'}.",
         x_label="tokens of training",
         y_label="loss, nats a token",
         lines=lines,
-        y_range=_loss_range(lines),
+        y_range=(low, high),
         show_x=_short,
     )
+    cut = "; its first steps lie above the chart" if any(y > high for line in lines for _, y in line.points) else ""
     caption = (
-        "Lines with markers: validation loss, on held-out text. Thin lines: training loss, averaged over neighbouring "
-        "steps; its first steps lie above the chart. Both are of windows as long as those of training."
+        "Thick lines: validation loss, on held-out text. Thin lines: training loss, averaged over neighbouring "
+        f"steps{cut}. Both are of windows as long as those of training."
     )
     columns = ["tokens of training", *(escape(model.name) for model in models)]
     by_tokens = [dict(losses.valid) for _, losses in found.runs]
@@ -222,9 +238,9 @@ def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
 
 def _segments(found: Quickstart) -> str:
     valid = found.valid
-    tokenizer = load_tokenizer(valid.path / TOKENIZER_FOLDER)
-    passage = readable_passage(valid, tokenizer, PASSAGE_TOKENS)
-    where = ", here after full stops and at line ends," if valid.rule.spec in ("reference", "sentence") else ""
+    passage = readable_passage(valid, found.tokenizer, PASSAGE_TOKENS)
+    rule = valid.rule.spec
+    where = f", here {SEGMENT_ENDS[rule]}," if rule in SEGMENT_ENDS else ""
     told = (
         f"A bilevel encoding cuts text into segments{where} and gives every token two ids: the <b>inter id</b> is the "
         "number of its segment, the <b>intra id</b> its position inside that segment."

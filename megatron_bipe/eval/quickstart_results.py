@@ -9,6 +9,8 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.inspect import open_tokenizer
+from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.curves import Curve
 from megatron_bipe.eval.run_losses import RunLosses, read_losses
@@ -56,6 +58,7 @@ class Quickstart(NamedTuple):
     """Of each evaluated model, in the same order."""
     train: TokenDataset
     valid: TokenDataset
+    tokenizer: Tokenizer
     generated: str
     times_s: dict[str, float]
     """Seconds by title of step; empty where they were not recorded."""
@@ -79,7 +82,7 @@ def read_quickstart(folder: Path) -> Quickstart:
     times = folder / "logs" / "times.json"
     times_s = _read_json(times, TypeAdapter(dict[str, float])) if times.exists() else {}
     generated = _read_bytes(folder / "generated.txt").decode(errors="replace")
-    return Quickstart(folder, evaluation, runs, train, valid, generated, times_s)
+    return Quickstart(folder, evaluation, runs, train, valid, open_tokenizer(valid), generated, times_s)
 
 
 def _read_json(path: Path, kind: TypeAdapter[T]) -> T:
