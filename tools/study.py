@@ -20,7 +20,7 @@ from megatron_bipe.errors import ConfigError
 from quickstart import STRETCHES, read_perplexities
 
 if TYPE_CHECKING:
-    from megatron_bipe.eval.plot import Curve
+    from megatron_bipe.eval.curves import Curve
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 TITLE = "Perplexity on held-out text, encodings trained alike"
@@ -103,7 +103,7 @@ def table(found: dict[str, dict[int, float]]) -> str:
 
 def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> "list[Curve]":
     """The same for the plot."""
-    from megatron_bipe.eval.plot import Curve
+    from megatron_bipe.eval.curves import Curve
 
     return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]
 

@@ -33,7 +33,7 @@ def show_document(
     Raises:
         DataError: the dataset has no such document, or its index is damaged.
     """
-    name, tokens_T, ends_T = _read(dataset, document)
+    name, tokens_T, ends_T = read_document(dataset, document)
     shown_T, shown_ends_T = tokens_T[:max_tokens], ends_T[:max_tokens]
     intra_T, inter_T = bilevel_ids(shown_ends_T, clip=shown_T.size)
     lines = [
@@ -41,7 +41,7 @@ def show_document(
         f"{np.count_nonzero(ends_T):,} segment ends by rule {dataset.rule.spec}",
         f"{'inter':>{MARGIN - 2}}  token, and its intra id below it",
     ]
-    cells = [_visible(tokenizer, int(token)) for token in shown_T]
+    cells = [visible_text(tokenizer, int(token)) for token in shown_T]
     first = 0
     for inter, length in enumerate(np.bincount(inter_T).tolist()):
         stop = first + length
@@ -54,8 +54,12 @@ def show_document(
     return "\n".join(lines)
 
 
-def _read(dataset: TokenDataset, document: int) -> tuple[str, TokenArray, BoolArray]:
-    """Shard name, tokens and ends of a document; only the index of its shard is read."""
+def read_document(dataset: TokenDataset, document: int) -> tuple[str, TokenArray, BoolArray]:
+    """Return shard name, tokens and segment ends of a document; only the index of its shard is read.
+
+    Raises:
+        DataError: the dataset has no such document, or its index is damaged.
+    """
     left = document
     for shard in dataset.shards:
         if 0 <= left < shard.num_documents:
@@ -94,17 +98,17 @@ def _rows(segment: list[tuple[str, int]], width: int) -> Iterator[list[tuple[str
         yield row
 
 
-def _visible(tokenizer: Tokenizer, token: int) -> str:
-    """What a token looks like: its text with blanks marked, a special one's role, else its number."""
+def visible_text(tokenizer: Tokenizer, token: int) -> str:
+    """Return what a token looks like: its text with blanks marked, a special one's role, else its number."""
     text = tokenizer.text_of(token)
     if text:
-        return "".join(VISIBLE.get(char) or _printable(char) for char in text)
+        return "".join(VISIBLE.get(char) or printable(char) for char in text)
     roles = [role for role, special in tokenizer.special_ids.items() if special == token]
     return f"<{roles[0]}>" if roles else f"#{token}"
 
 
-def _printable(char: str) -> str:
-    """The character, or its escape where a terminal would obey instead of print it."""
+def printable(char: str) -> str:
+    """Return the character, or its escape where a terminal would obey instead of print it."""
     return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.eval.documents import INTERVAL, NUM_RESAMPLES, DocumentLosses
 from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
+from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import Settings
 from megatron_bipe.eval.subsets import Subset
 from megatron_bipe.eval.windows import PROTOCOLS
@@ -98,20 +99,22 @@ def as_csv(subsets: Sequence[Subset]) -> str:
 
 
 def as_html(settings: Settings, subsets: Sequence[Subset], picture: bytes) -> str:
-    """One page without links to other files."""
-    shown = base64.b64encode(picture).decode()
-    return _PAGE.format(
-        picture=shown,
-        protocol=escape(f"{settings.protocol}: {PROTOCOLS[settings.protocol]}"),
-        interval=f"{INTERVAL:.0%}",
-        resamples=f"{NUM_RESAMPLES:,}",
-        tables="\n".join(_table(subset) for subset in subsets),
+    """Return one page without links to other files."""
+    image = png(base64.b64encode(picture).decode(), "Perplexity by window length and by position in the window")
+    note = (
+        f"* training length. Small figures: {INTERVAL:.0%} of {NUM_RESAMPLES:,} corpora that were drawn from "
+        f"the documents with replacement. Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}. The paper's "
+        "figures are read off its Figure 4 (models of 151M parameters, trained at 1,024 tokens on the Pile; about ±0.2 "
+        "on PG-19 and ±0.06 elsewhere)."
     )
+    sections = [Section(subset.name, _table(subset)) for subset in subsets]
+    lead = figure(image, escape(note))
+    return page("Perplexity beyond the training length", lead, sections)
 
 
 def _table(subset: Subset) -> str:
     lengths = [losses.length_tokens for losses in subset.lines[0].losses]
-    rows = [_row(["perplexity at", *(f"{length:,}" for length in lengths)], "th")]
+    rows, kinds = [], []
     for line in subset.lines:
         cells = []
         for losses in line.losses:
@@ -119,18 +122,17 @@ def _table(subset: Subset) -> str:
             between = f"<small>{_shown(bounds[0])} to {_shown(bounds[1])}</small>" if bounds else ""
             mark = " *" if losses.length_tokens == line.train_len_tokens else ""
             cells.append(f"{_shown(losses.perplexity)}{mark}{between}")
-        rows.append(_row([escape(line.model), *cells]))
+        rows.append([escape(line.model), *cells])
+        kinds.append("ours")
     for curve in subset.paper:
         values = dict(curve.points)
         cells = [_shown(values[length]) if length in values else "" for length in lengths]
-        rows.append(_row([f"{escape(curve.name)}, the paper's", *cells], kind="paper"))
+        rows.append([f"{escape(curve.name)}, the paper's", *cells])
+        kinds.append("paper")
     documents = int((subset.lines[0].losses[0].counts_DP.sum(1) > 0).sum())
-    about = f"{documents:,} documents, fingerprint {escape(subset.fingerprint)}"
-    return f"<h2>{escape(subset.name)}</h2>\n<table>\n{''.join(rows)}</table>\n<p>{about}</p>"
-
-
-def _row(cells: Sequence[str], tag: str = "td", kind: str = "ours") -> str:
-    return f'<tr class="{kind}">' + "".join(f"<{tag}>{cell}</{tag}>" for cell in cells) + "</tr>\n"
+    about = f"{documents:,} documents, fingerprint <code>{escape(subset.fingerprint)}</code>"
+    header = ["perplexity at", *(f"{length:,}" for length in lengths)]
+    return table(header, rows, kinds) + paragraph(about, "note")
 
 
 def _shown(value: float) -> str:
@@ -139,26 +141,3 @@ def _shown(value: float) -> str:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
-
-
-_PAGE = """<!doctype html>
-<html lang="en">
-<meta charset="utf-8">
-<title>Extrapolation</title>
-<style>
-body {{ font: 15px/1.45 sans-serif; max-width: 1200px; margin: 2em auto; padding: 0 1em; color: #222; }}
-img {{ max-width: 100%; }}
-table {{ border-collapse: collapse; }}
-td, th {{ padding: .25em .7em; text-align: right; border-bottom: 1px solid #ddd; font-variant-numeric: tabular-nums; }}
-td:first-child, th:first-child {{ text-align: left; }}
-small {{ display: block; color: #666; }}
-.paper {{ color: #666; font-style: italic; }}
-</style>
-<h1>Perplexity beyond the training length</h1>
-<img alt="Perplexity by window length and by place in the window" src="data:image/png;base64,{picture}">
-{tables}
-<p>* training length. Small figures: {interval} of {resamples} corpora that were drawn from the documents with
-replacement. Protocol {protocol}. The paper's figures are read off its Figure 4 (models of 151M parameters, trained at
-1,024 tokens on the Pile; about &plusmn;0.2 on PG-19 and &plusmn;0.06 elsewhere).</p>
-</html>
-"""

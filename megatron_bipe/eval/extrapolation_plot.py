@@ -7,7 +7,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from megatron_bipe.eval.plot import COLOURS, GREY, Curve, line_style, thin_ticks, values_beyond, visible_range
+from megatron_bipe.eval.curves import COLOURS, Curve, thin_ticks, values_beyond, visible_range
+from megatron_bipe.eval.plot import GREY, line_style
 from megatron_bipe.eval.subsets import Subset
 
 

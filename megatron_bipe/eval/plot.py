@@ -3,29 +3,18 @@
 import io
 import textwrap
 from collections.abc import Sequence
-from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, told apart with any colour vision; markers repeat the distinction without colour.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+from megatron_bipe.eval.curves import COLOURS, Curve, leaves_at, spread, thin_ticks, values_beyond, visible_range
+
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for each row of the palette
 GREY = "#666666"
-CLIP_FACTOR = 2.5  # perplexities beyond so many times the worst one at the training length leave the plot
 LABEL_GAP = 0.055  # of the plot's height, between labels
-
-
-class Curve(NamedTuple):
-    """One model's line."""
-
-    name: str
-    train_len_tokens: int
-    points: Sequence[tuple[float, float]]
-    """(window length, perplexity), ascending."""
 
 
 def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
@@ -56,46 +45,6 @@ def line_style(index: int) -> dict[str, Any]:
     row, place = divmod(index, len(COLOURS))
     marker, dashes = MARKERS[(place + row) % len(MARKERS)], DASHES[row % len(DASHES)]
     return {"color": COLOURS[place], "marker": marker, "linestyle": dashes}
-
-
-def visible_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Limits of the perplexity axis: everything, unless a line explodes beyond what the others need."""
-    at_training = [min(c.points, key=lambda point: abs(point[0] - c.train_len_tokens))[1] for c in curves]
-    values = [value for curve in curves for _, value in curve.points]
-    low, sensible = min(values), CLIP_FACTOR * max(at_training)
-    top = max(values) if max(values) <= sensible else sensible
-    room = max(top - low, 0.3 * low)  # noise shall not look like an effect
-    return max(0.0, low - 0.12 * room), top if top < max(values) else low + 1.08 * room
-
-
-def values_beyond(curves: Sequence[Curve], high: float) -> str:
-    """The values that the plot cannot show, in words; empty where there are none."""
-    parts = []
-    for curve in curves:
-        gone = [f"{_rounded(value)} at {length:,}" for length, value in curve.points if value > high]
-        if gone:
-            parts.append(f"{curve.name} {', '.join(gone)}")
-    return "; ".join(parts)
-
-
-def spread(wanted: Sequence[float], gap: float) -> list[float]:
-    """Heights at least `gap` apart, in the order of `wanted` and near them."""
-    order = sorted(range(len(wanted)), key=lambda i: wanted[i])
-    placed = list(wanted)
-    for before, here in pairwise(order):
-        placed[here] = max(placed[here], placed[before] + gap)
-    # Pushed upwards only; moving all back by the mean push keeps the labels around their lines.
-    push = sum(p - w for p, w in zip(placed, wanted, strict=True)) / max(len(wanted), 1)
-    return [height - push for height in placed]
-
-
-def thin_ticks(lengths: Sequence[float], always: Sequence[float], smallest_gap: float) -> list[float]:
-    """The lengths whose labels fit side by side; those in `always` come first, longer ones next."""
-    kept: list[float] = []
-    for length in [*sorted(always), *sorted(set(lengths), reverse=True)]:
-        if all(abs(length - other) >= smallest_gap for other in kept):
-            kept.append(length)
-    return sorted(kept)
 
 
 def _draw_frame(axes: Axes, curves: Sequence[Curve], title: str) -> None:
@@ -130,16 +79,9 @@ def _label_lines(axes: Axes, curves: Sequence[Curve]) -> None:
         place = (curve.points[-1][0], low + height * (high - low))
         _write_name(axes, index, curve.name, place, (9, 0), va="center")
     leaving = [(i, curve) for i, curve in enumerate(curves) if curve.points[-1][1] > high]
-    for row, (index, curve) in enumerate(sorted(leaving, key=lambda item: _leaves_at(item[1], high))):
-        _write_name(axes, index, f"{curve.name} \u2191", (_leaves_at(curve, high), high), (7, -4 - 14 * row), va="top")
-
-
-def _leaves_at(curve: Curve, high: float) -> float:
-    """Length at which a line crosses the top for the last time on its way out."""
-    for (x0, y0), (x1, y1) in reversed(list(pairwise(curve.points))):
-        if y0 <= high < y1:
-            return x0 + (x1 - x0) * (high - y0) / (min(y1, 100 * high) - y0)
-    return curve.points[0][0]
+    for row, (index, curve) in enumerate(sorted(leaving, key=lambda item: leaves_at(item[1].points, high))):
+        place = (leaves_at(curve.points, high), high)
+        _write_name(axes, index, f"{curve.name} \u2191", place, (7, -4 - 14 * row), va="top")
 
 
 def _write_name(
@@ -156,7 +98,3 @@ def _write_name(
         fontweight="bold",
         annotation_clip=False,
     )
-
-
-def _rounded(value: float) -> str:
-    return f"{value:,.0f}" if value < 1e6 else f"{value:.1e}" if value < float("inf") else "infinite"

@@ -10,8 +10,9 @@ import pytest
 from matplotlib.axes import Axes
 
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.curves import Curve, spread, thin_ticks, values_beyond, visible_range
 from megatron_bipe.eval.perplexity import LengthResult, Settings
-from megatron_bipe.eval.plot import Curve, draw_perplexity, spread, thin_ticks, values_beyond, visible_range
+from megatron_bipe.eval.plot import draw_perplexity
 from megatron_bipe.eval.report import (
     ModelResults,
     as_csv,

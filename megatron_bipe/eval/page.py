@@ -1,0 +1,114 @@
+"""A self-contained HTML page: one skeleton and one style sheet for every report of this project.
+
+A page loads nothing: its content security policy forbids it. It reads well on wide screens, on phones, in light and
+dark schemes, and on paper. Arguments whose names end in `html` are HTML already; all others are text and are escaped
+here. Torch-free.
+"""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from importlib import resources
+from typing import NamedTuple
+
+STYLE_NAME = "page.css"  # beside this module
+NUM_TINTS = 5  # of segments, in the style sheet
+
+
+class Section(NamedTuple):
+    """A part of a page under a heading of its own."""
+
+    heading: str
+    html: str
+
+
+def page(title: str, lead_html: str, sections: Iterable[Section], eyebrow: str = "megatron_bipe") -> str:
+    """Return a complete HTML document.
+
+    Args:
+        title: of the window and of the page.
+        lead_html: what follows the title, before the first section.
+        sections: in their order.
+        eyebrow: small line above the title.
+    """
+    style = resources.files(__package__).joinpath(STYLE_NAME).read_text(encoding="utf-8")
+    body = "".join(f"<section>\n<h2>{escape(part.heading)}</h2>\n{part.html}\n</section>\n" for part in sections)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        '<meta name="color-scheme" content="light dark">\n'
+        "<meta http-equiv=\"Content-Security-Policy\" content=\"default-src 'none'; style-src 'unsafe-inline'; "
+        'img-src data:">\n'
+        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>\n"
+        f'<header>\n<p class="eyebrow">{escape(eyebrow)}</p>\n<h1>{escape(title)}</h1>\n{lead_html}\n</header>\n'
+        f"{body}</main>\n</body>\n</html>\n"
+    )
+
+
+def paragraph(html: str, kind: str = "") -> str:
+    """Return a paragraph, of a class where one is given."""
+    return f'<p class="{escape(kind)}">{html}</p>\n' if kind else f"<p>{html}</p>\n"
+
+
+def figure(html: str, caption_html: str) -> str:
+    """Return a figure with its caption beneath it."""
+    return f"<figure>\n{html}<figcaption>{caption_html}</figcaption>\n</figure>\n"
+
+
+def details(summary: str, html: str) -> str:
+    """Return a part that unfolds when its summary is clicked."""
+    return f"<details>\n<summary>{escape(summary)}</summary>\n{html}</details>\n"
+
+
+def table(header_html: Sequence[str], rows_html: Iterable[Sequence[str]], row_kinds: Sequence[str] = ()) -> str:
+    """Return a table whose first column names the rows; one that is too wide scrolls by itself.
+
+    Args:
+        header_html: cells of the first row.
+        rows_html: cells of the others.
+        row_kinds: class of each of the others, where they have any.
+    """
+    head = "".join(f'<th scope="col">{cell}</th>' for cell in header_html)
+    lines = []
+    for number, (first, *others) in enumerate(rows_html):
+        kind = f' class="{escape(row_kinds[number])}"' if row_kinds else ""
+        cells = "".join(f"<td>{cell}</td>" for cell in others)
+        lines.append(f'<tr{kind}><th scope="row">{first}</th>{cells}</tr>\n')
+    body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
+    return f'<div class="scroll"><table>\n{body}\n</table></div>\n'
+
+
+def facts(pairs: Iterable[tuple[str, str]]) -> str:
+    """Return (figure, what it is) pairs as a row of large figures."""
+    tiles = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for value, label in pairs)
+    return f'<dl class="facts">{tiles}</dl>\n'
+
+
+def definitions(pairs_html: Iterable[tuple[str, str]]) -> str:
+    """Return (term, HTML) pairs as a list in two columns."""
+    lines = "".join(f"<dt>{escape(term)}</dt><dd>{html}</dd>\n" for term, html in pairs_html)
+    return f'<dl class="terms">\n{lines}</dl>\n'
+
+
+def bars(values: Sequence[tuple[str, float]], show: str = "{:,.1f}") -> str:
+    """Return (name, number) pairs as horizontal bars, in their order; `show` formats a number."""
+    most = max((value for _, value in values), default=0) or 1
+    lines = "".join(
+        f'<li><span>{escape(name)}</span><i style="--share:{max(value, 0) / most:.4f}"></i>'
+        f"<b>{show.format(value)}</b></li>\n"
+        for name, value in values
+    )
+    return f'<ol class="bars">\n{lines}</ol>\n'
+
+
+def commands(lines: str) -> str:
+    """Return commands to type; a line that does not fit is continued with an indent, and broken between words alone."""
+    shown = "\n".join(
+        f"<span>{' '.join(f'<i>{escape(word)}</i>' if word else '' for word in line.split(' '))}</span>"
+        for line in lines.splitlines()
+    )
+    return f'<pre class="commands"><code>{shown}</code></pre>\n'
+
+
+def png(data_base64: str, description: str) -> str:
+    """Return a PNG that is part of the page."""
+    return f'<img alt="{escape(description)}" src="data:image/png;base64,{data_base64}">\n'

@@ -1,0 +1,370 @@
+"""The page that `make quickstart` ends with: what came out, how it was made, and where to go next. Torch-free."""
+
+import math
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from megatron_bipe.data.show import printable
+from megatron_bipe.eval.curves import values_beyond, visible_range
+from megatron_bipe.eval.line_chart import Chart, Line, line_chart
+from megatron_bipe.eval.page import Section, bars, commands, definitions, details, facts, figure, page, paragraph, table
+from megatron_bipe.eval.quickstart_results import Quickstart, read_quickstart
+from megatron_bipe.eval.run_losses import loss_lines
+from megatron_bipe.eval.segments_view import readable_passage, segments_view, token_box
+
+PASSAGE_TOKENS = 128
+PAPER = "https://arxiv.org/abs/2401.16421"
+ABOUT = {
+    "bipe_rope": "The position inside the segment is a learned embedding; the number of the segment goes to RoPE.",
+    "bipe_alibi": "The position inside the segment is a learned embedding; the number of the segment goes to ALiBi.",
+    "rope": "The baseline: the position of the token in the text goes to RoPE, and segments play no part.",
+}
+SEGMENT_ENDS = {
+    "reference": "at line breaks and full stops that stand alone",
+    "sentence": "at full stops and line breaks",
+    "newline": "at line breaks",
+}
+# Title, text, commands; {folder} is the quickstart's.
+NEXT_STEPS = (
+    (
+        "Use what you have",
+        "The exported models are Hugging Face models. Let one continue a text, count what is in the data, or watch the "
+        "curves of the runs:",
+        """
+python tools/generate.py --model {folder}/exported/bipe_rope --prompt 'The default value is'
+python tools/inspect_data.py stats {folder}/data/train
+tensorboard --logdir {folder}/runs
+""",
+    ),
+    (
+        "Text of your own",
+        "Bring .jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, a folder of them, or a name on the Hub:",
+        """
+python tools/train_tokenizer.py --input my.jsonl --vocab-size 8192 --output mine/tokenizer
+python tools/preprocess.py --input my.jsonl --tokenizer mine/tokenizer --output mine/data \\
+    --split train=0.99,valid=0.01
+deepspeed pretrain.py --ds_config ds_configs/zero2.json \\
+    --config examples/quickstart.yaml --set run_dir=mine/run --set model.vocab_size=8192 \\
+    --set data.path=mine/data/train --set data.valid_path=mine/data/valid
+python tools/export_hf.py --checkpoint mine/run --output mine/model
+""",
+    ),
+    (
+        "The Pile, at the size of the paper",
+        "151M parameters in windows of 1,024 tokens. The dry run says what a run would need before it begins. README "
+        "goes on with evaluation and export.",
+        """
+python tools/download_data.py --output pile
+python tools/preprocess.py --input pile/train \\
+    --tokenizer llama_tokenizer --output data/pile --workers 16
+python tools/preprocess.py --input pile/val.jsonl.zst \\
+    --tokenizer llama_tokenizer --output data/pile-val
+deepspeed pretrain.py --ds_config ds_configs/zero2.json \\
+    --config examples/bipe_rope_151m.yaml --dry-run
+deepspeed pretrain.py --ds_config ds_configs/zero2.json \\
+    --config examples/bipe_rope_151m.yaml
+""",
+    ),
+    (
+        "A cluster",
+        "1.6B parameters on 64 GPUs, under SLURM or on the hosts that a file lists. The dry run shows what 64 ranks "
+        "would hold and send, without starting any.",
+        """
+deepspeed pretrain.py --ds_config ds_configs/zero1.json \\
+    --config examples/bipe_rope_1.6b.yaml --dry-run 64
+sbatch examples/launch/slurm.sbatch
+HOSTFILE=my_hosts examples/launch/hostfile.sh
+""",
+    ),
+)
+
+
+def quickstart_page(
+    folder: Path, verdict: str, prompts: Sequence[str] = (), machine: str = "", elapsed_s: float | None = None
+) -> str:
+    """Return the page about a finished quickstart as HTML.
+
+    Args:
+        folder: what the quickstart wrote to.
+        verdict: whether the effect shows, in a sentence or two; line breaks are kept.
+        prompts: what the generated texts begin with, in their order; they are set off.
+        machine: what it ran on; by default this machine's processor.
+        elapsed_s: from the command's start to now, where it did all steps in one call; by default the sum of
+            logs/times.json, if that is there.
+
+    Raises:
+        BipeError: a file in the folder is missing or damaged; names it.
+    """
+    found = read_quickstart(folder)
+    machine = machine or describe_processor()
+    sections = (
+        Section("Perplexity beyond the training length", _effect(found)),
+        Section("How they learned", _losses(found)),
+        Section("What the models see", _segments(found)),
+        Section("What a model writes", _generated(found.generated, prompts)),
+        Section("Sizes and times", _sizes(found, machine)),
+        Section("Where to go next", _next_steps(folder)),
+    )
+    return page(
+        f"{_count(found)} language models, one question",
+        _lead(found, verdict, elapsed_s),
+        sections,
+        "megatron_bipe quickstart",
+    )
+
+
+def describe_processor() -> str:
+    """Return model and number of the cores that this process may use, e.g. "2 cores of Intel Xeon"."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        lines = []
+    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    model = next(named, "") or platform.processor() or platform.machine()
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {' '.join(model.split())}"
+
+
+def _lead(found: Quickstart, verdict: str, elapsed_s: float | None) -> str:
+    run = found.runs[0][0]
+    num_tokens = [losses.num_tokens for _, losses in found.runs]
+    rate = sum(num_tokens) / max(sum(sum(losses.steps_s) for _, losses in found.runs), 1e-9)
+    parameters = max(model.num_parameters for model in found.evaluation.models)
+    lead = (
+        f"This machine trained {_count(found).lower()} small language models on the same text, in windows of "
+        f"{run.train.seq_len_tokens:,} tokens. They differ in their positional encoding alone. Which of them can "
+        "read windows longer than those they were trained on?"
+    )
+    tiles = [
+        (_short(parameters), "parameters a model"),
+        (_short(max(num_tokens)), "tokens of training a model"),
+        (f"{rate:,.0f}", f"tokens a second, in {run.train.precision}"),
+    ]
+    if elapsed_s is not None:
+        tiles.append((_duration(elapsed_s), "from raw text to this page"))
+    elif found.times_s:
+        tiles.append((_duration(sum(found.times_s.values())), "all steps together"))
+    return paragraph(escape(lead), "lead") + f'<div class="verdict">{escape(verdict.strip())}</div>\n' + facts(tiles)
+
+
+def _effect(found: Quickstart) -> str:
+    models = found.evaluation.models
+    curves = [model.curve for model in models]
+    low, high = visible_range(curves)
+    lengths = sorted({length for curve in curves for length, _ in curve.points})
+    trained = models[0].train_len_tokens
+    told = "; ".join(
+        f"{curve.name}: " + ", ".join(f"{value:.1f} at {length:,}" for length, value in curve.points)
+        for curve in curves
+    )
+    chart = Chart(
+        summary=f"Perplexity by window length in tokens. {told}. Training length: {trained:,}.",
+        x_label="window length, tokens",
+        y_label="perplexity (lower is better)",
+        lines=[Line(curve.name, style, curve.points) for style, curve in enumerate(curves)],
+        y_range=(low, high),
+        x_ticks=lengths,
+        x_mark=(trained, "training length"),
+    )
+    means, beyond = found.evaluation.protocol_means, values_beyond(curves, high)
+    caption = f"Perplexity on held-out text. {means[:1].upper()}{means[1:]}."
+    if beyond:
+        caption += f" Beyond the chart: {beyond}."
+    values = [dict(curve.points) for curve in curves]
+    rows = [
+        [f"{length:,}", *(f"{by_length[length]:,.2f}" if length in by_length else "" for by_length in values)]
+        for length in lengths
+    ]
+    kinds = ["trained" if length == trained else "" for length in lengths]
+    numbers = table(["window, tokens", *(escape(curve.name) for curve in curves)], rows, kinds)
+    key = "".join(
+        f'<li class="s{style}"><b>{escape(model.name)}</b>: {escape(ABOUT[model.name])}</li>\n'
+        for style, model in enumerate(models)
+        if model.name in ABOUT
+    )
+    return (
+        figure(line_chart(chart), escape(caption))
+        + details("The numbers", numbers)
+        + (f'<ul class="key">\n{key}</ul>\n' if key else "")
+    )
+
+
+def _losses(found: Quickstart) -> str:
+    models = found.evaluation.models
+    lines = [
+        line
+        for style, (model, (_, losses)) in enumerate(zip(models, found.runs, strict=True))
+        for line in loss_lines(model.name, style, losses)
+    ]
+    last = [
+        (model.name, losses.valid[-1]) for model, (_, losses) in zip(models, found.runs, strict=True) if losses.valid
+    ]
+    told = "; ".join(f"{name}: {loss:.3f} after {tokens:,.0f} tokens" for name, (tokens, loss) in last)
+    low, high = _loss_range(lines)
+    chart = Chart(
+        summary=f"Training and validation loss against tokens of training. Last validation losses: {told or 'none'}.",
+        x_label="tokens of training",
+        y_label="loss, nats a token",
+        lines=lines,
+        y_range=(low, high),
+        show_x=_short,
+    )
+    cut = "; its first steps lie above the chart" if any(y > high for line in lines for _, y in line.points) else ""
+    caption = (
+        "Thick lines: validation loss, on held-out text. Thin lines: training loss, averaged over neighbouring "
+        f"steps{cut}. Both are of windows as long as those of training."
+    )
+    columns = ["tokens of training", *(escape(model.name) for model in models)]
+    by_tokens = [dict(losses.valid) for _, losses in found.runs]
+    rows = [
+        [f"{tokens:,.0f}", *(f"{by[tokens]:.3f}" if tokens in by else "" for by in by_tokens)]
+        for tokens in sorted({tokens for by in by_tokens for tokens in by})
+    ]
+    numbers = details("The validation losses", table(columns, rows)) if rows else ""
+    return figure(line_chart(chart), escape(caption)) + numbers
+
+
+def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
+    """Return limits around the named lines; the first steps of training lie far above them."""
+    named = [y for line in lines if line.name for _, y in line.points if math.isfinite(y)] or [0.0]
+    everything = [y for line in lines for _, y in line.points if math.isfinite(y)] or [0.0]
+    room = max(named) - min(named) or 1.0
+    return min(everything) - 0.1 * room, min(max(everything) + 0.1 * room, max(named) + 0.5 * room)
+
+
+def _segments(found: Quickstart) -> str:
+    valid = found.valid
+    passage = readable_passage(valid, found.tokenizer, PASSAGE_TOKENS)
+    rule = valid.rule.spec
+    where = f", here {SEGMENT_ENDS[rule]}," if rule in SEGMENT_ENDS else ""
+    told = (
+        f"A bilevel encoding cuts text into segments{where} and gives every token two ids: the <b>inter id</b> is the "
+        "number of its segment, the <b>intra id</b> its position inside that segment."
+    )
+    legend = (
+        f'<div class="legend t0" aria-hidden="true">{token_box("token", "intra id", "inter id")}'
+        f"<p>Above each token its inter id, below it its intra id. Every row is a segment.</p></div>\n"
+    )
+    source = (
+        f"The beginning of document {passage.document} of the held-out text, cut by the rule "
+        f"<code>{escape(valid.rule.spec)}</code>. A dot stands for a space, ↵ for a line break. To see others: "
+        f"<code>python tools/inspect_data.py show {escape(_quoted(valid.path))} --document N</code>"
+    )
+    return paragraph(told) + legend + segments_view(passage) + paragraph(source, "note")
+
+
+def _generated(generated: str, prompts: Sequence[str]) -> str:
+    told = (
+        "A model this small, trained for minutes, has learned what its corpus looks like, not what it means."
+        f"{' What it was given is in colour; the rest is its own.' if prompts else ''}"
+    )
+    texts = "".join(
+        f'<pre class="text">{f"<b>{_shown(prompt)}</b>" if prompt else ""}{_shown(rest)}</pre>\n'
+        for prompt, rest in split_by_prompts(generated.strip("\n"), prompts)
+    )
+    return paragraph(escape(told)) + texts
+
+
+def split_by_prompts(generated: str, prompts: Sequence[str]) -> list[tuple[str, str]]:
+    """Split generated texts into (prompt, continuation); a prompt that is not found is skipped."""
+    starts, begin = [], 0
+    for prompt in prompts:
+        at = 0 if not begin and generated.startswith(prompt) else generated.find(f"\n\n{prompt}", begin)
+        if at >= 0:
+            at += 0 if generated.startswith(prompt, at) else 2
+            starts.append((at, prompt))
+            begin = at + len(prompt)
+    if not starts or starts[0][0] > 0:
+        starts.insert(0, (0, ""))
+    stops = [at for at, _ in starts[1:]] + [len(generated)]
+    return [
+        (prompt, generated[at + len(prompt) : stop].rstrip("\n"))
+        for (at, prompt), stop in zip(starts, stops, strict=True)
+    ]
+
+
+def _sizes(found: Quickstart, machine: str) -> str:
+    run, train, valid = found.runs[0][0], found.train.manifest, found.valid.manifest
+    model, settings = run.model, run.train
+    seen = found.runs[0][1].num_tokens
+    sizes = [
+        ("Machine", escape(machine)),
+        ("Precision", escape(" and ".join(sorted({run.train.precision for run, _ in found.runs})))),
+        (
+            "Corpus",
+            f"{_megabytes(train.text_bytes)} of text to train on ({train.num_documents:,} documents), "
+            f"{_megabytes(valid.text_bytes)} held out ({valid.num_documents:,})",
+        ),
+        (
+            "Tokenizer",
+            f"{train.tokenizer.vocab_size:,} tokens, {train.text_bytes / max(train.num_tokens, 1):.1f} bytes each",
+        ),
+        ("Training data", f"{train.num_tokens:,} tokens in {train.num_segments:,} segments"),
+        ("Held-out data", f"{valid.num_tokens:,} tokens in {valid.num_segments:,} segments"),
+        ("Model", f"{model.num_layers} layers of width {model.hidden_size}, {model.num_heads} heads"),
+        (
+            "Training",
+            f"{settings.steps:,} steps of {settings.global_batch:,} windows of {settings.seq_len_tokens:,} tokens, "
+            f"{seen / max(train.num_tokens, 1):.2g} epochs",
+        ),
+    ]
+    rows = [
+        [
+            escape(m.name),
+            f"{m.num_parameters:,}",
+            f"{losses.step_s:.3f}",
+            f"{losses.tokens_per_s:,.0f}",
+            _duration(sum(losses.steps_s)),
+        ]
+        for m, (_, losses) in zip(found.evaluation.models, found.runs, strict=True)
+    ]
+    html = definitions(sizes) + table(["model", "parameters", "seconds a step", "tokens/s", "all steps"], rows)
+    if found.times_s:
+        html += "<h3>Steps of the command</h3>\n" + bars(list(found.times_s.items()), "{:,.1f} s")
+    return html
+
+
+def _next_steps(folder: Path) -> str:
+    parts = "".join(
+        f"<div>\n<h3>{escape(title)}</h3>\n{paragraph(escape(text))}"
+        f"{commands(lines.strip().format(folder=_quoted(folder)))}</div>\n"
+        for title, text, lines in NEXT_STEPS
+    )
+    paper = f'The method is from He et al., ICML 2024: <a href="{PAPER}">arXiv 2401.16421</a>. '
+    inside = "The commands run in the project's folder, with its environment (<code>source .venv/bin/activate</code>)."
+    return paragraph(paper + inside) + f'<div class="steps">\n{parts}</div>\n'
+
+
+def _count(found: Quickstart) -> str:
+    words = {1: "One", 2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
+    number = len(found.evaluation.models)
+    return words.get(number, str(number))
+
+
+def _quoted(path: Path) -> str:
+    return shlex.quote(str(path))
+
+
+def _shown(text: str) -> str:
+    """Return text as HTML; characters that a browser would not show are escaped."""
+    return escape("".join(char if char in "\n\t" else printable(char) for char in text))
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return f"{number:.3g}"
+
+
+def _megabytes(size_bytes: int) -> str:
+    return f"{size_bytes / 1e6:,.2f} MB" if size_bytes < 1e7 else f"{size_bytes / 1e6:,.0f} MB"
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes}:{rest:02d} min" if minutes else f"{rest} s"

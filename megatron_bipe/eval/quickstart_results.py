@@ -1,0 +1,102 @@
+"""What a quickstart leaves in its folder, read for the page about it. Torch-free."""
+
+import math
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.inspect import open_tokenizer
+from megatron_bipe.data.tokenizer import Tokenizer
+from megatron_bipe.errors import DataError
+from megatron_bipe.eval.curves import Curve
+from megatron_bipe.eval.run_losses import RunLosses, read_losses
+
+T = TypeVar("T")
+REMEDY = "Remove what that step made and run tools/quickstart.py again: it makes what is missing"
+
+
+class Result(BaseModel):
+    """Perplexity at one window length, as evaluation/perplexity.json has it."""
+
+    length_tokens: int
+    perplexity: float | None
+    """None: infinite."""
+
+
+class Model(BaseModel):
+    """One model, as evaluation/perplexity.json has it."""
+
+    name: str
+    num_parameters: int
+    train_len_tokens: int
+    results: list[Result]
+
+    @property
+    def curve(self) -> Curve:
+        """Perplexity against window length."""
+        points = [(r.length_tokens, math.inf if r.perplexity is None else r.perplexity) for r in self.results]
+        return Curve(self.name, self.train_len_tokens, points)
+
+
+class Evaluation(BaseModel):
+    """evaluation/perplexity.json, as far as the page needs it."""
+
+    protocol_means: str
+    models: list[Model]
+
+
+class Quickstart(NamedTuple):
+    """What a quickstart left in its folder."""
+
+    folder: Path
+    evaluation: Evaluation
+    runs: list[tuple[RunConfig, RunLosses]]
+    """Of each evaluated model, in the same order."""
+    train: TokenDataset
+    valid: TokenDataset
+    tokenizer: Tokenizer
+    generated: str
+    times_s: dict[str, float]
+    """Seconds by title of step; empty where they were not recorded."""
+
+
+def read_quickstart(folder: Path) -> Quickstart:
+    """Read what a quickstart left in its folder.
+
+    Raises:
+        BipeError: a file is missing or damaged; names it.
+    """
+    path = folder / "evaluation" / "perplexity.json"
+    evaluation = _read_json(path, TypeAdapter(Evaluation))
+    if not evaluation.models or not all(model.results for model in evaluation.models):
+        raise DataError("the evaluation holds no results", remedy=REMEDY, place=path)
+    runs = []
+    for model in evaluation.models:
+        run_dir = folder / "runs" / model.name
+        runs.append((load_run_config(run_dir / "config.yaml"), read_losses(run_dir)))
+    train, valid = TokenDataset(folder / "data" / "train"), TokenDataset(folder / "data" / "valid")
+    times = folder / "logs" / "times.json"
+    times_s = _read_json(times, TypeAdapter(dict[str, float])) if times.exists() else {}
+    generated = _read_bytes(folder / "generated.txt").decode(errors="replace")
+    return Quickstart(folder, evaluation, runs, train, valid, open_tokenizer(valid), generated, times_s)
+
+
+def _read_json(path: Path, kind: TypeAdapter[T]) -> T:
+    try:
+        return kind.validate_json(_read_bytes(path))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        location = ".".join(map(str, first["loc"]))
+        reason = f"{location}: {first['msg']}" if location else first["msg"]
+        raise DataError(f"the file is damaged: {reason}", remedy=REMEDY, place=path) from None
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot be read: {error.strerror}", remedy=REMEDY, place=path) from error
