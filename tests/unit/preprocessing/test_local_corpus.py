@@ -268,6 +268,13 @@ def test_write_corpus_empty_subset_is_an_error_that_leaves_no_file(tmp_path: Pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_corpus_of_the_pinned_versions_is_this_text(tmp_path: Path) -> None:
+    """Versions that change in constraints.txt change it: put the new fingerprint here and where the docs name it."""
+    done = run_tool("--output", str(tmp_path), "--max-bytes", "2000000", "--valid-share", "0.1")
+    assert (done.returncode, "not installed" in done.stderr, "pinned" in done.stderr) == (0, False, False), done.stderr
+    assert done.stdout.split()[-1] == "9f02b55d45afa70f3be2db377c1b5e039f45ba1d3f775cd4cba50183752d89ba"
+
+
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(REPO / "tools" / "corpus.py"), *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
