@@ -1,9 +1,11 @@
-"""A small real corpus from the text that every machine with this project already has.
+"""A small real corpus from text that every machine with this project has: the sources of packages it depends on.
 
-Sources are folders of Python libraries. From each module come two documents at most:
+The packages are those of `SOURCES`. They are required at run time, pinned in constraints.txt, and each is one wheel for
+all platforms and Python versions, so the corpus is a function of constraints.txt and of the caps alone. From each
+module come two documents at most:
 
 * **Code**: the module as it stands, less an opening comment block that speaks of a licence.
-* **Prose**: the paragraphs of its docstrings and other long string literals, in source order.
+* **Prose**: the paragraphs of its triple-quoted strings, in source order.
 
 Text files (`.rst`, `.md`, `.txt`, package descriptions) give prose only. What is left out, and why:
 
@@ -15,19 +17,16 @@ Text files (`.rst`, `.md`, `.txt`, package descriptions) give prose only. What i
 * code seen before, and paragraphs seen before anywhere: duplicates would make the corpus look easier.
 
 Files are taken in the order of a hash of their path, a fixed shuffle, until the caps are reached; so
-a small corpus is a sample of all libraries. A hash of a file's content puts both its documents into
+a small corpus is a sample of all packages. A hash of a file's content puts both its documents into
 training or both into validation: the docstrings of a validation module are never trained on as code.
 """
 
 import hashlib
-import inspect
 import re
-import sysconfig
-import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack
-from pathlib import Path
-from types import CodeType
+from importlib.metadata import Distribution, PackageNotFoundError, distribution
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import orjson
@@ -39,7 +38,20 @@ from megatron_bipe.errors import DataError
 CODE, PROSE = "Code", "Prose"
 SPLITS = ("train", "valid")
 
-SKIPPED_FOLDERS = frozenset({"test", "tests", "licenses", "__pycache__", "site-packages", "dist-packages"})
+# Direct and transitive requirements of this project, each one wheel (py3-none-any) without generated modules.
+SOURCES = (
+    "transformers",
+    "sympy",
+    "networkx",
+    "datasets",
+    "huggingface_hub",
+    "accelerate",
+    "mpmath",
+    "fsspec",
+    "Jinja2",
+)
+
+SKIPPED_FOLDERS = frozenset({"test", "tests", "licenses", "__pycache__"})
 TEXT_SUFFIXES = frozenset({".rst", ".md", ".txt"})
 LICENCE_NAME = re.compile(r"licen[cs]e|copying|notice|authors|credits|third.?party", re.IGNORECASE)
 LICENCE_WORDS = re.compile(r"\blicen[cs]e|copyright|warrant(?:y|ies)|redistribut|\ball rights reserved", re.IGNORECASE)
@@ -50,7 +62,15 @@ MIN_CODE_CHARS, MAX_CODE_CHARS = 300, 200_000
 MAX_CODE_LINE_CHARS = 400
 MAX_MEAN_CODE_LINE_CHARS = 60
 MAX_CODE_DIGIT_SHARE = 0.08  # measured on ordinary modules: 0.5% to 4%
-MIN_STRING_CHARS = 100  # shorter literals hold no paragraph
+STRING_OR_COMMENT = re.compile(  # of Python source; the groups are the insides of triple quotes
+    r'"""(.*?)(?<!\\)"""'
+    r"|'{3}(.*?)(?<!\\)'{3}"
+    r'|"[^"\\\n]*(?:\\.[^"\\\n]*)*"'
+    r"|'[^'\\\n]*(?:\\.[^'\\\n]*)*'"
+    r"|#[^\n]*",
+    re.DOTALL,
+)
+F_STRING = re.compile(r"\b(?:f|fr|rf)\Z", re.IGNORECASE)  # what stands before the quotes
 MIN_PARAGRAPH_WORDS = 10
 MAX_PARAGRAPH_SIGN_SHARE = 0.1  # punctuation and digits; running English has 2% to 6%
 MIN_WORDS_A_LINE = 4
@@ -74,20 +94,32 @@ class CorpusDocument(NamedTuple):
     valid: bool  # belongs to the validation file
 
 
-def python_roots() -> list[Path]:
-    """The running Python's own library and the folders its packages are installed in."""
-    return list(dict.fromkeys(Path(sysconfig.get_path(name)) for name in ("stdlib", "purelib", "platlib")))
+def find_sources(pins: Mapping[str, str]) -> tuple[list[Distribution], list[str]]:
+    """Return the installed distributions of `SOURCES`, and in words how they differ from the pinned versions.
+
+    Args:
+        pins: name -> version, as in constraints.txt.
+    """
+    found, differences = [], []
+    for name in SOURCES:
+        try:
+            installed = distribution(name)
+        except PackageNotFoundError:
+            differences.append(f"{name} is not installed")
+            continue
+        found.append(installed)
+        if installed.read_text("RECORD") is None:
+            differences.append(f"{name} has no list of its files")
+        if installed.version != pins.get(name):
+            differences.append(f"{name} is {installed.version}, pinned is {pins.get(name)}")
+    return found, differences
 
 
-def list_sources(roots: Sequence[Path]) -> list[Path]:
-    """All candidate files below `roots`, in the order of a hash of their path below the root."""
-    found: dict[str, Path] = {}
-    for root in roots:
-        for path in root.rglob("*"):
-            below = path.relative_to(root)
-            if _is_candidate(below) and path.is_file():
-                found.setdefault(below.as_posix(), path)
-    return [found[name] for name in sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())]
+def list_sources(distributions: Iterable[Distribution]) -> list[Path]:
+    """Return the candidate files of the distributions, in the order of a hash of their installed path."""
+    listed = (file for found in distributions for file in found.files or () if _is_candidate(file))
+    ordered = sorted(listed, key=lambda file: hashlib.sha256(file.as_posix().encode()).digest())
+    return [Path(file.locate()) for file in ordered]
 
 
 def collect(sources: Iterable[Path], max_bytes: int, valid_share: float) -> Iterator[CorpusDocument]:
@@ -121,23 +153,31 @@ def corpus_files(folder: Path) -> list[Path]:
     return [folder / f"{split}.jsonl.zst" for split in SPLITS]
 
 
-def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> dict[tuple[str, str], Tally]:
-    """Write the two files in the Pile's line format, under temporary names until both are complete.
+class Written(NamedTuple):
+    """What went into the two files."""
 
-    Returns:
-        (subset, "train" or "valid") -> how much was written.
+    tallies: dict[tuple[str, str], Tally]
+    """By subset and "train" or "valid"."""
+    fingerprint: str
+    """SHA-256 of the lines of both files in the order of collection; compression does not count."""
+
+
+def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> Written:
+    """Write the two files in the Pile's line format, under temporary names until both are complete.
 
     Raises:
         DataError: a subset came out empty in one of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tallies = {(subset, split): Tally(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
-    paths = corpus_files(folder)
+    paths, fingerprint = corpus_files(folder), hashlib.sha256()
     try:
         with ExitStack() as stack:
             streams = [stack.enter_context(zstandard.open(partial_path(path), "wb")) for path in paths]
             for text, subset, valid in documents:
-                streams[valid].write(orjson.dumps({"text": text, "meta": {"pile_set_name": subset}}) + b"\n")
+                line = orjson.dumps({"text": text, "meta": {"pile_set_name": subset}}) + b"\n"
+                streams[valid].write(line)
+                fingerprint.update(b"%d" % valid + line)
                 old = tallies[subset, SPLITS[valid]]
                 tallies[subset, SPLITS[valid]] = Tally(old.documents + 1, old.text_bytes + len(text.encode()))
         _check_complete(tallies, folder)
@@ -146,7 +186,7 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> dict[tupl
     finally:
         for path in paths:
             partial_path(path).unlink(missing_ok=True)
-    return tallies
+    return Written(tallies, fingerprint.hexdigest())
 
 
 def code_of(source: str) -> str | None:
@@ -164,18 +204,16 @@ def code_of(source: str) -> str | None:
 
 
 def strings_of(source: str) -> list[str]:
-    """The long string literals of a module, docstrings and others, in source order; none if it does not parse.
+    """Return the triple-quoted strings of a module as they are written, docstrings and others, without f-strings.
 
-    They are read off the constants of the compiled module, which is not run: three times as fast as a
-    walk over its syntax tree.
+    They are found by an expression and not by the compiler, whose constants differ between versions of Python.
     """
-    try:
-        with warnings.catch_warnings(action="ignore"):  # old escapes in other people's strings
-            module = compile(source, "<corpus>", "exec", dont_inherit=True, optimize=0)
-    except (SyntaxError, ValueError, RecursionError):
-        return []
-    long = (text for text in _constants(module) if len(text) >= MIN_STRING_CHARS)
-    return [inspect.cleandoc(text.encode(errors="ignore").decode()) for text in long]  # less lone surrogates
+    triple_quoted = (literal for literal in STRING_OR_COMMENT.finditer(source) if literal.lastindex)
+    return [
+        literal[literal.lastindex or 0]
+        for literal in triple_quoted
+        if not F_STRING.search(source[max(0, literal.start() - 3) : literal.start()])
+    ]
 
 
 def paragraphs_of(text: str) -> list[str]:
@@ -195,11 +233,12 @@ def _check_complete(tallies: dict[tuple[str, str], Tally], folder: Path) -> None
         )
 
 
-def _is_candidate(below: Path) -> bool:
-    if not SKIPPED_FOLDERS.isdisjoint(below.parts[:-1]) or LICENCE_NAME.search(below.name):
+def _is_candidate(file: PurePosixPath) -> bool:
+    if not SKIPPED_FOLDERS.isdisjoint(file.parts[:-1]) or LICENCE_NAME.search(file.name):
         return False
-    in_record = below.parent.suffix in {".dist-info", ".egg-info"}
-    return below.name == "METADATA" if in_record else below.suffix == ".py" or below.suffix in TEXT_SUFFIXES
+    if file.parent.suffix == ".dist-info":
+        return file.name == "METADATA"
+    return file.suffix == ".py" or file.suffix in TEXT_SUFFIXES
 
 
 def _read(path: Path) -> str | None:
@@ -226,14 +265,6 @@ def _documents(path: Path, raw: str, room: dict[str, int], seen: set[bytes]) -> 
         prose = "\n\n".join(paragraphs) + "\n"
         if len(prose) >= MIN_PROSE_CHARS:
             yield PROSE, prose
-
-
-def _constants(code: CodeType) -> Iterator[str]:
-    for constant in code.co_consts:
-        if isinstance(constant, str):
-            yield constant
-        elif isinstance(constant, CodeType):
-            yield from _constants(constant)
 
 
 def _is_prose(block: str) -> bool:

@@ -1,20 +1,48 @@
-"""Collect a small real corpus, code and prose, from the Python libraries on this machine."""
+"""Collect a small real corpus, code and prose, from the sources of Python packages that this project requires.
+
+The text is a function of the versions in constraints.txt: with the same ones and the same options, the fingerprint
+that is printed at the end is the same on every machine.
+"""
 
 import argparse
+import logging
 from pathlib import Path
 
 from tqdm import tqdm
 
 from _cli import run_tool
 from megatron_bipe.errors import DataError
-from preprocessing.local_corpus import collect, corpus_files, list_sources, python_roots, write_corpus
+from preprocessing.local_corpus import SOURCES, collect, corpus_files, find_sources, list_sources, write_corpus
+
+CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
+_log = logging.getLogger(__name__)
 
 
 def main() -> None:
     """Parse, collect, write, and say what came out."""
+    options = _parse()
+    _refuse_to_overwrite(options.output, options.overwrite)
+    distributions, differences = find_sources(_read_pins())
+    if differences:
+        _log.warning(
+            "Another text than with the versions of %s: %s. Run make setup for the same text.",
+            CONSTRAINTS.name,
+            ", ".join(differences),
+        )
+    sources = list_sources(distributions)
+    progress = tqdm(sources, unit=" files", desc="corpus", disable=None)  # silent without a terminal
+    written = write_corpus(collect(progress, options.max_bytes, options.valid_share), options.output)
+    progress.close()
+    for (subset, split), tally in written.tallies.items():
+        print(f"{subset:6}{split:6}{tally.documents:7,} documents {tally.text_bytes / 1e6:8.2f} MB")
+    print(f"fingerprint {written.fingerprint}")
+
+
+def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
-        description="Collect code and prose from Python's own library and the installed packages, as "
-        "train.jsonl.zst and valid.jsonl.zst with the subsets Code and Prose in meta.pile_set_name."
+        description=f"{__doc__}\nIt is written as train.jsonl.zst and valid.jsonl.zst, with the subsets Code and "
+        f"Prose in meta.pile_set_name.\nPackages: {', '.join(SOURCES)}.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--output", type=Path, required=True, help="folder of the two files")
     parser.add_argument("--max-bytes", type=int, default=24_000_000, help="cap of each subset (default %(default)s)")
@@ -23,14 +51,13 @@ def main() -> None:
     options = parser.parse_args()
     if options.max_bytes <= 0 or not 0 < options.valid_share < 1:
         parser.error("--max-bytes must be positive, and --valid-share between 0 and 1")
-    _refuse_to_overwrite(options.output, options.overwrite)
-    sources = tqdm(
-        list_sources(python_roots()), unit=" files", desc="corpus", disable=None
-    )  # silent without a terminal
-    tallies = write_corpus(collect(sources, options.max_bytes, options.valid_share), options.output)
-    sources.close()
-    for (subset, split), tally in tallies.items():
-        print(f"{subset:6}{split:6}{tally.documents:7,} documents {tally.text_bytes / 1e6:8.2f} MB")
+    return options
+
+
+def _read_pins() -> dict[str, str]:
+    """Name -> version."""
+    lines = CONSTRAINTS.read_text("utf-8").splitlines()
+    return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
 
 
 def _refuse_to_overwrite(output: Path, overwrite: bool) -> None:

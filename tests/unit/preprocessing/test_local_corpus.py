@@ -1,12 +1,18 @@
 """The local corpus: what is taken from a tree of libraries, what is left out, and how it is split and written."""
 
 import json
+import re
 import subprocess
 import sys
+import tomllib
+from collections.abc import Iterator
+from importlib.metadata import PathDistribution, distribution
 from pathlib import Path
 
 import pytest
 import zstandard
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from megatron_bipe.errors import DataError
 from preprocessing import local_corpus
@@ -30,6 +36,15 @@ def module(topic: str, header: str = "") -> str:
     return f'{header}"""{ENGLISH.format(topic=topic)}"""\n\n\ndef run(left, right):\n{BODY}\n    return left\n'
 
 
+def install(root: Path, files: dict[str, str], version: str = "1.0", name: str = "thing") -> PathDistribution:
+    """A distribution of these files, which stand in its record."""
+    record = Path(f"{name}-{version}.dist-info")
+    metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
+    lines = "".join(f"{file},,\n" for file in files)
+    write_tree(root, {f"{record}/METADATA": metadata, f"{record}/RECORD": lines} | files)
+    return PathDistribution(root / record)
+
+
 def write_tree(root: Path, files: dict[str, str]) -> Path:
     for name, text in files.items():
         path = root / name
@@ -39,7 +54,7 @@ def write_tree(root: Path, files: dict[str, str]) -> Path:
 
 
 def collect(root: Path, max_bytes: int = 10**6, valid_share: float = 0.5) -> list[CorpusDocument]:
-    return list(local_corpus.collect(local_corpus.list_sources([root]), max_bytes, valid_share))
+    return list(local_corpus.collect(sorted(root.rglob("*.*")), max_bytes, valid_share))
 
 
 def texts(documents: list[CorpusDocument], subset: str) -> list[str]:
@@ -53,20 +68,65 @@ def test_collect_module_gives_code_and_its_docstring_as_prose(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["tests/mod.py", "pkg/test/mod.py", "pkg/licenses/words.txt", "LICENSE.md", "NOTICE.txt", "a.dist-info/RECORD.txt"],
+    "name", ["tests/mod.py", "pkg/test/mod.py", "pkg/licenses/words.txt", "LICENSE.md", "NOTICE.txt", "pkg/mod.pyc"]
 )
 def test_list_sources_boilerplate_and_test_paths_are_left_out(tmp_path: Path, name: str) -> None:
-    write_tree(tmp_path, {name: module("log"), "pkg/kept.py": module("log"), "a.dist-info/METADATA": "x", "b.c": "x"})
-    assert {path.name for path in local_corpus.list_sources([tmp_path])} == {"kept.py", "METADATA"}
+    kept = {"pkg/kept.py": "", "thing-1.0.dist-info/METADATA": "x"}
+    installed = install(tmp_path, kept | {name: "", "thing-1.0.dist-info/top_level.txt": ""})
+    assert {path.name for path in local_corpus.list_sources([installed])} == {"kept.py", "METADATA"}
 
 
-def test_list_sources_order_depends_on_paths_below_the_root_alone(tmp_path: Path) -> None:
+def test_list_sources_takes_what_the_record_names_and_nothing_beside_it(tmp_path: Path) -> None:
+    installed = install(tmp_path, {"pkg/mod.py": ""})
+    write_tree(tmp_path, {"pkg/written_later.py": "", "other/mod.py": ""})
+    assert local_corpus.list_sources([installed]) == [tmp_path / "pkg/mod.py"]
+
+
+def test_list_sources_order_depends_on_installed_paths_alone(tmp_path: Path) -> None:
     names = {f"pkg/{name}.py": "" for name in "abcdefgh"}
-    first, second = write_tree(tmp_path / "one", names), write_tree(tmp_path / "two", dict(reversed(names.items())))
-    order = [path.relative_to(first) for path in local_corpus.list_sources([first])]
-    assert order == [path.relative_to(second) for path in local_corpus.list_sources([second])]
+    first, second = tmp_path / "one", tmp_path / "two"
+    installed = install(first, names), install(second, dict(reversed(names.items())))
+    orders = [local_corpus.list_sources([one]) for one in installed]
+    order, other = (
+        [path.relative_to(root) for path in paths] for root, paths in zip((first, second), orders, strict=True)
+    )
+    assert order == other
     assert order != sorted(order)
+
+
+def test_find_sources_names_what_is_missing_or_of_another_version(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("right", "newer", "recordless"):
+        install(tmp_path, {}, name=name)
+    (tmp_path / "recordless-1.0.dist-info" / "RECORD").unlink()
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(local_corpus, "SOURCES", ("right", "newer", "recordless", "missing"))
+    found, differences = local_corpus.find_sources({"right": "1.0", "newer": "0.9", "recordless": "1.0"})
+    assert [one.name for one in found] == ["right", "newer", "recordless"]
+    assert [words.split()[0] for words in differences] == ["newer", "recordless", "missing"]
+    assert "1.0" in differences[0] and "0.9" in differences[0]
+
+
+def requirements(name: str) -> Iterator[str]:
+    """Names of what a distribution requires here, without extras."""
+    for line in distribution(name).requires or ():
+        requirement = Requirement(line)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            yield requirement.name
+
+
+def test_sources_are_installed_for_running_and_the_same_on_every_platform() -> None:
+    project = tomllib.loads((REPO / "pyproject.toml").read_text())["project"]
+    needed, waiting = set[str](), [Requirement(line).name for line in project["dependencies"]]
+    while waiting:
+        name = canonicalize_name(waiting.pop())
+        if name not in needed:
+            needed.add(name)
+            waiting += requirements(name)
+    for name in local_corpus.SOURCES:
+        assert canonicalize_name(name) in needed
+        assert "Tag: py3-none-any" in (distribution(name).read_text("WHEEL") or "")
 
 
 @pytest.mark.parametrize(
@@ -91,20 +151,32 @@ def test_code_of_licence_header_is_cut_and_other_headers_stay() -> None:
     assert local_corpus.code_of(commented) == commented
 
 
-def test_strings_of_nested_and_plain_literals_come_in_source_order() -> None:
+def test_strings_of_triple_quoted_literals_come_in_source_order() -> None:
     first, second, third = (ENGLISH.format(topic=topic) for topic in ("log", "mail", "page"))
     source = (
-        f'class A:\n    def f(self):\n        """{first}"""\n\nTEXT = """{second}"""\n\ndef g():\n    """{third}"""\n'
+        f"class A:\n    def f(self):\n        r\"\"\"{first}\"\"\"\n\nTEXT = '''{second}'''\n\n"
+        f'def g():\n    """{third}"""\n'
     )
     assert local_corpus.strings_of(source) == [first, second, third]
 
 
-def test_strings_of_module_that_does_not_parse_is_empty() -> None:
-    assert local_corpus.strings_of("def broken(:\n" + module("log")) == []
-
-
-def test_strings_of_lone_surrogate_is_dropped() -> None:
-    assert local_corpus.strings_of(f'x = "\\ud800{"word " * 30}"')[0].encode()
+@pytest.mark.parametrize(
+    "line",
+    [
+        '# a comment with """ in it',
+        "# don't",
+        """quotes = '"' + '\\'' + '""" + '"""' + """'""",
+        'f"""words of a {kind} of string"""',
+        'Rf"""words of a {kind} of string"""',
+        'plain = "words", \'words\', ""',
+        "size = 5 if x else f",
+    ],
+)
+def test_strings_of_other_quotes_and_comments_are_passed_over(line: str) -> None:
+    assert local_corpus.strings_of(f'{line}\n"""One."""\n{line}\nx = """Two, \\""" and more."""') == [
+        "One.",
+        'Two, \\""" and more.',
+    ]
 
 
 @pytest.mark.parametrize(
@@ -138,7 +210,8 @@ def test_collect_repeated_code_and_paragraphs_are_taken_once(tmp_path: Path) -> 
 
 def test_collect_package_description_gives_its_body_without_its_fields(tmp_path: Path) -> None:
     metadata = "Name: thing\nSummary: " + "words of a summary that goes on and on " * 3 + "\n\n" + ENGLISH
-    documents = collect(write_tree(tmp_path, {"thing.dist-info/METADATA": metadata}))
+    path = write_tree(tmp_path, {"thing.dist-info/METADATA": metadata}) / "thing.dist-info/METADATA"
+    documents = list(local_corpus.collect([path], 10**6, 0.5))
     assert texts(documents, PROSE) == [ENGLISH + "\n"]
 
 
@@ -167,21 +240,39 @@ def test_collect_unreadable_file_is_passed_over(tmp_path: Path) -> None:
 
 def test_write_corpus_lines_are_the_piles_and_the_same_each_time(tmp_path: Path) -> None:
     documents = collect(write_tree(tmp_path / "tree", {f"{i}.py": module(f"topic{i}") for i in range(20)}))
-    tallies = local_corpus.write_corpus(documents, tmp_path / "out")
-    local_corpus.write_corpus(documents, tmp_path / "again")
+    written = local_corpus.write_corpus(documents, tmp_path / "out")
+    assert local_corpus.write_corpus(documents, tmp_path / "again") == written
     for split, path in zip(local_corpus.SPLITS, local_corpus.corpus_files(tmp_path / "out"), strict=True):
         lines = [json.loads(line) for line in zstandard.open(path, "rt", encoding="utf-8")]
         wanted = [document for document in documents if document.valid == (split == "valid")]
         assert lines == [{"text": text, "meta": {"pile_set_name": subset}} for text, subset, _ in wanted]
-        assert sum(tallies[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
+        assert sum(written.tallies[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.jsonl.zst", "valid.jsonl.zst"]
+
+
+def test_write_corpus_fingerprint_is_of_texts_subsets_splits_and_order(tmp_path: Path) -> None:
+    documents = [
+        CorpusDocument(f"{subset} {valid}", subset, valid) for subset in (CODE, PROSE) for valid in (False, True)
+    ]
+    changes = ({"text": "other"}, {"valid": True}, {"subset": PROSE})
+    added = [documents[0]._replace(**{"text": "same"} | change) for change in ({}, *changes)]
+    variants = [documents, documents[::-1], *([*documents, one] for one in added)]
+    found = [local_corpus.write_corpus(some, tmp_path / str(place)).fingerprint for place, some in enumerate(variants)]
+    assert len(set(found)) == len(variants)
 
 
 def test_write_corpus_empty_subset_is_an_error_that_leaves_no_file(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"Prose in train.*--max-bytes"):
         local_corpus.write_corpus([CorpusDocument("x", CODE, valid=False)], tmp_path)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_corpus_of_the_pinned_versions_is_this_text(tmp_path: Path) -> None:
+    """Versions that change in constraints.txt change it: put the new fingerprint here and where the docs name it."""
+    done = run_tool("--output", str(tmp_path), "--max-bytes", "2000000", "--valid-share", "0.1")
+    assert (done.returncode, "not installed" in done.stderr, "pinned" in done.stderr) == (0, False, False), done.stderr
+    assert done.stdout.split()[-1] == "9f02b55d45afa70f3be2db377c1b5e039f45ba1d3f775cd4cba50183752d89ba"
 
 
 def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -198,5 +289,6 @@ def test_corpus_tool_existing_output_exits_2_and_overwrite_replaces_it(tmp_path:
     no_folder = run_tool("--output", str(local_corpus.corpus_files(tmp_path)[0]), "--overwrite")
     assert no_folder.returncode == 2 and "output is no folder" in no_folder.stderr
     done = run_tool(*options, "--overwrite")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 4), done.stderr
+    assert (done.returncode, len(done.stdout.splitlines())) == (0, 5), done.stderr
+    assert re.fullmatch("fingerprint [0-9a-f]{64}", done.stdout.splitlines()[-1])
     assert json.loads(zstandard.open(local_corpus.corpus_files(tmp_path)[1], "rt").readline())["meta"]
