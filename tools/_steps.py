@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shlex
+import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,8 +17,10 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import BipeError
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
+from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 
 TIMES_FILE = Path("logs/times.json")  # in the folder of the steps
+FREE_PORT = "FREE_PORT"  # in a command: a port of this host that nothing listens on, found when the command starts
 LOOK_S = 0.1
 LAST_LINES = 20  # of a log, shown when its command fails
 # Lines of DeepSpeed's log, and warnings whose location is in an installed package, with the source line below them.
@@ -50,7 +53,11 @@ class Pattern(NamedTuple):
 
 
 FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
-    Pattern("Collect text of this machine", "python tools/corpus.py --output {out}/raw", "raw/valid.jsonl.zst"),
+    Pattern(
+        "Collect text from the installed packages",
+        "python tools/corpus.py --output {out}/raw --max-bytes {corpus_bytes}",
+        "raw/valid.jsonl.zst",
+    ),
     Pattern(
         "Train a tokenizer",
         "python tools/train_tokenizer.py --input {out}/raw/train.jsonl.zst --vocab-size {vocab} "
@@ -72,7 +79,8 @@ FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
 )
 TRAIN_EACH = Pattern(
     "Train {each}",
-    "deepspeed --num_accelerators 2 pretrain.py --ds_config ds_configs/zero2.json --config {config} "
+    "deepspeed --num_accelerators {ranks} --master_port {free_port} pretrain.py --ds_config ds_configs/zero2.json "
+    "--config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={each} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
@@ -87,15 +95,33 @@ TRAIN_EACH_ALONE = Pattern(
 )
 
 
-def run_values(config: Path, settings: Sequence[str]) -> dict[str, object]:
-    """What `TRAIN_EACH` and the steps before it ask for, of a run configuration with `KEY=VALUE` settings."""
+def run_values(config: Path, settings: Sequence[str], corpus_bytes: int) -> dict[str, object]:
+    """Return what `TRAIN_EACH` and the steps before it ask for.
+
+    Args:
+        config: the run configuration.
+        settings: `KEY=VALUE` on top of it.
+        corpus_bytes: text of each of the corpus' two subsets.
+    """
     run = load_run_config(config, list(settings))
     return {
         "config": config,
+        "corpus_bytes": corpus_bytes,
+        "ranks": num_ranks(),
+        "free_port": FREE_PORT,
         "vocab": run.model.vocab_size,
         "steps": run.train.steps,
         "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
     }
+
+
+def num_ranks() -> int:
+    """Return how many ranks a small training gets: one a GPU, two at most; without a GPU, or `BIPE_DEVICE=cpu`, two."""
+    if requested_device() == "cpu" or not has_gpu_driver():
+        return 2
+    import torch
+
+    return min(2, torch.cuda.device_count()) or 2
 
 
 def fill(patterns: Iterable[Pattern], folder: Path, values: dict[str, object], each_of: Iterable[str]) -> list[Stage]:
@@ -186,7 +212,7 @@ class _Run:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_text(self._made_by + "\n", encoding="utf-8")
         env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        command = list(self.step.command)
+        command = [str(_free_port()) if word == FREE_PORT else word for word in self.step.command]
         while match := _ASSIGNMENT.fullmatch(command[0]):
             env[match[1]] = match[2]
             del command[0]
@@ -240,6 +266,13 @@ class _Run:
     def _show(self, text: str) -> None:
         sys.stdout.write(f"    {self._prefix}{text}\n")  # in one piece: other threads write, too
         sys.stdout.flush()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port: int = probe.getsockname()[1]
+        return port
 
 
 def _without(folder: Path, word: str) -> str:

@@ -1,118 +1,133 @@
-"""The whole line on one machine, in minutes: text that is already there, to three trained and exported models.
+"""From text to three trained, evaluated and exported models on one machine in minutes, and a page about them.
 
 Every step is a command of this project that you can type yourself; it is shown before it runs, its full output is
-kept, and a step whose result exists is not done again, so an interrupted quickstart goes on where it stopped.
+kept, and a step whose result exists is not done again, so an interrupted quickstart continues where it stopped. The
+last line that is printed is the path of the page.
 """
 
 import argparse
 import csv
 import shlex
-import time
-from itertools import takewhile
 from pathlib import Path
 
 from _cli import run_tool
-from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
+from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.eval.effect import RISE_RATIOS, extrapolation_effect
+from megatron_bipe.eval.effect import STRETCHES as JUDGED
 
 CONFIG = Path("examples/quickstart.yaml")
+CORPUS_BYTES = 2_000_000  # of code, and again of prose: more than the training reads
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
-BAND = 0.05  # how much worse than at the training length still counts as holding
 STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
+PROMPTS = ("The default value is", "def __init__(self, name):")
+PAGE = "report.html"
 
-STEPS = (
-    *FROM_TEXT_TO_DATA,
-    TRAIN_EACH,
-    Pattern(
-        "Evaluate at 1 to 8 times the training length",
-        "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
-        "--max-tokens 100000 --output {out}/evaluation",
-        "evaluation/perplexity.png",
-    ),
-    Pattern(
-        "Export {each}",
-        "python tools/export_hf.py --checkpoint {out}/runs/{each} --output {out}/exported/{each}",
-        "exported/{each}/config.json",
-    ),
-    Pattern(
-        "Generate a few lines with bipe_rope",
-        "python tools/generate.py --model {out}/exported/bipe_rope --max-new-tokens 60 --output {out}/generated.txt "
-        "--prompt 'The default value is' 'def __init__(self, name):'",
-        "generated.txt",
-    ),
+EVALUATE = Pattern(
+    "Evaluate at 1 to 8 times the training length",
+    "python tools/evaluate.py perplexity --model {runs} --data {out}/data/valid --lengths {lengths} "
+    "--max-tokens 60000 --output {out}/evaluation",
+    "evaluation/perplexity.csv",
+)
+EXPORT = Pattern(
+    "Export {each}",
+    "python tools/export_hf.py --checkpoint {out}/runs/{each} --output {out}/exported/{each}",
+    "exported/{each}/config.json",
+    together=True,
+)
+GENERATE = Pattern(
+    "Generate a few lines with bipe_rope",
+    "python tools/generate.py --model {out}/exported/bipe_rope --max-new-tokens 60 --output {out}/generated.txt "
+    "--prompt {prompts}",
+    "generated.txt",
 )
 
 
 def main() -> None:
-    """Run all steps, then say what came out and where it lies."""
+    """Run all steps, write the page, and say what came out and where it lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
     arguments = parser.parse_args()
     folder: Path = arguments.output
-    begin = time.monotonic()
+    trained_tokens = load_run_config(CONFIG, arguments.set).train.seq_len_tokens
     run_steps(plan(folder, arguments.set), folder)
-    summarise(folder, (time.monotonic() - begin) / 60)
+    summarise(folder, trained_tokens)
 
 
 def plan(folder: Path, settings: list[str]) -> list[Stage]:
-    """All steps in order, with their values filled in."""
+    """Return all stages in order: one model is trained on two ranks under ZeRO 2, the other two side by side."""
     run = load_run_config(CONFIG, settings)
-    values = run_values(CONFIG, settings) | {
+    values = run_values(CONFIG, settings, CORPUS_BYTES) | {
         "lengths": ",".join(str(stretch * run.train.seq_len_tokens) for stretch in STRETCHES),
         "runs": " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in ENCODINGS),
+        "prompts": shlex.join(PROMPTS),
     }
-    return fill(STEPS, folder, values, ENCODINGS)
+    first, *others = ENCODINGS
+    return [
+        *fill(FROM_TEXT_TO_DATA, folder, values, ()),
+        *fill([TRAIN_EACH], folder, values, [first]),
+        *fill([TRAIN_EACH_ALONE], folder, values, others),
+        *fill([EVALUATE], folder, values, ()),
+        *fill([EXPORT], folder, values, ENCODINGS),
+        *fill([GENERATE], folder, values, ()),
+    ]
 
 
-def summarise(folder: Path, minutes: float) -> None:
-    """What came out, honestly, and where everything lies."""
-    perplexities = read_perplexities(folder / "evaluation" / "perplexity.csv")
-    print(f"\nPerplexity on held-out text ({minutes:.1f} minutes in this call)\n")
+def summarise(folder: Path, trained_tokens: int) -> None:
+    """Write the page; print what came out, honestly, and where everything lies."""
+    from megatron_bipe.eval.quickstart_page import quickstart_page
+
+    table = folder / "evaluation" / "perplexity.csv"
+    perplexities = read_column(table, "perplexity")
+    text = verdict(read_column(table, "nats_per_token"), trained_tokens)
+    write_atomically(folder / PAGE, quickstart_page(folder, text, PROMPTS).encode())
+    print("\nPerplexity on held-out text\n")
     lengths = sorted(next(iter(perplexities.values())))
     print("tokens".ljust(12) + "".join(f"{length:>9}" for length in lengths))
     for encoding, by_length in perplexities.items():
         print(encoding.ljust(12) + "".join(f"{by_length[length]:9.2f}" for length in lengths))
-    print("\n" + verdict(perplexities) + "\n")
+    print("\n" + text + "\n")
     for what, where in {
-        "plot": "evaluation/perplexity.png",
-        "results": "evaluation/perplexity.json, .csv",
+        "results": "evaluation/perplexity.json, .csv, .png",
         "models": "exported/*  (AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True))",
         "runs": "runs/*  (metrics.jsonl, tensorboard/, checkpoints/)",
         "data": "data/train, data/valid  (python tools/inspect_data.py show DIR)",
         "logs": "logs/*",
     }.items():
         print(f"{what:>8}  {folder}/{where}")
+    print(f"\nAll of it on one page, for a browser:\n{folder / PAGE}")
 
 
-def read_perplexities(path: Path) -> dict[str, dict[int, float]]:
-    """Encoding -> length -> perplexity, from the evaluation's table."""
+def read_column(path: Path, column: str) -> dict[str, dict[int, float]]:
+    """Return encoding -> length -> value of a column of the evaluation's table."""
     result: dict[str, dict[int, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
-            result.setdefault(row["encoding"], {})[int(row["length_tokens"])] = float(row["perplexity"])
+            result.setdefault(row["encoding"], {})[int(row["length_tokens"])] = float(row[column])
     return result
 
 
-def verdict(perplexities: dict[str, dict[int, float]]) -> str:
-    """Up to which length each model holds its perplexity, and whether that is the paper's effect."""
-    reaches = {name: reach(by_length) for name, by_length in perplexities.items()}
-    told = ", ".join(f"{name} up to {length} tokens" for name, length in reaches.items())
-    shows = min(length for name, length in reaches.items() if name.startswith("bipe_")) > reaches["rope"]
-    effect = (
-        "The bilevel models reach further than RoPE" if shows else "The bilevel models do NOT reach further than RoPE"
+def verdict(nats: dict[str, dict[int, float]], trained_tokens: int) -> str:
+    """Return how losses change beyond the training length, and whether that is the paper's effect."""
+    effect = extrapolation_effect(nats, trained_tokens)
+    lines = []
+    for place, stretch in enumerate(JUDGED):
+        rises = {encoding: f"{rises[place]:+.3f}" for encoding, rises in effect.rises_nats.items()}
+        lines.append(
+            f"At {stretch * trained_tokens} tokens, {stretch} times the training length, the loss has changed by "
+            f"{rises['rope']} nats a token with RoPE, {rises['bipe_rope']} with BiPE-RoPE, "
+            f"{rises['bipe_alibi']} with BiPE-ALiBi."
+        )
+    twice, four_times = RISE_RATIOS
+    lines.append(
+        "Beyond the training length RoPE gets worse and the bilevel encodings hold: the effect of the paper."
+        if effect.shows
+        else f"The effect of the paper does NOT show in this run: RoPE's rise should be {twice:g} and {four_times:g} "
+        "times BiPE-RoPE's, and BiPE-ALiBi's loss should not rise."
     )
-    return (
-        f"Within {BAND:.0%} of the perplexity at the training length: {told}.\n{effect}"
-        f"{', the effect of the paper.' if shows else ' in this run: the effect of the paper does not show.'}"
-    )
-
-
-def reach(by_length: dict[int, float]) -> int:
-    """The longest length up to which perplexity never leaves the band above that of the shortest one."""
-    lengths = sorted(by_length)
-    limit = by_length[lengths[0]] * (1 + BAND)
-    return max(takewhile(lambda length: by_length[length] <= limit, lengths))
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
-from quickstart import STRETCHES, read_perplexities
+from quickstart import STRETCHES, read_column
 
 if TYPE_CHECKING:
     from megatron_bipe.eval.curves import Curve
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
+CORPUS_BYTES = 24_000_000  # of code, and again of prose
 TITLE = "Perplexity on held-out text, encodings trained alike"
 EVALUATE_EACH = Pattern(
     "Evaluate {each}",
@@ -78,7 +79,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
 
 def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Stage]:
     """All steps in order, with their values filled in."""
-    stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings), reach)
+    stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings, CORPUS_BYTES), reach)
     for encoding, lengths in reach.items():
         stages += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
     return stages
@@ -87,7 +88,8 @@ def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -
 def perplexities(folder: Path, reach: Iterable[str]) -> dict[str, dict[int, float]]:
     """Of each encoding, in the order asked for, by window length."""
     return {
-        encoding: read_perplexities(folder / "evaluation" / encoding / "perplexity.csv")[encoding] for encoding in reach
+        encoding: read_column(folder / "evaluation" / encoding / "perplexity.csv", "perplexity")[encoding]
+        for encoding in reach
     }
 
 

@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 import shlex
 from collections.abc import Sequence
 from html import escape
@@ -15,6 +14,7 @@ from megatron_bipe.eval.page import Section, bars, commands, definitions, detail
 from megatron_bipe.eval.quickstart_results import Quickstart, read_quickstart
 from megatron_bipe.eval.run_losses import loss_lines
 from megatron_bipe.eval.segments_view import readable_passage, segments_view, token_box
+from megatron_bipe.runtime.cpu import cpu_facts
 
 PASSAGE_TOKENS = 128
 PAPER = "https://arxiv.org/abs/2401.16421"
@@ -83,9 +83,7 @@ HOSTFILE=my_hosts examples/launch/hostfile.sh
 )
 
 
-def quickstart_page(
-    folder: Path, verdict: str, prompts: Sequence[str] = (), machine: str = "", elapsed_s: float | None = None
-) -> str:
+def quickstart_page(folder: Path, verdict: str, prompts: Sequence[str] = (), machine: str = "") -> str:
     """Return the page about a finished quickstart as HTML.
 
     Args:
@@ -93,14 +91,12 @@ def quickstart_page(
         verdict: whether the effect shows, in a sentence or two; line breaks are kept.
         prompts: what the generated texts begin with, in their order; they are set off.
         machine: what it ran on; by default this machine's processor.
-        elapsed_s: from the command's start to now, where it did all steps in one call; by default the sum of
-            logs/times.json, if that is there.
 
     Raises:
         BipeError: a file in the folder is missing or damaged; names it.
     """
     found = read_quickstart(folder)
-    machine = machine or describe_processor()
+    machine = machine or _machine()
     sections = (
         Section("Perplexity beyond the training length", _effect(found)),
         Section("How they learned", _losses(found)),
@@ -111,25 +107,18 @@ def quickstart_page(
     )
     return page(
         f"{_count(found)} language models, one question",
-        _lead(found, verdict, elapsed_s),
+        _lead(found, verdict),
         sections,
         "megatron_bipe quickstart",
     )
 
 
-def describe_processor() -> str:
-    """Return model and number of the cores that this process may use, e.g. "2 cores of Intel Xeon"."""
+def _machine() -> str:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    named = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    model = next(named, "") or platform.processor() or platform.machine()
-    return f"{cores} {'core' if cores == 1 else 'cores'} of {' '.join(model.split())}"
+    return f"{cores} {'core' if cores == 1 else 'cores'} of {' '.join(cpu_facts().name.split())}"
 
 
-def _lead(found: Quickstart, verdict: str, elapsed_s: float | None) -> str:
+def _lead(found: Quickstart, verdict: str) -> str:
     run = found.runs[0][0]
     num_tokens = [losses.num_tokens for _, losses in found.runs]
     rate = sum(num_tokens) / max(sum(sum(losses.steps_s) for _, losses in found.runs), 1e-9)
@@ -144,10 +133,8 @@ def _lead(found: Quickstart, verdict: str, elapsed_s: float | None) -> str:
         (_short(max(num_tokens)), "tokens of training a model"),
         (f"{rate:,.0f}", f"tokens a second, in {run.train.precision}"),
     ]
-    if elapsed_s is not None:
-        tiles.append((_duration(elapsed_s), "from raw text to this page"))
-    elif found.times_s:
-        tiles.append((_duration(sum(found.times_s.values())), "all steps together"))
+    if found.times.total_s:
+        tiles.append((_duration(found.times.total_s), "from text to this page"))
     return paragraph(escape(lead), "lead") + f'<div class="verdict">{escape(verdict.strip())}</div>\n' + facts(tiles)
 
 
@@ -323,8 +310,8 @@ def _sizes(found: Quickstart, machine: str) -> str:
         for m, (_, losses) in zip(found.evaluation.models, found.runs, strict=True)
     ]
     html = definitions(sizes) + table(["model", "parameters", "seconds a step", "tokens/s", "all steps"], rows)
-    if found.times_s:
-        html += "<h3>Steps of the command</h3>\n" + bars(list(found.times_s.items()), "{:,.1f} s")
+    if found.times.steps_s:
+        html += "<h3>Steps of the command</h3>\n" + bars(list(found.times.steps_s.items()), "{:,.1f} s")
     return html
 
 

@@ -49,6 +49,15 @@ class Evaluation(BaseModel):
     models: list[Model]
 
 
+class Times(BaseModel):
+    """logs/times.json."""
+
+    steps_s: dict[str, float] = {}
+    """Seconds by title of step."""
+    total_s: float = 0.0
+    """Of all steps; those that ran side by side count once."""
+
+
 class Quickstart(NamedTuple):
     """What a quickstart left in its folder."""
 
@@ -60,8 +69,8 @@ class Quickstart(NamedTuple):
     valid: TokenDataset
     tokenizer: Tokenizer
     generated: str
-    times_s: dict[str, float]
-    """Seconds by title of step; empty where they were not recorded."""
+    times: Times
+    """Empty where they were not recorded."""
 
 
 def read_quickstart(folder: Path) -> Quickstart:
@@ -80,9 +89,9 @@ def read_quickstart(folder: Path) -> Quickstart:
         runs.append((load_run_config(run_dir / "config.yaml"), read_losses(run_dir)))
     train, valid = TokenDataset(folder / "data" / "train"), TokenDataset(folder / "data" / "valid")
     times = folder / "logs" / "times.json"
-    times_s = _read_json(times, TypeAdapter(dict[str, float])) if times.exists() else {}
+    times_of_steps = _read_json(times, TypeAdapter(Times)) if times.exists() else Times()
     generated = _read_bytes(folder / "generated.txt").decode(errors="replace")
-    return Quickstart(folder, evaluation, runs, train, valid, open_tokenizer(valid), generated, times_s)
+    return Quickstart(folder, evaluation, runs, train, valid, open_tokenizer(valid), generated, times_of_steps)
 
 
 def _read_json(path: Path, kind: TypeAdapter[T]) -> T:

@@ -8,7 +8,6 @@ Example: python tools/bench/quickstart.py --output quickstart-seeds --seeds 0..9
 """
 
 import argparse
-import csv
 import sys
 from itertools import product
 from pathlib import Path
@@ -21,8 +20,8 @@ from bench._machine import describe_machine
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.eval.effect import STRETCHES, ExtrapolationEffect, extrapolation_effect
+from quickstart import CONFIG, CORPUS_BYTES, read_column
 
-CONFIG = Path("examples/quickstart.yaml")
 ENCODINGS = ("bipe_rope", "rope", "bipe_alibi")
 SIDE_BY_SIDE = 2
 TRAIN = Pattern(
@@ -46,14 +45,14 @@ def main() -> None:
     folder, seeds = arguments.output, list(arguments.seeds)
     run = load_run_config(CONFIG, arguments.set)
     run_steps(plan(folder, seeds, arguments.set), folder)
-    nats = {seed: read_nats(folder / "evaluation" / str(seed) / "perplexity.csv") for seed in seeds}
+    nats = {seed: read_column(folder / f"evaluation/{seed}/perplexity.csv", "nats_per_token") for seed in seeds}
     precision = load_run_config(folder / "runs" / run_name("rope", seeds[0]) / "config.yaml").train.precision
     print(f"\n{describe_machine('torch', 'deepspeed')}, {precision}\n\n{table(nats, run)}")
 
 
 def plan(folder: Path, seeds: list[int], settings: list[str]) -> list[Stage]:
     """All stages in order: the data, the models two at a time, an evaluation for each seed."""
-    values = run_values(CONFIG, settings)
+    values = run_values(CONFIG, settings, CORPUS_BYTES)
     lengths = (stretch * load_run_config(CONFIG, settings).train.seq_len_tokens for stretch in (1, *STRETCHES))
     values["lengths"] = ",".join(map(str, lengths))
     trainings, evaluations = [], []
@@ -72,15 +71,6 @@ def plan(folder: Path, seeds: list[int], settings: list[str]) -> list[Stage]:
 def run_name(encoding: str, seed: int) -> str:
     """Name of a model's run folder."""
     return f"{encoding}-{seed}"
-
-
-def read_nats(path: Path) -> dict[str, dict[int, float]]:
-    """Encoding -> window length -> loss in nats a token, from the evaluation's table."""
-    nats: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            nats.setdefault(row["encoding"], {})[int(row["length_tokens"])] = float(row["nats_per_token"])
-    return nats
 
 
 def table(nats: dict[int, dict[str, dict[int, float]]], run: RunConfig) -> str:

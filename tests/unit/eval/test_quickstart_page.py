@@ -13,7 +13,7 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import BipeError
 from megatron_bipe.eval.perplexity import LengthResult, Settings
-from megatron_bipe.eval.quickstart_page import NEXT_STEPS, describe_processor, quickstart_page, split_by_prompts
+from megatron_bipe.eval.quickstart_page import NEXT_STEPS, quickstart_page, split_by_prompts
 from megatron_bipe.eval.report import ModelResults, as_json
 from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
 from tests.scripts import ROOT
@@ -50,7 +50,9 @@ def folder(tmp_path, write_text_dataset, make_subject):
     report = as_json(TokenDataset(folder / "data" / "valid"), Settings(max_tokens=100), models)
     (folder / "evaluation" / "perplexity.json").write_text(json.dumps(report))
     (folder / "logs").mkdir()
-    (folder / "logs" / "times.json").write_text(json.dumps({"Train <x>": 61.0, "Export": 5.5}))
+    (folder / "logs" / "times.json").write_text(
+        json.dumps({"steps_s": {"Train <x>": 61.0, "Export": 5.5}, "total_s": 66.5})
+    )
     (folder / "generated.txt").write_text("Once upon <i>a</i> time\n\n\x1bdef f():\n\n    return &x\n")
     return folder
 
@@ -76,8 +78,8 @@ def test_page_escapes_corpus_and_generated_text(folder):
     assert r"\x1bdef f()" in html and "\x1b" not in html and "return &amp;x" in html
 
 
-def test_page_shows_the_time_of_the_call_if_it_is_known(folder):
-    assert "9:59 min" in quickstart_page(folder, "verdict", elapsed_s=599)
+def test_page_without_recorded_times_shows_none(folder):
+    assert 'class="bars"' in quickstart_page(folder, "verdict")
     (folder / "logs" / "times.json").unlink()
     assert 'class="bars"' not in quickstart_page(folder, "verdict")
 
@@ -140,11 +142,6 @@ def test_page_names_an_evaluation_without_results(folder, content):
 )
 def test_split_by_prompts_gives_each_prompt_its_continuation(prompts, expected):
     assert split_by_prompts("A b\n\nmore\n\nC d", prompts) == expected
-
-
-def test_describe_processor_counts_usable_cores(monkeypatch):
-    monkeypatch.setattr("os.sched_getaffinity", lambda _: {3})
-    assert describe_processor().startswith("1 core of ")
 
 
 @pytest.mark.parametrize("lines", [lines for _, _, lines in NEXT_STEPS])

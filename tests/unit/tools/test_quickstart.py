@@ -28,17 +28,21 @@ def test_plan_is_commands_of_the_project_with_values_filled_in(quickstart):
     assert "data.path=some where/data/train" in train.command
 
 
-BASE = {64: 20.0, 128: 19.0, 256: 20.9, 512: 25.0}
+def test_plan_trains_one_model_on_two_ranks_and_the_others_side_by_side(quickstart):
+    stages = quickstart.plan(Path("out"), [])
+    trainings = [[step for step in stage if step.title.startswith("Train ") and step.name] for stage in stages]
+    (alone, *_), together = [stage for stage in trainings if stage]
+    assert "--num_accelerators 2" in " ".join(alone.command) and "zero2.json" in " ".join(alone.command)
+    assert len(together) == 2 and all("deepspeed" not in step.command for step in together)
 
 
-@pytest.mark.parametrize(("changes", "length"), [({}, 256), ({128: 21.1}, 64), ({256: 21.1}, 128), ({512: 21.0}, 512)])
-def test_reach_ends_where_perplexity_first_leaves_the_band(quickstart, changes, length):
-    assert quickstart.reach(BASE | changes) == length
+NATS = {128: 3.0, 256: 3.01, 512: 3.1}
 
 
-@pytest.mark.parametrize(("rope_at_128", "shows"), [(30.0, True), (20.0, False)])
-def test_verdict_says_whether_every_bilevel_model_reaches_further(quickstart, rope_at_128, shows):
-    rope = BASE | {128: rope_at_128}
-    text = quickstart.verdict({"rope": rope, "bipe_rope": BASE, "bipe_alibi": BASE | {512: 20.0}})
+@pytest.mark.parametrize(("rope_at_256", "shows"), [(3.2, True), (3.02, False)])
+def test_verdict_says_by_how_much_losses_changed_and_whether_that_is_the_effect(quickstart, rope_at_256, shows):
+    falling = {128: 3.0, 256: 2.9, 512: 2.8}
+    rope = NATS | {256: rope_at_256, 512: 3.9}
+    text = quickstart.verdict({"rope": rope, "bipe_rope": NATS, "bipe_alibi": falling}, 128)
     assert ("NOT" not in text) is shows
-    assert "bipe_rope up to 256 tokens" in text and "bipe_alibi up to 512 tokens" in text
+    assert f"{rope_at_256 - 3:+.3f}" in text and "+0.900" in text and "+0.010" in text and "-0.200" in text
