@@ -1,4 +1,5 @@
-# `make quickstart` and `make test` need Python 3.11 or newer, make and a C++ compiler; they set up .venv themselves.
+# `make quickstart` and `make test` need Python 3.11 or newer, make and a C++ compiler; they set up .venv themselves:
+# the quickstart installs what running needs, and the targets for developers add what they need.
 #
 #   PYTHON=python3.12                    the Python to make .venv with
 #   TORCH=torch==2.11.0                  another torch than constraints.txt names
@@ -19,14 +20,20 @@ TEST_WORKERS ?= 2
 VENV := .venv
 BIN := $(VENV)/bin
 PINS := $(VENV)/constraints.txt
-READY := $(VENV)/ready
+LOG := $(VENV)/setup.log
+RUN := $(VENV)/ready
+DEV := $(VENV)/ready-dev
+EXTRAS := '.[dev,mpi]'
 UNFINISHED := $(VENV)/unfinished
-RELOCATED := $(if $(wildcard $(READY)),$(if $(filter $(CURDIR),$(shell cat $(READY))),,relocated))
+UNFINISHED_DEV := $(VENV)/unfinished-dev
+MOVED := $(if $(wildcard $(RUN)),$(filter-out $(CURDIR),$(shell cat $(RUN))))
+ANEW := $(if $(wildcard $(UNFINISHED))$(MOVED),anew)
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-parallel test-faults lint bench clean relocated
+.PHONY: help setup quickstart test test-parallel test-faults lint bench clean anew
 
 help:
 	@echo 'make quickstart   from raw text to trained, evaluated and exported models, on this machine'
@@ -35,47 +42,62 @@ help:
 	@echo 'make test-faults  50 killed ranks and 10 stops of a small run, against one that is left alone'
 	@echo 'make lint         ruff, mypy, import-linter'
 	@echo 'make bench        the benchmarks of tools/bench, at small sizes'
-	@echo 'make setup        create or update .venv; the targets above do it when needed'
+	@echo 'make setup        create or update .venv for all targets; each does it by itself (the quickstart: what running needs)'
 	@echo 'make clean        remove .venv and caches; data, runs and results stay'
 
-setup: $(READY)
+setup: $(DEV)
+
+# What pip says goes to a log, which is shown if pip fails.
+pip_install = $(BIN)/python -m pip install $(1) >>$(LOG) 2>&1 || { cat $(LOG) >&2; exit 1; }
+constrained = export PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS); $(call pip_install,$(1))
 
 # While packages change, the file `unfinished` stands in .venv, and `ready` names the folder it was set up for: what
 # was interrupted, or has been moved (its scripts hold paths), is made anew. Torch comes first and alone, so that no
 # other package chooses its build. The constraints hold for the environments that packages are built in, too.
-$(READY): pyproject.toml setup.py constraints.txt $(RELOCATED)
+# What developers need adds packages and changes none, so that the quickstart still runs where adding them failed.
+$(RUN): pyproject.toml setup.py constraints.txt $(ANEW)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 		{ echo 'Python 3.11 or newer is needed, and $(PYTHON) is not: make PYTHON=/path/to/newer/python3' >&2; exit 1; }
-	if [ -e $(UNFINISHED) ] || [ -n '$(RELOCATED)' ]; then rm -rf $(VENV); fi
-	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV_OPTIONS) $(VENV)
-	touch $(UNFINISHED)
-	@echo 'Setting up $(VENV): torch, then the other packages (2.2 GB in all; a few minutes on a slow network)'
-	sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(PINS)
-	$(BIN)/python -m pip install --quiet $(TORCH_OPTIONS) -c $(PINS) setuptools wheel '$(TORCH)'
-	PIP_CONSTRAINT=$(PINS) PIP_BUILD_CONSTRAINT=$(PINS) $(BIN)/python -m pip install --quiet -e '.[dev,mpi]'
-	echo '$(CURDIR)' > $(UNFINISHED)
-	mv $(UNFINISHED) $(READY)
+	@if [ -n '$(ANEW)' ]; then rm -rf $(VENV); fi
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV_OPTIONS) $(VENV)
+	@touch $(UNFINISHED)
+	@sed 's/^torch==.*/$(TORCH)/' constraints.txt > $(PINS)
+	@: > $(LOG)
+	@echo 'Setting up $(VENV), 1: $(TORCH) (0.8 GB as a CPU build, several GB as a CUDA build)'
+	@$(call pip_install,$(TORCH_OPTIONS) -c $(PINS) setuptools wheel '$(TORCH)')
+	@echo 'Setting up $(VENV), 2: the other packages that running needs (0.7 GB)'
+	@$(call constrained,-e .)
+	@echo '$(CURDIR)' > $(UNFINISHED)
+	@mv $(UNFINISHED) $(RUN)
 
-quickstart: $(READY)
+$(DEV): $(RUN)
+	@if [ -e $(UNFINISHED_DEV) ]; then rm -rf $(VENV) && $(MAKE) --no-print-directory $(RUN); fi
+	@touch $(UNFINISHED_DEV)
+	@: > $(LOG)
+	@echo 'Setting up $(VENV), 3: what tests, checks and benchmarks need besides (0.8 GB)'
+	@$(call constrained,-e $(EXTRAS))
+	@mv $(UNFINISHED_DEV) $(DEV)
+
+quickstart: $(RUN)
 	$(BIN)/python tools/quickstart.py
 
-test: $(READY)
+test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
-test-parallel: $(READY)
+test-parallel: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dist.table
 
-test-faults: $(READY)
+test-faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills --count 50
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.stops --count 10
 
-lint: $(READY)
+lint: $(DEV)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-bench: $(READY)
+bench: $(DEV)
 	@for script in tools/bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit; done
 
 clean:
