@@ -29,6 +29,7 @@ TRAIN = Pattern(
     "Train {each}",
     "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero2.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={encoding} --set train.seed={seed} "
+    "--set train.micro_batch={batch} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
 )
@@ -53,9 +54,9 @@ def main() -> None:
 
 def plan(folder: Path, seeds: list[int], settings: list[str]) -> list[Stage]:
     """All stages in order: the data, the models two at a time, an evaluation for each seed."""
-    values = run_values(CONFIG, settings)
-    lengths = (stretch * load_run_config(CONFIG, settings).train.seq_len_tokens for stretch in (1, *STRETCHES))
-    values["lengths"] = ",".join(map(str, lengths))
+    values, train = run_values(CONFIG, settings), load_run_config(CONFIG, settings).train
+    values["batch"] = train.global_batch  # one rank takes all of it at once
+    values["lengths"] = ",".join(str(stretch * train.seq_len_tokens) for stretch in (1, *STRETCHES))
     trainings, evaluations = [], []
     for seed, encoding in product(seeds, ENCODINGS):
         more = {"encoding": encoding, "seed": seed}
