@@ -55,7 +55,7 @@ class Pattern(NamedTuple):
 FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
     Pattern(
         "Collect text from the installed packages",
-        "python tools/corpus.py --output {out}/raw --max-bytes {corpus_bytes}",
+        "python tools/corpus.py --output {out}/raw {corpus}",
         "raw/valid.jsonl.zst",
     ),
     Pattern(
@@ -89,28 +89,30 @@ TRAIN_EACH_ALONE = Pattern(
     "Train {each}",
     "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero2.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={each} "
+    "--set train.micro_batch={batch} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
     together=True,
 )
 
 
-def run_values(config: Path, settings: Sequence[str], corpus_bytes: int) -> dict[str, object]:
+def run_values(config: Path, settings: Sequence[str], corpus: str) -> dict[str, object]:
     """Return what `TRAIN_EACH` and the steps before it ask for.
 
     Args:
         config: the run configuration.
         settings: `KEY=VALUE` on top of it.
-        corpus_bytes: text of each of the corpus' two subsets.
+        corpus: options of tools/corpus.py.
     """
     run = load_run_config(config, list(settings))
     return {
         "config": config,
-        "corpus_bytes": corpus_bytes,
+        "corpus": corpus,
         "ranks": num_ranks(),
         "free_port": FREE_PORT,
         "vocab": run.model.vocab_size,
         "steps": run.train.steps,
+        "batch": run.train.global_batch,
         "settings": " ".join(f"--set {shlex.quote(setting)}" for setting in settings),
     }
 

@@ -18,7 +18,7 @@ from megatron_bipe.eval.effect import RISE_RATIOS, extrapolation_effect
 from megatron_bipe.eval.effect import STRETCHES as JUDGED
 
 CONFIG = Path("examples/quickstart.yaml")
-CORPUS_BYTES = 2_000_000  # of code, and again of prose: more than the training reads
+CORPUS = "--max-bytes 2000000 --valid-share 0.1"  # twice as much text as the training reads
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
 STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
 PROMPTS = ("The default value is", "def __init__(self, name):")
@@ -59,7 +59,7 @@ def main() -> None:
 def plan(folder: Path, settings: list[str]) -> list[Stage]:
     """Return all stages in order: one model is trained on two ranks under ZeRO 2, the other two side by side."""
     run = load_run_config(CONFIG, settings)
-    values = run_values(CONFIG, settings, CORPUS_BYTES) | {
+    values = run_values(CONFIG, settings, CORPUS) | {
         "lengths": ",".join(str(stretch * run.train.seq_len_tokens) for stretch in STRETCHES),
         "runs": " ".join(shlex.quote(f"{folder}/runs/{encoding}") for encoding in ENCODINGS),
         "prompts": shlex.join(PROMPTS),

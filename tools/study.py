@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from megatron_bipe.eval.curves import Curve
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
-CORPUS_BYTES = 24_000_000  # of code, and again of prose
+CORPUS = ""  # all that tools/corpus.py takes by default
 TITLE = "Perplexity on held-out text, encodings trained alike"
 EVALUATE_EACH = Pattern(
     "Evaluate {each}",
@@ -79,7 +79,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
 
 def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Stage]:
     """All steps in order, with their values filled in."""
-    stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings, CORPUS_BYTES), reach)
+    stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings, CORPUS), reach)
     for encoding, lengths in reach.items():
         stages += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
     return stages

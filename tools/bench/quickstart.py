@@ -20,7 +20,7 @@ from bench._machine import describe_machine
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.eval.effect import STRETCHES, ExtrapolationEffect, extrapolation_effect
-from quickstart import CONFIG, CORPUS_BYTES, read_column
+from quickstart import CONFIG, CORPUS, read_column
 
 ENCODINGS = ("bipe_rope", "rope", "bipe_alibi")
 SIDE_BY_SIDE = 2
@@ -28,6 +28,7 @@ TRAIN = Pattern(
     "Train {each}",
     "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero2.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={encoding} --set train.seed={seed} "
+    "--set train.micro_batch={batch} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",
 )
@@ -52,9 +53,8 @@ def main() -> None:
 
 def plan(folder: Path, seeds: list[int], settings: list[str]) -> list[Stage]:
     """All stages in order: the data, the models two at a time, an evaluation for each seed."""
-    values = run_values(CONFIG, settings, CORPUS_BYTES)
-    lengths = (stretch * load_run_config(CONFIG, settings).train.seq_len_tokens for stretch in (1, *STRETCHES))
-    values["lengths"] = ",".join(map(str, lengths))
+    values, train = run_values(CONFIG, settings, CORPUS), load_run_config(CONFIG, settings).train
+    values["lengths"] = ",".join(str(stretch * train.seq_len_tokens) for stretch in (1, *STRETCHES))
     trainings, evaluations = [], []
     for seed, encoding in product(seeds, ENCODINGS):
         more = {"encoding": encoding, "seed": seed}
