@@ -45,9 +45,7 @@ def test_quickstart_installs_what_running_needs_and_others_add_the_rest(folder):
     assert first == ["venv", TORCH, OTHERS]
     assert "WARNING" not in shown  # of what went well
     assert make(folder, "test")[0] == [EXTRAS]
-    assert (
-        make(folder, "lint", code=2)[0] == make(folder, "quickstart")[0] == []
-    )  # ruff is not there, and not asked for
+    assert make(folder, "lint", code=2)[0] == make(folder, "quickstart")[0] == []  # there is no ruff
     folder.joinpath("pyproject.toml").touch()
     assert make(folder, "setup")[0] == [TORCH, OTHERS, EXTRAS]
 
