@@ -29,6 +29,7 @@ from typing import IO
 from _cli import run_tool
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
+from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER, SIGNALS, parse_duration
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
@@ -131,7 +132,7 @@ def main() -> None:
             Next.AGAIN: f"{'after' if new else 'without'} a new checkpoint; starting again in {wait_s:g} s",
             Next.GIVE_UP: f"{fruitless} launches in a row without a new checkpoint; giving up",
         }
-        _log.warning("supervise: exit code %d: %s", code, text[following])
+        _log.warning("supervise: exit code %d: %s%s", code, text[following], _goodput(run_dir))
         if following is not Next.AGAIN:
             break
         supervisor.wait(wait_s)
@@ -141,6 +142,12 @@ def main() -> None:
     if following is Next.LATER and arguments.on_stop:
         _on_stop(shlex.split(arguments.on_stop), supervisor)
     sys.exit(CODES.get(following, code if code == 2 else 1))
+
+
+def _goodput(run_dir: Path) -> str:
+    """Return what the run's last event says of its goodput; nothing where the launch did not come to its end."""
+    last = (read_events(run_dir) or [{}])[-1]
+    return f" (goodput {last['goodput']:.1%} since the first start)" if last.get("goodput") is not None else ""
 
 
 def _filled(arguments: argparse.Namespace, supervisor: Supervisor) -> list[str]:

@@ -25,6 +25,11 @@ def test_supervise_done_at_once(tmp_path):
     assert _supervise(tmp_path, "echo hello") == ("hello\nsupervise: exit code 0: the run is done\n", 0)
 
 
+def test_supervise_shows_the_goodput_that_the_last_event_has(tmp_path):
+    script = f"""echo '{{"time": 1, "event": "done", "goodput": 0.875}}' >> {tmp_path}/events.jsonl"""
+    assert "the run is done (goodput 87.5% since the first start)" in _supervise(tmp_path, script)[0]
+
+
 def test_supervise_gives_up_after_failures_without_progress(tmp_path):
     output, code = _supervise(tmp_path, "echo try; exit 3", "--failures", "2")
     assert code == 1 and output.count("try") == 2 and "2 launches in a row without a new checkpoint" in output
