@@ -26,7 +26,7 @@ ENCODINGS = ("bipe_rope", "rope", "bipe_alibi")
 SIDE_BY_SIDE = 2
 TRAIN = Pattern(
     "Train {each}",
-    "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero2.json --config {config} "
+    "OMP_NUM_THREADS=1 python pretrain.py --ds_config ds_configs/zero1.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={encoding} --set train.seed={seed} "
     "--set train.micro_batch={batch} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
