@@ -65,7 +65,7 @@ $(RUN): pyproject.toml setup.py constraints.txt $(ANEW)
 	@: > $(LOG)
 	@echo 'Setting up $(VENV), 1: $(TORCH) (0.8 GB as a CPU build, several GB as a CUDA build)'
 	@$(call pip_install,$(TORCH_OPTIONS) -c $(PINS) setuptools wheel '$(TORCH)')
-	@echo 'Setting up $(VENV), 2: the other packages that running needs (0.6 GB)'
+	@echo 'Setting up $(VENV), 2: the other packages that running needs (0.9 GB)'
 	@$(call constrained,-e .)
 	@echo '$(CURDIR)' > $(UNFINISHED)
 	@mv $(UNFINISHED) $(RUN)
@@ -74,7 +74,7 @@ $(DEV): $(RUN)
 	@if [ -e $(UNFINISHED_DEV) ]; then rm -rf $(VENV) && $(MAKE) --no-print-directory $(RUN); fi
 	@touch $(UNFINISHED_DEV)
 	@: > $(LOG)
-	@echo 'Setting up $(VENV), 3: what tests, checks and benchmarks need besides (0.8 GB)'
+	@echo 'Setting up $(VENV), 3: what tests, checks and benchmarks need besides (0.5 GB)'
 	@$(call constrained,-e $(EXTRAS))
 	@mv $(UNFINISHED_DEV) $(DEV)
 

@@ -275,7 +275,5 @@ def _optional_packages(place: Path | str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DataError(
-            f"To read this input, an optional package is needed: {error}",
-            remedy="pip install 'megatron-bipe[tables]'",
-            place=place,
+            f"To read this input, an optional package is needed: {error}", remedy="pip install datasets", place=place
         ) from error

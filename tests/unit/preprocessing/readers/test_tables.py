@@ -344,7 +344,7 @@ def test_read_rows_missing_package_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, package: str, read: Callable[[], object]
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(DataError, match=r"optional package.*pip install.*tables.*\[(t|org)"):
+    with pytest.raises(DataError, match=r"optional package.*pip install datasets.*\[(t|org)"):
         read()
 
 
