@@ -79,8 +79,8 @@ FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
 )
 TRAIN_EACH = Pattern(
     "Train {each}",
-    "deepspeed --quiet --num_accelerators {ranks} --master_port {free_port} pretrain.py --ds_config ds_configs/zero2.json "
-    "--config {config} "
+    "deepspeed --quiet --num_accelerators {ranks} --master_port {free_port} "
+    "pretrain.py --ds_config ds_configs/zero2.json --config {config} "
     "--set run_dir={out}/runs/{each} --set model.encoding={each} "
     "--set data.path={out}/data/train --set data.valid_path={out}/data/valid {settings}",
     "runs/{each}/checkpoints/step-{steps:08d}",

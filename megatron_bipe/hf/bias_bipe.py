@@ -29,7 +29,8 @@ def alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None, _attention_
 
     Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
     in three parts, distances in two, each of which bf16 holds exactly. The second channel adds what makes scores near
-    the query small; kernels add in order, so that large numbers cancel before anything small is added.
+    the query small; kernels add in order, so that large numbers cancel before anything small is added. A zero follows
+    each channel: AMX adds even and odd channels up apart.
     """
     position_BS = key_positions(config, new_BT, memory)
     if position_BS.shape[1] > DIGIT**2:
@@ -47,7 +48,11 @@ def alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None, _attention_
     coarse_BS, unit_BS = back_BS - fine_BS, torch.full_like(back_BS, -_UNIT)
     keys_BS7 = -torch.stack([coarse_BS, unit_BS, fine_BS, coarse_BS, fine_BS, coarse_BS, fine_BS], dim=-1).float()
     queries_BNT7 = torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1)
-    return {"channels": (queries_BNT7, keys_BS7[:, None])}
+    return {"channels": (_spread(queries_BNT7), _spread(keys_BS7[:, None]))}
+
+
+def _spread(channels: Tensor) -> Tensor:
+    return torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
 
 
 def t5(config: BipeConfig, new_BT: Tensor, memory: Memory | None, _attention_mask: Tensor | None) -> dict[str, Any]:

@@ -39,8 +39,9 @@ class KeyBias(RelativeEncoding):
     config/encodings.py): 6 channels. A seventh is the query's
     and takes off what its own position gives, so that scores near the query stay small; how it is rounded
     does not matter, since it is the same for all keys. The channels come before the head's own and the largest come
-    first: kernels add in that order, and the large numbers have cancelled before anything small is added. Queries
-    hold the slopes, so keys stay shared by grouped queries.
+    first: kernels add in that order, and the large numbers have cancelled before anything small is added. A zero
+    follows each channel: AMX adds up even and odd channels apart (TDPBF16PS in Intel's manual), and numbers that
+    cancel must meet in one of the sums. Queries hold the slopes, so keys stay shared by grouped queries.
     """
 
     encodes = True
@@ -64,7 +65,7 @@ class KeyBias(RelativeEncoding):
         own_BNT = slopes_N1 / _OWN_UNIT * back_B1T
         high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in _bf16_parts(slopes_N1))
         q_BNT7 = torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1)
-        pad = self.widening(q_BNTH.shape[-1]) - _CHANNELS
+        pad = self.widening(q_BNTH.shape[-1]) - 2 * _CHANNELS
         return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
 
     def reach(self, q_BNTH: Tensor, k_BGTH: Tensor) -> Tensor:
@@ -83,8 +84,8 @@ class KeyBias(RelativeEncoding):
 
     @staticmethod
     def widening(head_width: int) -> int:
-        """The channels, and what fills the width up to a multiple of 8."""
-        return _CHANNELS + -(head_width + _CHANNELS) % 8
+        """The channels with their zeros, and what fills the width up to a multiple of 8."""
+        return 2 * _CHANNELS + -(head_width + 2 * _CHANNELS) % 8
 
     @staticmethod
     def table_width(head_width: int) -> int:
@@ -111,5 +112,6 @@ def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _prepend(channels_BNTC: Tensor, x_BNTH: Tensor, pad: int) -> Tensor:
+    channels_BNTC = torch.stack([channels_BNTC, torch.zeros_like(channels_BNTC)], dim=-1).flatten(-2)
     channels_BNTC = channels_BNTC.to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
     return torch.nn.functional.pad(torch.cat((channels_BNTC, x_BNTH), dim=-1), (0, pad))

@@ -17,6 +17,7 @@ from megatron_bipe.data.resegment import resegment
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
 
@@ -185,5 +186,8 @@ def test_feed_validation_on_examples_weighs_them_over_all_its_windows(tmp_path, 
 
 
 def test_dry_run_counts_examples(folder):
-    described = describe(_run(folder), {"zero_optimization": {"stage": 1}}, 1)
+    precision = PrecisionChoice("fp32", "train.precision=fp32")
+    run = _run(folder)
+    run = run.model_copy(update={"train": run.train.model_copy(update={"precision": precision.precision})})
+    described = describe(run, {"zero_optimization": {"stage": 1}}, 1, precision)
     assert "3 examples of sums" in described and "reads it 8.00 times" in described

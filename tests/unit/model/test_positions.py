@@ -129,6 +129,6 @@ def test_key_bias_channels_hold_slope_times_distance_exactly(dtype, num_tokens):
 def test_key_bias_widened_heads_are_a_multiple_of_eight(head_width):
     q, k = queries_and_keys(5, width=head_width)
     wide_q, wide_k = KeyBias(torch.ones(4), head_width)(q, k, torch.arange(5).expand(2, -1))
-    assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 7 + 7) // 8 * 8
+    assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 14 + 7) // 8 * 8
     assert wide_q.shape[1] == 4 and wide_k.shape[1] == 2
-    assert torch.equal(wide_q[..., 7 : head_width + 7], q) and torch.equal(wide_k[..., 7 : head_width + 7], k)
+    assert torch.equal(wide_q[..., 14 : head_width + 14], q) and torch.equal(wide_k[..., 14 : head_width + 14], k)
