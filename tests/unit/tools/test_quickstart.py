@@ -28,12 +28,13 @@ def test_plan_is_commands_of_the_project_with_values_filled_in(quickstart):
     assert "data.path=some where/data/train" in train.command
 
 
-def test_plan_trains_one_model_on_two_ranks_and_the_others_side_by_side(quickstart):
+def test_plan_trains_all_models_at_once_one_of_them_on_two_ranks(quickstart):
     stages = quickstart.plan(Path("out"), [])
-    trainings = [[step for step in stage if step.title.startswith("Train ") and step.name] for stage in stages]
-    (alone, *_), together = [stage for stage in trainings if stage]
-    assert "--num_accelerators 2" in " ".join(alone.command) and "zero2.json" in " ".join(alone.command)
-    assert len(together) == 2 and all("deepspeed" not in step.command for step in together)
+    [trainings] = [stage for stage in stages if any("pretrain.py" in step.command for step in stage)]
+    assert [step.name for step in trainings] == list(quickstart.ENCODINGS)
+    first, *others = (" ".join(step.command) for step in trainings)
+    assert "--num_accelerators 2" in first and "zero2.json" in first
+    assert all("deepspeed" not in command and "OMP_NUM_THREADS=1" in command for command in others)
 
 
 NATS = {128: 3.0, 256: 3.01, 512: 3.1}
