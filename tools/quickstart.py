@@ -57,7 +57,7 @@ def main() -> None:
 
 
 def plan(folder: Path, settings: list[str]) -> list[Stage]:
-    """Return all stages in order. All models are trained at once: one on two ranks under ZeRO 2, the others on one each.
+    """Return all stages in order; all models are trained at once, one on two ranks under ZeRO 2.
 
     Ranks wait for each other, and a process that starts waits for the disk: three trainings together take less time
     than one after the other.
@@ -69,16 +69,10 @@ def plan(folder: Path, settings: list[str]) -> list[Stage]:
         "prompts": shlex.join(PROMPTS),
     }
     first, *others = ENCODINGS
+    on_two_ranks, alone = fill([TRAIN_EACH], folder, values, [first]), fill([TRAIN_EACH_ALONE], folder, values, others)
     return [
         *fill(FROM_TEXT_TO_DATA, folder, values, ()),
-        [
-            step
-            for stage in (
-                *fill([TRAIN_EACH], folder, values, [first]),
-                *fill([TRAIN_EACH_ALONE], folder, values, others),
-            )
-            for step in stage
-        ],
+        [step for stage in (*on_two_ranks, *alone) for step in stage],
         *fill([EVALUATE], folder, values, ()),
         *fill([EXPORT], folder, values, ENCODINGS),
         *fill([GENERATE], folder, values, ()),
