@@ -23,7 +23,7 @@ from bench._machine import describe_machine
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 
 CONFIG = Path("examples/quickstart.yaml")
-POLICIES = {"libgomp's default": "", "OMP_WAIT_POLICY=PASSIVE": "PASSIVE"}  # libgomp ignores an empty variable
+POLICIES = {"libgomp's default": {}, "OMP_WAIT_POLICY=PASSIVE": {"OMP_WAIT_POLICY": "PASSIVE"}}
 WARM_UP_STEPS, STEPS = 3, 12
 BUSY_LOOP = "while True: pass"
 
@@ -39,6 +39,7 @@ def main() -> None:
     if arguments.train_here:
         print(train())
         return
+    os.environ.pop("OMP_WAIT_POLICY", None)  # which this process has by default, and would hand on
     print(describe_machine("torch"))
     print(f"{arguments.threads} threads, {arguments.repeats} turns; load before: {os.getloadavg()[0]:.1f}\n")
     for load in (0, arguments.load):
@@ -55,9 +56,9 @@ def main() -> None:
             print(f"{load} busy processes  {name:26} {median:9,.0f} tokens/s {median / first:6.2f} x", flush=True)
 
 
-def measure(policy: str, threads: int) -> float:
+def measure(policy: dict[str, str], threads: int) -> float:
     """Return the tokens/s of one contender, in a fresh process: libgomp reads its variables once."""
-    env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": policy}
+    env = {"OMP_NUM_THREADS": str(threads)} | policy
     command = [sys.executable, __file__, "--train-here"]
     return float(run_command(command, env=env, stdout=PIPE, check=True).stdout)
 
