@@ -30,7 +30,6 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     The configuration is checked before torch and DeepSpeed are imported, so that errors in it appear at once.
     """
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
-    stop_request.listen()
     log_to_stderr(launch.rank)
     _check_counts(args)
     run = load_run_config(args.config, args.set)
@@ -61,6 +60,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     stop = min(run.train.steps, args.stop_step or run.train.steps)
+    stop_request.listen()  # before there is something to save, a signal ends the process
     with (
         entered(run, feed.record, args.allow, mesh.is_main),
         feed.checking_shards(),

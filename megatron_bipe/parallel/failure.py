@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 Arguments = TypeVar("Arguments")
 
 FAILED, USER_ERROR = 1, 2  # exit codes
-_HEAD_START_S = 8  # launchers kill all ranks when one leaves; the main one must have spoken by then
+_HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one must have spoken by then
 
 
 def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) -> None:
