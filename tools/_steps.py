@@ -4,7 +4,6 @@ import json
 import os
 import re
 import shlex
-import socket
 import sys
 import time
 from collections.abc import Iterable, Sequence
@@ -16,6 +15,7 @@ from typing import NamedTuple
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import BipeError
+from megatron_bipe.parallel.launch import free_port
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
 from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 
@@ -214,7 +214,7 @@ class _Run:
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._log.write_text(self._made_by + "\n", encoding="utf-8")
         env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-        command = [str(_free_port()) if word == FREE_PORT else word for word in self.step.command]
+        command = [str(free_port()) if word == FREE_PORT else word for word in self.step.command]
         while match := _ASSIGNMENT.fullmatch(command[0]):
             env[match[1]] = match[2]
             del command[0]
@@ -268,13 +268,6 @@ class _Run:
     def _show(self, text: str) -> None:
         sys.stdout.write(f"    {self._prefix}{text}\n")  # in one piece: other threads write, too
         sys.stdout.flush()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _without(folder: Path, word: str) -> str:

@@ -34,7 +34,7 @@ class RunLosses(NamedTuple):
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second over all steps; validation and saving left out."""
+        """Tokens a second over all steps, without the time of validation and saving."""
         return self.num_tokens / max(sum(self.steps_s), 1e-9)
 
 

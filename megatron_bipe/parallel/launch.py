@@ -24,7 +24,7 @@ def find_launch() -> Launch:
         ConfigError: the launcher's variables do not fit together.
     """
     prepare_environment()
-    return read_launch(os.environ, _agree_by_mpi, _free_port)
+    return read_launch(os.environ, _agree_by_mpi, free_port)
 
 
 def join_launch(launch: Launch | None = None) -> "Mesh":
@@ -100,12 +100,13 @@ def _agree_by_mpi(one_host: bool) -> Meeting:
             remedy="pip install 'megatron-bipe[mpi]', or give all ranks MASTER_ADDR and MASTER_PORT",
             place="mpiexec",
         ) from error
-    agreed: Meeting = MPI.COMM_WORLD.bcast(Meeting("127.0.0.1" if one_host else socket.gethostname(), _free_port()))
+    agreed: Meeting = MPI.COMM_WORLD.bcast(Meeting("127.0.0.1" if one_host else socket.gethostname(), free_port()))
     MPI.Finalize()
     return agreed
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of this host that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(("", 0))
         return int(probe.getsockname()[1])
