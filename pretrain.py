@@ -7,6 +7,7 @@ import argparse
 import logging
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
@@ -88,11 +89,11 @@ def _log_lines(text: str) -> None:
 def _check_counts(args: argparse.Namespace) -> None:
     for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None)):
         if value is not None and value < 1:
-            raise ConfigError(f"{option} {value}", remedy="Give a whole number, 1 or more", place=option)
+            raise ConfigError(f"{option} {value}", remedy="Give a whole number, 1 or more", location=option)
 
 
-def parse_args() -> argparse.Namespace:
-    """The command line; `--local_rank` is what the deepspeed launcher adds."""
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse the command line (None: the process's own); `--local_rank` is what the deepspeed launcher adds."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ds_config", type=Path, required=True, help="engine knobs, see ds_configs/")
     parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
@@ -105,7 +106,7 @@ def parse_args() -> argparse.Namespace:
         "--profile", type=int, default=0, metavar="STEPS", help="trace so many updates, print their parts"
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

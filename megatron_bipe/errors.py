@@ -1,4 +1,4 @@
-"""The error family: every message says what was seen, the rule, the remedy and the place.
+"""The error family: every message says what was seen, the rule, the remedy and the location.
 
 Command-line tools turn a `BipeError` into exit code 2 (the user can fix it); any other exception is
 a defect or a broken machine and leaves with code 1 and a traceback.
@@ -14,23 +14,23 @@ class BipeError(Exception):
     Args:
         message: what was seen and the rule it breaks.
         remedy: what to do about it, as an imperative sentence.
-        place: the file, field or command the message is about.
+        location: the file, field or command the message is about.
     """
 
-    def __init__(self, message: str, *, remedy: str = "", place: str | Path = "") -> None:
+    def __init__(self, message: str, *, remedy: str = "", location: str | Path = "") -> None:
         self.message = message
         self.remedy = remedy
-        self.place = str(place)
+        self.location = str(location)
         text = " ".join(_sentence(part) for part in (message, remedy) if part)
-        super().__init__(f"{text}  [{self.place}]" if self.place else text)
+        super().__init__(f"{text}  [{self.location}]" if self.location else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Travel to another process whole."""
-        return _rebuilt, (type(self), self.message, self.remedy, self.place)
+        return _rebuilt, (type(self), self.message, self.remedy, self.location)
 
 
-def _rebuilt(kind: type[BipeError], message: str, remedy: str, place: str) -> BipeError:
-    return kind(message, remedy=remedy, place=place)
+def _rebuilt(kind: type[BipeError], message: str, remedy: str, location: str) -> BipeError:
+    return kind(message, remedy=remedy, location=location)
 
 
 def _sentence(text: str) -> str:

@@ -52,7 +52,7 @@ def _open(folder: Path, kind: int) -> IO[str]:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             what = f"The output cannot be written: {error.strerror}"
-            raise DataError(what, remedy="Mend it: a file is in the way", place=folder.parent) from error
+            raise DataError(what, remedy="Mend it: a file is in the way", location=folder.parent) from error
         with suppress(FileNotFoundError):  # a run that has ended removed the folder just now
             stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs reading
             if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # and that run did not remove the file
@@ -78,5 +78,5 @@ def _busy(folder: Path) -> DataError:
     return DataError(
         "Another run is writing to this folder",
         remedy="Wait for it or stop it, or name another folder",
-        place=folder.parent,
+        location=folder.parent,
     )

@@ -43,13 +43,13 @@ def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
         raise DataError(
             f"{options.problems} problems of {options.operators.start} to {options.operators.stop - 1} operators",
             remedy="Ask for 1 problem or more, of 1 operator or more, as in --operators 1..6",
-            place="--operators",
+            location="--operators",
         )
     if options.length < 2:
         raise DataError(
             f"windows of {options.length} tokens hold no problem",
             remedy="Problems of N operators with their solutions have at most 2 N (N + 1) + 3 tokens",
-            place="--length",
+            location="--length",
         )
     found = problems(options.operators, options.problems, options.seed, held_out=options.held_out)
     with tempfile.TemporaryDirectory() as folder:

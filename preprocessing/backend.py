@@ -78,7 +78,7 @@ class GigatokenBackend:
             raise DataError(
                 f"gigatoken cannot take this tokenizer: {error}",
                 remedy="Install gigatoken if it is missing, or leave --backend to its default",
-                place=tokenizer.definition,
+                location=tokenizer.definition,
             ) from error
 
     def encode(self, texts: Sequence[str]) -> Encoded:
@@ -134,7 +134,7 @@ def check_ids(document: Document, found_T: TokenArray, stock: Backend) -> None:
         f"gigatoken and the stock tokenizer disagree from token {place} on: {found_T[around].tolist()} and "
         f"{expected_T[around].tolist()}, in the document that begins {document.text[:60]!r}",
         remedy="Run again with --backend stock, or with --on-difference fall-back, and report this",
-        place=f"{document.file}, line {document.line}",
+        location=f"{document.file}, line {document.line}",
     )
 
 

@@ -132,20 +132,20 @@ def _plan(options: BuildOptions) -> _Plan:
     require_at_least("--shard-tokens", options.shard_tokens, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
     if not 0 <= options.check_share <= 1:
-        raise DataError(f"--check-share is {options.check_share}", remedy="Give 0 to 1", place="--check-share")
+        raise DataError(f"--check-share is {options.check_share}", remedy="Give 0 to 1", location="--check-share")
     inputs = find_inputs(options.inputs)
     tokenizer = load_tokenizer(options.tokenizer, options.special_in_text)
     if options.append_eos and tokenizer.eos_id is None:
         raise DataError(
             "The tokenizer has no end-of-sequence token to append",
             remedy='Name one as "eos_token" in its tokenizer_config.json, or leave --append-eos out',
-            place=tokenizer.definition,
+            location=tokenizer.definition,
         )
     if tokenizer.definition.resolve().is_relative_to(options.output.resolve()):
         raise DataError(
             "The tokenizer lies in the output folder, which is to be made anew",
             remedy="Copy it to another place, and name the copy",
-            place=tokenizer.definition,
+            location=tokenizer.definition,
         )
     recipe = Recipe(
         tokenizer_file=tokenizer.definition,
@@ -220,7 +220,7 @@ def _known_to_differ(work: WorkFolder) -> DataError:
     return DataError(
         "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
         remedy="Add --backend stock, or --on-difference fall-back",
-        place=work.output,
+        location=work.output,
     )
 
 

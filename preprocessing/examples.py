@@ -74,7 +74,7 @@ def _begin(work: WorkFolder, overwrite: bool) -> None:
         raise DataError(
             "The output folder holds a dataset",
             remedy="Name another folder, or add --overwrite to replace it",
-            place=work.output,
+            location=work.output,
         )
     work.remove()
 
@@ -91,7 +91,7 @@ def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) ->
                 tokens_T = np.asarray(ids_T).astype(dtype)
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, contents.rule), size, ""))
         if not writer.num_documents:
-            raise DataError("There are no examples", remedy="Give files that hold some", place=work.output)
+            raise DataError("There are no examples", remedy="Give files that hold some", location=work.output)
         record = writer.finish()
     clear_output(work.output)
     return publish_dataset(work.output, [(folder, record)], contents, Destination("", ""))
@@ -100,12 +100,12 @@ def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) ->
 def _check(example: Example, longest: int) -> None:
     for name, ids_T in (("prompt", example.prompt_T), ("answer", example.answer_T)):
         if not len(ids_T):
-            raise DataError(f"an example without {name}", remedy="Leave it out", place=example.place)
+            raise DataError(f"an example without {name}", remedy="Leave it out", location=example.place)
     size = len(example.prompt_T) + len(example.answer_T)
     if size > longest:
         raise DataError(
             f"an example has {len(example.prompt_T)} tokens of prompt and {len(example.answer_T)} of answer; a window "
             f"has {longest}",
             remedy=f"Use --length {size} or more, or leave it out",
-            place=example.place,
+            location=example.place,
         )

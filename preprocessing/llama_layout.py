@@ -29,7 +29,7 @@ def ensure_stop_piece(model: Model) -> bool:
         raise DataError(
             "The vocabulary has no room for a single merge",
             remedy="Give a larger --vocab-size",
-            place="--vocab-size",
+            location="--vocab-size",
         )
     min(merges, key=lambda piece: piece.score).piece = STOP_PIECE
     return True

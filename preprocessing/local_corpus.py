@@ -229,7 +229,7 @@ def _check_complete(tallies: dict[tuple[str, str], Tally], folder: Path) -> None
         raise DataError(
             f"no documents of {', '.join(empty)}: every subset must be in both files",
             remedy="Raise --max-bytes or --valid-share, or run inside the environment that make setup creates",
-            place=folder,
+            location=folder,
         )
 
 

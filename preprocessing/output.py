@@ -124,7 +124,7 @@ def _move(origin: Path, target: Path) -> None:
             raise DataError(
                 "A finished shard is gone from the unfinished output",
                 remedy=f"Remove the folder {WORK_FOLDER!r}, and run the same command again with --overwrite",
-                place=origin,
+                location=origin,
             ) from error
 
 
@@ -162,13 +162,13 @@ def require_own(folder: Path) -> None:
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise DataError("The output must be a folder, and this is a file", remedy="Name another", place=folder)
+        raise DataError("The output must be a folder, and this is a file", remedy="Name another", location=folder)
     foreign = next(_foreign(folder, LEVELS), None)
     if foreign is not None:
         raise DataError(
             f"The output folder holds something that is no part of a dataset: {foreign.relative_to(folder)}",
             remedy="Name another folder, or move it away",
-            place=folder,
+            location=folder,
         )
 
 

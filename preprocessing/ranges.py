@@ -220,7 +220,7 @@ class _RangeWriter:
                 f"The output has more than {MAX_DATASETS} partitions, or splits of partitions; the last value seen is "
                 f"{destination.partition!r}",
                 remedy="Partition by a key with few values, such as meta.pile_set_name",
-                place="--partition-by",
+                location="--partition-by",
             )
         writer = ShardWriter(self._folder, f"{len(self._order):03d}", self._dtype)
         self._order.append(destination)

@@ -59,7 +59,7 @@ def join_ranks() -> Iterator[Ranks]:
         raise DataError(
             f"This process was started by MPI, but mpi4py cannot be loaded: {error}",
             remedy="pip install 'megatron-bipe[mpi]', or start it without mpiexec and with --workers",
-            place="mpiexec",
+            location="mpiexec",
         ) from error
     ranks = Ranks(MPI.COMM_WORLD)
     try:

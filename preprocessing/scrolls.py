@@ -78,6 +78,6 @@ def _output(row: Row) -> str:
         raise DataError(
             f"the example {row.pid!r} has no answer to learn from",
             remedy="Name a split that has outputs, train or validation; in one of these, mend or remove the line",
-            place=row.place,
+            location=row.place,
         )
     return row.output

@@ -50,4 +50,4 @@ class Split:
 
 
 def _wrong(what: str) -> DataError:
-    return DataError(what, remedy=f"Write it as in {EXAMPLE}", place="--split")
+    return DataError(what, remedy=f"Write it as in {EXAMPLE}", location="--split")

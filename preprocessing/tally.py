@@ -65,7 +65,7 @@ class Tally:
                 f"{self.num_malformed} of {self.num_lines} lines are malformed, more than the {allowed} that are let "
                 f"pass, such as {_named(example)}",
                 remedy="Mend the input, name the right --text-key or --partition-by, or raise --max-malformed",
-                place=example.file,
+                location=example.file,
             )
 
     def finish(self, inputs: Sequence[str]) -> None:
@@ -83,14 +83,14 @@ class Tally:
                 f"The inputs hold no text ({self.num_lines} lines, {self.num_malformed} malformed, "
                 f"{self.num_empty} empty){first}",
                 remedy="Check the inputs and --text-key",
-                place=", ".join(inputs),
+                location=", ".join(inputs),
             )
 
 
 def require_at_least(option: str, value: int | None, least: int) -> None:
     """Refuse a number that is out of range; None is an option that was not given."""
     if value is not None and value < least:
-        raise DataError(f"{option} is {value}", remedy=f"Give {least} or more", place=option)
+        raise DataError(f"{option} is {value}", remedy=f"Give {least} or more", location=option)
 
 
 def _named(line: Malformed) -> str:

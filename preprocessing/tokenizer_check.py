@@ -58,5 +58,5 @@ def check_agreement(model: bytes, definition: bytes, texts: list[str]) -> None:
                 f"tokenizer.model and tokenizer.json disagree on training text near {around!r}, token {place}; "
                 "nothing was written",
                 remedy="Use another --vocab-size or other text, and report this",
-                place="tokenizer.json",
+                location="tokenizer.json",
             )

@@ -68,5 +68,5 @@ def _misfit(piece: Piece) -> DataError:
         f"The parts of the file before and after byte {piece.start} do not fit together: it was changed while it was "
         "read, or different versions of zstandard or zlib took part",
         remedy=f"Remove the folder {WORK_FOLDER!r} in the output, and run the same command again in one environment",
-        place=piece.input.name,
+        location=piece.input.name,
     )

@@ -56,7 +56,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
     files = find_inputs(options.inputs)
     if options.output.exists() and not options.output.is_dir():
         raise DataError(
-            "The output is a file, and a tokenizer is a folder", remedy="Name another", place=options.output
+            "The output is a file, and a tokenizer is a folder", remedy="Name another", location=options.output
         )
     names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
     present = [name for name in names if (options.output / name).exists()]
@@ -64,7 +64,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
         raise DataError(
             f"The output folder holds {', '.join(present)}",
             remedy="Name another folder, or add --overwrite to replace the tokenizer",
-            place=options.output,
+            location=options.output,
         )
     sample = CheckSample()
     tally = Tally(options.max_malformed)
@@ -171,5 +171,5 @@ def _size_error(complaint: str, options: TrainOptions) -> Exception:
         what = f"is too small{least}"
         remedy = f"Give --vocab-size {int(smallest[1]) + 1 if smallest else 1000} or more"
     else:
-        return DataError(f"SentencePiece cannot train on this text: {complaint}", place=", ".join(options.inputs))
-    return DataError(f"A vocabulary of {options.vocab_size} {what}", remedy=remedy, place="--vocab-size")
+        return DataError(f"SentencePiece cannot train on this text: {complaint}", location=", ".join(options.inputs))
+    return DataError(f"A vocabulary of {options.vocab_size} {what}", remedy=remedy, location="--vocab-size")

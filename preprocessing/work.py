@@ -103,7 +103,7 @@ class WorkFolder:
             raise DataError(
                 f"The record of a finished range is damaged: {error.errors()[0]['msg']}",
                 remedy="Remove the folder it lies in, and run the same command again",
-                place=path,
+                location=path,
             ) from error
 
     def begin(self, job: dict[str, Any], *, has_output: bool, overwrite: bool) -> None:
@@ -125,7 +125,7 @@ class WorkFolder:
                 raise DataError(
                     f"The output folder holds the beginnings of another job; it differs in {_differences(old, job)}",
                     remedy="Give that job's command to finish it, name another folder, or add --overwrite to drop it",
-                    place=self.path,
+                    location=self.path,
                 )
             self.remove()
         if old == job:
@@ -134,7 +134,7 @@ class WorkFolder:
             raise DataError(
                 "The output folder holds a dataset",
                 remedy="Name another folder, or add --overwrite to replace it",
-                place=self.output,
+                location=self.output,
             )
         self.path.mkdir(parents=True, exist_ok=True)
         if not has_output:
@@ -151,7 +151,7 @@ class WorkFolder:
             raise DataError(
                 f"This record of an unfinished run cannot be read: {error}",
                 remedy="Remove the folder it lies in",
-                place=path,
+                location=path,
             ) from error
 
     def has(self, mark: str) -> bool:
@@ -188,7 +188,7 @@ class WorkFolder:
             raise DataError(
                 f"The output cannot be written: {error.strerror or error}",
                 remedy=f"{mend}, and run the same command again: finished shards are kept",
-                place=error.filename or self.path,
+                location=error.filename or self.path,
             ) from error
 
 

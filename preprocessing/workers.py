@@ -138,7 +138,7 @@ class _Pool:
             f"A worker process died (exit code {process.exitcode}; a code of -9 most often means that the system was "
             "out of memory)",
             remedy="Run the same command again, with fewer --workers if memory was short: finished shards are kept",
-            place=f"{piece.input.name}, from byte {piece.start}",
+            location=f"{piece.input.name}, from byte {piece.start}",
         )
 
 

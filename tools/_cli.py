@@ -5,31 +5,43 @@ these. Torch, transformers and others that take long are imported by the functio
 """
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from megatron_bipe.errors import BipeError, CheckpointError, DataError
 from megatron_bipe.runtime.environment import prepare_environment
 
 
-def run_tool(main: Callable[[], None]) -> None:
-    """Run `main` and leave the process with the exit code its outcome stands for."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
-    try:
-        prepare_environment()  # before main imports torch
-        main()
-        sys.stdout.flush()
-    except BipeError as error:
-        sys.exit(_say(f"{type(error).__name__}: {error}"))
-    except BrokenPipeError:  # the reader has seen enough, as in `... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted.\n")
-        sys.exit(1)
+def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
+    """Decorate a command's `main(argv)`: it then logs to stderr, reports errors and returns its exit code.
+
+    Tests call it like any function; a script ends with `sys.exit(main())`, which reads the process's arguments.
+    """
+
+    @functools.wraps(main)
+    def run(argv: Sequence[str] | None = None) -> int:
+        logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+        try:
+            prepare_environment()  # before main imports torch
+            main(argv)
+            sys.stdout.flush()
+        except SystemExit as end:  # of argparse, or of a command that chooses its exit code
+            return end.code if isinstance(end.code, int) else int(end.code is not None)
+        except BipeError as error:
+            sys.stderr.write(f"{type(error).__name__}: {error}\n")
+            return 2
+        except BrokenPipeError:  # the reader has seen enough, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except KeyboardInterrupt:
+            sys.stderr.write("Interrupted.\n")
+            return 1
+        return 0
+
+    return run
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:
@@ -39,9 +51,9 @@ def check_output_file(file: Path, overwrite: bool) -> None:
         DataError: it is a folder or in none, or it is there and may not be replaced.
     """
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise DataError("This is no file in an existing folder", remedy="Name another file", place=file)
+        raise DataError("This is no file in an existing folder", remedy="Name another file", location=file)
     if file.exists() and not overwrite:
-        raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", place=file)
+        raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", location=file)
 
 
 def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_hf.py") -> None:
@@ -51,7 +63,7 @@ def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_h
         CheckpointError: there is no `config.json`.
     """
     if not (folder / "config.json").is_file():
-        raise CheckpointError("no exported model here", remedy=remedy, place=folder)
+        raise CheckpointError("no exported model here", remedy=remedy, location=folder)
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:
@@ -70,8 +82,3 @@ def parse_range(text: str) -> range:
     if not all(bound.isascii() and bound.isdigit() for bound in (first, last if dots else first)):
         raise argparse.ArgumentTypeError(f"{text!r} is no range of whole numbers, such as 1..6")
     return range(int(first), int(last if dots else first) + 1)
-
-
-def _say(message: str) -> int:
-    sys.stderr.write(message + "\n")
-    return 2

@@ -37,7 +37,7 @@ def pick_device(name: str) -> str:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError(f"device {name!r}: {reason}", remedy="Use auto, cpu or cuda", place="--device") from error
+        raise ConfigError(f"device {name!r}: {reason}", remedy="Use auto, cpu or cuda", location="--device") from error
     return name
 
 

@@ -247,7 +247,7 @@ class _Run:
                 f"the command left with exit code {code} and did not make {self.step.result}; "
                 f"the last {len(lines)} lines of its output are above, unfiltered",
                 remedy="Read its whole output, mend the cause, and run this again: finished steps are kept",
-                place=self._log,
+                location=self._log,
             )
         self._show(f"{seconds:.0f} s")
         return round(seconds, 1)
@@ -284,5 +284,5 @@ def _check_made_by(made_by: str, log: Path, result: Path) -> None:
         raise BipeError(
             f"{result} was made by {before!r}, and now it is {made_by!r}",
             remedy="Name another --output, or give the same options; or remove the result, to have it made anew",
-            place=log,
+            location=log,
         )

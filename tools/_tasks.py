@@ -30,7 +30,7 @@ def scrolls(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"rouge_score cannot be imported: {error}",
             remedy="Install it: pip install 'megatron-bipe[scrolls]'",
-            place="evaluate.py scrolls",
+            location="evaluate.py scrolls",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, result_names(task))
     results_table(arguments.output)  # of other tasks, which is asked for again in the end
@@ -85,7 +85,9 @@ def add_scrolls(command: argparse.ArgumentParser) -> None:
 def arithmetic(arguments: argparse.Namespace) -> None:
     """Let the models solve held-out problems; write and print how often they are right."""
     if not arguments.operators or arguments.operators.start < 1 or arguments.problems < 1:
-        raise ConfigError("there is nothing to solve", remedy="Use --operators 1..6 or the like", place="--operators")
+        raise ConfigError(
+            "there is nothing to solve", remedy="Use --operators 1..6 or the like", location="--operators"
+        )
     for folder in arguments.model:
         check_model_folder(folder)
     from megatron_bipe.eval import arithmetic as problems

@@ -6,11 +6,13 @@ that is printed at the end is the same on every machine.
 
 import argparse
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from _cli import run_tool
+from _cli import command
 from megatron_bipe.errors import DataError
 from preprocessing.local_corpus import SOURCES, collect, corpus_files, find_sources, list_sources, write_corpus
 
@@ -18,9 +20,10 @@ CONSTRAINTS = Path(__file__).parents[1] / "constraints.txt"
 _log = logging.getLogger(__name__)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse, collect, write, and say what came out."""
-    options = _parse()
+    options = _parse(argv)
     _refuse_to_overwrite(options.output, options.overwrite)
     distributions, differences = find_sources(_read_pins())
     if differences:
@@ -38,7 +41,7 @@ def main() -> None:
     print(f"fingerprint {written.fingerprint}")
 
 
-def _parse() -> argparse.Namespace:
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=f"{__doc__}\nIt is written as train.jsonl.zst and valid.jsonl.zst, with the subsets Code and "
         f"Prose in meta.pile_set_name.\nPackages: {', '.join(SOURCES)}.",
@@ -48,7 +51,7 @@ def _parse() -> argparse.Namespace:
     parser.add_argument("--max-bytes", type=int, default=24_000_000, help="cap of each subset (default %(default)s)")
     parser.add_argument("--valid-share", type=float, default=0.05, help="share for validation (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
-    options = parser.parse_args()
+    options = parser.parse_args(argv)
     if options.max_bytes <= 0 or not 0 < options.valid_share < 1:
         parser.error("--max-bytes must be positive, and --valid-share between 0 and 1")
     return options
@@ -62,11 +65,13 @@ def _read_pins() -> dict[str, str]:
 
 def _refuse_to_overwrite(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise DataError("output is no folder", remedy="Choose another", place=output)
+        raise DataError("output is no folder", remedy="Choose another", location=output)
     existing = [path for path in corpus_files(output) if path.exists()]
     if existing and not overwrite:
-        raise DataError("output exists already", remedy="Pass --overwrite, or choose another folder", place=existing[0])
+        raise DataError(
+            "output exists already", remedy="Pass --overwrite, or choose another folder", location=existing[0]
+        )
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

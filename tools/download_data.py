@@ -5,19 +5,22 @@ Example: python tools/download_data.py --output pile --include 'train/0*' val.js
 
 import argparse
 import logging
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import run_tool
+from _cli import command
 from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
 
 if TYPE_CHECKING:
     from preprocessing.hub.plan import Plan
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line; download, or show what there is to download."""
-    arguments = vars(_parser().parse_args())
+    arguments = vars(_parser().parse_args(argv))
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, with signed addresses in it
     dry_run = arguments.pop("dry_run")
     known = find_known(arguments.pop("dataset"))
@@ -34,8 +37,8 @@ def main() -> None:
         f"{options.output}: {len(snapshot.files)} file(s) of {snapshot.repo} at commit {snapshot.commit}, all whole; "
         f"{num_fetched} fetched now"
     )
-    for command in next_commands(known, options.output, (file.path for file in snapshot.files)):
-        print(f"Next: {command}")
+    for next_command in next_commands(known, options.output, (file.path for file in snapshot.files)):
+        print(f"Next: {next_command}")
 
 
 def _show(plan: "Plan") -> None:
@@ -73,4 +76,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

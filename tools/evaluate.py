@@ -3,13 +3,15 @@
 import argparse
 import json
 import logging
+import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tqdm import tqdm
 
-from _cli import check_model_folder, run_tool
+from _cli import check_model_folder, command
 from _device import add_device_options, pick_device, pick_dtype
 from _tasks import add_arithmetic, add_scrolls
 from megatron_bipe.data.dataset import TokenDataset
@@ -30,9 +32,10 @@ HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and run its subcommand."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     arguments.run(arguments)
 
 
@@ -100,7 +103,7 @@ def harness(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"lm-evaluation-harness cannot be imported: {error}",
             remedy="Install it: pip install 'megatron-bipe[harness]'",
-            place="evaluate.py harness",
+            location="evaluate.py harness",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, (HARNESS_NAME,))
     device = pick_device(arguments.device)
@@ -133,7 +136,7 @@ def parse_lengths(text: str) -> list[int]:
         raise ConfigError(
             f"{', '.join(map(repr, wrong))} is no window length: a whole number of tokens, 2 or more",
             remedy="Write --lengths 1024,2048,4096 or 1024..8192",
-            place="--lengths",
+            location="--lengths",
         )
     return sorted(set(map(int, parts)))
 
@@ -276,4 +279,4 @@ def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

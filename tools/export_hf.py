@@ -7,13 +7,15 @@ import argparse
 import json
 import logging
 import math
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, get_args
 
 import numpy as np
 import yaml
 
-from _cli import run_tool
+from _cli import command
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ComputePrecision, RunConfig
 from megatron_bipe.data.blend import open_blend
@@ -29,12 +31,13 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and export."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     if arguments.max_shard_gb <= 0:
         raise ConfigError(
-            f"--max-shard-gb {arguments.max_shard_gb:g}", remedy="Give more than 0", place="--max-shard-gb"
+            f"--max-shard-gb {arguments.max_shard_gb:g}", remedy="Give more than 0", location="--max-shard-gb"
         )
     checkpoint = find_checkpoint(arguments.checkpoint)
     export(checkpoint, arguments)
@@ -104,13 +107,13 @@ def _perplexity(folder: Path, checkpoint: Checkpoint) -> "PerplexityPlot":
         raise CheckpointError(
             f"no results of an evaluation can be read: {error}",
             remedy="Name the --output of tools/evaluate.py perplexity",
-            place=folder,
+            location=folder,
         ) from error
     if results is None:
         raise CheckpointError(
             f"the evaluation is of {', '.join(found)}, not of {source}",
             remedy=f"Make one with tools/evaluate.py perplexity --model {source}",
-            place=folder,
+            location=folder,
         )
     lines = [("window length", *(length for length, _ in rows)), ("---",) * (len(rows) + 1)]
     table = "\n".join(
@@ -159,4 +162,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -1,15 +1,18 @@
 """Let an exported model continue prompts, through transformers' own `generate`."""
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _cli import check_model_folder, check_output_file, run_tool
+from _cli import check_model_folder, check_output_file, command
 from _device import add_device_options, pick_device, pick_dtype
 from megatron_bipe.config.schema import AUTO
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and print each prompt with its continuation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
@@ -20,7 +23,7 @@ def main() -> None:
     add_device_options(parser, AUTO)
     parser.add_argument("--output", type=Path, help="also write the texts to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         parser.error("--max-new-tokens must be 1 or more, and --temperature 0 or more")
     if arguments.output:
@@ -58,4 +61,4 @@ def generate(arguments: argparse.Namespace) -> list[str]:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -14,9 +14,11 @@ Examples:
 import argparse
 import math
 import random
+import sys
+from collections.abc import Sequence
 from typing import NamedTuple
 
-from _cli import run_tool
+from _cli import command
 from megatron_bipe.errors import ConfigError
 
 DAY_S = 86400.0
@@ -86,9 +88,10 @@ def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials:
     return sum(work_s / trial.wall_s for trial in found) / trials, sum(trial.failures for trial in found) / trials
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Print a line for each number of nodes."""
-    given = _parser().parse_args()
+    given = _parser().parse_args(argv)
     _check(given)
     costs = Costs(given.stall_s, given.detect_s, given.restart_s)
     tokens_per_node_s = given.gpus_per_node * given.flops_per_gpu * given.mfu / (6 * given.parameters)
@@ -121,7 +124,7 @@ def _check(given: argparse.Namespace) -> None:
         if not (value > 0 or (value == 0 and name in may_be_0))
     ]
     if bad:
-        raise ConfigError(f"{', '.join(bad)}: times may be 0, and all else is more", place="tools/goodput.py")
+        raise ConfigError(f"{', '.join(bad)}: times may be 0, and all else is more", location="tools/goodput.py")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -148,4 +151,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

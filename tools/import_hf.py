@@ -8,11 +8,12 @@ With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.
 """
 
 import argparse
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import check_model_folder, run_tool
+from _cli import check_model_folder, command
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
@@ -23,12 +24,13 @@ if TYPE_CHECKING:
     from megatron_bipe.hf.published import PublishedModel
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and convert."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     check_model_folder(arguments.input, remedy="Name the folder of a model, one with config.json")
     if arguments.output and arguments.output.resolve() == arguments.input.resolve():
-        raise ConfigError("the output is the input", remedy="Name another --output", place=arguments.output)
+        raise ConfigError("the output is the input", remedy="Name another --output", location=arguments.output)
     if arguments.output:
         _refuse({"--config": arguments.config, "--set": arguments.set}, "--output")
         to_model(arguments)
@@ -39,7 +41,7 @@ def main() -> None:
 def _refuse(unused: Mapping[str, object], target: str) -> None:
     """Refuse options, by name, that the chosen target has no use for."""
     if given := [name for name, value in unused.items() if value]:
-        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", place=given[0])
+        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", location=given[0])
 
 
 def to_model(arguments: argparse.Namespace) -> None:
@@ -142,7 +144,7 @@ def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRu
         raise DataError(
             f"{error.message}; there is no tokenizer to resolve it with",
             remedy="Give --tokenizer, or use reference, fixed:N or a list of ids",
-            place="--segments",
+            location="--segments",
         ) from error
 
 
@@ -164,4 +166,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -8,12 +8,12 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from _cli import check_output_file, run_tool
+from _cli import check_output_file, command
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.inspect import find_datasets, open_tokenizer
@@ -27,9 +27,10 @@ from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and call the library."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     arguments.run(arguments)
 
 
@@ -37,7 +38,7 @@ def verify(arguments: argparse.Namespace) -> None:
     """Print every problem as it is found; end with an error if there was one."""
     _require_workers(arguments)
     if not 0 <= arguments.sample <= 1:
-        raise DataError(f"--sample is {arguments.sample}", remedy="Give a share, 0 to 1", place="--sample")
+        raise DataError(f"--sample is {arguments.sample}", remedy="Give a share, 0 to 1", location="--sample")
     datasets = [TokenDataset(folder) for folder in find_datasets(arguments.folder)]
     shards = [shard for dataset in datasets for shard in dataset.manifest.shards]
     total = sum(file.bytes for shard in shards for file in shard.files.values())
@@ -47,7 +48,7 @@ def verify(arguments: argparse.Namespace) -> None:
             bar.write(f"{problem}", file=sys.stderr)
             count += 1
     if count:
-        raise DataError(f"{count} problem(s), listed above", remedy="See each of them", place=arguments.folder)
+        raise DataError(f"{count} problem(s), listed above", remedy="See each of them", location=arguments.folder)
     among = f"{len(datasets)} datasets, " if len(datasets) > 1 else ""
     part = "" if arguments.sample == 1 else f" Ids and bits were looked at in a share of {arguments.sample:g}."
     tokens = sum(dataset.num_tokens for dataset in datasets)
@@ -59,7 +60,7 @@ def stats(arguments: argparse.Namespace) -> None:
     _require_workers(arguments)
     if arguments.sample_tokens < 1:
         raise DataError(
-            f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", place="--sample-tokens"
+            f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", location="--sample-tokens"
         )
     for file in filter(None, (arguments.png, arguments.json)):
         check_output_file(file, arguments.overwrite)
@@ -81,7 +82,7 @@ def stats(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     """Print one document."""
     if arguments.tokens < 1:
-        raise DataError(f"--tokens {arguments.tokens} shows nothing", remedy="Give 1 or more", place="--tokens")
+        raise DataError(f"--tokens {arguments.tokens} shows nothing", remedy="Give 1 or more", location="--tokens")
     dataset = TokenDataset(arguments.folder)
     width = shutil.get_terminal_size((120, 24)).columns
     tokenizer = open_tokenizer(dataset)
@@ -122,7 +123,7 @@ def _name(folder: Path, within: Path) -> str:
 
 def _require_workers(arguments: argparse.Namespace) -> None:
     if arguments.workers < 1:
-        raise DataError(f"--workers is {arguments.workers}", remedy="Give 1 or more", place="--workers")
+        raise DataError(f"--workers is {arguments.workers}", remedy="Give 1 or more", location="--workers")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -195,4 +196,4 @@ def _add_workers(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

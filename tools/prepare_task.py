@@ -5,18 +5,21 @@ Example: python tools/prepare_task.py scrolls --task qasper --data scrolls --spl
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import parse_range, run_tool
+from _cli import command, parse_range
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS
 from preprocessing.arithmetic import SEGMENTS, ArithmeticOptions, prepare_arithmetic
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line and run its subcommand."""
-    arguments = vars(_parser().parse_args())
+    arguments = vars(_parser().parse_args(argv))
     make, options = arguments.pop("make"), arguments.pop("options")
     _say(arguments["output"], make(options(**arguments)))
 
@@ -72,4 +75,4 @@ def _add_scrolls(command: argparse.ArgumentParser) -> None:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -5,18 +5,21 @@ Several nodes that share a file system: mpiexec -n 64 python tools/preprocess.py
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import add_max_malformed, run_tool
+from _cli import add_max_malformed, command
 from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
 from preprocessing.ranks import join_ranks
 from preprocessing.readers.inputs import SUFFIXES
 from preprocessing.split import EXAMPLE
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line, build, and say what was made."""
-    options = BuildOptions(**vars(_parser().parse_args()))
+    options = BuildOptions(**vars(_parser().parse_args(argv)))
     with join_ranks() as ranks:
         for folder, made in build(options, ranks).items():
             print(
@@ -73,4 +76,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

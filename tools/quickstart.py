@@ -8,9 +8,11 @@ last line that is printed is the path of the page.
 import argparse
 import csv
 import shlex
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import run_tool
+from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.files import write_atomically
@@ -44,12 +46,13 @@ GENERATE = Pattern(
 )
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Run all steps, write the page, and say what came out and where it lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder: Path = arguments.output
     trained_tokens = load_run_config(CONFIG, arguments.set).train.seq_len_tokens
     run_steps(plan(folder, arguments.set), folder)
@@ -135,4 +138,4 @@ def verdict(nats: dict[str, dict[int, float]], trained_tokens: int) -> str:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -7,11 +7,12 @@ Example: python tools/study.py --output study --encodings rope bipe_rope
 """
 
 import argparse
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import run_tool
+from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
@@ -33,13 +34,14 @@ EVALUATE_EACH = Pattern(
 )
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Run all steps, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("study"), help="default: %(default)s")
     parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), metavar="NAME", help="default: all")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     folder: Path = arguments.output
     reach = reaches(arguments.encodings, arguments.set)
     run_steps(plan(folder, reach, arguments.set), folder)
@@ -61,7 +63,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
         ConfigError: there is no such encoding, one is named twice, or one reaches none of the lengths.
     """
     if len(set(encodings)) < len(encodings):
-        raise ConfigError("an encoding is named twice", remedy="Name each once", place="--encodings")
+        raise ConfigError("an encoding is named twice", remedy="Name each once", location="--encodings")
     result = {}
     for encoding in encodings:
         run = load_run_config(CONFIG, [*settings, f"model.encoding={encoding}"])
@@ -72,7 +74,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
             raise ConfigError(
                 f"{encoding} ends at {longest} tokens, and windows of training have {run.train.seq_len_tokens}",
                 remedy="Leave it out, or let its positions reach further",
-                place="--set",
+                location="--set",
             )
     return result
 
@@ -111,4 +113,4 @@ def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> "list[Cur
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -26,7 +26,7 @@ from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from _cli import run_tool
+from _cli import command
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
 from megatron_bipe.train.events import read_events
@@ -92,7 +92,7 @@ class Supervisor:
             return ChildProcess(command, stdout=stdout)
         except OSError as error:
             raise ConfigError(
-                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", place=option
+                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", location=option
             ) from error
 
     def _wait_for(self, child: ChildProcess) -> int:
@@ -113,9 +113,10 @@ class Supervisor:
             self._launched.send(number)
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Launch until there is nothing more to do."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     run_dir, supervisor, fruitless = arguments.run_dir, Supervisor(parse_duration(arguments.grace)), 0
     waits = parse_duration(arguments.first_wait), parse_duration(arguments.longest_wait)
     patience = Patience(arguments.failures, *waits)
@@ -198,4 +199,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

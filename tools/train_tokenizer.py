@@ -4,16 +4,19 @@ Example: python tools/train_tokenizer.py --input pile/train --vocab-size 32000 -
 """
 
 import argparse
+import sys
+from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import add_max_malformed, run_tool
+from _cli import add_max_malformed, command
 from preprocessing.readers.inputs import SUFFIXES
 from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_tokenizer
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Parse the command line, train, and say where the tokenizer is."""
-    options = TrainOptions(**vars(_parser().parse_args()))
+    options = TrainOptions(**vars(_parser().parse_args(argv)))
     print(f"{train_tokenizer(options)}: {options.vocab_size} tokens")
 
 
@@ -39,4 +42,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -28,11 +28,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such DeepSpeed configuration", remedy="See ds_configs/", place=path) from None
+        raise ConfigError("no such DeepSpeed configuration", remedy="See ds_configs/", location=path) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"not a readable JSON file: {error}", place=path) from None
+        raise ConfigError(f"not a readable JSON file: {error}", location=path) from None
     if not isinstance(values, dict):
-        raise ConfigError("a DeepSpeed configuration is a JSON object", place=path)
+        raise ConfigError("a DeepSpeed configuration is a JSON object", location=path)
     return values
 
 
@@ -53,7 +53,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
     if wrong := [key for key in _SECTIONS if not isinstance(_get(result, key, {}), dict)]:
         seen = ", ".join(f"{key}={json.dumps(_get(result, key))}" for key in wrong)
-        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", place=place)
+        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", location=place)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
         for section in _OWNED_SECTIONS
@@ -77,7 +77,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         if _get(result, f"{key}.device") == "nvme":
             problems.append(f'{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
     if problems:
-        raise ConfigError("; ".join(problems), place=place)
+        raise ConfigError("; ".join(problems), location=place)
     return result
 
 

@@ -53,7 +53,7 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
         known = list(_keys(RunConfig))
         keys = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors())
         message = "; ".join(_problem(entry, known) for entry in error.errors())
-        raise ConfigError(message, place=Sources(path, overrides).location(keys)) from None
+        raise ConfigError(message, location=Sources(path, overrides).location(keys)) from None
     if "train_len_tokens" not in run.model.model_fields_set:
         model = run.model.model_copy(update={"train_len_tokens": run.train.seq_len_tokens})
         run = run.model_copy(update={"model": model})
@@ -85,30 +85,34 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         beside = sorted(str(p) for p in path.parent.glob("*.yaml"))
         found = f"there are {', '.join(beside)}" if beside else "there is no YAML file in that folder"
-        raise ConfigError("no such run configuration", remedy=f"Name an existing file: {found}", place=path) from None
+        raise ConfigError(
+            "no such run configuration", remedy=f"Name an existing file: {found}", location=path
+        ) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the run configuration: {message}", place=path) from None
+        raise ConfigError(f"cannot read the run configuration: {message}", location=path) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"a run configuration is a mapping of sections, not a {type(values).__name__}", place=path)
+        raise ConfigError(f"a run configuration is a mapping of sections, not a {type(values).__name__}", location=path)
     return values
 
 
 def _apply_override(values: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
     if not equals:
-        raise ConfigError(f"{override!r} has no '='", remedy="Write --set section.key=value", place=f"--set {override}")
+        raise ConfigError(
+            f"{override!r} has no '='", remedy="Write --set section.key=value", location=f"--set {override}"
+        )
     *sections, leaf = key.strip().split(".")
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{section!r} holds a value, not a section", place=f"--set {override}")
+            raise ConfigError(f"{section!r} holds a value, not a section", location=f"--set {override}")
         values = inner
     try:
         values[leaf] = yaml.load(text, _Loader)
     except yaml.YAMLError as error:
         message = " ".join(str(error).split())
-        raise ConfigError(f"{text!r} is not a YAML value: {message}", place=f"--set {override}") from None
+        raise ConfigError(f"{text!r} is not a YAML value: {message}", location=f"--set {override}") from None
 
 
 def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:

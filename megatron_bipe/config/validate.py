@@ -32,7 +32,7 @@ def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -
     ]
     if problems:
         message = "; ".join(problems)
-        raise ConfigError(message, place=sources.location(message))
+        raise ConfigError(message, location=sources.location(message))
 
 
 def accumulation_steps(train: TrainConfig, data_ranks: int) -> int:
@@ -89,7 +89,7 @@ def check_data(
             f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
         )
     if problems:
-        raise ConfigError("; ".join(problems), place=place)
+        raise ConfigError("; ".join(problems), location=place)
 
 
 def _model(model: ModelConfig) -> Iterator[str]:

@@ -169,7 +169,7 @@ def slot_counts(weights: Sequence[float], names: Sequence[str | Path]) -> tuple[
         raise ConfigError(
             f"{'; '.join(lost)}; the least share of a dataset in a blend is {1 / PATTERN_SLOTS:g}",
             remedy="Raise its weight, or leave it out",
-            place="data.path",
+            location="data.path",
         )
     return tuple(counts)
 
@@ -245,5 +245,5 @@ def _check_alike(datasets: Sequence[TokenDataset]) -> None:
             "the datasets of a blend must have the same tokenizer and segment rule, and all be of text or all of "
             f"examples: {'; '.join(problems)}",
             remedy="Make them with the same --tokenizer and --segments, or leave the others out",
-            place="data.path",
+            location="data.path",
         )

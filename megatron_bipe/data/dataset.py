@@ -70,7 +70,7 @@ class TokenDataset:
                 f"the dataset {self.path} was made with segment rule {self.rule.described}, but {expected.described} "
                 "is expected here: the same tokens would stand in other segments",
                 remedy=f"Make it again with --segments '{expected.spec}', or by tools/inspect_data.py resegment",
-                place=place,
+                location=place,
             )
 
     def check_tokenizer(self, expected_fingerprint: str, place: str | Path) -> None:
@@ -89,7 +89,7 @@ class TokenDataset:
                 f"the dataset {self.path} was made with tokenizer {own.name} (fingerprint {own.fingerprint}), but "
                 f"{expected_fingerprint} is expected here: the same ids would mean other text",
                 remedy="Make the dataset again with the expected tokenizer, or use the model that belongs to it",
-                place=place,
+                location=place,
             )
 
     def tokens(self, start: int, stop: int) -> TokenArray:
@@ -124,7 +124,7 @@ class TokenDataset:
                 f"the dataset has {self.num_tokens} tokens; one window of {seq_len_tokens} and its last label need "
                 f"{seq_len_tokens + 1}",
                 remedy="Use a shorter train.seq_len_tokens, or more text",
-                place=self.path,
+                location=self.path,
             )
         return (self.num_tokens - 1) // seq_len_tokens
 

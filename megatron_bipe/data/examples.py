@@ -30,7 +30,7 @@ class ExampleDataset(TokenDataset):
             raise DataError(
                 "the dataset is of text, not of prompts and answers",
                 remedy="Make one with tools/prepare_task.py",
-                place=self.path,
+                location=self.path,
             )
 
     @property
@@ -46,7 +46,7 @@ class ExampleDataset(TokenDataset):
         """
         del seq_len_tokens
         if not self.num_examples:
-            raise DataError("the dataset has no examples", remedy="Make it again from more", place=self.path)
+            raise DataError("the dataset has no examples", remedy="Make it again from more", location=self.path)
         return self.num_examples
 
     def windows(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
@@ -66,7 +66,7 @@ class ExampleDataset(TokenDataset):
                 raise DataError(
                     f"an example has {stop - start} tokens, and a window {seq_len_tokens}",
                     remedy="Make the dataset again for this length",
-                    place=self.path,
+                    location=self.path,
                 )
             tokens[row, : stop - start] = self.tokens(start, stop)
             ends[row, : stop - start] = self.ends(start, stop)
@@ -114,7 +114,7 @@ def open_text(path: str | Path) -> TokenDataset:
             f"it has examples of {dataset.manifest.examples.task}, prompts with answers, and this is for text",
             remedy="Name a dataset made by tools/preprocess.py; for answers there are tools/evaluate.py scrolls and "
             "arithmetic",
-            place=dataset.path,
+            location=dataset.path,
         )
     return dataset
 

@@ -64,4 +64,4 @@ def unreadable(path: Path, error: OSError) -> DataError:
         what, remedy = "too many files are open", "Raise the limit (ulimit -n), or make the dataset with larger shards"
     else:
         what, remedy = f"the file cannot be read: {error.strerror or error}", "Check its type and permissions"
-    return DataError(what, remedy=remedy, place=path)
+    return DataError(what, remedy=remedy, location=path)

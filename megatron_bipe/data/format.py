@@ -98,7 +98,7 @@ class ShardWriter:
         if longest > MAX_DOCUMENT_TOKENS:
             what = f"document {self.num_documents + int(np.argmax(lengths_D))} has {longest} tokens"
             what = f"{what}; an index entry counts to {MAX_DOCUMENT_TOKENS}"
-            raise DataError(what, remedy="Split the document", place=self._path("idx"))
+            raise DataError(what, remedy="Split the document", location=self._path("idx"))
         data = np.ascontiguousarray(self._storable(tokens_T)).data
         self._bin.write(data)
         self._bin_sha256.update(data)
@@ -164,7 +164,7 @@ class ShardWriter:
                     f"document {self.num_documents} has token ids from {low} to {high}; {self._dtype.name} cannot "
                     "hold them",
                     remedy="State the tokenizer's number of ids rightly: it decides the type",
-                    place=self._path("bin"),
+                    location=self._path("bin"),
                 )
         return tokens_T.astype(self._dtype, copy=False)
 

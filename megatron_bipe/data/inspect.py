@@ -30,7 +30,7 @@ def find_datasets(folder: Path) -> list[Path]:
         raise DataError(
             f"{len(unfinished)} folders in it hold shards but no {MANIFEST_NAME}, so are unfinished: {names}{more}",
             remedy="Finish them with the command that began, copy all again in full, or name one that is finished",
-            place=folder,
+            location=folder,
         )
     return found or [folder]
 
@@ -43,7 +43,7 @@ def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
     """
     folder = dataset.path / TOKENIZER_FOLDER
     if not folder.is_dir():  # else the name would be looked for on the Hub
-        raise DataError("the tokenizer's files are missing", remedy="Copy the dataset again in full", place=folder)
+        raise DataError("the tokenizer's files are missing", remedy="Copy the dataset again in full", location=folder)
     tokenizer = load_tokenizer(folder)
     dataset.check_tokenizer(tokenizer.fingerprint, folder)
     return tokenizer

@@ -43,7 +43,7 @@ def shard_path(folder: Path, name: str, suffix: Suffix) -> Path:
 
 def damaged(path: Path, what: str) -> DataError:
     """The one error for bytes that are not what they should be."""
-    return DataError(what, remedy="Copy the shard's three files again, or make the dataset again", place=path)
+    return DataError(what, remedy="Copy the shard's three files again, or make the dataset again", location=path)
 
 
 class IdxHeader(NamedTuple):
@@ -129,7 +129,7 @@ def parse_seg_header(head: bytes, file_bytes: int, path: Path) -> int:
     if version > FORMAT_VERSION:
         what = f"field version (byte 8) is {version}; this version of megatron_bipe reads up to {FORMAT_VERSION}"
         remedy = "Update megatron_bipe, or make the dataset again with this version"
-        raise DataError(what, remedy=remedy, place=path)
+        raise DataError(what, remedy=remedy, location=path)
     if version != FORMAT_VERSION:
         raise damaged(path, f"field version (byte 8) is {version}; there is no such version")
     expected = SEG_HEADER.size + packed_bytes(tokens)

@@ -162,7 +162,7 @@ class Manifest(Record):
             raise DataError(
                 f"field format_version is {version}; this version of megatron_bipe reads up to {FORMAT_VERSION}",
                 remedy="Update megatron_bipe, or make the dataset again with this version",
-                place=path,
+                location=path,
             )
         recorded = content.pop("fingerprint", None)
         try:
@@ -174,7 +174,7 @@ class Manifest(Record):
                 f"field fingerprint is {recorded}, but the other fields give {manifest.fingerprint}: the manifest "
                 "was changed after it was written",
                 remedy="Copy manifest.json again from where it was made, or make the dataset again",
-                place=path,
+                location=path,
             )
         return manifest
 
@@ -209,11 +209,11 @@ def _no_dataset(folder: Path) -> DataError:
         listed = f"; datasets inside it: {', '.join(inside[:8])}" if inside else ""
         what = f"the folder has no {MANIFEST_NAME}, so it is no dataset, or an unfinished one{listed}"
     command = f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
-    return DataError(what, remedy=f"Name a finished dataset, or make one: {command}", place=folder)
+    return DataError(what, remedy=f"Name a finished dataset, or make one: {command}", location=folder)
 
 
 def _damaged(path: Path, what: str) -> DataError:
-    return DataError(what, remedy="Copy the manifest again, or make the dataset again", place=path)
+    return DataError(what, remedy="Copy the manifest again, or make the dataset again", location=path)
 
 
 def _invalid(path: Path, error: ValidationError) -> DataError:

@@ -97,7 +97,7 @@ def resegment(
         raise DataError(
             f"The new dataset cannot be written: {error.strerror or error}",
             remedy="Free space or name another folder, then run the same command again",
-            place=error.filename or output,
+            location=error.filename or output,
         ) from error
     return new
 
@@ -145,20 +145,22 @@ def _link_or_copy(origin: Path, target: Path) -> None:
 def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) -> None:
     """Refuse what may not be replaced, before anything is written."""
     if output.is_relative_to(source) or work_path(output) == source:
-        raise DataError("The output is the dataset itself, or lies in it", remedy="Name another folder", place=output)
+        raise DataError(
+            "The output is the dataset itself, or lies in it", remedy="Name another folder", location=output
+        )
     if not output.exists():
         return
     if not output.is_dir():
-        raise DataError("The output must be a folder, and this is a file", remedy="Name another", place=output)
+        raise DataError("The output must be a folder, and this is a file", remedy="Name another", location=output)
     if output.is_mount():
         what = "The output is where a file system is mounted, and cannot be replaced"
-        raise DataError(what, remedy="Name a folder in it", place=output)
+        raise DataError(what, remedy="Name a folder in it", location=output)
     _refuse_foreign(output, names | _names_in(output))
     if any(output.iterdir()) and not overwrite:
         raise DataError(
             "The output folder holds a dataset, or part of one",
             remedy="Name another folder, or add --overwrite to replace it",
-            place=output,
+            location=output,
         )
 
 
@@ -172,7 +174,7 @@ def _work_folder(folder: Path, names: set[str]) -> Iterator[Path]:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
         except BlockingIOError:
             raise DataError(
-                "Another run is writing this dataset", remedy="Wait for it, or name another folder", place=folder
+                "Another run is writing this dataset", remedy="Wait for it, or name another folder", location=folder
             ) from None
         except OSError:  # a file system that has no locks
             pass
@@ -210,7 +212,7 @@ def _refuse_foreign(folder: Path, names: set[str]) -> None:
         raise DataError(
             f"The folder holds something that is no part of this dataset: {min(foreign).relative_to(folder)}",
             remedy="Name another folder, or move it away",
-            place=folder,
+            location=folder,
         )
 
 

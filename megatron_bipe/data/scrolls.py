@@ -68,7 +68,7 @@ def find_task(name: str) -> Task:
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         remedy = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(f"no SCROLLS task {name!r}", remedy=f"{remedy}Tasks are: {', '.join(TASKS)}", place="--task")
+        raise DataError(f"no SCROLLS task {name!r}", remedy=f"{remedy}Tasks are: {', '.join(TASKS)}", location="--task")
     return TASKS[name]
 
 
@@ -95,7 +95,7 @@ class Prompter:
             raise DataError(
                 "the tokenizer has no end-of-sequence token, which ends every answer",
                 remedy='Name one as "eos_token" in the tokenizer_config.json beside it',
-                place=tokenizer.definition,
+                location=tokenizer.definition,
             )
         self._eos_id = tokenizer.eos_id
         with_tail, without = self._encode([f"{self._form.head}x{self._form.tail}", f"{self._form.head}x"])
@@ -106,7 +106,7 @@ class Prompter:
                 f"windows of {length_tokens} tokens hold no prompt of {task.name} beside an answer of "
                 f"{self._form.answer_tokens} and EOS",
                 remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; authors: {WINDOW_TOKENS}",
-                place="--length",
+                location="--length",
             )
 
     def prompts(self, inputs: Sequence[str]) -> list[TokenArray]:

@@ -64,19 +64,19 @@ def _row(line: bytes, place: str) -> Row:
     try:
         content = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise DataError(f"the line is no JSON: {error}", remedy=remedy, place=place) from error
+        raise DataError(f"the line is no JSON: {error}", remedy=remedy, location=place) from error
     if not isinstance(content, dict):
-        raise DataError(f"the line is a JSON {type(content).__name__}, not an object", remedy=remedy, place=place)
+        raise DataError(f"the line is a JSON {type(content).__name__}, not an object", remedy=remedy, location=place)
     missing = [field for field in FIELDS if field not in content]
     if missing:
         what = f"the object has no {', '.join(map(repr, missing))}; its fields must be {', '.join(FIELDS)}"
-        raise DataError(what, remedy=remedy, place=place)
+        raise DataError(what, remedy=remedy, location=place)
     for field in FIELDS:
         value = content[field]
         if not isinstance(value, str) and not (field == "output" and value is None):
-            raise DataError(f"{field!r} is {value!r:.60}, and must be a text", remedy=remedy, place=place)
+            raise DataError(f"{field!r} is {value!r:.60}, and must be a text", remedy=remedy, location=place)
     if not content["input"].strip():
-        raise DataError("'input' has no text", remedy=remedy, place=place)
+        raise DataError("'input' has no text", remedy=remedy, location=place)
     output = content["output"]
     return Row(content["id"], content["pid"], content["input"], output if output and output.strip() else None, place)
 
@@ -98,10 +98,12 @@ def _opened(folder: Path, task: str, split: str) -> Iterator[tuple[BinaryIO, str
                 f"there is neither {member} nor {packed.name}",
                 remedy=f"Fetch it: python tools/download_data.py --dataset tau/scrolls --include {packed.name} "
                 f"--output {folder}",
-                place=folder,
+                location=folder,
             )
     except KeyError as error:
-        raise DataError(f"it has no {member}", remedy="Name another split, or fetch it again", place=packed) from error
+        raise DataError(
+            f"it has no {member}", remedy="Name another split, or fetch it again", location=packed
+        ) from error
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         what = f"the file cannot be read: {error}"
-        raise DataError(what, remedy="Fetch it again", place=plain if plain.exists() else packed) from error
+        raise DataError(what, remedy="Fetch it again", location=plain if plain.exists() else packed) from error

@@ -91,13 +91,13 @@ def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
     if spec not in named:
         near = difflib.get_close_matches(spec, ["reference", *named], n=1)
         remedy = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(f"no segment rule {spec!r}", remedy=f"{remedy}Rules are: {RULE_FORMS}", place="--segments")
+        raise DataError(f"no segment rule {spec!r}", remedy=f"{remedy}Rules are: {RULE_FORMS}", location="--segments")
     token_ids = tuple(token_id for token_id, text in _texts(vocabulary) if named[spec](text))
     if not token_ids:
         raise DataError(
             f"segment rule {spec!r}: none of the vocabulary's {vocabulary.vocab_size} tokens fits it",
             remedy="Choose another rule, or fixed:N",
-            place="--segments",
+            location="--segments",
         )
     return SegmentRule(spec=spec, token_ids=token_ids)
 
@@ -173,7 +173,7 @@ def _fixed_length(spec: str) -> int | None:
         raise DataError(
             f"segment rule {spec!r}: {digits!r} is no positive whole number",
             remedy="Write it as in fixed:16",
-            place="--segments",
+            location="--segments",
         )
     return int(digits)
 
@@ -185,7 +185,7 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
         raise DataError(
             f"segment rule {spec!r} is no JSON list ({error.msg} at character {error.pos})",
             remedy='Write it as in [13, 869] or ["\\n", " ."]',
-            place="--segments",
+            location="--segments",
         ) from error
     canonical = json.dumps(items, ensure_ascii=False, separators=(",", ":"))
     if items and all(type(item) is int for item in items):
@@ -194,7 +194,7 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
             raise DataError(
                 f"segment rule {canonical}: {outside} are no ids of a vocabulary of {vocabulary.vocab_size}",
                 remedy=f"Use ids from 0 to {vocabulary.vocab_size - 1}",
-                place="--segments",
+                location="--segments",
             )
         return SegmentRule(spec=canonical, token_ids=tuple(sorted(set(items))))
     if items and all(isinstance(item, str) for item in items):
@@ -202,7 +202,7 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
     raise DataError(
         f"segment rule {canonical}: neither token ids throughout nor strings throughout",
         remedy='Write it as in [13, 869] or ["\\n", " ."]',
-        place="--segments",
+        location="--segments",
     )
 
 
@@ -217,7 +217,7 @@ def _ids_of_texts(wanted: list[str], spec: str, vocabulary: Vocabulary) -> tuple
         raise DataError(
             f"segment rule {spec!r}: no single token of this vocabulary has the text {', '.join(map(repr, absent))}",
             remedy="Choose another rule (sentence, newline, fixed:N), or list token ids",
-            place="--segments",
+            location="--segments",
         )
     return tuple(sorted({token_id for ids in found.values() for token_id in ids}))
 

@@ -68,7 +68,7 @@ def read_document(dataset: TokenDataset, document: int) -> tuple[str, TokenArray
         left -= shard.num_documents
     count = dataset.manifest.num_documents
     raise DataError(
-        f"there is no document {document} among {count}", remedy="Count from 0", place=f"{dataset.path}, --document"
+        f"there is no document {document} among {count}", remedy="Count from 0", location=f"{dataset.path}, --document"
     )
 
 

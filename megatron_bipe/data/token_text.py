@@ -38,7 +38,7 @@ def json_token_texts(
         f"The text of single tokens is unknown for a decoder of kind {sorted(map(str, kinds)) or 'none'}; "
         "SentencePiece and byte-level vocabularies are supported",
         remedy="Give the segment rule as fixed:N or as a list of token ids",
-        place=place,
+        location=place,
     )
 
 

@@ -204,7 +204,7 @@ def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer
         raise DataError(
             f"Special tokens in raw text need a tokenizer.json; {definition.name} is a SentencePiece model",
             remedy="Convert it to tokenizer.json, or leave special tokens in the text as plain text",
-            place=definition,
+            location=definition,
         )
     return SentencePieceTokenizer(definition, files, name)
 
@@ -217,7 +217,7 @@ def _find_files(place: Path) -> tuple[Path, list[Path]]:
         raise DataError(
             "The folder holds neither tokenizer.json nor tokenizer.model",
             remedy="Give a tokenizer's folder, or make one with tools/train_tokenizer.py",
-            place=place,
+            location=place,
         )
     # Beside a file that was named outright, another definition would win once both are copied: leave it out.
     rivals = DEFINITIONS if place.is_file() else ()
@@ -238,7 +238,7 @@ def _download(name: str) -> Path:
             f"There is no such file or folder, and no tokenizer could be had from the Hub under that name "
             f"({type(error).__name__})",
             remedy="Check the path, or make a tokenizer with tools/train_tokenizer.py",
-            place=name,
+            location=name,
         ) from error
 
 
@@ -257,7 +257,7 @@ def _special_ids(
         raise DataError(
             "The tokenizer has no beginning-of-sequence token, which opens every document",
             remedy='Name one as "bos_token" in the tokenizer_config.json beside it',
-            place=definition,
+            location=definition,
         )
     return ids
 
@@ -277,5 +277,5 @@ def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(
         f"The tokenizer file cannot be read: {error or type(error).__name__}",
         remedy="Fetch or make it again",
-        place=file,
+        location=file,
     )

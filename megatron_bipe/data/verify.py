@@ -57,7 +57,7 @@ def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:
             f"field rule.token_ids lists {len(dataset.rule.token_ids)} ids; rule {rule.spec!r} comes out as "
             f"{len(rule.token_ids)} others with the dataset's own tokenizer",
             remedy="Make the dataset again",
-            place=dataset.path / MANIFEST_NAME,
+            location=dataset.path / MANIFEST_NAME,
         )
 
 

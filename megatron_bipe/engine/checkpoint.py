@@ -41,7 +41,7 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"no checkpoint {'of step ' + wanted if wanted else 'to be found'}; steps there are: {listed}",
             remedy="Name a run folder made by pretrain.py, or RUN_DIR@STEP",
-            place=spec,
+            location=spec,
         )
     return Checkpoint(step_folder(run_dir, found[wanted]), run_dir, found[wanted])
 
@@ -64,7 +64,7 @@ def find_model(spec: str) -> Checkpoint | None:
     raise CheckpointError(
         what,
         remedy="Name a folder made by tools/export_hf.py or tools/import_hf.py, or RUN_DIR[@STEP] of pretrain.py",
-        place=spec,
+        location=spec,
     )
 
 

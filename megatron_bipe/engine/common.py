@@ -67,7 +67,7 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         raise ConfigError(
             f"the port where the ranks meet is taken, by another launch on this host perhaps: {error}",
             remedy="Give this launch another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
-            place=f"MASTER_PORT of {rank_name(mesh)}",
+            location=f"MASTER_PORT of {rank_name(mesh)}",
         ) from error
 
 
@@ -85,7 +85,7 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
         raise ConfigError(
             f"train.precision=auto is {found}: all ranks must compute in one precision, and these hosts differ",
             remedy="Name the precision: --set train.precision=fp32, or bf16",
-            place="train.precision",
+            location="train.precision",
         )
 
 

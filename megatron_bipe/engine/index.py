@@ -109,7 +109,7 @@ def not_whole(folder: Path, seen: str) -> CheckpointError:
     return CheckpointError(
         f"the checkpoint is not whole: {seen}",
         remedy="Continue from another step of the run: RUN_DIR@STEP names one",
-        place=folder,
+        location=folder,
     )
 
 

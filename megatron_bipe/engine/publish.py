@@ -46,7 +46,7 @@ def begin(run_dir: Path, step: int, token: str, room_bytes: int) -> Path:
             f"{free_bytes / _GIB:.2f} GiB of the disk are free, and a checkpoint with what is to stay free beside it "
             f"(checkpoint.min_free_gib) takes {room_bytes / _GIB:.2f}",
             remedy=FREE_SPACE,
-            place=final.parent,
+            location=final.parent,
         )
     temporary = final.with_name(f"{_WRITING}{final.name}-{token}")
     temporary.mkdir()

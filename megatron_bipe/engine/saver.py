@@ -108,7 +108,7 @@ class Saver:
                 error = self._write(save, fragments)
         self.waited_s += time.perf_counter() - began_s
         if error and final:
-            raise CheckpointError(error, remedy=FREE_SPACE, place=run_dir / "checkpoints")
+            raise CheckpointError(error, remedy=FREE_SPACE, location=run_dir / "checkpoints")
         if error:
             self._warn(about.step, run_dir, error)
 

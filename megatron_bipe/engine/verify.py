@@ -46,7 +46,7 @@ def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, agre
         raise CheckpointError(
             f"no checkpoint of the run can be continued from: {'; '.join(wrong)}",
             remedy="Copy one of them again from where it was backed up, or start anew with --set run_dir=OTHER",
-            place=run_dir,
+            location=run_dir,
         )
     return None
 

@@ -49,7 +49,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
         raise CheckpointError(
             "its tokenizer has no end-of-sequence token, which ends every answer",
             remedy="Fine-tune and evaluate a model whose tokenizer has one",
-            place=folder,
+            location=folder,
         )
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
@@ -57,7 +57,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
         raise CheckpointError(
             f"transformers cannot load it: {' '.join(str(error).split())[:300]}",
             remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
-            place=folder,
+            location=folder,
         ) from error
     return Generator(model.to(device).eval(), tokenizer, config.longest_window_tokens)
 
@@ -96,7 +96,7 @@ def _check_room(generator: Generator, prompts: Sequence[TokenArray], limits: Lim
             f"prompts of up to {longest} tokens and {limits.new_tokens} new ones exceed the {room} that the encoding "
             "of the model has positions for",
             remedy="Give shorter prompts, or train a model for longer windows",
-            place=generator.model.name_or_path,
+            location=generator.model.name_or_path,
         )
 
 

@@ -77,7 +77,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
         raise CheckpointError(
             f"the harness cannot load it: {' '.join(str(error).split())[:300]}",
             remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
-            place=folder,
+            location=folder,
         ) from error
     results: dict[str, Any] = simple_evaluate(
         model=model,
@@ -97,5 +97,5 @@ def _check_known(tasks: Sequence[str], manager: TaskManager) -> None:
             raise ConfigError(
                 f"there is no task {task!r}" + (f"; near it are {', '.join(near)}" if near else ""),
                 remedy="Name a task of lm-evaluation-harness, or the folder of your own with --include",
-                place="--tasks",
+                location="--tasks",
             )

@@ -108,7 +108,9 @@ def window_losses(
     Arguments and errors as `evaluate_perplexity`, which adds them up.
     """
     if settings.batch_tokens < 1:
-        raise ConfigError(f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", place="--batch-tokens")
+        raise ConfigError(
+            f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", location="--batch-tokens"
+        )
     model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
     longest = int(windows.num_inputs.max())
     for rows in _batches(windows, max(1, settings.batch_tokens // longest)):
@@ -121,7 +123,7 @@ def window_losses(
                 f"the loss is {total_nats} in the batch of {longest}-token windows from token "
                 f"{windows.starts[rows[0]]} on",
                 remedy="Evaluate with --dtype fp32, or another step: the weights may be damaged or have diverged",
-                place=subject.source,
+                location=subject.source,
             )
         if progress:
             progress(batch.tokens_BT.numel())
@@ -137,7 +139,7 @@ def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
     if max_tokens is None:
         return dataset.num_tokens
     if max_tokens < 1:
-        raise ConfigError(f"--max-tokens {max_tokens} leaves nothing", remedy="Use 1 or more", place="--max-tokens")
+        raise ConfigError(f"--max-tokens {max_tokens} leaves nothing", remedy="Use 1 or more", location="--max-tokens")
     return min(max_tokens, dataset.num_tokens)
 
 
@@ -161,7 +163,7 @@ def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) ->
         raise DataError(
             f"the tokens from {starts[0]} on hold an id outside the vocabulary of {vocab_size}",
             remedy="Look for damage with tools/inspect_data.py verify",
-            place=dataset.path,
+            location=dataset.path,
         )
     ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
     intra, inter = bilevel_ids(window_ends(ends, dataset.rule), clip)

@@ -82,7 +82,7 @@ def read_quickstart(folder: Path) -> Quickstart:
     path = folder / "evaluation" / "perplexity.json"
     evaluation = _read_json(path, TypeAdapter(Evaluation))
     if not evaluation.models or not all(model.results for model in evaluation.models):
-        raise DataError("the evaluation holds no results", remedy=REMEDY, place=path)
+        raise DataError("the evaluation holds no results", remedy=REMEDY, location=path)
     runs = []
     for model in evaluation.models:
         run_dir = folder / "runs" / model.name
@@ -101,11 +101,11 @@ def _read_json(path: Path, kind: TypeAdapter[T]) -> T:
         first = error.errors(include_url=False)[0]
         location = ".".join(map(str, first["loc"]))
         reason = f"{location}: {first['msg']}" if location else first["msg"]
-        raise DataError(f"the file is damaged: {reason}", remedy=REMEDY, place=path) from None
+        raise DataError(f"the file is damaged: {reason}", remedy=REMEDY, location=path) from None
 
 
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", remedy=REMEDY, place=path) from error
+        raise DataError(f"cannot be read: {error.strerror}", remedy=REMEDY, location=path) from error

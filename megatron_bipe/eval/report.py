@@ -42,12 +42,12 @@ def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_N
         raise ConfigError(
             f"there is already {', '.join(present)}",
             remedy="Give --overwrite, or another --output",
-            place=folder,
+            location=folder,
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make the folder: {error.strerror}", place=folder) from error
+        raise ConfigError(f"cannot make the folder: {error.strerror}", location=folder) from error
 
 
 def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> list[Path]:

@@ -50,17 +50,17 @@ def read_losses(run_dir: Path) -> RunLosses:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(
-            f"the metrics of the run cannot be read: {error.strerror}", remedy="Train the run again", place=path
+            f"the metrics of the run cannot be read: {error.strerror}", remedy="Train the run again", location=path
         ) from error
     for number, line in enumerate(lines, 1):
         try:
             _add(losses, json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
-                f"line {number} is damaged: {line[:60]!r}", remedy="Train the run again", place=path
+                f"line {number} is damaged: {line[:60]!r}", remedy="Train the run again", location=path
             ) from error
     if not losses.train:
-        raise DataError("the file holds no training step", remedy="Train the run again", place=path)
+        raise DataError("the file holds no training step", remedy="Train the run again", location=path)
     return losses
 
 

@@ -53,7 +53,7 @@ def answer(
     """
     have_outputs(asked)
     if not asked:
-        raise DataError(f"the split has no examples of {task.name}", remedy="Name another", place="--data")
+        raise DataError(f"the split has no examples of {task.name}", remedy="Name another", location="--data")
     prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
     found = generate(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), advance)
     return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
@@ -70,7 +70,7 @@ def have_outputs(asked: Sequence[Question]) -> bool:
         raise DataError(
             f"{len(without)} of {len(asked)} inputs have no output, {without[0]!r} the first",
             remedy="Fetch the file again",
-            place="--data",
+            location="--data",
         )
     return not without
 
@@ -160,7 +160,7 @@ def _read_all(folder: Path, kind: int) -> dict[str, Any]:
 
 def _unreadable(folder: Path, why: str) -> DataError:
     what = f"results of an earlier evaluation cannot be read: {why}"
-    return DataError(what, remedy="Remove them, or name another --output", place=folder)
+    return DataError(what, remedy="Remove them, or name another --output", location=folder)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

@@ -48,7 +48,7 @@ def exported_subject(folder: Path) -> Subject:
         raise CheckpointError(
             f"the segment rule is impossible: {reason}",
             remedy='Correct "segments" in its config.json, or export the checkpoint again',
-            place=folder,
+            location=folder,
         ) from error
     fingerprint = known.get("tokenizer_fingerprint")
     return Subject(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
@@ -73,7 +73,7 @@ def check_suits(subject: Subject, dataset: TokenDataset) -> None:
         raise CheckpointError(
             f"the model has {subject.config.vocab_size} token ids, but the dataset {dataset.path} has {vocab_size}",
             remedy="Evaluate on a dataset made with the model's tokenizer",
-            place=subject.source,
+            location=subject.source,
         )
     if not subject.config.bilevel:
         return
@@ -95,5 +95,5 @@ def check_length(subject: Subject, length_tokens: int) -> None:
             f"a window of {length_tokens} tokens exceeds the {longest} that the model's encoding, "
             f"{subject.config.encoding}, encodes",
             remedy=f"Use --lengths of at most {longest}, or leave the model out",
-            place=subject.source,
+            location=subject.source,
         )

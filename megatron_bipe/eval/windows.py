@@ -59,7 +59,7 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
         raise ConfigError(
             f"a window of {length_tokens} token(s) has no context to predict from",
             remedy="Use lengths of 2 and more",
-            place="--lengths",
+            location="--lengths",
         )
     if num_tokens <= length_tokens:  # also lengths that no integer of numpy's holds
         windows = _NONE
@@ -80,7 +80,7 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
         raise DataError(
             f"there are {num_tokens} tokens{limited} to evaluate on; one window {rule}",
             remedy="Use shorter --lengths, or more text",
-            place=dataset.path,
+            location=dataset.path,
         )
     return windows
 

@@ -41,12 +41,12 @@ def _compare(path: Path, digest: str) -> None:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
     except OSError as error:
         what = f"the weights {path.name} cannot be read: {error.strerror}"
-        raise CheckpointError(what, remedy="Copy or export the model again", place=path.parent) from error
+        raise CheckpointError(what, remedy="Copy or export the model again", location=path.parent) from error
     if found != digest:
         raise CheckpointError(
             f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {digest}",
             remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
-            place=path,
+            location=path,
         )
 
 
@@ -59,5 +59,5 @@ def _sums(folder: Path) -> dict[str, str]:
         return {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
     except ValueError as error:
         raise CheckpointError(
-            "this is no list of checksums", remedy="Export the model again, or remove the file", place=listing
+            "this is no list of checksums", remedy="Export the model again, or remove the file", location=listing
         ) from error

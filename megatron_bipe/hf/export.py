@@ -105,7 +105,7 @@ def export_model(
                 f"the exported model is not the trained one: logits differ by {figure:.2e} of the largest, "
                 f"allowed are {TOLERANCE:.0e}",
                 remedy="Check that the segment rule is the training data's; else this is a defect, please report it",
-                place=folder,
+                location=folder,
             )
         if options.perplexity is not None:
             (draft / PLOT).write_bytes(options.perplexity.png)
@@ -174,7 +174,7 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
     """
     folder = folder.resolve()
     if folder.exists() and not overwrite:
-        raise CheckpointError("the output exists already", remedy="Choose another, or add --overwrite", place=folder)
+        raise CheckpointError("the output exists already", remedy="Choose another, or add --overwrite", location=folder)
     if folder.exists():
         _check_replaceable(folder)
     try:
@@ -182,7 +182,7 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
     except OSError as error:
         what = f"no folder can be made there: {error.strerror}"
-        raise CheckpointError(what, remedy="Choose another", place=folder) from error
+        raise CheckpointError(what, remedy="Choose another", location=folder) from error
     try:
         draft = scratch / folder.name
         draft.mkdir()
@@ -197,13 +197,13 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace what is no model folder, or has more in it than an export writes."""
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
-        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", place=folder)
+        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", location=folder)
     names = (path.name for path in folder.iterdir() if path.is_file())
     ours = {name for name in names if name in _WRITTEN or _WEIGHTS.fullmatch(name)}
     foreign = sorted({path.name for path in folder.iterdir()} - ours)
     if foreign:
         what = f"the output holds what no export writes: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
-        raise CheckpointError(what, remedy="Move that away, or choose another output", place=folder)
+        raise CheckpointError(what, remedy="Move that away, or choose another output", location=folder)
 
 
 def _put_in_place(draft: Path, folder: Path, replaced: Path) -> None:

@@ -53,13 +53,13 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """`config.json` of a model folder, as it stands there."""
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"there is no {CONFIG}", remedy="Name the folder of an exported model", place=folder)
+        raise CheckpointError(f"there is no {CONFIG}", remedy="Name the folder of an exported model", location=folder)
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{CONFIG} is no JSON: {error}", remedy=_OURS, place=path) from error
+        raise CheckpointError(f"{CONFIG} is no JSON: {error}", remedy=_OURS, location=path) from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{CONFIG} is a JSON {type(settings).__name__}, no object", remedy=_OURS, place=path)
+        raise CheckpointError(f"{CONFIG} is a JSON {type(settings).__name__}, no object", remedy=_OURS, location=path)
     return settings
 
 
@@ -76,7 +76,7 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
             f"{settings.get('rpe_type') if published else encoding!r} is no model of this project's export",
             remedy="Convert the authors' models with tools/import_hf.py" if published else _OURS,
-            place=place,
+            location=place,
         )
     try:
         config = ModelConfig(
@@ -93,18 +93,18 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             tied_output=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise CheckpointError(f"key {error} is missing", remedy=_OURS, place=place) from error
+        raise CheckpointError(f"key {error} is missing", remedy=_OURS, location=place) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
-        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, place=place) from error
+        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, location=place) from error
     except TypeError as error:
-        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, place=place) from error
+        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, location=place) from error
     if config.bilevel and data_fields(settings, place) is None:
         raise CheckpointError(
             f"encoding {encoding!r} without a segment rule: nothing tells where segments end",
             remedy='Put the rule of the training data into "segments": {"spec": ..., "token_ids": [...]}',
-            place=place,
+            location=place,
         )
     return config
 
@@ -137,7 +137,7 @@ def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | No
         raise CheckpointError(
             f"segments {rule!r} is no segment rule",
             remedy='Write it as {"spec": name of the rule, "token_ids": [its separators]}',
-            place=place,
+            location=place,
         ) from error
     return {"tokenizer_fingerprint": settings.get("tokenizer_fingerprint")} | fields
 
@@ -147,7 +147,7 @@ def shard_names(index: Path, remedy: str) -> list[str]:
     try:
         return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError("the index of shards is damaged", remedy=remedy, place=index) from error
+        raise CheckpointError("the index of shards is damaged", remedy=remedy, location=index) from error
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
@@ -158,13 +158,13 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"the weights {file.name} are missing", remedy=_OURS, place=folder)
+            raise CheckpointError(f"the weights {file.name} are missing", remedy=_OURS, location=folder)
         try:
             check_file(file)
             with safe_open(str(file), framework="pt") as shard:
                 weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"the weights cannot be read: {error}", remedy=_OURS, place=file) from error
+            raise CheckpointError(f"the weights cannot be read: {error}", remedy=_OURS, location=file) from error
     return weights
 
 
@@ -183,7 +183,7 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: 
         raise CheckpointError(
             f"the weights do not fit the configuration: {text[:300]}",
             remedy="Check that the weights and the configuration belong to the same model",
-            place=place,
+            location=place,
         ) from error
     return model.eval()
 

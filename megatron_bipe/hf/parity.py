@@ -70,7 +70,7 @@ def exported_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
         raise CheckpointError(
             f"the exported model cannot be loaded and run: {error}",
             remedy="This is a defect, please report it",
-            place=folder,
+            location=folder,
         ) from error
 
 

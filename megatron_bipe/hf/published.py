@@ -49,18 +49,18 @@ def read_published(folder: Path) -> PublishedModel:
     settings = read_settings(folder)
     if settings.get("model_type") != "llama" or "rpe_type" not in settings:
         what = f"model_type {settings.get('model_type')!r}, rpe_type {settings.get('rpe_type')!r}"
-        raise CheckpointError(f"{what}: not the authors' layout", remedy=_REMEDY, place=folder / CONFIG)
+        raise CheckpointError(f"{what}: not the authors' layout", remedy=_REMEDY, location=folder / CONFIG)
     raw = _read_weights(folder)
     weights = {name.replace(_INTRA_TABLE, INTRA_TABLE): t for name, t in raw.items() if not name.endswith(_BUFFERS)}
     config = _model_config(settings, weights, folder / CONFIG)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) != 1:
-        raise CheckpointError(f"weights of several types: {dtypes}", remedy=_REMEDY, place=folder)
+        raise CheckpointError(f"weights of several types: {dtypes}", remedy=_REMEDY, location=folder)
     try:
         renamed = from_llama(weights, config)
     except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
         what = f"the weights do not fit the configuration: {' '.join(str(error).split())}"
-        raise CheckpointError(what, remedy=_REMEDY, place=folder / CONFIG) from error
+        raise CheckpointError(what, remedy=_REMEDY, location=folder / CONFIG) from error
     return PublishedModel(renamed, config, dtypes.pop())
 
 
@@ -68,20 +68,20 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], pl
     encoding, train_len = settings["rpe_type"], settings.get("train_scale") or settings.get("max_position_embeddings")
     scaling = settings.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
-        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, place=place)
+        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, location=place)
     kinds = {"rpe_type": (encoding, _ENCODINGS), "rope_scaling": (scaling and scaling.get("type"), (None, *_SCALINGS))}
     if wrong := [f"{key} {found!r}" for key, (found, known) in kinds.items() if found not in known]:
         raise CheckpointError(
-            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, place=place
+            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, location=place
         )
     if settings.get("tie_word_embeddings"):
-        raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, place=place)
+        raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, location=place)
     if scaling and scaling.get("type") == "dynamic" and settings.get("max_position_embeddings") != train_len:
         raise CheckpointError(
             f"dynamic RoPE scaling from {settings.get('max_position_embeddings')} tokens, trained at {train_len}: "
             "here both are one number",
             remedy="Set max_position_embeddings to train_scale, or remove rope_scaling",
-            place=place,
+            location=place,
         )
     try:
         config = ModelConfig(
@@ -96,11 +96,11 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], pl
             zero_last_row=settings.get("pad_token_id") == -1,
         )
     except KeyError as error:
-        raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, place=place) from error
+        raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, location=place) from error
     except (ValidationError, TypeError) as error:
         what = " ".join(str(error).split())
         raise CheckpointError(
-            f"a key has a value that no model here has: {what}", remedy=_REMEDY, place=place
+            f"a key has a value that no model here has: {what}", remedy=_REMEDY, location=place
         ) from error
     return config
 
@@ -115,7 +115,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"there is neither {WEIGHTS} nor {name}", remedy=_REMEDY, place=folder)
+            raise CheckpointError(f"there is neither {WEIGHTS} nor {name}", remedy=_REMEDY, location=folder)
         try:
             weights |= torch.load(folder / name, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:
@@ -123,6 +123,6 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"the weights cannot be read, or hold more than tensors: {text[:200]}",
                 remedy=_REMEDY,
-                place=folder / name,
+                location=folder / name,
             ) from error
     return weights

@@ -78,7 +78,7 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
         raise CheckpointError(
             f"the tokenizer has ids up to {largest}, the model's token table {num_rows} rows",
             remedy="Use the tokenizer that the model was trained with",
-            place=source.definition,
+            location=source.definition,
         )
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -124,5 +124,5 @@ def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] 
                 f"AutoTokenizer gives other ids than training for {shown!r}: {opened[:12]} instead of "
                 f"{(opening + expected)[:12]}",
                 remedy="Check that the tokenizer files are those the data was made with",
-                place=source.definition,
+                location=source.definition,
             )

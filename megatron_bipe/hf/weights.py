@@ -149,7 +149,7 @@ def _take(rest: dict[str, T], name: str) -> T:
         raise CheckpointError(
             f"weight {name!r} is missing",
             remedy="Check that the weights and the configuration belong to the same model",
-            place=_some(rest),
+            location=_some(rest),
         )
     return rest.pop(name)
 
@@ -159,7 +159,7 @@ def _refuse_rest(rest: Mapping[str, object]) -> None:
         raise CheckpointError(
             f"{len(rest)} weights belong to no layer of the configured model",
             remedy="Check that the weights and the configuration belong to the same model",
-            place=_some(rest),
+            location=_some(rest),
         )
 
 

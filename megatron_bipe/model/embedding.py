@@ -52,7 +52,7 @@ class Embedding(nn.Module):
             raise ConfigError(
                 f"a window of {num_tokens} tokens exceeds the {longest} that model.encoding={config.encoding} encodes",
                 remedy="Use a shorter window",
-                place="train.seq_len_tokens or --lengths",
+                location="train.seq_len_tokens or --lengths",
             )
 
     def _places(self, tokens_BT: Tensor) -> Tensor:

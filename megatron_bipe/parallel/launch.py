@@ -84,7 +84,7 @@ def _own_gpu(launch: Launch, num_gpus: int) -> int:
             f"a rank takes the GPU of its number on the host, and local rank {launch.local_rank} sees {num_gpus}",
             remedy="Start at most as many ranks a host as it has GPUs, and let each rank see all of them (SLURM: "
             f"--gpus-per-node, without --gpus-per-task or --gpu-bind). CPU ranks take {DEVICE}=cpu DS_ACCELERATOR=cpu",
-            place=f"rank {launch.rank} on {socket.gethostname()}",
+            location=f"rank {launch.rank} on {socket.gethostname()}",
         )
     return launch.local_rank
 
@@ -98,7 +98,7 @@ def _agree_by_mpi(one_host: bool) -> Meeting:
             f"this process was started by MPI, but mpi4py, by which ranks tell each other where to meet, cannot be "
             f"loaded: {error}",
             remedy="pip install 'megatron-bipe[mpi]', or give all ranks MASTER_ADDR and MASTER_PORT",
-            place="mpiexec",
+            location="mpiexec",
         ) from error
     agreed: Meeting = MPI.COMM_WORLD.bcast(Meeting("127.0.0.1" if one_host else socket.gethostname(), free_port()))
     MPI.Finalize()

@@ -167,7 +167,7 @@ class _Seen(NamedTuple):
             f"the variables of {self.launcher.name} do not tell this process its place in the launch: {rule}. "
             f"Those seen are {listed}",
             remedy="Start all ranks with one launcher, as examples/launch/ does, or unset these for a single rank",
-            place=self.launcher.name,
+            location=self.launcher.name,
         )
 
 

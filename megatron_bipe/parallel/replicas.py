@@ -118,5 +118,5 @@ def _raise(reports: list[str], step: int) -> None:
         + " ".join(line for lines in of_ranks for line in lines),
         remedy="Continue from the last checkpoint by the same command. If the same rank differs again, suspect its "
         "hardware, and leave its node out",
-        place=f"step {step}",
+        location=f"step {step}",
     )

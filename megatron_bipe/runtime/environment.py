@@ -33,7 +33,7 @@ def requested_device() -> DeviceType | None:
         raise ConfigError(
             f"{DEVICE}={value!r}: a device type is cpu or cuda",
             remedy="Set one of them, or unset the variable to use the GPU where there is one",
-            place=DEVICE,
+            location=DEVICE,
         )
     return None
 

@@ -68,7 +68,7 @@ def device_type() -> DeviceType:
         raise ConfigError(
             f"{DEVICE}=cuda, but torch {torch.__version__} finds no GPU",
             remedy="Check nvidia-smi and that torch is a build for CUDA, or unset the variable",
-            place=DEVICE,
+            location=DEVICE,
         )
     return "cpu"
 

@@ -124,7 +124,7 @@ class Feed:
             raise DataError(
                 f"{wanted} validation windows cannot be shared by {data_ranks} data-parallel ranks",
                 remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
-                place=dataset.path,
+                location=dataset.path,
             )
         return np.linspace(0, num_windows - 1, count).astype(np.int64)
 

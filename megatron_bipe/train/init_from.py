@@ -57,7 +57,7 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
         DataError: the data is missing, or of another tokenizer or segment rule.
     """
     if list_steps(run.run_dir):
-        raise CheckpointError("the run has checkpoints already", remedy="Name another folder", place=run.run_dir)
+        raise CheckpointError("the run has checkpoints already", remedy="Name another folder", location=run.run_dir)
     differences = list(_differences(subject.config, run.model))
     if differences:
         changes = " ".join(shlex.quote(f"--set=model.{key}={json.dumps(value)}") for key, value, _ in differences)
@@ -67,7 +67,7 @@ def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -
                 f"{key} is {value!r} in the model and {other!r} in the run" for key, value, other in differences
             ),
             remedy=f"Give {changes}",
-            place=subject.source,
+            location=subject.source,
         )
     blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
     for dataset in blend.datasets:

@@ -105,7 +105,7 @@ class Recovery:
         return HealthError(
             f"{len(self._health.streak)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
             remedy="Look at the samples that events.jsonl names; lower optimizer.lr, or lengthen the warm-up",
-            place=self._run.run_dir,
+            location=self._run.run_dir,
         )
 
     def _note(self, bad: BadStep) -> None:

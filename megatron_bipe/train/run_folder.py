@@ -118,7 +118,7 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
         raise ConfigError(
             f"{', '.join(unknown)} cannot be allowed to change in a run; what can is {', '.join(ALLOWABLE)}",
             remedy="Leave it out, or start anew with --set run_dir=OTHER",
-            place="--allow",
+            location="--allow",
         )
     if not list_steps(run.run_dir):
         return
@@ -131,7 +131,7 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
         raise CheckpointError(
             f"the run folder holds another run: {'; '.join(difference.text for difference in refused)}",
             remedy=f"Undo these changes to continue it{flags}, or start anew with --set run_dir=OTHER",
-            place=run.run_dir,
+            location=run.run_dir,
         )
 
 
@@ -165,7 +165,7 @@ def read_record(run_dir: Path) -> DataRecord:
         raise CheckpointError(
             f"the record of the training data cannot be read: {error}",
             remedy="Copy the whole run folder again",
-            place=path,
+            location=path,
         ) from error
 
 

@@ -92,7 +92,9 @@ def parse_duration(text: str) -> float:
     match = _DURATION.fullmatch(text)
     if not match or not text:
         raise ConfigError(
-            f"{text!r} is no duration", remedy="Write days, hours, minutes and seconds as 1d2h30m5s", place="--stop-at"
+            f"{text!r} is no duration",
+            remedy="Write days, hours, minutes and seconds as 1d2h30m5s",
+            location="--stop-at",
         )
     return float(
         sum(int(number or 0) * unit_s for number, unit_s in zip(match.groups(), _UNITS_S.values(), strict=True))

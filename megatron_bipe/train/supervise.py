@@ -96,7 +96,7 @@ def usable_hosts(run_dir: Path, hosts: Sequence[str], ranks_per_host: int, least
         f"{len(hosts)} hosts are up ({', '.join(hosts)}); the run needs a number of them from {least} on whose ranks, "
         f"{ranks_per_host} each, share train.global_batch evenly",
         remedy="Wait for more hosts, or lower --least-hosts",
-        place=run_dir,
+        location=run_dir,
     )
 
 

@@ -110,7 +110,7 @@ def _require_ours(wanted: list[Item], receipt: Receipt, options: DownloadOptions
         raise DataError(
             f"{len(foreign)} file(s) here are not as the Hub states them, nor from this tool: {some_of(foreign)}",
             remedy="Name another folder, or add --overwrite to replace them",
-            place=options.output,
+            location=options.output,
         )
     for path in damaged:
         log.warning("%s is not as the Hub states it; it is fetched again", options.output / path)
@@ -133,7 +133,7 @@ def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item],
             f"{len(failed)} of {len(wanted)} files did not arrive as the Hub states them, in {ATTEMPTS} attempts: "
             f"{some_of(failed)}",
             remedy=f"See whether a proxy alters them, and {GO_ON}",
-            place=options.output,
+            location=options.output,
         )
 
 
@@ -183,6 +183,6 @@ def _alone_in(folder: Path) -> Iterator[None]:
             stack.enter_context(WeakFileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S))
         except TimeoutError as error:
             raise DataError(
-                "Another run is downloading into this folder", remedy="Wait for it, or name another", place=folder
+                "Another run is downloading into this folder", remedy="Wait for it, or name another", location=folder
             ) from error
         yield

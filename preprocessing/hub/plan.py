@@ -66,7 +66,7 @@ class Plan(NamedTuple):
             raise DataError(
                 f"{in_bytes(self.fetch_bytes)} are to be fetched, and the disk has {in_bytes(self.free_bytes)} free",
                 remedy="Make room, choose fewer files with --include, or name a folder on another disk",
-                place="--output",
+                location="--output",
             )
 
 
@@ -83,7 +83,9 @@ def make_plan(options: DownloadOptions) -> Plan:
 def find_snapshot(options: DownloadOptions) -> Snapshot:
     """The chosen files; of the commit that the folder holds already, if no other is asked for."""
     if options.output.exists() and not options.output.is_dir():
-        raise DataError("The output must be a folder, and this is a file", remedy="Name another", place=options.output)
+        raise DataError(
+            "The output must be a folder, and this is a file", remedy="Name another", location=options.output
+        )
     held = Receipt.load(options.output)
     commit = held.commit if held is not None and held.repo == options.repo else None
     snapshot = list_snapshot(options.repo, options.revision or commit, options.endpoint)
@@ -93,7 +95,7 @@ def find_snapshot(options: DownloadOptions) -> Snapshot:
             raise DataError(
                 f"No file of {snapshot.repo} matches {pattern!r}; there are {len(paths)}, such as {some_of(paths)}",
                 remedy="Give patterns of whole paths, in quotes, e.g. 'train/0*'",
-                place="--include",
+                location="--include",
             )
     chosen = set(filter_repo_objects(paths, allow_patterns=list(options.include) or None))
     return snapshot._replace(files=tuple(file for file in snapshot.files if file.path in chosen))
@@ -107,7 +109,7 @@ def receipt_for(folder: Path, snapshot: Snapshot) -> Receipt:
             f"The folder holds {receipt.repo} at commit {receipt.commit}, and {snapshot.repo} at commit "
             f"{snapshot.commit} is asked for",
             remedy="Name another folder, or ask for what this one holds",
-            place=folder,
+            location=folder,
         )
     return receipt
 
@@ -125,7 +127,7 @@ def _item(file: HubFile, options: DownloadOptions, receipt: Receipt) -> Item:
         rest = rest_bytes(path, file)
         return Item(file, State.MISSING if rest == file.size_bytes else State.PARTIAL, rest)
     if path.is_dir():
-        raise DataError("A folder has the name of a file that is to be fetched", remedy="Move it away", place=path)
+        raise DataError("A folder has the name of a file that is to be fetched", remedy="Move it away", location=path)
     if path.stat().st_size != file.size_bytes:
         return Item(file, State.DAMAGED, rest_bytes(path, file))
     known = not options.verify and receipt.vouches_for(file, path)

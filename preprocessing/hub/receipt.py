@@ -51,7 +51,7 @@ class Receipt(BaseModel):
             raise DataError(
                 f"The receipt is damaged: {problem['msg']} at {'.'.join(map(str, problem['loc'])) or 'the start'}",
                 remedy="Remove it: the files beside it are then checked again, and kept where they are whole",
-                place=path,
+                location=path,
             ) from error
 
     def save(self, folder: Path) -> None:

@@ -73,7 +73,7 @@ def list_snapshot(repo: str, revision: str | None, endpoint: str | None) -> Snap
             entries = list(api.list_repo_tree(repo, repo_type="dataset", revision=info.sha, recursive=True))
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"The answer for {repo} is not that of a Hugging Face Hub", remedy="Check --endpoint", place=api.endpoint
+            f"The answer for {repo} is not that of a Hugging Face Hub", remedy="Check --endpoint", location=api.endpoint
         ) from error
     licences = [tag.removeprefix("license:") for tag in info.tags or [] if tag.startswith("license:")]
     files = tuple(_hub_file(repo, entry) for entry in entries if isinstance(entry, RepoFile))
@@ -86,7 +86,7 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
         raise DataError(
             f"The repository names a file {entry.path!r}, which would lie outside the output folder",
             remedy="Do not use this repository",
-            place=repo,
+            location=repo,
         )
     if entry.lfs is None:
         return HubFile(entry.path, entry.size, f"git-sha1:{entry.blob_id}")
@@ -148,7 +148,7 @@ def require_transferable(files: list[HubFile]) -> None:
             f"{large.path} has {large.size_bytes / 1e9:.0f} GB, and the Hub serves at most "
             f"{MAX_HTTP_DOWNLOAD_SIZE / 1e9:.0f} GB over HTTP",
             remedy="Fetch it by `hf download --repo-type dataset --local-dir`, then run this again to check it",
-            place=large.path,
+            location=large.path,
         )
 
 
@@ -210,7 +210,7 @@ def hub_errors(place: str, leave: Callable[[Exception], bool] = lambda _: False)
         fits = (why for why in _REASONS if isinstance(error, why.kind))
         why = next(why for why in fits if not why.statuses or _status(error) in why.statuses)
         said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(why.what.format(error=said), remedy=why.remedy, place=place) from error
+        raise DataError(why.what.format(error=said), remedy=why.remedy, location=place) from error
 
 
 @contextmanager
@@ -224,4 +224,4 @@ def disk_errors(place: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         what = "The disk is full" if full else f"The disk refuses this: {error.strerror}"
         remedy = "Make room" if full else "Check the place and its permissions"
-        raise DataError(what, remedy=f"{remedy}, and {GO_ON}", place=place) from error
+        raise DataError(what, remedy=f"{remedy}, and {GO_ON}", location=place) from error

@@ -98,7 +98,7 @@ def require_columns(schema: pa.Schema, keys: Keys, place: Path | str) -> None:
         raise DataError(
             f"{what}; the columns are: {columns}",
             remedy=f"Name a column of strings, or a dotted path to one inside structs, by {option}",
-            place=place,
+            location=place,
         )
 
 
@@ -157,7 +157,7 @@ def reading_table(file: Path) -> Iterator[None]:
             raise DataError(
                 f"pyarrow {pa.__version__} cannot read this: {error}",
                 remedy="Write the file again with common types and compression, or install a newer pyarrow",
-                place=file,
+                location=file,
             ) from error
         except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
             if isinstance(error, OSError) and error.errno is not None:

@@ -90,7 +90,7 @@ def _inputs_of(entry: str) -> list[Input]:
             return [Input(entry, HUB, *open_hub(entry))]
     if not files:
         raise DataError(
-            f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", place=entry
+            f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", location=entry
         )
     return [_file_input(file) for file in files]
 
@@ -111,7 +111,7 @@ def _refuse(error: OSError) -> None:
     raise DataError(
         f"The folder cannot be searched: {error.strerror}",
         remedy="Mend its permissions, or name the files to read",
-        place=error.filename,
+        location=error.filename,
     ) from error
 
 
@@ -125,7 +125,7 @@ def require_unchanged(item: Input) -> None:
         raise DataError(
             "The file was changed after the run had begun",
             remedy="Run again with --overwrite, and leave the inputs alone until the end",
-            place=item.name,
+            location=item.name,
         )
 
 
@@ -135,7 +135,7 @@ def _file_input(file: Path) -> Input:
         raise DataError(
             f"Files of this kind are not read; the kinds are {', '.join(SUFFIXES)}",
             remedy="Convert or rename the file",
-            place=file,
+            location=file,
         )
     status = file.stat()
     return Input(str(file), kind, status.st_size, str(status.st_mtime_ns))

@@ -134,7 +134,7 @@ def reading(file: Path | str) -> Iterator[None]:
         yield
     except (zstandard.ZstdError, zlib.error, EOFError) as error:
         raise DataError(
-            f"The data is damaged or cut short: {error}", remedy="Fetch or make the file again", place=file
+            f"The data is damaged or cut short: {error}", remedy="Fetch or make the file again", location=file
         ) from error
     except OSError as error:
-        raise DataError(f"The file cannot be read: {error.strerror or error}", place=file) from error
+        raise DataError(f"The file cannot be read: {error.strerror or error}", location=file) from error

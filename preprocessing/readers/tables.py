@@ -104,7 +104,7 @@ def saved_files(folder: Path) -> list[Path]:
         raise DataError(
             f"This is a dataset saved with its splits: {', '.join(split.name for split in splits) or 'none is here'}",
             remedy=f"Name the folder of one split as the input, such as {splits[0] if splits else folder / 'train'}",
-            place=folder,
+            location=folder,
         )
     try:
         with reading(listing):
@@ -113,14 +113,14 @@ def saved_files(folder: Path) -> list[Path]:
         raise DataError(
             f"This does not list files as `Dataset.save_to_disk` does ({type(error).__name__}: {error})",
             remedy="Copy or save the dataset again",
-            place=listing,
+            location=listing,
         ) from error
     missing = [file.name for file in files if not file.is_file()]
     if missing or not files:
         raise DataError(
             f"The saved dataset lacks {', '.join(missing[:3]) or 'any file'}{', ...' if len(missing) > 3 else ''}",
             remedy="Copy or save the dataset again",
-            place=folder,
+            location=folder,
         )
     return files
 
@@ -205,7 +205,7 @@ def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
             f"Part {part} (from 0) is due, but the dataset has {dataset.num_shards} parts: another version of "
             "`datasets` counts them otherwise",
             remedy="Start over with --overwrite",
-            place=name,
+            location=name,
         )
     shard = dataset.shard(num_shards=dataset.num_shards, index=part).with_format("arrow")
     yield from parse_batches(name, _hub_batches(name, shard.iter(HUB_ROWS_AT_ONCE), keys), keys)
@@ -237,7 +237,7 @@ def _hub_dataset(name: str, commit: str | None) -> Any:
         from datasets import load_dataset
     repo, config, split = _parse_name(name)
     if Path(repo).exists():  # `datasets` would take that
-        raise DataError(f"There is {repo} on this disk", remedy="Name files in it, or rename it", place=name)
+        raise DataError(f"There is {repo} on this disk", remedy="Name files in it, or rename it", location=name)
     with _hub_errors(name, _OPENING):
         return load_dataset(repo, config, split=split, revision=commit, streaming=True)
 
@@ -266,7 +266,7 @@ def _hub_errors(name: str, remedies: Sequence[tuple[type[Exception], str]]) -> I
         # https://github.com/apache/arrow/issues/45214
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-        raise DataError(f"`datasets` says: {said or type(error).__name__}", remedy=remedy, place=name) from error
+        raise DataError(f"`datasets` says: {said or type(error).__name__}", remedy=remedy, location=name) from error
 
 
 @contextmanager
@@ -275,5 +275,5 @@ def _optional_packages(place: Path | str) -> Iterator[None]:
         yield
     except ImportError as error:
         raise DataError(
-            f"To read this input, an optional package is needed: {error}", remedy="pip install datasets", place=place
+            f"To read this input, an optional package is needed: {error}", remedy="pip install datasets", location=place
         ) from error

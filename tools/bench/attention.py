@@ -14,7 +14,7 @@ Example: python tools/bench/attention.py --set model.num_layers=12 --window 4096
 import argparse
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._device import device, native_precision
 from bench._machine import describe_machine
 from bench._turns import Prepare, Turns, take_turns
@@ -42,9 +42,10 @@ SEGMENT_TOKENS, HEAD_TOKENS = 14, 1024
 SAMPLED_QUERIES = 64
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """All four parts."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     model = load_run_config(arguments.config, arguments.set).model
     print(describe_machine("torch"))
     print(f"{model.num_layers} blocks x {model.hidden_size}, {model.num_heads} heads; {arguments.repeats} turns\n")
@@ -208,4 +209,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

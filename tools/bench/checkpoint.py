@@ -15,6 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
@@ -44,9 +45,10 @@ class Cost(NamedTuple):
     done: float  # from its begin until it was the newest checkpoint
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Train, save in turns, print a table."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     logging.disable(logging.INFO)
     print(describe_machine("torch", "deepspeed"))
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
@@ -148,4 +150,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from bench._random_data import NUM_SHARDS, make_dataset
 from megatron_bipe.data.collate import make_batch
@@ -32,9 +32,10 @@ BATCH, SEQ_LEN, CLIP = 256, 1024, 1023  # the 151M recipe
 Timed = dict[str, list[float]]
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Make a dataset, time everyone in turn, print the tables."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_dataset(Path(folder), arguments.megatokens * 1_000_000)
@@ -153,4 +154,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -10,7 +10,7 @@ Example: python tools/bench/eval.py --set model.num_layers=12 --lengths 1024,819
 import argparse
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +18,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._device import device, native_precision
 from bench._machine import describe_machine
 from bench._peer import PEER, make_peer
@@ -33,9 +33,10 @@ from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.precision import DTYPES
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """A table for each length."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     model = load_run_config(None, arguments.set).model
     print(describe_machine("torch", "transformers"))
     print(f"{model.num_layers} blocks x {model.hidden_size}, {native_precision()}, {arguments.repeats} turns")
@@ -93,4 +94,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -15,7 +15,7 @@ import socket
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,7 +26,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._device import native_precision
 from bench._machine import describe_machine
 from megatron_bipe.config.deepspeed import engine_config
@@ -44,9 +44,10 @@ WINDOW, HEADS, HEAD_WIDTH = 4096, 16, 128  # its attention, on a long window
 TIMEOUT_S = 600
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Start the ranks; the first of them prints."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     print(describe_machine("torch", "deepspeed"))
     print(f"{arguments.ranks} ranks of one thread, gloo; seconds, medians of {arguments.repeats}\n")
     with socket.socket() as probe:
@@ -152,4 +153,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

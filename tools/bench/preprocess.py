@@ -31,7 +31,7 @@ import zstandard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._corpus import collect
 from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
@@ -194,9 +194,10 @@ CONTENDERS = {
 BASE = "tokenizers, encode_batch"  # the ratios' denominator
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Collect the corpus, run everyone in turn, print the table."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -294,4 +295,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

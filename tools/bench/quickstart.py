@@ -9,12 +9,13 @@ Example: python tools/bench/quickstart.py --output quickstart-seeds --seeds 0..9
 
 import argparse
 import sys
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import parse_range, run_tool
+from _cli import command, parse_range
 from _steps import FROM_TEXT_TO_DATA, Pattern, Stage, fill, run_steps, run_values
 from bench._machine import describe_machine
 from megatron_bipe.config.load import load_run_config
@@ -40,9 +41,10 @@ EVALUATE = Pattern(
 )
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Train and evaluate what is not there yet, print the table."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     folder, seeds = arguments.output, list(arguments.seeds)
     run = load_run_config(CONFIG, arguments.set)
     run_steps(plan(folder, seeds, arguments.set), folder)
@@ -106,4 +108,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from subprocess import DEVNULL
 from typing import Any
@@ -26,7 +27,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where pretrain is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.config.schema import HealthConfig, TrainConfig
 from megatron_bipe.data.format import ShardWriter
@@ -42,12 +43,13 @@ EVERY = 3  # steps between hashes of replicas, and between comparisons of ranks
 HASHES, RANKS = "hashing replicas", "comparing ranks"
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Start the ranks and print what they timed, or be one."""
     if "--as-rank" in sys.argv:
         be_rank(Path(sys.argv.pop(sys.argv.index("--as-rank") + 1)))
         return
-    given = _parser().parse_args()
+    given = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_tokens(folder / "data")
@@ -159,4 +161,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -15,11 +15,12 @@ import sys
 import sysconfig
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._corpus import collect
 from bench._machine import describe_machine
 from megatron_bipe.errors import DataError
@@ -31,9 +32,10 @@ PREPROCESS = Path(__file__).resolve().parents[1] / "preprocess.py"
 VOCAB_SIZE = 8000
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Run undisturbed, then the rounds; print what came of them."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         corpus = folder / "corpus.jsonl.zst"
@@ -60,7 +62,7 @@ def main() -> None:
     )
     print(f"{equal} of {arguments.rounds} outputs are those of the undisturbed run")
     if equal < arguments.rounds:
-        raise DataError("Some outputs differ", place="tools/bench/resume.py")
+        raise DataError("Some outputs differ", location="tools/bench/resume.py")
 
 
 def _start_and_kill(command: list[str], output: Path, after_s: float) -> None:
@@ -75,7 +77,7 @@ def _start_and_kill(command: list[str], output: Path, after_s: float) -> None:
 def _finish(command: list[str], output: Path) -> None:
     done = run_command([*command, "--output", str(output)], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     if done.returncode:
-        raise DataError(f"preprocess.py failed: {done.stderr}", place=output)
+        raise DataError(f"preprocess.py failed: {done.stderr}", location=output)
 
 
 def _digest(folder: Path) -> str:
@@ -98,4 +100,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

@@ -17,7 +17,7 @@ from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import open_blend
@@ -46,9 +46,10 @@ DOCUMENT_TOKENS, SEGMENT_TOKENS = 1400, 14  # about what the Pile has
 MEMBERS = 22  # of the Pile
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Make each corpus, open it in a process of its own, print a line."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     if arguments.open:
         print(json.dumps(open_and_draw(arguments.open)))
         return
@@ -150,4 +151,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

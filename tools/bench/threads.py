@@ -12,13 +12,14 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from subprocess import PIPE
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 
@@ -28,14 +29,15 @@ WARM_UP_STEPS, STEPS = 3, 12
 BUSY_LOOP = "while True: pass"
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """A line for each policy, idle and beside other work."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--repeats", type=int, default=5, metavar="N", help="turns (default: %(default)s)")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="default: all cores")
     parser.add_argument("--load", type=int, default=2, metavar="N", help="busy processes (default: %(default)s)")
     parser.add_argument("--train-here", action="store_true", help=argparse.SUPPRESS)  # what each contender runs
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     if arguments.train_here:
         print(train())
         return
@@ -87,4 +89,4 @@ def train() -> float:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

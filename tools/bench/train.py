@@ -13,7 +13,7 @@ Example: python tools/bench/train.py --set model.num_layers=12 --repeats 5
 
 import argparse
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._device import device
 from bench._machine import describe_machine
 from bench._peer import PEER, make_peer
@@ -48,9 +48,10 @@ LR, SEGMENT_TOKENS = 1e-4, 14
 Settings = tuple[Path | None, tuple[str, ...], Path]  # --config, --set, --ds_config
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Let the contenders take turns, print the table."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     settings: Settings = (arguments.config, tuple(arguments.set), arguments.ds_config)
     run = load(settings)
     contenders: dict[str, Prepare] = {PRODUCTS: partial(prepare_products, settings)}
@@ -224,4 +225,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

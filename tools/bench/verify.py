@@ -12,7 +12,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from subprocess import DEVNULL, PIPE
@@ -21,7 +21,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from _cli import run_tool
+from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import sha256_of
@@ -43,9 +43,10 @@ RULES = {
 }
 
 
-def main() -> None:
+@command
+def main(argv: Sequence[str] | None) -> None:
     """Make a dataset for each rule, time everyone in turn, print a table each."""
-    arguments = _parser().parse_args()
+    arguments = _parser().parse_args(argv)
     workers = [int(part) for part in arguments.workers.split(",")]
     print(describe_machine("numpy"))
     sha256sum = run_command(["sha256sum", "--version"], stdout=PIPE, check=True).stdout
@@ -130,4 +131,4 @@ def _parser() -> argparse.ArgumentParser:
 
 
 if __name__ == "__main__":
-    run_tool(main)
+    sys.exit(main())

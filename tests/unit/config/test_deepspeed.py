@@ -85,7 +85,7 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
     with pytest.raises(ConfigError) as error:
         engine_config(load_run_config(None, BF16), literal, 1, "ds.json")
     assert all(part in str(error.value) for part in named)
-    assert error.value.place == "ds.json"
+    assert error.value.location == "ds.json"
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
 def test_engine_config_section_that_is_none_is_named(sections, named):
     with pytest.raises(ConfigError, match=named) as error:
         engine_config(load_run_config(None, BF16), sections, 1, "ds.json")
-    assert error.value.place == "ds.json"
+    assert error.value.location == "ds.json"
 
 
 @pytest.mark.parametrize("text", ["{", "[]", ""])
@@ -112,7 +112,7 @@ def test_read_ds_config_damaged_file_is_named(tmp_path, text):
     path.write_text(text)
     with pytest.raises(ConfigError) as error:
         read_ds_config(path)
-    assert error.value.place == str(path)
+    assert error.value.location == str(path)
 
 
 def test_read_ds_config_missing_file_is_named(tmp_path):

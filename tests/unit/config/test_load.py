@@ -109,7 +109,7 @@ def test_load_unknown_key_names_the_nearest_one(key, nearest):
     overrides = [f"model.rope_scaling={value}"] if "rope" in key else []
     with pytest.raises(ConfigError, match=f"unknown key '{key}', did you mean '{nearest}'") as error:
         load_run_config(None, [*overrides, f"{key}=4"])
-    assert error.value.place == f"--set {key}=4"
+    assert error.value.location == f"--set {key}=4"
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_load_error_in_a_set_option_names_the_option_and_not_the_file(tmp_path):
     path.write_text("train: {seed: 3}")
     with pytest.raises(ConfigError) as error:
         load_run_config(path, ["train.steps=0", "train.seed=2"])
-    assert error.value.place == "--set train.steps=0"
+    assert error.value.location == "--set train.steps=0"
 
 
 def test_load_all_problems_are_named_at_once():
@@ -166,7 +166,7 @@ def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, message):
     path.write_text(text)
     with pytest.raises(ConfigError, match=message) as error:
         load_run_config(path)
-    assert error.value.place == str(path)
+    assert error.value.location == str(path)
 
 
 def test_load_key_that_an_anchor_brought_may_be_given_anew(tmp_path):

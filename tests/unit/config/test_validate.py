@@ -134,7 +134,7 @@ def test_validate_all_problems_are_named_at_once():
     with pytest.raises(ConfigError) as error:
         validate_run(run, num_ranks=2, sources=Sources(Path("run.yaml")))
     assert str(error.value).count(";") >= 2
-    assert error.value.place == "run.yaml"
+    assert error.value.location == "run.yaml"
 
 
 def _check(overrides, **facts):

@@ -71,7 +71,7 @@ def test_slot_counts_too_small_a_weight_names_it_its_share_and_the_least():
         slot_counts([1, 1e-5, 1, 1e-9], ["data/a", "data/b", "data/c", "data/d"])
     for part in ("data/b with weight 1e-05 has a share of 5e-06", "data/d with weight 1e-09", "is 0.0001"):
         assert part in str(error.value)
-    assert "data/a" not in str(error.value) and error.value.place == "data.path"
+    assert "data/a" not in str(error.value) and error.value.location == "data.path"
 
 
 @settings(deadline=None)
@@ -244,7 +244,7 @@ def test_blend_with_a_dataset_shorter_than_a_window_names_it(datasets, tmp_path,
         write_dataset(tmp_path / "short", [[tokens]])
         with pytest.raises(DataError, match="one window of 8") as error:
             Blend([datasets[0], TokenDataset(tmp_path / "short")], None, SEQ, SEED)
-        assert error.value.place == str(tmp_path / "short")
+        assert error.value.location == str(tmp_path / "short")
 
 
 def test_open_blend_takes_each_form_of_data_path(datasets):

@@ -192,4 +192,4 @@ def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
         (tmp_path / "qasper.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
         with pytest.raises(DataError) as error:
             list(read_rows(tmp_path, "qasper", "train"))
-        assert "qasper" in error.value.place
+        assert "qasper" in error.value.location

@@ -26,7 +26,7 @@ def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others
         return
     with pytest.raises(ConfigError, match="bf16 on rank 2, fp32 on rank 0") as error:
         check_precision(MESH, run)
-    assert error.value.place == "train.precision"
+    assert error.value.location == "train.precision"
 
 
 def test_port_of_another_launch_is_one_clear_error(monkeypatch):

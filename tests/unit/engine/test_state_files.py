@@ -148,7 +148,7 @@ def test_reader_damage_is_one_error_that_names_it(tmp_path, damage):
     harm(folder)
     with pytest.raises(CheckpointError, match=expected) as error:
         read_everything(folder)
-    assert error.value.place == str(folder)
+    assert error.value.location == str(folder)
     assert "RUN_DIR@STEP" in error.value.remedy
 
 

@@ -248,7 +248,7 @@ def test_read_losses_damaged_line_is_named(run_dir, damage):
         file.write(damage)
     with pytest.raises(DataError, match=r"line 9") as error:
         read_losses(run_dir)
-    assert error.value.place == str(run_dir / "metrics.jsonl")
+    assert error.value.location == str(run_dir / "metrics.jsonl")
 
 
 def test_read_losses_without_steps_or_file_says_so(tmp_path):

@@ -110,7 +110,7 @@ def test_page_names_a_missing_file(folder, name):
     shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(BipeError) as error:
         quickstart_page(folder, "verdict")
-    assert error.value.place in {str(path), str(path.parent)} and path.name in str(error.value)
+    assert error.value.location in {str(path), str(path.parent)} and path.name in str(error.value)
 
 
 @pytest.mark.parametrize("name", [*FILES[:5], "data/valid/tokenizer/tokenizer.json", "logs/times.json"])
@@ -119,7 +119,7 @@ def test_page_names_a_damaged_file(folder, name):
     path.write_bytes(path.read_bytes()[:-9] + b"\x00{")
     with pytest.raises(BipeError) as error:
         quickstart_page(folder, "verdict")
-    assert error.value.place.startswith(str(path))
+    assert error.value.location.startswith(str(path))
 
 
 @pytest.mark.parametrize("content", ['{"models": []}', '{"protocol_means": "x", "models": []}'])
@@ -128,7 +128,7 @@ def test_page_names_an_evaluation_without_results(folder, content):
     path.write_text(content)
     with pytest.raises(BipeError) as error:
         quickstart_page(folder, "verdict")
-    assert error.value.place == str(path)
+    assert error.value.location == str(path)
 
 
 @pytest.mark.parametrize(

@@ -68,7 +68,7 @@ def test_join_launch_of_more_ranks_than_gpus_is_refused(environment, monkeypatch
     environment.update(LAUNCH)
     with pytest.raises(ConfigError, match="local rank 1 sees 1") as caught:
         join_launch()
-    assert "--gpus-per-node" in caught.value.remedy and "rank 5" in caught.value.place
+    assert "--gpus-per-node" in caught.value.remedy and "rank 5" in caught.value.location
 
 
 def test_join_launch_with_bipe_device_cpu_takes_no_gpu_and_tells_deepspeed(environment, monkeypatch):
@@ -86,7 +86,7 @@ def test_join_launch_with_bipe_device_cuda_and_no_gpu_is_refused(environment):
     environment["BIPE_DEVICE"] = "cuda"
     with pytest.raises(ConfigError, match="BIPE_DEVICE=cuda") as caught:
         join_launch()
-    assert caught.value.place == "BIPE_DEVICE"
+    assert caught.value.location == "BIPE_DEVICE"
 
 
 def test_join_launch_with_an_unknown_bipe_device_is_refused(environment):

@@ -136,7 +136,7 @@ def test_read_launch_of_half_a_launch_names_launcher_variables_and_remedy(env, w
     with pytest.raises(ConfigError) as caught:
         read(env)
     error = caught.value
-    assert words in error.message and error.remedy and error.place
+    assert words in error.message and error.remedy and error.location
     assert all(f"{name}={value}" in error.message for name, value in env.items() if value and "SLURM" not in name)
 
 

@@ -32,7 +32,7 @@ def test_requested_device_of_another_name_is_refused():
     os.environ["BIPE_DEVICE"] = "CPU"
     with pytest.raises(ConfigError, match="BIPE_DEVICE='CPU'") as error:
         requested_device()
-    assert error.value.place == "BIPE_DEVICE"
+    assert error.value.location == "BIPE_DEVICE"
 
 
 def test_prepare_for_cpu_tells_deepspeed_and_lets_threads_sleep():

@@ -55,7 +55,7 @@ def test_run_steps_stops_at_the_first_that_fails_and_keeps_the_times_of_those_be
     planned.append([python("c", "")])
     with pytest.raises(BipeError, match="exit code 1") as error:
         steps.run_steps(planned, tmp_path)
-    assert error.value.place.endswith("b.log") and (tmp_path / "a").exists() and not (tmp_path / "c").exists()
+    assert error.value.location.endswith("b.log") and (tmp_path / "a").exists() and not (tmp_path / "c").exists()
     before = steps.read_times(tmp_path)
     assert set(before) == {"a"} and before["a"] >= 0.5
     planned[1] = [python("b2", "")]
@@ -104,7 +104,7 @@ def test_run_stage_one_that_fails_ends_the_others(steps, python, tmp_path):
     begin_s = time.monotonic()
     with pytest.raises(BipeError, match="exit code 1") as error:
         steps.run_stage(stage, tmp_path, times := {})
-    assert error.value.place.endswith("short.log") and set(times) == {"done"}
+    assert error.value.location.endswith("short.log") and set(times) == {"done"}
     assert not _is_running(pid) and time.monotonic() - begin_s < 60
 
 
@@ -170,7 +170,7 @@ def test_run_stage_failing_or_without_result_names_its_log_and_shows_its_end_unf
     step = steps.Step("Do it", [sys.executable, "-c", f"print({lines!r}, flush=True)\n{code}"], tmp_path / "result")
     with pytest.raises(BipeError, match="did not make") as error:
         steps.run_stage([step], tmp_path, {})
-    assert error.value.place == str(tmp_path / "logs" / "Do_it.log")
+    assert error.value.location == str(tmp_path / "logs" / "Do_it.log")
     shown = capsys.readouterr().out
     assert "    | [2026-01-01 10:00:00,123] [INFO] [launch.py:1:main] noise\n" in shown
     assert "| 1029 lines" in shown and "| 1000 lines" not in shown

@@ -60,7 +60,7 @@ def test_describe_data_that_the_run_would_refuse_is_refused(tmp_path, write_data
     paths = [f"data.path={tmp_path / 'other'}", f"data.valid_path={tmp_path / 'data'}"]
     with pytest.raises(ConfigError, match=r"model\.vocab_size=8 is smaller") as error:
         described(load_run_config(None, [*BF16, *paths, *small]), {}, num_ranks=1)
-    assert error.value.place == str(tmp_path / "data")
+    assert error.value.location == str(tmp_path / "data")
 
 
 def test_describe_empty_dataset_is_described(tmp_path, write_dataset):

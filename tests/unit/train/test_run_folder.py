@@ -176,7 +176,7 @@ def test_same_run_another_run_names_every_difference(run, record):
         "dataset",
     ):
         assert part in str(error.value)
-    assert error.value.place == str(run.run_dir)
+    assert error.value.location == str(run.run_dir)
 
 
 def _blend(record, *members):

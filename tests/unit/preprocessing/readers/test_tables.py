@@ -160,7 +160,7 @@ def test_read_rows_key_without_column_is_one_error(write: Callable[[pa.Table], P
     file = write(pa.table({"text": ["a"], "raw": [b"a"], "meta": [{"n": 1}]}))
     with pytest.raises(DataError, match=message) as caught:
         all_of(file, keys)
-    assert caught.value.place == str(file)
+    assert caught.value.location == str(file)
 
 
 def test_read_rows_table_without_rows_has_no_documents(write: Callable[[pa.Table], Path]) -> None:
@@ -251,7 +251,7 @@ def test_read_rows_file_cut_short_is_one_error(write: Callable[[pa.Table], Path]
     file.write_bytes(file.read_bytes()[:keep])
     with pytest.raises(DataError, match="damaged or cut short") as caught:
         all_of(file)
-    assert caught.value.place == str(file)
+    assert caught.value.location == str(file)
 
 
 def test_read_arrow_stream_cut_between_batches_is_an_error(tmp_path: Path) -> None:
