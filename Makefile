@@ -85,7 +85,7 @@ test: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
 
 test-parallel: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m tests.dist.table
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.distributed.table
 
 test-faults: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults.kills --count 50

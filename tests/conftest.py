@@ -15,7 +15,7 @@ from megatron_bipe.data.manifest import ExamplesRecord, Manifest, TokenizerRecor
 from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.types import TokenizedDocument
-from tests.dist.launch import free_port as find_free_port
+from tests.helpers.ranks import free_port as find_free_port
 
 Shards = Sequence[Sequence[Sequence[int]]]  # documents by shard
 SEPARATOR = 5

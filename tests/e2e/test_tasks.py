@@ -14,7 +14,7 @@ from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.eval.generation import load_generator
 from megatron_bipe.eval.scrolls import answer, score_answers, write_results
 from tests.e2e.test_line import pretrain, python
-from tests.scrolls import write_benchmark
+from tests.helpers.scrolls import write_benchmark
 
 MODEL = "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 64, intra_size: 32, "
 SUMMARY_LENGTH, QUESTION_LENGTH = 1100, 320

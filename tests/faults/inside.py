@@ -8,9 +8,9 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.feed import Feed
-from tests.dist.commands import options
-from tests.dist.layouts import DS_CONFIGS
-from tests.dist.planted import Planted, plant, spoil_weight
+from tests.helpers.arithmetic_faults import Planted, plant, spoil_weight
+from tests.helpers.commands import options
+from tests.helpers.paths import DS_CONFIGS
 
 
 class Plant(NamedTuple):

@@ -17,10 +17,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.dist.commands import run
-from tests.dist.launch import free_port
 from tests.faults.data import make_data
-from tests.faults.runs import arguments, differences, launcher, random_moment, signals_sent, supervised
+from tests.helpers.commands import run
+from tests.helpers.ranks import free_port
+from tests.helpers.small_runs import arguments, differences, launcher, random_moment, signals_sent, supervised
 
 STEPS_A_KILL, LAST_STEPS = 4, 10
 

@@ -21,7 +21,7 @@ from megatron_bipe.engine import start
 from megatron_bipe.parallel import watchdog
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.train import feed as feeds
-from tests.dist.planted import Planted, plant, spoil_weight
+from tests.helpers.arithmetic_faults import Planted, plant, spoil_weight
 
 SPIKE = 20.0
 

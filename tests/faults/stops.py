@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
-from tests.dist.commands import Ended, run
-from tests.dist.launch import free_port
 from tests.faults.data import make_data
-from tests.faults.runs import arguments, differences, launcher, random_moment, signals_sent
+from tests.helpers.commands import Ended, run
+from tests.helpers.ranks import free_port
+from tests.helpers.small_runs import arguments, differences, launcher, random_moment, signals_sent
 
 STEPS_A_STOP, LAST_STEPS = 5, 6
 SIGNALS = ("SIGTERM", "SIGUSR1")

@@ -8,10 +8,10 @@ import torch
 
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.events import read_events
-from tests.dist.launch import run_ranks
 from tests.faults.data import make_data
 from tests.faults.inside import Plant, train_inside
-from tests.faults.runs import lines, state
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import lines, state
 
 STEPS, BATCH = 12, 8
 SETTINGS = ("train.save_every=2", "health.patience=3", "health.spike_window=4", "train.log_every=3")

@@ -13,8 +13,8 @@ from megatron_bipe.engine.index import INDEX, SEAL
 from megatron_bipe.engine.state_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import Layout, start, train_steps
+from tests.helpers.layouts import Layout, start, train_steps
+from tests.helpers.ranks import run_ranks
 
 OLD, NEW = 10, 20
 FILES = (rank_file(0), rank_file(1), INDEX, SEAL)

@@ -16,9 +16,10 @@ import pytest
 from megatron_bipe.engine.checkpoint import list_steps, step_folder
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import DS_CONFIGS, Layout, run_config, train_steps
 from tests.faults.test_damage import Heard
+from tests.helpers.layouts import Layout, run_config, train_steps
+from tests.helpers.paths import DS_CONFIGS
+from tests.helpers.ranks import run_ranks
 
 POINTS, DISK_BYTES, PAGE_BYTES = 10, 8 << 20, 4096
 

@@ -5,9 +5,9 @@ from typing import Any
 import pytest
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
 from tests.faults.data import make_data
 from tests.faults.inside import Plant, train_inside
+from tests.helpers.ranks import run_ranks
 
 STEPS, HALF = 12, 8
 SETTINGS = ("train.save_every=4", "health.patience=2", "train.micro_batch=1")

@@ -11,7 +11,8 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tests.dist.commands import BIN, MARK, ROOT, TEXTS, left_after, marked, options
+from tests.helpers.commands import MARK, TEXTS, left_after, marked, options
+from tests.helpers.paths import BIN, ROOT
 
 LIMIT_S = 10
 ENDS = (signal.SIGINT, signal.SIGTERM, signal.SIGKILL)

@@ -9,11 +9,12 @@ import pytest
 
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
-from tests.dist.commands import BIN, run
 from tests.faults.data import make_data
 from tests.faults.kills import survive
-from tests.faults.runs import arguments
 from tests.faults.stops import stop_and_go_on
+from tests.helpers.commands import run
+from tests.helpers.paths import BIN
+from tests.helpers.small_runs import arguments
 
 KILLS = STOPS = 5  # one at each kind of place
 

@@ -8,7 +8,8 @@ import time
 
 import pytest
 
-from tests.dist.commands import ROOT, TEXTS, options, run
+from tests.helpers.commands import TEXTS, options, run
+from tests.helpers.paths import ROOT
 
 TIME_LIMIT_S = 120
 

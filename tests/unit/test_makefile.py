@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.helpers.paths import ROOT
 
 PYTHON = """#!/bin/sh
 case "$*" in

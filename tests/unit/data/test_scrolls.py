@@ -10,8 +10,8 @@ from megatron_bipe.data.scrolls import TASKS, Prompter, find_task, first_words
 from megatron_bipe.data.scrolls_files import Question, questions, read_rows
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
-from tests.beside import LLAMA
-from tests.scrolls import rows_of, write_benchmark
+from tests.helpers.paths import LLAMA
+from tests.helpers.scrolls import rows_of, write_benchmark
 
 HEAD, TAIL = "Context:\n", "\n Please summarize this report:"
 QUESTIONS = [name for name, task in TASKS.items() if task.metric != "rouge"]

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, resolve_rule, segment_ends, window_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
-from tests.beside import LLAMA, ORACLE
+from tests.helpers.paths import LLAMA, ORACLE
 
 REPOSITORY = Path(__file__).parents[3]
 GOLDEN = REPOSITORY / "tests" / "golden" / "bilevel_ids.npz"

@@ -17,7 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_bipe.data.token_text import byte_characters, byte_of
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
-from tests.beside import LLAMA
+from tests.helpers.paths import LLAMA
 
 TEXTS = (
     "plain words, and more words.\n\tindented  twice .\r\n",

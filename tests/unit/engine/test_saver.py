@@ -13,7 +13,7 @@ from megatron_bipe.engine.state_files import KINDS, Fragment, StateReader
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
-from tests.checkpoints import about
+from tests.helpers.checkpoints import about
 
 MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 

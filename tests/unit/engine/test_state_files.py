@@ -23,7 +23,7 @@ from megatron_bipe.engine.state_files import (
 from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layers import Share
-from tests.checkpoints import about, publish_fragments, write_checkpoint
+from tests.helpers.checkpoints import about, publish_fragments, write_checkpoint
 
 # name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
 PARAMETERS = {

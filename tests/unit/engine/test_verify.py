@@ -13,7 +13,7 @@ from megatron_bipe.engine.verify import check_whole, newest_good, of_another_run
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
-from tests.checkpoints import write_checkpoint
+from tests.helpers.checkpoints import write_checkpoint
 
 MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 TOKENIZER = TokenizerRecord(name="t", fingerprint="a" * 64, vocab_size=100, special_ids={})

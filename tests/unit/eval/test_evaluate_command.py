@@ -11,8 +11,9 @@ from safetensors.torch import save_file
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.hf.weights import to_llama
-from tests.checkpoints import write_checkpoint
-from tests.scripts import ROOT, script
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.paths import ROOT
+from tests.helpers.tools import script
 
 
 @pytest.fixture

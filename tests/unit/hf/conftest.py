@@ -11,7 +11,7 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.settings import DataFields, hf_settings
 from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.plan import build_model
-from tests.beside import ORACLE
+from tests.helpers.paths import ORACLE
 
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 SEPARATORS = (3, 5)

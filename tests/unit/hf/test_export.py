@@ -22,7 +22,7 @@ from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
 from megatron_bipe.hf.weights import to_llama
-from tests.beside import LLAMA
+from tests.helpers.paths import LLAMA
 
 FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps: 3", "Data": "a|b"})
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")

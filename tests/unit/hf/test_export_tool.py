@@ -14,7 +14,7 @@ from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.hf.load import load_exported
-from tests.checkpoints import write_checkpoint
+from tests.helpers.checkpoints import write_checkpoint
 
 TOOL = Path(__file__).parents[3] / "tools" / "export_hf.py"
 

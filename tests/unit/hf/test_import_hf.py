@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
-from tests.scripts import ROOT, script
+from tests.helpers.paths import ROOT
+from tests.helpers.tools import script
 
 TOOL = ROOT / "tools" / "import_hf.py"
 

@@ -13,7 +13,7 @@ from megatron_bipe.hf.weights import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
-from tests.beside import ORACLE
+from tests.helpers.paths import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")

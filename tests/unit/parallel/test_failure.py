@@ -49,7 +49,7 @@ def test_run_rank_that_fails_leaves_though_its_launcher_took_the_pipe_of_its_out
 
 
 def test_run_rank_with_a_user_error_leaves_with_code_2_and_one_message():
-    done = leave("DataError('no data', remedy='Make some', place='there')")
+    done = leave("DataError('no data', remedy='Make some', location='there')")
     assert done.returncode == 2
     assert done.stderr.strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in done.stderr

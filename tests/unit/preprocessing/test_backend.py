@@ -21,7 +21,7 @@ from preprocessing.backend import (
     check_ids,
     choose_backend,
 )
-from tests.beside import LLAMA
+from tests.helpers.paths import LLAMA
 
 CASES = {
     "empty": "",

@@ -19,7 +19,7 @@ from megatron_bipe.errors import DataError
 from preprocessing.examples import Example, write_examples
 from preprocessing.output import Contents
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
-from tests.scrolls import write_benchmark
+from tests.helpers.scrolls import write_benchmark
 
 LENGTH = 8
 

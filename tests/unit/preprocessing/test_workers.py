@@ -21,7 +21,8 @@ from preprocessing.build import BuildOptions, build
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.inputs import KINDS, Input, Piece
 from preprocessing.workers import _Pool, share_out
-from tests.dist.commands import MARK, ROOT, left_after, marked
+from tests.helpers.commands import MARK, left_after, marked
+from tests.helpers.paths import ROOT
 
 PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
 

@@ -10,7 +10,8 @@ import uuid
 import pytest
 
 from megatron_bipe.runtime.launcher_watch import LOOK_S
-from tests.dist.commands import MARK, ROOT, marked
+from tests.helpers.commands import MARK, marked
+from tests.helpers.paths import ROOT
 
 LIMIT_S = 10
 # Starts what it is given and waits for it; "after-parent" before it: once the own parent is gone.
@@ -32,6 +33,7 @@ else:  # all output goes through its hands
 RANK = """
 import ctypes, pathlib, signal, sys, time
 from megatron_bipe.runtime.launcher_watch import watch_launcher
+from tests.helpers.paths import ROOT
 
 how, file = sys.argv[1], pathlib.Path(sys.argv[2])
 watch_launcher(is_importing=how != "is killed, too")

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from preprocessing.hub.known_datasets import DEFAULT
-from tests.hub import Fault, Hub, serve
+from tests.helpers.hub import Fault, Hub, serve
 
 TOOL = Path(__file__).resolve().parents[3] / "tools" / "download_data.py"
 VAL = "val.jsonl.zst"

@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from tests.scripts import ROOT
+from tests.helpers.paths import ROOT
 
 HEAVY = {
     *("accelerate", "datasets", "deepspeed", "lm_eval", "matplotlib", "mpi4py", "pandas", "pyarrow", "scipy"),

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts import ROOT, script
+from tests.helpers.paths import ROOT
+from tests.helpers.tools import script
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe.errors import BipeError
-from tests.scripts import script
+from tests.helpers.tools import script
 
 
 @pytest.fixture(scope="module")

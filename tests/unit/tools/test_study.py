@@ -6,7 +6,8 @@ import pytest
 
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.errors import ConfigError
-from tests.scripts import ROOT, script
+from tests.helpers.paths import ROOT
+from tests.helpers.tools import script
 
 
 @pytest.fixture(scope="module")

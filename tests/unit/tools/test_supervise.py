@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from tests.dist.commands import ROOT
+from tests.helpers.commands import ROOT
 
 
 def _start(run_dir, script, *options):

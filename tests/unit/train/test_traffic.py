@@ -20,7 +20,7 @@ def sent(zero, num_ranks, *settings, **more):
 
 
 def test_tensor_ranks_sum_four_times_a_block_and_twice_around():
-    times = 16 * (4 * 12 + 2)  # 16 micro-batches, as tests/dist/test_tensor.py counts a block's sums
+    times = 16 * (4 * 12 + 2)  # 16 micro-batches, as tests/distributed/test_tensor.py counts a block's sums
     assert sent(0, 4, "parallel.tensor=2")["tensor", "all-reduces"] == (times, times * HIDDEN)
     assert sent(0, 4, "parallel.tensor=4", "train.global_batch=128")["tensor", "all-reduces"] == (
         times,
@@ -46,7 +46,9 @@ def test_tensor_ranks_of_the_longest_stage_are_meant():
 
 def test_context_ranks_exchange_twice_a_block_and_as_often_backward():
     found = sent(0, 4, "parallel={context: 4, tensor: 1}", "train.global_batch=128")
-    times = 16 * 2 * 12  # as tests/dist/test_context.py counts them; a quarter of the window, of which a quarter stays
+    times = (
+        16 * 2 * 12
+    )  # as tests/distributed/test_context.py counts them; a quarter of the window, of which a quarter stays
     assert found["context", "queries, keys, values"] == (times, times * 3 * HIDDEN / 4 * 3 / 4)
     assert found["context", "attention output"] == (times, times * HIDDEN / 4 * 3 / 4)
 

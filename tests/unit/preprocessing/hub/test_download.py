@@ -19,7 +19,7 @@ from preprocessing.hub.download import download
 from preprocessing.hub.meter import Meter, Stopped, in_parallel
 from preprocessing.hub.plan import DownloadOptions, State, make_plan
 from preprocessing.hub.receipt import LOCK_NAME, RECEIPT_NAME
-from tests.hub import Fault, Hub, serve
+from tests.helpers.hub import Fault, Hub, serve
 
 REPO = "owner/corpus"
 SMALL, FIRST, SECOND, VAL = FILES = ("README.md", "train/00.jsonl.zst", "train/01.jsonl.zst", "val.jsonl.zst")
@@ -309,7 +309,7 @@ def test_download_bad_option_is_explained_and_leaves_nothing(
 def test_download_something_that_is_no_hub_is_said_to_be_none(
     options: DownloadOptions, hub: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tests.hub.json.dumps", lambda content: "<html>")
+    monkeypatch.setattr("tests.helpers.hub.json.dumps", lambda content: "<html>")
     with pytest.raises(DataError, match="not that of a Hugging Face Hub"):
         make_plan(options)
 

@@ -12,7 +12,7 @@ from preprocessing.build import BuildOptions, build
 from preprocessing.hub.download import download
 from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
 from preprocessing.hub.plan import DownloadOptions
-from tests.hub import serve
+from tests.helpers.hub import serve
 
 
 def test_find_known_takes_short_names_and_repositories() -> None:

@@ -19,7 +19,7 @@ from megatron_bipe.errors import DataError
 from preprocessing.readers.lines import BLOCK_BYTES
 from preprocessing.readers.parse import Keys, Parsed
 from preprocessing.readers.tables import is_saved_dataset, open_hub, read_arrow, read_hub, read_parquet, saved_files
-from tests.hub import Fault, serve
+from tests.helpers.hub import Fault, serve
 
 ROOT = Path(__file__).parents[3]
 SET_NAME = "meta.pile_set_name"

@@ -13,7 +13,7 @@ from torch.distributed.run import get_args_parser
 
 import pretrain
 from megatron_bipe.config.load import load_run_config
-from tests.dist.commands import BIN, ROOT, TEXTS, options, run
+from tests.helpers.commands import BIN, ROOT, TEXTS, options, run
 
 SCRIPTS = ROOT / "examples" / "launch"
 NAMES = ("one_machine.sh", "hostfile.sh", "slurm.sbatch", "mpi.sh", "torchrun.sh")

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
+from tests.helpers.ranks import run_ranks
 
 ROWS, PLACES, VOCABULARY = 2, 8, 64
 COLLECTIVES = ("reduce", "gather", "scatter", "broadcast", "all_to_all")

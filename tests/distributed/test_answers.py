@@ -11,8 +11,8 @@ from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.manifest import ExamplesRecord
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import FP32, LR, Layout, run_config, start
+from tests.helpers.layouts import FP32, LR, Layout, run_config, start
+from tests.helpers.ranks import run_ranks
 
 SEQ, GLOBAL, STEPS = 16, 16, 4  # as layouts.py has them
 ONE = Layout()
@@ -36,7 +36,11 @@ def train(mesh, layouts, data, work_dir):
         feed = Feed(_run(layout, data, run_dir), laid_out)
         results = [engine.train_step(feed.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
-        found[layout] = (losses, [float(result.grad_norm) for result in results], engine.eval_loss(feed.valid_batches()))
+        found[layout] = (
+            losses,
+            [float(result.grad_norm) for result in results],
+            engine.eval_loss(feed.valid_batches()),
+        )
     return found
 
 
@@ -86,7 +90,7 @@ def _expected(data, folder):
         (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
         tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
         starts, intra, inter = 0, [], []  # a segment ends behind a 5
-        for place, token in enumerate(tokens[0, :-1].tolist()):
+        for place in range(tokens.shape[1] - 1):
             intra.append(min(place - starts, 15))
             inter.append(inter[-1] if inter else 0)
             if place and tokens[0, place - 1] == 5:

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from megatron_bipe.runtime.cpu import cpu_bf16_support, cpu_facts
-from tests.dist.commands import ROOT, TEXTS, Ended, options, run
+from tests.helpers.commands import ROOT, TEXTS, Ended, options, run
 
 WEAK = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 

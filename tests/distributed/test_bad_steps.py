@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import LR, Layout, batches, start
+from tests.helpers.layouts import LR, Layout, batches, start
+from tests.helpers.ranks import run_ranks
 
 RANKS = 4
 LAYOUTS = [
@@ -49,7 +49,7 @@ def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, 
 
 def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
     from megatron_bipe.engine.fragments import optimizer_steps
-    from tests.dist.planted import Planted, plant
+    from tests.helpers.arithmetic_faults import Planted, plant
 
     calm, laid_out = start(layout, mesh, run_dir)
     undisturbed = _losses(calm, laid_out, range(4))

@@ -14,8 +14,8 @@ import torch
 from megatron_bipe.engine.checkpoint import find_checkpoint, list_steps
 from megatron_bipe.engine.state_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import Layout, start, train_steps
+from tests.helpers.layouts import Layout, start, train_steps
+from tests.helpers.ranks import run_ranks
 
 COPY_S, NEVER_S = 0.3, 5.0
 LAYOUTS = [

@@ -12,7 +12,7 @@ from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import make_plan
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.memory import block_bytes_per_token, table_bytes_per_token
-from tests.dist.launch import run_ranks
+from tests.helpers.ranks import run_ranks
 
 TOKENS = 64
 SETTLE_S = 0.05  # a thread of gloo's holds the tensors of a finished collective until it runs once more

@@ -10,8 +10,8 @@ from megatron_bipe.errors import DivergenceError
 from megatron_bipe.model.layers import share_of
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.replicas import bits_hash
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import Layout, start, train_steps
+from tests.helpers.layouts import Layout, start, train_steps
+from tests.helpers.ranks import run_ranks
 
 MANY_STEPS = 50
 KEPT = [

@@ -13,7 +13,7 @@ from megatron_bipe.config.schema import ModelConfig, ParallelConfig
 from megatron_bipe.model.layers import LocalLayers, share_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
+from tests.helpers.ranks import run_ranks
 
 SEED, BLOCKS, TOKENS = 3, 2, 32
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5

@@ -12,7 +12,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.state_files import KINDS, StateReader
-from tests.dist.commands import ROOT, options
+from tests.helpers.commands import options
+from tests.helpers.paths import ROOT
 
 VALID_EVERY, SAVE_EVERY = 3, 2
 # Place, how often a rank has come there at most, and the seconds that it lasts on a small model.

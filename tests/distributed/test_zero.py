@@ -15,8 +15,8 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import DS_CONFIGS, batches
+from tests.helpers.layouts import DS_CONFIGS, batches
+from tests.helpers.ranks import run_ranks
 
 STEPS, HALF, LR, ROWS = 8, 4, 5e-3, 8
 LOSS_TOLERANCE = {"fp32": 1e-6, "bf16": 5e-4}  # relative

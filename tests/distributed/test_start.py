@@ -10,8 +10,8 @@ import torch
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import DS_CONFIGS, LR, Layout, batches, run_config
+from tests.helpers.layouts import DS_CONFIGS, LR, Layout, batches, run_config
+from tests.helpers.ranks import run_ranks
 
 TIMEOUT_S = 7200
 LAYOUTS = {

@@ -13,8 +13,8 @@ import torch
 from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.state_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import STEPS, Layout, start, train_steps
+from tests.helpers.layouts import STEPS, Layout, start, train_steps
+from tests.helpers.ranks import run_ranks
 
 LOSS_TOLERANCE = 2e-6  # relative
 

@@ -5,8 +5,8 @@
 
 import pytest
 
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import Difference, Layout, Outcome, allowed, difference, reference, train_layouts
+from tests.helpers.layouts import Difference, Layout, Outcome, allowed, difference, reference, train_layouts
+from tests.helpers.ranks import run_ranks
 
 OF_FOUR = [
     Layout(pipeline=4, zero=0),

@@ -19,7 +19,7 @@ from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.train.models import WeightsOnDisk
-from tests.dist.commands import MODEL, TEXTS, options, run_all
+from tests.helpers.commands import MODEL, TEXTS, options, run_all
 
 IMPORT = [sys.executable, "tools/import_hf.py", "--input"]
 

@@ -9,7 +9,7 @@ import socket
 
 import pytest
 
-from tests.dist.commands import TEXTS, options, run
+from tests.helpers.commands import TEXTS, options, run
 
 TIMEOUT_S = 20
 HOST = socket.gethostname()
@@ -35,7 +35,7 @@ def launch(data, tmp_path, free_port):
         }[launcher]
         settings = ["parallel.tensor=2", f"parallel.timeout_s={TIMEOUT_S}"]
         arguments = options(data, tmp_path / "run", *settings, steps=1000)
-        command = [*prefix, "tests.dist.faulty", "--ds_config", "ds_configs/zero1.json", *arguments]
+        command = [*prefix, "tests.distributed.faulty", "--ds_config", "ds_configs/zero1.json", *arguments]
         ended = run(*command, env={"FAULT": f"{fault}:{rank}:3"})
         assert ended.code != 0 and not ended.left, ended.output
         assert "step 2/1000" in ended.output and "step 3/1000" not in ended.output, ended.output

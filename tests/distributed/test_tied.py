@@ -16,8 +16,8 @@ from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.state_files import WEIGHT, StateReader
 from megatron_bipe.model.tied import TOKEN_TABLE
 from megatron_bipe.parallel.mesh import Mesh
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import DS_CONFIGS, STEPS, Layout, run_config, train_steps
+from tests.helpers.layouts import DS_CONFIGS, STEPS, Layout, run_config, train_steps
+from tests.helpers.ranks import run_ranks
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 1e-3}  # relative
 NORM_TOLERANCE = 2e-5

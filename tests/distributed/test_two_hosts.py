@@ -12,7 +12,7 @@ import uuid
 
 import pytest
 
-from tests.dist.commands import TEXTS, options, run, run_all
+from tests.helpers.commands import TEXTS, options, run, run_all
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = 3
@@ -84,7 +84,7 @@ def test_two_hosts_train_like_one(hosts, data, tmp_path, free_port):
 
 
 def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, data, tmp_path, free_port):
-    port, program = free_port(), ["-m", "tests.dist.faulty"]
+    port, program = free_port(), ["-m", "tests.distributed.faulty"]
     settings = options(data, tmp_path / "run", "parallel.tensor=2", "parallel.timeout_s=30", steps=1000)
     both = run_all(
         [[*hosts[n], *torchrun(2, n, 2, port, program), *settings] for n in range(2)], env={"FAULT": "raise:3:2"}

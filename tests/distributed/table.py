@@ -1,6 +1,6 @@
 """Every layout of up to 8 ranks against one process; writes the table of docs/parallelism.md.
 
-    python -m tests.dist.table
+    python -m tests.distributed.table
 
 For each way to share out 1, 2, 4 or 8 ranks among four axes, each ZeRO stage that it allows and each encoding (with
 context parallelism, the encodings in turn): 8 updates in fp32 with clipping at work, a held-out loss and the weights of
@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.dist.launch import run_ranks
-from tests.dist.layouts import Difference, Layout, allowed, difference, reference, train_layouts
+from tests.helpers.layouts import Difference, Layout, allowed, difference, reference, train_layouts
+from tests.helpers.ranks import run_ranks
 
 DOC = Path(__file__).parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- written by make test-parallel: begin -->", "<!-- written by make test-parallel: end -->"
@@ -44,9 +44,7 @@ class Shape(NamedTuple):
 
     def layouts(self, encoding: str) -> list[Layout]:
         """One for each ZeRO stage: the pipeline engine has two of them."""
-        plain = Layout(
-            encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence, micro=MICRO
-        )
+        plain = Layout(encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence, micro=MICRO)
         layout = plain if self.clip else plain._replace(clip=0.0)
         return [layout._replace(zero=zero) for zero in range(4 if self.pipeline == 1 else 2)]
 

@@ -1,0 +1,11 @@
+"""Paths of the repository, and of what may lie beside it: tests that need the latter are skipped without it."""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+BIN = Path(sys.executable).parent
+DS_CONFIGS = ROOT / "ds_configs"
+_SHARED = ROOT.parent / "shared"
+ORACLE = _SHARED / "oracle"
+LLAMA = _SHARED / "llama_tokenizer"

@@ -1,0 +1,161 @@
+"""Starts gloo ranks from a fork server that has imported the heavy libraries, with a time limit and a free port.
+
+Measured on 2 cores: a rank of a new interpreter takes 2.9 s of CPU time until it has imported torch and DeepSpeed, one
+of the fork server 0.01 s. The server imports libraries alone and starts no threads, so a fork has the state of a fresh
+process.
+"""
+
+import itertools
+import multiprocessing
+import os
+import pickle
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+from tests.helpers.paths import ROOT
+
+LIBRARIES = ["torch", "torch.distributed", "deepspeed", "transformers", "tensorboard", "pydantic", "numpy"]
+TIME_LIMIT_S = 900  # of a launch; it may share two cores with other work
+LAST_WORDS_S = 10.0  # that the others have when a rank has failed
+# Below those that the system gives to connections, one of which would otherwise come in before a rank listens.
+FIRST_PORT, NUM_PORTS = 20_000, 10_000
+_port_numbers = itertools.count(os.getpid() * 1009)
+
+
+class Ended(NamedTuple):
+    """A process that has ended."""
+
+    code: int
+    output: str  # stdout and stderr
+
+
+def run_ranks(
+    function: Callable[..., Any], num_ranks: int, folder: Path, *, time_limit_s: float = TIME_LIMIT_S, **arguments: Any
+) -> list[Any]:
+    """Call `function(mesh, **arguments)` on every rank of a launch; return its results, by rank.
+
+    `function` must be importable by name. Fails with the first rank's traceback, or when time is up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    outcomes = [folder / f"rank-{rank}.pickle" for rank in range(num_ranks)]
+    for path in outcomes:
+        path.unlink(missing_ok=True)  # of an earlier launch
+    ranks = [
+        _fork(_call, env, None, function, outcome, arguments)
+        for env, outcome in zip(launch_variables(num_ranks), outcomes, strict=True)
+    ]
+    try:
+        _wait(ranks, outcomes, time.monotonic() + time_limit_s)
+    finally:
+        for process in ranks:
+            process.kill()
+    results = []
+    for rank, path in sorted(enumerate(outcomes), key=lambda outcome: not outcome[1].is_file()):
+        assert path.is_file(), f"rank {rank} of {num_ranks} did not finish within {time_limit_s} s"
+        outcome, value = pickle.loads(path.read_bytes())
+        assert outcome == "done", f"rank {rank} of {num_ranks}:\n{value}"
+        results.append(value)
+    return results
+
+
+def run_programs(
+    function: Callable[..., Any],
+    arguments: Sequence[Any],
+    folder: Path,
+    num_ranks: int = 1,
+    *,
+    env: Mapping[str, str] | None = None,
+    time_limit_s: float = TIME_LIMIT_S,
+) -> list[Ended]:
+    """Call `function(*arguments)` in a process for each rank, as a launcher runs a program; return at their end.
+
+    The working folder is the repository's; each process has the variables of a launcher, and `env` besides.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
+    variables = launch_variables(num_ranks) if num_ranks > 1 else [{}]
+    ranks = [
+        _fork(function, both | dict(env or {}), log, *arguments) for both, log in zip(variables, logs, strict=True)
+    ]
+    until_s = time.monotonic() + time_limit_s
+    for process in ranks:
+        process.join(max(0.0, until_s - time.monotonic()))
+    alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
+    for process in ranks:
+        process.kill()
+        process.join()
+    assert not alive, f"ranks {alive} ran on after {time_limit_s} s:\n" + "\n".join(log.read_text() for log in logs)
+    return [Ended(process.exitcode or 0, log.read_text()) for process, log in zip(ranks, logs, strict=True)]
+
+
+def launch_variables(num_ranks: int) -> list[dict[str, str]]:
+    """Return what a launcher tells each of its ranks, as environment variables."""
+    port = str(free_port())
+    ranks = [str(rank) for rank in range(num_ranks)]
+    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
+    return [meeting | sizes | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+
+
+def free_port() -> int:
+    """Return a port that nothing listens to: another at each call, and elsewhere in each process."""
+    for number in _port_numbers:
+        port = FIRST_PORT + number % NUM_PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+            return port
+    raise AssertionError("the numbers do not end")
+
+
+def _fork(function: Any, env: Mapping[str, str], log: Path | None, *arguments: Any) -> BaseProcess:
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(LIBRARIES)
+    with mock.patch.dict(os.environ, {"OMP_NUM_THREADS": "1"}):  # read when the server loads libgomp
+        process = context.Process(target=_begin, args=(function, dict(os.environ) | dict(env), log, arguments))
+        process.start()
+    return process
+
+
+def _begin(function: Any, env: dict[str, str], log: Path | None, arguments: Sequence[Any]) -> None:
+    """Make this fork the process that was asked for."""
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(ROOT)
+    if log is not None:
+        with log.open("wb", buffering=0) as file:
+            for stream in (sys.stdout, sys.stderr):
+                os.dup2(file.fileno(), stream.fileno())
+    function(*arguments)
+
+
+def _call(function: Any, path: Path, arguments: dict[str, Any]) -> None:
+    from megatron_bipe.parallel.launch import join_launch
+
+    try:
+        outcome = ("done", function(join_launch(), **arguments))
+    except BaseException:
+        outcome = ("failed", traceback.format_exc())
+    path.with_suffix(".partial").write_bytes(pickle.dumps(outcome))
+    path.with_suffix(".partial").replace(path)
+    os._exit(0)  # a peer that failed must not keep this rank waiting in clean-up
+
+
+def _wait(ranks: list[BaseProcess], outcomes: list[Path], until_s: float) -> None:
+    """Wait until all ranks are done, or one has failed, for which the others may wait long, or time is up."""
+    awaited = set(outcomes)
+    while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
+        time.sleep(0.02)
+        for path in [path for path in awaited if path.exists()]:
+            awaited.remove(path)
+            if pickle.loads(path.read_bytes())[0] == "failed":
+                until_s = min(until_s, time.monotonic() + LAST_WORDS_S)

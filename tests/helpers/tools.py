@@ -1,0 +1,104 @@
+"""The scripts of tools/ and pretrain.py, called in this process or in forked ranks."""
+
+import importlib.util
+import io
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from pathlib import Path
+from types import ModuleType
+from unittest import mock
+
+import pytest
+
+import pretrain
+from megatron_bipe.errors import BipeError
+from megatron_bipe.parallel.failure import run_rank
+from megatron_bipe.parallel.launchers import Launch, Meeting
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import Ended, run_programs
+
+
+@contextmanager
+def script(name: str) -> Iterator[ModuleType]:
+    """Import tools/NAME.py, from the repository's root as the working folder; scripts find those beside them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(ROOT / "tools"))
+        patch.chdir(ROOT)
+        spec = importlib.util.spec_from_file_location(f"{name}_script", ROOT / "tools" / f"{name}.py")
+        assert spec and spec.loader
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        yield module
+
+
+def call_tool(name: str, *arguments: object, code: int | None = 0) -> Ended:
+    """Call tools/NAME.py with command-line arguments, in this process.
+
+    Args:
+        name: of the script, without suffix.
+        arguments: made to text.
+        code: the exit code that is expected; None: any.
+    """
+    output = io.StringIO()
+    with (
+        _own_logging(),
+        mock.patch.dict(os.environ),
+        script(name) as module,
+        redirect_stdout(output),
+        redirect_stderr(output),
+    ):
+        ended = Ended(module.main(list(map(str, arguments))), output.getvalue())
+    assert code in (None, ended.code), ended.output
+    return ended
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Let a command set logging up as in a process of its own, and undo it."""
+    root = logging.getLogger()
+    before = root.handlers[:], root.level
+    root.handlers.clear()
+    try:
+        yield
+    finally:
+        root.handlers[:], level = before
+        root.setLevel(level)
+
+
+def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
+    """Return the error that pretrain.py reports for its arguments before training, as rank 0 of a launch."""
+    args = pretrain.parse_args(_pretrain_arguments(arguments))
+    launch = Launch(0, 0, num_ranks, num_ranks, Meeting("127.0.0.1", 1))
+    with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
+        patch.chdir(ROOT)
+        with pytest.raises(BipeError) as caught:
+            pretrain.main(args, launch)
+    return caught.value
+
+
+def run_pretrain(
+    arguments: Sequence[object], folder: Path, num_ranks: int = 1, *, code: int | None = 0, **more: object
+) -> list[Ended]:
+    """Run pretrain.py in a forked process for each rank, as a launcher would; logs go to `folder`.
+
+    Args:
+        arguments: of pretrain.py, made to text; `--ds_config ds_configs/zero2.json` unless they name one.
+        folder: of the ranks' logs.
+        num_ranks: of the launch.
+        code: the exit code that all ranks are expected to have; None: any.
+        more: as `run_programs` takes it.
+    """
+    ended = run_programs(_pretrain, [_pretrain_arguments(arguments)], folder, num_ranks, **more)  # type: ignore[arg-type]
+    assert code is None or {rank.code for rank in ended} == {code}, "\n".join(rank.output for rank in ended)
+    return ended
+
+
+def _pretrain(arguments: Sequence[str]) -> None:
+    run_rank(pretrain.main, pretrain.parse_args(arguments))
+
+
+def _pretrain_arguments(arguments: Sequence[object]) -> list[str]:
+    texts = list(map(str, arguments))
+    return texts if "--ds_config" in texts else ["--ds_config", "ds_configs/zero2.json", *texts]
