@@ -1,0 +1,43 @@
+"""Assertions on user-facing errors: their type, their location and what they observed, not their wording."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from megatron_bipe.errors import BipeError
+
+
+@contextmanager
+def raises(
+    kind: type[BipeError], *observed: object, location: str | Path | None = None, remedy: object = None
+) -> Iterator[pytest.ExceptionInfo[BipeError]]:
+    """Expect an error of exactly this type in the block.
+
+    Args:
+        kind: the type of the error.
+        observed: values that the message must report, such as a number, a name, a path, a setting.
+        location: what the error is about; a path may be relative to the folder of the location.
+        remedy: a name that the remedy must mention, such as an option or a command.
+    """
+    with pytest.raises(BipeError) as caught:
+        yield caught
+    assert_error(caught.value, kind, *observed, location=location, remedy=remedy)
+
+
+def assert_error(
+    error: BaseException,
+    kind: type[BipeError],
+    *observed: object,
+    location: str | Path | None = None,
+    remedy: object = None,
+) -> None:
+    """Assert the facts of an error, as `raises` takes them, and that it says what to do."""
+    assert type(error) is kind, error
+    assert error.message and error.remedy, error
+    for value in observed:
+        assert str(value) in error.message, f"{value!s} is not among what was observed: {error}"
+    if location is not None:
+        assert error.location == str(location) or error.location.endswith(f"/{location}"), error
+    assert remedy is None or str(remedy) in error.remedy, error
