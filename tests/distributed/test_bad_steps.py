@@ -49,19 +49,19 @@ def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, 
 
 def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
     from megatron_bipe.engine.fragments import optimizer_steps
-    from tests.helpers.arithmetic_faults import Planted, plant
+    from tests.helpers.faults import Arithmetic, expose
 
     calm, laid_out = start(layout, mesh, run_dir)
     undisturbed = _losses(calm, laid_out, range(4))
     engine, laid_out = start(layout, mesh, run_dir)
-    plant(engine)
+    expose(engine)
     losses = _losses(engine, laid_out, range(2))
     before, norms, changed = _state(engine), [], []
     for field, value in (("gradient_factor", torch.nan), ("loss_offset", torch.inf)):
         if mesh.rank == mesh.num_ranks - 1:
-            setattr(Planted, field, value)
+            setattr(Arithmetic, field, value)
         norms.append(float(engine.train_step(batches(7, laid_out), LR).grad_norm))
-        Planted.nothing()
+        Arithmetic.reset()
         changed += [f"{field}: {key}" for key, bits in _state(engine).items() if bits != before[key]]
     return Seen(
         norms,

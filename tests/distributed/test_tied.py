@@ -10,13 +10,12 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.state_files import WEIGHT, StateReader
 from megatron_bipe.model.tied import TOKEN_TABLE
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import DS_CONFIGS, STEPS, Layout, run_config, train_steps
+from tests.helpers.layouts import STEPS, Layout, run_config, start_engine_of, train_steps
 from tests.helpers.ranks import run_ranks
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 1e-3}  # relative
@@ -41,19 +40,15 @@ def tied(layout: Layout, run_dir: Path) -> RunConfig:
 
 def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Any]:
     """Train each, and once more from half-way, by one process's checkpoint."""
-    from megatron_bipe.engine.start import start_engine
-
     found = {}
     for layout in layouts:
         run_dir = Path(work_dir) / f"{layout}-{mesh.num_ranks}"
         run = tied(layout, run_dir)
-        laid_out = mesh.laid_out(run.parallel)
-        ds_config = engine_config(run, read_ds_config(DS_CONFIGS / f"zero{layout.zero}.json"), mesh.num_ranks, "")
-        engine = start_engine(run, ds_config, laid_out)
+        engine, laid_out = start_engine_of(run, mesh, layout.zero)
         losses, norms = train_steps(engine, laid_out, range(STEPS // 2))
         engine.save(run_dir, STEPS // 2)
         more_losses, more_norms = train_steps(engine, laid_out, range(STEPS // 2, STEPS))
-        again = start_engine(run, ds_config, laid_out)
+        again, _ = start_engine_of(run, mesh, layout.zero)
         again.load(find_checkpoint(run_dir).folder)
         resumed, _ = train_steps(again, laid_out, range(STEPS // 2, STEPS))
         found[layout] = (losses + more_losses, norms + more_norms, resumed)

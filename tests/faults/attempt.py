@@ -1,18 +1,21 @@
-"""Starts a launcher with the next signal of a plan; the supervisor starts this again and again.
+"""Starts a launcher with the next fault of a plan; the supervisor starts this again and again.
 
-python -m tests.faults.attempt PLAN SENT COMMAND...
+    python -m tests.faults.attempt PLAN RECORD COMMAND...
 
-PLAN has a line a signal, and SENT one for each that a rank has got, so that one that did not come about is tried again.
+PLAN has a fault on each line, and RECORD a line for each signal that a rank got: a fault that did not happen is tried
+again.
 """
 
 import os
 import sys
 from pathlib import Path
 
+from tests.helpers.faults import FAULT
+
 if __name__ == "__main__":
-    plan, sent, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
-    done = len(sent.read_text().splitlines()) if sent.exists() else 0
-    left = plan.read_text().splitlines()[done:]
-    if left:
-        os.environ["SIGNAL"] = left[0]
+    plan, record, command = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+    num_done = len(record.read_text().splitlines()) if record.exists() else 0
+    pending = plan.read_text().splitlines()[num_done:]
+    if pending:
+        os.environ[FAULT] = pending[0]
     os.execvp(command[0], command)

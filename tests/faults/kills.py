@@ -2,13 +2,14 @@
 
     python -m tests.faults.kills --count 50
 
-Each kill is SIGKILL to one rank drawn at random, at a moment drawn at random after it came to one of these places in
-turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, with no
-word from anyone. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
+Each kill is SIGKILL to one rank drawn at random, at a moment drawn at random after it came to one of these locations in
+turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, without
+any manual step. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
 be those of the run that was left alone, bit for bit. Exit code 1 where they are not, or where a kill did not happen.
 """
 
 import argparse
+import json
 import random
 import sys
 import tempfile
@@ -17,10 +18,10 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.faults.data import make_data
 from tests.helpers.commands import run
+from tests.helpers.datasets import write_train_and_valid
 from tests.helpers.ranks import free_port
-from tests.helpers.small_runs import arguments, differences, launcher, random_moment, signals_sent, supervised
+from tests.helpers.small_runs import arguments, differences, launcher, random_fault, signals_sent, supervised
 
 STEPS_A_KILL, LAST_STEPS = 4, 10
 
@@ -28,7 +29,7 @@ STEPS_A_KILL, LAST_STEPS = 4, 10
 class Outcome(NamedTuple):
     """What came of the kills."""
 
-    killed: Counter[tuple[str, int]]  # by place and rank
+    killed: Counter[tuple[str, int]]  # by location and rank
     differences: list[str]
     seconds: float
     output: str
@@ -44,14 +45,14 @@ def survive(
         data: folders train and valid.
         count: kills.
         num_ranks: of each launch.
-        seed: of places, ranks and moments.
+        seed: of locations, ranks and moments.
         settings: further ones of the run.
         zero: name of the DeepSpeed settings.
     """
     chance, steps, killed = random.Random(seed), count * STEPS_A_KILL + LAST_STEPS, folder / "killed.jsonl"
     plan = folder / "plan"
-    moments = [random_moment(chance, number, num_ranks) for number in range(count)]
-    plan.write_text("".join(f"SIGKILL:{moment}:{killed}\n" for moment in moments))
+    faults = [random_fault(chance, "SIGKILL", number, num_ranks, killed) for number in range(count)]
+    plan.write_text("".join(f"{json.dumps(fault)}\n" for fault in faults))
     calm, disturbed = folder / "calm", folder / "disturbed"
     done = run(
         *launcher(num_ranks, free_port()), *arguments(data, calm, *settings, steps=steps, zero=zero), limit_s=600
@@ -63,7 +64,7 @@ def survive(
     ended = run(*supervised(disturbed, attempts, failures=count + 1), limit_s=120 * (count + 1))
     seconds = time.monotonic() - began_s
     assert ended.code == 0 and not ended.left, ended.output
-    kills = Counter((kill["place"], kill["rank"]) for kill in signals_sent(killed))
+    kills = Counter((kill["location"], kill["rank"]) for kill in signals_sent(killed))
     return Outcome(kills, differences(disturbed, calm), seconds, ended.output)
 
 
@@ -72,16 +73,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50, help="kills (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of the launch (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of places, ranks and moments (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="of locations, ranks and moments (default: %(default)s)")
     parser.add_argument("--zero", default="1", help="name of the DeepSpeed settings (default: %(default)s)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        make_data(folder / "data")
+        write_train_and_valid(folder / "data")
         outcome = survive(folder, folder / "data", given.count, given.ranks, given.seed, *given.set, zero=given.zero)
-    for (place, rank), times in sorted(outcome.killed.items()):
-        print(f"{times:3} x rank {rank} killed at {place}")
+    for (location, rank), times in sorted(outcome.killed.items()):
+        print(f"{times:3} x rank {rank} killed at {location}")
     total = outcome.killed.total()
     print(f"{total} of {given.count} kills, {outcome.seconds:.0f} s, no manual step")
     print("differences from the run left alone: " + ("; ".join(outcome.differences) or "none, bit for bit"))

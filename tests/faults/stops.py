@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
-from tests.faults.data import make_data
 from tests.helpers.commands import Ended, run
+from tests.helpers.datasets import write_train_and_valid
 from tests.helpers.ranks import free_port
-from tests.helpers.small_runs import arguments, differences, launcher, random_moment, signals_sent
+from tests.helpers.small_runs import arguments, differences, launcher, random_fault, signals_sent
 
 STEPS_A_STOP, LAST_STEPS = 5, 6
 SIGNALS = ("SIGTERM", "SIGUSR1")
@@ -56,7 +56,7 @@ def stop_and_go_on(folder: Path, data: Path, count: int, num_ranks: int, seed: i
     stops, problems = [], []
     for number in range(count):
         name = SIGNALS[number % len(SIGNALS)]
-        ended = launch(stopped, {"SIGNAL": f"{name}:{random_moment(chance, number, num_ranks)}:{sent}"})
+        ended = launch(stopped, random_fault(chance, name, number, num_ranks, sent).variables)
         got, last = signals_sent(sent)[-1], read_events(stopped)[-1]
         stops.append(Stop(name, got["rank"], got["in"], last["step"]))
         problems += _problems(stops[-1], ended, last["event"])
@@ -82,7 +82,7 @@ def main() -> int:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of the run")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
-        data = make_data(Path(name) / "data")
+        data = write_train_and_valid(Path(name) / "data")
         outcome = stop_and_go_on(Path(name), data, given.count, given.ranks, given.seed, *given.set)
     for stop in outcome.stops:
         print(f"{stop.signal} to rank {stop.rank} at {stop.at}: saved step {stop.saved_step}")

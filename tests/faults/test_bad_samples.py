@@ -8,20 +8,19 @@ import torch
 
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.events import read_events
-from tests.faults.data import make_data
-from tests.faults.inside import Plant, train_inside
+from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
-from tests.helpers.small_runs import lines, state
+from tests.helpers.small_runs import metrics, state, train_in_rank
 
 STEPS, BATCH = 12, 8
 SETTINGS = ("train.save_every=2", "health.patience=3", "health.spike_window=4", "train.log_every=3")
 LAYOUTS = {"data": ((), 1), "stages": (("parallel.pipeline=2",), 0), "tensor": (("parallel.tensor=2",), 2)}
 # Samples 40 to 63 are those of steps 6 to 8; the last checkpoint before is that of step 4.
-PLANTS = {
-    "data": Plant("data", 1, 40, 64),
-    "spike": Plant("spike", 1, 40, 64),
-    "weight": Plant("weight", 1, 40, 48, once=True),
-    "gradient": Plant("gradient", 1, 40, 48),
+FAULTS = {
+    "loss": SampleFault("loss", 1, 40, 64),
+    "spike": SampleFault("spike", 1, 40, 64),
+    "weight": SampleFault("weight", 1, 40, 48, once=True),
+    "gradient": SampleFault("gradient", 1, 40, 48),
     "none": None,
 }
 
@@ -33,7 +32,7 @@ class Case(NamedTuple):
     layout: str
 
 
-CASES = [Case(fault, layout) for layout in LAYOUTS for fault in PLANTS if layout == "data" or fault != "spike"]
+CASES = [Case(fault, layout) for layout in LAYOUTS for fault in FAULTS if layout == "data" or fault != "spike"]
 
 
 def all_cases(mesh: Mesh, data: str, work_dir: str) -> dict[Case, list[int]]:
@@ -43,7 +42,7 @@ def all_cases(mesh: Mesh, data: str, work_dir: str) -> dict[Case, list[int]]:
         settings, zero = LAYOUTS[case.layout]
         run_dir = f"{work_dir}/{case.fault}-{case.layout}"
         read[case] = list(
-            train_inside(mesh, data, run_dir, (*SETTINGS, *settings), zero, STEPS, STEPS, PLANTS[case.fault])
+            train_in_rank(mesh, data, run_dir, (*SETTINGS, *settings), zero, STEPS, STEPS, FAULTS[case.fault])
         )
     return read
 
@@ -54,16 +53,15 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def read(folder: Path) -> Any:
-    data = make_data(folder / "data")
-    return run_ranks(all_cases, 2, folder / "ranks", data=str(data), work_dir=str(folder))
+def read(folder: Path, train_and_valid: Path) -> Any:
+    return run_ranks(all_cases, 2, folder / "ranks", data=str(train_and_valid), work_dir=str(folder))
 
 
 def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(folder / f"{case.fault}-{case.layout}") if event["event"] == kind]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.fault in ("data", "spike", "weight")], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case.fault in ("loss", "spike", "weight")], ids=str)
 def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
     bad = _events(folder, case, "bad step")
     assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
@@ -71,7 +69,7 @@ def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, re
     (back,) = _events(folder, case, "return")
     assert (back["step"], back["to_step"], back["samples"]) == (8, 4, [40, 64])
     run_dir = folder / f"{case.fault}-{case.layout}"
-    found = [line for line in lines(run_dir) if "loss/train_nats" in line]
+    found = [line for line in metrics(run_dir) if "loss/train_nats" in line]
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["data/samples"] for line in found] == [*range(8, 41, 8), *range(72, 121, 8)]
     assert all(torch.isfinite(tensor).all() for tensor in state(run_dir).values())
@@ -84,9 +82,9 @@ def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: An
     (bad,) = _events(folder, case, "bad step")
     assert bad["step"] == 6 and bad["samples"] == [40, 48] and "not finite" in bad["reason"]
     assert _events(folder, case, "return") == []
-    found = lines(folder / f"{case.fault}-{case.layout}")
+    found = metrics(folder / f"{case.fault}-{case.layout}")
     assert [line["data/samples"] for line in found] == list(range(8, 8 * STEPS + 1, 8))
-    calm = lines(folder / f"none-{case.layout}")
+    calm = metrics(folder / f"none-{case.layout}")
     assert found[:5] == calm[:5]
     assert found[6]["loss/train_nats"] != calm[6]["loss/train_nats"]  # one update is missing
 

@@ -14,6 +14,7 @@ from megatron_bipe.engine.state_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import Layout, start, train_steps
+from tests.helpers.logs import RecordedLog
 from tests.helpers.ranks import run_ranks
 
 OLD, NEW = 10, 20
@@ -45,18 +46,7 @@ POINTER = ("cut to half", "emptied", "last bit flipped", "deleted", "first bit f
 CASES = [(file, damage) for file in FILES for damage in DAMAGES]
 
 
-class Heard(logging.Handler):
-    """What was logged."""
-
-    def __init__(self):
-        super().__init__()
-        self.lines = []
-
-    def emit(self, record):
-        self.lines.append(record.getMessage())
-
-
-def choose(engine: Any, run_dir: Path, heard: Heard) -> tuple[Any, list[str]]:
+def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[str]]:
     """The step chosen, or the error; and the warnings."""
     heard.lines.clear()
     try:
@@ -70,8 +60,7 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
     """Each case in a copy of the run folder; all in the processes of one launch."""
     import torch.distributed as dist
 
-    heard = Heard()
-    logging.getLogger("megatron_bipe").addHandler(heard)
+    heard = RecordedLog(logging.WARNING)
     run_dir, other = Path(work_dir) / "run", Path(work_dir) / "other"
     engine, laid_out = start(Layout(zero=1), mesh, run_dir)
     train_steps(engine, laid_out, range(2))

@@ -16,9 +16,8 @@ import pytest
 from megatron_bipe.engine.checkpoint import list_steps, step_folder
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from tests.faults.test_damage import Heard
-from tests.helpers.layouts import Layout, run_config, train_steps
-from tests.helpers.paths import DS_CONFIGS
+from tests.helpers.layouts import Layout, run_config, start_engine_of, train_steps
+from tests.helpers.logs import RecordedLog
 from tests.helpers.ranks import run_ranks
 
 POINTS, DISK_BYTES, PAGE_BYTES = 10, 8 << 20, 4096
@@ -37,15 +36,11 @@ def small_disk(tmp_path_factory):
 
 
 def engine_on(mesh: Mesh, run_dir: Path, asynchronous: bool) -> tuple[Any, Mesh]:
-    from megatron_bipe.config.deepspeed import engine_config, read_ds_config
     from megatron_bipe.config.schema import CheckpointConfig
-    from megatron_bipe.engine.start import start_engine
 
     run = run_config(Layout(zero=1), run_dir)
-    run = run.model_copy(update={"checkpoint": CheckpointConfig(asynchronous=asynchronous, min_free_gib=0)})
-    mesh = mesh.laid_out(run.parallel)
-    path = DS_CONFIGS / "zero1.json"
-    return start_engine(run, engine_config(run, read_ds_config(path), mesh.num_ranks, path), mesh), mesh
+    checkpoint = CheckpointConfig(asynchronous=asynchronous, min_free_gib=0)
+    return start_engine_of(run.model_copy(update={"checkpoint": checkpoint}), mesh, 1)
 
 
 def fill_up(folder: Path, left_bytes: int) -> None:
@@ -54,13 +49,9 @@ def fill_up(folder: Path, left_bytes: int) -> None:
 
 
 def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
-    import logging
-
     import torch.distributed as dist
 
-    heard = Heard()
-    logging.getLogger("megatron_bipe").addHandler(heard)
-    logging.getLogger("megatron_bipe").setLevel(logging.INFO)
+    heard = RecordedLog()
     folder = Path(disk)
     results: dict[str, Any] = {}
     for asynchronous in (False, True):

@@ -1,17 +1,18 @@
-"""A run that goes on in another layout or on other ranks reads the same samples in every step, past bad ones too."""
+"""A run that continues in another layout or on other ranks reads the same samples in every step, past bad ones too."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.faults.data import make_data
-from tests.faults.inside import Plant, train_inside
+from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import train_in_rank
 
 STEPS, HALF = 12, 8
 SETTINGS = ("train.save_every=4", "health.patience=2", "train.micro_batch=1")
-FAULT = Plant("data", 0, 40, 56)  # steps 6 and 7, so that the run goes back to step 4 and passes them over
+FAULT = SampleFault("loss", 0, 40, 56)  # steps 6 and 7, so that the run goes back to step 4 and skips them
 CONTINUED = {  # ranks, layout, ZeRO
     "two tensor-parallel ranks": (2, ("parallel.tensor=2",), 2),
     "two stages": (2, ("parallel.pipeline=2",), 1),
@@ -26,7 +27,7 @@ def _train(mesh: Mesh, data: str, runs: list[tuple[str, tuple[str, ...], int, in
     found = []
     for run_dir, settings, zero, stop in runs:
         fault = FAULT if stop == HALF or run_dir.endswith("whole") else None
-        read = train_inside(mesh, data, run_dir, (*SETTINGS, *settings), zero, STEPS, stop, fault)
+        read = train_in_rank(mesh, data, run_dir, (*SETTINGS, *settings), zero, STEPS, stop, fault)
         parts = {"tensor": 1, "pipeline": 1} | {
             setting.removeprefix("parallel.").split("=")[0]: int(setting.split("=")[1])
             for setting in settings
@@ -54,10 +55,10 @@ def _samples(of_ranks: list[tuple[int, dict[int, Any]]]) -> dict[int, list[Any]]
 
 
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def samples(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Any:
     """What each continuation read, and what the run that went through did."""
     folder = tmp_path_factory.mktemp("layouts")
-    data = str(make_data(folder / "data"))
+    data = str(train_and_valid)
     names = list(CONTINUED)
     begin = [(str(folder / name), (), 1, HALF) for name in names] + [(str(folder / "whole"), (), 1, STEPS)]
     first = run_ranks(_train, 2, folder / "first", data=data, runs=begin)
@@ -76,6 +77,6 @@ def samples(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("name", CONTINUED)
 def test_resume_in_another_layout_reads_the_same_samples_in_every_step(samples: Any, name: str) -> None:
     whole, found = samples["whole"], samples[name]
-    assert list(found) == [80, 88, 96, 104]  # 8 batches of 8, two that are passed over, then steps 9 to 12
+    assert list(found) == [80, 88, 96, 104]  # 8 batches of 8, two that are skipped, then steps 9 to 12
     assert found == {first: whole[first] for first in found}
     assert list(whole) == [0, 8, 16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96, 104]

@@ -96,13 +96,16 @@ def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = 2) -> list[Batch
 
 
 def start(layout: Layout, mesh: Mesh, run_dir: Path) -> Any:
-    """The engine of a layout on this rank, and the mesh laid out."""
+    """Return the engine of a layout on this rank, and the mesh laid out."""
+    return start_engine_of(run_config(layout, run_dir), mesh, layout.zero)
+
+
+def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, Mesh]:
+    """Return the engine of a run on this rank, and the mesh laid out."""
     from megatron_bipe.engine.start import start_engine
 
-    run = run_config(layout, run_dir)
-    mesh = mesh.laid_out(run.parallel)
+    mesh, path = mesh.laid_out(run.parallel), DS_CONFIGS / f"zero{zero}.json"
     validate_run(run, mesh.num_ranks)
-    path = DS_CONFIGS / f"zero{layout.zero}.json"
     return start_engine(run, engine_config(run, read_ds_config(path), mesh.num_ranks, path), mesh), mesh
 
 
