@@ -1,84 +1,118 @@
-"""A rank that raises, dies or hangs ends the launch, and the output names it and the place it was at.
+"""A rank that raises, dies or hangs ends the launch, and the output names it and the location it was at.
 
-Each case starts a real launcher. `parallel.timeout_s` is what a hang costs; launchers then give a stopped process 30
-seconds before they kill it.
+The faults happen side by side, each in a launch of two forked tensor-parallel ranks; real launchers follow at the end.
+`parallel.timeout_s` is what a hang costs.
 """
 
 import re
 import socket
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
 
 import pytest
 
-from tests.helpers.commands import TEXTS, options, run
+from tests.helpers.commands import options, run
+from tests.helpers.faults import ProcessFault, faulty_pretrain
+from tests.helpers.ranks import run_programs
 
-TIMEOUT_S = 20
+TIMEOUT_S = 10
 HOST = socket.gethostname()
 NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, context 0, tensor {rank})" for rank in range(2)]
+FAULTS = [("raise", 1), ("spin", 1), ("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+
+
+class Failed(NamedTuple):
+    """A launch that has failed."""
+
+    codes: list[int]
+    outputs: list[str]  # of each rank
+
+    @property
+    def output(self) -> str:
+        return "\n".join(self.outputs)
+
+
+def arguments(data, run_dir, timeout_s=TIMEOUT_S):
+    settings = options(data, run_dir, "parallel.tensor=2", f"parallel.timeout_s={timeout_s}", steps=1000)
+    return ["--ds_config", "ds_configs/zero1.json", *settings]
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory, write_text_dataset):
-    folder = tmp_path_factory.mktemp("data")
-    write_text_dataset(folder, TEXTS)
-    return folder
+def failed(tmp_path_factory, text_dataset):
+    """Every fault at step 3."""
+    folder = tmp_path_factory.mktemp("failed")
+
+    def launch(fault):
+        work_dir = folder / "-".join(map(str, fault))
+        ranks = run_programs(
+            faulty_pretrain,
+            [arguments(text_dataset, work_dir / "run")],
+            work_dir,
+            2,
+            env=ProcessFault(*fault, location="step 3").variables,
+        )
+        return Failed([rank.code for rank in ranks], [rank.output for rank in ranks])
+
+    with ThreadPoolExecutor(len(FAULTS)) as pool:
+        return dict(zip(FAULTS, pool.map(launch, FAULTS), strict=True))
 
 
-@pytest.fixture
-def launch(data, tmp_path, free_port):
-    """Two tensor-parallel ranks by a launcher, one of which does not go on at step 3."""
-
-    def started(launcher, fault, rank):
-        port = str(free_port())
-        prefix = {
-            "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", port, "-m"],
-            "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", port, "--module"],
-        }[launcher]
-        settings = ["parallel.tensor=2", f"parallel.timeout_s={TIMEOUT_S}"]
-        arguments = options(data, tmp_path / "run", *settings, steps=1000)
-        command = [*prefix, "tests.distributed.faulty", "--ds_config", "ds_configs/zero1.json", *arguments]
-        ended = run(*command, env={"FAULT": f"{fault}:{rank}:3"})
-        assert ended.code != 0 and not ended.left, ended.output
-        assert "step 2/1000" in ended.output and "step 3/1000" not in ended.output, ended.output
-        return ended.output
-
-    return started
+@pytest.mark.parametrize("fault", FAULTS, ids=str)
+def test_failure_ends_all_ranks_at_its_step(failed, fault):
+    codes, outputs = failed[fault]
+    assert all(code != 0 for code in codes), outputs
+    assert "step 2/1000" in outputs[0] and "step 3/1000" not in outputs[0], outputs[0]
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_failure_rank_that_raises_is_named_with_its_traceback(launch, launcher):
-    output = launch(launcher, "raise", 1)
+def test_failure_rank_that_raises_is_named_with_its_traceback(failed):
+    output = failed["raise", 1].output
     assert f"{NAMES[1]}, at step 3, failed:" in output, output
-    assert "ValueError: a fault was asked for" in output and output.count("Traceback") <= 2, output  # torchrun's own
+    assert "ValueError: an injected fault" in output and output.count("Traceback") == 1, output
 
 
-def test_failure_rank_that_is_killed_is_named_by_the_others(launch):
-    output = launch("deepspeed", "kill", 1)
-    assert f"No sign of life: {NAMES[1]}, last at " in output, output
+def test_failure_rank_that_is_killed_is_named_by_the_others(failed):
+    assert f"{NAMES[1]}, last at " in failed["SIGKILL", 1].outputs[0], failed["SIGKILL", 1].output
 
 
-def test_failure_rank_0_that_is_killed_takes_the_store_along(launch):
-    output = launch("deepspeed", "kill", 0)
+def test_failure_rank_0_that_is_killed_takes_the_store_along(failed):
+    output = failed["SIGKILL", 0].outputs[1]
     assert f"{NAMES[1]}, at step 3, micro-batch 1," in output, output
-    assert "the store of the launch, with rank 0 or its launcher, is gone" in output, output
+    assert re.search("store .* is gone", output), output
 
 
-@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed"])
-def test_failure_rank_that_is_stopped_is_named_by_the_others(launch, launcher):
-    output = launch(launcher, "stop", 1)
-    assert f"{NAMES[0]}, at step 3, micro-batch 1, has made no progress for {TIMEOUT_S} s" in output, output
-    assert f"No sign of life: {NAMES[1]}, last at " in output, output
+def test_failure_rank_that_is_stopped_is_named_by_the_others(failed):
+    output = failed["SIGSTOP", 1].outputs[0]
+    assert re.search(rf"{re.escape(NAMES[0])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output
+    assert f"{NAMES[1]}, last at " in output, output
 
 
-def test_failure_rank_0_that_is_stopped_stops_the_store(launch):
-    output = launch("deepspeed", "stop", 0)
-    assert f"{NAMES[1]}, at step 3, micro-batch 1, has made no progress for {TIMEOUT_S} s" in output, output
-    assert "the store of the launch, with rank 0 or its launcher, does not answer" in output, output
+def test_failure_rank_0_that_is_stopped_stops_the_store(failed):
+    output = failed["SIGSTOP", 0].outputs[1]
+    assert re.search(rf"{re.escape(NAMES[1])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output
+    assert re.search("store .* does not answer", output), output
 
 
-def test_failure_rank_in_an_endless_loop_is_at_another_place_than_the_others(launch):
-    output = launch("torchrun", "spin", 1)
-    assert "has made no progress" in output, output
-    alone = rf"At step 3, in _spin \(faulty.py:\d+\): {re.escape(NAMES[1])}"
+def test_failure_rank_in_an_endless_loop_is_at_another_location_than_the_others(failed):
+    output = failed["spin", 1].output
+    alone = rf"At step 3, in spin \(faults.py:\d+\): {re.escape(NAMES[1])}"
     assert re.search(alone, output), output
-    for name, function in ((NAMES[0], "train_step"), (NAMES[1], "_spin")):  # both ranks show their stacks
+    for name, function in ((NAMES[0], "train_step"), (NAMES[1], "spin")):  # both ranks show their stacks
         assert re.search(rf"{re.escape(name)}, at step 3.*is in\n.*, in {function}\n", output, re.DOTALL | re.I), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("launcher", "kind"), [("torchrun", "raise"), ("deepspeed", "SIGKILL"), ("deepspeed", "SIGSTOP")]
+)
+def test_failure_under_a_launcher_names_the_rank_and_leaves_no_process(
+    text_dataset, tmp_path, free_port, launcher, kind
+):
+    prefix = {
+        "torchrun": ["torchrun", "--nproc-per-node", "2", "--master-port", str(free_port()), "-m"],
+        "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"],
+    }[launcher]
+    fault = ProcessFault(kind, 1, "step 3")
+    ended = run(*prefix, "tests.helpers.faults", *arguments(text_dataset, tmp_path / "run", 20), env=fault.variables)
+    assert ended.code != 0 and not ended.left, ended.output
+    assert f"{NAMES[1]}, {'at step 3' if kind == 'raise' else 'last at'}" in ended.output, ended.output
+    assert ended.output.count("Traceback") <= 2, ended.output  # torchrun has one of its own

@@ -27,6 +27,7 @@ PRELOADED = [
 ]
 TIME_LIMIT_S = 900  # of a launch; it may share two cores with other work
 LAST_WORDS_S = 10.0  # that the others have when a rank has failed
+GRACE_S = 25.0  # between SIGTERM and SIGKILL, as launchers give it
 # Below those that the system gives to connections, one of which would otherwise come in before a rank listens.
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
 _port_numbers = itertools.count(os.getpid() * 1009)
@@ -77,9 +78,10 @@ def run_programs(
     env: Mapping[str, str] | None = None,
     time_limit_s: float = TIME_LIMIT_S,
 ) -> list[Ended]:
-    """Call `function(*arguments)` in a process for each rank, as a launcher runs a program; return at their end.
+    """Call `function(*arguments)` in a process for each rank, as a launcher runs a program; return when all have ended.
 
-    The working folder is the repository's; each process has the variables of a launcher, and `env` besides.
+    The working folder is the repository's; each process has the variables of a launcher, and `env` besides. As by
+    launchers, when one has failed the others get SIGTERM and, if that does not end them, SIGKILL.
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
@@ -87,14 +89,19 @@ def run_programs(
     ranks = [
         _fork(function, both | dict(env or {}), log, *arguments) for both, log in zip(variables, logs, strict=True)
     ]
-    until_s = time.monotonic() + time_limit_s
-    for process in ranks:
-        process.join(max(0.0, until_s - time.monotonic()))
+    until_s, is_ending = time.monotonic() + time_limit_s, False
+    while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
+        if not is_ending and any(process.exitcode for process in ranks):
+            is_ending, until_s = True, min(until_s, time.monotonic() + GRACE_S)
+            for process in ranks:
+                process.terminate()
+        time.sleep(0.02)
     alive = [rank for rank, process in enumerate(ranks) if process.is_alive()]
     for process in ranks:
         process.kill()
         process.join()
-    assert not alive, f"ranks {alive} ran on after {time_limit_s} s:\n" + "\n".join(log.read_text() for log in logs)
+    output = "\n".join(log.read_text() for log in logs)
+    assert is_ending or not alive, f"ranks {alive} ran on after {time_limit_s} s:\n{output}"
     return [Ended(process.exitcode or 0, log.read_text()) for process, log in zip(ranks, logs, strict=True)]
 
 

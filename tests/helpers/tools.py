@@ -14,6 +14,7 @@ import pytest
 
 import pretrain
 from megatron_bipe.errors import BipeError
+from megatron_bipe.parallel import watchdog
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.launchers import Launch, Meeting
 from tests.helpers.paths import ROOT
@@ -68,11 +69,12 @@ def _own_logging() -> Iterator[None]:
 
 
 def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
-    """Return the error that pretrain.py reports for its arguments before training, as rank 0 of a launch."""
+    """Return the error that pretrain.py raises, as rank 0 of a launch, before it starts the engine and its watchdog."""
     args = pretrain.parse_args(_pretrain_arguments(arguments))
     launch = Launch(0, 0, num_ranks, num_ranks, Meeting("127.0.0.1", 1))
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)
+        patch.setattr(watchdog, "Watchdog", mock.Mock(side_effect=AssertionError("the arguments are accepted")))
         with pytest.raises(BipeError) as caught:
             pretrain.main(args, launch)
     return caught.value
