@@ -87,8 +87,8 @@ class Watchdog:
             leave(f"{self._who()} leaves", exit_code(error))
         self._over.set()
         self._thread.join()
-        if self._roll_call is not None:
-            self._roll_call.finish(self._timeout_s)
+        if self._mesh.num_ranks > 1:
+            self._connected().finish(self._timeout_s)
 
     def _watch(self) -> None:
         """The thread: leaves signs of life, and looks for the end."""
@@ -111,15 +111,20 @@ class Watchdog:
                 leave(f"{self._who()} leaves", FAILED)
 
     def _beat(self, beats: int) -> None:
-        if self._roll_call is None:
-            self._roll_call = RollCall(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+        roll_call = self._connected()
         frame = sys._current_frames()[self._worker]
         place = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        self._roll_call.sign(Sign(beats, self._name, place))
-        end = self._roll_call.ended()
+        roll_call.sign(Sign(beats, self._name, place))
+        end = roll_call.ended()
         if end is not None:
             stack = f"\n{self._who()} is in\n{self._stack()}" if end.stacks else ""
             leave(f"{self._who()} leaves: {end.text}{stack}", end.code)
+
+    def _connected(self) -> RollCall:
+        """Return the roll call; a rank that ends before its first beat joins it only to say that it has finished."""
+        if self._roll_call is None:
+            self._roll_call = RollCall(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+        return self._roll_call
 
     def _fail(self, text: str, reason: str, code: int, look: Look) -> None:
         """Say what happened; the first to fail also looks at the others, tells all ranks, and leaves."""

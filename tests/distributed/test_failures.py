@@ -6,6 +6,7 @@ The faults happen side by side, each in a launch of two forked tensor-parallel r
 
 import re
 import socket
+import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -13,7 +14,7 @@ import pytest
 
 from tests.helpers.commands import options, run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
-from tests.helpers.ranks import run_programs
+from tests.helpers.ranks import run_programs, run_ranks
 
 TIMEOUT_S = 10
 HOST = socket.gethostname()
@@ -98,6 +99,22 @@ def test_failure_rank_in_an_endless_loop_is_at_another_location_than_the_others(
     assert re.search(alone, output), output
     for name, function in ((NAMES[0], "train_step"), (NAMES[1], "spin")):  # both ranks show their stacks
         assert re.search(rf"{re.escape(name)}, at step 3.*is in\n.*, in {function}\n", output, re.DOTALL | re.I), output
+
+
+def leave_early(mesh):
+    """Leave the watchdog's block, on rank 1 before its first beat."""
+    from megatron_bipe.config.schema import ParallelConfig
+    from megatron_bipe.engine.common import start_deepspeed
+    from megatron_bipe.parallel.launch import connect_store
+    from megatron_bipe.parallel.watchdog import BEAT_S, Watchdog
+
+    start_deepspeed(mesh, 60)
+    with Watchdog(mesh.laid_out(ParallelConfig()), 5 * BEAT_S, connect_store):
+        time.sleep(0 if mesh.rank else 2 * BEAT_S)
+
+
+def test_watchdog_waits_for_ranks_that_end_before_their_first_beat(tmp_path):
+    assert len(run_ranks(leave_early, 2, tmp_path)) == 2
 
 
 @pytest.mark.slow

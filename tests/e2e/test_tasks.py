@@ -5,76 +5,69 @@ import json
 from pathlib import Path
 
 import pytest
-import torch
 
 pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 
 from megatron_bipe.data.scrolls import TASKS
 from megatron_bipe.data.scrolls_files import questions, read_rows
-from megatron_bipe.eval.generation import load_generator
-from megatron_bipe.eval.scrolls import answer, score_answers, write_results
-from tests.e2e.test_line import pretrain, python
+from megatron_bipe.errors import ConfigError
+from tests.helpers.errors import assert_error
 from tests.helpers.scrolls import write_benchmark
+from tests.helpers.small_runs import losses
+from tests.helpers.tools import call_tool, pretrain_error, run_pretrain
 
 MODEL = "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 64, intra_size: 32, "
 SUMMARY_LENGTH, QUESTION_LENGTH = 1100, 320
-BY_COMMAND = ("gov_report", "contract_nli")  # the first and the last
-LOSS = "loss/train_nats"
 
 
-def _losses(run_dir: Path) -> list[float]:
-    lines = map(json.loads, (run_dir / "metrics.jsonl").read_text().splitlines())
-    return [line[LOSS] for line in lines if LOSS in line]
+def length_of(task: str) -> int:
+    return SUMMARY_LENGTH if TASKS[task].metric == "rouge" else QUESTION_LENGTH
+
+
+def flags(settings: list[str]) -> list[str]:
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")
-def scrolls(tmp_path_factory, letters, free_port):
+def scrolls(tmp_path_factory, letters):
     """Data of every task; for each form of task a model that was trained on some of them."""
     folder = tmp_path_factory.mktemp("scrolls")
     write_benchmark(folder / "raw")
-    for name, task in TASKS.items():
-        length = SUMMARY_LENGTH if task.metric == "rouge" else QUESTION_LENGTH
-        command = ["--task", name, "--data", folder / "raw", "--length", length, "--segments", "newline"]
-        tokenizer = ["--tokenizer", letters.definition.parent]
-        python("tools/prepare_task.py", "scrolls", *command, *tokenizer, "--output", folder / name)
-    for form, length in (("rouge", SUMMARY_LENGTH), ("other", QUESTION_LENGTH)):
-        names = [name for name, task in TASKS.items() if (task.metric == "rouge") == (form == "rouge")]
-        settings = [
-            f"run_dir={folder / 'run' / form}",
-            f"data.path=[{', '.join(str(folder / name) for name in names)}]",
-            f"{MODEL}vocab_size: {letters.vocab_size}}}",
-            "optimizer={lr: 1e-2, warmup_steps: 2}",
-            f"train={{steps: 6, seq_len_tokens: {length}, global_batch: 8, micro_batch: 2, precision: fp32}}",
-        ]
-        pretrain("--stop-step", 3, settings=settings, ranks=2, port=free_port())
-        pretrain(settings=settings, ranks=2, port=free_port())
-        checkpoint, output = folder / "run" / form, folder / "exported" / form
-        python("tools/export_hf.py", "--checkpoint", checkpoint, "--output", output)
+    for name in TASKS:
+        raw = ("--task", name, "--data", folder / "raw", "--length", length_of(name), "--segments", "newline")
+        tokenizer = ("--tokenizer", letters.definition.parent)
+        call_tool("prepare_task", "scrolls", *raw, *tokenizer, "--output", folder / name)
+    for length in (SUMMARY_LENGTH, QUESTION_LENGTH):
+        paths = ", ".join(str(folder / name) for name in TASKS if length_of(name) == length)
+        settings = flags(
+            [
+                f"run_dir={folder / 'run' / str(length)}",
+                f"data.path=[{paths}]",
+                f"{MODEL}vocab_size: {letters.vocab_size}}}",
+                "optimizer={lr: 1e-2, warmup_steps: 2}",
+                f"train={{steps: 6, seq_len_tokens: {length}, global_batch: 8, micro_batch: 2, precision: fp32}}",
+            ]
+        )
+        run_pretrain([*settings, "--stop-step", 3], folder / "first", 2)
+        run_pretrain(settings, folder / "second", 2)
+        output = folder / "exported" / str(length)
+        call_tool("export_hf", "--checkpoint", folder / "run" / str(length), "--output", output)
     return folder
 
 
-def test_training_on_answers_learns_and_goes_on(scrolls):
-    for form in ("rouge", "other"):
-        losses = _losses(scrolls / "run" / form)
-        assert len(losses) == 6 and losses[-1] < losses[0] - 0.5
+def test_training_on_answers_learns_and_continues(scrolls):
+    for length in (SUMMARY_LENGTH, QUESTION_LENGTH):
+        found = losses(scrolls / "run" / str(length))
+        assert len(found) == 6 and found[-1] < found[0] - 0.5
 
 
 def test_every_task_is_answered_and_scored_into_one_table(scrolls):
-    results, generators = scrolls / "results", {}
-    for name, task in TASKS.items():
-        model = scrolls / "exported" / ("rouge" if task.metric == "rouge" else "other")
-        length = SUMMARY_LENGTH if task.metric == "rouge" else QUESTION_LENGTH
+    results = scrolls / "results"
+    for name in TASKS:
+        length = length_of(name)
         asked = questions(read_rows(scrolls / "raw", name, "validation"))[:2]
-        if name in BY_COMMAND:
-            command = ["tools/evaluate.py", "scrolls", "--model", model, "--task", name, "--data", scrolls / "raw"]
-            output = python(*command, "--length", length, "--limit", 2, "--output", results)
-        else:  # the same without the time that a process takes to start
-            if model not in generators:
-                generators[model] = load_generator(model, "cpu", torch.float32)
-            answers = answer(generators[model], task, asked, length, 65_536)
-            about = {"split": "validation", "num_examples": 2, "scores": score_answers(task, asked, answers)}
-            about["limit"] = 2
-            write_results(results, task, about, answers)
+        given = ("--model", scrolls / "exported" / str(length), "--task", name, "--data", scrolls / "raw")
+        output = call_tool("evaluate", "scrolls", *given, "--length", length, "--limit", 2, "--output", results).output
         predictions = json.loads((results / f"{name}.predictions.json").read_text())
         assert list(predictions) == [question.id for question in asked]
         scores = json.loads((results / f"{name}.json").read_text())["scores"]
@@ -85,29 +78,29 @@ def test_every_task_is_answered_and_scored_into_one_table(scrolls):
     assert len(rows) == 14 and rows[0].keys() == {"Task", "ID", "Prediction"}
 
 
-def test_bad_commands_leave_with_code_2_and_one_message(scrolls, free_port):
-    command = ["tools/evaluate.py", "scrolls", "--model", scrolls / "exported" / "other", "--data", scrolls / "raw"]
-    cases = {
-        "no SCROLLS task": ["--task", "squad"],
-        "hold no prompt of qasper": ["--task", "qasper", "--length", 100],
-        "there is already qasper.json": ["--task", "qasper"],
-        "it has no qasper/dev.jsonl": ["--task", "qasper", "--split", "dev", "--overwrite"],
+def test_bad_commands_exit_with_code_2_and_one_message(scrolls):
+    common = ("scrolls", "--model", scrolls / "exported" / str(QUESTION_LENGTH), "--data", scrolls / "raw")
+    cases: dict[str, list[object]] = {
+        "squad": ["--task", "squad"],
+        "qasper": ["--task", "qasper", "--length", 100],
+        "qasper.json": ["--task", "qasper"],
+        "qasper/dev.jsonl": ["--task", "qasper", "--split", "dev", "--overwrite"],
     }
     (scrolls / "bad").mkdir()
     (scrolls / "bad" / "qasper.json").write_text("{}")
-    for message, further in cases.items():
-        target = "bad" if "already" in message else "none"
-        output = python(*command, *further, "--output", scrolls / target, code=2)
-        assert output.count("Error: ") == 1 and message in output, output
+    for observed, further in cases.items():
+        target: Path = scrolls / ("bad" if observed == "qasper.json" else "none")
+        output = call_tool("evaluate", *common, *further, "--output", target, code=2).output
+        assert output.count("Error: ") == 1 and observed in output, output
     settings = [f"data.path={scrolls / 'qasper'}", f"run_dir={scrolls / 'other'}", "train.seq_len_tokens=64"]
-    output = pretrain(settings=settings, ranks=1, port=free_port(), code=2)
-    assert "examples made for windows of 320" in output and not (scrolls / "other").exists()
+    assert_error(pretrain_error(*flags(settings)), ConfigError, QUESTION_LENGTH, 64)
+    assert not (scrolls / "other").exists()
 
 
-def test_arithmetic_from_problems_to_accuracy(tmp_path, free_port):
-    made = ["arithmetic", "--operators", "1..2", "--length", 16]
+def test_arithmetic_from_problems_to_accuracy(tmp_path):
+    made = ("arithmetic", "--operators", "1..2", "--length", 16)
     for name, further in (("data", ["--problems", 4000]), ("valid", ["--problems", 64, "--held-out"])):
-        python("tools/prepare_task.py", *made, *further, "--output", tmp_path / name)
+        call_tool("prepare_task", *made, *further, "--output", tmp_path / name)
     settings = [
         f"run_dir={tmp_path / 'run'}",
         f"data={{path: {tmp_path / 'data'}, valid_path: {tmp_path / 'valid'}}}",
@@ -115,16 +108,16 @@ def test_arithmetic_from_problems_to_accuracy(tmp_path, free_port):
         "optimizer={lr: 1e-2, warmup_steps: 5}",
         "train={steps: 60, seq_len_tokens: 16, global_batch: 64, micro_batch: 32, precision: fp32, valid_samples: 64}",
     ]
-    pretrain(settings=settings, ranks=2, port=free_port())
-    losses = _losses(tmp_path / "run")
-    assert losses[-1] < losses[0] - 1
-    python("tools/export_hf.py", "--checkpoint", tmp_path / "run", "--output", tmp_path / "model")
-    command = ["tools/evaluate.py", "arithmetic", "--model", tmp_path / "model", "--problems", 20]
-    output = python(*command, "--operators", "1..3", "--output", tmp_path / "results")
+    run_pretrain(flags(settings), tmp_path / "logs", 2)
+    found = losses(tmp_path / "run")
+    assert found[-1] < found[0] - 1
+    call_tool("export_hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "model")
+    solve = ("arithmetic", "--model", tmp_path / "model", "--problems", 20)
+    output = call_tool("evaluate", *solve, "--operators", "1..3", "--output", tmp_path / "results").output
     assert "operators" in output and "%" in output
     [model] = json.loads((tmp_path / "results" / "arithmetic.json").read_text())["models"]
     assert [result["operators"] for result in model["results"]] == [1, 2, 3]
     assert all(result["num_problems"] == 20 for result in model["results"])
-    again = python(*command, "--operators", "1..3", "--output", tmp_path / "results", code=2)
-    assert "there is already arithmetic.json" in again
-    assert "no range" in python(*command, "--operators", "a..3", "--output", tmp_path / "r", code=2)
+    again = call_tool("evaluate", *solve, "--operators", "1..3", "--output", tmp_path / "results", code=2)
+    assert "arithmetic.json" in again.output
+    assert "a..3" in call_tool("evaluate", *solve, "--operators", "a..3", "--output", tmp_path / "r", code=2).output

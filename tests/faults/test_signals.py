@@ -1,6 +1,11 @@
-"""Ranks that are killed, and runs that are asked to stop: a handful of what the commands beside this do at length."""
+"""Ranks that are killed, and runs that are asked to stop: nothing of it shows in metrics and weights.
+
+The first tests end forked ranks; those that are slow do it under torchrun and the supervisor, as the commands in this
+folder do at length.
+"""
 
 import os
+import random
 import shutil
 import sys
 from pathlib import Path
@@ -9,42 +14,87 @@ import pytest
 
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
-from tests.faults.data import make_data
 from tests.faults.kills import survive
 from tests.faults.stops import stop_and_go_on
 from tests.helpers.commands import run
+from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.paths import BIN
-from tests.helpers.small_runs import arguments
+from tests.helpers.ranks import Ended, run_programs
+from tests.helpers.small_runs import LOCATIONS, arguments, differences, random_fault, signals_sent
 
-KILLS = STOPS = 5  # one at each kind of place
+STEPS, NUM_RANKS = 20, 2
+KILLED = -9  # exit code
+
+
+def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list[Ended]:
+    """Start or continue a run, in which the fault happens."""
+    variables = fault.variables if fault else {}
+    settings = arguments(data, run_dir, steps=STEPS)
+    return run_programs(faulty_pretrain, [settings], run_dir.with_name("logs"), NUM_RANKS, env=variables)
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data(tmp_path_factory.mktemp("data"))
+def calm(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
+    """The run that was left alone."""
+    run_dir = tmp_path_factory.mktemp("calm") / "run"
+    assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
+    return run_dir
 
 
-def test_killed_ranks_leave_no_trace_in_weights_and_metrics(data, tmp_path):
-    outcome = survive(tmp_path, data, KILLS, num_ranks=2, seed=1)
-    assert outcome.killed.total() == KILLS, outcome.output
-    assert len({place for place, _ in outcome.killed}) == KILLS
+def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_and_valid: Path, tmp_path: Path) -> None:
+    run_dir, record, chance = tmp_path / "run", tmp_path / "killed.jsonl", random.Random(1)
+    for number, (location, *_) in enumerate(LOCATIONS):
+        fault = random_fault(chance, "SIGKILL", number, NUM_RANKS, record)
+        if location == "the start":
+            fault = fault._replace(delay_s=0.2)  # of a fork
+        ranks = launch(train_and_valid, run_dir, fault)
+        codes = [rank.code for rank in ranks]
+        assert codes[fault.rank] == KILLED and 0 not in codes, ranks
+    assert [kill["location"] for kill in signals_sent(record)] == [location for location, *_ in LOCATIONS]
+    assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
+    assert differences(run_dir, calm) == []
+
+
+def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
+    calm: Path, train_and_valid: Path, tmp_path: Path
+) -> None:
+    run_dir, record, chance = tmp_path / "run", tmp_path / "sent.jsonl", random.Random(2)
+    for number, name in ((1, "SIGTERM"), (2, "SIGUSR1"), (3, "SIGTERM"), (4, "SIGUSR1")):
+        fault = random_fault(chance, name, number, NUM_RANKS, record)
+        ranks = launch(train_and_valid, run_dir, fault)
+        assert [rank.code for rank in ranks] == [CONTINUE_LATER] * NUM_RANKS, ranks
+        assert read_events(run_dir)[-1]["event"] == "stop"
+    assert len(signals_sent(record)) == 4
+    assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
+    assert differences(run_dir, calm) == []
+
+
+@pytest.mark.slow
+def test_killed_ranks_under_the_supervisor_leave_no_trace(train_and_valid: Path, tmp_path: Path) -> None:
+    outcome = survive(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, seed=1)
+    assert outcome.killed.total() == len(LOCATIONS), outcome.output
+    assert len({location for location, _ in outcome.killed}) == len(LOCATIONS)
     assert outcome.differences == [], outcome.output
 
 
-def test_stopped_run_saves_at_once_and_goes_on_as_if_nothing_had_been(data, tmp_path):
-    outcome = stop_and_go_on(tmp_path, data, STOPS, 2, 1)
-    assert len(outcome.stops) == STOPS
+@pytest.mark.slow
+def test_stopped_run_under_torchrun_saves_at_once_and_continues(train_and_valid: Path, tmp_path: Path) -> None:
+    outcome = stop_and_go_on(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, 1)
+    assert len(outcome.stops) == len(LOCATIONS)
     assert outcome.problems == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpiexec"])
-def test_stop_before_the_first_step_leaves_with_a_code_that_launchers_pass_on(launcher, data, tmp_path, free_port):
+def test_stop_before_the_first_step_leaves_with_a_code_that_launchers_pass_on(
+    launcher, train_and_valid, tmp_path, free_port
+):
     prefix = {
         "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port())],
         "mpiexec": ["mpiexec", "-n", "2", "--oversubscribe", "--bind-to", "none", sys.executable],
     }[launcher]
     if shutil.which(prefix[0], path=f"{BIN}{os.pathsep}{os.environ['PATH']}") is None:
         pytest.skip(reason=f"there is no {prefix[0]}")
-    ended = run(*prefix, "pretrain.py", "--stop-at", "0s", *arguments(data, tmp_path, steps=4))
+    ended = run(*prefix, "pretrain.py", "--stop-at", "0s", *arguments(train_and_valid, tmp_path, steps=4))
     assert ended.code == CONTINUE_LATER and not ended.left, ended.output
     assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("start", 0), ("stop", 0)]

@@ -52,7 +52,7 @@ def run_ranks(
     for path in outcomes:
         path.unlink(missing_ok=True)  # of an earlier launch
     ranks = [
-        _fork(_call, env, None, function, outcome, arguments)
+        start_program(_call, function, outcome, arguments, env=env)
         for env, outcome in zip(launch_variables(num_ranks), outcomes, strict=True)
     ]
     try:
@@ -87,7 +87,8 @@ def run_programs(
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
     variables = launch_variables(num_ranks) if num_ranks > 1 else [{}]
     ranks = [
-        _fork(function, both | dict(env or {}), log, *arguments) for both, log in zip(variables, logs, strict=True)
+        start_program(function, *arguments, env=both | dict(env or {}), log=log)
+        for both, log in zip(variables, logs, strict=True)
     ]
     until_s, is_ending = time.monotonic() + time_limit_s, False
     while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
@@ -127,12 +128,19 @@ def free_port() -> int:
     raise AssertionError("the numbers do not end")
 
 
-def _fork(function: Any, env: Mapping[str, str], log: Path | None, *arguments: Any) -> BaseProcess:
+def start_program(
+    function: Callable[..., Any], *arguments: Any, env: Mapping[str, str] | None = None, log: Path | None = None
+) -> BaseProcess:
+    """Start `function(*arguments)` in a process of its own, with `env` besides this process's environment.
+
+    The working folder is the repository's; stdout and stderr go to `log`.
+    """
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     read_by_server = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     with mock.patch.dict(os.environ, read_by_server):
-        process = context.Process(target=_begin, args=(function, dict(os.environ) | dict(env), log, arguments))
+        full = dict(os.environ) | dict(env or {})
+        process = context.Process(target=_begin, args=(function, full, log, arguments))
         process.start()
     return process
 

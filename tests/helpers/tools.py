@@ -4,7 +4,7 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import ModuleType
@@ -92,9 +92,15 @@ def run_pretrain(
         code: the exit code that all ranks are expected to have; None: any.
         more: as `run_programs` takes it.
     """
-    ended = run_programs(_pretrain, [_pretrain_arguments(arguments)], folder, num_ranks, **more)  # type: ignore[arg-type]
+    function, *given = pretrain_program(arguments)
+    ended = run_programs(function, given, folder, num_ranks, **more)  # type: ignore[arg-type]
     assert code is None or {rank.code for rank in ended} == {code}, "\n".join(rank.output for rank in ended)
     return ended
+
+
+def pretrain_program(arguments: Sequence[object]) -> tuple[Callable[[list[str]], None], list[str]]:
+    """Return pretrain.py with its arguments as `start_program` takes them."""
+    return _pretrain, _pretrain_arguments(arguments)
 
 
 def _pretrain(arguments: Sequence[str]) -> None:
