@@ -1,5 +1,6 @@
 """Assertions on user-facing errors: their type, their location and what they observed, not their wording."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,7 +18,8 @@ def raises(
 
     Args:
         kind: the type of the error.
-        observed: values that the message must report, such as a number, a name, a path, a setting.
+        observed: values that the message must report, such as a number, a name, a path, a setting; an `int` is not
+            found among the digits of another number.
         location: what the error is about; a path may be relative to the folder of the location.
         remedy: a name that the remedy must mention, such as an option or a command.
     """
@@ -36,7 +38,11 @@ def assert_error(
     """Assert the facts of an error, as `raises` takes them."""
     assert type(error) is kind, error
     for value in observed:
-        assert str(value) in error.message, f"{value!s} is not among what was observed: {error}"
+        assert _reports(error.message, value), f"{value!s} is not among what was observed: {error}"
     if location is not None:
         assert error.location == str(location) or error.location.endswith(f"/{location}"), error
     assert remedy is None or str(remedy) in error.remedy, error
+
+
+def _reports(message: str, value: object) -> bool:
+    return re.search(rf"(?<!\d){value}(?!\d)", message) is not None if isinstance(value, int) else str(value) in message

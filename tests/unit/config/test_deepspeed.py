@@ -8,6 +8,7 @@ import pytest
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
+from tests.helpers.errors import raises
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
@@ -58,7 +59,7 @@ def test_engine_config_bf16_gradients_are_exchanged_in_fp32_with_zero_1():
 
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
 def test_engine_config_states_on_nvme_are_refused(key):
-    with pytest.raises(ConfigError, match=f'{key}.device="nvme": checkpoints cannot read'):
+    with raises(ConfigError, f'zero_optimization.{key}.device="nvme"', location="x.json"):
         engine_config(
             load_run_config(None, BF16), {"zero_optimization": {"stage": 3, key: {"device": "nvme"}}}, 1, "x.json"
         )
@@ -72,49 +73,45 @@ def test_engine_config_literal_that_agrees_is_fine():
     ("literal", "named"),
     [
         ({"train_batch_size": 128}, ["train_batch_size=128", "train.global_batch x parallel.context=256"]),
-        ({"train_micro_batch_size_per_gpu": 4}, ["=4", "train.micro_batch=8"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4", "train.micro_batch=8"]),
         ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.grad_clip=1.0"]),
         ({"bf16": {"enabled": False}}, ["bf16.enabled=False", "train.precision"]),
-        ({"fp16": {"enabled": True}}, ["fp16.enabled=True"]),
-        ({"optimizer": {"type": "Adam"}}, ["'optimizer' belongs to the run"]),
-        ({"zero_optimization": {"stage": 4}}, ["stage=4"]),
-        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size"]),
+        ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "train.precision"]),
+        ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),
+        ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4"]),
+        ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),
     ],
 )
 def test_engine_config_literal_that_disagrees_names_both(literal, named):
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, *named, location="ds.json"):
         engine_config(load_run_config(None, BF16), literal, 1, "ds.json")
-    assert all(part in str(error.value) for part in named)
-    assert error.value.location == "ds.json"
 
 
 @pytest.mark.parametrize(
     ("sections", "named"),
     [
-        ({"zero_optimization": 2}, "zero_optimization=2: a section is a JSON object"),
-        ({"bf16": True, "data_types": "fp32"}, 'bf16=true, data_types="fp32": a section'),
-        ({"zero_optimization": None}, "zero_optimization=null"),
-        ({"fp16": None}, "fp16=null"),
-        ({"zero_optimization": {"offload_optimizer": None}}, "zero_optimization.offload_optimizer=null: a section"),
-        ({"zero_optimization": {"offload_param": "cpu"}}, 'zero_optimization.offload_param="cpu": a section'),
-        ({"zero_optimization": {"stage": True}}, "stage=True is none of 0, 1, 2, 3"),
+        ({"zero_optimization": 2}, ["zero_optimization=2"]),
+        ({"bf16": True, "data_types": "fp32"}, ["bf16=true", 'data_types="fp32"']),
+        ({"zero_optimization": None}, ["zero_optimization=null"]),
+        ({"fp16": None}, ["fp16=null"]),
+        ({"zero_optimization": {"offload_optimizer": None}}, ["zero_optimization.offload_optimizer=null"]),
+        ({"zero_optimization": {"offload_param": "cpu"}}, ['zero_optimization.offload_param="cpu"']),
+        ({"zero_optimization": {"stage": True}}, ["zero_optimization.stage=True"]),
     ],
 )
 def test_engine_config_section_that_is_none_is_named(sections, named):
-    with pytest.raises(ConfigError, match=named) as error:
+    with raises(ConfigError, *named, location="ds.json"):
         engine_config(load_run_config(None, BF16), sections, 1, "ds.json")
-    assert error.value.location == "ds.json"
 
 
-@pytest.mark.parametrize("text", ["{", "[]", ""])
-def test_read_ds_config_damaged_file_is_named(tmp_path, text):
+@pytest.mark.parametrize(("text", "observed"), [("{", ["column 2"]), ("[]", []), ("", ["column 1"])])
+def test_read_ds_config_damaged_file_is_named(tmp_path, text, observed):
     path = tmp_path / "ds.json"
     path.write_text(text)
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, *observed, location=path):
         read_ds_config(path)
-    assert error.value.location == str(path)
 
 
 def test_read_ds_config_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match="no such"):
+    with raises(ConfigError, location=tmp_path / "ds.json", remedy="ds_configs/"):
         read_ds_config(tmp_path / "ds.json")

@@ -7,6 +7,7 @@ import pytest
 from megatron_bipe.config.load import Sources, dump_yaml, load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.errors import ConfigError
+from tests.helpers.errors import raises
 
 EXAMPLES = sorted((Path(__file__).parents[3] / "examples").rglob("*.yaml"))
 
@@ -67,21 +68,20 @@ def test_load_one_weight_of_a_blend_can_be_overridden(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "messages"),
+    ("value", "observed"),
     [
-        ("{}", ["data.path.weights={}", "at least 1 item"]),
-        ("[]", ["data.path.folders=[]", "at least 1 item"]),
-        ("{a: 0, b: -1}", ["weights.a=0: Input should be greater than 0", "weights.b=-1"]),
-        ("{a: .nan, b: .inf, c: x}", ["weights.a=nan", "weights.b=inf", "weights.c='x'"]),
+        ("{}", ["data.path.weights={}"]),
+        ("[]", ["data.path.folders=[]"]),
+        ("{a: 0, b: -1}", ["data.path.weights.a=0", "data.path.weights.b=-1"]),
+        ("{a: .nan, b: .inf, c: x}", ["data.path.weights.a=nan", "data.path.weights.b=inf", "data.path.weights.c='x'"]),
         ("[a, 3]", ["data.path.folders.1=3"]),
-        ("5", ["data.path=5: Input should be a dataset folder, a list of folders, or a mapping"]),
-        ("null", ["data.path=None: Input should be a dataset folder"]),
+        ("5", ["data.path=5"]),
+        ("null", ["data.path=None"]),
     ],
 )
-def test_load_impossible_data_path_says_what_is_wrong_with_the_form_it_has(value, messages):
-    with pytest.raises(ConfigError) as error:
+def test_load_impossible_data_path_says_what_is_wrong_with_the_form_it_has(value, observed):
+    with raises(ConfigError, *observed, location=f"--set data.path={value}"):
         load_run_config(None, [f"data.path={value}"])
-    assert all(message in str(error.value) for message in messages)
 
 
 def test_dump_then_load_is_the_same_run(tmp_path):
@@ -107,9 +107,8 @@ def test_dump_then_load_is_the_same_run(tmp_path):
 def test_load_unknown_key_names_the_nearest_one(key, nearest):
     value = "{type: linear, factor: 2}" if "rope" in key else "4"
     overrides = [f"model.rope_scaling={value}"] if "rope" in key else []
-    with pytest.raises(ConfigError, match=f"unknown key '{key}', did you mean '{nearest}'") as error:
+    with raises(ConfigError, f"'{key}'", f"'{nearest}'", location=f"--set {key}=4"):
         load_run_config(None, [*overrides, f"{key}=4"])
-    assert error.value.location == f"--set {key}=4"
 
 
 @pytest.mark.parametrize(
@@ -133,40 +132,32 @@ def test_location_of_a_message_is_the_options_that_it_names_else_the_file(messag
 def test_load_error_in_a_set_option_names_the_option_and_not_the_file(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train: {seed: 3}")
-    with pytest.raises(ConfigError) as error:
+    with raises(ConfigError, "train.steps=0", location="--set train.steps=0"):
         load_run_config(path, ["train.steps=0", "train.seed=2"])
-    assert error.value.location == "--set train.steps=0"
 
 
 def test_load_all_problems_are_named_at_once():
-    with pytest.raises(ConfigError) as error:
+    encoding = ("model.encoding='rop'", "bipe_rope", "bipe_alibi", "randomized_rope")
+    with raises(ConfigError, "train.steps=0", *encoding, "optimizer.betas.1=1.0", "'oops'"):
         load_run_config(None, ["train.steps=0", "model.encoding=rop", "optimizer.betas=[0.9, 1.0]", "oops=1"])
-    for part in (
-        "train.steps=0",
-        "model.encoding='rop': Input should be one of bipe_rope, bipe_alibi,",
-        "optimizer.betas",
-        "unknown key 'oops'",
-    ):
-        assert part in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("text", "message"),
+    ("text", "observed"),
     [
-        ("model: [", "cannot read"),
-        ("- 1", "mapping of sections"),
-        ("model: 3", "model=3"),
-        ("\x00", "cannot read"),
-        ("train: {steps: 6}\nmodel: {}\ntrain: {save_every: 3}", "the key 'train' is there twice.* line 3"),
-        ("train: {steps: 6, seed: 1, steps: 7}", "the key 'steps' is there twice"),
+        ("model: [", ["line 1, column 9"]),
+        ("- 1", ["list"]),
+        ("model: 3", ["model=3"]),
+        ("\x00", ["#x0000"]),
+        ("train: {steps: 6}\nmodel: {}\ntrain: {save_every: 3}", ["'train'", "line 3"]),
+        ("train: {steps: 6, seed: 1, steps: 7}", ["'steps'", "column 28"]),
     ],
 )
-def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, message):
+def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, observed):
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    with pytest.raises(ConfigError, match=message) as error:
+    with raises(ConfigError, *observed, location=path):
         load_run_config(path)
-    assert error.value.location == str(path)
 
 
 def test_load_key_that_an_anchor_brought_may_be_given_anew(tmp_path):
@@ -180,12 +171,20 @@ def test_load_key_that_an_anchor_brought_may_be_given_anew(tmp_path):
 
 def test_load_missing_file_lists_what_is_there(tmp_path):
     (tmp_path / "there.yaml").write_text("")
-    with pytest.raises(ConfigError, match=r"there\.yaml"):
+    with raises(ConfigError, location=tmp_path / "absent.yaml", remedy=tmp_path / "there.yaml"):
         load_run_config(tmp_path / "absent.yaml")
 
 
-@pytest.mark.parametrize("override", ["train.steps", "train.steps.deep=1", "train.steps=[1", "data.path={a: 1, a: 2}"])
-def test_load_malformed_override_is_refused(override):
+@pytest.mark.parametrize(
+    ("override", "observed"),
+    [
+        ("train.steps", "'train.steps'"),
+        ("train.steps.deep=1", "'steps'"),
+        ("train.steps=[1", "'[1'"),
+        ("data.path={a: 1, a: 2}", "'a'"),
+    ],
+)
+def test_load_malformed_override_is_refused(override, observed):
     overrides = ["train.steps=5", override] if "deep" in override else [override]
-    with pytest.raises(ConfigError):
+    with raises(ConfigError, observed, location=f"--set {override}"):
         load_run_config(None, overrides)

@@ -16,6 +16,7 @@ from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.order import SampleOrder
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
+from tests.helpers.errors import raises
 
 SEQ, SEED = 8, 1234
 NUM_WINDOWS = (5, 40, 300)
@@ -67,11 +68,10 @@ def test_slot_counts_of_whole_hundredths_of_a_percent_are_exact():
 
 
 def test_slot_counts_too_small_a_weight_names_it_its_share_and_the_least():
-    with pytest.raises(ConfigError) as error:
+    too_small = ("data/b", "1e-05", "5e-06", "data/d", "1e-09", "5e-10")
+    with raises(ConfigError, *too_small, "0.0001", location="data.path") as error:
         slot_counts([1, 1e-5, 1, 1e-9], ["data/a", "data/b", "data/c", "data/d"])
-    for part in ("data/b with weight 1e-05 has a share of 5e-06", "data/d with weight 1e-09", "is 0.0001"):
-        assert part in str(error.value)
-    assert "data/a" not in str(error.value) and error.value.location == "data.path"
+    assert "data/a" not in str(error.value) and "data/c" not in str(error.value)
 
 
 @settings(deadline=None)
@@ -174,7 +174,7 @@ def test_blend_of_equal_datasets_does_not_give_them_the_same_windows(datasets):
 def test_blend_far_into_training_is_immediate(datasets):
     blend = Blend(datasets, None, SEQ, SEED)
     assert blend.window_indices(2**60, 16).shape == (16,)
-    with pytest.raises(ValueError, match="samples from"):
+    with pytest.raises(ValueError, match="from -1"):
         blend.window_indices(-1, 2)
 
 
@@ -223,7 +223,7 @@ def test_blend_window_that_is_not_there_is_refused(datasets, indices):
 
 
 def test_blend_windows_of_another_length_are_refused(datasets):
-    with pytest.raises(ValueError, match="windows of 4 tokens from a blend of windows of 8"):
+    with pytest.raises(ValueError, match=r"4.*8"):
         Blend(datasets, [1, 1, 1], SEQ, SEED).windows(np.array([0]), 4)
 
 
@@ -233,18 +233,16 @@ def test_blend_windows_of_another_length_are_refused(datasets):
 def test_blend_of_another_tokenizer_or_rule_names_both_folders_and_values(datasets, tmp_path, write_dataset):
     other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
     write_dataset(tmp_path / "other", [[[1] * 90]], tokenizer=other, rule=SegmentRule(spec="[6]", token_ids=(6,)))
-    with pytest.raises(DataError) as error:
+    folders = (datasets[0].path, tmp_path / "other")
+    with raises(DataError, *folders, "a" * 64, "b" * 64, "[5]", "[6]", location="data.path", remedy="--tokenizer"):
         Blend([datasets[0], TokenDataset(tmp_path / "other")], [1, 1], SEQ, SEED)
-    for part in (str(datasets[0].path), str(tmp_path / "other"), "a" * 64, "b" * 64, "[5]", "[6]"):
-        assert part in str(error.value)
 
 
 def test_blend_with_a_dataset_shorter_than_a_window_names_it(datasets, tmp_path, write_dataset):
     for tokens in ([1] * SEQ, []):
         write_dataset(tmp_path / "short", [[tokens]])
-        with pytest.raises(DataError, match="one window of 8") as error:
+        with raises(DataError, len(tokens), SEQ, SEQ + 1, location=tmp_path / "short", remedy="train.seq_len_tokens"):
             Blend([datasets[0], TokenDataset(tmp_path / "short")], None, SEQ, SEED)
-        assert error.value.location == str(tmp_path / "short")
 
 
 def test_open_blend_takes_each_form_of_data_path(datasets):

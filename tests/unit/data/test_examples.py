@@ -20,6 +20,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.dry_run import describe
 from megatron_bipe.train.feed import Feed
+from tests.helpers.errors import raises
 
 SEQ = 8
 MADE_FOR = ExamplesRecord(task="sums", seq_len_tokens=SEQ)
@@ -46,9 +47,9 @@ def test_windows_are_the_examples_padded_behind_the_answer(folder):
     assert [np.flatnonzero(row).tolist() for row in ends] == [[1], [2], [1]]
     assert dataset.answers(np.array([2, 0, 1])).tolist() == [[5, 6], [2, 4], [0, 7]]
     assert dataset.windows(np.zeros(0, np.int64), SEQ)[0].shape == (0, SEQ + 1)
-    with pytest.raises(IndexError, match="windows 3 to 3 of 3"):
+    with pytest.raises(IndexError, match=r"3.*3.*3"):
         dataset.windows(np.array([3]), SEQ)
-    with pytest.raises(IndexError, match="windows -1 to 0 of 3"):
+    with pytest.raises(IndexError, match=r"-1.*0.*3"):
         dataset.answers(np.array([0, -1]))
 
 
@@ -84,7 +85,7 @@ def test_text_has_no_weights_and_is_remembered_as_before_there_were_examples(tmp
     assert type(dataset) is TokenDataset
     assert label_weight(dataset, np.arange(2), 4) == 1.0
     assert make_batch(dataset, np.arange(2), 4, 7).weights_BT is None
-    with pytest.raises(DataError, match=r"of text, not of prompts.*prepare_task"):
+    with raises(DataError, location=tmp_path / "text", remedy="tools/prepare_task.py"):
         ExampleDataset(tmp_path / "text")
 
 
@@ -110,32 +111,32 @@ def test_blend_of_examples_has_the_windows_and_answers_of_each(tmp_path, write_d
 
 def test_blend_of_text_and_examples_is_refused(tmp_path, write_dataset, folder):
     write_dataset(tmp_path / "text", [FIRST])
-    with pytest.raises(DataError, match=r"content of .*sums is examples, that of .*text is text"):
+    with raises(DataError, folder, "examples", tmp_path / "text", location="data.path"):
         Blend([open_dataset(folder), open_dataset(tmp_path / "text")], None, SEQ, 0)
 
 
 @pytest.mark.parametrize(
-    ("documents", "message"),
+    ("documents", "observed"),
     [
-        ([[1, 2], [3], [4]], "3 documents are no pairs of prompt and answer"),
-        ([[1, 2], [3], [4], []], "the answer of example 1 of .* has no tokens"),
-        ([[], [3]], "the prompt of example 0 of .* has no tokens"),
+        ([[1, 2], [3], [4]], [3]),
+        ([[1, 2], [3], [4], []], ["answer", 1]),
+        ([[], [3]], ["prompt", 0]),
     ],
 )
-def test_documents_that_are_no_examples_are_damage(tmp_path, write_dataset, documents, message):
+def test_documents_that_are_no_examples_are_damage(tmp_path, write_dataset, documents, observed):
     write_dataset(tmp_path, [documents], examples=MADE_FOR)
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, *observed, location="part-00000.idx"):
         open_dataset(tmp_path).windows(np.array([0]), SEQ)
 
 
 def test_dataset_without_examples_is_refused(tmp_path, write_dataset):
     write_dataset(tmp_path, [[]], examples=MADE_FOR)
-    with pytest.raises(DataError, match="has no examples"):
+    with raises(DataError, "no examples", location=tmp_path):
         open_dataset(tmp_path).num_windows(SEQ)
 
 
 def test_examples_where_text_is_wanted_are_refused(tmp_path, write_dataset, folder):
-    with pytest.raises(DataError, match=r"it has examples of .*, prompts with answers, and this is for text"):
+    with raises(DataError, "sums", location=folder, remedy="tools/preprocess.py"):
         open_text(folder)
     write_dataset(tmp_path / "text", [[[1, 2, 3]]])
     assert open_text(tmp_path / "text").num_tokens == 3
@@ -160,7 +161,13 @@ def _mesh(rank=0, num_ranks=1):
 def test_feed_examples_made_for_other_windows_are_refused(folder):
     Feed(_run(folder), _mesh())
     for other in (SEQ - 1, SEQ + 1):
-        with pytest.raises(ConfigError, match=rf"seq_len_tokens={other}, but the dataset has examples made for .* 8"):
+        with raises(
+            ConfigError,
+            f"train.seq_len_tokens={other}",
+            SEQ,
+            f"tools/prepare_task.py --length {other}",
+            location=folder,
+        ):
             Feed(_run(folder, other), _mesh())
 
 

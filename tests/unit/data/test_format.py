@@ -4,7 +4,6 @@ import errno
 import hashlib
 import os
 import pickle
-import re
 import struct
 import tempfile
 from pathlib import Path
@@ -19,6 +18,7 @@ from megatron_bipe.data.format import Shard, ShardWriter, choose_dtype
 from megatron_bipe.data.records import ShardRecord
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenizedDocument
+from tests.helpers.errors import raises
 
 U16, I32 = np.dtype("<u2"), np.dtype("<i4")
 Pairs = list[tuple[list[int], list[bool]]]
@@ -169,7 +169,7 @@ def test_writer_failing_on_the_last_file_leaves_nothing(tmp_path: Path, monkeypa
 
 @pytest.mark.parametrize("token", [-1, 65536])
 def test_writer_token_beyond_the_storage_type_is_refused(tmp_path: Path, token: int) -> None:
-    with ShardWriter(tmp_path, "s", U16) as writer, pytest.raises(DataError, match=rf"{token}.*uint16 cannot.*s\.bin"):
+    with ShardWriter(tmp_path, "s", U16) as writer, raises(DataError, token, "uint16", location="s.bin"):
         writer.add(TokenizedDocument(np.array([token], np.int64), np.array([True]), 1, ""))
 
 
@@ -182,7 +182,7 @@ def test_writer_wider_input_that_fits_is_stored(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("ends", [np.zeros(2, np.bool_), np.zeros(3, np.int8)])
 def test_writer_ends_that_do_not_match_the_tokens_are_a_defect(tmp_path: Path, ends: np.ndarray) -> None:
-    with ShardWriter(tmp_path, "s", U16) as writer, pytest.raises(ValueError, match="no document"):
+    with ShardWriter(tmp_path, "s", U16) as writer, pytest.raises(ValueError, match=r"\(3,\)"):
         writer.add(TokenizedDocument(np.zeros(3, U16), ends, 1, ""))
 
 
@@ -199,7 +199,7 @@ def test_shard_file_of_any_other_length_is_refused_by_name(tmp_path: Path, suffi
     whole = path.read_bytes()
     for content in [*(whole[:length] for length in range(len(whole))), whole + b"\0"]:
         path.write_bytes(content)
-        with pytest.raises(DataError, match=rf"ends at byte {len(content)}\b.*s-00000\.{suffix}\]"):
+        with raises(DataError, len(content), location=path):
             Shard(tmp_path, record if with_record else "s-00000")
 
 
@@ -218,8 +218,9 @@ def test_shard_header_field_of_any_other_value_is_refused_by_name(
         for flip in (0x01, 0x80, 0xFF):
             damage(path, position, bytes([whole[position] ^ flip]))
             # A wrong dtype code that is a code, or a count that suits the size, shows in another file or field.
-            with pytest.raises(DataError, match=rf"\b{field}\b.*\[.*s-00000\.(bin|idx|seg)\]$"):
+            with raises(DataError, field) as caught:
                 Shard(tmp_path, record if with_record else "s-00000")
+            assert Path(caught.value.location).parent == tmp_path
             path.write_bytes(whole)
     Shard(tmp_path, record)
 
@@ -228,14 +229,14 @@ def test_shard_header_field_of_any_other_value_is_refused_by_name(
 def test_shard_dtype_code_that_no_tokens_have_is_refused(tmp_path: Path, code: int) -> None:
     record = write(tmp_path, EXAMPLE)
     damage(tmp_path / "s-00000.idx", 17, bytes([code]))
-    with pytest.raises(DataError, match=rf"dtype code \(byte 17\) is {code};.*8 \(uint16\) and 4 \(int32\)"):
+    with raises(DataError, "dtype code", 17, code, "uint16", "int32", location="s-00000.idx"):
         Shard(tmp_path, record)
 
 
 def test_shard_dtype_code_of_the_other_token_type_is_refused(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     damage(tmp_path / "s-00000.idx", 17, bytes([4]))
-    with pytest.raises(DataError, match=r"ends at byte 20;.*10 tokens.*int32.*make 40.*s-00000\.bin"):
+    with raises(DataError, 20, 10, "int32", 40, location="s-00000.bin"):
         Shard(tmp_path, record)
 
 
@@ -248,20 +249,19 @@ def test_shard_every_byte_of_the_index_arrays_is_checked(tmp_path: Path) -> None
         for flip in (0x01, 0x80):
             damage(path, position, bytes([whole[position] ^ flip]))
             shard = Shard(tmp_path, record)  # opening does not read the arrays
-            with pytest.raises(DataError, match=r"field (.*) \(byte (\d+)\).*s-00000\.idx\]") as caught:
+            with raises(DataError, location=path) as caught:
                 _ = shard.document_bounds
             path.write_bytes(whole)
-            found = re.search(r"field ([a-z ]+)", str(caught.value))
-            assert found is not None
+            (found,) = (name for name in names.values() if name in caught.value.message)
             place = names[max(at for at in names if at <= position)]
             # A wrong length may only show in the offset that should be its sum.
-            assert found[1].strip() in {place, "byte offsets" if place == "sequence lengths" else place}
+            assert found in {place, "byte offsets" if place == "sequence lengths" else place}
 
 
 def test_shard_length_entry_negative_names_its_byte(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     damage(tmp_path / "s-00000.idx", 34 + 4, struct.pack("<i", -1))
-    with pytest.raises(DataError, match=r"sequence lengths, entry 1 \(byte 38\) is negative"):
+    with raises(DataError, "sequence lengths", 1, 38, location="s-00000.idx"):
         _ = Shard(tmp_path, record).document_bounds
 
 
@@ -270,7 +270,7 @@ def test_shard_with_several_sequences_a_document_is_refused(tmp_path: Path) -> N
     header = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, 3, 2)
     arrays = struct.pack("<3i", 3, 0, 7) + struct.pack("<3q", 0, 6, 6) + struct.pack("<2q", 0, 3)
     (tmp_path / "s-00000.idx").write_bytes(header + arrays)
-    with pytest.raises(DataError, match=r"document entries \(byte 26\) is 2; 3 sequences"):
+    with raises(DataError, "document entries", 26, 2, 3, location="s-00000.idx"):
         Shard(tmp_path, "s-00000")
 
 
@@ -278,7 +278,7 @@ def test_shard_with_several_sequences_a_document_is_refused(tmp_path: Path) -> N
 def test_shard_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
     record = write(tmp_path, EXAMPLE)
     (tmp_path / f"s-00000.{suffix}").unlink()
-    with pytest.raises(DataError, match=rf"the file is missing.*s-00000\.{suffix}\]"):
+    with raises(DataError, location=f"s-00000.{suffix}"):
         Shard(tmp_path, record)
 
 
@@ -287,7 +287,7 @@ def test_shard_folder_in_place_of_a_file_is_one_error(tmp_path: Path, suffix: st
     write(tmp_path, EXAMPLE)
     (tmp_path / f"s-00000.{suffix}").unlink()
     (tmp_path / f"s-00000.{suffix}").mkdir()
-    with pytest.raises(DataError, match=rf"cannot be read.*s-00000\.{suffix}\]"):
+    with raises(DataError, os.strerror(errno.EISDIR), location=f"s-00000.{suffix}"):
         Shard(tmp_path, "s-00000")
 
 
@@ -296,14 +296,14 @@ def test_shard_foreign_file_of_the_right_size_is_refused(tmp_path: Path, suffix:
     record = write(tmp_path, EXAMPLE)
     path = tmp_path / f"s-00000.{suffix}"
     path.write_bytes(b"PK\x03\x04".ljust(path.stat().st_size, b"x"))
-    with pytest.raises(DataError, match=rf"magic \(byte 0\) is b'PK.*s-00000\.{suffix}\]"):
+    with raises(DataError, "magic", 0, "b'PK", location=path):
         Shard(tmp_path, record)
 
 
 def test_shard_seg_of_a_newer_version_says_to_update(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     damage(tmp_path / "s-00000.seg", 8, struct.pack("<Q", 2))
-    with pytest.raises(DataError, match=r"version \(byte 8\) is 2;.*Update megatron_bipe.*s-00000\.seg"):
+    with raises(DataError, "version", 8, 2, 1, location="s-00000.seg", remedy="megatron_bipe"):
         Shard(tmp_path, record)
 
 
@@ -311,9 +311,9 @@ def test_shard_seg_of_another_shard_is_refused(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     write(tmp_path, [([1] * 11, [False] * 11)], name="other")
     (tmp_path / "other.seg").replace(tmp_path / "s-00000.seg")  # 11 and 10 bits fill as many bytes
-    with pytest.raises(DataError, match=r"tokens \(byte 16\) is 11; the manifest says 10.*s-00000\.seg"):
+    with raises(DataError, "tokens", 16, 11, 10, location="s-00000.seg"):
         Shard(tmp_path, record)
-    with pytest.raises(DataError, match=r"ends at byte 20; 11 tokens.*s-00000\.bin"):
+    with raises(DataError, 20, 11, 22, location="s-00000.bin"):
         Shard(tmp_path, "s-00000")
 
 
@@ -321,15 +321,18 @@ def test_shard_idx_of_another_shard_is_refused(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     write(tmp_path, [*EXAMPLE[:2], ([1] * 6, [False] * 6)], name="other")
     (tmp_path / "other.idx").replace(tmp_path / "s-00000.idx")
-    with pytest.raises(DataError, match=r"sequence lengths \(byte 34\) adds up to 9 tokens; the .seg file has 10"):
+    with raises(DataError, "sequence lengths", 34, 9, 10, location="s-00000.idx"):
         _ = Shard(tmp_path, record).document_bounds
 
 
-@pytest.mark.parametrize(("count", "field"), [("documents", "sequences"), ("tokens", "tokens")])
-def test_shard_count_that_the_record_contradicts_is_refused(tmp_path: Path, count: str, field: str) -> None:
+@pytest.mark.parametrize(("count", "field", "suffix"), [("documents", "sequences", "idx"), ("tokens", "tokens", "seg")])
+def test_shard_count_that_the_record_contradicts_is_refused(
+    tmp_path: Path, count: str, field: str, suffix: str
+) -> None:
     record = write(tmp_path, EXAMPLE)
-    wrong = record.model_copy(update={count: getattr(record, count) + 1})
-    with pytest.raises(DataError, match=rf"field {field} \(byte \d+\) is (3|10); the manifest says (4|11)"):
+    found = getattr(record, count)
+    wrong = record.model_copy(update={count: found + 1})
+    with raises(DataError, field, found, found + 1, location=f"s-00000.{suffix}"):
         Shard(tmp_path, wrong)
 
 
@@ -337,23 +340,23 @@ def test_shard_count_that_the_record_contradicts_is_refused(tmp_path: Path, coun
 def test_shard_file_cut_after_opening_is_one_error(tmp_path: Path, suffix: str) -> None:
     shard = Shard(tmp_path, write(tmp_path, EXAMPLE))
     (tmp_path / f"s-00000.{suffix}").write_bytes(b"\0")
-    with pytest.raises(DataError, match=rf"s-00000\.{suffix}\]"):
+    with raises(DataError, 1 if suffix == "bin" else 24, location=f"s-00000.{suffix}"):
         _ = shard.tokens(0, 10) if suffix == "bin" else shard.ends(0, 10)
 
 
 def test_shard_out_of_file_descriptors_is_one_error(tmp_path: Path) -> None:
     shard = Shard(tmp_path, write(tmp_path, EXAMPLE))
     error = OSError(errno.EMFILE, os.strerror(errno.EMFILE))
-    with mock.patch.object(Path, "open", side_effect=error), pytest.raises(DataError, match="ulimit -n"):
+    with mock.patch.object(Path, "open", side_effect=error), raises(DataError, remedy="ulimit -n"):
         shard.tokens(0, 1)
 
 
 def test_shard_range_outside_is_an_index_error(tmp_path: Path) -> None:
     shard = Shard(tmp_path, write(tmp_path, EXAMPLE))
     for start, stop in [(-1, 2), (0, 11), (5, 4)]:
-        with pytest.raises(IndexError, match="of a shard of 10"):
+        with pytest.raises(IndexError, match=r"10$"):
             shard.tokens(start, stop)
-        with pytest.raises(IndexError, match="of a shard of 10"):
+        with pytest.raises(IndexError, match=r"10$"):
             shard.ends(start, stop)
 
 

@@ -11,6 +11,7 @@ from megatron_bipe.data.inspect import find_datasets, open_tokenizer
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.show import show_document
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 
 Write = Callable[..., Manifest]
 
@@ -29,7 +30,7 @@ def test_find_datasets_without_any_is_the_folder_so_that_opening_it_says_so(tmp_
     (tmp_path / "empty").mkdir()
     assert find_datasets(tmp_path) == [tmp_path]
     assert find_datasets(tmp_path / "absent") == [tmp_path / "absent"]
-    with pytest.raises(DataError, match=r"no manifest\.json"):
+    with raises(DataError, "manifest.json", location=tmp_path, remedy="tools/preprocess.py"):
         TokenDataset(tmp_path)
 
 
@@ -39,7 +40,7 @@ def test_find_datasets_with_shards_that_have_no_manifest_names_their_folders(
     for name in ("a", "b/x", "b/y"):
         write_dataset(tmp_path / name, [[[1, 5]]])
     (tmp_path / "b" / "x" / "manifest.json").unlink()
-    with pytest.raises(DataError, match=r"1 folders in it hold shards but no manifest\.json, so are unfinished: b/x"):
+    with raises(DataError, 1, "manifest.json", "b/x", location=tmp_path):
         find_datasets(tmp_path)
 
 
@@ -92,5 +93,5 @@ def test_show_in_colour_alternates_backgrounds_and_is_the_same_text(folder: Path
 
 @pytest.mark.parametrize("document", [-1, 4])
 def test_show_of_a_document_that_is_not_there_is_refused(folder: Path, document: int) -> None:
-    with pytest.raises(DataError, match=f"no document {document} among 4"):
+    with raises(DataError, document, 4, location=f"{folder}, --document"):
         show(folder, document)

@@ -1,6 +1,9 @@
 """The manifest: round trip, fingerprint, and every way for it to be wrong."""
 
+import errno
 import json
+import os
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,7 @@ from pydantic import ValidationError
 from megatron_bipe.data import files
 from megatron_bipe.data.manifest import MANIFEST_NAME, FileRecord, Manifest, SegmentRule, ShardRecord, TokenizerRecord
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 
 
 def shard(name: str = "s-00000", **counts: int) -> ShardRecord:
@@ -73,7 +77,7 @@ def test_manifest_save_interrupted_keeps_the_old_one(tmp_path: Path, monkeypatch
 
 
 def test_manifest_load_without_folder_names_it_and_the_command(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"no such folder.*tools/preprocess\.py.*/nowhere\]"):
+    with raises(DataError, location=tmp_path / "nowhere", remedy="tools/preprocess.py"):
         Manifest.load(tmp_path / "nowhere")
 
 
@@ -81,7 +85,7 @@ def test_manifest_load_of_a_folder_of_datasets_lists_them(tmp_path: Path) -> Non
     for name in ("arxiv", "books"):
         (tmp_path / name).mkdir()
         manifest().save(tmp_path / name)
-    with pytest.raises(DataError, match=r"no manifest\.json.*datasets inside it: arxiv, books"):
+    with raises(DataError, MANIFEST_NAME, "arxiv", "books", location=tmp_path):
         Manifest.load(tmp_path)
 
 
@@ -91,32 +95,33 @@ def test_manifest_cut_anywhere_is_one_error_with_the_byte(tmp_path: Path) -> Non
     whole = path.read_bytes().rstrip()
     for length in range(len(whole)):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"byte \d+.*manifest\.json\]"):
+        with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
+        assert re.search(r"byte \d+", error.value.message)
 
 
 @pytest.mark.parametrize(
-    ("content", "message"),
+    ("content", "observed"),
     [
-        (b'{"a": \xff}', "byte 6 is not UTF-8"),
-        ('{"é": oops}'.encode(), "no JSON at byte 7"),
-        (b"[]", "a JSON list at byte 0"),
-        (b"[" * 100_000, "cannot be read"),
-        (b'{"a": ' + b"9" * 5000 + b"}", "cannot be read"),
-        (b'{"format_version": "1"}', "field format_version"),
-        (b'{"format_version": true}', "field format_version"),
-        (b'{"format_version": 0}', "field format_version"),
+        (b'{"a": \xff}', [6]),
+        ('{"é": oops}'.encode(), [7]),
+        (b"[]", ["list", 0]),
+        (b"[" * 100_000, ["recursion"]),
+        (b'{"a": ' + b"9" * 5000 + b"}", [5000]),
+        (b'{"format_version": "1"}', ["format_version"]),
+        (b'{"format_version": true}', ["format_version"]),
+        (b'{"format_version": 0}', ["format_version"]),
     ],
 )
-def test_manifest_of_foreign_content_is_one_error(tmp_path: Path, content: bytes, message: str) -> None:
+def test_manifest_of_foreign_content_is_one_error(tmp_path: Path, content: bytes, observed: list[object]) -> None:
     (tmp_path / MANIFEST_NAME).write_bytes(content)
-    with pytest.raises(DataError, match=message + r".*manifest\.json\]"):
+    with raises(DataError, *observed, location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
 def test_manifest_folder_in_its_place_is_one_error(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).mkdir()
-    with pytest.raises(DataError, match=r"cannot be read.*manifest\.json\]"):
+    with raises(DataError, os.strerror(errno.EISDIR), location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
@@ -147,8 +152,9 @@ def test_manifest_without_any_one_field_is_refused(tmp_path: Path) -> None:
     assert len(fields) > 25
     for field in fields:
         change(path, field, lambda place, key: place.pop(key))
-        with pytest.raises(DataError, match=rf"\b{field[-1]}\b.*manifest\.json\]"):
+        with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
+        assert re.search(rf"\b{field[-1]}\b", error.value.message)
         path.write_bytes(whole)
 
 
@@ -165,28 +171,29 @@ def test_manifest_with_any_one_value_changed_is_refused(tmp_path: Path) -> None:
         if field == ("tokenizer", "name"):
             continue  # for people
         change(path, field, edit)
-        with pytest.raises(DataError, match=r"field .*manifest\.json\]"):
+        with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
+        assert field[0] in error.value.message or "fingerprint" in error.value.message
         path.write_bytes(whole)
 
 
 def test_manifest_number_as_text_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     change(tmp_path / MANIFEST_NAME, ("shards", 1, "tokens"), lambda place, key: place.update({key: "20"}))
-    with pytest.raises(DataError, match=r"field shards\.1\.tokens: .*integer"):
+    with raises(DataError, "shards.1.tokens", "integer", location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
 def test_manifest_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     change(tmp_path / MANIFEST_NAME, ("rule", "extra"), lambda place, key: place.update({key: 1}))
-    with pytest.raises(DataError, match=r"field rule\.extra"):
+    with raises(DataError, "rule.extra", location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
 def test_manifest_of_a_newer_format_says_to_update_whatever_else_it_holds(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).write_text('{"format_version": 2, "things": []}')
-    with pytest.raises(DataError, match=r"format_version is 2; .* reads up to 1\. Update megatron_bipe"):
+    with raises(DataError, "format_version", 2, 1, location=tmp_path / MANIFEST_NAME, remedy="megatron_bipe"):
         Manifest.load(tmp_path)
 
 
@@ -197,16 +204,16 @@ def test_shard_record_name_that_leaves_the_folder_is_refused(name: str) -> None:
 
 
 def test_shard_record_of_more_segments_than_tokens_is_refused() -> None:
-    with pytest.raises(ValidationError, match="11 segments in 10 tokens"):
+    with pytest.raises(ValidationError, match=r"11 .* 10 "):
         shard(segments=11)
 
 
 def test_shard_record_without_one_of_its_files_is_refused() -> None:
     files_left = {suffix: record for suffix, record in shard().files.items() if suffix != "seg"}
-    with pytest.raises(ValidationError, match="no record of its seg file"):
+    with pytest.raises(ValidationError, match=" seg "):
         ShardRecord(name="s", documents=1, tokens=1, segments=1, text_bytes=1, files=files_left)
 
 
 def test_manifest_listing_a_shard_twice_is_refused() -> None:
-    with pytest.raises(ValidationError, match="more than once: s-00000"):
+    with pytest.raises(ValidationError, match="s-00000"):
         manifest(shards=(shard(), shard()))

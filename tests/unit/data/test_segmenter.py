@@ -13,6 +13,7 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segmenter import Segmenter, fixed_ends
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 
 Write = Callable[..., Manifest]
 
@@ -36,12 +37,12 @@ def test_packed_ends_of_an_id_outside_the_vocabulary_is_refused_with_its_place(
     shard = TokenDataset(tmp_path).shards[0]
     made = Segmenter(shard, SegmentRule(spec="[5]", token_ids=(5,)), vocab_size=100)
     assert made.packed_ends(shard.tokens(0, 6), 0).tolist() == [0b100]
-    with pytest.raises(DataError, match=rf"token 12 \(byte {12 * shard.dtype.itemsize}\) is 99; the vocabulary has 99"):
+    with raises(DataError, 12, 12 * shard.dtype.itemsize, 99, location="part-00000.bin"):
         Segmenter(shard, made.rule, vocab_size=99).packed_ends(shard.tokens(0, 6), 8)
 
 
 def test_packed_ends_of_a_negative_id_is_refused(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, [[[1, 2]]], vocab_size=70000)
     shard = TokenDataset(tmp_path).shards[0]
-    with pytest.raises(DataError, match=r"token 1 .* is -2; the vocabulary has 70000 ids"):
+    with raises(DataError, 1, 4, -2, 70000, location="part-00000.bin"):
         Segmenter(shard, SegmentRule(spec="[5]", token_ids=(5,)), 70000).packed_ends(np.array([1, -2], "<i4"), 0)

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, resolve_rule, segment_ends, window_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 from tests.helpers.paths import LLAMA, ORACLE
 
 REPOSITORY = Path(__file__).parents[3]
@@ -143,42 +144,42 @@ def test_segment_rule_fixed_length_is_that_of_its_spec() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "message"),
+    ("spec", "observed", "remedy"),
     [
-        ("sentense", "no segment rule 'sentense'. Did you mean sentence?"),
-        ("", "no segment rule ''. Rules are: reference"),
-        ("fixed:0", "'0' is no positive whole number"),
-        ("fixed:-3", "'-3' is no positive"),
-        ("fixed:", "'' is no positive"),
-        ("fixed:²", "'²' is no positive"),
-        ("[1, 2", "no JSON list .* at character 5"),
-        ("[]", "neither token ids throughout nor strings"),
-        ('[1, "a"]', "neither"),
-        ("[true]", "neither"),
-        ("[1.5]", "neither"),
-        ("[17]", r"\[17\] are no ids of a vocabulary of 17"),
-        ("[-1, 3]", r"\[-1\] are no ids"),
-        ('["a", "zebra", "yak"]', "has the text 'zebra', 'yak'"),
+        ("sentense", ["'sentense'"], "sentence?"),
+        ("", ["''"], "reference"),
+        ("fixed:0", ["fixed:0", "'0'"], "fixed:16"),
+        ("fixed:-3", ["fixed:-3", "'-3'"], "fixed:16"),
+        ("fixed:", ["fixed:", "''"], "fixed:16"),
+        ("fixed:²", ["fixed:²", "'²'"], "fixed:16"),
+        ("[1, 2", ["[1, 2", 5], "[13, 869]"),
+        ("[]", ["[]"], "[13, 869]"),
+        ('[1, "a"]', ['[1,"a"]'], "[13, 869]"),
+        ("[true]", ["[true]"], "[13, 869]"),
+        ("[1.5]", ["[1.5]"], "[13, 869]"),
+        ("[17]", ["[17]", 17], "16"),
+        ("[-1, 3]", ["[-1,3]", "[-1]", 17], "16"),
+        ('["a", "zebra", "yak"]', ["'zebra', 'yak'"], "fixed:N"),
     ],
 )
-def test_resolve_rule_that_is_none_is_refused_with_the_reason(spec: str, message: str) -> None:
-    with pytest.raises(DataError, match=message):
+def test_resolve_rule_that_is_none_is_refused_with_the_reason(spec: str, observed: list[object], remedy: str) -> None:
+    with raises(DataError, *observed, location="--segments", remedy=remedy):
         resolve_rule(spec, WORDS)
 
 
 @pytest.mark.parametrize(
-    ("texts", "spec", "message"),
+    ("texts", "spec", "observed"),
     [
-        (("\n", "."), "reference", r"'reference': no single token .* ' \.'"),
-        ((" .", "."), "reference", r"no single token .* '\\n'"),
-        (("a", None), "newline", "none of the vocabulary's 2 tokens fits"),
-        (("a", '"'), "sentence", "none of the vocabulary's 2 tokens fits"),
+        (("\n", "."), "reference", "' .'"),
+        ((" .", "."), "reference", "'\\n'"),
+        (("a", None), "newline", 2),
+        (("a", '"'), "sentence", 2),
     ],
 )
 def test_resolve_rule_on_a_vocabulary_without_its_tokens_is_refused(
-    texts: tuple[str | None, ...], spec: str, message: str
+    texts: tuple[str | None, ...], spec: str, observed: object
 ) -> None:
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, f"'{spec}'", observed, location="--segments", remedy="fixed:N"):
         resolve_rule(spec, Words(*texts))
 
 

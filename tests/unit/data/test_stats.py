@@ -18,6 +18,7 @@ from megatron_bipe.data.stats import Distribution, Statistics, count_dataset
 from megatron_bipe.data.stats_plot import draw_stats
 from megatron_bipe.data.stats_text import as_json, datasets_table, distribution_tables, stats_table
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 
 TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
 SEPARATOR = 5
@@ -112,7 +113,7 @@ def test_count_dataset_of_a_negative_document_length_names_its_place(write_datas
     content = bytearray(index.read_bytes())
     content[34 + 4 + 3] ^= 0x80
     index.write_bytes(content)
-    with pytest.raises(DataError, match=r"sequence lengths, entry 1 \(byte 38\) is negative.*part-00000\.idx"):
+    with raises(DataError, "sequence lengths", 1, 38, location=index):
         count_dataset(TokenDataset(tmp_path))
 
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 from megatron_bipe.data.token_text import byte_characters, byte_of
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from tests.helpers.errors import raises
 from tests.helpers.paths import LLAMA
 
 TEXTS = (
@@ -185,7 +186,7 @@ def test_text_of_unknown_kind_of_vocabulary_is_an_error(tmp_path: Path) -> None:
     backend.decoder = decoders.WordPiece()
     tokenizer = load_tokenizer(save(backend, tmp_path))
     assert tokenizer.encode_batch(["a"])[0].tolist() == [1]
-    with pytest.raises(DataError, match=r"WordPiece.*fixed:N"):
+    with raises(DataError, "WordPiece", location="tokenizer.json", remedy="fixed:N"):
         tokenizer.text_of(1)
 
 
@@ -204,7 +205,7 @@ def test_sentencepiece_model_alone_treats_special_strings_as_text(model_file: Pa
     assert not any(np.isin(tokens, (1, 2)).any() for tokens in ids)
     assert tokenizer.special_ids == {"bos": 1, "eos": 2, "unk": 0}
     assert tokenizer.decode([1, *ids[0].tolist(), 2]) == TEXTS[0]
-    with pytest.raises(DataError, match=r"tokenizer\.json"):
+    with raises(DataError, "tokenizer.json", location=model_file):
         load_tokenizer(model_file, special_in_text=True)
 
 
@@ -229,7 +230,7 @@ def test_copy_to_gives_a_folder_that_loads_as_the_same_tokenizer(
 @pytest.mark.parametrize("content", [b"", b'{"version": "1.0", "mod', b"\xff\xfe", b"{}", b"[]", b"null"])
 def test_load_tokenizer_damaged_definition_is_named(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(DataError, match=rf"cannot be read.*{name}"):
+    with raises(DataError, location=tmp_path / name):
         load_tokenizer(tmp_path)
 
 
@@ -237,24 +238,24 @@ def test_load_tokenizer_damaged_definition_is_named(tmp_path: Path, name: str, c
 def test_load_tokenizer_damaged_settings_are_named(piece_folder: Path, tmp_path: Path, content: bytes) -> None:
     load_tokenizer(piece_folder).copy_to(tmp_path)
     (tmp_path / "tokenizer_config.json").write_bytes(content)
-    with pytest.raises(DataError, match=r"cannot be read.*tokenizer_config\.json"):
+    with raises(DataError, location=tmp_path / "tokenizer_config.json"):
         load_tokenizer(tmp_path)
 
 
 def test_load_tokenizer_folder_without_definition_is_an_error(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text("{}")
-    with pytest.raises(DataError, match=r"neither tokenizer\.json nor tokenizer\.model.*train_tokenizer"):
+    with raises(DataError, "tokenizer.json", "tokenizer.model", location=tmp_path, remedy="tools/train_tokenizer.py"):
         load_tokenizer(tmp_path)
 
 
 def test_load_tokenizer_no_path_and_no_hub_name_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="no such file or folder"):
+    with raises(DataError, location=tmp_path / "gone", remedy="tools/train_tokenizer.py"):
         load_tokenizer(tmp_path / "gone")  # an absolute path is no Hub name: nothing is asked of the network
 
 
 def test_load_tokenizer_without_bos_is_an_error(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
-    with pytest.raises(DataError, match=r"no beginning-of-sequence token.*bos_token"):
+    with raises(DataError, location=tmp_path / "tokenizer.json", remedy="bos_token"):
         load_tokenizer(save(backend, tmp_path, bos_token="<absent>"))
 
 

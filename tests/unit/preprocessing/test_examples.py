@@ -19,6 +19,7 @@ from megatron_bipe.errors import DataError
 from preprocessing.examples import Example, write_examples
 from preprocessing.output import Contents
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
+from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark
 
 LENGTH = 8
@@ -56,20 +57,20 @@ def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
 
 
 @pytest.mark.parametrize(
-    ("bad", "message"),
+    ("bad", "observed", "remedy"),
     [
-        (example([], [3]), "an example without prompt"),
-        (example([1], []), "an example without answer"),
-        (example([1, 2, 3, 4], [5, 6, 7, 8, 2]), "4 tokens of prompt and 5 of answer; a window has 8. Use --length 9"),
+        (example([], [3]), ["prompt"], ""),
+        (example([1], []), ["answer"], ""),
+        (example([1, 2, 3, 4], [5, 6, 7, 8, 2]), [4, 5, 8], "--length 9"),
     ],
 )
-def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, bad, message):
+def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, bad, observed, remedy):
     bad = bad._replace(place="file, line 7")
-    with pytest.raises(DataError, match=rf"{message}.*\[file, line 7\]"):
+    with raises(DataError, *observed, location="file, line 7", remedy=remedy):
         write_examples(tmp_path / "new", contents, [*GOOD, bad], overwrite=False)
     assert not (tmp_path / "new").exists()
     made = write_examples(tmp_path / "old", contents, GOOD, overwrite=False)
-    with pytest.raises(DataError, match=message):
+    with raises(DataError, *observed, location="file, line 7", remedy=remedy):
         write_examples(tmp_path / "old", contents, [bad], overwrite=True)
     assert Manifest.load(tmp_path / "old") == made
     assert not list(find_problems([open_dataset(tmp_path / "old")]))
@@ -77,14 +78,14 @@ def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, ba
 
 def test_output_is_replaced_only_when_asked_and_foreign_files_never(tmp_path, contents):
     write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
-    with pytest.raises(DataError, match=r"holds a dataset.*--overwrite"):
+    with raises(DataError, location=tmp_path / "out", remedy="--overwrite"):
         write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=False)
     write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=True)
     assert open_dataset(tmp_path / "out").num_windows(LENGTH) == 1
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    with pytest.raises(DataError, match=r"no part of a dataset: notes\.txt"):
+    with raises(DataError, "notes.txt", location=tmp_path / "out"):
         write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
-    with pytest.raises(DataError, match="There are no examples"):
+    with raises(DataError, "no examples", location=tmp_path / "none"):
         write_examples(tmp_path / "none", contents, [], overwrite=False)
 
 
@@ -118,7 +119,7 @@ def test_split_without_outputs_has_nothing_to_learn_from(tmp_path, letters, benc
     options = ScrollsOptions(
         "qmsum", benchmark, "test", str(letters.definition.parent), tmp_path / "out", 1300, "newline"
     )
-    with pytest.raises(DataError, match=r"'qmsum-0_0' has no answer.*train or validation.*test.jsonl, line 1\]"):
+    with raises(DataError, "'qmsum-0_0'", location="test.jsonl, line 1", remedy="validation"):
         prepare_scrolls(options)
     assert not (tmp_path / "out").exists()
 

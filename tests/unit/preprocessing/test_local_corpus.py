@@ -17,6 +17,7 @@ from packaging.utils import canonicalize_name
 from megatron_bipe.errors import DataError
 from preprocessing import local_corpus
 from preprocessing.local_corpus import CODE, PROSE, CorpusDocument
+from tests.helpers.errors import raises
 
 REPO = Path(__file__).parents[3]
 
@@ -263,7 +264,7 @@ def test_write_corpus_fingerprint_is_of_texts_subsets_splits_and_order(tmp_path:
 
 
 def test_write_corpus_empty_subset_is_an_error_that_leaves_no_file(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"Prose in train.*--max-bytes"):
+    with raises(DataError, "Code", "Prose", "train.jsonl.zst", location=tmp_path, remedy="--max-bytes"):
         local_corpus.write_corpus([CorpusDocument("x", CODE, valid=False)], tmp_path)
     assert list(tmp_path.iterdir()) == []
 

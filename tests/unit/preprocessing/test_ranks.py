@@ -22,6 +22,7 @@ from preprocessing.ranges import RangeWorker
 from preprocessing.ranks import Ranks, join_ranks
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.work import PUBLISHED_NAME, WorkFolder
+from tests.helpers.errors import raises
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
 MPIEXEC = Path(sys.executable).parent / "mpiexec"
@@ -209,7 +210,7 @@ def test_build_rank_that_fails_leaves_what_is_done(options: BuildOptions, expect
             raise DataError("no more")
         tokenize(self, number)
 
-    with mock.patch.object(RangeWorker, "tokenize", failing), pytest.raises(DataError, match="no more"):
+    with mock.patch.object(RangeWorker, "tokenize", failing), raises(DataError, "no more"):
         build_together(options, 2)
     assert WorkFolder(options.output).is_done(0)
     build_together(options, 2)
@@ -226,7 +227,7 @@ def test_join_ranks_without_mpi_is_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_join_ranks_mpi_job_without_mpi4py_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with pytest.raises(DataError, match="mpi4py cannot be loaded"), join_ranks():
+    with raises(DataError, "mpi4py", location="mpiexec", remedy="megatron-bipe[mpi]"), join_ranks():
         pass
 
 

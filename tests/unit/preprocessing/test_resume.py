@@ -4,6 +4,7 @@ import errno
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,6 +30,7 @@ from preprocessing.ranges import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader
 from preprocessing.work import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
+from tests.helpers.errors import raises
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
 
@@ -154,7 +156,7 @@ def test_build_stopped_in_any_range_goes_on_after_the_last_finished_one(
     interrupted(options, RangeWorker, "tokenize", failing_at(number, KeyboardInterrupt()))
     assert num_done(options) == number
     assert no_dataset_in(options.output)
-    with pytest.raises(DataError):
+    with raises(DataError, "manifest.json", location=options.output):
         TokenDataset(options.output)
     with mock.patch.object(RangeWorker, "tokenize", autospec=True, side_effect=RangeWorker.tokenize) as tokenize:
         build(options)
@@ -206,7 +208,7 @@ def test_build_disk_full_keeps_finished_shards(
 
     with monkeypatch.context() as patch:
         patch.setattr(ranges.ShardWriter, "finish", full)
-        with pytest.raises(DataError, match=r"No space left.*Make room, and run the same command again"):
+        with raises(DataError, os.strerror(errno.ENOSPC), location=options.output / "x"):
             build(options)
     done = num_done(options)
     assert done > 0
@@ -228,7 +230,7 @@ def test_build_input_that_becomes_unreadable_keeps_finished_shards(
         finally:
             last.with_suffix(".away").rename(last)
 
-    with mock.patch.object(RangeWorker, "tokenize", tokenize), pytest.raises(DataError, match=r"2\.jsonl"):
+    with mock.patch.object(RangeWorker, "tokenize", tokenize), raises(DataError, location=last):
         build(options)
     assert num_done(options) > 0
     build(options)
@@ -238,7 +240,7 @@ def test_build_input_that_becomes_unreadable_keeps_finished_shards(
 def test_build_finished_shard_that_is_gone_is_an_error(options: BuildOptions, expected: dict[str, bytes]) -> None:
     interrupted(options, build_module, "publish", mock.Mock(side_effect=KeyboardInterrupt))
     (options.output / WORK_FOLDER / "00001" / "000.idx").unlink()
-    with pytest.raises(DataError, match=r"finished shard is gone.*Remove the folder 'unfinished'.*00001/000\.idx\]"):
+    with raises(DataError, location="unfinished/00001/000.idx", remedy="--overwrite"):
         build(options)
     assert no_dataset_in(options.output)
     shutil.rmtree(options.output / WORK_FOLDER)
@@ -248,12 +250,12 @@ def test_build_finished_shard_that_is_gone_is_an_error(options: BuildOptions, ex
 
 def test_build_other_job_in_the_way_is_named_and_left_alone(options: BuildOptions, expected: dict[str, bytes]) -> None:
     interrupted(options, RangeWorker, "tokenize", failing_at(2, KeyboardInterrupt()))
-    with pytest.raises(DataError, match=r"another job; it differs in shard_tokens, rule|rule.*shard_tokens"):
+    with raises(DataError, "shard_tokens", "rule", location=options.output / WORK_FOLDER, remedy="--overwrite"):
         build(replace(options, shard_tokens=901, segments="newline"))
     changed = Path(options.inputs[0]) / "1.jsonl"
     status = changed.stat()
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
-    with pytest.raises(DataError, match=r"differs in inputs .*1\.jsonl"):
+    with raises(DataError, "inputs", changed, location=options.output / WORK_FOLDER, remedy="--overwrite"):
         build(options)
     os.utime(changed, ns=(status.st_atime_ns, status.st_mtime_ns))
     assert num_done(options) == 2
@@ -283,7 +285,7 @@ def test_build_option_that_decides_the_bytes_makes_another_job(
     options: BuildOptions, change: dict[str, object]
 ) -> None:
     interrupted(options, RangeWorker, "hash_texts", mock.Mock(side_effect=KeyboardInterrupt))
-    with pytest.raises(DataError, match=rf"differs in {next(iter(change))}[,.] "):
+    with raises(DataError, *change, location=options.output / WORK_FOLDER, remedy="--overwrite"):
         build(replace(options, **change))
 
 
@@ -295,12 +297,12 @@ def test_build_limits_of_malformed_lines_stop_a_run_early_and_hold_over_resumpti
     for n, part in enumerate(parts):
         (tmp_path / f"{n}.jsonl").write_text(part)
     options = BuildOptions([str(tmp_path)], str(tokenizer_folder), tmp_path / "out" / "a")
-    with pytest.raises(DataError, match="18 of 2218 lines are malformed, more than the 10"):
+    with raises(DataError, 18, 2218, 10, location=tmp_path / "2.jsonl", remedy="--max-malformed"):
         build(replace(options, max_malformed=10))
     assert num_done(options) == 4  # of five: the first file makes two, the last was not begun
     (tmp_path / "1.jsonl").write_text("bad\n" * 11 + good * 100 + blank)
     options = replace(options, output=tmp_path / "out" / "b")
-    with pytest.raises(DataError, match="11 of 111 lines are malformed, more than the 10"):
+    with raises(DataError, 11, 111, 10, location=tmp_path / "1.jsonl", remedy="--max-malformed"):
         build(options)
     assert num_done(options) == 3
     (tmp_path / "1.jsonl").write_text(parts[1])
@@ -312,7 +314,7 @@ def test_build_limits_of_malformed_lines_stop_a_run_early_and_hold_over_resumpti
 
 def test_build_two_runs_at_once_are_refused(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("megatron_bipe.lock.LOCK_WAIT_S", 0.0)
-    with locked(options.output / WORK_FOLDER), pytest.raises(DataError, match="Another run"):
+    with locked(options.output / WORK_FOLDER), raises(DataError, "Another run", location=options.output):
         build(options)
     build(options)
 
@@ -328,7 +330,7 @@ def test_build_that_waited_for_another_run_sees_its_dataset(
         other.close()
 
     monkeypatch.setattr(time, "sleep", the_other_ends)
-    with pytest.raises(DataError, match="holds a dataset"):
+    with raises(DataError, location=options.output, remedy="--overwrite"):
         build(replace(options, shard_tokens=5000))
     assert content(options.output) == expected
 
@@ -349,9 +351,7 @@ def test_build_disk_full_at_any_write_is_one_error_and_goes_on(
 
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", full)
-            with (
-                suppress(DataError) if number else pytest.raises(DataError, match=r"No space left.*Make room, and run")
-            ):
+            with suppress(DataError) if number else raises(DataError, os.strerror(errno.ENOSPC)):
                 build(options)
         written = next(left, None) is not None
         if not written:
@@ -368,9 +368,10 @@ def test_build_wrong_fast_tokenizer_stops_until_told_to_go_on(
 ) -> None:
     with monkeypatch.context() as patch:
         patch.setattr("preprocessing.tokenize.open_backend", _open_wrong_backend)
-        with pytest.raises(DataError, match=r"disagree from token .*'261 words.*0\.jsonl, from byte \d+, line \d+\]"):
+        with raises(TokenizerDifferenceError, "'261 words", remedy="--backend stock") as error:
             build(replace(options, check_share=1.0))
-        with pytest.raises(DataError, match=r"In an earlier run .* disagreed.*--backend stock, or --on-diff.*out\]"):
+        assert re.search(r"/0\.jsonl, from byte \d+, line \d+$", error.value.location)
+        with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
             build(replace(options, check_share=0.0))  # would not see it
         assert no_dataset_in(options.output)
         with mock.patch("preprocessing.tokenize.open_backend", side_effect=_open_wrong_backend) as opened:
@@ -388,9 +389,9 @@ def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options
         def __call__(self, documents: object) -> None:
             raise TokenizerDifferenceError("disagree")
 
-    with mock.patch("preprocessing.ranges.DocumentTokenizer", Wrong), pytest.raises(DataError, match="disagree"):
+    with mock.patch("preprocessing.ranges.DocumentTokenizer", Wrong), raises(TokenizerDifferenceError, "disagree"):
         build(options)
-    with pytest.raises(DataError, match="In an earlier run"):
+    with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
         build(options)
 
 

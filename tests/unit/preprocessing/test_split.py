@@ -5,6 +5,7 @@ import pytest
 from megatron_bipe.errors import DataError
 from preprocessing.split import EXAMPLE, Split
 from preprocessing.tokenize import text_hash
+from tests.helpers.errors import raises
 
 
 def test_split_shares_are_kept() -> None:
@@ -27,10 +28,23 @@ def test_split_is_fixed_for_ever() -> None:
     assert "".join(split.of(text_hash(str(n))) for n in range(12)) == "aababbbbaaab"
 
 
-UNFIT = "|train|train=|train=0.9|train=0.9,valid=0.2|a=0,b=1|a=0.5,a=0.5|../x=1|A=1|a=nan|tokenizer=1|unfinished=1"
-
-
-@pytest.mark.parametrize("text", UNFIT.split("|"))
-def test_split_that_is_none_is_an_error(text: str) -> None:
-    with pytest.raises(DataError, match=r"--split"):
+@pytest.mark.parametrize(
+    ("text", "observed"),
+    [
+        ("", "''"),
+        ("train", "'train'"),
+        ("train=", "'train='"),
+        ("train=0.9", "0.9"),
+        ("train=0.9,valid=0.2", "0.9, 0.2"),
+        ("a=0,b=1", "0.0, 1.0"),
+        ("a=0.5,a=0.5", "a, a"),
+        ("../x=1", "../x"),
+        ("A=1", " A "),
+        ("a=nan", "nan"),
+        ("tokenizer=1", "tokenizer"),
+        ("unfinished=1", "unfinished"),
+    ],
+)
+def test_split_that_is_none_is_an_error(text: str, observed: str) -> None:
+    with raises(DataError, observed, location="--split", remedy="train=0.99"):
         Split.parse(text)

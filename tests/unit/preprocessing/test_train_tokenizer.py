@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from preprocessing import train_tokenizer as module
 from preprocessing.llama_layout import STOP_PIECE
 from preprocessing.tokenizer_check import HARD_TEXTS, CheckSample, check_agreement
 from preprocessing.train_tokenizer import TrainOptions, cut_line, train_tokenizer
+from tests.helpers.errors import raises
 
 
 def write_lines(file: Path, *texts: str) -> list[str]:
@@ -78,27 +80,34 @@ def test_train_same_input_gives_the_same_bytes_in_every_format(tmp_path: Path, i
     }
 
 
+def size_in(remedy: str) -> int:
+    found = re.search(r"--vocab-size (\d+)", remedy)
+    assert found, remedy
+    return int(found[1])
+
+
 def test_train_vocabulary_too_large_names_the_largest_possible(tmp_path: Path) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
-    with pytest.raises(DataError, match=r"largest possible size is (\d+)") as caught:
+    with raises(DataError, 5000, location="--vocab-size", remedy="--vocab-size") as caught:
         train_tokenizer(TrainOptions(inputs, 5000, tmp_path / "made"))
     assert not (tmp_path / "made").exists()
-    largest = int(str(caught.value).split("largest possible size is ")[1].split(".")[0])
+    largest = size_in(caught.value.remedy)
     train_tokenizer(TrainOptions(inputs, largest, tmp_path / "made"))
-    with pytest.raises(DataError, match="largest possible"):
+    with raises(DataError, largest, largest + 1, location="--vocab-size", remedy=f"--vocab-size {largest}"):
         train_tokenizer(TrainOptions(inputs, largest + 1, tmp_path / "more"))
 
 
 @pytest.mark.parametrize("size", [0, -1, 200, 262])
 def test_train_vocabulary_too_small_is_an_error(tmp_path: Path, size: int) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
-    with pytest.raises(DataError, match="too small"):
+    with raises(DataError, size, location="--vocab-size", remedy="--vocab-size") as error:
         train_tokenizer(TrainOptions(inputs, size, tmp_path / "made"))
+    assert size_in(error.value.remedy) > size
 
 
 def test_train_without_room_for_a_merge_is_an_error(tmp_path: Path) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", "a")
-    with pytest.raises(DataError, match=r"room for a single merge|too small|largest possible"):
+    with raises(DataError, location="--vocab-size", remedy="--vocab-size"):
         train_tokenizer(TrainOptions(inputs, 262, tmp_path / "made"))
 
 
@@ -106,19 +115,19 @@ def test_train_existing_tokenizer_is_kept_without_overwrite(tmp_path: Path) -> N
     inputs = write_lines(tmp_path / "in.jsonl", "a few words .")
     options = TrainOptions(inputs, 270, tmp_path / "made")
     train_tokenizer(options)
-    with pytest.raises(DataError, match=r"tokenizer\.model.*--overwrite"):
+    with raises(DataError, "tokenizer.model", location=tmp_path / "made", remedy="--overwrite"):
         train_tokenizer(options)
     train_tokenizer(TrainOptions(inputs, 271, tmp_path / "made", overwrite=True))
     assert load_tokenizer(tmp_path / "made").vocab_size == 271
-    with pytest.raises(DataError, match="The output is a file"):
+    with raises(DataError, "a file", location=tmp_path / "in.jsonl"):
         train_tokenizer(TrainOptions(inputs, 271, tmp_path / "in.jsonl", overwrite=True))
 
 
 def test_train_no_text_or_bad_lines_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="hold no text"):
+    with raises(DataError, "2 lines", "2 empty", location=tmp_path / "in.jsonl", remedy="--text-key"):
         train_tokenizer(TrainOptions(write_lines(tmp_path / "in.jsonl", "", ""), 300, tmp_path / "made"))
     (tmp_path / "bad.jsonl").write_text("bad\n" * 20)
-    with pytest.raises(DataError, match=r"20 of 20 lines are malformed"):
+    with raises(DataError, "20 of 20", location=tmp_path / "bad.jsonl", remedy="--max-malformed"):
         train_tokenizer(TrainOptions([str(tmp_path / "bad.jsonl")], 300, tmp_path / "made"))
 
 
@@ -132,7 +141,7 @@ def test_train_disagreeing_files_are_refused(tmp_path: Path, monkeypatch: pytest
         return json.dumps(content).encode()
 
     monkeypatch.setattr(module, "sentencepiece_to_json", without_merges)
-    with pytest.raises(DataError, match="disagree"):
+    with raises(DataError, "tokenizer.model", "tokenizer.json", "three", location="tokenizer.json"):
         train_tokenizer(TrainOptions(inputs, 300, tmp_path / "made"))
     assert not (tmp_path / "made").exists()
 
@@ -144,7 +153,7 @@ def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> Non
     content["model"]["merges"] = [pair for pair in content["model"]["merges"] if "".join(pair) != piece]
     definition = json.dumps(content).encode()
     check_agreement(model, definition, ["nothing of its kind"])
-    with pytest.raises(DataError, match="disagree"):
+    with raises(DataError, "tokenizer.model", "tokenizer.json", "lazy", location="tokenizer.json"):
         check_agreement(model, definition, ["nothing of its kind", "a lazy one"])
 
 

@@ -22,6 +22,7 @@ from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.inputs import KINDS, Input, Piece
 from preprocessing.workers import _Pool, share_out
 from tests.helpers.commands import MARK, left_after, marked
+from tests.helpers.errors import raises
 from tests.helpers.paths import ROOT
 
 PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
@@ -74,7 +75,7 @@ def test_pool_worker_that_has_finished_takes_the_second_half_of_the_longest_run(
 def test_pool_worker_that_dies_at_work_is_an_error(error: type[Exception]) -> None:
     pool, (connection,) = pool_of([1])
     connection.recv.side_effect = error
-    with pytest.raises(DataError, match=r"process died \(exit code -9.*fewer --workers.*in\.jsonl, from byte 50"):
+    with raises(DataError, "exit code -9", location="in.jsonl, from byte 50", remedy="--workers"):
         list(pool._receive(connection))
 
 
@@ -82,7 +83,7 @@ def test_pool_worker_that_dies_at_work_is_an_error(error: type[Exception]) -> No
 def test_pool_worker_that_is_dead_when_work_is_handed_out_is_an_error(run: list[int]) -> None:
     pool, (connection,) = pool_of(run)
     connection.send.side_effect = BrokenPipeError
-    with pytest.raises(DataError, match="worker process died"):
+    with raises(DataError, "exit code -9", location="in.jsonl, from byte 50", remedy="--workers"):
         pool._hand_out(connection)
 
 
@@ -99,7 +100,7 @@ def test_do_ranges_worker_that_dies_ends_the_others_and_the_work_is_done_later(o
     with (
         mock.patch.object(workers, "_work", _die),
         mock.patch.object(BaseProcess, "terminate", autospec=True, side_effect=terminate) as ended,
-        pytest.raises(DataError, match=r"worker process died \(exit code -9"),
+        raises(DataError, "exit code -9", remedy="--workers"),
     ):
         build(options)
     assert ended.call_count == 2 and not multiprocessing.active_children()

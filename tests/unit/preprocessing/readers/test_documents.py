@@ -1,5 +1,6 @@
 """Reading pieces of inputs: only of those that are still what they were when the run began."""
 
+import errno
 import os
 from pathlib import Path
 from unittest import mock
@@ -12,6 +13,7 @@ from preprocessing.readers.documents import DocumentReader, PieceEnd, read_input
 from preprocessing.readers.inputs import HUB, Input, Piece, find_inputs
 from preprocessing.readers.lines import LineReader
 from preprocessing.readers.parse import Keys, Parsed
+from tests.helpers.errors import raises
 
 
 def touch(file: Path) -> None:
@@ -29,16 +31,16 @@ def test_read_file_changed_before_or_while_it_is_read_is_an_error(tmp_path: Path
     reading = read_input(item, Keys())
     next(reading)
     touch(file)
-    with pytest.raises(DataError, match=r"changed after the run had begun.*--overwrite"):
+    with raises(DataError, location=file, remedy="--overwrite"):
         list(reading)
-    with pytest.raises(DataError, match=rf"changed after the run had begun.*{name}"):
+    with raises(DataError, location=file, remedy="--overwrite"):
         next(read_input(item, Keys()))
     (item,) = find_inputs([str(file)])
     file.write_text('{"text": "a"}\n{"text": "b"}\n')
-    with pytest.raises(DataError, match="changed after"):
+    with raises(DataError, location=file, remedy="--overwrite"):
         next(read_input(item, Keys()))
     file.unlink()
-    with pytest.raises(DataError, match="cannot be read"):
+    with raises(DataError, os.strerror(errno.ENOENT), location=file):
         next(read_input(item, Keys()))
 
 

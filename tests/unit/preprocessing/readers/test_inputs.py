@@ -19,6 +19,7 @@ from preprocessing.readers.inputs import (
     find_inputs,
     plan_ranges,
 )
+from tests.helpers.errors import raises
 
 
 def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[str, Path]) -> None:
@@ -33,7 +34,7 @@ def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[s
 def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
-    with pytest.raises(DataError, match=r"\.jsonl\.zst"):
+    with raises(DataError, ".jsonl.zst", location=tmp_path / name):
         find_inputs([str(tmp_path / name)])
 
 
@@ -74,7 +75,7 @@ def test_find_inputs_folder_that_may_not_be_searched_is_an_error(
         return scandir(path)
 
     monkeypatch.setattr(os, "scandir", refusing)
-    with pytest.raises(DataError, match=r"cannot be searched: Permission denied.*secret\]"):
+    with raises(DataError, "Permission denied", location=tmp_path / "secret"):
         find_inputs([str(tmp_path)])
 
 

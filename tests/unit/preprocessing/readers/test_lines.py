@@ -1,5 +1,6 @@
 """Readers: which blocks, whole files and ranges of them, and what is wrong with the rest."""
 
+import errno
 import gzip
 import itertools
 import os
@@ -19,6 +20,7 @@ from preprocessing.readers.content import Content
 from preprocessing.readers.inputs import find_inputs
 from preprocessing.readers.lines import BLOCK_BYTES, Block, LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, parse_block
+from tests.helpers.errors import raises
 
 
 def read_blocks(file: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
@@ -115,12 +117,13 @@ def test_read_blocks_damaged_compression_is_named(tmp_path: Path, kind: str, dam
         packed[:4] = b"none"
     file = tmp_path / f"x.jsonl.{kind}"
     file.write_bytes(packed)
-    with pytest.raises(DataError, match=r"damaged or cut short.*x\.jsonl"):
+    cause = f".{kind}" if damage == "cut short" else {"zst": "zstd", "gz": "Error -3"}[kind]
+    with raises(DataError, cause, location=file):
         list(read_blocks(file))
 
 
 def test_read_blocks_unreadable_file_is_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"cannot be read.*gone\.jsonl"):
+    with raises(DataError, os.strerror(errno.ENOENT), location=tmp_path / "gone.jsonl"):
         list(read_blocks(tmp_path / "gone.jsonl"))
 
 
@@ -242,5 +245,5 @@ def test_line_reader_file_that_shrank_is_an_error(tmp_path: Path) -> None:
     file.write_bytes(b'{"text": "a"}\n' * 100)
     with LineReader(file) as reader:
         os.truncate(file, 300)
-        with pytest.raises(DataError, match=r"damaged or cut short.*x\.jsonl"), reading(file):
+        with raises(DataError, 300, 1400, location=file), reading(file):
             list(reader.blocks(0, 1400))
