@@ -40,3 +40,9 @@ def assert_error(
     if location is not None:
         assert error.location == str(location) or error.location.endswith(f"/{location}"), error
     assert remedy is None or str(remedy) in error.remedy, error
+
+
+def assert_warned(caplog: pytest.LogCaptureFixture, *observed: object) -> None:
+    """Assert that one warning in the log reports all these values."""
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(all(str(value) in warning for value in observed) for warning in warnings), (observed, warnings)
