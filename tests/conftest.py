@@ -45,3 +45,7 @@ def train_and_valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def free_port() -> Callable[[], int]:
     """A function that returns a TCP port that nothing listens on."""
     return ranks.free_port
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/messages.txt")

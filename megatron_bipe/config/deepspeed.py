@@ -30,7 +30,7 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise ConfigError("no such DeepSpeed configuration", remedy="See ds_configs/", location=path) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"not a readable JSON file: {error}", location=path) from None
+        raise ConfigError(f"not a readable JSON file: {error}", remedy="See ds_configs/", location=path) from None
     if not isinstance(values, dict):
         raise ConfigError("a DeepSpeed configuration is a JSON object", location=path)
     return values

@@ -90,7 +90,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         ) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         message = " ".join(str(error).split())
-        raise ConfigError(f"cannot read the run configuration: {message}", location=path) from None
+        what = f"cannot read the run configuration: {message}"
+        raise ConfigError(what, remedy="Correct the file: it is YAML, as in examples/", location=path) from None
     if not isinstance(values, dict):
         raise ConfigError(f"a run configuration is a mapping of sections, not a {type(values).__name__}", location=path)
     return values

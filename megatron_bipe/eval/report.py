@@ -47,7 +47,8 @@ def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_N
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"cannot make the folder: {error.strerror}", location=folder) from error
+        what = f"cannot make the folder: {error.strerror}"
+        raise ConfigError(what, remedy="Name another --output", location=folder) from error
 
 
 def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> list[Path]:

@@ -152,10 +152,14 @@ def _results(folder: Path) -> dict[str, _Result]:
 def _read_all(folder: Path, kind: int) -> dict[str, Any]:
     """What the folder has of each task, in the benchmark's order."""
     paths = {name: folder / result_names(task)[kind] for name, task in TASKS.items()}
-    try:
-        return {name: json.loads(path.read_bytes()) for name, path in paths.items() if path.exists()}
-    except (OSError, ValueError) as error:
-        raise _unreadable(folder, str(error)) from error
+    found = {}
+    for name, path in paths.items():
+        try:
+            if path.exists():
+                found[name] = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise _unreadable(folder, f"{name}: {error}") from error
+    return found
 
 
 def _unreadable(folder: Path, why: str) -> DataError:

@@ -44,5 +44,11 @@ def assert_error(
     assert remedy is None or str(remedy) in error.remedy, error
 
 
+def assert_warned(caplog: pytest.LogCaptureFixture, *observed: object) -> None:
+    """Assert that one warning in the log reports all these values."""
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert any(all(str(value) in warning for value in observed) for warning in warnings), (observed, warnings)
+
+
 def _reports(message: str, value: object) -> bool:
     return re.search(rf"(?<!\d){value}(?!\d)", message) is not None if isinstance(value, int) else str(value) in message

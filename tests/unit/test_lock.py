@@ -12,6 +12,7 @@ import pytest
 from megatron_bipe import lock
 from megatron_bipe.errors import DataError
 from megatron_bipe.lock import LOCK_NAME, locked
+from tests.helpers.errors import raises
 
 
 @pytest.fixture(autouse=True)
@@ -36,7 +37,7 @@ def begin() -> None:
 def test_locked_processes_of_a_run_share_it_and_no_other_run_begins(folder: Path) -> None:
     with locked(folder, begin), locked(folder):
         enter(folder)
-        with pytest.raises(DataError, match=r"Another run is writing.*out\]"):
+        with raises(DataError, location=folder.parent):
             enter(folder, begin)
     enter(folder, begin)
 
@@ -44,7 +45,7 @@ def test_locked_processes_of_a_run_share_it_and_no_other_run_begins(folder: Path
 def test_locked_begins_alone(folder: Path) -> None:
     def look() -> None:
         for first in (None, begin):
-            with pytest.raises(DataError, match="Another run"):
+            with raises(DataError, location=folder.parent):
                 enter(folder, first)
 
     enter(folder, look)
@@ -62,7 +63,7 @@ def test_locked_begin_that_fails_leaves_nothing_behind(folder: Path) -> None:
     def fail() -> None:
         raise DataError("no")
 
-    with pytest.raises(DataError, match="no"):
+    with raises(DataError, "no"):
         enter(folder, fail)
     assert not folder.exists()
 
@@ -104,7 +105,7 @@ def test_locked_run_that_slips_in_wins(folder: Path, monkeypatch: pytest.MonkeyP
         flock(stream, kind)  # type: ignore[arg-type]
 
     monkeypatch.setattr(fcntl, "flock", slow)
-    with pytest.raises(DataError, match="Another run"):
+    with raises(DataError, location=folder.parent):
         enter(folder, begin)
     assert kinds[:2] == [fcntl.LOCK_EX | fcntl.LOCK_NB, fcntl.LOCK_SH | fcntl.LOCK_NB]
 
@@ -131,6 +132,6 @@ def test_locked_file_system_without_locks_goes_without(folder: Path, monkeypatch
 
 def test_locked_folder_with_a_file_in_the_way_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    for folder in (tmp_path / "file", tmp_path / "file" / "work"):
-        with pytest.raises(DataError, match="a file is in the way"):
+    for folder, observed in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "work", "Not a directory")):
+        with raises(DataError, observed, location=folder.parent):
             enter(folder, begin)

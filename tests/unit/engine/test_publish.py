@@ -13,6 +13,7 @@ from megatron_bipe.engine import publish as module
 from megatron_bipe.engine.checkpoint import find_checkpoint, list_steps, step_folder
 from megatron_bipe.engine.publish import begin, publish, retire, superseded, tidy
 from megatron_bipe.errors import CheckpointError
+from tests.helpers.errors import raises
 
 
 def write(run_dir, step, text="x"):
@@ -48,7 +49,7 @@ def test_begin_is_no_checkpoint_yet_and_clears_an_earlier_attempt_away(tmp_path)
 def test_publish_of_a_file_cut_short_is_an_error_and_no_checkpoint(tmp_path):
     folder, files = write(tmp_path, 10, "four")
     (folder / "file").write_text("fou")
-    with pytest.raises(CheckpointError, match="file has 3 bytes where 4 were written"):
+    with raises(CheckpointError, "file", "3 bytes", 4, location=folder):
         publish(folder, tmp_path, 10, files)
     assert list_steps(tmp_path) == []
 
@@ -57,7 +58,8 @@ def test_begin_without_room_is_an_error_that_says_how_much(tmp_path, monkeypatch
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(0, 0, 3 * 2**30))
     begin(tmp_path, 10, "token", 3 * 2**30)
-    with pytest.raises(CheckpointError, match=r"3\.00 GiB of the disk are free.*takes 3\.50.*keep_last"):
+    observed = "3.00", "3.50", "checkpoint.min_free_gib"
+    with raises(CheckpointError, *observed, location=tmp_path / "checkpoints", remedy="checkpoint.keep_last"):
         begin(tmp_path, 20, "token", 7 * 2**29)
     assert names(tmp_path) == []
 

@@ -14,6 +14,7 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.agreement import Agreement
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.errors import raises
 
 MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 TOKENIZER = TokenizerRecord(name="t", fingerprint="a" * 64, vocab_size=100, special_ids={})
@@ -73,5 +74,5 @@ def test_newest_good_passes_over_what_is_of_another_run(tmp_path):
     for step in (10, 20):
         write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
     assert newest_good(tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH, Agreement(MESH)).step == 10
-    with pytest.raises(CheckpointError, match="that of step 20: foreign; that of step 10: foreign"):
+    with raises(CheckpointError, "step 20", "step 10", "foreign", location=tmp_path, remedy="run_dir"):
         newest_good(tmp_path, lambda index: "foreign", MESH, Agreement(MESH))

@@ -12,6 +12,7 @@ from megatron_bipe.eval.generation import Limits, batches, generate, load_genera
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
+from tests.helpers.errors import raises
 
 NEW = 12
 
@@ -70,7 +71,7 @@ def test_prompts_that_do_not_fit_the_encoding_are_refused_before_any_is_gone_on_
     generator = load_generator(exported[0], "cpu", torch.float32)._replace(longest_window_tokens=20)
     prompts = [np.full(length, 5) for length in (3, 9)]
     assert len(generate(generator, prompts, Limits(11))) == 2
-    with pytest.raises(ConfigError, match="prompts of up to 9 tokens and 12 new ones exceed the 20"):
+    with raises(ConfigError, 9, 12, 20, location=exported[0]):
         generate(generator, prompts, Limits(12))
 
 
@@ -78,7 +79,7 @@ def test_damaged_weights_are_refused(exported):
     weights = exported[0] / "model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
-    with pytest.raises(CheckpointError, match="not as they were exported"):
+    with raises(CheckpointError, "SHA256SUMS", location=weights):
         load_generator(exported[0], "cpu", torch.float32)
 
 
@@ -92,17 +93,17 @@ def test_batches_take_the_longest_first_and_stay_below_the_limit():
 
 def test_models_that_cannot_answer_are_refused(exported, tmp_path):
     folder, _ = exported
-    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+    with raises(CheckpointError, "config.json", location=folder / "none"):
         load_generator(folder / "none", "cpu", torch.float32)
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
-    with pytest.raises(CheckpointError, match="no end-of-sequence token"):
+    with raises(CheckpointError, "end-of-sequence", location=folder):
         load_generator(folder, "cpu", torch.float32)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
     (folder / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"the weights model\.safetensors cannot be read: No such file"):
+    with raises(CheckpointError, "model.safetensors", "No such file", location=folder):
         load_generator(folder, "cpu", torch.float32)
     (folder / "SHA256SUMS").unlink()
-    with pytest.raises(CheckpointError, match="transformers cannot load it"):
+    with raises(CheckpointError, "model.safetensors", location=folder, remedy="tools/import_hf.py"):
         load_generator(folder, "cpu", torch.float32)

@@ -18,6 +18,7 @@ from megatron_bipe.eval.page import NUM_TINTS, Section, bars, commands, facts, p
 from megatron_bipe.eval.run_losses import average_steps, loss_lines, read_losses
 from megatron_bipe.eval.segments_view import read_passage, readable_passage, segments_view
 from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
+from tests.helpers.errors import raises
 
 VOID = {"meta", "img", "link", "br", "hr", "input"}
 WIDTHS = {"wide": 840, "narrow": 358}
@@ -246,14 +247,13 @@ def test_average_steps_keeps_the_mean():
 def test_read_losses_damaged_line_is_named(run_dir, damage):
     with (run_dir / "metrics.jsonl").open("a") as file:
         file.write(damage)
-    with pytest.raises(DataError, match=r"line 9") as error:
+    with raises(DataError, "line 9", damage, location=run_dir / "metrics.jsonl"):
         read_losses(run_dir)
-    assert error.value.location == str(run_dir / "metrics.jsonl")
 
 
 def test_read_losses_without_steps_or_file_says_so(tmp_path):
-    with pytest.raises(DataError, match="cannot be read"):
+    with raises(DataError, "No such file", location=tmp_path / "metrics.jsonl"):
         read_losses(tmp_path)
     (tmp_path / "metrics.jsonl").write_text("")
-    with pytest.raises(DataError, match="no training step"):
+    with raises(DataError, "training step", location=tmp_path / "metrics.jsonl"):
         read_losses(tmp_path)

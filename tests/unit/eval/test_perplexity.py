@@ -13,6 +13,7 @@ from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval import windows as windows_module
 from megatron_bipe.eval.perplexity import HEAD_TOKENS, Settings, evaluate_perplexity
 from megatron_bipe.model.causal import CHUNK
+from tests.helpers.errors import raises
 
 ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]
 FIXED = SegmentRule(spec="fixed:4", token_ids=())
@@ -183,13 +184,13 @@ def test_long_windows_hold_neither_all_logits_nor_all_scores(make_dataset, make_
 
 
 def test_length_longer_than_the_corpus_names_both(make_dataset, make_subject, documents):
-    with pytest.raises(DataError, match=r"173 tokens to evaluate on; one window of 173 .* need 174"):
+    with raises(DataError, "173 tokens", 174, location="corpus", remedy="--lengths"):
         evaluate_perplexity(make_subject(), make_dataset(documents), 173, Settings())
 
 
-@pytest.mark.parametrize(("change", "option"), [({"max_tokens": 0}, "max-tokens"), ({"batch_tokens": 0}, "batch-tok")])
+@pytest.mark.parametrize(("change", "option"), [({"max_tokens": 0}, "max"), ({"batch_tokens": 0}, "batch")])
 def test_impossible_settings_name_the_option(make_dataset, make_subject, documents, change, option):
-    with pytest.raises(ConfigError, match=f"--{option}"):
+    with raises(ConfigError, 0, location=f"--{option}-tokens"):
         evaluate_perplexity(make_subject(), make_dataset(documents), 9, Settings(**change))
 
 
@@ -197,7 +198,7 @@ def test_damaged_weights_are_reported_not_averaged(make_dataset, make_subject, d
     subject = make_subject()
     with torch.no_grad():
         subject.model[1].mlp.down.weight[0, 0] = math.nan
-    with pytest.raises(CheckpointError, match=r"the loss is nan in the batch of 9-token .*runs/tiny"):
+    with raises(CheckpointError, "nan", 9, location="runs/tiny", remedy="--dtype"):
         evaluate_perplexity(subject, make_dataset(documents), 9, Settings())
 
 
@@ -207,5 +208,5 @@ def test_damaged_tokens_are_reported_not_looked_up(make_dataset, make_subject, d
     content = bytearray(file.read_bytes())
     content[20:22] = (1000).to_bytes(2, "little")
     file.write_bytes(content)
-    with pytest.raises(DataError, match="outside the vocabulary of 40"):
+    with raises(DataError, "vocabulary", 40, location=dataset.path, remedy="tools/inspect_data.py verify"):
         evaluate_perplexity(make_subject(), dataset, 9, Settings())

@@ -22,6 +22,7 @@ from megatron_bipe.eval.report import (
     unique_names,
     write_report,
 )
+from tests.helpers.errors import raises
 
 FLAT = Curve("flat", 16, [(16, 20.0), (32, 19.0), (64, 21.0)])
 EXPLODING = Curve("bursting", 16, [(16, 20.0), (32, 90.0), (64, math.inf)])
@@ -97,7 +98,7 @@ def test_unique_names_of_equal_names_are_what_was_loaded(make_subject):
 @pytest.mark.parametrize("name", ["perplexity.json", "perplexity.csv", "perplexity.png"])
 def test_prepare_output_earlier_results_are_kept_unless_asked(tmp_path, name):
     (tmp_path / name).write_text("earlier")
-    with pytest.raises(ConfigError, match=rf"already {name}.*--overwrite"):
+    with raises(ConfigError, name, location=tmp_path, remedy="--overwrite"):
         prepare_output(tmp_path, overwrite=False)
     prepare_output(tmp_path, overwrite=True)
     assert (tmp_path / name).read_text() == "earlier"
@@ -112,7 +113,7 @@ def test_prepare_output_makes_folders_and_leaves_other_files(tmp_path):
 
 def test_prepare_output_where_a_file_is_says_so(tmp_path):
     (tmp_path / "out").write_text("")
-    with pytest.raises(ConfigError, match="cannot make the folder"):
+    with raises(ConfigError, "File exists", location=tmp_path / "out"):
         prepare_output(tmp_path / "out", overwrite=False)
 
 

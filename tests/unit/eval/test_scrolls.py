@@ -11,6 +11,7 @@ from megatron_bipe.data.scrolls import TASKS
 from megatron_bipe.data.scrolls_files import Question
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.scrolls import answer, results_table, score_answers, write_results
+from tests.helpers.errors import raises
 
 ASKED = [Question("a", "?", ("the cat", "a dog")), Question("b", "?", ("x y",))]
 ANSWERS = {"b": 'x, "z"\n', "a": "dog"}
@@ -29,14 +30,14 @@ def test_scores_are_of_each_inputs_own_answer():
 
 
 def test_split_with_some_outputs_missing_is_refused_before_anything_is_generated():
-    with pytest.raises(DataError, match="1 of 2 inputs have no output, 'b' the first"):
+    with raises(DataError, "1 of 2", "'b'", location="--data"):
         answer(
             None, TASKS["qasper"], [ASKED[0], ASKED[1]._replace(outputs=())], 8192, 1
         )  # before anything is generated
 
 
 def test_empty_split_is_refused():
-    with pytest.raises(DataError, match="the split has no examples of qasper"):
+    with raises(DataError, "qasper", location="--data"):
         answer(None, TASKS["qasper"], [], 8192, 1)
 
 
@@ -85,5 +86,5 @@ def test_what_is_submitted_is_of_one_split(tmp_path):
 @pytest.mark.parametrize("content", ["{", "{}", "[1]", '{"scores": {}, "split": "test"}'])
 def test_damaged_results_are_named(tmp_path, content):
     (tmp_path / "qasper.json").write_text(content)
-    with pytest.raises(DataError, match="results of an earlier evaluation cannot be read"):
+    with raises(DataError, "qasper", location=tmp_path, remedy="--output"):
         results_table(tmp_path)

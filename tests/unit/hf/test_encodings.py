@@ -145,9 +145,9 @@ def test_stock_settings_of_yarn_are_those_of_transformers(tiny, fields):
 def test_learned_table_that_ends_is_one_clear_error(tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding="learned")
     model = hf_of(plan_of(config), config)
-    with pytest.raises(ValueError, match="33 tokens exceed the 32 positions of the learned table"):
+    with pytest.raises(ValueError, match=r"33.*32"):
         model(tokens_of(1, 33))
-    with pytest.raises(ValueError, match="33 tokens exceed the 32 positions"):
+    with pytest.raises(ValueError, match=r"33.*32"):
         model.generate(tokens_of(1, 30), max_new_tokens=5)
     mask = torch.ones(1, 33, dtype=torch.long)
     mask[0, 0] = 0  # padding has no place
@@ -170,7 +170,7 @@ def test_xpos_has_an_end(encoding, tiny, plan_of, hf_of, tokens_of):
     model = hf_of(plan_of(config), config)
     with torch.no_grad():
         cached = model(tokens_of(1, 2**14)).past_key_values
-        with pytest.raises(ValueError, match="XPOS stays in range up to 16384 tokens; these are 16385"):
+        with pytest.raises(ValueError, match=r"16384.*16385"):
             model(tokens_of(1, 1), past_key_values=cached)
 
 
@@ -179,7 +179,7 @@ def test_alibi_has_an_end(encoding, tiny, plan_of, hf_of):
     model = hf_of(plan_of(tiny(encoding=encoding)), tiny(encoding=encoding))
     positions = torch.zeros(1, 2**16, dtype=torch.long)
     assert alibi(model.config, positions, None, None)["channels"][1].shape[2] == 2**16
-    with pytest.raises(ValueError, match="exact up to 65536 tokens; these are 65537"):
+    with pytest.raises(ValueError, match=r"65536.*65537"):
         alibi(model.config, torch.zeros(1, 2**16 + 1, dtype=torch.long), None, None)
 
 
@@ -200,10 +200,10 @@ def test_dynamic_scaling_of_a_row_goes_by_that_row_alone(tiny, plan_of, hf_of, t
 def test_spread_positions_have_an_end_and_no_cache_beyond_the_training_length(tiny, plan_of, hf_of, tokens_of, fields):
     config = tiny(encoding="randomized_rope", position_range=50)
     model = hf_of(plan_of(config), config)
-    with pytest.raises(ValueError, match="51 tokens exceed the 50 positions of randomized_rope"):
+    with pytest.raises(ValueError, match=r"51.*50"):
         model(tokens_of(1, 51))
     cached = model(tokens_of(1, 32)).past_key_values
-    with pytest.raises(ValueError, match=r"33 tokens with spread positions, trained at 32: .*use_cache=False"):
+    with pytest.raises(ValueError, match=r"33.*use_cache"):
         model(tokens_of(1, 1), past_key_values=cached)
     assert generation_settings(config, fields)["use_cache"] is False
 
@@ -212,5 +212,5 @@ def test_t5_with_a_fused_implementation_is_refused(tiny, plan_of, hf_of, tokens_
     config = tiny(encoding="t5")
     model = hf_of(plan_of(config), config)
     model.config._attn_implementation = "flash_attention_2"
-    with pytest.raises(ValueError, match="t5 biases scores: use attn_implementation='sdpa' or 'eager'"):
+    with pytest.raises(ValueError, match="'sdpa'"):
         model(tokens_of(1, 4))

@@ -71,7 +71,7 @@ def test_generate_with_drafted_tokens_equals_greedy(model, tokens_of, helper, ti
 
 @pytest.mark.parametrize("mode", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "high"}])
 def test_generate_in_a_mode_that_transformers_gave_away_refuses(bilevel, tokens_of, mode):
-    with pytest.raises(ValueError, match="trust_remote_code=True"):
+    with pytest.raises(ValueError, match="trust_remote_"):
         bilevel.generate(tokens_of(1, 8), max_new_tokens=2, **mode)
 
 
@@ -163,13 +163,13 @@ ONE = {"num_hidden_layers": 1, "num_attention_heads": 1}
 def test_forward_with_foreign_caches_refuses(bilevel, tokens_of):
     tokens, foreign = tokens_of(1, 5), DynamicCache()
     foreign.update(torch.zeros(1, 4, 3, 8), torch.zeros(1, 4, 3, 8), 0)
-    with pytest.raises(ValueError, match="do not hold the segment positions"):
+    with pytest.raises(ValueError, match="past_key_values"):
         bilevel(tokens, past_key_values=foreign)
     early = StaticCache(config=bilevel.config, max_cache_len=20)
     early.early_initialization(1, 4, 8, torch.float32, torch.device("cpu"))
-    with pytest.raises(ValueError, match="do not hold the segment positions"):
+    with pytest.raises(ValueError, match="past_key_values"):
         bilevel(tokens, past_key_values=early)
-    with pytest.raises(ValueError, match="use a DynamicCache or a StaticCache"):
+    with pytest.raises(ValueError, match="DynamicCache"):
         bilevel(tokens, past_key_values=OtherCache())
 
 
@@ -177,7 +177,7 @@ def test_forward_with_foreign_caches_refuses(bilevel, tokens_of):
 def test_forward_over_static_cache_with_mask_of_another_width_refuses(bilevel, tokens_of, width):
     cache = StaticCache(config=bilevel.config, max_cache_len=20)
     bilevel(tokens_of(1, 4), past_key_values=cache)
-    with pytest.raises(ValueError, match=rf"attention_mask is \[1, {width}\]; positions need \[1, 5\]: 4 cached and 1"):
+    with pytest.raises(ValueError, match=rf"\[1, {width}\].*\[1, 5\]"):
         bilevel(tokens_of(1, 1), past_key_values=cache, attention_mask=torch.ones(1, width, dtype=torch.long))
 
 

@@ -185,11 +185,11 @@ def test_new_model_is_initialised_like_the_plan(tiny, plan_of, hf_of, fields):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ({"position_ids": torch.arange(4)[None]}, "position_ids are not taken"),
-        ({"attention_mask": torch.ones(1, 3)}, r"attention_mask is \[1, 3\]; positions need \[1, 4\]"),
-        ({"attention_mask": torch.ones(1, 1, 4, 4)}, "attention_mask is"),
-        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)}, "give input_ids"),
-        ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
+        ({"position_ids": torch.arange(4)[None]}, "position_ids"),
+        ({"attention_mask": torch.ones(1, 3)}, r"\[1, 3\].*\[1, 4\]"),
+        ({"attention_mask": torch.ones(1, 1, 4, 4)}, r"\[1, 1, 4, 4\]"),
+        ({"input_ids": None, "inputs_embeds": torch.zeros(1, 4, 32)}, "^inputs_embeds"),
+        ({"input_ids": None}, "inputs_embeds$"),
     ],
 )
 def test_forward_with_unknowable_places_refuses(bilevel, call, message):
@@ -200,11 +200,11 @@ def test_forward_with_unknowable_places_refuses(bilevel, call, message):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"segments": None}, "needs the segment rule"),
-        ({"encoding": "ropes"}, "'ropes' is none of bipe_rope, "),
-        ({"intra_encoding": "rope"}, "intra_encoding 'rope' is none of none, learned, sinusoidal"),
-        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "'longrope' is not impl"),
-        ({"num_key_value_heads": 3}, "3 key/value heads do not divide"),
+        ({"segments": None}, "segment"),
+        ({"encoding": "ropes"}, "'ropes'"),
+        ({"intra_encoding": "rope"}, "intra_encoding"),
+        ({"rope_parameters": {"rope_type": "longrope", "factor": 2.0, "rope_theta": 1e4}}, "'longrope'"),
+        ({"num_key_value_heads": 3}, "3 key/value"),
     ],
 )
 def test_model_of_impossible_config_refuses(changes, message):
@@ -216,5 +216,5 @@ def test_model_of_impossible_config_refuses(changes, message):
 
 def test_bilevel_ids_of_plain_encoding_refuses(tiny, plan_of, hf_of):
     config = tiny(encoding="alibi")
-    with pytest.raises(ValueError, match="has no segments"):
+    with pytest.raises(ValueError, match="'alibi'"):
         hf_of(plan_of(config), config).bilevel_ids(torch.tensor([[1]]))

@@ -10,6 +10,7 @@ import pytest
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime import environment
 from megatron_bipe.runtime.environment import prepare_environment, requested_device
+from tests.helpers.errors import raises
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +31,8 @@ def test_requested_device_is_what_the_variable_holds(value, device):
 
 def test_requested_device_of_another_name_is_refused():
     os.environ["BIPE_DEVICE"] = "CPU"
-    with pytest.raises(ConfigError, match="BIPE_DEVICE='CPU'") as error:
+    with raises(ConfigError, "'CPU'", location="BIPE_DEVICE"):
         requested_device()
-    assert error.value.location == "BIPE_DEVICE"
 
 
 def test_prepare_for_cpu_tells_deepspeed_and_lets_threads_sleep():

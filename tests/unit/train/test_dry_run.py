@@ -1,11 +1,10 @@
 """What a run would be, in words and numbers."""
 
-import pytest
-
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.dry_run import describe
+from tests.helpers.errors import raises
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
@@ -54,13 +53,12 @@ def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_da
 def test_describe_data_that_the_run_would_refuse_is_refused(tmp_path, write_dataset):
     write_dataset(tmp_path / "data", [[[1] * 1000]])
     small = ["model.vocab_size=8", "train.seq_len_tokens=100"]
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=8 is smaller"):
+    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
         described(load_run_config(None, [*BF16, f"data.path={tmp_path / 'data'}", *small]), {}, num_ranks=1)
     write_dataset(tmp_path / "other", [[[1] * 1000]], vocab_size=8)
     paths = [f"data.path={tmp_path / 'other'}", f"data.valid_path={tmp_path / 'data'}"]
-    with pytest.raises(ConfigError, match=r"model\.vocab_size=8 is smaller") as error:
+    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
         described(load_run_config(None, [*BF16, *paths, *small]), {}, num_ranks=1)
-    assert error.value.location == str(tmp_path / "data")
 
 
 def test_describe_empty_dataset_is_described(tmp_path, write_dataset):

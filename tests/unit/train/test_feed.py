@@ -14,6 +14,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.feed import Feed
+from tests.helpers.errors import raises
 
 SEQ, GLOBAL, MICRO = 8, 8, 2
 
@@ -78,7 +79,7 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
 def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refused(run):
     path = {str(run.data.path): 1, str(run.data.valid_path): 1}
     data = DataConfig(path=path, segments="reference")
-    with pytest.raises(ConfigError, match="the dataset was made with"):
+    with raises(ConfigError, "'reference'", "'[5]'", location=run.data.path):
         Feed(run.model_copy(update={"data": data}), _mesh())
 
 
@@ -98,33 +99,34 @@ def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
 
 def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
     one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
-    with pytest.raises(DataError, match="cannot be shared by 2 data-parallel ranks"):
+    with raises(DataError, 1, "2 data-parallel", location=run.data.valid_path, remedy="train.valid_samples"):
         Feed(one, _mesh(0, 2))
 
 
 def test_feed_missing_data_names_the_command_that_makes_it(run, tmp_path):
     absent = run.model_copy(update={"data": run.data.model_copy(update={"path": tmp_path / "absent"})})
-    with pytest.raises(DataError, match=r"tools/preprocess\.py"):
+    with raises(DataError, location=tmp_path / "absent", remedy="tools/preprocess.py"):
         Feed(absent, _mesh())
 
 
 def test_feed_window_longer_than_the_corpus_is_refused(run):
     long = run.model_copy(update={"train": run.train.model_copy(update={"seq_len_tokens": 1000})})
-    with pytest.raises(DataError, match="720 tokens; one window of 1000"):
+    with raises(DataError, 720, 1000, 1001, location=run.data.path, remedy="train.seq_len_tokens"):
         Feed(long, _mesh())
 
 
 def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
     other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
     write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
-    with pytest.raises(DataError, match="a" * 64):
+    with raises(DataError, run.data.valid_path, "b" * 64, "a" * 64, location="data.path"):
         Feed(run, _mesh())
 
 
 def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run, write_dataset):
     other = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)
-    with pytest.raises(DataError, match=r"was made with segment rule 'fixed:3', but .* is expected here"):
+    observed = run.data.valid_path, "'fixed:3'", "'[5]'"
+    with raises(DataError, *observed, location="data.path", remedy="--segments '[5]'"):
         Feed(run, _mesh())
     Feed(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
 
@@ -139,5 +141,5 @@ def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
 
 def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):
     small = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 99})})
-    with pytest.raises(ConfigError, match="smaller than the 100 ids"):
+    with raises(ConfigError, "model.vocab_size=99", "100 ids", location=run.data.path):
         Feed(small, _mesh())

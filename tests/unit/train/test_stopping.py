@@ -7,6 +7,7 @@ import pytest
 
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.stopping import SIGNALS, StopRequest, parse_duration
+from tests.helpers.errors import raises
 
 
 @pytest.fixture
@@ -66,5 +67,5 @@ def test_parse_duration_adds_units_up(text, seconds):
 
 @pytest.mark.parametrize("text", ["", "10", "50m23h", "1.5h", "-1h", "1h ", "h"])
 def test_parse_duration_of_something_else_is_refused(text):
-    with pytest.raises(ConfigError, match="no duration"):
+    with raises(ConfigError, f"'{text}'", location="--stop-at"):
         parse_duration(text)

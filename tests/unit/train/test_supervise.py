@@ -7,6 +7,7 @@ from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.events import Events
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
+from tests.helpers.errors import raises
 
 PATIENCE = Patience(failures=3, first_wait_s=10.0, longest_wait_s=60.0)
 
@@ -70,12 +71,12 @@ def test_usable_hosts_are_as_many_as_share_the_batch_evenly(run_dir, up, used):
 
 
 def test_usable_hosts_fewer_than_the_least_are_refused_by_name(run_dir):
-    with pytest.raises(ConfigError, match=r"2 hosts are up \(a, b\).* from 3 on"):
+    with raises(ConfigError, "2 hosts", "a, b", 3, location=run_dir, remedy="--least-hosts"):
         usable_hosts(run_dir, ["a", "b"], 4, 3)
 
 
 def test_usable_hosts_none_at_all_is_refused(run_dir):
-    with pytest.raises(ConfigError, match="0 hosts are up"):
+    with raises(ConfigError, "0 hosts", location=run_dir):
         usable_hosts(run_dir, [], 4, 0)
 
 

@@ -11,8 +11,10 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.embedding import Embedding
 from megatron_bipe.model.layers import LocalLayers
 from megatron_bipe.model.plan import build_model
+from tests.helpers.errors import raises
 
 WIDTH = 12
+LOCATION = "train.seq_len_tokens or --lengths"
 
 
 def embedding_of(encoding, **changes):
@@ -73,7 +75,7 @@ def test_none_adds_nothing(encoding):
 def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
     model = build_model(embedding_of(encoding)._config)
     assert model(windows(longest)).isfinite().all()
-    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} that .*{encoding} encodes"):
+    with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={encoding}", location=LOCATION):
         model(windows(longest + 1))
 
 
@@ -82,7 +84,7 @@ def test_window_beyond_what_attention_encodes_is_refused_before_it_is_reached(na
     longest = RELATIVE[name.removeprefix("bipe_")].longest_window_tokens
     embedding = embedding_of(name)
     embedding(windows(longest))
-    with pytest.raises(ConfigError, match=f"{longest + 1} tokens exceeds the {longest} that .*{name} encodes"):
+    with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={name}", location=LOCATION):
         embedding(windows(longest + 1))
 
 
