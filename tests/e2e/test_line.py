@@ -138,7 +138,7 @@ def test_line_bad_arguments_are_refused_before_anything_is_written(line):
         ([f"data.path={folder / 'absent'}"], DataError, ()),
         (["train.seq_len_tokens=10000000", "model.intra_size=10000000"], DataError, ("10000000",)),
         (["model.intra_size=8"], ConfigError, ("model.intra_size=8",)),
-        ([f"run_dir={folder / 'run'}", "model.num_layers=3"], ConfigError, ("model.num_layers", "2", "3")),
+        ([f"run_dir={folder / 'run'}", "model.num_layers=3"], CheckpointError, ("model.num_layers", "2", "3")),
     ]
     for settings, kind, observed in cases:
         error = pretrain_error(*flags([*data, *settings]), num_ranks=2)
