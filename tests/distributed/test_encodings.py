@@ -11,6 +11,7 @@ import pytest
 
 from tests.helpers.layouts import Layout, Outcome, allowed, difference, reference, train_layouts
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiers import selected, slow
 
 ENCODINGS = {
     "sinusoidal": "",
@@ -24,30 +25,39 @@ ENCODINGS = {
     "bipe_nope": "",
     "bipe_rope": "rope_scaling: {type: yarn, factor: 4, original_positions: 7}",
 }
-PLACED = [
-    place._replace(encoding=encoding, model=model)
+FAST = [
+    Layout("learned", pipeline=2, recompute="full"),
+    Layout("t5", zero=2),
+    Layout("bipe_t5", context=2, recompute="selective", model=ENCODINGS["bipe_t5"]),
+    Layout("randomized_rope", zero=3),
+]
+ALL = [
+    layout._replace(encoding=encoding, model=model)
     for encoding, model in ENCODINGS.items()
-    for place in (
+    for layout in (
         Layout(tensor=2, sequence=True),
         Layout(pipeline=2, recompute="full"),
         Layout(context=2, recompute="selective"),
         Layout(zero=2),
         Layout(tensor=2, zero=3),
     )
-] + [Layout("t5", zero=3), Layout("t5", zero=0), Layout("learned", zero=3), Layout("randomized_rope", zero=3)]
+] + [Layout("t5", zero=3), Layout("t5", zero=0), Layout("learned", zero=3)]
+SLOW = [layout for layout in ALL if layout not in FAST]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> dict[int, list[dict[Layout, Outcome]]]:
-    folder = tmp_path_factory.mktemp("encodings")
-    single = list({reference(layout) for layout in PLACED})
+def ranks(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> dict[int, list[dict[Layout, Outcome]]]:
+    folder, placed = tmp_path_factory.mktemp("encodings"), selected(request, "layout")
+    single = list({reference(layout) for layout in placed})
     return {
         num_ranks: run_ranks(train_layouts, num_ranks, folder / str(num_ranks), layouts=layouts, work_dir=str(folder))
-        for num_ranks, layouts in ((1, single), (2, PLACED))
+        for num_ranks, layouts in ((1, single), (2, placed))
     }
 
 
-@pytest.mark.parametrize("layout", PLACED, ids=str)
+@pytest.mark.parametrize("layout", [*FAST, *slow(SLOW)], ids=str)
 def test_encoding_in_layout_gives_losses_norms_and_weights_of_one_process(
     ranks: dict[int, list[dict[Layout, Outcome]]], layout: Layout
 ) -> None:

@@ -149,6 +149,7 @@ def data(tmp_path_factory, write_text_dataset):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_launch_script_trains_two_ranks(name, data, tmp_path, free_port):
     port, hosts = str(free_port()), tmp_path / "hosts"

@@ -17,20 +17,24 @@ from megatron_bipe.model.tied import TOKEN_TABLE
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import STEPS, Layout, run_config, start_engine_of, train_steps
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiers import selected, slow
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 1e-3}  # relative
 NORM_TOLERANCE = 2e-5
 WEIGHT_TOLERANCE = 5e-5  # absolute: Adam divides small gradients by their own size
-LAYOUTS = [
+FAST = [
     Layout(pipeline=4, zero=0),
-    Layout(pipeline=2, zero=1),
     Layout(tensor=2, pipeline=2, zero=1, sequence=True),
+    Layout(zero=2, precision="bf16"),
+]
+SLOW = [
+    Layout(pipeline=2, zero=1),
     Layout(tensor=2, zero=3),
     Layout(tensor=4, zero=0),
     Layout(pipeline=2, tensor=2, zero=1, precision="bf16"),
     Layout(pipeline=2, zero=0, precision="bf16"),
-    Layout(zero=2, precision="bf16"),
 ]
+LAYOUTS = [*FAST, *slow(SLOW)]
 
 
 def tied(layout: Layout, run_dir: Path) -> RunConfig:
@@ -66,8 +70,8 @@ def alone(folder: Path) -> Any:
 
 
 @pytest.fixture(scope="module")
-def ranks(folder: Path) -> Any:
-    layouts = sorted(LAYOUTS, key=lambda layout: layout.tensor * layout.pipeline)
+def ranks(request: pytest.FixtureRequest, folder: Path) -> Any:
+    layouts = sorted(selected(request, "layout"), key=lambda layout: layout.tensor * layout.pipeline)
     return run_ranks(train_tied, 4, folder / "4", layouts=layouts, work_dir=str(folder))
 
 

@@ -68,6 +68,7 @@ def _losses(run_dir):
     return [line["loss/train_nats"] for line in lines]
 
 
+@pytest.mark.slow
 def test_two_hosts_train_like_one(hosts, data, tmp_path, free_port):
     def arguments(name):
         return options(data, tmp_path / name, "parallel.tensor=2", steps=STEPS)
@@ -83,6 +84,7 @@ def test_two_hosts_train_like_one(hosts, data, tmp_path, free_port):
     assert _losses(tmp_path / "two") == _losses(tmp_path / "one") and len(_losses(tmp_path / "two")) == STEPS
 
 
+@pytest.mark.slow
 def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, data, tmp_path, free_port):
     port, program = free_port(), ["-m", "tests.distributed.faulty"]
     settings = options(data, tmp_path / "run", "parallel.tensor=2", "parallel.timeout_s=30", steps=1000)

@@ -42,6 +42,7 @@ def _wait(is_so, process, log):
         time.sleep(0.05)
 
 
+@pytest.mark.slow
 def test_parents_of_this_project_leave_nothing(tmp_path):
     stubborn = ["bash", "-c", "trap '' TERM; sleep 300; true"]
     tools = {  # with a word of the command that they are to have started
@@ -61,6 +62,7 @@ def test_parents_of_this_project_leave_nothing(tmp_path):
     assert all(process.wait() != 0 for _, process in started)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("word", "num_ranks"), [("deepspeed", 2), ("deepspeed.launcher.launch", 1)])
 def test_deepspeed_killed_takes_its_ranks_along(tmp_path, write_text_dataset, free_port, word, num_ranks):
     write_text_dataset(tmp_path / "data", TEXTS)
