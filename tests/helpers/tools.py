@@ -43,7 +43,7 @@ def call_tool(name: str, *arguments: object, code: int | None = 0) -> Ended:
     """
     output = io.StringIO()
     with (
-        _own_logging(),
+        own_logging(),
         mock.patch.dict(os.environ),
         script(name) as module,
         redirect_stdout(output),
@@ -81,8 +81,8 @@ def assert_refuses(
 
 
 @contextmanager
-def _own_logging() -> Iterator[None]:
-    """Let a command set logging up as in a process of its own, and undo it."""
+def own_logging() -> Iterator[None]:
+    """Let the block set logging up as in a new process, and undo it."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     root.handlers.clear()

@@ -47,7 +47,7 @@ def documents():
     return result
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_subject():
     """Maker of a Subject whose weights are large enough for positions to matter."""
 

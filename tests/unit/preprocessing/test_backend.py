@@ -1,6 +1,5 @@
 """The fast tokenizer: the stock one's ids in every hard case, and found out where they are not."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from preprocessing.backend import (
     check_ids,
     choose_backend,
 )
+from tests.helpers.backends import Wrong
 from tests.helpers.paths import LLAMA
 
 CASES = {
@@ -68,16 +68,6 @@ def fast(tokenizer: Tokenizer) -> GigatokenBackend:
 @pytest.fixture(scope="session")
 def stock(tokenizer: Tokenizer) -> StockBackend:
     return StockBackend(tokenizer)
-
-
-class Wrong:
-    """Gives the stock ids, but for one word."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._stock = StockBackend(tokenizer)
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        return self._stock.encode([text.replace("wrong", "right") for text in texts])
 
 
 def documents_of(*texts: str) -> list[Document]:
