@@ -22,11 +22,11 @@ from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
 from megatron_bipe.hf.weights import to_llama
 from tests.helpers.errors import raises
+from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import LLAMA
 from tests.helpers.ranks import run_programs
 
 FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps: 3", "Data": "a|b"})
-ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 
 
 @pytest.fixture
@@ -53,7 +53,7 @@ def left_behind(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_model_loads_through_auto_classes_and_is_the_plan(
     tmp_path, encoding, dtype, tiny, plan_of, fields, windows

@@ -8,15 +8,15 @@ import pytest
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
+from tests.helpers.datasets import FEW_TEXTS
 from tests.helpers.tools import assert_refuses, call_tool
 
-TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
 Write = Callable[..., Manifest]
 
 
 @pytest.fixture
 def folder(write_text_dataset: Write, tmp_path: Path) -> Path:
-    write_text_dataset(tmp_path / "data", TEXTS)
+    write_text_dataset(tmp_path / "data", FEW_TEXTS)
     return tmp_path / "data"
 
 
@@ -55,7 +55,7 @@ def test_inspect_data_stats_prints_tables_and_writes_what_is_asked_for(folder: P
 
 def test_inspect_data_on_a_folder_of_datasets_does_all(write_text_dataset: Write, tmp_path: Path) -> None:
     for name in ("train/a", "train/b", "valid"):
-        write_text_dataset(tmp_path / name, TEXTS)
+        write_text_dataset(tmp_path / name, FEW_TEXTS)
     assert "3 datasets, 9 shards, 75 tokens" in inspect("verify", tmp_path)
     rows = [line.split() for line in inspect("stats", tmp_path).splitlines()]
     assert ["train/b", "4", "25", "5"] in [row[:4] for row in rows]
