@@ -1,6 +1,7 @@
 """The order of a step, with an engine that only takes notes."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +16,7 @@ from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.stopping import StopRequest
+from megatron_bipe.train.stopping import SIGNALS, StopRequest
 from tests.helpers.loop import MAIN, Notes
 
 
@@ -76,20 +77,30 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
     assert done.notes.names == [] and done.end.step == 0
 
 
-def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_is_the_last(start):
-    request, notes = StopRequest(), Notes(None)
-    notes.in_save = lambda: request._take(15, None)
-    done = start("train.save_every=2", "train.valid_every=0", stop_request=request, notes=notes)
-    assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
-    assert done.end.step == 3 and request.granted
-
-
-def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start):
+@pytest.fixture
+def stop_request():
+    """A request that listens to signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
+    request.listen()
+    yield request
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_is_the_last(start, stop_request):
+    notes = Notes(None)
+    notes.in_save = lambda: signal.raise_signal(signal.SIGTERM)
+    done = start("train.save_every=2", "train.valid_every=0", stop_request=stop_request, notes=notes)
+    assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
+    assert done.end.step == 3 and stop_request.granted
+
+
+def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start, stop_request):
     notes = Notes(None)
     notes.valid_batches = lambda: range(100)
-    notes.in_validation = lambda: request._take(15, None)
-    done = start(stop_request=request, notes=notes)
+    notes.in_validation = lambda: signal.raise_signal(signal.SIGTERM)
+    done = start(stop_request=stop_request, notes=notes)
     assert notes.names == ["step", "step", "eval", "save"] and done.end.valid_owed
     assert '"loss/valid_nats"' not in (done.run_dir / "metrics.jsonl").read_text()
 
