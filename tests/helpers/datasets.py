@@ -98,6 +98,7 @@ def write_text_dataset(folder: Path, texts_by_shard: Sequence[Sequence[str]], sp
     return write_dataset(folder, shards, rule=rule, vocab_size=loaded.vocab_size, tokenizer=record)
 
 
+FEW_TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]  # with an empty shard and an empty text
 WORDS = ("hello world", "a text of some length", "one more sentence", "and then another")
 
 

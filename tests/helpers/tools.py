@@ -44,7 +44,7 @@ def call_tool(name: str, *arguments: object, code: int | None = 0) -> Ended:
     """
     output = io.StringIO()
     with (
-        _own_logging(),
+        own_logging(),
         mock.patch.dict(os.environ),
         script(name) as module,
         redirect_stdout(output),
@@ -55,9 +55,35 @@ def call_tool(name: str, *arguments: object, code: int | None = 0) -> Ended:
     return ended
 
 
+def assert_refuses(
+    name: str,
+    arguments: Sequence[object],
+    kind: type[BipeError],
+    *observed: object,
+    location: str | Path | None = None,
+) -> None:
+    """Assert that tools/NAME.py ends with exit code 2 and one message that has these facts.
+
+    Args:
+        name: of the script, without suffix.
+        arguments: made to text.
+        kind: the type of the error.
+        observed: values that the message must report, or names that its remedy must mention.
+        location: what the error is about; a path may be relative to the folder of the location.
+    """
+    output = call_tool(name, *arguments, code=2).output
+    assert "Traceback" not in output, output
+    _, begin, message = f"\n{output}".rpartition(f"\n{kind.__name__}: ")
+    assert begin, output
+    text, _, told = message.rstrip().removesuffix("]").rpartition("  [")
+    for value in observed:
+        assert str(value) in text, f"{value!s} is not among what was observed: {output}"
+    assert location is None or told == str(location) or told.endswith(f"/{location}"), output
+
+
 @contextmanager
-def _own_logging() -> Iterator[None]:
-    """Let a command set logging up as in a process of its own, and undo it."""
+def own_logging() -> Iterator[None]:
+    """Let the block set logging up as in a new process, and undo it."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     root.handlers.clear()

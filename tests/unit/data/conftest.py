@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe.data.manifest import Manifest
-
-TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
+from tests.helpers.datasets import FEW_TEXTS
 
 
 @pytest.fixture
 def folder(write_text_dataset: Callable[..., Manifest], tmp_path: Path) -> Path:
-    write_text_dataset(tmp_path, TEXTS)
+    write_text_dataset(tmp_path, FEW_TEXTS)
     return tmp_path

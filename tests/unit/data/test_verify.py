@@ -15,8 +15,8 @@ from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.manifest import Manifest, SegmentRule
 from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
+from tests.helpers.datasets import FEW_TEXTS
 from tests.helpers.errors import assert_error, raises
-from tests.unit.data.conftest import TEXTS
 
 Write = Callable[..., Manifest]
 
@@ -52,7 +52,7 @@ def test_verify_of_a_whole_dataset_finds_nothing(
     write_text_dataset: Write, tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "CHUNK_TOKENS", 8)  # several chunks in a few tokens
-    manifest = write_text_dataset(tmp_path, TEXTS, spec)
+    manifest = write_text_dataset(tmp_path, FEW_TEXTS, spec)
     read: list[int] = []
     assert list(find_problems([TokenDataset(tmp_path)], workers=2, advance=read.append)) == []
     assert sum(read) == sum(file.bytes for shard in manifest.shards for file in shard.files.values())
@@ -79,7 +79,7 @@ def test_verify_of_a_wrong_bit_names_its_place_and_the_rule(folder: Path) -> Non
 
 
 def test_verify_of_a_wrong_bit_in_a_fixed_rule_names_its_place(write_text_dataset: Write, tmp_path: Path) -> None:
-    write_text_dataset(tmp_path, TEXTS, "fixed:3")
+    write_text_dataset(tmp_path, FEW_TEXTS, "fixed:3")
     flip(tmp_path / "part-00000.seg", 25, 0b1)
     rehash(tmp_path, Manifest.load(tmp_path))
     [found] = problems(tmp_path)

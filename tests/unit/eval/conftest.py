@@ -1,14 +1,20 @@
 """Small datasets and models that evaluation tests share."""
 
+import json
+
 import numpy as np
 import pytest
+import yaml
+from safetensors.torch import save_file
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.eval.subject import Subject
+from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.plan import build_model
+from tests.helpers.checkpoints import write_checkpoint
 
 VOCAB = 40
 FINGERPRINT = "a" * 64
@@ -41,7 +47,7 @@ def documents():
     return result
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_subject():
     """Maker of a Subject whose weights are large enough for positions to matter."""
 
@@ -61,3 +67,52 @@ def make_subject():
         return Subject(name, f"runs/{name}", build_model(config, seed=3), config, fingerprint, rule)
 
     return make
+
+
+@pytest.fixture
+def save_run(tmp_path):
+    """Maker of a run folder as pretrain.py leaves it; earlier steps have smaller weights."""
+
+    def save(subject, dataset, steps=(5, 10)):
+        run_dir = tmp_path / subject.name
+        model = {k: v for k, v in subject.config.model_dump(mode="json").items() if v is not None}
+        for step in steps:
+            weights = {name: weight * (step / steps[-1]) for name, weight in subject.model.state_dict().items()}
+            write_checkpoint(run_dir, step, weights)
+        (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"precision": "fp32"}}))
+        (run_dir / "data.json").write_text(dataset.manifest.record.model_dump_json())
+        return run_dir
+
+    return save
+
+
+@pytest.fixture
+def save_exported(tmp_path):
+    """Maker of those parts of an exported folder that loading reads."""
+
+    def save(subject):
+        folder, config = tmp_path / subject.name, subject.config
+        folder.mkdir()
+        settings = {
+            "model_type": "bipe",
+            "encoding": config.encoding,
+            "num_hidden_layers": config.num_layers,
+            "hidden_size": config.hidden_size,
+            "num_attention_heads": config.num_heads,
+            "num_key_value_heads": config.kv_heads,
+            "intermediate_size": config.ffn_size,
+            "vocab_size": config.vocab_size,
+            "intra_size": config.intra_size,
+            "train_len_tokens": config.train_len_tokens,
+            "rms_norm_eps": config.norm_eps,
+            "initializer_range": config.init_std,
+            "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
+            "segments": {"spec": subject.rule.spec, "token_ids": list(subject.rule.token_ids)},
+            "tokenizer_fingerprint": subject.tokenizer_fingerprint,
+        }
+        (folder / "config.json").write_text(json.dumps(settings))
+        weights = {name: weight.contiguous() for name, weight in to_llama(subject.model.state_dict(), config).items()}
+        save_file(weights, folder / "model.safetensors")
+        return folder
+
+    return save

@@ -19,7 +19,7 @@ from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
 from megatron_bipe.eval.paper import PAPER, paper_subset
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.subsets import Line, Subset, subset_names
-from tests.unit.eval.test_evaluate_command import evaluate, save_run  # noqa: F401  (fixtures)
+from tests.helpers.tools import assert_refuses, call_tool
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
@@ -116,33 +116,27 @@ def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(mon
 
 
 @pytest.fixture
-def run_command(evaluate, monkeypatch, tmp_path):  # noqa: F811
-    """Runs `evaluate.py extrapolation` in this process; gives its JSON."""
+def command(tmp_path):
+    """A function that returns the command line of `evaluate.py extrapolation`, which writes to tmp_path/out."""
 
-    def run(models, data, *options, lengths="8..32"):
-        arguments = ["extrapolation", "--models", *models, "--data", *data, "--lengths", lengths, "--device", "cpu"]
-        command = ["evaluate.py", *arguments, "--output", tmp_path / "out", *options]
-        monkeypatch.setattr("sys.argv", list(map(str, command)))
-        evaluate.main()
-        return json.loads((tmp_path / "out" / "extrapolation.json").read_text())
+    def arguments(models, datasets, *options, lengths="8..32"):
+        folders = [dataset.path for dataset in datasets]
+        given = ["--models", *models, "--data", *folders, "--lengths", lengths, "--output", tmp_path / "out"]
+        return ["extrapolation", *given, "--device", "cpu", *options]
 
-    return run
+    return arguments
 
 
 def test_command_writes_a_page_that_needs_nothing_else(
-    run_command,
-    make_dataset,
-    make_subject,
-    documents,
-    save_run,  # noqa: F811
-    tmp_path,
+    command, make_dataset, make_subject, documents, save_run, tmp_path
 ):
     datasets = [make_dataset(documents, name="arxiv"), make_dataset(documents[::-1], name="own <data>")]
     subjects = [make_subject("bipe_rope", name="ours & theirs"), make_subject("alibi", name="other")]
     models = [save_run(subject, datasets[0]) for subject in subjects]
 
-    report = run_command(models, [dataset.path for dataset in datasets])
+    call_tool("evaluate", *command(models, datasets))
 
+    report = json.loads((tmp_path / "out" / "extrapolation.json").read_text())
     assert [subset["name"] for subset in report["subsets"]] == ["arxiv", "own <data>"]
     assert report["subsets"][0]["paper"][0]["name"] == "BiPE-RoPE" and not report["subsets"][1]["paper"]
     for subset, dataset in zip(report["subsets"], datasets, strict=True):
@@ -164,32 +158,23 @@ def test_command_writes_a_page_that_needs_nothing_else(
     rows = (tmp_path / "out" / "extrapolation.csv").read_text().splitlines()
     assert len(rows) == 1 + 2 * 2 * 4 + sum(len(curve.points) for curve in PAPER["ArXiv"])
     assert "arxiv,paper: BiPE-ALiBi,bipe_alibi,2048,5.7,," in rows
-    with pytest.raises(ConfigError, match="--overwrite"):
-        run_command(models, [datasets[0].path])
+    assert_refuses("evaluate", command(models, datasets), ConfigError, "--overwrite", location=tmp_path / "out")
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "message"),
+    ("options", "error", "observed", "location"),
     [
-        ({"lengths": "32..8"}, ConfigError, r"'32\.\.8' is no window length"),
-        ({"lengths": "8..32..64"}, ConfigError, "'8', '32', '64'|is no window length"),
-        ({"lengths": "8,200"}, DataError, "173 tokens"),
-        ({"model": "gone"}, CheckpointError, "no such folder"),
+        ({"lengths": "32..8"}, ConfigError, "'32..8'", "--lengths"),
+        ({"lengths": "8..32..64"}, ConfigError, "'8..32..64'", "--lengths"),
+        ({"lengths": "8,200"}, DataError, 173, "corpus"),
+        ({"model": "gone"}, CheckpointError, "RUN_DIR", "gone"),
     ],
 )
 def test_command_bad_input_is_named_before_anything_is_written(
-    run_command,
-    make_dataset,
-    make_subject,
-    documents,
-    save_run,  # noqa: F811
-    tmp_path,
-    options,
-    error,
-    message,
+    command, make_dataset, make_subject, documents, save_run, tmp_path, options, error, observed, location
 ):
     dataset = make_dataset(documents)
-    model = options.pop("model", None) or save_run(make_subject(), dataset)
-    with pytest.raises(error, match=message):
-        run_command([model], [dataset.path], **options)
+    model = options.get("model") or save_run(make_subject(), dataset)
+    arguments = command([model], [dataset], lengths=options.get("lengths", "8"))
+    assert_refuses("evaluate", arguments, error, observed, location=location)
     assert not list((tmp_path / "out").glob("*"))

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from megatron_bipe.eval.subject import exported_subject
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
+from tests.helpers.errors import raises
 
 harness = pytest.importorskip("megatron_bipe.eval.harness", reason="lm_eval is not installed", exc_type=ImportError)
 
@@ -58,11 +61,10 @@ def offline(monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HOME", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def tasks(tmp_path):
+@pytest.fixture(scope="module")
+def tasks(tmp_path_factory):
     """A folder of task files with their data."""
-    folder = tmp_path / "tasks"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("tasks")
     rows = {"our_choice": QUESTIONS, "our_text": [{"text": TEXT}, {"text": TEXT[7:40]}]}
     for name, task in TASKS.items():
         data = folder / f"{name}.jsonl"
@@ -72,20 +74,37 @@ def tasks(tmp_path):
     return folder
 
 
-@pytest.fixture(params=["bipe_rope", "bipe_alibi", "rope"])
-def model(request, tmp_path, write_text_dataset, make_subject):
-    """An exported model with its tokenizer, and the dataset that has the text as its one document."""
-    write_text_dataset(tmp_path / "data", [[TEXT]])
-    dataset = TokenDataset(tmp_path / "data")
-    subject = make_subject(request.param, vocab_size=dataset.manifest.tokenizer.vocab_size, train_len_tokens=LENGTH)
-    tokenizer = load_tokenizer(tmp_path / "data" / "tokenizer")
+@pytest.fixture(scope="module", autouse=True)
+def tasks_read_once(tasks):
+    """The harness's own tasks are thousands of files: they are read once, not for each test."""
+    manager = harness.TaskManager(include_path=tasks)
+    with mock.patch.object(harness, "TaskManager", return_value=manager) as made:
+        yield
+    assert all(call.kwargs == {"include_path": tasks} for call in made.call_args_list)
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory, write_text_dataset):
+    """A dataset that has the text as its one document."""
+    folder = tmp_path_factory.mktemp("data")
+    write_text_dataset(folder, [[TEXT]])
+    return TokenDataset(folder)
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory, dataset, make_subject):
+    """Exported models with their tokenizer, by encoding."""
+    tokenizer = load_tokenizer(dataset.path / "tokenizer")
     source = TokenizerSource(tokenizer.definition, tokenizer.to_json(), {"bos": 1}, tokenizer.encode_batch)
     fields = DataFields(dataset.rule.spec, dataset.rule.token_ids, tokenizer.fingerprint, {"bos": 1})
-    windows = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, subject.config)
-    options = ExportOptions(dtype=torch.float32)
-    folder = tmp_path / "model"
-    export_model(subject.model.state_dict(), subject.config, folder, fields, windows, source, options)
-    return folder, dataset
+    folders = {}
+    for encoding in ("bipe_rope", "bipe_alibi", "rope"):
+        subject = make_subject(encoding, vocab_size=tokenizer.vocab_size, train_len_tokens=LENGTH)
+        windows = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, subject.config)
+        folders[encoding] = tmp_path_factory.mktemp(encoding) / "model"
+        options = ExportOptions(dtype=torch.float32)
+        export_model(subject.model.state_dict(), subject.config, folders[encoding], fields, windows, source, options)
+    return folders
 
 
 def ids_of(tokens, rule, config):
@@ -111,8 +130,9 @@ def check_choices(found, folder):
             assert value == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_harness_gives_our_log_likelihoods_and_perplexity(model, tasks):
-    folder, dataset = model
+@pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi", "rope"])
+def test_harness_gives_our_log_likelihoods_and_perplexity(encoding, models, dataset, tasks):
+    folder = models[encoding]
     settings = harness.HarnessSettings(include_path=tasks, batch_size=3)
     results = harness.run_tasks(folder, ["our_choice", "our_text"], settings)
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
@@ -133,26 +153,43 @@ def perplexity_by_hand(folder, dataset):
     return float(F.cross_entropy(logits.flatten(0, 1).double(), tokens[1:]).exp())
 
 
-def test_harness_from_its_own_command_line_gives_our_log_likelihoods(model, tasks, tmp_path):
-    folder, _ = model
-    command = [sys.executable, "-m", "lm_eval", "--model", "hf", "--tasks", "our_choice"]
-    command += ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32", "--device", "cpu"]
-    command += ["--include_path", str(tasks), "--output_path", str(tmp_path / "out"), "--log_samples"]
+COMMANDS = """
+import json, runpy, sys
+from unittest import mock
+
+import lm_eval.tasks
+
+tasks, models, output = json.loads(sys.argv[1])
+manager = lm_eval.tasks.TaskManager(include_path=tasks, include_defaults=False)  # these are thousands of files
+with mock.patch("lm_eval.tasks.TaskManager", return_value=manager):
+    for encoding, folder in models.items():
+        sys.argv[:] = ["lm_eval", "--model", "hf", "--tasks", "our_choice", "--include_path", tasks, "--device", "cpu"]
+        sys.argv += ["--model_args", f"pretrained={folder},trust_remote_code=True,dtype=float32"]
+        sys.argv += ["--output_path", f"{output}/{encoding}", "--log_samples"]
+        runpy.run_module("lm_eval", run_name="__main__")
+"""
+
+
+def test_harness_from_its_own_command_line_gives_our_log_likelihoods(models, tasks, tmp_path):
+    question = json.dumps([str(tasks), {encoding: str(folder) for encoding, folder in models.items()}, str(tmp_path)])
+    command = [sys.executable, "-c", COMMANDS, question]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=os.environ | {"PYTHONPATH": ""})
     assert done.returncode == 0, done.stderr[-2000:]
-    [file] = (tmp_path / "out").rglob("samples_our_choice*.jsonl")
-    rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
-    check_choices([[float(value[0]) for value in row["filtered_resps"]] for row in rows], folder)
+    for encoding, folder in models.items():
+        [file] = (tmp_path / encoding).rglob("samples_our_choice*.jsonl")
+        rows = sorted(map(json.loads, file.read_text().splitlines()), key=lambda row: row["doc_id"])
+        check_choices([[float(value[0]) for value in row["filtered_resps"]] for row in rows], folder)
 
 
-def test_run_tasks_with_bad_input_refuses(model, tasks, tmp_path):
-    folder, _ = model
+@pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi", "rope"])
+def test_run_tasks_with_bad_input_refuses(encoding, models, tasks, tmp_path):
+    folder = shutil.copytree(models[encoding], tmp_path / "model")
     settings = harness.HarnessSettings(include_path=tasks)
-    with pytest.raises(ConfigError, match="there is no task 'our_choise'; near it are our_choice"):
+    with raises(ConfigError, "'our_choise'", "our_choice", location="--tasks"):
         harness.run_tasks(folder, ["our_choise"], settings)
-    with pytest.raises(CheckpointError, match=r"there is no config\.json"):
+    with raises(CheckpointError, "config.json", location=tmp_path):
         harness.run_tasks(tmp_path, ["our_choice"], settings)
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
-    with pytest.raises(CheckpointError, match="the harness cannot load it"):
+    with raises(CheckpointError, "tokenizer", location=folder):
         harness.run_tasks(folder, ["our_choice"], settings)

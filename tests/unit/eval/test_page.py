@@ -2,7 +2,6 @@
 
 import math
 import re
-from html.parser import HTMLParser
 from itertools import pairwise
 from xml.etree import ElementTree
 
@@ -19,52 +18,9 @@ from megatron_bipe.eval.run_losses import average_steps, loss_lines, read_losses
 from megatron_bipe.eval.segments_view import read_passage, readable_passage, segments_view
 from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
 from tests.helpers.errors import raises
+from tests.helpers.pages import Outline, assert_self_contained
 
-VOID = {"meta", "img", "link", "br", "hr", "input"}
 WIDTHS = {"wide": 840, "narrow": 358}
-
-
-class Outline(HTMLParser):
-    """All elements of a page as (tag, attributes), and its text; fails where tags are not closed in order."""
-
-    def __init__(self, html):
-        super().__init__()
-        self.elements, self.open, self.words = [], [], []
-        self.feed(html)
-        self.close()
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.elements.append((tag, dict(attrs)))
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        if "style" not in self.open:
-            self.words.append(data)
-
-    @property
-    def text(self):
-        return " ".join(" ".join(self.words).split())
-
-
-def assert_self_contained(html):
-    outline = Outline(html)
-    for tag, attributes in outline.elements:
-        assert tag not in {"script", "link", "iframe", "object", "base"}
-        assert attributes.get("src", "data:").startswith("data:")
-        assert tag == "a" or "href" not in attributes
-        assert not any(name.startswith("on") for name in attributes)
-    assert not re.search(r"@import|url\(", html)
-    [policy] = [a["content"] for _, a in outline.elements if a.get("http-equiv") == "Content-Security-Policy"]
-    assert policy.startswith("default-src 'none'")
-    return outline
 
 
 def test_page_is_closed_self_contained_and_escapes_text():

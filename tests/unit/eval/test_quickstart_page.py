@@ -16,8 +16,8 @@ from megatron_bipe.eval.perplexity import LengthResult, Settings
 from megatron_bipe.eval.quickstart_page import NEXT_STEPS, quickstart_page, split_by_prompts
 from megatron_bipe.eval.report import ModelResults, as_json
 from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
+from tests.helpers.pages import assert_self_contained
 from tests.helpers.paths import ROOT
-from tests.unit.eval.test_page import assert_self_contained
 
 PERPLEXITIES = {"bipe_rope": (20.0, 19.5), "bipe_alibi": (21.0, 20.5), "rope": (20.25, math.inf)}
 TEXTS = ["a <b> & c\nand more text\nin segments.\n", "unused"]

@@ -11,9 +11,9 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.settings import DataFields, hf_settings
 from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.plan import build_model
+from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import ORACLE
 
-ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 SEPARATORS = (3, 5)
 DATA = DataFields("[3,5]", SEPARATORS, "f" * 64, {"bos": 1, "eos": 2})
 
@@ -58,7 +58,7 @@ def hf_of():
     return as_hf
 
 
-@pytest.fixture(scope="module", params=ENCODINGS)
+@pytest.fixture(scope="module", params=PUBLISHED_ENCODINGS)
 def model(request):
     """An HF model of each encoding, with grouped queries."""
     config = tiny_config(encoding=request.param, num_kv_heads=2)

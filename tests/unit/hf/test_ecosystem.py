@@ -7,8 +7,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, Trai
 
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
-
-NEAR = {"rtol": 0, "atol": 1e-4}  # as in test_modeling.py
+from tests.helpers.hf import NEAR
 
 
 @pytest.fixture

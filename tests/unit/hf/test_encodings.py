@@ -12,7 +12,7 @@ from megatron_bipe.hf.configuration_bipe import ENCODINGS as REMOTE_ENCODINGS
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.settings import generation_settings, hf_settings
-from tests.unit.hf.test_modeling import NEAR, ids_of
+from tests.helpers.hf import NEAR, ids_of
 
 PLAIN = [name for name in ENCODINGS if not name.startswith("bipe_")]
 GRID = [(f"bipe_{relative}", absolute) for relative in RELATIVE for absolute in ABSOLUTE]

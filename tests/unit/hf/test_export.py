@@ -1,8 +1,7 @@
 import dataclasses
 import errno
 import json
-import subprocess
-import sys
+import re
 from pathlib import Path
 
 import pytest
@@ -22,10 +21,12 @@ from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
 from megatron_bipe.hf.weights import to_llama
+from tests.helpers.errors import raises
+from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import LLAMA
+from tests.helpers.ranks import run_programs
 
 FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps: 3", "Data": "a|b"})
-ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
 
 
 @pytest.fixture
@@ -35,11 +36,24 @@ def windows(tokens_of):
     return (tokens, *map(torch.from_numpy, bilevel_ids(segment_ends(tokens.numpy(), rule), 11)))
 
 
+@pytest.fixture
+def export(tmp_path, tiny, plan_of, fields, windows):
+    """A function that exports a model to a folder of tmp_path, and returns the folder."""
+
+    def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
+        config = config or tiny()
+        weights = weights or plan_of(config).state_dict()
+        export_model(weights, config, tmp_path / name, data, windows, tokenizer, FP32._replace(**options))
+        return tmp_path / name
+
+    return make
+
+
 def left_behind(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_model_loads_through_auto_classes_and_is_the_plan(
     tmp_path, encoding, dtype, tiny, plan_of, fields, windows
@@ -64,32 +78,28 @@ def test_exported_model_loads_through_auto_classes_and_is_the_plan(
 
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "rope"])
-def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(
-    tmp_path, encoding, tiny, plan_of, fields, windows
-):
+def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(export, encoding, tiny, plan_of, windows):
     config = tiny(encoding=encoding, tied_output=True)
     plan = plan_of(config)
-    weights = dict(plan.named_parameters())  # as a checkpoint has them: the table once
-    export_model(weights, config, tmp_path / "m", fields, windows, None, FP32)
-    assert "lm_head.weight" not in load_file(tmp_path / "m" / "model.safetensors")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m", trust_remote_code=encoding != "rope")
+    folder = export(config, weights=dict(plan.named_parameters()))  # as a checkpoint has them: the table once
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=encoding != "rope")
     with torch.no_grad():
         found, expected = model(windows[0]).logits, plan(windows)
     assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
-    loaded = load_exported(tmp_path / "m")
+    loaded = load_exported(folder)
     assert loaded.config.tied_output
     with torch.no_grad():
         assert torch.equal(loaded.model(windows), expected)
 
 
-def test_export_of_rope_is_a_stock_llama(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny(encoding="rope", rope_scaling=RopeScaling(type="linear", factor=2.0), num_kv_heads=2)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
-    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+def test_export_of_rope_is_a_stock_llama(export, tiny):
+    folder = export(tiny(encoding="rope", rope_scaling=RopeScaling(type="linear", factor=2.0), num_kv_heads=2))
+    settings = json.loads((folder / "config.json").read_text())
     assert "auto_map" not in settings
-    assert not list((tmp_path / "m").glob("*.py"))
+    assert not list(folder.glob("*.py"))
     assert settings["segments"] == {"spec": "[3,5]", "token_ids": [3, 5]}
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    model = AutoModelForCausalLM.from_pretrained(folder)
     assert type(model) is LlamaForCausalLM
     assert model.generation_config.use_cache is not False
 
@@ -97,109 +107,108 @@ def test_export_of_rope_is_a_stock_llama(tmp_path, tiny, plan_of, fields, window
 @pytest.mark.parametrize(
     "changes", [{"log_scale": True}, {"rope_scaling": RopeScaling(type="dynamic", factor=2.0)}], ids=str
 )
-def test_export_of_rope_as_llama_does_not_have_it_is_remote_code(tmp_path, tiny, plan_of, fields, windows, changes):
-    config = tiny(encoding="rope", **changes)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
-    assert json.loads((tmp_path / "m" / "config.json").read_text())["model_type"] == "bipe"
-    generation = json.loads((tmp_path / "m" / "generation_config.json").read_text())
+def test_export_of_rope_as_llama_does_not_have_it_is_remote_code(export, tiny, changes):
+    folder = export(tiny(encoding="rope", **changes))
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "bipe"
+    generation = json.loads((folder / "generation_config.json").read_text())
     assert generation.get("use_cache", True) == ("log_scale" in changes)  # else cached keys would go stale
 
 
-def test_export_writes_everything_a_user_needs(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny()
-    options = FP32._replace(max_shard_bytes=20_000)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, options)
-    files = left_behind(tmp_path / "m")
+def test_export_writes_everything_a_user_needs(export, tiny, plan_of):
+    folder = export(max_shard_bytes=20_000)
+    files = left_behind(folder)
     assert {"README.md", "config.json", "generation_config.json", "model.safetensors.index.json"} <= set(files)
-    shards = sorted((tmp_path / "m").glob("model-*.safetensors"))
+    shards = sorted(folder.glob("model-*.safetensors"))
     assert len(shards) > 1
     names = [name for shard in shards for name in load_file(shard)]
-    assert sorted(names) == sorted(to_llama(plan_of(config).state_dict(), config))
-    assert all(path.stat().st_mode & 0o044 == 0o044 for path in (tmp_path / "m").iterdir())
-    settings = json.loads((tmp_path / "m" / "config.json").read_text())
+    assert sorted(names) == sorted(to_llama(plan_of(tiny()).state_dict(), tiny()))
+    assert all(path.stat().st_mode & 0o044 == 0o044 for path in folder.iterdir())
+    settings = json.loads((folder / "config.json").read_text())
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
     assert settings["tokenizer_fingerprint"] == "f" * 64
-    card = (tmp_path / "m" / "README.md").read_text()
+    card = (folder / "README.md").read_text()
     for needed in ("# Tiny", "steps: 3", "a\\|b", "`[3,5]`, separator ids 3, 5", "of the largest logit", "f" * 64):
         assert needed in card
     assert "trust_remote_code=True" in card
 
 
 def run_python(code, folder, tmp_path):
-    """Run `code` with `folder` in a fresh process, and give the words of the lines that it prints after a ">"."""
-    environment = {"HF_HOME": str(tmp_path / "cache"), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
-    environment["PYTHONPATH"] = str(Path(__file__).parents[3])
-    command = [sys.executable, "-c", code, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [word for line in done.stdout.splitlines() if line.startswith("> ") for word in line[2:].split()]
+    """Run `code` with `folder` where our package is not imported; return the words of its lines that begin with ">"."""
+    [ended] = run_programs(
+        exec, [ISOLATED + code, {"folder": str(folder), "cache": str(tmp_path / "cache")}], tmp_path / "log"
+    )
+    assert ended.code == 0, ended.output
+    return [word for line in ended.output.splitlines() if line.startswith("> ") for word in line[2:].split()]
 
 
-WITHOUT_THE_PACKAGE = """
+# The cache of remote code is chosen when transformers is imported, which has happened; it may be on the path, too.
+ISOLATED = """
 import sys
+import torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
+
+if dynamic_module_utils.HF_MODULES_CACHE in sys.path:
+    sys.path.remove(dynamic_module_utils.HF_MODULES_CACHE)
+dynamic_module_utils.HF_MODULES_CACHE = cache
+for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_bipe"]:
+    del sys.modules[name]
+"""
+WITHOUT_THE_PACKAGE = """
 class Absent:
     def find_spec(self, name, *_):
         if name.split(".")[0] == "megatron_bipe":
             raise ModuleNotFoundError(name)
 sys.meta_path.insert(0, Absent())
-import torch
-from transformers import AutoModelForCausalLM
 load = AutoModelForCausalLM.from_pretrained
 """
 
 
-def test_remote_code_runs_where_this_package_is_not_installed_and_travels_on(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny()
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
+def test_remote_code_runs_where_this_package_is_not_installed_and_travels_on(export, tmp_path):
     code = """
-model = load(sys.argv[1], trust_remote_code=True)
-model.save_pretrained(sys.argv[1] + "-saved")
-for each in (model, load(sys.argv[1] + "-saved", trust_remote_code=True)):
+model = load(folder, trust_remote_code=True)
+model.save_pretrained(folder + "-saved")
+for each in (model, load(folder + "-saved", trust_remote_code=True)):
+    assert sys.modules[type(each).__module__].__file__.startswith(cache)
     torch.manual_seed(0)
     print(">", *each.generate(torch.tensor([[6, 3, 7]]), max_new_tokens=3, eos_token_id=None)[0].tolist())
 """
-    printed = run_python(WITHOUT_THE_PACKAGE + code, tmp_path / "m", tmp_path)
+    printed = run_python(WITHOUT_THE_PACKAGE + code, export(), tmp_path)
     assert printed[:3] == ["6", "3", "7"] and len(printed) == 12
     assert printed[:6] == printed[6:]
 
 
-def test_two_versions_of_remote_code_under_one_name_do_not_mix(tmp_path, monkeypatch, tiny, plan_of, fields, windows):
-    config, source = tiny(), Path(export_module.__file__).parent
-    export_model(plan_of(config).state_dict(), config, tmp_path / "a" / "m", fields, windows, None, FP32)
+def test_two_versions_of_remote_code_under_one_name_do_not_mix(export, tmp_path, monkeypatch):
+    export(name="a/m")
+    source = Path(export_module.__file__).parent
     for name in export_module.REMOTE_CODE:
         (tmp_path / name).write_text((source / name).read_text())
     with (tmp_path / "modeling_bipe.py").open("a") as code:
         code.write("\n\nBipeForCausalLM.version = 2\n")
     monkeypatch.setattr(export_module, "__file__", str(tmp_path / "export.py"))
-    export_model(plan_of(config).state_dict(), config, tmp_path / "b" / "m", fields, windows, None, FP32)
+    export(name="b/m")
     code = """
 for part in ("a", "b", "a"):
-    print(">", getattr(load(f"{sys.argv[1]}/{part}/m", trust_remote_code=True), "version", 1))
+    print(">", getattr(load(f"{folder}/{part}/m", trust_remote_code=True), "version", 1))
 """
     assert run_python(WITHOUT_THE_PACKAGE + code, tmp_path, tmp_path) == ["1", "2", "1"]
 
 
-@pytest.mark.parametrize("trust", [None, True])
-def test_importing_the_package_registers_its_models(trust, tmp_path, tiny, plan_of, fields, windows):
-    config = tiny()
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
-    code = f"""
-import sys
+def test_importing_the_package_registers_its_models(export, tmp_path):
+    code = """
 import megatron_bipe.hf
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
-for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
-    print(">", type(auto.from_pretrained(sys.argv[1], trust_remote_code={trust})).__module__)
+for trust in (None, True):
+    for auto in (AutoConfig, AutoModel, AutoModelForCausalLM):
+        print(">", type(auto.from_pretrained(folder, trust_remote_code=trust)).__module__)
 """
     package = "megatron_bipe.hf."
     expected = [package + name for name in ("configuration_bipe", "modeling_bipe", "modeling_bipe")]
-    assert run_python(code, tmp_path / "m", tmp_path) == expected
+    assert run_python(code, export(), tmp_path) == expected * 2
 
 
-def test_export_with_wrong_segment_rule_leaves_nothing(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny()
-    wrong = fields._replace(token_ids=(3,))
-    with pytest.raises(CheckpointError, match=r"logits differ by \d\.\d\de[-+]\d\d of the largest, allowed are 2e-05"):
-        export_model(plan_of(config).state_dict(), config, tmp_path / "m", wrong, windows, None, FP32)
+def test_export_with_wrong_segment_rule_leaves_nothing(export, fields, tmp_path):
+    with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "m") as error:
+        export(data=fields._replace(token_ids=(3,)))
+    assert re.search(r"\d\.\d\de[-+]\d\d", error.value.message)
     assert left_behind(tmp_path) == []
 
 
@@ -211,63 +220,49 @@ def test_export_with_wrong_segment_rule_leaves_nothing(tmp_path, tiny, plan_of, 
         ("places.inter if config.bilevel else places.intra", "places.inter", "alibi"),
     ],
 )
-def test_export_of_small_mistake_at_initial_weights_is_caught(
-    tmp_path, monkeypatch, mistake, tiny, plan_of, fields, windows
-):
+def test_export_of_small_mistake_at_initial_weights_is_caught(export, tmp_path, monkeypatch, mistake, tiny):
     """At std 0.02 attention is nearly flat: the limit must be tight enough even then."""
     right, wrong, encoding = mistake
-    config = tiny(encoding=encoding, init_std=0.02)
     source = Path(export_module.__file__).parent
     for name in export_module.REMOTE_CODE:
         text = (source / name).read_text()
         (tmp_path / name).write_text(text.replace(right, wrong))
     assert any((tmp_path / name).read_text() != (source / name).read_text() for name in export_module.REMOTE_CODE)
     monkeypatch.setattr(export_module, "__file__", str(tmp_path / "export.py"))
-    with pytest.raises(CheckpointError, match="logits differ"):
-        export_model(plan_of(config).state_dict(), config, tmp_path / "out" / "m", fields, windows, None, FP32)
+    with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "out" / "m"):
+        export(tiny(encoding=encoding, init_std=0.02), "out/m")
     assert left_behind(tmp_path / "out") == []
 
 
-def test_export_over_something_else_refuses(tmp_path, tiny, plan_of, fields, windows):
-    config, target = tiny(), tmp_path / "m"
-
-    def export(**changes):
-        options = FP32._replace(**changes)
-        export_model(plan_of(config).state_dict(), config, target, fields, windows, None, options)
-
+def test_export_over_something_else_refuses(export, tmp_path):
+    target = tmp_path / "m"
     target.mkdir()
     (target / "thesis.tex").write_text("precious")
-    for overwrite, message in ((False, "exists already"), (True, "is no model folder")):
-        with pytest.raises(CheckpointError, match=message):
+    for overwrite in (False, True):
+        with raises(CheckpointError, location=target, remedy="another" if overwrite else "--overwrite"):
             export(overwrite=overwrite)
     assert left_behind(target) == ["thesis.tex"]
     (target / "thesis.tex").unlink()
     export(overwrite=True)
     before = (target / "config.json").stat().st_ino
-    with pytest.raises(CheckpointError, match="exists already"):
+    with raises(CheckpointError, location=target, remedy="--overwrite"):
         export()
     export(overwrite=True)
     assert (target / "config.json").stat().st_ino != before
     assert left_behind(tmp_path) == ["m"]
     for name in ("notes.md", "model.bin", ".git", "model.safetensors.old"):
         (target / name).mkdir()
-        with pytest.raises(CheckpointError, match=f"holds what no export writes: {name}"):
+        with raises(CheckpointError, name, location=target):
             export(overwrite=True)
-        (target / name).rename(tmp_path / "elsewhere")
-        (tmp_path / "elsewhere").rmdir()
+        (target / name).rmdir()
     (tmp_path / "file").write_text("")
-    target = tmp_path / "file" / "m"
-    with pytest.raises(CheckpointError, match="no folder can be made there: File exists"):
-        export()
+    with raises(CheckpointError, "File exists", location="file/m"):
+        export(name="file/m")
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_export_that_cannot_take_the_place_of_another_leaves_that(
-    tmp_path, tiny, plan_of, fields, windows, monkeypatch, failing
-):
-    config, target, calls, rename = tiny(), tmp_path / "m", [], Path.rename
-    arguments = plan_of(config).state_dict(), config, target, fields, windows, None
-    export_model(*arguments, FP32)
+def test_export_that_cannot_take_the_place_of_another_leaves_that(export, tmp_path, monkeypatch, failing):
+    target, calls, rename = export(), [], Path.rename
     before = (target / "config.json").stat().st_ino
 
     def fails(self, to):
@@ -278,18 +273,22 @@ def test_export_that_cannot_take_the_place_of_another_leaves_that(
 
     monkeypatch.setattr(Path, "rename", fails)
     with pytest.raises(OSError, match="No space left"):
-        export_model(*arguments, FP32._replace(overwrite=True))
+        export(overwrite=True)
     assert (target / "config.json").stat().st_ino == before
     assert left_behind(tmp_path) == ["m"]
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
-    [({"hidden_size": 40}, "do not fit"), ({"ffn_size": 40}, "do not fit"), ({"num_layers": 1}, "is missing")],
+    ("changes", "observed"),
+    [
+        ({"hidden_size": 40}, ("[64, 32]", "[64, 40]")),
+        ({"ffn_size": 40}, ("[48, 32]", "[40, 32]")),
+        ({"num_layers": 1}, ()),
+    ],
 )
-def test_export_of_weights_of_another_model_refuses(tmp_path, changes, message, tiny, plan_of, fields, windows):
-    with pytest.raises(CheckpointError, match=message):
-        export_model(plan_of(tiny()).state_dict(), tiny(**changes), tmp_path / "m", fields, windows, None, FP32)
+def test_export_of_weights_of_another_model_refuses(export, tmp_path, changes, observed, tiny, plan_of):
+    with raises(CheckpointError, *observed):
+        export(tiny(**changes), weights=plan_of(tiny()).state_dict())
     assert left_behind(tmp_path) == []
 
 
@@ -337,11 +336,10 @@ def byte_level_folder(folder, text_file):
 
 @pytest.mark.parametrize("make", [sentencepiece_folder, byte_level_folder])
 @pytest.mark.parametrize("encoding", ["bipe_rope", "rope"])  # remote code and stock choose tokenizers differently
-def test_exported_tokenizer_gives_training_ids(tmp_path, make, encoding, text_file, tiny, plan_of, fields, windows):
+def test_exported_tokenizer_gives_training_ids(export, tmp_path, make, encoding, text_file, tiny):
     folder = make(tmp_path / "tokenizer", text_file)
-    config, source = tiny(encoding=encoding, vocab_size=520), source_of(folder)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, source, FP32)
-    loaded = AutoTokenizer.from_pretrained(tmp_path / "m", trust_remote_code=True)
+    exported = export(tiny(encoding=encoding, vocab_size=520), tokenizer=source_of(folder))
+    loaded = AutoTokenizer.from_pretrained(exported, trust_remote_code=True)
     trained = load_tokenizer(folder)
     for text, ids in zip(HARD_TEXTS, trained.encode_batch(HARD_TEXTS), strict=True):
         assert loaded(text).input_ids == [trained.bos_id, *ids.tolist()]
@@ -350,38 +348,35 @@ def test_exported_tokenizer_gives_training_ids(tmp_path, make, encoding, text_fi
     assert set(loaded("a")) == {"input_ids", "attention_mask"}  # what `generate` of either class takes
 
 
-def test_exported_llama_tokenizer_gives_training_ids(tmp_path, tiny, plan_of, fields, windows):
+def test_exported_llama_tokenizer_gives_training_ids(export, tiny):
     if not LLAMA.is_dir():
         pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
     config = tiny(encoding="rope", vocab_size=32000, hidden_size=8, num_heads=1, num_layers=1)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, source_of(LLAMA), FP32)
-    check_tokenizer(tmp_path / "m", source_of(LLAMA))
-    assert load_tokenizer(tmp_path / "m").fingerprint == load_tokenizer(LLAMA).fingerprint
+    folder = export(config, tokenizer=source_of(LLAMA))
+    check_tokenizer(folder, source_of(LLAMA))
+    assert load_tokenizer(folder).fingerprint == load_tokenizer(LLAMA).fingerprint
 
 
-def test_export_with_another_tokenizer_than_training_refuses(tmp_path, text_file, tiny, plan_of, fields, windows):
-    config = tiny(vocab_size=520)
+def test_export_with_another_tokenizer_than_training_refuses(export, tmp_path, text_file, tiny):
     trained = source_of(sentencepiece_folder(tmp_path / "a", text_file))
     files = source_of(byte_level_folder(tmp_path / "b", text_file))
-    mixed = files._replace(encode=trained.encode)
-    with pytest.raises(CheckpointError, match="AutoTokenizer gives other ids than training"):
-        export_model(plan_of(config).state_dict(), config, tmp_path / "out" / "m", fields, windows, mixed, FP32)
+    with raises(CheckpointError, repr(HARD_TEXTS[1]), location=files.definition):
+        export(tiny(vocab_size=520), "out/m", tokenizer=files._replace(encode=trained.encode))
     assert left_behind(tmp_path / "out") == []
 
 
-def test_export_with_tokenizer_beyond_the_table_refuses(tmp_path, text_file, tiny, plan_of, fields, windows):
+def test_export_with_tokenizer_beyond_the_table_refuses(export, tmp_path, text_file):
     source = source_of(byte_level_folder(tmp_path / "b", text_file))
-    with pytest.raises(CheckpointError, match="ids up to 399, the model's token table 64 rows"):
-        export_model(plan_of(tiny()).state_dict(), tiny(), tmp_path / "m", fields, windows, source, FP32)
+    with raises(CheckpointError, 399, 64, location=source.definition):
+        export(tokenizer=source)
 
 
-def test_exported_config_reads_back_unchanged(tmp_path, tiny, plan_of, fields, windows):
-    config = tiny(rope_scaling=RopeScaling(type="linear", factor=2.5), rope_base=777.0)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "m", fields, windows, None, FP32)
-    loaded = AutoConfig.from_pretrained(tmp_path / "m", trust_remote_code=True)
+def test_exported_config_reads_back_unchanged(export, tmp_path, tiny):
+    folder = export(tiny(rope_scaling=RopeScaling(type="linear", factor=2.5), rope_base=777.0))
+    loaded = AutoConfig.from_pretrained(folder, trust_remote_code=True)
     loaded.save_pretrained(tmp_path / "again")
     again = json.loads((tmp_path / "again" / "config.json").read_text())
-    for key, value in json.loads((tmp_path / "m" / "config.json").read_text()).items():
+    for key, value in json.loads((folder / "config.json").read_text()).items():
         if key not in ("auto_map", "architectures", "dtype") and value is not None:
             assert again[key] == value, key
     assert dataclasses.asdict(loaded)["rope_parameters"] == {"rope_type": "linear", "factor": 2.5, "rope_theta": 777.0}

@@ -1,7 +1,4 @@
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import tokenizers
@@ -13,15 +10,10 @@ from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import load_exported
 from tests.helpers.checkpoints import write_checkpoint
-
-TOOL = Path(__file__).parents[3] / "tools" / "export_hf.py"
-
-
-def run_export(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=180)
+from tests.helpers.tools import assert_refuses, call_tool
 
 
 @pytest.fixture
@@ -51,9 +43,8 @@ def run_dir(tmp_path, tiny, plan_of):
 
 
 def test_export_tool_turns_a_run_into_a_model(run_dir, tmp_path):
-    done = run_export("--checkpoint", f"{run_dir}@7", "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
-    assert "of the training model's largest" in done.stdout
+    ended = call_tool("export_hf", "--checkpoint", f"{run_dir}@7", "--output", tmp_path / "out")
+    assert f"{tmp_path / 'out'}: " in ended.output
     loaded = load_exported(tmp_path / "out")
     assert loaded.dtype == torch.bfloat16
     assert loaded.data["segments_spec"] == "[3,5]"
@@ -75,22 +66,20 @@ def evaluation(folder, source):
 
 def test_export_tool_puts_an_evaluation_into_the_card_if_it_is_of_this_checkpoint(run_dir, tmp_path):
     good = evaluation(tmp_path / "good", f"{run_dir}@7")
-    done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out", "--evaluation", good)
-    assert done.returncode == 0, done.stderr
+    call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out", "--evaluation", good)
     assert (tmp_path / "out" / "perplexity.png").read_bytes() == b"\x89PNG picture"
     card = (tmp_path / "out" / "README.md").read_text()
     assert "![Perplexity against window length](perplexity.png)" in card and "c" * 64 in card
     assert "| window length | 1,024 | 8,192 |\n| --- | --- | --- |\n| perplexity | 20.50 | inf |" in card
     other = evaluation(tmp_path / "other", f"{run_dir}@6")
-    for folder, message in ((other, "not of"), (tmp_path, "no results of an evaluation")):
-        done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out2", "--evaluation", folder)
-        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+    command = ["--checkpoint", run_dir, "--output", tmp_path / "out2", "--evaluation"]
+    assert_refuses("export_hf", [*command, other], CheckpointError, f"{run_dir}@6", f"{run_dir}@7", location=other)
+    assert_refuses("export_hf", [*command, tmp_path], CheckpointError, "perplexity.json", location=tmp_path)
     assert not (tmp_path / "out2").exists()
 
 
 def test_export_tool_without_data_record_refuses(run_dir, tmp_path):
     (run_dir / "data.json").unlink()
-    done = run_export("--checkpoint", run_dir, "--output", tmp_path / "out")
-    assert done.returncode == 2
-    assert "data.json" in done.stderr and "Traceback" not in done.stderr
+    command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
+    assert_refuses("export_hf", command, CheckpointError, location=run_dir / "data.json")
     assert not (tmp_path / "out").exists()

@@ -10,10 +10,10 @@ from transformers import CompileConfig, DynamicCache, PreTrainedConfig, StaticCa
 
 from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.hf.positions_bipe import Places, memorise, recall
+from tests.helpers.hf import NEAR
 
 # No loops, and separators often: what is generated must move the positions.
 LIVELY = {"no_repeat_ngram_size": 2, "sequence_bias": {(3,): 4.0, (5,): 4.0}, "max_new_tokens": 24}
-NEAR = {"rtol": 0, "atol": 1e-4}  # as in test_modeling.py
 
 
 def padded_prompt(tokens_of, rows, side):

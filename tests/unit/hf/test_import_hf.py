@@ -1,8 +1,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -15,23 +13,14 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.published import PUBLISHED_SEPARATORS, read_published
-from tests.helpers.paths import ROOT
-from tests.helpers.tools import script
-
-TOOL = ROOT / "tools" / "import_hf.py"
+from tests.helpers.errors import raises
+from tests.helpers.tools import assert_refuses, call_tool
 
 
 @pytest.fixture
 def published(golden, tmp_path):
     """A copy of the golden BiPE-ALiBi model, to be damaged."""
     return Path(shutil.copytree(golden / "models" / "bipe_alibi", tmp_path / "published"))
-
-
-def run_import(*arguments):
-    command = [sys.executable, str(TOOL), *map(str, arguments)]
-    return subprocess.run(
-        command, capture_output=True, text=True, timeout=120, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-    )
 
 
 def edit(folder, **changes):
@@ -43,8 +32,8 @@ def edit(folder, **changes):
 @pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi"])
 def test_imported_and_exported_weights_are_the_same_bits(encoding, golden, tmp_path):
     source = golden / "models" / encoding
-    done = run_import("--input", source, "--output", tmp_path / "out")
-    assert done.returncode == 0, done.stderr
+    command = ["--input", source, "--output", tmp_path / "out"]
+    call_tool("import_hf", *command)
     found = load_file(tmp_path / "out" / "model.safetensors")
     for name, weight in load_file(source / "model.safetensors").items():
         if not name.endswith("alibi"):
@@ -63,18 +52,14 @@ def test_imported_and_exported_weights_are_the_same_bits(encoding, golden, tmp_p
     with torch.no_grad():
         logits = model(data["ext_input_ids"]).logits
     torch.testing.assert_close(logits[..., ::20], data["ext_logits_every_20th"], rtol=0, atol=5e-4)
-    # The same again refuses, and says what to do.
-    again = run_import("--input", source, "--output", tmp_path / "out")
-    assert again.returncode == 2
-    assert "--overwrite" in again.stderr and "Traceback" not in again.stderr
+    assert_refuses("import_hf", command, CheckpointError, "--overwrite", location=tmp_path / "out")
 
 
 def test_import_of_float16_keeps_the_bits(published, tmp_path):
     weights = {name: t.half() for name, t in load_file(published / "model.safetensors").items()}
     save_file(weights, published / "model.safetensors")
     edit(published, torch_dtype="float16")
-    done = run_import("--input", published, "--output", tmp_path / "out", "--segments", "[7,13]")
-    assert done.returncode == 0, done.stderr
+    call_tool("import_hf", "--input", published, "--output", tmp_path / "out", "--segments", "[7,13]")
     loaded = load_exported(tmp_path / "out")
     assert loaded.dtype == torch.float16
     assert loaded.data["token_ids"] == (7, 13)
@@ -108,70 +93,57 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (published / "model.safetensors").unlink()
     torch.save({"x": Malicious()}, published / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="hold more than tensors"):
+    with raises(CheckpointError, location="pytorch_model.bin"):
         read_published(published)
     assert not (tmp_path / "harm").exists()
 
 
 @pytest.mark.parametrize(
-    ("changes", "message"),
+    ("changes", "observed", "location"),
     [
-        ({"rpe_type": ...}, "rpe_type None: not the authors' layout"),
-        ({"model_type": "bipe"}, "model_type 'bipe', rpe_type 'bipe_alibi': not the authors' layout"),
-        ({"rpe_type": "xpos"}, "a value that no model here has: .*xpos"),
-        ({"rpe_type": "alibi"}, "belong to no layer"),
-        ({"num_attention_heads": 3}, "the weights do not fit the configuration"),
-        ({"rope_scaling": "linear"}, "rope_scaling is 'linear', no object"),
-        ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, "a value that no model here has: .*yarn"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "dynamic RoPE scaling from 64 tokens, trained at 128"),
-        ({"tie_word_embeddings": True}, "tied embeddings"),
-        ({"rms_norm_eps": ...}, "'rms_norm_eps' is missing"),
-        ({"num_hidden_layers": 4}, "model.layers.3.* is missing"),
+        ({"rpe_type": ...}, ["rpe_type None"], "config.json"),
+        ({"model_type": "bipe"}, ["'bipe'", "'bipe_alibi'"], "config.json"),
+        ({"rpe_type": "xpos"}, ["rpe_type 'xpos'"], "config.json"),
+        ({"rpe_type": "alibi"}, [1], ""),  # a weight too many
+        ({"num_attention_heads": 3}, [64], "config.json"),
+        ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"], "config.json"),
+        ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, ["rope_scaling 'yarn'"], "config.json"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic", 64, 128], "config.json"),
+        ({"tie_word_embeddings": True}, ["tied"], "config.json"),
+        ({"rms_norm_eps": ...}, ["'rms_norm_eps'"], "config.json"),
+        ({"num_hidden_layers": 4}, ["model.layers.3."], ""),
     ],
 )
-def test_read_of_impossible_model_refuses(published, changes, message):
+def test_read_of_impossible_model_refuses(published, changes, observed, location):
     edit(published, **changes)
-    with pytest.raises(CheckpointError, match=message):
+    with raises(CheckpointError, *observed, location=location or None):
         read_published(published)
 
 
 def test_read_without_or_with_damaged_weights_refuses(published):
     (published / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with raises(CheckpointError, location="model.safetensors"):
         read_published(published)
     (published / "model.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"neither model\.safetensors nor pytorch_model\.bin"):
+    with raises(CheckpointError, "model.safetensors", "pytorch_model.bin", location=published):
         read_published(published)
     (published / "pytorch_model.bin").write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="cannot be read"):
+    with raises(CheckpointError, location="pytorch_model.bin"):
         read_published(published)
     for content in ("{", "[]", '{"weight_map": 3}'):
         (published / "pytorch_model.bin.index.json").write_text(content)
-        with pytest.raises(CheckpointError, match="the index of shards is damaged"):
+        with raises(CheckpointError, location="pytorch_model.bin.index.json"):
             read_published(published)
 
 
 def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
-    done = run_import("--input", published, "--output", tmp_path / "out", "--segments", "sentence")
-    assert done.returncode == 2
-    assert "--tokenizer" in done.stderr and "Traceback" not in done.stderr
+    command = ["--input", published, "--output", tmp_path / "out", "--segments", "sentence"]
+    assert_refuses("import_hf", command, DataError, "--tokenizer", location="--segments")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def import_in_process(monkeypatch):
-    """The tool's `main` with a command line, in this process."""
-    with script("import_hf") as module:
-
-        def run(*arguments):
-            monkeypatch.setattr(sys, "argv", ["import_hf.py", *map(str, arguments)])
-            module.main()
-
-        yield run
-
-
 @pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi", "rope", "alibi"])
-def test_import_of_each_published_kind_matches_in_both_precisions(encoding, oracle, tmp_path, import_in_process):
+def test_import_of_each_published_kind_matches_in_both_precisions(encoding, oracle, tmp_path):
     source, data = oracle / "models" / encoding, load_file(oracle / "models" / encoding / "data.safetensors")
     half = Path(shutil.copytree(source, tmp_path / "half"))
     weights = {name: weight.half() for name, weight in load_file(source / "model.safetensors").items()}
@@ -180,7 +152,7 @@ def test_import_of_each_published_kind_matches_in_both_precisions(encoding, orac
     edit(half, torch_dtype="float16")
     for folder, dtype in ((source, torch.float32), (half, torch.float16)):
         output = tmp_path / str(dtype)
-        import_in_process("--input", folder, "--output", output)
+        call_tool("import_hf", "--input", folder, "--output", output)
         model = AutoModelForCausalLM.from_pretrained(output)
         assert model.dtype == dtype
         assert (type(model) is LlamaForCausalLM) == (encoding == "rope")
@@ -194,22 +166,22 @@ def test_import_of_each_published_kind_matches_in_both_precisions(encoding, orac
             assert all(torch.equal(weight, weights[name]) for name, weight in stored.items())
 
 
-def test_import_with_tokenizer_that_cannot_resolve_the_rule_refuses(published, tmp_path, import_in_process):
+def test_import_with_tokenizer_that_cannot_resolve_the_rule_refuses(published, tmp_path):
     folder = tmp_path / "words"
     folder.mkdir()
     tokenizers.Tokenizer(models.WordLevel({"<s>": 0, "a": 1}, unk_token="a")).save(str(folder / "tokenizer.json"))
-    with pytest.raises(DataError, match="Give the segment rule as fixed:N"):
-        import_in_process("--input", published, "--output", tmp_path / "out", "--tokenizer", folder)
+    command = ["--input", published, "--output", tmp_path / "out", "--tokenizer", folder]
+    assert_refuses("import_hf", command, DataError, "fixed:N")
     assert not (tmp_path / "out").exists()
 
 
-def test_import_options_that_mean_nothing_for_the_target_are_refused(published, tmp_path, import_in_process):
-    given = ("--input", published, "--output", tmp_path / "out")
-    with pytest.raises(ConfigError, match="--config, --set mean nothing with --output"):
-        import_in_process(*given, "--config", "no/such.yaml", "--set", "model.num_layers=99")
-    with pytest.raises(ConfigError, match="the output is the input"):
-        import_in_process("--input", published, "--output", published / ".." / "published", "--overwrite")
+def test_import_options_that_mean_nothing_for_the_target_are_refused(published, tmp_path):
+    given = ["--input", published, "--output", tmp_path / "out"]
+    unused = ["--config", "no/such.yaml", "--set", "model.num_layers=99"]
+    assert_refuses("import_hf", [*given, *unused], ConfigError, "--config, --set", "--output", location="--config")
+    itself = published / ".." / "published"
+    assert_refuses("import_hf", [*given[:3], itself, "--overwrite"], ConfigError, location=itself)
     assert read_published(published).config.num_layers and not (tmp_path / "out").exists()
-    import_in_process(*given)
-    with pytest.raises(ConfigError, match="--segments mean nothing with --checkpoint of a model that knows its"):
-        import_in_process("--input", tmp_path / "out", "--checkpoint", tmp_path / "run", "--segments", "newline")
+    call_tool("import_hf", *given)
+    to_run = ["--input", tmp_path / "out", "--checkpoint", tmp_path / "run", "--segments", "newline"]
+    assert_refuses("import_hf", to_run, ConfigError, "--segments", "--checkpoint", location="--segments")

@@ -13,17 +13,9 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.published import read_published
 from megatron_bipe.hf.weights import to_llama
 from megatron_bipe.model.loss import token_losses
-from tests.unit.hf.conftest import ENCODINGS
+from tests.helpers.hf import NEAR, PUBLISHED_ENCODINGS, ids_of
 
-# Logits reach about 10. Most seen: 2.1e-5 and, on another CPU, 5.1e-5, both BiPE-ALiBi with log_scale.
-NEAR = {"rtol": 0, "atol": 1e-4}
 PUBLISHED = SegmentRule(spec="reference", token_ids=(13, 869))
-
-
-def ids_of(tokens, config, rule=None):
-    rule = rule or SegmentRule(spec="[3,5]", token_ids=(3, 5))
-    ends = window_ends(segment_ends(tokens.numpy(), rule), rule)
-    return tuple(torch.from_numpy(ids) for ids in bilevel_ids(ends, config.intra_clip))
 
 
 def published(folder, hf_of, fields):
@@ -49,7 +41,7 @@ def test_model_on_golden_input_matches_reference(encoding, golden, hf_of, fields
         assert torch.equal(inter, data[part + "inter_ids"])
 
 
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_of, fields):
     folder = oracle / "models" / encoding
     model = published(folder, hf_of, fields)
@@ -76,7 +68,7 @@ def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_
         {"num_heads": 1, "norm_eps": 1e-2},
     ],
 )
-@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 def test_model_with_any_option_matches_plan(encoding, changes, tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding=encoding, **changes)
     plan = plan_of(config)

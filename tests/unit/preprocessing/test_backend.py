@@ -1,6 +1,5 @@
 """The fast tokenizer: the stock one's ids in every hard case, and found out where they are not."""
 
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +20,7 @@ from preprocessing.backend import (
     check_ids,
     choose_backend,
 )
+from tests.helpers.backends import Wrong
 from tests.helpers.errors import raises
 from tests.helpers.paths import LLAMA
 
@@ -69,16 +69,6 @@ def fast(tokenizer: Tokenizer) -> GigatokenBackend:
 @pytest.fixture(scope="session")
 def stock(tokenizer: Tokenizer) -> StockBackend:
     return StockBackend(tokenizer)
-
-
-class Wrong:
-    """Gives the stock ids, but for one word."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._stock = StockBackend(tokenizer)
-
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        return self._stock.encode([text.replace("wrong", "right") for text in texts])
 
 
 def documents_of(*texts: str) -> list[Document]:
@@ -136,7 +126,7 @@ def test_choose_backend_one_that_disagrees_is_left_or_refused(
     assert choose_backend(tokenizer, "auto", False, documents_of("fine")) == "gigatoken"
     assert choose_backend(tokenizer, "auto", False, documents_of("fine", "wrong here")) == "stock"
     assert "f.jsonl, line 2" in caplog.text
-    with raises(TokenizerDifferenceError, 1, "'wrong here'", location="f.jsonl, line 1", remedy="--backend stock"):
+    with raises(TokenizerDifferenceError, "'wrong here'", location="f.jsonl, line 1", remedy="--backend stock"):
         choose_backend(tokenizer, "gigatoken", False, documents_of("wrong here"))
 
 

@@ -1,10 +1,5 @@
 """Datasets of examples as they are written: whole or not at all."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 
@@ -21,6 +16,7 @@ from preprocessing.output import Contents
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark
+from tests.helpers.tools import assert_refuses, call_tool
 
 LENGTH = 8
 
@@ -125,11 +121,8 @@ def test_split_without_outputs_has_nothing_to_learn_from(tmp_path, letters, benc
 
 
 def test_prepare_task_command_says_what_was_made_and_leaves_with_2_on_bad_input(tmp_path, letters, benchmark):
-    command = [sys.executable, "tools/prepare_task.py", "scrolls", "--data", str(benchmark), "--segments", "newline"]
-    command += ["--tokenizer", str(letters.definition.parent), "--output", str(tmp_path / "out"), "--length", "1300"]
-    env = os.environ | {"PYTHONPATH": str(Path.cwd())}
-    good = subprocess.run([*command, "--task", "qasper"], env=env, capture_output=True, text=True)
-    assert good.returncode == 0, good.stderr
-    assert "9 examples of qasper" in good.stdout and "windows of 1300 tokens" in good.stdout
-    bad = subprocess.run([*command, "--task", "squad"], env=env, capture_output=True, text=True)
-    assert bad.returncode == 2 and "no SCROLLS task 'squad'" in bad.stderr
+    command = ["scrolls", "--data", benchmark, "--segments", "newline", "--tokenizer", letters.definition.parent]
+    command += ["--output", tmp_path / "out", "--length", 1300]
+    made = call_tool("prepare_task", *command, "--task", "qasper").output
+    assert "9 examples of qasper" in made and "1300 tokens" in made
+    assert_refuses("prepare_task", [*command, "--task", "squad"], DataError, "'squad'")

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import tomllib
 from collections.abc import Iterator
 from importlib.metadata import PathDistribution, distribution
@@ -18,6 +16,7 @@ from megatron_bipe.errors import DataError
 from preprocessing import local_corpus
 from preprocessing.local_corpus import CODE, PROSE, CorpusDocument
 from tests.helpers.errors import raises
+from tests.helpers.tools import assert_refuses, call_tool
 
 REPO = Path(__file__).parents[3]
 
@@ -271,25 +270,18 @@ def test_write_corpus_empty_subset_is_an_error_that_leaves_no_file(tmp_path: Pat
 
 def test_corpus_of_the_pinned_versions_is_this_text(tmp_path: Path) -> None:
     """Versions that change in constraints.txt change it: put the new fingerprint here and where the docs name it."""
-    done = run_tool("--output", str(tmp_path), "--max-bytes", "2000000", "--valid-share", "0.1")
-    assert (done.returncode, "not installed" in done.stderr, "pinned" in done.stderr) == (0, False, False), done.stderr
-    assert done.stdout.split()[-1] == "9f02b55d45afa70f3be2db377c1b5e039f45ba1d3f775cd4cba50183752d89ba"
-
-
-def run_tool(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(REPO / "tools" / "corpus.py"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    output = call_tool("corpus", "--output", tmp_path, "--max-bytes", 2_000_000, "--valid-share", 0.1).output
+    assert "not installed" not in output and "pinned" not in output, output
+    assert output.split()[-1] == "9f02b55d45afa70f3be2db377c1b5e039f45ba1d3f775cd4cba50183752d89ba"
 
 
 def test_corpus_tool_existing_output_exits_2_and_overwrite_replaces_it(tmp_path: Path) -> None:
-    local_corpus.corpus_files(tmp_path)[0].write_text("old")
-    options = ("--output", str(tmp_path), "--max-bytes", "200000", "--valid-share", "0.3")
-    refused = run_tool(*options)
-    assert (refused.returncode, local_corpus.corpus_files(tmp_path)[0].read_text()) == (2, "old")
-    assert "--overwrite" in refused.stderr
-    no_folder = run_tool("--output", str(local_corpus.corpus_files(tmp_path)[0]), "--overwrite")
-    assert no_folder.returncode == 2 and "output is no folder" in no_folder.stderr
-    done = run_tool(*options, "--overwrite")
-    assert (done.returncode, len(done.stdout.splitlines())) == (0, 5), done.stderr
-    assert re.fullmatch("fingerprint [0-9a-f]{64}", done.stdout.splitlines()[-1])
-    assert json.loads(zstandard.open(local_corpus.corpus_files(tmp_path)[1], "rt").readline())["meta"]
+    train, valid = local_corpus.corpus_files(tmp_path)
+    train.write_text("old")
+    options = ("--output", tmp_path, "--max-bytes", 200_000, "--valid-share", 0.3)
+    assert_refuses("corpus", options, DataError, "--overwrite", location=train)
+    assert train.read_text() == "old"
+    assert_refuses("corpus", ["--output", train, "--overwrite"], DataError, location=train)
+    *_, fingerprint = lines = call_tool("corpus", *options, "--overwrite").output.splitlines()
+    assert len(lines) == 5 and re.fullmatch("fingerprint [0-9a-f]{64}", fingerprint)
+    assert json.loads(zstandard.open(valid, "rt").readline())["meta"]

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -24,22 +25,33 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.lock import locked
 from preprocessing import build as build_module
 from preprocessing import output, ranges
-from preprocessing.backend import TokenizerDifferenceError
+from preprocessing.backend import CheckedBackend, StockBackend, TokenizerDifferenceError
 from preprocessing.build import BuildOptions, build
 from preprocessing.ranges import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader
 from preprocessing.work import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
+from tests.helpers.backends import Wrong
 from tests.helpers.errors import raises
+from tests.helpers.tools import call_tool
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
 
 
+DEFAULT_SIZES = (inputs_module.LEAST_RANGE_TEXT_BYTES, LineReader.blocks.__defaults__)
+
+
+@contextmanager
+def range_sizes(least_bytes: int, block_bytes: tuple[Any, ...] | None) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", least_bytes)
+        patch.setattr(LineReader.blocks, "__defaults__", block_bytes)
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def small_ranges() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 16_000)
-        patch.setattr(LineReader.blocks, "__defaults__", (1000,))
+    with range_sizes(16_000, (1000,)):
         yield
 
 
@@ -410,7 +422,6 @@ def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
 
 def _open_wrong_backend(tokenizer: object, name: str, special_in_text: bool, share: float) -> object:
     """Wrong about a text that comes after some that it was right about."""
-    from tests.unit.preprocessing.test_backend import CheckedBackend, StockBackend, Wrong
 
     class WrongLater(Wrong):
         def encode(self, texts: list[str]) -> object:
@@ -424,17 +435,20 @@ def test_preprocess_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, 
     file = tmp_path / "in.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} words of a text .\n" * 40}) + "\n" for n in range(9000)))
 
-    def command(name: str) -> list[str]:
+    def options(name: str) -> list[str]:
         paths = ["--input", str(file), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / name)]
-        return [sys.executable, str(PREPROCESS), *paths, "--shard-tokens", "250000", "--workers", "2"]
+        return [*paths, "--shard-tokens", "250000", "--workers", "2"]
 
-    process = subprocess.Popen(command("out"), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        [sys.executable, str(PREPROCESS), *options("out")], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
     until_s = time.monotonic() + 60
     while len(list((tmp_path / "out" / WORK_FOLDER).glob("*/range.json"))) < 3 and time.monotonic() < until_s:
         time.sleep(0.002)
     process.kill()
     assert process.wait() == -signal.SIGKILL
-    again = subprocess.run(command("out"), check=True, capture_output=True, text=True)
-    assert "ranges are done" in again.stderr
-    subprocess.run([*command("whole"), "--workers", "1"], check=True, capture_output=True)
+    with range_sizes(*DEFAULT_SIZES):  # those of the process
+        again = call_tool("preprocess", *options("out"))
+        assert "ranges are done" in again.output
+        call_tool("preprocess", *options("whole"), "--workers", 1)
     assert content(tmp_path / "out") == content(tmp_path / "whole")

@@ -148,10 +148,15 @@ def test_preprocess_leaves_no_workers_however_it_ends(tmp_path: Path, tokenizer_
         command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *paths, "--workers", "2"]
         null = subprocess.DEVNULL
         started.append(subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=null, stderr=null))
-    for mark, parent, number in zip(marks, started, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True):
-        while sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(mark)) < 2:
-            assert parent.poll() is None
-            time.sleep(0.02)
-        parent.send_signal(number)
+    waiting = list(zip(marks, started, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True))
+    while waiting:  # for the workers of any: the others work on meanwhile, and would be done
+        for one in waiting[:]:
+            mark, parent, number = one
+            if sum(b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes() for pid in marked(mark)) >= 2:
+                parent.send_signal(number)
+                waiting.remove(one)
+            else:
+                assert parent.poll() is None
+        time.sleep(0.02)
     assert not left_after(marks, 10)
     assert not any(parent.wait() == 0 for parent in started)

@@ -16,7 +16,6 @@ LIMIT_S = 10
 PARENT = """
 import sys
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
-from tests.helpers.paths import ROOT
 
 stubborn = "trap '' TERM INT; sleep 300 & bash -c 'sleep 300; true' & echo up; wait; wait"
 polite = "trap 'sleep 1; echo saved >> $FILE; exit' TERM; sleep 300 & echo up; wait"

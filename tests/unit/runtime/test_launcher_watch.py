@@ -33,7 +33,6 @@ else:  # all output goes through its hands
 RANK = """
 import ctypes, pathlib, signal, sys, time
 from megatron_bipe.runtime.launcher_watch import watch_launcher
-from tests.helpers.paths import ROOT
 
 how, file = sys.argv[1], pathlib.Path(sys.argv[2])
 watch_launcher(is_importing=how != "is killed, too")

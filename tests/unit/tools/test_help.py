@@ -1,6 +1,6 @@
 """Commands answer `--help` and errors in their arguments before they import what takes seconds.
 
-Each command runs in an interpreter of its own, which is asked several things, since imports are remembered.
+One interpreter imports what all commands may import at once, and forks for each question.
 """
 
 import json
@@ -23,6 +23,11 @@ SUBCOMMANDS = {
     "tools/prepare_task.py": ("scrolls", "arithmetic"),
 }
 ERRORS = {
+    "pretrain.py": [
+        "--ds_config ds_configs/zero2.json --config none.yaml",
+        "--ds_config ds_configs/zero2.json --set none=1",
+        "--ds_config none.json",
+    ],
     "tools/evaluate.py": [
         "perplexity --model none --data none --lengths abc --output none",
         "perplexity --model none --data none --lengths 8 --output none",
@@ -36,60 +41,74 @@ ERRORS = {
     "tools/import_hf.py": ["--input none --output none"],
     "tools/study.py": ["--encodings none"],
 }
-RUN = """
-import contextlib, io, json, runpy, sys
+LIGHT = ["numpy", "tokenizers", "tqdm", "megatron_bipe.config.load", "preprocessing.build", "preprocessing.scrolls"]
+FORKS = """
+import importlib, json, os, runpy, sys
 
-script, *cases = map(json.loads, sys.argv[1:])
-ends = []
-for arguments in cases:
-    sys.argv[:] = [script, *arguments]
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+questions, heavy, light, folder = json.loads(sys.argv[1])
+
+
+class Recorder:
+    def find_spec(self, name, *_):
+        if name.partition(".")[0] in heavy:
+            print(name, file=record, flush=True)
+
+
+record = open(f"{folder}/light.heavy", "w")
+sys.meta_path.insert(0, Recorder())
+for name in light:
+    importlib.import_module(name)
+codes = []
+for number, (script, *arguments) in enumerate(questions):
+    child = os.fork()
+    if not child:
+        record = open(f"{folder}/{number}.heavy", "w")
+        os.dup2(os.open(f"{folder}/{number}.output", os.O_WRONLY | os.O_CREAT), 1)
+        os.dup2(1, 2)
+        sys.argv[:] = [script, *arguments]
         try:
             runpy.run_path(script, run_name="__main__")
-            code = None
+            code = 1  # it chose none
         except SystemExit as end:
-            code = end.code
-    ends.append((code, out.getvalue(), err.getvalue()))
-print(json.dumps([ends, list(sys.modules)]))
+            code = end.code or 0
+        sys.stdout.flush()
+        os._exit(code)
+    codes.append(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+print(json.dumps(codes))
 """
 
 
-def heavy(modules):
-    """Those of the modules that a command may import only for its work."""
-    return HEAVY & {name.partition(".")[0] for name in modules}
-
-
-def ask(script, cases):
-    """Run a command once for each list of arguments: (code, stdout, stderr) of each, and all modules imported."""
-    command = [sys.executable, "-c", RUN, *map(json.dumps, (script, *cases))]
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    """Of each command line: its exit code, its output, and heavy modules that it imports."""
+    folder = tmp_path_factory.mktemp("answers")
+    questions = [
+        *([script, "--help"] for script in COMMANDS),
+        *([script, name, "--help"] for script, names in SUBCOMMANDS.items() for name in names),
+        *([script, *line.split()] for script, lines in ERRORS.items() for line in lines),
+    ]
+    command = [sys.executable, "-c", FORKS, json.dumps([questions, sorted(HEAVY), LIGHT, str(folder)])]
     # Python puts the folder of a script on its path, but not for `-c`.
-    env = os.environ | {"PYTHONPATH": os.pathsep.join((str((ROOT / script).parent), str(ROOT)))}
-    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=120, check=True)
-    return json.loads(done.stdout)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT / "tools"), str(ROOT)))}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300, check=True)
+    assert (folder / "light.heavy").read_text() == ""
+    return {
+        " ".join(question): (code, (folder / f"{n}.output").read_text(), (folder / f"{n}.heavy").read_text())
+        for n, (question, code) in enumerate(zip(questions, json.loads(done.stdout), strict=True))
+    }
 
 
 @pytest.mark.parametrize("script", COMMANDS)
-def test_help_imports_nothing_heavy(script):
-    cases = [["--help"], *([name, "--help"] for name in SUBCOMMANDS.get(script, ()))]
-    ends, modules = ask(script, cases)
-    for (code, shown, _), arguments in zip(ends, cases, strict=True):
-        assert code == 0 and " ".join(arguments[:-1]) in shown and "usage: " in shown
-    assert not heavy(modules)
+def test_help_imports_nothing_heavy(answers, script):
+    for name in ("", *(f"{name} " for name in SUBCOMMANDS.get(script, ()))):
+        code, output, heavy = answers[f"{script} {name}--help"]
+        assert code == 0 and "usage: " in output and name.strip() in output
+        assert not heavy
 
 
 @pytest.mark.parametrize("script", list(ERRORS))
-def test_errors_in_arguments_import_nothing_heavy(script):
-    ends, modules = ask(script, [line.split() for line in ERRORS[script]])
-    for (code, _, said), line in zip(ends, ERRORS[script], strict=True):
-        assert code == 2 and ("none" in said or "abc" in said), line
-    assert not heavy(modules)
-
-
-@pytest.mark.parametrize("options", ["--config none.yaml", "--set none=1", "--ds_config none.json"])
-def test_pretrain_error_in_configuration_imports_nothing_heavy(options):
-    command = [sys.executable, "-X", "importtime", "pretrain.py", "--ds_config", "ds_configs/zero2.json"]
-    done = subprocess.run([*command, *options.split()], cwd=ROOT, capture_output=True, text=True, timeout=120)
-    imported = [line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")]
-    assert done.returncode == 2 and "ConfigError: " in done.stderr and "Traceback" not in done.stderr
-    assert "megatron_bipe.config.schema" in imported and not heavy(imported)
+def test_errors_in_arguments_import_nothing_heavy(answers, script):
+    for line in ERRORS[script]:
+        code, output, heavy = answers[f"{script} {line}"]
+        assert code == 2 and ("none" in output or "abc" in output) and "Traceback" not in output, output
+        assert not heavy

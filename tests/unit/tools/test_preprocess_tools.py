@@ -1,48 +1,33 @@
-"""The commands that make tokenizers and datasets, run as a user runs them."""
+"""The commands that make tokenizers and datasets, one after the other."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 from megatron_bipe.data.dataset import TokenDataset
-
-TOOLS = Path(__file__).resolve().parents[3] / "tools"
-
-
-def run(tool: str, *arguments: object) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(TOOLS / tool), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+from megatron_bipe.errors import DataError
+from tests.helpers.tools import assert_refuses, call_tool
 
 
 def test_train_then_preprocess_then_refuse_to_overwrite(tmp_path: Path) -> None:
-    file = tmp_path / "in.jsonl"
+    file, tokenizer, output = (tmp_path / name for name in ("in.jsonl", "tok", "out"))
     file.write_text("".join(json.dumps({"body": f"{n} words , and a stop .\n"}) + "\n" for n in range(200)) + "bad\n")
-    trained = run(
-        "train_tokenizer.py", "--input", file, "--vocab-size", 285, "--output", tmp_path / "tok", "--text-key", "body"
+    text = ("--input", file, "--text-key", "body")
+    assert (
+        f"{tokenizer}: 285 tokens"
+        in call_tool("train_tokenizer", *text, "--vocab-size", 285, "--output", tokenizer).output
     )
-    assert trained.returncode == 0, trained.stderr
-    assert f"{tmp_path / 'tok'}: 285 tokens" in trained.stdout
-    command = ("--input", file, "--tokenizer", tmp_path / "tok", "--output", tmp_path / "out", "--text-key", "body")
-    made = run("preprocess.py", *command, "--workers", 2, "--segments", "newline")
-    assert made.returncode == 0, made.stderr
-    assert "200 documents" in made.stdout
-    assert f"{file}, line 201: no JSON" in made.stderr
-    assert "MB/s" in made.stderr
-    assert TokenDataset(tmp_path / "out").manifest.num_documents == 200
-    refused = run("preprocess.py", *command)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith("DataError: ") and "--overwrite" in refused.stderr
-    assert "Traceback" not in refused.stderr
-    too_large = run(
-        "train_tokenizer.py", "--input", file, "--vocab-size", 9999, "--output", tmp_path / "x", "--text-key", "body"
-    )
-    assert too_large.returncode == 2
-    assert "largest possible size" in too_large.stderr
+    command = (*text, "--tokenizer", tokenizer, "--output", output)
+    made = call_tool("preprocess", *command, "--workers", 2, "--segments", "newline").output
+    assert "200 documents" in made
+    assert f"{file}, line 201" in made
+    assert "MB/s" in made
+    assert TokenDataset(output).manifest.num_documents == 200
+    assert_refuses("preprocess", command, DataError, "--overwrite", location=output)
+    too_large = (*text, "--vocab-size", 9999, "--output", tmp_path / "x")
+    assert_refuses("train_tokenizer", too_large, DataError, 9999)
 
 
 def test_preprocess_help_names_every_option() -> None:
-    shown = run("preprocess.py", "--help")
-    assert shown.returncode == 0
+    shown = call_tool("preprocess", "--help").output
     options = "input tokenizer output segments workers partition-by shard-tokens text-key special-in-text max-malformed"
-    assert all(f"--{option}" in shown.stdout for option in [*options.split(), "overwrite"])
+    assert all(f"--{option}" in shown for option in [*options.split(), "overwrite"])

@@ -1,17 +1,14 @@
 """The order of a step, with an engine that only takes notes."""
 
 import json
+import signal
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.api import StepResult
-from megatron_bipe.engine.checkpoint import find_checkpoint, step_folder
+from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import HealthError
-from megatron_bipe.parallel.agreement import Agreement
-from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.events import Events, read_events
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
@@ -19,77 +16,9 @@ from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.recovery import Recovery
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.stopping import StopRequest
+from megatron_bipe.train.stopping import SIGNALS, StopRequest
 from tests.helpers.errors import assert_warned, raises
-
-MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
-NAN = float("nan")
-
-
-class Notes:
-    """Engine, feed and watchdog in one: everything that was asked of them, in order."""
-
-    has_valid, agreement = True, Agreement(MAIN)
-
-    def __init__(self, run_dir, bad_samples=()):
-        self.calls, self.run_dir, self.bad_samples, self.loop_states = [], run_dir, bad_samples, {}
-        self.in_validation = self.in_save = lambda: None
-
-    @property
-    def names(self):
-        return [call[0] for call in self.calls]
-
-    def of(self, name):
-        return [call[1] for call in self.calls if call[0] == name]
-
-    def train_step(self, first_sample, lr):
-        self.calls.append(("step", first_sample, lr))
-        return StepResult(NAN if first_sample in self.bad_samples else 2.0, 1.0)
-
-    def eval_loss(self, batches):
-        for number, _ in enumerate(batches):
-            self.calls.append(("eval", number))
-            self.in_validation()
-        return 1.0
-
-    def save(self, run_dir, step, *, loop_state, final):
-        self.calls.append(("save", step, final))
-        self.in_save()
-        self.loop_states[step_folder(run_dir, step)] = loop_state
-        step_folder(run_dir, step).mkdir(parents=True, exist_ok=True)
-
-    def newest_good(self, run_dir):
-        return find_checkpoint(run_dir) if self.loop_states else None
-
-    def load(self, folder):
-        self.calls.append(("load", folder.name))
-        return self.loop_states[folder]
-
-    def tell_passes(self, to):
-        pass
-
-    def still_there(self):
-        pass
-
-    def own_time_s(self):
-        return 0.1
-
-    reading_time_s = own_time_s
-
-    def train_batches(self, first_sample):
-        return first_sample
-
-    def valid_batches(self):
-        return range(1)
-
-    def windows(self, first_sample):
-        return torch.arange(first_sample, first_sample + 256)
-
-    def at(self, place):
-        pass
-
-    def over(self, place, batches):
-        return batches
+from tests.helpers.loop import MAIN, Notes
 
 
 @pytest.fixture
@@ -149,20 +78,30 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
     assert done.notes.names == [] and done.end.step == 0
 
 
-def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_is_the_last(start):
-    request, notes = StopRequest(), Notes(None)
-    notes.in_save = lambda: request._take(15, None)
-    done = start("train.save_every=2", "train.valid_every=0", stop_request=request, notes=notes)
-    assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
-    assert done.end.step == 3 and request.granted
-
-
-def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start):
+@pytest.fixture
+def stop_request():
+    """A request that listens to signals."""
+    before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
+    request.listen()
+    yield request
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_is_the_last(start, stop_request):
+    notes = Notes(None)
+    notes.in_save = lambda: signal.raise_signal(signal.SIGTERM)
+    done = start("train.save_every=2", "train.valid_every=0", stop_request=stop_request, notes=notes)
+    assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
+    assert done.end.step == 3 and stop_request.granted
+
+
+def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start, stop_request):
     notes = Notes(None)
     notes.valid_batches = lambda: range(100)
-    notes.in_validation = lambda: request._take(15, None)
-    done = start(stop_request=request, notes=notes)
+    notes.in_validation = lambda: signal.raise_signal(signal.SIGTERM)
+    done = start(stop_request=stop_request, notes=notes)
     assert notes.names == ["step", "step", "eval", "save"] and done.end.valid_owed
     assert '"loss/valid_nats"' not in (done.run_dir / "metrics.jsonl").read_text()
 

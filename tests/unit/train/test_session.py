@@ -8,7 +8,7 @@ from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.progress import Progress
 from megatron_bipe.train.session import go_on
 from megatron_bipe.train.stopping import StopRequest
-from tests.unit.train.test_loop import MAIN, Notes
+from tests.helpers.loop import MAIN, Notes
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 

@@ -17,11 +17,14 @@ WIDTH = 12
 LOCATION = "train.seq_len_tokens or --lengths"
 
 
-def embedding_of(encoding, **changes):
+def config_of(encoding, **changes):
     shape = {"num_layers": 1, "hidden_size": WIDTH, "num_heads": 2, "ffn_size": 8, "vocab_size": 20, "intra_size": 9}
-    config = ModelConfig(**{**shape, "encoding": encoding, "train_len_tokens": 32, **changes})
+    return ModelConfig(**{**shape, "encoding": encoding, "train_len_tokens": 32, **changes})
+
+
+def embedding_of(encoding, **changes):
     torch.manual_seed(0)
-    return Embedding(config, LocalLayers())
+    return Embedding(config_of(encoding, **changes), LocalLayers())
 
 
 def windows(num_tokens):
@@ -73,7 +76,7 @@ def test_none_adds_nothing(encoding):
 
 @pytest.mark.parametrize(("encoding", "longest"), [("learned", 32), ("randomized_rope", 128)])
 def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
-    model = build_model(embedding_of(encoding)._config)
+    model = build_model(config_of(encoding))
     assert model(windows(longest)).isfinite().all()
     with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={encoding}", location=LOCATION):
         model(windows(longest + 1))

@@ -2,13 +2,18 @@
 
 import re
 import shutil
-import subprocess
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).parents[4]
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import run_programs
+
 TABLE = "RELATIVE: Mapping[str, Relative] = {\n"
 USE = """
+import sys
+
+for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_bipe"]:
+    del sys.modules[name]
+sys.path.insert(0, folder)
+
 import torch
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.plan import build_model
@@ -41,5 +46,5 @@ def test_encoding_of_one_file_and_one_line_trains(tmp_path):
     before = table.read_text("utf-8")
     assert before.count(TABLE) == 1 and line.count("\n") == 1
     table.write_text(before.replace(TABLE, TABLE + line))
-    done = subprocess.run([sys.executable, "-c", USE], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.stdout == "done\n", done.stderr
+    [ended] = run_programs(exec, [USE, {"folder": str(tmp_path)}], tmp_path / "log")
+    assert ended == (0, "done\n")

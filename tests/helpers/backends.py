@@ -1,0 +1,16 @@
+"""A tokenizer backend that errs."""
+
+from collections.abc import Sequence
+
+from megatron_bipe.data.tokenizer import Tokenizer
+from preprocessing.backend import Encoded, StockBackend
+
+
+class Wrong:
+    """Gives the stock ids, but for one word."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._stock = StockBackend(tokenizer)
+
+    def encode(self, texts: Sequence[str]) -> Encoded:
+        return self._stock.encode([text.replace("wrong", "right") for text in texts])
