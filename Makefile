@@ -33,11 +33,12 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-parallel test-faults lint bench clean anew
+.PHONY: help setup quickstart test test-slow test-all test-parallel test-faults lint bench clean anew
 
 help:
 	@echo 'make quickstart   from raw text to trained, evaluated and exported models, on this machine'
-	@echo 'make test         all tests (TEST_WORKERS=2)'
+	@echo 'make test         the tests to run before a commit, in minutes (TEST_WORKERS=2)'
+	@echo 'make test-all     those and the slow ones: every pair of layouts, real launchers, repeated kills'
 	@echo 'make test-parallel  every layout of up to 8 ranks against one process; writes the table of docs/parallelism.md'
 	@echo 'make test-faults  50 killed ranks and 10 stops of a small run, against one that is left alone'
 	@echo 'make lint         ruff, mypy, import-linter'
@@ -81,8 +82,16 @@ $(DEV): $(RUN)
 quickstart: $(RUN)
 	$(BIN)/python tools/quickstart.py
 
+# A file stays on one worker, since its tests share launches; files that launch ranks come first, the short ones last.
+pytest = OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile --no-loadscope-reorder
+
 test: $(DEV)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadfile
+	$(pytest) -m 'not slow'
+
+test-slow: $(DEV)
+	$(pytest) -m slow
+
+test-all: test test-slow
 
 test-parallel: $(DEV)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.distributed.table
