@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
+from megatron_bipe.runtime.child_processes import leave_with_parent
 from tests.helpers.paths import ROOT
 
 PRELOADED = [
@@ -147,6 +148,7 @@ def start_program(
 
 def _begin(function: Any, env: dict[str, str], log: Path | None, arguments: Sequence[Any]) -> None:
     """Make this fork the process that was asked for."""
+    leave_with_parent()
     os.environ.clear()
     os.environ.update(env)
     os.chdir(ROOT)
