@@ -2,6 +2,7 @@
 
 import gc
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -35,6 +36,15 @@ LAYOUTS = {
 
 def config(name: str, **changes: Any) -> ModelConfig:
     return ModelConfig(hidden_size=128, num_heads=4, ffn_size=192, **(MODELS[name] | changes))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def frozen() -> Iterator[None]:
+    """What was there before does not count, and is not looked at."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def alive() -> dict[int, int]:

@@ -115,29 +115,29 @@ def train_steps(engine: Any, mesh: Mesh, steps: range, micro: int = 2) -> tuple[
     return [float(result.loss_nats) for result in results], [float(result.grad_norm) for result in results]
 
 
-def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Outcome]:
-    """Each layout for `STEPS` updates, one after the other in the same processes."""
+def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int = STEPS) -> dict[Layout, Outcome]:
+    """Train each layout for some updates, one after the other in the same processes."""
     found = {}
     # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
     for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
         try:
-            found[layout] = train_layout(mesh, layout, Path(work_dir) / f"{mesh.num_ranks}-{number}")
+            found[layout] = train_layout(mesh, layout, Path(work_dir) / f"{mesh.num_ranks}-{number}", steps)
         except Exception as error:
             error.add_note(f"in {layout} on {mesh.num_ranks} ranks")
             raise
     return found
 
 
-def train_layout(mesh: Mesh, layout: Layout, run_dir: Path) -> Outcome:
-    """One layout for `STEPS` updates, and what its checkpoint then holds."""
+def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outcome:
+    """Train a layout for some updates; return what this rank saw, and what its checkpoint then holds."""
     from megatron_bipe.config.load import dump_yaml
     from megatron_bipe.engine.checkpoint import find_checkpoint
     from megatron_bipe.engine.weights import read_weights
 
     engine, laid_out = start(layout, mesh, run_dir)
-    losses, norms = train_steps(engine, laid_out, range(STEPS), layout.micro)
+    losses, norms = train_steps(engine, laid_out, range(steps), layout.micro)
     held_out = engine.eval_loss(batches(99, laid_out, micro=layout.micro))
-    engine.save(run_dir, STEPS)
+    engine.save(run_dir, steps)
     if not mesh.is_main:
         return Outcome(losses, norms, held_out, None)
     (run_dir / "config.yaml").write_text(dump_yaml(run_config(layout, run_dir)))

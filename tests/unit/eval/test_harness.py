@@ -170,6 +170,7 @@ with mock.patch("lm_eval.tasks.TaskManager", return_value=manager):
 """
 
 
+@pytest.mark.slow
 def test_harness_from_its_own_command_line_gives_our_log_likelihoods(models, tasks, tmp_path):
     question = json.dumps([str(tasks), {encoding: str(folder) for encoding, folder in models.items()}, str(tmp_path)])
     command = [sys.executable, "-c", COMMANDS, question]

@@ -108,6 +108,7 @@ def test_model_spread_by_a_device_map_generates_the_same(folder, device_map, fre
     assert torch.equal(found, expected)
 
 
+@pytest.mark.slow
 def test_compiled_model_gives_the_same_logits_without_a_graph_break(model, tokens_of):
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="eager", fullgraph=True)

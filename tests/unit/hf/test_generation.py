@@ -75,6 +75,7 @@ def test_generate_in_a_mode_that_transformers_gave_away_refuses(bilevel, tokens_
         bilevel.generate(tokens_of(1, 8), max_new_tokens=2, **mode)
 
 
+@pytest.mark.slow
 def test_generate_compiled_over_a_static_cache_is_one_graph_and_equals_plain(model, tokens_of):
     prompt, mask = padded_prompt(tokens_of, 3, "left")
     compile_config = CompileConfig(fullgraph=True, backend="eager", mode=None)

@@ -70,6 +70,7 @@ def test_preprocess_ranks_with_workers_give_the_bytes_of_one_process(
 
 
 @needs_mpi
+@pytest.mark.slow
 def test_preprocess_rank_that_fails_ends_all_and_the_work_goes_on_later(
     tmp_path: Path, tokenizer_folder: Path, corpus: Path
 ) -> None:
