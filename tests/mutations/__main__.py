@@ -75,7 +75,7 @@ def copy_tree(folder: Path) -> None:
 
 def run_tests(root: Path, tests: Sequence[str], only: str = "") -> tuple[int | None, str]:
     """Return pytest's exit code, None if time was up, and its output."""
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     command += ["-k", only] if only else []
     # Without bytecode files, which are looked up by size and second, a mutation is never taken for the file before it.
     settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
