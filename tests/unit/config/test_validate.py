@@ -77,6 +77,7 @@ def test_validate_default_run_passes_and_accumulates():
         (["optimizer.min_lr=1"], ["optimizer.min_lr=1.0", "optimizer.lr=0.0001"]),
         (["train.steps=100"], ["optimizer.warmup_steps=10000", 100, "train.steps", "optimizer.decay_steps"]),
         (["train.global_batch=20"], ["train.global_batch=20", "train.micro_batch=8", 2, 16]),
+        (["train.global_batch=24"], ["train.global_batch=24", "train.micro_batch=8", 2, 16]),
         (["data.path=a", "data.valid_path=a"], ["data.valid_path=a"]),
         (
             ["model.encoding=bipe_alibi", "train.seq_len_tokens=65600", "model.intra_size=65600"],

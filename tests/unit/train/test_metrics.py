@@ -12,6 +12,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.api import StepResult
+from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import MetricsFile
@@ -66,13 +67,20 @@ def test_metrics_lines_say_when_they_were_written_and_tensorboard_does_not(run, 
     assert _scalars(run, "time") == []
 
 
-@pytest.mark.parametrize(("peak_flops", "warnings"), [(1.0, 1), (1e30, 0)])
-def test_metrics_warn_once_of_an_mfu_above_one(run, caplog, peak_flops, warnings):
-    metrics = Metrics(run, MAIN, Progress(), peak_flops)
+@pytest.mark.parametrize(("mfu", "warnings"), [(0.99, 0), (1.01, 1)])
+def test_metrics_mfu_is_of_the_peak_of_all_ranks_and_above_one_warned_of_once(run, monkeypatch, caplog, mfu, warnings):
+    tokens = run.train.global_batch * run.train.seq_len_tokens
+    flops = tokens * train_flops_per_token(run.model, run.train.seq_len_tokens)
+    now_s, step_s, num_ranks = 0.0, 4.0, 2
+    monkeypatch.setattr("time.perf_counter", lambda: now_s)
+    mesh = Mesh(0, 0, num_ranks, num_ranks, torch.device("cpu"))
+    metrics = Metrics(run, mesh, Progress(), flops / (mfu * step_s * num_ranks))
     for step in (1, 2):
+        now_s += step_s
         metrics.step(step, (0, 8), StepResult(torch.tensor(1.0), 0.5), lr=1e-4)
         metrics.flush()
     metrics.close()
+    assert [line["util/mfu"] for line in _lines(run)] == pytest.approx([mfu, mfu])
     assert [record.levelname for record in caplog.records] == ["WARNING"] * warnings
 
 
