@@ -4,10 +4,10 @@ import time
 
 from megatron_bipe.engine.checkpoint import list_steps
 from tests.helpers.commands import options
-from tests.helpers.ranks import start_program
+from tests.helpers.ranks import patience, start_program
 from tests.helpers.tools import pretrain_program, run_pretrain
 
-TIME_LIMIT_S = 120
+TIME_LIMIT_S = 60
 
 
 def arguments(data, run_dir, *settings, stop_step):
@@ -19,7 +19,7 @@ def test_two_jobs_on_one_run_folder_the_second_is_refused_until_the_first_is_gon
     endless = arguments(text_dataset, run_dir, "train.save_every=5", stop_step=100_000)
     first = start_program(*pretrain_program(endless), log=log)
     try:
-        until_s = time.monotonic() + TIME_LIMIT_S
+        until_s = time.monotonic() + patience(TIME_LIMIT_S)
         while not (run_dir / "checkpoints" / "latest").exists():
             assert first.is_alive() and time.monotonic() < until_s, log.read_text()
             time.sleep(0.05)

@@ -59,7 +59,7 @@ def run_all(
         ]
         outputs = []
         try:
-            outputs = [process.communicate(timeout=limit_s)[0] for process in started]
+            outputs = [process.communicate(timeout=patience(limit_s))[0] for process in started]
         finally:
             left = marked(mark)
             for pid in left:

@@ -5,6 +5,7 @@ Measured on 2 cores: a rank in a new interpreter takes 2.9 s of CPU time until i
 0.01 s and 0.1 s. The server only imports and starts no threads, so a fork is like a fresh process.
 """
 
+import functools
 import gc
 import itertools
 import multiprocessing
@@ -27,9 +28,11 @@ PRELOADED = [
     *("deepspeed", "transformers", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"),
     *("megatron_bipe.engine.start", "megatron_bipe.train.session"),
 ]
-TIME_LIMIT_S = 900  # of a launch; it may share two cores with other work
+# Limits for an idle machine with two cores; `patience` scales them.
+TIME_LIMIT_S = 300  # of a launch
 LAST_WORDS_S = 10.0  # that the others have when a rank has failed
 GRACE_S = 25.0  # between SIGTERM and SIGKILL, as launchers give it
+IDLE_START_S = 10.0  # of the fork server
 # Below those that the system gives to connections, one of which would otherwise come in before a rank listens.
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
 _port_numbers = itertools.count(os.getpid() * 1009)
@@ -58,7 +61,7 @@ def run_ranks(
         for env, outcome in zip(launch_variables(num_ranks), outcomes, strict=True)
     ]
     try:
-        _wait(ranks, outcomes, time.monotonic() + time_limit_s)
+        _wait(ranks, outcomes, time.monotonic() + patience(time_limit_s))
     finally:
         for process in ranks:
             process.kill()
@@ -92,10 +95,10 @@ def run_programs(
         start_program(function, *arguments, env=both | dict(env or {}), log=log)
         for both, log in zip(variables, logs, strict=True)
     ]
-    until_s, is_ending = time.monotonic() + time_limit_s, False
+    until_s, is_ending = time.monotonic() + patience(time_limit_s), False
     while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
         if not is_ending and any(process.exitcode for process in ranks):
-            is_ending, until_s = True, min(until_s, time.monotonic() + GRACE_S)
+            is_ending, until_s = True, min(until_s, time.monotonic() + patience(GRACE_S))
             for process in ranks:
                 process.terminate()
         time.sleep(0.02)
@@ -106,6 +109,18 @@ def run_programs(
     output = "\n".join(log.read_text() for log in logs)
     assert is_ending or not alive, f"ranks {alive} ran on after {time_limit_s} s:\n{output}"
     return [Ended(process.exitcode or 0, log.read_text()) for process, log in zip(ranks, logs, strict=True)]
+
+
+def patience(limit_s: float) -> float:
+    """Return a time limit, longer by as much as the fork server took longer to start than on an idle machine."""
+    return limit_s * max(1.0, _server_start_s() / IDLE_START_S)
+
+
+@functools.cache
+def _server_start_s() -> float:
+    began_s = time.monotonic()
+    start_program(os.getpid).join()
+    return time.monotonic() - began_s
 
 
 def launch_variables(num_ranks: int) -> list[dict[str, str]]:
@@ -181,4 +196,4 @@ def _wait(ranks: list[BaseProcess], outcomes: list[Path], until_s: float) -> Non
         for path in [path for path in awaited if path.exists()]:
             awaited.remove(path)
             if pickle.loads(path.read_bytes())[0] == "failed":
-                until_s = min(until_s, time.monotonic() + LAST_WORDS_S)
+                until_s = min(until_s, time.monotonic() + patience(LAST_WORDS_S))

@@ -45,7 +45,7 @@ class Gate:
         monkeypatch.setattr(module, name, waiting)
 
 
-def test_save_beside_training_holds_the_state_of_its_moment(tmp_path, live, monkeypatch):
+def test_save_in_background_holds_the_state_of_its_moment(tmp_path, live, monkeypatch):
     state, fragments = live
     gate = Gate(monkeypatch, "write_fragments")
     saver = make_saver()
