@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import time
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,8 +11,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
+from tests.helpers.paths import BIN, ROOT
+from tests.helpers.ranks import patience
+
 TIME_LIMIT_S = 300
 MARK = "STARTED_BY_TEST"
 MODEL = "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 48, vocab_size: 400, intra_size: 64}"
@@ -86,7 +86,7 @@ def marked(mark: str) -> list[int]:
 
 def left_after(marks: Iterable[str], limit_s: float) -> list[str]:
     """The commands of marked processes that still run when the time is over, which are killed then."""
-    marks, until_s = list(marks), time.monotonic() + limit_s
+    marks, until_s = list(marks), time.monotonic() + patience(limit_s)
     while any(map(marked, marks)) and time.monotonic() < until_s:
         time.sleep(0.1)
     left = []
