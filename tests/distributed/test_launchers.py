@@ -13,7 +13,8 @@ from torch.distributed.run import get_args_parser
 
 import pretrain
 from megatron_bipe.config.load import load_run_config
-from tests.helpers.commands import BIN, ROOT, TEXTS, options, run
+from tests.helpers.commands import options, run
+from tests.helpers.paths import BIN, ROOT
 
 SCRIPTS = ROOT / "examples" / "launch"
 NAMES = ("one_machine.sh", "hostfile.sh", "slurm.sbatch", "mpi.sh", "torchrun.sh")
@@ -142,16 +143,9 @@ def test_launch_one_machine_with_two_choices_of_gpus_is_refused():
     assert ended.code == 2 and "GPUS=2" in ended.output and "CUDA_VISIBLE_DEVICES=4,5" in ended.output
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, write_text_dataset):
-    folder = tmp_path_factory.mktemp("data")
-    write_text_dataset(folder, TEXTS)
-    return folder
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
-def test_launch_script_trains_two_ranks(name, data, tmp_path, free_port):
+def test_launch_script_trains_two_ranks(name, text_dataset, tmp_path, free_port):
     port, hosts = str(free_port()), tmp_path / "hosts"
     hosts.write_text("localhost slots=2\n")
     if name == "mpi.sh" and not (BIN / "mpiexec").exists() and not shutil.which("mpiexec"):
@@ -170,7 +164,7 @@ def test_launch_script_trains_two_ranks(name, data, tmp_path, free_port):
         "torchrun.sh": {"GPUS": "2", "PORT": port},
     }[name]
     run_dir = tmp_path / "run"
-    ended = run(str(SCRIPTS / name), *options(data, run_dir), env=env)
+    ended = run(str(SCRIPTS / name), *options(text_dataset, run_dir), env=env)
     assert ended.code == 0 and not ended.left, ended.output
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [1, 2]

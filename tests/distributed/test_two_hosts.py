@@ -12,7 +12,8 @@ import uuid
 
 import pytest
 
-from tests.helpers.commands import TEXTS, options, run, run_all
+from tests.helpers.commands import options, run, run_all
+from tests.helpers.faults import ProcessFault
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = 3
@@ -49,13 +50,6 @@ def _ip(*words):
     subprocess.run(["ip", *words], check=True)
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory, write_text_dataset):
-    folder = tmp_path_factory.mktemp("data")
-    write_text_dataset(folder, TEXTS)
-    return folder
-
-
 def torchrun(num_hosts, host, ranks, port, program):
     """The launcher of one host."""
     meeting = ["--master-addr", ADDRESSES[0] if num_hosts > 1 else "127.0.0.1", "--master-port", str(port)]
@@ -69,9 +63,9 @@ def _losses(run_dir):
 
 
 @pytest.mark.slow
-def test_two_hosts_train_like_one(hosts, data, tmp_path, free_port):
+def test_two_hosts_train_like_one(hosts, text_dataset, tmp_path, free_port):
     def arguments(name):
-        return options(data, tmp_path / name, "parallel.tensor=2", steps=STEPS)
+        return options(text_dataset, tmp_path / name, "parallel.tensor=2", steps=STEPS)
 
     one = run(*torchrun(1, 0, 4, free_port(), ["pretrain.py"]), *arguments("one"))
     assert one.code == 0, one.output
@@ -85,13 +79,14 @@ def test_two_hosts_train_like_one(hosts, data, tmp_path, free_port):
 
 
 @pytest.mark.slow
-def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, data, tmp_path, free_port):
-    port, program = free_port(), ["-m", "tests.distributed.faulty"]
-    settings = options(data, tmp_path / "run", "parallel.tensor=2", "parallel.timeout_s=30", steps=1000)
+def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, text_dataset, tmp_path, free_port):
+    port, program = free_port(), ["-m", "tests.helpers.faults"]
+    settings = options(text_dataset, tmp_path / "run", "parallel.tensor=2", "parallel.timeout_s=30", steps=1000)
     both = run_all(
-        [[*hosts[n], *torchrun(2, n, 2, port, program), *settings] for n in range(2)], env={"FAULT": "raise:3:2"}
+        [[*hosts[n], *torchrun(2, n, 2, port, program), *settings] for n in range(2)],
+        env=ProcessFault("raise", 3, "step 2").variables,
     )
     name = "rank 3 of 4 on host-b (stage 0, data 1, context 0, tensor 1), at step 2,"
     assert all(ended.code != 0 and not ended.left for ended in both)
-    assert f"{name} failed:" in both[1].output and "ValueError: a fault was asked for" in both[1].output
+    assert f"{name} failed:" in both[1].output and "ValueError: an injected fault" in both[1].output
     assert f"leaves: {name} failed first: ValueError" in both[0].output, both[0].output

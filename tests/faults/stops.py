@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.stopping import CONTINUE_LATER
-from tests.helpers.commands import Ended, run
+from tests.helpers.commands import EndedCommand, run
 from tests.helpers.datasets import write_train_and_valid
 from tests.helpers.ranks import free_port
 from tests.helpers.small_runs import arguments, differences, launcher, random_fault, signals_sent
@@ -47,7 +47,7 @@ def stop_and_go_on(folder: Path, data: Path, count: int, num_ranks: int, seed: i
     """Stop a run `count` times and let it come to its end, beside one that is left alone."""
     chance, steps, sent = random.Random(seed), count * STEPS_A_STOP + LAST_STEPS, folder / "sent.jsonl"
 
-    def launch(run_dir: Path, env: dict[str, str]) -> Ended:
+    def launch(run_dir: Path, env: dict[str, str]) -> EndedCommand:
         command = [*launcher(num_ranks, free_port()), *arguments(data, run_dir, *settings, steps=steps)]
         return run(*command, env=env, limit_s=600)
 
@@ -64,7 +64,7 @@ def stop_and_go_on(folder: Path, data: Path, count: int, num_ranks: int, seed: i
     return Outcome(stops, [*problems, *differences(stopped, calm)])
 
 
-def _problems(stop: Stop, ended: Ended, last_event: str) -> Iterator[str]:
+def _problems(stop: Stop, ended: EndedCommand, last_event: str) -> Iterator[str]:
     step = re.search(r"\d+", stop.at)  # a signal may come when the ranks have just asked each other
     if last_event != "stop" or (step is not None and stop.saved_step - int(step[0]) not in (0, 1)):
         yield f"{stop}: {ended.output}"

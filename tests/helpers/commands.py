@@ -21,7 +21,7 @@ TRAIN = "seq_len_tokens: 32, global_batch: 8, micro_batch: 2, precision: fp32, l
 TEXTS = [["hello world. this is a text of some length. " * 20] * 20]
 
 
-class Ended(NamedTuple):
+class EndedCommand(NamedTuple):
     """A command that has ended."""
 
     code: int
@@ -45,7 +45,7 @@ def options(data: Path, run_dir: Path, *settings: str, steps: int = 2) -> list[s
 
 def run_all(
     commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S
-) -> list[Ended]:
+) -> list[EndedCommand]:
     """Run commands side by side from the repository's folder; kills all of theirs that is left in the end."""
     mark = uuid.uuid4().hex
     full = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", MARK: mark}
@@ -64,10 +64,10 @@ def run_all(
             left = marked(mark)
             for pid in left:
                 os.kill(pid, signal.SIGKILL)
-    return [Ended(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
+    return [EndedCommand(process.returncode, output, left) for process, output in zip(started, outputs, strict=True)]
 
 
-def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S) -> Ended:
+def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S) -> EndedCommand:
     """Run one command."""
     return run_all([command], env, limit_s)[0]
 
