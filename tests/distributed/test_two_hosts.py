@@ -81,10 +81,11 @@ def test_two_hosts_train_like_one(hosts, text_dataset, tmp_path, free_port):
 @pytest.mark.slow
 def test_two_hosts_end_together_and_name_the_host_that_failed(hosts, text_dataset, tmp_path, free_port):
     port, program = free_port(), ["-m", "tests.helpers.faults"]
+    fault = ProcessFault("raise", 3, "step 2")
     settings = options(text_dataset, tmp_path / "run", "parallel.tensor=2", "parallel.timeout_s=30", steps=1000)
     both = run_all(
         [[*hosts[n], *torchrun(2, n, 2, port, program), *settings] for n in range(2)],
-        env=ProcessFault("raise", 3, "step 2").variables,
+        env=fault.variables,
     )
     name = "rank 3 of 4 on host-b (stage 0, data 1, context 0, tensor 1), at step 2,"
     assert all(ended.code != 0 and not ended.left for ended in both)
