@@ -4,6 +4,7 @@ import importlib.util
 import io
 import logging
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,6 +18,7 @@ from megatron_bipe.errors import BipeError
 from megatron_bipe.parallel import watchdog
 from megatron_bipe.parallel.failure import run_rank
 from megatron_bipe.parallel.launchers import Launch, Meeting
+from megatron_bipe.train.stopping import SIGNALS
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Ended, run_programs
 
@@ -98,11 +100,14 @@ def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
     """Return the error that pretrain.py raises, as rank 0 of a launch, before it starts the engine and its watchdog."""
     args = pretrain.parse_args(_pretrain_arguments(arguments))
     launch = Launch(0, 0, num_ranks, num_ranks, Meeting("127.0.0.1", 1))
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)
         patch.setattr(watchdog, "Watchdog", mock.Mock(side_effect=AssertionError("the arguments are accepted")))
         with pytest.raises(BipeError) as caught:
             pretrain.main(args, launch)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
     return caught.value
 
 
