@@ -13,16 +13,12 @@ from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from tests.helpers.layouts import FP32, LR, Layout, run_config, start
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiers import selected, slow
 
 SEQ, GLOBAL, STEPS = 16, 16, 4  # as layouts.py has them
 ONE = Layout()
-OF_TWO = [
-    Layout(zero=1),
-    Layout(zero=3),
-    Layout(pipeline=2, zero=1),
-    Layout(tensor=2, zero=2, sequence=True),
-    Layout(context=2, zero=1),
-]
+FAST = [Layout(zero=1), Layout(pipeline=2, zero=1), Layout(tensor=2, zero=2, sequence=True)]
+SLOW = [Layout(zero=3), Layout(context=2, zero=1)]
 
 
 def train(mesh, layouts, data, work_dir):
@@ -65,17 +61,31 @@ def data(tmp_path_factory, write_dataset):
     return folder
 
 
-def test_loss_over_answers_is_their_exact_mean_in_every_layout(tmp_path, data):
-    (alone,) = run_ranks(train, 1, tmp_path / "1", layouts=[ONE], data=str(data), work_dir=str(tmp_path))
-    ranks = run_ranks(train, 2, tmp_path / "2", layouts=OF_TWO, data=str(data), work_dir=str(tmp_path))
-    losses, norms, held_out = alone[ONE]
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("alone")
+    return run_ranks(train, 1, folder, layouts=[ONE], data=str(data), work_dir=str(folder))[0][ONE]
+
+
+@pytest.fixture(scope="module")
+def ranks(request, tmp_path_factory, data):
+    folder, layouts = tmp_path_factory.mktemp("ranks"), selected(request, "layout")
+    return run_ranks(train, 2, folder, layouts=layouts, data=str(data), work_dir=str(folder))
+
+
+def test_loss_over_answers_is_their_exact_mean(alone, data, tmp_path):
+    losses, _, _ = alone
     assert losses[0] == pytest.approx(_expected(data, tmp_path), rel=FP32.loss)
+
+
+@pytest.mark.parametrize("layout", [*FAST, *slow(SLOW)], ids=str)
+def test_loss_over_answers_is_that_of_one_process_in_every_layout(alone, ranks, layout):
+    losses, norms, held_out = alone
     for found in ranks:
-        for layout in OF_TWO:
-            its_losses, its_norms, its_held_out = found[layout]
-            assert its_losses == pytest.approx(losses, rel=FP32.loss), layout
-            assert its_norms == pytest.approx(norms, rel=FP32.norm), layout
-            assert its_held_out == pytest.approx(held_out, rel=FP32.loss), layout
+        its_losses, its_norms, its_held_out = found[layout]
+        assert its_losses == pytest.approx(losses, rel=FP32.loss)
+        assert its_norms == pytest.approx(norms, rel=FP32.norm)
+        assert its_held_out == pytest.approx(held_out, rel=FP32.loss)
 
 
 def _expected(data, folder):

@@ -27,9 +27,7 @@ ENCODINGS = {
 }
 FAST = [
     Layout("learned", pipeline=2, recompute="full"),
-    Layout("t5", zero=2),
     Layout("bipe_t5", context=2, recompute="selective", model=ENCODINGS["bipe_t5"]),
-    Layout("randomized_rope", zero=3),
 ]
 ALL = [
     layout._replace(encoding=encoding, model=model)
@@ -41,7 +39,7 @@ ALL = [
         Layout(zero=2),
         Layout(tensor=2, zero=3),
     )
-] + [Layout("t5", zero=3), Layout("t5", zero=0), Layout("learned", zero=3)]
+] + [Layout("t5", zero=3), Layout("t5", zero=0), Layout("learned", zero=3), Layout("randomized_rope", zero=3)]
 SLOW = [layout for layout in ALL if layout not in FAST]
 
 

@@ -28,11 +28,14 @@ class Placed(NamedTuple):
 
 
 FAST_PAIRS = [
+    (Placed(Layout("bipe_alibi", zero=2), 2), Placed(Layout("bipe_alibi", zero=1), 1)),
+    (Placed(Layout("rope", zero=1), 1), Placed(Layout("rope", pipeline=2, zero=1), 2)),
+    (Placed(Layout(pipeline=2, zero=0), 2), Placed(Layout(tensor=2, zero=1), 2)),
+]
+SLOW_PAIRS = [
     (Placed(Layout("bipe_alibi", zero=1), 4), Placed(Layout("bipe_alibi", zero=3), 4)),
     (Placed(Layout(tensor=2, pipeline=2, zero=1), 4), Placed(Layout(zero=1), 4)),
     (Placed(Layout(zero=1), 4), Placed(Layout(tensor=2, pipeline=2, zero=1), 4)),
-]
-SLOW_PAIRS = [
     (Placed(Layout(tensor=2, pipeline=2, zero=1), 8), Placed(Layout(zero=1), 4)),
     (Placed(Layout(zero=1), 4), Placed(Layout(tensor=4, zero=0), 4)),
     (Placed(Layout("rope", tensor=2, zero=3), 4), Placed(Layout("rope", pipeline=2, zero=1), 4)),
@@ -43,9 +46,10 @@ SLOW_PAIRS = [
 ]
 PAIRS = [*FAST_PAIRS, *slow(SLOW_PAIRS)]
 STAYED = [
-    Placed(Layout(tensor=2, pipeline=2, zero=1, precision="bf16"), 4),
+    Placed(Layout(tensor=2, zero=1, precision="bf16"), 2),
     *slow(
         [
+            Placed(Layout(tensor=2, pipeline=2, zero=1, precision="bf16"), 4),
             Placed(Layout(tensor=2, zero=3, sequence=True, precision="bf16"), 4),
             Placed(Layout(pipeline=2, zero=0, precision="bf16"), 4),
             Placed(Layout(tensor=2, pipeline=2, zero=0), 4),

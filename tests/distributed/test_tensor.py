@@ -13,6 +13,7 @@ from megatron_bipe.model.layers import LocalLayers, share_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiers import slow
 
 SEED = 3
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
@@ -80,7 +81,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
     return results
 
 
-@pytest.fixture(scope="module", params=[2, 4])
+@pytest.fixture(scope="module", params=[2, *slow([4])])
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
     return run_ranks(split_model, request.param, tmp_path_factory.mktemp("tensor"))
 

@@ -11,6 +11,7 @@ from megatron_bipe.train.events import read_events
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import metrics, state, train_in_rank
+from tests.helpers.tiers import selected, slow
 
 STEPS, BATCH = 12, 8
 SETTINGS = ("train.save_every=2", "health.patience=3", "health.spike_window=4", "train.log_every=3")
@@ -32,13 +33,20 @@ class Case(NamedTuple):
     layout: str
 
 
-CASES = [Case(fault, layout) for layout in LAYOUTS for fault in FAULTS if layout == "data" or fault != "spike"]
+FAST = [Case(fault, "data") for fault in FAULTS] + [Case("weight", "stages"), Case("none", "tensor")]
+SLOW = [Case(fault, layout) for layout in ("stages", "tensor") for fault in FAULTS if fault != "spike"]
 
 
-def all_cases(mesh: Mesh, data: str, work_dir: str) -> dict[Case, list[int]]:
-    """Every case from its beginning to its end; by case, the first samples of its steps on this rank, in order."""
+def cases(*faults: str) -> list[Any]:
+    chosen = ([case for case in tier if case.fault in faults] for tier in (FAST, SLOW))
+    fast, rest = chosen
+    return [*fast, *slow(case for case in rest if case not in fast)]
+
+
+def train_cases(mesh: Mesh, chosen: list[Case], data: str, work_dir: str) -> dict[Case, list[int]]:
+    """Train every case from its beginning to its end; return the first samples of its steps on this rank, in order."""
     read = {}
-    for case in CASES:
+    for case in chosen:
         settings, zero = LAYOUTS[case.layout]
         run_dir = f"{work_dir}/{case.fault}-{case.layout}"
         read[case] = list(
@@ -53,15 +61,19 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def read(folder: Path, train_and_valid: Path) -> Any:
-    return run_ranks(all_cases, 2, folder / "ranks", data=str(train_and_valid), work_dir=str(folder))
+def read(request: pytest.FixtureRequest, folder: Path, train_and_valid: Path) -> Any:
+    chosen = selected(request, "case")
+    chosen += [
+        calm for case in chosen if case.fault == "gradient" and (calm := Case("none", case.layout)) not in chosen
+    ]
+    return run_ranks(train_cases, 2, folder / "ranks", chosen=chosen, data=str(train_and_valid), work_dir=str(folder))
 
 
 def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
     return [event for event in read_events(folder / f"{case.fault}-{case.layout}") if event["event"] == kind]
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.fault in ("loss", "spike", "weight")], ids=str)
+@pytest.mark.parametrize("case", cases("loss", "spike", "weight"), ids=str)
 def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
     bad = _events(folder, case, "bad step")
     assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
@@ -77,7 +89,7 @@ def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, re
         assert set(rank[case]) == set(range(0, 40, 8)) | {40, 48, 56} | set(range(64, 120, 8))
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.fault == "gradient"], ids=str)
+@pytest.mark.parametrize("case", cases("gradient"), ids=str)
 def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: Any, case: Case) -> None:
     (bad,) = _events(folder, case, "bad step")
     assert bad["step"] == 6 and bad["samples"] == [40, 48] and "not finite" in bad["reason"]
@@ -89,6 +101,6 @@ def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: An
     assert found[6]["loss/train_nats"] != calm[6]["loss/train_nats"]  # one update is missing
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case.fault == "none"], ids=str)
+@pytest.mark.parametrize("case", cases("none"), ids=str)
 def test_without_a_fault_nothing_is_bad(folder: Path, read: Any, case: Case) -> None:
     assert {event["event"] for event in read_events(folder / f"none-{case.layout}")} == {"start", "done"}

@@ -9,6 +9,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import train_in_rank
+from tests.helpers.tiers import selected, slow
 
 STEPS, HALF = 12, 8
 SETTINGS = ("train.save_every=4", "health.patience=2", "train.micro_batch=1")
@@ -54,16 +55,19 @@ def _samples(of_ranks: list[tuple[int, dict[int, Any]]]) -> dict[int, list[Any]]
     }
 
 
+FAST = ["two tensor-parallel ranks", "two copies, larger micro-batches"]
+
+
 @pytest.fixture(scope="module")
-def samples(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Any:
+def samples(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Any:
     """What each continuation read, and what the run that went through did."""
     folder = tmp_path_factory.mktemp("layouts")
     data = str(train_and_valid)
-    names = list(CONTINUED)
+    names = selected(request, "name")
     begin = [(str(folder / name), (), 1, HALF) for name in names] + [(str(folder / "whole"), (), 1, STEPS)]
     first = run_ranks(_train, 2, folder / "first", data=data, runs=begin)
     found = {"whole": _samples([rank[-1] for rank in first])}
-    for ranks in (2, 4):
+    for ranks in sorted({CONTINUED[name][0] for name in names}):
         chosen = [name for name in names if CONTINUED[name][0] == ranks]
         chosen.sort(
             key=lambda name: "parallel" in str(CONTINUED[name][1])
@@ -74,7 +78,7 @@ def samples(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> 
     return found
 
 
-@pytest.mark.parametrize("name", CONTINUED)
+@pytest.mark.parametrize("name", [*FAST, *slow(name for name in CONTINUED if name not in FAST)])
 def test_resume_in_another_layout_reads_the_same_samples_in_every_step(samples: Any, name: str) -> None:
     whole, found = samples["whole"], samples[name]
     assert list(found) == [80, 88, 96, 104]  # 8 batches of 8, two that are skipped, then steps 9 to 12

@@ -24,6 +24,8 @@ from tests.helpers.small_runs import LOCATIONS, arguments, differences, random_f
 
 STEPS, NUM_RANKS = 20, 2
 KILLED = -9  # exit code
+KILLED_AT = ("step", "loading", "checkpoint")
+STOPPED_AT = ((2, "SIGTERM"), (3, "SIGUSR1"))  # numbers of LOCATIONS
 
 
 def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list[Ended]:
@@ -43,14 +45,13 @@ def calm(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Pat
 
 def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_and_valid: Path, tmp_path: Path) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "killed.jsonl", random.Random(1)
-    for number, (location, *_) in enumerate(LOCATIONS):
+    for location in KILLED_AT:
+        number = [name for name, *_ in LOCATIONS].index(location)
         fault = random_fault(chance, "SIGKILL", number, NUM_RANKS, record)
-        if location == "the start":
-            fault = fault._replace(delay_s=0.2)  # of a fork
         ranks = launch(train_and_valid, run_dir, fault)
         codes = [rank.code for rank in ranks]
         assert codes[fault.rank] == KILLED and 0 not in codes, ranks
-    assert [kill["location"] for kill in signals_sent(record)] == [location for location, *_ in LOCATIONS]
+    assert [kill["location"] for kill in signals_sent(record)] == list(KILLED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
     assert differences(run_dir, calm) == []
 
@@ -59,12 +60,12 @@ def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
     calm: Path, train_and_valid: Path, tmp_path: Path
 ) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "sent.jsonl", random.Random(2)
-    for number, name in ((1, "SIGTERM"), (2, "SIGUSR1"), (3, "SIGTERM"), (4, "SIGUSR1")):
+    for number, name in STOPPED_AT:
         fault = random_fault(chance, name, number, NUM_RANKS, record)
         ranks = launch(train_and_valid, run_dir, fault)
         assert [rank.code for rank in ranks] == [CONTINUE_LATER] * NUM_RANKS, ranks
         assert read_events(run_dir)[-1]["event"] == "stop"
-    assert len(signals_sent(record)) == 4
+    assert len(signals_sent(record)) == len(STOPPED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
     assert differences(run_dir, calm) == []
 

@@ -31,7 +31,7 @@ PRELOADED = [
 # Limits for an idle machine with two cores; `patience` scales them.
 TIME_LIMIT_S = 300  # of a launch
 LAST_WORDS_S = 10.0  # that the others have when a rank has failed
-GRACE_S = 25.0  # between SIGTERM and SIGKILL, as launchers give it
+GRACE_S = 15.0  # between SIGTERM and SIGKILL, as launchers give it
 IDLE_START_S = 10.0  # of the fork server
 # Below those that the system gives to connections, one of which would otherwise come in before a rank listens.
 FIRST_PORT, NUM_PORTS = 20_000, 10_000
@@ -90,6 +90,8 @@ def run_programs(
     """
     folder.mkdir(parents=True, exist_ok=True)
     logs = [folder / f"rank-{rank}.log" for rank in range(num_ranks)]
+    for log in logs:
+        log.write_bytes(b"")  # a rank may be killed before it opens its own
     variables = launch_variables(num_ranks) if num_ranks > 1 else [{}]
     ranks = [
         start_program(function, *arguments, env=both | dict(env or {}), log=log)
