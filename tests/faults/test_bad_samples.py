@@ -38,9 +38,8 @@ SLOW = [Case(fault, layout) for layout in ("stages", "tensor") for fault in FAUL
 
 
 def cases(*faults: str) -> list[Any]:
-    chosen = ([case for case in tier if case.fault in faults] for tier in (FAST, SLOW))
-    fast, rest = chosen
-    return [*fast, *slow(case for case in rest if case not in fast)]
+    fast = [case for case in FAST if case.fault in faults]
+    return [*fast, *slow(case for case in SLOW if case.fault in faults and case not in fast)]
 
 
 def train_cases(mesh: Mesh, chosen: list[Case], data: str, work_dir: str) -> dict[Case, list[int]]:
