@@ -13,7 +13,7 @@ FAST_STEPS, MICRO = 4, 4  # updates, and sequences in a micro-batch
 OF_TWO = [
     Layout("bipe_alibi", pipeline=2, zero=0, recompute="full", clip=0.0),
     Layout(tensor=2, zero=3, sequence=True),
-    Layout("alibi", tensor=2, zero=1, model="zero_last_row: true, num_kv_heads: 2"),
+    Layout("alibi", tensor=2, zero=0, model="zero_last_row: true, num_kv_heads: 2"),
     Layout("rope", context=2, zero=2, recompute="selective"),
 ]
 OF_FOUR = [
