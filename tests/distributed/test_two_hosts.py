@@ -4,7 +4,6 @@ They share the processors, the disk and nothing of the network, so that ranks fi
 tells them. Measured: the losses of 3 steps are those of one host bit for bit.
 """
 
-import json
 import os
 import shutil
 import subprocess
@@ -14,6 +13,7 @@ import pytest
 
 from tests.helpers.commands import options, run, run_all
 from tests.helpers.faults import ProcessFault
+from tests.helpers.small_runs import losses
 
 ADDRESSES = ("10.213.77.1", "10.213.77.2")
 STEPS = 3
@@ -57,11 +57,6 @@ def torchrun(num_hosts, host, ranks, port, program):
     return ["torchrun", *layout, *meeting, *program, "--ds_config", "ds_configs/zero1.json"]
 
 
-def _losses(run_dir):
-    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    return [line["loss/train_nats"] for line in lines]
-
-
 @pytest.mark.slow
 def test_two_hosts_train_like_one(hosts, text_dataset, tmp_path, free_port):
     def arguments(name):
@@ -75,7 +70,7 @@ def test_two_hosts_train_like_one(hosts, text_dataset, tmp_path, free_port):
     )
     assert [ended.code for ended in both] == [0, 0], [ended.output for ended in both]
     assert f"step {STEPS}/{STEPS}" in both[0].output and f"step {STEPS}/{STEPS}" not in both[1].output
-    assert _losses(tmp_path / "two") == _losses(tmp_path / "one") and len(_losses(tmp_path / "two")) == STEPS
+    assert losses(tmp_path / "two") == losses(tmp_path / "one") and len(losses(tmp_path / "two")) == STEPS
 
 
 @pytest.mark.slow

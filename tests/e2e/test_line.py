@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
-from tests.helpers.commands import run
+from tests.helpers.commands import flags, run
 from tests.helpers.errors import assert_error
 from tests.helpers.small_runs import metrics
 from tests.helpers.tools import call_tool, pretrain_error, run_pretrain
@@ -27,10 +27,6 @@ SETTINGS = [
     "valid_every: 4, valid_samples: 16, save_every: 4}",
 ]
 KEYS = ("step", "loss/train_nats", "loss/valid_nats", "optim/lr", "optim/grad_norm")
-
-
-def flags(settings: list[str]) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")

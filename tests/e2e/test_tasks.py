@@ -11,6 +11,7 @@ pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 from megatron_bipe.data.scrolls import TASKS
 from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.errors import ConfigError
+from tests.helpers.commands import flags
 from tests.helpers.errors import assert_error
 from tests.helpers.scrolls import write_benchmark
 from tests.helpers.small_runs import losses
@@ -22,10 +23,6 @@ SUMMARY_LENGTH, QUESTION_LENGTH = 1100, 320
 
 def length_of(task: str) -> int:
     return SUMMARY_LENGTH if TASKS[task].metric == "rouge" else QUESTION_LENGTH
-
-
-def flags(settings: list[str]) -> list[str]:
-    return [part for setting in settings for part in ("--set", setting)]
 
 
 @pytest.fixture(scope="module")

@@ -40,7 +40,12 @@ def options(data: Path, run_dir: Path, *settings: str, steps: int = 2) -> list[s
         "optimizer.warmup_steps=0",
         train,
     ]
-    return [part for setting in (*given, *settings) for part in ("--set", setting)]
+    return flags([*given, *settings])
+
+
+def flags(settings: Sequence[str]) -> list[str]:
+    """Return settings of a run as options of a command."""
+    return [part for setting in settings for part in ("--set", setting)]
 
 
 def run_all(
