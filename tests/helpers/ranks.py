@@ -11,6 +11,7 @@ import itertools
 import multiprocessing
 import os
 import pickle
+import signal
 import socket
 import sys
 import time
@@ -67,7 +68,7 @@ def run_ranks(
             process.kill()
     results = []
     for rank, path in sorted(enumerate(outcomes), key=lambda outcome: not outcome[1].is_file()):
-        assert path.is_file(), f"rank {rank} of {num_ranks} did not finish within {time_limit_s} s"
+        assert path.is_file(), f"rank {rank} of {num_ranks} left no result within {time_limit_s} s"
         outcome, value = pickle.loads(path.read_bytes())
         assert outcome == "done", f"rank {rank} of {num_ranks}:\n{value}"
         results.append(value)
@@ -187,15 +188,19 @@ def _call(function: Any, path: Path, arguments: dict[str, Any]) -> None:
         outcome = ("failed", traceback.format_exc())
     path.with_suffix(".partial").write_bytes(pickle.dumps(outcome))
     path.with_suffix(".partial").replace(path)
+    if os.environ["RANK"] == "0":  # it holds the store, which others may still need
+        signal.pause()
     os._exit(0)  # a peer that failed must not keep this rank waiting in clean-up
 
 
 def _wait(ranks: list[BaseProcess], outcomes: list[Path], until_s: float) -> None:
-    """Wait until all ranks are done, or one has failed, for which the others may wait long, or time is up."""
-    awaited = set(outcomes)
-    while any(process.is_alive() for process in ranks) and time.monotonic() < until_s:
+    """Wait until each rank has left its outcome; once one has failed or died, only a little longer for the others."""
+    awaited = dict(zip(outcomes, ranks, strict=True))
+    while awaited and time.monotonic() < until_s:
         time.sleep(0.02)
-        for path in [path for path in awaited if path.exists()]:
-            awaited.remove(path)
-            if pickle.loads(path.read_bytes())[0] == "failed":
-                until_s = min(until_s, time.monotonic() + patience(LAST_WORDS_S))
+        for path, process in list(awaited.items()):
+            is_alive = process.is_alive()  # asked first: a rank leaves its outcome before it ends
+            if path.exists() or not is_alive:
+                del awaited[path]
+                if not path.exists() or pickle.loads(path.read_bytes())[0] == "failed":
+                    until_s = min(until_s, time.monotonic() + patience(LAST_WORDS_S))
