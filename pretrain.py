@@ -43,7 +43,6 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.parallel.watchdog import Watchdog
     from megatron_bipe.train.dry_run import describe
     from megatron_bipe.train.feed import Feed
-    from megatron_bipe.train.init_from import begin_from_model
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import entered, settle_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
@@ -70,7 +69,10 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
-            begin_from_model(run)
+            if run.train.init_from is not None:
+                from megatron_bipe.train.init_from import begin_from_model  # with transformers' models: 2 s
+
+                begin_from_model(run)
         finished = go_on(
             run, mesh, engine, feed, watchdog, stop_request, stop, Profile(args.profile, run.run_dir, mesh)
         )

@@ -146,8 +146,8 @@ def test_preprocess_leaves_no_workers_however_it_ends(tmp_path: Path, tokenizer_
     for mark in marks:
         paths = ["--input", str(file), "--tokenizer", str(tokenizer_folder), "--output", str(tmp_path / mark)]
         command = [sys.executable, str(ROOT / "tools" / "preprocess.py"), *paths, "--workers", "2"]
-        null = subprocess.DEVNULL
-        started.append(subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=null, stderr=null))
+        with (tmp_path / f"{mark}.log").open("w") as log:
+            started.append(subprocess.Popen(command, env=os.environ | {MARK: mark}, stdout=log, stderr=log))
     waiting = list(zip(marks, started, (signal.SIGINT, signal.SIGTERM, signal.SIGKILL), strict=True))
     while waiting:  # for the workers of any: the others work on meanwhile, and would be done
         for one in waiting[:]:
@@ -159,4 +159,5 @@ def test_preprocess_leaves_no_workers_however_it_ends(tmp_path: Path, tokenizer_
                 assert parent.poll() is None
         time.sleep(0.02)
     assert not left_after(marks, 10)
-    assert not any(parent.wait() == 0 for parent in started)
+    logs = [(tmp_path / f"{mark}.log").read_text() for mark in marks]
+    assert 0 not in [parent.wait() for parent in started], "\n".join(logs)
