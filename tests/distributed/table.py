@@ -16,15 +16,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from tests.helpers.layouts import Difference, Layout, allowed, difference, reference, train_layouts
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import Difference, Layout, Placed, allowed, difference, reference, run_placed, train_layouts
 
 DOC = Path(__file__).parents[2] / "docs" / "parallelism.md"
 BEGIN, END = "<!-- written by make test-parallel: begin -->", "<!-- written by make test-parallel: end -->"
 MAX_RANKS, SIZES = 8, (1, 2, 4)
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")  # of the others test_encodings.py has a few layouts
 NUM_HEADS = 4  # of the model, see layouts.py
-MICRO = 4  # sequences in a micro-batch: 4 micro-batches without data parallelism, 1 with 4 copies of the model
 TIME_LIMIT_S = 3600  # of the layouts of one encoding on one number of ranks
 
 
@@ -44,7 +42,7 @@ class Shape(NamedTuple):
 
     def layouts(self, encoding: str) -> list[Layout]:
         """One for each ZeRO stage: the pipeline engine has two of them."""
-        plain = Layout(encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence, micro=MICRO)
+        plain = Layout(encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence)
         layout = plain if self.clip else plain._replace(clip=0.0)
         return [layout._replace(zero=zero) for zero in range(4 if self.pipeline == 1 else 2)]
 
@@ -82,18 +80,15 @@ def rows_of(encoding: str) -> list[Shape]:
 
 def measure(rows: list[Shape], encoding: str, folder: Path) -> Iterator[Cell]:
     """All layouts of an encoding; one launch for each number of ranks."""
-    references = {reference(layout) for row in rows for layout in row.layouts(encoding)}
-    (alone,) = _train(1, list(references), folder / "alone")
+    references = {Placed(1, reference(layout)) for row in rows for layout in row.layouts(encoding)}
+    alone = run_placed(train_layouts, references, folder / "alone", time_limit_s=TIME_LIMIT_S)
     for num_ranks in sorted({row.ranks for row in rows}):
-        chosen = {layout: row for row in rows if row.ranks == num_ranks for layout in row.layouts(encoding)}
+        chosen = {Placed(num_ranks, x): row for row in rows if row.ranks == num_ranks for x in row.layouts(encoding)}
         sys.stderr.write(f"{encoding}: {len(chosen)} layouts of {num_ranks} ranks\n")
-        ranks = _train(num_ranks, list(chosen), folder / str(num_ranks))
-        for layout, row in chosen.items():
-            yield Cell(row, layout, difference([rank[layout] for rank in ranks], alone[reference(layout)]))
-
-
-def _train(num_ranks: int, layouts: list[Layout], folder: Path) -> list:
-    return run_ranks(train_layouts, num_ranks, folder, time_limit_s=TIME_LIMIT_S, layouts=layouts, work_dir=str(folder))
+        found = run_placed(train_layouts, chosen, folder, time_limit_s=TIME_LIMIT_S)
+        for placed, row in chosen.items():
+            [expected] = alone[Placed(1, reference(placed.layout))]
+            yield Cell(row, placed.layout, difference(found[placed], expected))
 
 
 def render(rows: list[Shape], cells: list[Cell]) -> str:

@@ -12,29 +12,31 @@ import pytest
 import torch
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import LR, Layout, batches, start
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import LR, Layout, Placed, batches, run_placed, start
 from tests.helpers.tiers import selected, slow
 
-RANKS = 4
 FAST = [
-    *(Layout(zero=zero) for zero in (1, 3)),
-    Layout(zero=0, precision="bf16"),
-    Layout(pipeline=2, zero=0),
-    Layout(tensor=2, pipeline=2, zero=1),
+    *(Placed(2, Layout(zero=zero)) for zero in (1, 3)),
+    Placed(2, Layout(zero=0, precision="bf16")),
+    Placed(2, Layout(pipeline=2, zero=0)),
+    Placed(2, Layout(tensor=2, zero=1)),
 ]
 SLOW = [
-    *(Layout(zero=zero) for zero in (0, 2)),
-    *(Layout(zero=zero, precision="bf16") for zero in (1, 2, 3)),
-    Layout(zero=0, clip=0.0),
-    Layout(tensor=2, zero=0),
-    Layout(tensor=2, zero=1, precision="bf16", sequence=True),
-    Layout(tensor=2, zero=3),
-    Layout(pipeline=2, zero=0, precision="bf16"),
-    Layout(pipeline=2, zero=1, precision="bf16"),
-    Layout(tensor=2, pipeline=2, zero=0),
+    Placed(4, layout)
+    for layout in [
+        *(Layout(zero=zero) for zero in (0, 2)),
+        *(Layout(zero=zero, precision="bf16") for zero in (1, 2, 3)),
+        Layout(zero=0, clip=0.0),
+        Layout(tensor=2, zero=0),
+        Layout(tensor=2, zero=1, precision="bf16", sequence=True),
+        Layout(tensor=2, zero=3),
+        Layout(pipeline=2, zero=0, precision="bf16"),
+        Layout(pipeline=2, zero=1, precision="bf16"),
+        Layout(tensor=2, pipeline=2, zero=0),
+        Layout(tensor=2, pipeline=2, zero=1),
+    ]
 ]
-LAYOUTS = [*FAST, *slow(SLOW)]
+PLACED = [*FAST, *slow(SLOW)]
 
 
 class Seen(NamedTuple):
@@ -49,9 +51,7 @@ class Seen(NamedTuple):
 
 def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Seen]:
     """All layouts; the fault is on the last rank, and for stages thus on the last of them."""
-    # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
-    ordered = sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)
-    return {layout: _bad_steps(mesh, layout, Path(work_dir) / str(number)) for number, layout in enumerate(ordered)}
+    return {layout: _bad_steps(mesh, layout, Path(work_dir) / str(number)) for number, layout in enumerate(layouts)}
 
 
 def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
@@ -91,21 +91,20 @@ def _state(engine: Any) -> dict[tuple[str, str], bytes]:
 
 
 @pytest.fixture(scope="module")
-def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("bad")
-    return run_ranks(bad_steps, RANKS, folder, layouts=selected(request, "layout"), work_dir=str(folder))
+def seen(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Placed, list[Seen]]:
+    return run_placed(bad_steps, selected(request, "placed"), tmp_path_factory.mktemp("bad"))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_bad_step_on_one_rank_updates_nothing_on_any(seen: Any, layout: Layout) -> None:
-    for rank in seen:
-        assert not any(map(torch.isfinite, torch.tensor(rank[layout].norms)))
-        assert rank[layout].changed == []
-        assert rank[layout].optimizer_steps == 4
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_bad_step_on_one_rank_updates_nothing_on_any(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
+    for rank in seen[placed]:
+        assert not any(map(torch.isfinite, torch.tensor(rank.norms)))
+        assert rank.changed == []
+        assert rank.optimizer_steps == 4
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_bad_step_leaves_no_trace_in_those_that_follow(seen: Any, layout: Layout) -> None:
-    for rank in seen:
-        assert rank[layout].losses == rank[layout].undisturbed
-        assert len(set(rank[layout].losses)) == 4
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_bad_step_leaves_no_trace_in_those_that_follow(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
+    for rank in seen[placed]:
+        assert rank.losses == rank.undisturbed
+        assert len(set(rank.losses)) == 4

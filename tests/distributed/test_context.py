@@ -14,6 +14,7 @@ from megatron_bipe.model.layers import LocalLayers, share_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
+from tests.helpers.tiers import selected, slow
 
 SEED, BLOCKS, TOKENS = 3, 2, 32
 LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
@@ -29,11 +30,14 @@ MODELS = {
     "log scale": {"encoding": "bipe_rope", "log_scale": True},
 }
 LAYOUTS = {
-    "context 2": ParallelConfig(context=2),
-    "context 4": ParallelConfig(context=4),
-    "tensor 2 x context 2": ParallelConfig(tensor=2, context=2),
-    "tensor 2 x context 2, sequence": ParallelConfig(tensor=2, context=2, sequence=True),
+    "context 2": (2, ParallelConfig(context=2)),
+    "context 4": (4, ParallelConfig(context=4)),
+    "context 2 x data 2": (4, ParallelConfig(context=2)),
+    "tensor 2 x context 2": (4, ParallelConfig(tensor=2, context=2)),
+    "tensor 2 x context 2, sequence": (4, ParallelConfig(tensor=2, context=2, sequence=True)),
 }
+FAST = ["context 2"]
+NAMES = [*FAST, *slow(name for name in LAYOUTS if name not in FAST)]
 
 
 def config(**more: Any) -> ModelConfig:
@@ -58,7 +62,7 @@ def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[torch.T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def split_windows(mesh: Mesh) -> dict[tuple[str, str], Any]:
+def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
     """Every model in every layout against the whole one."""
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
@@ -67,7 +71,8 @@ def split_windows(mesh: Mesh) -> dict[tuple[str, str], Any]:
 
     dist.init_process_group("gloo")
     results = {}
-    for layout, parallel in LAYOUTS.items():
+    for layout in names:
+        _, parallel = LAYOUTS[layout]
         layers, _ = make_layers(mesh.laid_out(parallel))
         for name, more in MODELS.items():
             whole = build_model(config(**more), SEED)
@@ -89,22 +94,27 @@ def split_windows(mesh: Mesh) -> dict[tuple[str, str], Any]:
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[Any]:
-    return run_ranks(split_windows, 4, tmp_path_factory.mktemp("context"))
+def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
+    """What each rank found, by layout."""
+    folder, chosen, found = tmp_path_factory.mktemp("context"), selected(request, "layout"), {}
+    for num_ranks in sorted({LAYOUTS[name][0] for name in chosen}):
+        names = [name for name in chosen if LAYOUTS[name][0] == num_ranks]
+        found |= dict.fromkeys(names, run_ranks(split_windows, num_ranks, folder / str(num_ranks), names=names))
+    return found
 
 
 @pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_split_windows_give_the_loss_and_gradients_of_one_process(ranks: list[Any], layout: str, name: str) -> None:
-    for rank in ranks:
+@pytest.mark.parametrize("layout", NAMES)
+def test_split_windows_give_the_loss_and_gradients_of_one_process(ranks: Any, layout: str, name: str) -> None:
+    for rank in ranks[layout]:
         loss, gradients, _ = rank[layout, name]
         assert loss < LOSS_TOLERANCE
         assert gradients < GRADIENT_TOLERANCE
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_split_windows_are_exchanged_twice_a_block_and_as_often_backward(ranks: list[Any], layout: str) -> None:
-    _, _, counts = ranks[0][layout, "rope"]
+@pytest.mark.parametrize("layout", NAMES)
+def test_split_windows_are_exchanged_twice_a_block_and_as_often_backward(ranks: Any, layout: str) -> None:
+    _, _, counts = ranks[layout][0][layout, "rope"]
     exchanged = [count for kind, count in counts.items() if "all_to_all" in kind]
     assert sum(exchanged) == 4 * BLOCKS
     if "tensor" not in layout:
@@ -140,6 +150,7 @@ def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
     return results
 
 
-def test_exchange_gives_what_deepspeeds_gives(tmp_path: Any) -> None:
-    for rank in run_ranks(exchange_like_deepspeed, 4, tmp_path):
+@pytest.mark.parametrize("num_ranks", [2, *slow([4])])
+def test_exchange_gives_what_deepspeeds_gives(num_ranks: int, tmp_path: Any) -> None:
+    for rank in run_ranks(exchange_like_deepspeed, num_ranks, tmp_path):
         assert rank == {"as many key heads": True, "grouped": True}

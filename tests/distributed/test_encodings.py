@@ -9,8 +9,7 @@ it.
 
 import pytest
 
-from tests.helpers.layouts import Layout, Outcome, allowed, difference, reference, train_layouts
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import Layout, Outcome, Placed, allowed, difference, reference, run_placed, train_layouts
 from tests.helpers.tiers import selected, slow
 
 ENCODINGS = {
@@ -44,22 +43,17 @@ SLOW = [layout for layout in ALL if layout not in FAST]
 
 
 @pytest.fixture(scope="module")
-def ranks(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> dict[int, list[dict[Layout, Outcome]]]:
-    folder, placed = tmp_path_factory.mktemp("encodings"), selected(request, "layout")
-    single = list({reference(layout) for layout in placed})
-    return {
-        num_ranks: run_ranks(train_layouts, num_ranks, folder / str(num_ranks), layouts=layouts, work_dir=str(folder))
-        for num_ranks, layouts in ((1, single), (2, placed))
-    }
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Placed, list[Outcome]]:
+    layouts = selected(request, "layout")
+    placed = {Placed(2, layout) for layout in layouts} | {Placed(1, reference(layout)) for layout in layouts}
+    return run_placed(train_layouts, placed, tmp_path_factory.mktemp("encodings"))
 
 
 @pytest.mark.parametrize("layout", [*FAST, *slow(SLOW)], ids=str)
 def test_encoding_in_layout_gives_losses_norms_and_weights_of_one_process(
-    ranks: dict[int, list[dict[Layout, Outcome]]], layout: Layout
+    found: dict[Placed, list[Outcome]], layout: Layout
 ) -> None:
-    expected = ranks[1][0][reference(layout)]
+    [expected] = found[Placed(1, reference(layout))]
     assert expected.losses[-1] < expected.losses[0] - 0.1  # it learns something
-    limits, found = allowed(layout, 2), difference([rank[layout] for rank in ranks[2]], expected)
-    assert found.within(limits), (found, limits)
+    limits, measured = allowed(layout, 2), difference(found[Placed(2, layout)], expected)
+    assert measured.within(limits), (measured, limits)

@@ -15,11 +15,13 @@ import pytest
 from tests.helpers.commands import options, run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.ranks import run_programs, run_ranks
+from tests.helpers.tiers import selected, slow
 
 TIMEOUT_S = 10
 HOST = socket.gethostname()
 NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, context 0, tensor {rank})" for rank in range(2)]
-FAULTS = [("raise", 1), ("spin", 1), ("SIGKILL", 0), ("SIGKILL", 1), ("SIGSTOP", 0), ("SIGSTOP", 1)]
+FAST = [("raise", 1), ("spin", 1), ("SIGKILL", 1), ("SIGSTOP", 0)]
+SLOW = [("SIGKILL", 0), ("SIGSTOP", 1)]
 
 
 class Failed(NamedTuple):
@@ -39,9 +41,9 @@ def arguments(data, run_dir, timeout_s=TIMEOUT_S):
 
 
 @pytest.fixture(scope="module")
-def failed(tmp_path_factory, text_dataset):
+def failed(request, tmp_path_factory, text_dataset):
     """Every fault at step 3."""
-    folder = tmp_path_factory.mktemp("failed")
+    folder, faults = tmp_path_factory.mktemp("failed"), selected(request, "fault")
 
     def launch(fault):
         work_dir = folder / "-".join(map(str, fault))
@@ -54,11 +56,11 @@ def failed(tmp_path_factory, text_dataset):
         )
         return Failed([rank.code for rank in ranks], [rank.output for rank in ranks])
 
-    with ThreadPoolExecutor(len(FAULTS)) as pool:
-        return dict(zip(FAULTS, pool.map(launch, FAULTS), strict=True))
+    with ThreadPoolExecutor(len(faults)) as pool:
+        return dict(zip(faults, pool.map(launch, faults), strict=True))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=str)
+@pytest.mark.parametrize("fault", [*FAST, *slow(SLOW)], ids=str)
 def test_failure_ends_all_ranks_at_its_step(failed, fault):
     codes, outputs = failed[fault]
     assert all(code != 0 for code in codes), outputs
@@ -75,12 +77,14 @@ def test_failure_rank_that_is_killed_is_named_by_the_others(failed):
     assert f"{NAMES[1]}, last at " in failed["SIGKILL", 1].outputs[0], failed["SIGKILL", 1].output
 
 
+@pytest.mark.slow
 def test_failure_rank_0_that_is_killed_takes_the_store_along(failed):
     output = failed["SIGKILL", 0].outputs[1]
     assert f"{NAMES[1]}, at step 3, micro-batch 1," in output, output
     assert re.search("store .* is gone", output), output
 
 
+@pytest.mark.slow
 def test_failure_rank_that_is_stopped_is_named_by_the_others(failed):
     output = failed["SIGSTOP", 1].outputs[0]
     assert re.search(rf"{re.escape(NAMES[0])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output

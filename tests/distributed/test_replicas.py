@@ -10,18 +10,19 @@ from megatron_bipe.errors import DivergenceError
 from megatron_bipe.model.layers import share_of
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.replicas import bits_hash
-from tests.helpers.layouts import Layout, start, train_steps
+from tests.helpers.layouts import Layout, Placed, run_placed, start, train_steps
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
 
 MANY_STEPS = 50
-FAST = [Layout(tensor=2, zero=2, sequence=True, precision="bf16", micro=8)]
+FAST = [Placed(2, Layout(tensor=2, zero=2, sequence=True, precision="bf16", micro=8))]
 SLOW = [
-    Layout(tensor=2, zero=1, micro=8),
-    Layout(tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16", micro=8),
-    Layout("bipe_alibi", tensor=4, zero=1, sequence=True, micro=8),
-    Layout(tensor=4, zero=1, precision="bf16", micro=8),
-    Layout(tensor=2, zero=3, sequence=True, micro=8),
+    Placed(4, Layout(tensor=2, zero=1, micro=8)),
+    Placed(4, Layout(tensor=2, zero=2, sequence=True, precision="bf16", micro=8)),
+    Placed(4, Layout(tensor=2, pipeline=2, zero=1, sequence=True, precision="bf16", micro=8)),
+    Placed(4, Layout("bipe_alibi", tensor=4, zero=1, sequence=True, micro=8)),
+    Placed(4, Layout(tensor=4, zero=1, precision="bf16", micro=8)),
+    Placed(4, Layout(tensor=2, zero=3, sequence=True, micro=8)),
 ]
 NORM, SPLIT = "1.attention_norm.weight", "1.mlp.down.weight"
 
@@ -44,16 +45,15 @@ def bits(tensor: torch.Tensor) -> bytes:
 
 @pytest.fixture(scope="module")
 def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("kept")
-    return run_ranks(keep_in_step, 4, folder, layouts=selected(request, "layout"), work_dir=str(folder))
+    return run_placed(keep_in_step, selected(request, "placed"), tmp_path_factory.mktemp("kept"))
 
 
-@pytest.mark.parametrize("layout", [*FAST, *slow(SLOW)], ids=str)
-def test_whole_parameters_are_the_same_bits_on_tensor_ranks_after_many_steps(kept: Any, layout: Layout) -> None:
-    of_ranks = [rank[layout] for rank in kept]
+@pytest.mark.parametrize("placed", [*FAST, *slow(SLOW)], ids=str)
+def test_whole_parameters_are_the_same_bits_on_tensor_ranks_after_many_steps(kept: Any, placed: Placed) -> None:
+    of_ranks = kept[placed]
     assert any(of_ranks)
     for rank, found in enumerate(of_ranks):
-        assert found == of_ranks[rank - rank % layout.tensor]
+        assert found == of_ranks[rank - rank % placed.layout.tensor]
 
 
 def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:

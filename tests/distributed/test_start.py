@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import LR, Layout, batches, run_config, start_engine_of
+from tests.helpers.layouts import LR, MICRO, Layout, batches, run_config, start_engine_of
 from tests.helpers.ranks import run_ranks
 
 TIMEOUT_S = 7200
@@ -55,7 +55,7 @@ def test_engine_that_has_started_has_its_timeout_in_all_groups_and_reports_each_
     ranks: list[Any] = run_ranks(start_all, num_ranks, tmp_path, layouts=SPLIT[num_ranks], work_dir=str(tmp_path))
     for rank in ranks:
         for layout, started in zip(SPLIT[num_ranks], rank, strict=True):
-            assert started.num_passes == 16 // 2, layout
+            assert started.num_passes == 16 // MICRO, layout
             assert started.timeouts == {timedelta(seconds=TIMEOUT_S + 30)}, layout
             assert started.losses[0] == started.losses[1], layout
 

@@ -5,7 +5,7 @@ Measured in fp32 over 8 steps (largest over the layouts here): losses differ by 
 """
 
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,26 +15,36 @@ from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.state_files import WEIGHT, StateReader
 from megatron_bipe.model.tied import TOKEN_TABLE
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import STEPS, Layout, run_config, start_engine_of, train_steps
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import STEPS, Layout, Placed, run_config, run_placed, start_engine_of, train_steps
 from tests.helpers.tiers import selected, slow
 
 LOSS_TOLERANCE = {"fp32": 2e-6, "bf16": 1e-3}  # relative
 NORM_TOLERANCE = 2e-5
 WEIGHT_TOLERANCE = 5e-5  # absolute: Adam divides small gradients by their own size
 FAST = [
-    Layout(pipeline=4, zero=0),
-    Layout(tensor=2, pipeline=2, zero=1, sequence=True),
-    Layout(zero=2, precision="bf16"),
+    Placed(2, Layout(pipeline=2, zero=0)),
+    Placed(2, Layout(tensor=2, zero=1, sequence=True)),
+    Placed(2, Layout(zero=2, precision="bf16")),
 ]
 SLOW = [
-    Layout(pipeline=2, zero=1),
-    Layout(tensor=2, zero=3),
-    Layout(tensor=4, zero=0),
-    Layout(pipeline=2, tensor=2, zero=1, precision="bf16"),
-    Layout(pipeline=2, zero=0, precision="bf16"),
+    Placed(4, Layout(pipeline=4, zero=0)),
+    Placed(4, Layout(tensor=2, pipeline=2, zero=1, sequence=True)),
+    Placed(4, Layout(pipeline=2, zero=1)),
+    Placed(4, Layout(tensor=2, zero=3)),
+    Placed(4, Layout(tensor=4, zero=0)),
+    Placed(4, Layout(pipeline=2, tensor=2, zero=1, precision="bf16")),
+    Placed(4, Layout(pipeline=2, zero=0, precision="bf16")),
 ]
-LAYOUTS = [*FAST, *slow(SLOW)]
+PLACED, ALONE = [*FAST, *slow(SLOW)], Placed(1, Layout(zero=0))
+
+
+class Trained(NamedTuple):
+    """What a rank saw."""
+
+    losses: list[float]
+    norms: list[float]
+    resumed_losses: list[float]  # of the second half once more, from the checkpoint between
+    run_dir: Path
 
 
 def tied(layout: Layout, run_dir: Path) -> RunConfig:
@@ -42,11 +52,11 @@ def tied(layout: Layout, run_dir: Path) -> RunConfig:
     return run.model_copy(update={"model": run.model.model_copy(update={"tied_output": True})})
 
 
-def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Any]:
-    """Train each, and once more from half-way, by one process's checkpoint."""
+def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Trained]:
+    """Train each, and once more from half-way."""
     found = {}
-    for layout in layouts:
-        run_dir = Path(work_dir) / f"{layout}-{mesh.num_ranks}"
+    for number, layout in enumerate(layouts):
+        run_dir = Path(work_dir) / str(number)
         run = tied(layout, run_dir)
         engine, laid_out = start_engine_of(run, mesh, layout.zero)
         losses, norms = train_steps(engine, laid_out, range(STEPS // 2))
@@ -55,50 +65,38 @@ def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout,
         again, _ = start_engine_of(run, mesh, layout.zero)
         again.load(find_checkpoint(run_dir).folder)
         resumed, _ = train_steps(again, laid_out, range(STEPS // 2, STEPS))
-        found[layout] = (losses + more_losses, norms + more_norms, resumed)
+        found[layout] = Trained(losses + more_losses, norms + more_norms, resumed, run_dir)
     return found
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("tied")
+def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Placed, list[Trained]]:
+    return run_placed(train_tied, [ALONE, *selected(request, "placed")], tmp_path_factory.mktemp("tied"))
 
 
-@pytest.fixture(scope="module")
-def alone(folder: Path) -> Any:
-    return run_ranks(train_tied, 1, folder / "1", layouts=[Layout(zero=0)], work_dir=str(folder))[0][Layout(zero=0)]
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_tied_output_gives_the_losses_and_norms_of_one_process(
+    found: dict[Placed, list[Trained]], placed: Placed
+) -> None:
+    [expected] = found[ALONE]
+    precision = placed.layout.precision
+    for trained in found[placed]:
+        assert trained.losses == pytest.approx(expected.losses, rel=LOSS_TOLERANCE[precision])
+        if precision == "fp32":
+            assert trained.norms == pytest.approx(expected.norms, rel=NORM_TOLERANCE)
 
 
-@pytest.fixture(scope="module")
-def ranks(request: pytest.FixtureRequest, folder: Path) -> Any:
-    layouts = sorted(selected(request, "layout"), key=lambda layout: layout.tensor * layout.pipeline)
-    return run_ranks(train_tied, 4, folder / "4", layouts=layouts, work_dir=str(folder))
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_tied_output_resumed_is_the_same_bits(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+    for trained in found[placed]:
+        assert trained.resumed_losses == trained.losses[STEPS // 2 :]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tied_output_gives_the_losses_and_norms_of_one_process(alone: Any, ranks: Any, layout: Layout) -> None:
-    expected_losses, expected_norms, _ = alone
-    for rank in ranks:
-        losses, norms, _ = rank[layout]
-        assert losses == pytest.approx(expected_losses, rel=LOSS_TOLERANCE[layout.precision])
-        if layout.precision == "fp32":
-            assert norms == pytest.approx(expected_norms, rel=NORM_TOLERANCE)
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tied_output_resumed_is_the_same_bits(ranks: Any, layout: Layout) -> None:
-    for rank in ranks:
-        losses, _, resumed = rank[layout]
-        assert resumed == losses[STEPS // 2 :]
-
-
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_tied_output_checkpoint_has_the_table_once(folder: Path, alone: Any, ranks: Any, layout: Layout) -> None:
-    expected, found = (
-        StateReader(find_checkpoint(folder / name).folder) for name in (f"{Layout(zero=0)}-1", f"{layout}-4")
-    )
-    assert found.index.parameters.keys() == expected.index.parameters.keys()
-    assert not any("output" in name for name in found.index.parameters)
-    if layout.precision == "fp32":
-        tables = [reader.whole(WEIGHT, TOKEN_TABLE) for reader in (found, expected)]
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_tied_output_checkpoint_has_the_table_once(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+    written, expected = (StateReader(find_checkpoint(found[each][0].run_dir).folder) for each in (placed, ALONE))
+    assert written.index.parameters.keys() == expected.index.parameters.keys()
+    assert not any("output" in name for name in written.index.parameters)
+    if placed.layout.precision == "fp32":
+        tables = [reader.whole(WEIGHT, TOKEN_TABLE) for reader in (written, expected)]
         torch.testing.assert_close(*tables, rtol=0, atol=WEIGHT_TOLERANCE)

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
-from tests.helpers.commands import flags, run
+from tests.helpers.commands import flags
 from tests.helpers.errors import assert_error
 from tests.helpers.small_runs import metrics
 from tests.helpers.tools import call_tool, pretrain_error, run_pretrain
@@ -30,8 +30,8 @@ KEYS = ("step", "loss/train_nats", "loss/valid_nats", "optim/lr", "optim/grad_no
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory, free_port) -> Any:
-    """All up to the trained run: 4 steps by a launcher, then 4 more; and 8 that were not interrupted."""
+def line(tmp_path_factory) -> Any:
+    """All up to the trained run: 4 steps, then 4 more; and 8 that were not interrupted."""
     folder = tmp_path_factory.mktemp("line")
     sources = sorted((Path(os.__file__).parent).glob("a*.py"))
     lines = [json.dumps({"text": source.read_text(), "meta": {"pile_set_name": "Code"}}) for source in sources]
@@ -44,9 +44,7 @@ def line(tmp_path_factory, free_port) -> Any:
         call_tool("preprocess", *files, "--tokenizer", tokenizer)
     data = [f"data.path={folder / 'train'}", f"data.valid_path={folder / 'valid'}", *SETTINGS]
     interrupted = flags([*data, f"run_dir={folder / 'run'}"])
-    launcher = ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "pretrain.py"]
-    first = run(*launcher, "--ds_config", "ds_configs/zero2.json", *interrupted, "--stop-step", "4")
-    assert first.code == 0 and not first.left, first.output
+    first, _ = run_pretrain([*interrupted, "--stop-step", 4], folder / "first", 2)
     second, _ = run_pretrain(interrupted, folder / "second", 2)
     undisturbed = flags([*data, f"run_dir={folder / 'undisturbed'}"])
     profiled, _ = run_pretrain([*undisturbed, "--profile", 2], folder / "profiled", 2)

@@ -1,7 +1,8 @@
 """Runs a small model in any layout over ranks."""
 
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -11,9 +12,12 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import run_ranks
 
-DS_CONFIGS = Path(__file__).parents[2] / "ds_configs"
-STEPS, LR = 8, 5e-3
+DS_CONFIGS = ROOT / "ds_configs"
+T = TypeVar("T")
+STEPS, LR, MICRO = 8, 5e-3, 4
 
 
 class Layout(NamedTuple):
@@ -27,9 +31,16 @@ class Layout(NamedTuple):
     sequence: bool = False
     recompute: str = "none"
     precision: str = "fp32"
-    micro: int = 2  # sequences in a micro-batch
+    micro: int = MICRO  # sequences in a micro-batch
     clip: float = 0.5  # at work in every step; 0: none
     model: str = ""  # further fields of the model, as YAML
+
+
+class Placed(NamedTuple):
+    """A layout on a number of ranks."""
+
+    ranks: int
+    layout: Layout
 
 
 class Outcome(NamedTuple):
@@ -86,7 +97,7 @@ def run_config(layout: Layout, run_dir: Path) -> RunConfig:
     return load_run_config(None, settings)
 
 
-def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = 2) -> list[Batch[torch.Tensor]]:
+def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = MICRO) -> list[Batch[torch.Tensor]]:
     """Rows that count in threes, in micro-batches, cut like the feed cuts them."""
     generator = torch.Generator().manual_seed(step)
     tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(17)) % 64
@@ -109,19 +120,37 @@ def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, M
     return start_engine(run, engine_config(run, read_ds_config(path), mesh.num_ranks, path), mesh), mesh
 
 
-def train_steps(engine: Any, mesh: Mesh, steps: range, micro: int = 2) -> tuple[list[float], list[float]]:
+def train_steps(engine: Any, mesh: Mesh, steps: range, micro: int = MICRO) -> tuple[list[float], list[float]]:
     """Losses and gradient norms of some updates."""
     results = [engine.train_step(batches(step, mesh, micro=micro), LR) for step in steps]
     return [float(result.loss_nats) for result in results], [float(result.grad_norm) for result in results]
 
 
+def run_placed(
+    function: Callable[..., dict[Layout, T]], placed: Collection[Placed], folder: Path, **arguments: Any
+) -> dict[Placed, list[T]]:
+    """Call `function(mesh, layouts, work_dir, **arguments)` in one launch for each number of ranks.
+
+    Returns:
+        By layout and number of ranks, what each rank returned for it.
+    """
+    found = {}
+    for num_ranks in sorted({num_ranks for num_ranks, _ in placed}):
+        layouts = [layout for number, layout in placed if number == num_ranks]
+        # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
+        layouts.sort(key=lambda layout: layout.tensor * layout.pipeline)
+        work_dir = folder / str(num_ranks)
+        ranks = run_ranks(function, num_ranks, work_dir, layouts=layouts, work_dir=str(work_dir), **arguments)
+        found |= {Placed(num_ranks, layout): [rank[layout] for rank in ranks] for layout in layouts}
+    return found
+
+
 def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int = STEPS) -> dict[Layout, Outcome]:
     """Train each layout for some updates, one after the other in the same processes."""
     found = {}
-    # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
-    for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
+    for number, layout in enumerate(layouts):
         try:
-            found[layout] = train_layout(mesh, layout, Path(work_dir) / f"{mesh.num_ranks}-{number}", steps)
+            found[layout] = train_layout(mesh, layout, Path(work_dir) / str(number), steps)
         except Exception as error:
             error.add_note(f"in {layout} on {mesh.num_ranks} ranks")
             raise
