@@ -1,6 +1,7 @@
 """Fixtures of several folders."""
 
 import gc
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -50,6 +51,12 @@ def free_port() -> Callable[[], int]:
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/golden/messages.txt")
+
+
+def pytest_configure() -> None:
+    """Let what tests start heed SIGINT, which is ignored where a script runs pytest in the background."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_finish(session: pytest.Session) -> None:

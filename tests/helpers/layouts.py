@@ -35,12 +35,20 @@ class Layout(NamedTuple):
     clip: float = 0.5  # at work in every step; 0: none
     model: str = ""  # further fields of the model, as YAML
 
+    def __str__(self) -> str:
+        """What differs from the defaults."""
+        fields = ((name, value, self._field_defaults[name]) for name, value in self._asdict().items())
+        return " ".join(f"{name}={value}" for name, value, default in fields if value != default) or "data parallel"
+
 
 class Placed(NamedTuple):
     """A layout on a number of ranks."""
 
     ranks: int
     layout: Layout
+
+    def __str__(self) -> str:
+        return f"{self.ranks} ranks: {self.layout}"
 
 
 class Outcome(NamedTuple):

@@ -11,7 +11,6 @@ import itertools
 import multiprocessing
 import os
 import pickle
-import signal
 import socket
 import sys
 import time
@@ -188,8 +187,9 @@ def _call(function: Any, path: Path, arguments: dict[str, Any]) -> None:
         outcome = ("failed", traceback.format_exc())
     path.with_suffix(".partial").write_bytes(pickle.dumps(outcome))
     path.with_suffix(".partial").replace(path)
-    if os.environ["RANK"] == "0":  # it holds the store, which others may still need
-        signal.pause()
+    others = [path.with_name(f"rank-{rank}.pickle") for rank in range(int(os.environ["WORLD_SIZE"]))]
+    while os.environ["RANK"] == "0" and not all(map(Path.exists, others)):
+        time.sleep(0.02)  # this rank holds the store, which the others may still need
     os._exit(0)  # a peer that failed must not keep this rank waiting in clean-up
 
 
