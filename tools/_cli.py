@@ -8,6 +8,7 @@ import argparse
 import functools
 import logging
 import os
+import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -34,7 +35,9 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         except BipeError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             return 2
-        except BrokenPipeError:  # the reader has seen enough, as in `... | head`
+        except BrokenPipeError:
+            if not _stdout_has_lost_its_reader():  # some other pipe broke: that of a worker that died, for instance
+                raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted.\n")
@@ -42,6 +45,13 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
         return 0
 
     return run
+
+
+def _stdout_has_lost_its_reader() -> bool:
+    """Return whether stdout is a pipe whose reader has seen enough, as in `... | head`."""
+    poll = select.poll()
+    poll.register(1, 0)
+    return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:

@@ -20,8 +20,8 @@ from tests.helpers.tiers import selected, slow
 TIMEOUT_S = 10
 HOST = socket.gethostname()
 NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, context 0, tensor {rank})" for rank in range(2)]
-FAST = [("raise", 1), ("spin", 1), ("SIGKILL", 1), ("SIGSTOP", 0)]
-SLOW = [("SIGKILL", 0), ("SIGSTOP", 1)]
+FAST = [("raise", 1), ("spin", 1), ("SIGKILL", 1), ("SIGSTOP", 1)]
+SLOW = [("SIGKILL", 0), ("SIGSTOP", 0)]
 
 
 class Failed(NamedTuple):
@@ -84,13 +84,13 @@ def test_failure_rank_0_that_is_killed_takes_the_store_along(failed):
     assert re.search("store .* is gone", output), output
 
 
-@pytest.mark.slow
 def test_failure_rank_that_is_stopped_is_named_by_the_others(failed):
     output = failed["SIGSTOP", 1].outputs[0]
     assert re.search(rf"{re.escape(NAMES[0])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output
     assert f"{NAMES[1]}, last at " in output, output
 
 
+@pytest.mark.slow
 def test_failure_rank_0_that_is_stopped_stops_the_store(failed):
     output = failed["SIGSTOP", 0].outputs[1]
     assert re.search(rf"{re.escape(NAMES[1])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output
