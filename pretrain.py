@@ -15,12 +15,12 @@ from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.parallel.launch import connect_store, join_launch
-from megatron_bipe.parallel.launchers import Launch
+from megatron_bipe.runtime.distributed_init import connect_store, join_launch
+from megatron_bipe.runtime.exit_handling import run_rank
+from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.launcher_watch import watch_launcher
 from megatron_bipe.runtime.logs import log_to_stderr
-from megatron_bipe.train.stopping import CONTINUE_LATER, StopRequest, parse_duration
+from megatron_bipe.runtime.preemption import CONTINUE_LATER, StopRequest, parse_duration
 
 _log = logging.getLogger("pretrain")
 
@@ -38,15 +38,15 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     validate_run(run, num_ranks, Sources(args.config, args.set))
     ds_values = read_ds_config(args.ds_config)
 
-    from megatron_bipe.data.inspect import open_tokenizer
+    from megatron_bipe.data.discovery import open_tokenizer
     from megatron_bipe.engine.start import start_engine
-    from megatron_bipe.parallel.watchdog import Watchdog
-    from megatron_bipe.train.dry_run import describe
-    from megatron_bipe.train.feed import Feed
+    from megatron_bipe.estimate.dry_run import describe
+    from megatron_bipe.runtime.watchdog import Watchdog
+    from megatron_bipe.train.batch_loader import Feed
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import entered, settle_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
-    from megatron_bipe.train.session import go_on
+    from megatron_bipe.train.trainer import go_on
 
     watch_launcher()
     mesh = join_launch(launch).laid_out(run.parallel)
@@ -70,7 +70,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         if mesh.is_main:
             write_run_folder(run, feed.record, tokenizer)
             if run.train.init_from is not None:
-                from megatron_bipe.train.init_from import begin_from_model  # with transformers' models: 2 s
+                from megatron_bipe.train.warm_start import begin_from_model  # with transformers' models: 2 s
 
                 begin_from_model(run)
         finished = go_on(

@@ -7,13 +7,13 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bipe.data.arithmetic import EQUALS, Problem, problems, write_tokenizer
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
+from megatron_bipe.tasks.arithmetic.problems import EQUALS, Problem, problems, write_tokenizer
+from preprocessing.commit import Contents
 from preprocessing.examples import Example, write_examples
-from preprocessing.output import Contents
 
 SEGMENTS = f'["{EQUALS}"]'
 

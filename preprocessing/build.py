@@ -16,19 +16,19 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.lock import locked
 from megatron_bipe.types import Document
 from preprocessing import duplicates
-from preprocessing.backend import Choice, Name, choose_backend
-from preprocessing.output import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
+from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
+from preprocessing.encode import Recipe
+from preprocessing.line_counts import Tally, printable, require_at_least
 from preprocessing.progress import Progress
-from preprocessing.ranges import Job
+from preprocessing.range_worker import Job
 from preprocessing.ranks import Ranks
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.readers.parse import Keys
 from preprocessing.split import Split
-from preprocessing.tally import Tally, printable, require_at_least
-from preprocessing.tokenize import Recipe
+from preprocessing.tokenizer_backend import Choice, Name, choose_backend
 from preprocessing.totals import add_range, tally_of
-from preprocessing.work import PUBLISHED_NAME, STOCK_NAME, WorkFolder
+from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Task, do_ranges, range_weight, share_out
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the whole Pile, and no file too large to copy again

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_bipe.data.files import partial_path
 from megatron_bipe.disk import sync
-from preprocessing.tokenize import HASH_BYTES, text_hash
+from preprocessing.encode import HASH_BYTES, text_hash
 
 ROWS_A_ROUND = 1 << 26  # 1 GiB of hashes, and about three times that while they are sorted
 HASHES_NAME, DROPPED_NAME = "hashes.npy", "dropped.npy"

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megatron_bipe.data.format import ShardWriter, choose_dtype
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import segment_ends
+from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.errors import DataError
 from megatron_bipe.lock import locked
 from megatron_bipe.types import TokenArray, TokenizedDocument
-from preprocessing.output import (
+from preprocessing.commit import (
     SHARD_PREFIX,
     Contents,
     clear_output,
@@ -26,8 +26,8 @@ from preprocessing.output import (
     remove_if_empty,
     require_own,
 )
-from preprocessing.tokenize import Destination
-from preprocessing.work import WorkFolder
+from preprocessing.encode import Destination
+from preprocessing.work_dir import WorkFolder
 
 
 class Example(NamedTuple):

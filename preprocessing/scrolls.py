@@ -6,15 +6,15 @@ from itertools import islice, pairwise
 from pathlib import Path
 
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
-from megatron_bipe.data.scrolls import WINDOW_TOKENS, Encode, Prompter, find_task
-from megatron_bipe.data.scrolls_files import Row, read_rows
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
+from megatron_bipe.tasks.scrolls.files import Row, read_rows
+from megatron_bipe.tasks.scrolls.tasks import WINDOW_TOKENS, Encode, Prompter, find_task
 from megatron_bipe.types import Document, TokenArray
-from preprocessing.backend import choose_backend, open_backend
+from preprocessing.commit import Contents
 from preprocessing.examples import Example, write_examples
-from preprocessing.output import Contents
+from preprocessing.tokenizer_backend import choose_backend, open_backend
 
 ROWS_AT_ONCE = 32  # whose texts, up to a few MB each, are in memory
 CHECK_SHARE = 0.01  # of the text, also tokenized by the stock library and compared

@@ -3,10 +3,10 @@
 from collections.abc import Sequence
 
 from megatron_bipe.errors import DataError
+from preprocessing.line_counts import Tally, printable
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Malformed
-from preprocessing.tally import Tally, printable
-from preprocessing.work import WORK_FOLDER, RangeRecord
+from preprocessing.work_dir import WORK_FOLDER, RangeRecord
 
 
 def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> Tally:

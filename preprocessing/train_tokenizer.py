@@ -16,11 +16,11 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
+from preprocessing.line_counts import Tally, require_at_least
 from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, find_inputs
 from preprocessing.readers.parse import Keys
-from preprocessing.tally import Tally, require_at_least
 from preprocessing.tokenizer_check import CheckSample, check_agreement
 
 SAMPLE_BYTES = 100_000_000  # trained on in about 1.5 GB of memory: 14 bytes a byte of text, as measured

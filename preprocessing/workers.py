@@ -16,9 +16,9 @@ from typing import Literal
 from megatron_bipe.errors import BipeError, DataError
 from megatron_bipe.lock import locked
 from megatron_bipe.runtime.child_processes import leave_with_parent
-from preprocessing.ranges import Advance, Job, RangeWorker
+from preprocessing.range_worker import Advance, Job, RangeWorker
 from preprocessing.readers.inputs import Piece
-from preprocessing.work import WorkFolder
+from preprocessing.work_dir import WorkFolder
 
 Task = Literal["hash_texts", "tokenize"]
 TELL_BYTES = 1 << 23  # of text between two messages about progress

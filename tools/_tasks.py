@@ -8,14 +8,14 @@ from tqdm import tqdm
 
 from _cli import check_model_folder, parse_range
 from _device import add_device_options, pick_device, pick_dtype
-from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS, find_task
-from megatron_bipe.data.scrolls_files import questions, read_rows
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
+from megatron_bipe.tasks.scrolls.files import questions, read_rows
+from megatron_bipe.tasks.scrolls.tasks import TASKS, WINDOW_TOKENS, find_task
 
 if TYPE_CHECKING:
-    from megatron_bipe.eval.arithmetic import Accuracy
     from megatron_bipe.eval.generation import Generator
+    from megatron_bipe.tasks.arithmetic.evaluate import Accuracy
 
 
 def scrolls(arguments: argparse.Namespace) -> None:
@@ -25,7 +25,13 @@ def scrolls(arguments: argparse.Namespace) -> None:
     from megatron_bipe.eval.report import prepare_output
 
     try:
-        from megatron_bipe.eval.scrolls import answer, result_names, results_table, score_answers, write_results
+        from megatron_bipe.tasks.scrolls.evaluate import (
+            answer,
+            result_names,
+            results_table,
+            score_answers,
+            write_results,
+        )
     except ImportError as error:
         raise ConfigError(
             f"rouge_score cannot be imported: {error}",
@@ -90,8 +96,8 @@ def arithmetic(arguments: argparse.Namespace) -> None:
         )
     for folder in arguments.model:
         check_model_folder(folder)
-    from megatron_bipe.eval import arithmetic as problems
     from megatron_bipe.eval.report import prepare_output
+    from megatron_bipe.tasks.arithmetic import evaluate as problems
 
     prepare_output(arguments.output, arguments.overwrite, (problems.JSON_NAME, problems.CSV_NAME))
     asked = [problems.held_out_problems(n, arguments.problems, arguments.seed) for n in arguments.operators]

@@ -14,19 +14,19 @@ from tqdm import tqdm
 from _cli import check_model_folder, command
 from _device import add_device_options, pick_device, pick_dtype
 from _tasks import add_arithmetic, add_scrolls
+from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.examples import open_text
 from megatron_bipe.data.files import write_atomically
-from megatron_bipe.engine.checkpoint import find_model
+from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 
 if TYPE_CHECKING:
+    from megatron_bipe.eval.eval_model import Subject
+    from megatron_bipe.eval.extrapolation_results import Subset
     from megatron_bipe.eval.perplexity import Settings
     from megatron_bipe.eval.report import ModelResults
-    from megatron_bipe.eval.subject import Subject
-    from megatron_bipe.eval.subsets import Subset
 
 HARNESS_NAME = "harness.json"
 _log = logging.getLogger(__name__)
@@ -45,9 +45,9 @@ def perplexity(arguments: argparse.Namespace) -> None:
     dataset = open_text(arguments.data)
     for spec in arguments.model:
         find_model(spec)
+    from megatron_bipe.eval.eval_model import check_length, check_suits
+    from megatron_bipe.eval.model_loading import load_subject
     from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
-    from megatron_bipe.eval.subject import check_length, check_suits
-    from megatron_bipe.train.models import load_subject
 
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
@@ -68,12 +68,12 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     datasets = [open_text(folder) for folder in arguments.data]
     for spec in arguments.model:
         find_model(spec)
+    from megatron_bipe.eval.eval_model import check_length, check_suits
     from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
+    from megatron_bipe.eval.extrapolation_results import subset_names
+    from megatron_bipe.eval.model_loading import load_subject
     from megatron_bipe.eval.perplexity import limit_tokens
     from megatron_bipe.eval.report import prepare_output, unique_names
-    from megatron_bipe.eval.subject import check_length, check_suits
-    from megatron_bipe.eval.subsets import subset_names
-    from megatron_bipe.train.models import load_subject
 
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite, NAMES)
@@ -173,8 +173,8 @@ def _evaluate_subset(
     lengths: list[int],
     settings: "Settings",
 ) -> "Subset":
-    from megatron_bipe.eval.documents import evaluate_documents
-    from megatron_bipe.eval.subsets import Line, Subset
+    from megatron_bipe.eval.document_losses import evaluate_documents
+    from megatron_bipe.eval.extrapolation_results import Line, Subset
 
     lines = []
     for name, subject in zip(names, subjects, strict=True):

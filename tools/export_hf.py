@@ -16,12 +16,12 @@ import numpy as np
 import yaml
 
 from _cli import command
+from megatron_bipe.checkpoint.find import Checkpoint, find_checkpoint
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ComputePrecision, RunConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.engine.checkpoint import Checkpoint, find_checkpoint
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -47,12 +47,12 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     """Write the model folder, and print how near it is."""
     from transformers.utils.logging import disable_progress_bar
 
+    from megatron_bipe.checkpoint.find import read_record
+    from megatron_bipe.eval.model_loading import WeightsOnDisk
     from megatron_bipe.hf.export import ExportOptions, export_model
-    from megatron_bipe.hf.settings import DataFields
+    from megatron_bipe.hf.hf_config import DataFields
     from megatron_bipe.hf.tokenizer_files import TokenizerSource
     from megatron_bipe.model.precision import DTYPES
-    from megatron_bipe.train.models import WeightsOnDisk
-    from megatron_bipe.train.run_folder import read_record
 
     disable_progress_bar()
     run = load_run_config(checkpoint.run_dir / "config.yaml")

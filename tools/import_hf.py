@@ -21,7 +21,7 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_bipe.hf.published import PublishedModel
+    from megatron_bipe.hf.authors_checkpoint import PublishedModel
 
 
 @command
@@ -50,8 +50,8 @@ def to_model(arguments: argparse.Namespace) -> None:
 
     from _samples import random_windows
     from megatron_bipe.hf.export import ExportOptions, export_model
+    from megatron_bipe.hf.hf_config import DataFields
     from megatron_bipe.hf.load import read_settings
-    from megatron_bipe.hf.settings import DataFields
     from megatron_bipe.hf.tokenizer_files import TokenizerSource
 
     disable_progress_bar()
@@ -85,11 +85,11 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     """Into checkpoint 0 of a run."""
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_bipe.eval.subject import Subject, exported_subject
+    from megatron_bipe.eval.eval_model import Subject, exported_subject
+    from megatron_bipe.eval.model_loading import plan_weights
     from megatron_bipe.hf.load import plan_model, read_settings
-    from megatron_bipe.hf.weights import to_llama
-    from megatron_bipe.train.init_from import start_run
-    from megatron_bipe.train.models import plan_weights
+    from megatron_bipe.hf.weight_mapping import to_llama
+    from megatron_bipe.train.warm_start import start_run
 
     disable_progress_bar()
     if "rpe_type" in read_settings(arguments.input):
@@ -106,7 +106,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
 
 
 def _published(arguments: argparse.Namespace) -> "tuple[PublishedModel, Tokenizer | None, SegmentRule]":
-    from megatron_bipe.hf.published import read_published
+    from megatron_bipe.hf.authors_checkpoint import read_published
 
     model = read_published(arguments.input)
     tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
@@ -135,7 +135,7 @@ def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRu
     if tokenizer is not None:
         return resolve_rule(spec, tokenizer)
     if spec == "reference":
-        from megatron_bipe.hf.published import PUBLISHED_SEPARATORS
+        from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS
 
         return SegmentRule(spec=spec, token_ids=PUBLISHED_SEPARATORS)
     try:

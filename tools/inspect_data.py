@@ -15,15 +15,15 @@ from tqdm import tqdm
 
 from _cli import check_output_file, command
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.discovery import find_datasets, open_tokenizer
 from megatron_bipe.data.files import write_atomically
-from megatron_bipe.data.inspect import find_datasets, open_tokenizer
+from megatron_bipe.data.inspection.resegment import resegment
+from megatron_bipe.data.inspection.show import show_document
+from megatron_bipe.data.inspection.stats import SAMPLE_TOKENS, Statistics, count_dataset
+from megatron_bipe.data.inspection.stats_text import as_json, datasets_table, distribution_tables, stats_table
+from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.data.resegment import resegment
 from megatron_bipe.data.segments import RULE_FORMS
-from megatron_bipe.data.show import show_document
-from megatron_bipe.data.stats import SAMPLE_TOKENS, Statistics, count_dataset
-from megatron_bipe.data.stats_text import as_json, datasets_table, distribution_tables, stats_table
-from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
 
 
@@ -74,7 +74,7 @@ def stats(arguments: argparse.Namespace) -> None:
         content = {name: as_json(*counted) for name, counted in found.items()}
         write_atomically(arguments.json, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
     if arguments.png:
-        from megatron_bipe.data.stats_plot import draw_stats  # matplotlib takes a second to import
+        from megatron_bipe.data.inspection.stats_plot import draw_stats  # matplotlib takes a second to import
 
         write_atomically(arguments.png, draw_stats({name: counted for name, (_, counted) in found.items()}))
 

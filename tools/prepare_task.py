@@ -11,7 +11,7 @@ from pathlib import Path
 
 from _cli import command, parse_range
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.data.scrolls import TASKS, WINDOW_TOKENS
+from megatron_bipe.tasks.scrolls.tasks import TASKS, WINDOW_TOKENS
 from preprocessing.arithmetic import SEGMENTS, ArithmeticOptions, prepare_arithmetic
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 

@@ -29,8 +29,8 @@ from typing import IO
 from _cli import command
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
+from megatron_bipe.runtime.preemption import CONTINUE_LATER, SIGNALS, parse_duration
 from megatron_bipe.train.events import read_events
-from megatron_bipe.train.stopping import CONTINUE_LATER, SIGNALS, parse_duration
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
 LAST_WORDS_S, LOOK_S = 60.0, 0.2  # that what is left of a launch has to end by itself; between looks

@@ -16,10 +16,10 @@ import numpy as np
 
 from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.manifest import BlendMember, DataRecord
-from megatron_bipe.data.order import SampleOrder
+from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.shuffle import SampleOrder
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 

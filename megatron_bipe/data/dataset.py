@@ -7,10 +7,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bipe.data.files import allow_open_files
-from megatron_bipe.data.format import Shard
-from megatron_bipe.data.layout import damaged, packed_bytes
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule, window_ends
+from megatron_bipe.data.shard import Shard
+from megatron_bipe.data.shard_names import damaged, packed_bytes
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from megatron_bipe.data.files import unreadable, write_atomically
-from megatron_bipe.data.layout import FORMAT_VERSION
 from megatron_bipe.data.records import FileRecord, Record, Sha256, ShardRecord
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.shard_names import FORMAT_VERSION
 from megatron_bipe.errors import DataError
 
 __all__ = [

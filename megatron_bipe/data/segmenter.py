@@ -6,8 +6,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bipe.data.dataset import foreign_token
-from megatron_bipe.data.format import Shard
 from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.data.shard import Shard
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 CHUNK_TOKENS = 1 << 18  # a multiple of 8, so that chunks start with a byte; small enough for a core's own cache

@@ -20,7 +20,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
-from megatron_bipe.data.token_text import byte_of, json_token_texts
+from megatron_bipe.data.token_strings import byte_of, json_token_texts
 from megatron_bipe.errors import DataError
 
 DEFINITIONS = ("tokenizer.json", "tokenizer.model")  # in order of preference

@@ -4,9 +4,9 @@ from typing import Any
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.engine.api import Engine
-from megatron_bipe.engine.pipeline import PipelineEngine
-from megatron_bipe.engine.zero import ZeroEngine
+from megatron_bipe.engine.interface import Engine
+from megatron_bipe.engine.pipeline_engine import PipelineEngine
+from megatron_bipe.engine.zero_engine import ZeroEngine
 from megatron_bipe.parallel.mesh import Mesh
 
 

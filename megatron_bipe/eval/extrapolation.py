@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.data.files import write_atomically
-from megatron_bipe.eval.documents import INTERVAL, NUM_RESAMPLES, DocumentLosses
+from megatron_bipe.eval.document_losses import INTERVAL, NUM_RESAMPLES, DocumentLosses
 from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
+from megatron_bipe.eval.extrapolation_results import Subset
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import Settings
-from megatron_bipe.eval.subsets import Subset
 from megatron_bipe.eval.windows import PROTOCOLS
 
 FORMAT_VERSION = 1

@@ -8,8 +8,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from megatron_bipe.eval.curves import COLOURS, Curve, thin_ticks, values_beyond, visible_range
+from megatron_bipe.eval.extrapolation_results import Subset
 from megatron_bipe.eval.plot import GREY, line_style
-from megatron_bipe.eval.subsets import Subset
 
 
 def draw_extrapolation(subsets: Sequence[Subset]) -> bytes:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.eval_model import Subject
 from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
-from megatron_bipe.eval.subject import Subject
 from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray

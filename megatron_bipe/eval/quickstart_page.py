@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_bipe.data.show import printable
+from megatron_bipe.data.inspection.show import printable
 from megatron_bipe.eval.curves import values_beyond, visible_range
 from megatron_bipe.eval.line_chart import Chart, Line, line_chart
 from megatron_bipe.eval.page import Section, bars, commands, definitions, details, facts, figure, page, paragraph, table

@@ -14,9 +14,9 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.curves import Curve
+from megatron_bipe.eval.eval_model import Subject
 from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
 from megatron_bipe.eval.plot import draw_perplexity
-from megatron_bipe.eval.subject import Subject
 from megatron_bipe.eval.text_table import text_table
 from megatron_bipe.eval.windows import PROTOCOLS
 

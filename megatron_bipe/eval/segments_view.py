@@ -5,8 +5,8 @@ from itertools import groupby
 from typing import NamedTuple
 
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.inspection.show import VISIBLE, read_document, visible_text
 from megatron_bipe.data.segments import bilevel_ids
-from megatron_bipe.data.show import VISIBLE, read_document, visible_text
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.eval.page import NUM_TINTS, details, table
 

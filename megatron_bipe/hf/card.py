@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.hf.settings import DataFields, is_stock
+from megatron_bipe.hf.hf_config import DataFields, is_stock
 
 _ABSOLUTE = {"none": "", "learned": "learned table", "sinusoidal": "sines and cosines"}
 _RELATIVE = {"rope": "RoPE", "alibi": "ALiBi", "xpos": "XPOS", "t5": "T5's relative bias", "nope": ""}

@@ -24,11 +24,11 @@ from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
 from megatron_bipe.hf.checksums import SUMS, write_checksums
+from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
 from megatron_bipe.hf.parity import Windows, parity
-from megatron_bipe.hf.settings import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
-from megatron_bipe.hf.weights import LlamaWeights
+from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.tensor_file import write_tensors
 

@@ -14,7 +14,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.checksums import check_file
 from megatron_bipe.hf.rope_settings import rope_fields
-from megatron_bipe.hf.weights import from_llama
+from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.tied import TOKEN_TABLE
 

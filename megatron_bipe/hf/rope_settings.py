@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.positions.scaling import stretched_base
+from megatron_bipe.model.positions.rope_scaling import stretched_base
 
 # transformers has no such type: to it such a model is one with a raised base, and this key remembers the rest.
 _NTK = "rope_ntk"

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.causal import causal_attention, leaving_out_pays, reaching_attention
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
+from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.make import make_relative
-from megatron_bipe.model.positions.relative import SharedTables
 
 
 class Attention(nn.Module):

@@ -6,11 +6,11 @@ B batch · T positions · D width
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.activation_checkpointing import Recompute, recomputing
 from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.mlp import SwiGLU
-from megatron_bipe.model.positions.relative import SharedTables
-from megatron_bipe.model.recompute import Recompute, recomputing
+from megatron_bipe.model.positions.base import SharedTables
 
 
 class Block(nn.Module):

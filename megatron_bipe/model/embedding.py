@@ -7,9 +7,9 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.make import make_absolute
-from megatron_bipe.model.positions.places import drawn_places, spread_places, token_places
+from megatron_bipe.model.positions.position_ids import drawn_places, spread_places, token_places
 
 
 class Embedding(nn.Module):

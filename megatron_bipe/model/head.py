@@ -6,7 +6,7 @@ B batch · T positions · D width · V vocabulary
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
 
 
 class Head(nn.Module):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import share_of
+from megatron_bipe.model.layer_factory import share_of
 
 
 def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:

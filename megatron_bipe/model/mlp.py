@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
 
 
 class SwiGLU(nn.Module):

@@ -13,13 +13,13 @@ import torch
 from torch import nn
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.activation_checkpointing import Recompute
 from megatron_bipe.model.block import Block
 from megatron_bipe.model.embedding import Embedding
 from megatron_bipe.model.head import Head
 from megatron_bipe.model.init import init_layer
-from megatron_bipe.model.layers import LayerFactory, LocalLayers
-from megatron_bipe.model.positions.relative import SharedTables
-from megatron_bipe.model.recompute import Recompute
+from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers
+from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.tied import copied, tie, tie_to_copy
 
 

@@ -3,15 +3,15 @@
 from typing import NamedTuple
 
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.engine.api import Engine
-from megatron_bipe.parallel.watchdog import Watchdog
-from megatron_bipe.train.feed import Feed
+from megatron_bipe.engine.interface import Engine
+from megatron_bipe.runtime.preemption import StopRequest
+from megatron_bipe.runtime.watchdog import Watchdog
+from megatron_bipe.train.batch_loader import Feed
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.progress import Progress
-from megatron_bipe.train.recovery import Recovery
+from megatron_bipe.train.rollback import Recovery
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.stopping import StopRequest
+from megatron_bipe.train.train_state import Progress
 
 
 class Parts(NamedTuple):

@@ -9,13 +9,13 @@ from typing import Any
 from torch.utils.tensorboard import SummaryWriter
 
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.engine.api import StepResult
+from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.health import Reading
+from megatron_bipe.train.anomaly_detector import Reading
 from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
-from megatron_bipe.train.progress import Progress, Samples
+from megatron_bipe.train.train_state import Progress, Samples
 
 _log = logging.getLogger(__name__)
 

@@ -6,26 +6,25 @@ RUN/tokenizer/        the tokenizer's files, so that an export needs nothing els
 RUN/metrics.jsonl     one line a step
 RUN/events.jsonl      one line for each start, stop, bad step and the like
 RUN/tensorboard/      the same for TensorBoard
-RUN/checkpoints/      see engine/checkpoint.py
+RUN/checkpoints/      see checkpoint/find.py
 RUN/running/          while a launch is at work: holds its lock
 """
 
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
+from megatron_bipe.checkpoint.commit import tidy
+from megatron_bipe.checkpoint.find import list_steps, read_record
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
-from megatron_bipe.engine.checkpoint import list_steps
-from megatron_bipe.engine.publish import tidy
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.lock import locked
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision
@@ -150,23 +149,6 @@ def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -
     described = record.model_dump_json(indent=2, exclude_defaults=True)
     write_atomically(run.run_dir / "data.json", f"{described}\n".encode())
     write_atomically(run.run_dir / "config.yaml", dump_yaml(run).encode())
-
-
-def read_record(run_dir: Path) -> DataRecord:
-    """What the run was trained on.
-
-    Raises:
-        CheckpointError: the record is missing or damaged.
-    """
-    path = run_dir / "data.json"
-    try:
-        return DataRecord.model_validate_json(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"the record of the training data cannot be read: {error}",
-            remedy="Copy the whole run folder again",
-            location=path,
-        ) from error
 
 
 def _differences(old: RunConfig, new: RunConfig) -> Iterator[_Difference]:

@@ -12,13 +12,13 @@ from enum import Enum
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.checkpoint.find import newest_first
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
-from megatron_bipe.engine.checkpoint import newest_first
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.preemption import CONTINUE_LATER
 from megatron_bipe.train.events import STOP, read_events
-from megatron_bipe.train.stopping import CONTINUE_LATER
 
 USER_ERROR = 2
 

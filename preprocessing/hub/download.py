@@ -16,7 +16,7 @@ from huggingface_hub.utils import WeakFileLock
 from megatron_bipe.data.files import partial_path
 from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
-from preprocessing.hub.meter import FileBar, Meter, in_parallel
+from preprocessing.hub.download_manifest import LOCK_NAME, Receipt
 from preprocessing.hub.plan import (
     DownloadOptions,
     Item,
@@ -28,7 +28,7 @@ from preprocessing.hub.plan import (
     some_of,
     survey,
 )
-from preprocessing.hub.receipt import LOCK_NAME, Receipt
+from preprocessing.hub.progress_bar import FileBar, Meter, in_parallel
 from preprocessing.hub.transfer import (
     GO_ON,
     HubFile,
@@ -39,7 +39,7 @@ from preprocessing.hub.transfer import (
     receive,
     require_transferable,
 )
-from preprocessing.tally import require_at_least
+from preprocessing.line_counts import require_at_least
 
 LOCK_WAIT_S = 1.0
 ATTEMPTS = 3  # to get a file's content as the Hub states it

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from megatron_bipe.data.files import partial_path
 from megatron_bipe.errors import DataError
-from preprocessing.hub.receipt import Receipt, is_own
+from preprocessing.hub.download_manifest import Receipt, is_own
 from preprocessing.hub.transfer import HubFile, Snapshot, list_snapshot
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple, Self
 import zstandard
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers.content import Content
+from preprocessing.readers.compressed import Content
 
 BLOCK_BYTES = 1 << 21  # of text: enough to keep calls few, and little against the memory of a worker
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig
-from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.estimate.memory import block_bytes_per_token, table_bytes_per_token
+from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.plan import make_plan
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.memory import block_bytes_per_token, table_bytes_per_token
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
 
@@ -109,7 +109,7 @@ def measure_split(mesh: Mesh, dtypes: list[torch.dtype]) -> dict[tuple[Any, ...]
     """Every model and mode in every layout."""
     import torch.distributed as dist
 
-    from megatron_bipe.engine.common import make_layers
+    from megatron_bipe.engine.base import make_layers
 
     dist.init_process_group("gloo")
     return {

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import DataConfig
-from megatron_bipe.data.examples import open_dataset
 from megatron_bipe.data.manifest import ExamplesRecord
+from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
 from tests.helpers.layouts import FP32, LR, Layout, run_config, start
@@ -23,7 +23,7 @@ SLOW = [Layout(zero=3), Layout(context=2, zero=1)]
 
 def train(mesh, layouts, data, work_dir):
     """Losses and norms of `STEPS` updates, and a held-out loss, by layout."""
-    from megatron_bipe.train.feed import Feed
+    from megatron_bipe.train.batch_loader import Feed
 
     found = {}
     for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):

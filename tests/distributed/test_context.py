@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig
-from megatron_bipe.model.layers import LocalLayers, share_of
+from megatron_bipe.model.layer_factory import LocalLayers, share_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
@@ -67,7 +67,7 @@ def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from megatron_bipe.engine.common import make_layers
+    from megatron_bipe.engine.base import make_layers
 
     dist.init_process_group("gloo")
     results = {}
@@ -126,8 +126,8 @@ def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
     import torch.distributed as dist
     from deepspeed.sequence.layer import DistributedAttention
 
-    from megatron_bipe.engine.common import start_deepspeed
-    from megatron_bipe.parallel.context import SplitWindows
+    from megatron_bipe.engine.base import start_deepspeed
+    from megatron_bipe.parallel.context_parallel import SplitWindows
 
     start_deepspeed(mesh, 60)
     windows, generator = SplitWindows(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)

@@ -108,9 +108,9 @@ def test_failure_rank_in_an_endless_loop_is_at_another_location_than_the_others(
 def leave_early(mesh):
     """Leave the watchdog's block, on rank 1 before its first beat."""
     from megatron_bipe.config.schema import ParallelConfig
-    from megatron_bipe.engine.common import start_deepspeed
-    from megatron_bipe.parallel.launch import connect_store
-    from megatron_bipe.parallel.watchdog import BEAT_S, Watchdog
+    from megatron_bipe.engine.base import start_deepspeed
+    from megatron_bipe.runtime.distributed_init import connect_store
+    from megatron_bipe.runtime.watchdog import BEAT_S, Watchdog
 
     start_deepspeed(mesh, 60)
     with Watchdog(mesh.laid_out(ParallelConfig()), 5 * BEAT_S, connect_store):

@@ -5,16 +5,16 @@ import pytest
 import torch
 import yaml
 
+from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.schema import ModelConfig, TrainConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.engine.checkpoint import find_checkpoint
+from megatron_bipe.eval.model_loading import WeightsOnDisk
 from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.train.models import WeightsOnDisk
 from tests.helpers.commands import MODEL, options
 from tests.helpers.small_runs import losses
 from tests.helpers.tools import call_tool, run_pretrain

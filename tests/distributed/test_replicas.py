@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from megatron_bipe.errors import DivergenceError
-from megatron_bipe.model.layers import share_of
+from megatron_bipe.model.layer_factory import share_of
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.parallel.replicas import bits_hash
+from megatron_bipe.parallel.replica_check import bits_hash
 from tests.helpers.layouts import Layout, Placed, run_placed, start, train_steps
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
@@ -81,7 +81,7 @@ def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
 
 
 def flip(engine: Any, name: str, kind: str) -> None:
-    from megatron_bipe.engine.fragments import fragments
+    from megatron_bipe.engine.optimizer_state import fragments
 
     tensor = dict(engine._engine.module.named_parameters())[name].detach()
     if kind != "weight":

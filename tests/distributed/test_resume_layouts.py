@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from megatron_bipe.engine.checkpoint import find_checkpoint
-from megatron_bipe.engine.state_files import KINDS, StateReader
+from megatron_bipe.checkpoint.find import find_checkpoint
+from megatron_bipe.checkpoint.shard_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import Layout, Placed, start, train_steps
 from tests.helpers.ranks import run_ranks

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LocalLayers, share_of
+from megatron_bipe.model.layer_factory import LocalLayers, share_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
@@ -53,7 +53,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from megatron_bipe.parallel.tensor import TensorLayers
+    from megatron_bipe.parallel.tensor_parallel import TensorLayers
 
     dist.init_process_group("gloo")
     results = {}

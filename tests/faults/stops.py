@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.runtime.preemption import CONTINUE_LATER
 from megatron_bipe.train.events import read_events
-from megatron_bipe.train.stopping import CONTINUE_LATER
 from tests.helpers.commands import EndedCommand, run
 from tests.helpers.datasets import write_train_and_valid
 from tests.helpers.ranks import free_port

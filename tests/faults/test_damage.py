@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from megatron_bipe.engine.checkpoint import step_folder
-from megatron_bipe.engine.index import INDEX, SEAL
-from megatron_bipe.engine.state_files import rank_file
+from megatron_bipe.checkpoint.find import step_folder
+from megatron_bipe.checkpoint.manifest import INDEX, SEAL
+from megatron_bipe.checkpoint.shard_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import Layout, start, train_steps

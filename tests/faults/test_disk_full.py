@@ -13,7 +13,7 @@ from unittest import mock
 
 import pytest
 
-from megatron_bipe.engine.checkpoint import list_steps, step_folder
+from megatron_bipe.checkpoint.find import list_steps, step_folder
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import Layout, run_config, start_engine_of, train_steps

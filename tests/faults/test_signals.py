@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bipe.runtime.preemption import CONTINUE_LATER
 from megatron_bipe.train.events import read_events
-from megatron_bipe.train.stopping import CONTINUE_LATER
 from tests.faults.kills import survive
 from tests.faults.stops import stop_and_go_on
 from tests.helpers.commands import run

@@ -2,7 +2,7 @@
 
 import time
 
-from megatron_bipe.engine.checkpoint import list_steps
+from megatron_bipe.checkpoint.find import list_steps
 from tests.helpers.commands import options
 from tests.helpers.ranks import patience, start_program
 from tests.helpers.tools import pretrain_program, run_pretrain

@@ -6,11 +6,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from megatron_bipe.checkpoint.commit import begin, publish
+from megatron_bipe.checkpoint.find import step_folder
+from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import step_folder
-from megatron_bipe.engine.index import About
-from megatron_bipe.engine.publish import begin, publish
-from megatron_bipe.engine.state_files import Fragment, rank_file, write_fragments, write_index
 
 
 def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) -> Path:

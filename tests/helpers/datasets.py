@@ -9,9 +9,9 @@ from unittest import mock
 import numpy as np
 import tokenizers
 
-from megatron_bipe.data.format import ShardWriter, choose_dtype
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
+from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.types import TokenizedDocument
 

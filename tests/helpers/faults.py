@@ -18,10 +18,10 @@ import torch
 from torch import Tensor
 
 import pretrain
-from megatron_bipe.engine import pipeline, zero
-from megatron_bipe.parallel import watchdog
-from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.train.feed import Feed
+from megatron_bipe.engine import pipeline_engine, zero_engine
+from megatron_bipe.runtime import watchdog
+from megatron_bipe.runtime.exit_handling import run_rank
+from megatron_bipe.train.batch_loader import Feed
 
 FAULT = "FAULT"
 
@@ -41,8 +41,11 @@ class Arithmetic:
 
 def expose(engine: Any) -> None:
     """Let `Arithmetic` change the loss and the gradient of this rank's part of the model, from now on."""
-    if not hasattr(zero.mean_loss, "is_exposed"):
-        zero.mean_loss, pipeline.mean_loss = _exposed(zero.mean_loss), _exposed(pipeline.mean_loss)
+    if not hasattr(zero_engine.mean_loss, "is_exposed"):
+        zero_engine.mean_loss, pipeline_engine.mean_loss = (
+            _exposed(zero_engine.mean_loss),
+            _exposed(pipeline_engine.mean_loss),
+        )
     last = list(engine._engine.module.children())[-1]
     last.register_forward_hook(_hook_output)
 

@@ -167,9 +167,9 @@ def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int =
 
 def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outcome:
     """Train a layout for some updates; return what this rank saw, and what its checkpoint then holds."""
+    from megatron_bipe.checkpoint.find import find_checkpoint
+    from megatron_bipe.checkpoint.weights import read_weights
     from megatron_bipe.config.load import dump_yaml
-    from megatron_bipe.engine.checkpoint import find_checkpoint
-    from megatron_bipe.engine.weights import read_weights
 
     engine, laid_out = start(layout, mesh, run_dir)
     losses, norms = train_steps(engine, laid_out, range(steps), layout.micro)

@@ -2,10 +2,10 @@
 
 import torch
 
-from megatron_bipe.engine.api import StepResult
-from megatron_bipe.engine.checkpoint import find_checkpoint, step_folder
-from megatron_bipe.parallel.agreement import Agreement
+from megatron_bipe.checkpoint.find import find_checkpoint, step_folder
+from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.host_collectives import Agreement
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 NAN = float("nan")

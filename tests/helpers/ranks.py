@@ -26,7 +26,7 @@ from tests.helpers.paths import ROOT
 
 PRELOADED = [
     *("deepspeed", "transformers", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"),
-    *("megatron_bipe.engine.start", "megatron_bipe.train.session"),
+    *("megatron_bipe.engine.start", "megatron_bipe.train.trainer"),
 ]
 # Limits for an idle machine with two cores; `patience` scales them.
 TIME_LIMIT_S = 300  # of a launch
@@ -179,7 +179,7 @@ def _begin(function: Any, env: dict[str, str], log: Path | None, arguments: Sequ
 
 
 def _call(function: Any, path: Path, arguments: dict[str, Any]) -> None:
-    from megatron_bipe.parallel.launch import join_launch
+    from megatron_bipe.runtime.distributed_init import join_launch
 
     try:
         outcome = ("done", function(join_launch(), **arguments))

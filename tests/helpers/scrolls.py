@@ -4,7 +4,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from megatron_bipe.data.scrolls import TASKS
+from megatron_bipe.tasks.scrolls.tasks import TASKS
 
 CHOICES = {"contract_nli": ("Entailment", "Contradiction", "Not mentioned")}
 

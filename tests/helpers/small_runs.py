@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from megatron_bipe.checkpoint.find import find_checkpoint
+from megatron_bipe.checkpoint.shard_files import KINDS, StateReader
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import find_checkpoint
-from megatron_bipe.engine.state_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.commands import options
 from tests.helpers.faults import Arithmetic, FaultyFeed, ProcessFault, SampleFault, expose
@@ -78,9 +78,9 @@ def train_in_rank(
     Returns:
         The tokens that this rank read, by first sample of the step.
     """
+    from megatron_bipe.runtime.preemption import StopRequest
     from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.session import go_on
-    from megatron_bipe.train.stopping import StopRequest
+    from megatron_bipe.train.trainer import go_on
 
     run = load_run_config(None, options(Path(data) / "train", Path(run_dir), *settings, steps=steps)[1::2])
     engine, laid_out = start_engine_of(run, mesh, zero)

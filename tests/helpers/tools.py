@@ -15,10 +15,10 @@ import pytest
 
 import pretrain
 from megatron_bipe.errors import BipeError
-from megatron_bipe.parallel import watchdog
-from megatron_bipe.parallel.failure import run_rank
-from megatron_bipe.parallel.launchers import Launch, Meeting
-from megatron_bipe.train.stopping import SIGNALS
+from megatron_bipe.runtime import watchdog
+from megatron_bipe.runtime.exit_handling import run_rank
+from megatron_bipe.runtime.launcher_env import Launch, Meeting
+from megatron_bipe.runtime.preemption import SIGNALS
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Ended, run_programs
 

@@ -14,42 +14,42 @@ import pytest
 import torch
 from torch import nn
 
+from megatron_bipe.checkpoint.find import find_checkpoint, read_record
+from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.blend import Blend, slot_counts
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.examples import open_text
+from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
-from megatron_bipe.data.scrolls import TASKS, find_task
-from megatron_bipe.data.scrolls_files import Question
+from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.data.verify import find_problems
-from megatron_bipe.engine.checkpoint import find_checkpoint
-from megatron_bipe.engine.weights import read_weights
 from megatron_bipe.errors import BipeError
+from megatron_bipe.eval.eval_model import Subject, check_suits
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.eval.run_losses import read_losses
-from megatron_bipe.eval.scrolls import answer, results_table
-from megatron_bipe.eval.subject import Subject, check_suits
+from megatron_bipe.hf.authors_checkpoint import read_published
 from megatron_bipe.hf.export import ExportOptions, export_model
+from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.published import read_published
-from megatron_bipe.hf.settings import DataFields
 from megatron_bipe.lock import locked
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.parallel.launchers import Meeting, read_launch
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.environment import requested_device
-from megatron_bipe.train.feed import check_manifest
-from megatron_bipe.train.init_from import start_run
+from megatron_bipe.runtime.launcher_env import Meeting, read_launch
+from megatron_bipe.runtime.preemption import parse_duration
+from megatron_bipe.tasks.scrolls.evaluate import answer, results_table
+from megatron_bipe.tasks.scrolls.files import Question
+from megatron_bipe.tasks.scrolls.tasks import TASKS, find_task
+from megatron_bipe.train.batch_loader import check_manifest
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.run_folder import check_same_run, read_record, write_run_folder
-from megatron_bipe.train.stopping import parse_duration
+from megatron_bipe.train.run_folder import check_same_run, write_run_folder
 from megatron_bipe.train.supervise import usable_hosts
+from megatron_bipe.train.warm_start import start_run
 from preprocessing.build import BuildOptions, build
 from preprocessing.readers.inputs import find_inputs
 from preprocessing.split import Split

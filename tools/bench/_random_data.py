@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.format import ShardWriter, choose_dtype
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.types import TokenizedDocument
 
 VOCAB_SIZE, SEPARATOR, SEGMENT_LENGTH = 32000, 13, 13.7  # of the authors' rule on PG-19: mean segment 13.7 tokens

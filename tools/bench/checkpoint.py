@@ -25,12 +25,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import command
 from bench._machine import describe_machine
+from megatron_bipe.checkpoint.find import find_checkpoint
+from megatron_bipe.checkpoint.verify import check_whole
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import find_checkpoint
 from megatron_bipe.engine.start import start_engine
-from megatron_bipe.engine.verify import check_whole
-from megatron_bipe.parallel.launch import join_launch
+from megatron_bipe.runtime.distributed_init import join_launch
 from megatron_bipe.types import Batch
 
 DS_CONFIG = Path(__file__).parents[2] / "ds_configs" / "zero1.json"

@@ -24,8 +24,8 @@ from bench._machine import describe_machine
 from bench._random_data import NUM_SHARDS, make_dataset
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.order import SampleOrder
 from megatron_bipe.data.segments import bilevel_ids
+from megatron_bipe.data.shuffle import SampleOrder
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 BATCH, SEQ_LEN, CLIP = 256, 1024, 1023  # the 151M recipe

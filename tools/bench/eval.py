@@ -27,8 +27,8 @@ from bench._turns import Prepare, take_turns
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.eval.eval_model import Subject
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
-from megatron_bipe.eval.subject import Subject
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.precision import DTYPES
 

@@ -14,16 +14,16 @@ from _machine import describe_machine
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other tools' helpers
 
 from _samples import random_windows
+from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.engine.checkpoint import find_checkpoint
+from megatron_bipe.eval.model_loading import WeightsOnDisk
 from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.runtime.child_processes import leave_with_parent
-from megatron_bipe.train.init_from import write_step_zero
-from megatron_bipe.train.models import WeightsOnDisk
+from megatron_bipe.train.warm_start import write_step_zero
 
 RULE = SegmentRule(spec="[3,5]", token_ids=(3, 5))
 WINDOW_TOKENS = 64

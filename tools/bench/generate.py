@@ -18,7 +18,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf import BipeConfig, BipeForCausalLM
-from megatron_bipe.hf.settings import DataFields, hf_settings
+from megatron_bipe.hf.hf_config import DataFields, hf_settings
 
 SEPARATORS = (3, 5)
 CACHES: dict[str, dict[str, Any]] = {"dynamic cache": {}, "static cache": {"cache_implementation": "static"}}

@@ -31,12 +31,12 @@ from bench._device import native_precision
 from bench._machine import describe_machine
 from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.common import start_deepspeed
+from megatron_bipe.engine.base import start_deepspeed
 from megatron_bipe.engine.start import start_engine
 from megatron_bipe.parallel.collectives import split_linear, to_ranks
-from megatron_bipe.parallel.context import SplitWindows
-from megatron_bipe.parallel.launch import join_launch
+from megatron_bipe.parallel.context_parallel import SplitWindows
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.distributed_init import join_launch
 from megatron_bipe.types import Batch
 
 TOKENS, WIDTH, WIDTH_OUT = 1024, 2048, 8192  # a feed-forward matrix of the 1.6B model, a window

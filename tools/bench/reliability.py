@@ -30,9 +30,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))  # where pretrain i
 from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.config.schema import HealthConfig, TrainConfig
-from megatron_bipe.data.format import ShardWriter
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.data.shard import ShardWriter
 from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.types import TokenizedDocument
 
@@ -73,14 +73,14 @@ def main(argv: Sequence[str] | None) -> None:
 def be_rank(folder: Path) -> None:
     """Train as pretrain.py does, with clocks; the main rank writes down what they showed."""
     import pretrain
-    from megatron_bipe.data import inspect
-    from megatron_bipe.engine.common import DeepSpeedEngine
-    from megatron_bipe.engine.zero import ZeroEngine
-    from megatron_bipe.parallel.failure import run_rank
-    from megatron_bipe.parallel.watchdog import Watchdog
+    from megatron_bipe.data import discovery
+    from megatron_bipe.engine.base import DeepSpeedEngine
+    from megatron_bipe.engine.zero_engine import ZeroEngine
+    from megatron_bipe.runtime.exit_handling import run_rank
+    from megatron_bipe.runtime.preemption import StopRequest
+    from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train import run_folder
-    from megatron_bipe.train.recovery import Recovery
-    from megatron_bipe.train.stopping import StopRequest
+    from megatron_bipe.train.rollback import Recovery
 
     times_s: dict[str, list[float]] = defaultdict(list)
     clocks: list[tuple[Any, str, str]] = [
@@ -96,7 +96,7 @@ def be_rank(folder: Path) -> None:
 
     # Random tokens have no tokenizer.
     without: list[tuple[Any, str, Any]] = [
-        (inspect, "open_tokenizer", lambda _: None),
+        (discovery, "open_tokenizer", lambda _: None),
         (run_folder, "write_run_folder", lambda run, *_: run.run_dir.mkdir(parents=True, exist_ok=True)),
     ]
     for module, name, replacement in without:

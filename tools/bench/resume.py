@@ -26,7 +26,7 @@ from bench._machine import describe_machine
 from megatron_bipe.errors import DataError
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
-from preprocessing.work import RANGE_NAME, WORK_FOLDER
+from preprocessing.work_dir import RANGE_NAME, WORK_FOLDER
 
 PREPROCESS = Path(__file__).resolve().parents[1] / "preprocess.py"
 VOCAB_SIZE = 8000

@@ -22,7 +22,10 @@ from bench._machine import describe_machine
 from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
-from megatron_bipe.data.layout import (
+from megatron_bipe.data.manifest import Manifest, TokenizerRecord
+from megatron_bipe.data.records import FileRecord, ShardRecord, Suffix
+from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.shard_names import (
     DTYPE_CODES,
     FORMAT_VERSION,
     IDX_HEADER,
@@ -35,9 +38,6 @@ from megatron_bipe.data.layout import (
     packed_bytes,
     shard_path,
 )
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
-from megatron_bipe.data.records import FileRecord, ShardRecord, Suffix
-from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.runtime.child_processes import run_command
 
 BATCH, SEQ_LEN, CLIP, BATCHES = 256, 1024, 1023, 20  # the 151M recipe

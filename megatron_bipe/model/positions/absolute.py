@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory
+from megatron_bipe.model.layer_factory import LayerFactory
 
 
 def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory, heads_here
-from megatron_bipe.model.positions.relative import RelativeEncoding
+from megatron_bipe.model.layer_factory import LayerFactory, heads_here
+from megatron_bipe.model.positions.base import RelativeEncoding
 
 BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
 _BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly

@@ -7,8 +7,8 @@ from torch import nn
 
 from megatron_bipe.config.encodings import ABSOLUTE
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory, LocalLayers
-from megatron_bipe.model.positions.relative import RelativeEncoding
+from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers
+from megatron_bipe.model.positions.base import RelativeEncoding
 
 
 def relative_class(config: ModelConfig) -> type[RelativeEncoding]:

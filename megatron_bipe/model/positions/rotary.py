@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory
-from megatron_bipe.model.positions.relative import RelativeEncoding
-from megatron_bipe.model.positions.scaling import rotary_frequencies
+from megatron_bipe.model.layer_factory import LayerFactory
+from megatron_bipe.model.positions.base import RelativeEncoding
+from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LayerFactory, heads_here
-from megatron_bipe.model.positions.relative import RelativeEncoding
+from megatron_bipe.model.layer_factory import LayerFactory, heads_here
+from megatron_bipe.model.positions.base import RelativeEncoding
 
 NUM_BUCKETS = 32
 MAX_DISTANCE = 128  # from here on, all distances share the last bucket

@@ -13,8 +13,8 @@ from megatron_bipe.data.blend import PATTERN_SLOTS, Blend, open_blend, slot_coun
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
-from megatron_bipe.data.order import SampleOrder
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.shuffle import SampleOrder
 from megatron_bipe.errors import ConfigError, DataError
 from tests.helpers.errors import raises
 

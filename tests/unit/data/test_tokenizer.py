@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_bipe.data.token_text import byte_characters, byte_of
+from megatron_bipe.data.token_strings import byte_characters, byte_of
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from tests.helpers.errors import raises

@@ -11,8 +11,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.eval.subject import Subject
-from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.plan import build_model
 from tests.helpers.checkpoints import write_checkpoint
 

@@ -13,12 +13,12 @@ from matplotlib.figure import Figure
 
 from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.documents import NUM_PLACES, DocumentLosses, evaluate_documents
+from megatron_bipe.eval.document_losses import NUM_PLACES, DocumentLosses, evaluate_documents
 from megatron_bipe.eval.extrapolation import NAMES
 from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
+from megatron_bipe.eval.extrapolation_results import Line, Subset, subset_names
 from megatron_bipe.eval.paper import PAPER, paper_subset
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
-from megatron_bipe.eval.subsets import Line, Subset, subset_names
 from tests.helpers.tools import assert_refuses, call_tool
 
 

@@ -10,7 +10,7 @@ from megatron_bipe.data.segments import bilevel_ids, resolve_rule, segment_ends
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.generation import Limits, batches, generate, load_generator
 from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from tests.helpers.errors import raises
 

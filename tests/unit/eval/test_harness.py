@@ -19,10 +19,10 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, segment_ends, window_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.eval.eval_model import exported_subject
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
-from megatron_bipe.eval.subject import exported_subject
 from megatron_bipe.hf.export import ExportOptions, export_model
-from megatron_bipe.hf.settings import DataFields
+from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from tests.helpers.errors import raises
 

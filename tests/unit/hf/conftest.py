@@ -7,9 +7,9 @@ import torch
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.configuration_bipe import BipeConfig
+from megatron_bipe.hf.hf_config import DataFields, hf_settings
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
-from megatron_bipe.hf.settings import DataFields, hf_settings
-from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.plan import build_model
 from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import ORACLE

@@ -10,8 +10,8 @@ from megatron_bipe.hf.bias_bipe import alibi
 from megatron_bipe.hf.configuration_bipe import ABSOLUTE as REMOTE_ABSOLUTE
 from megatron_bipe.hf.configuration_bipe import ENCODINGS as REMOTE_ENCODINGS
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
+from megatron_bipe.hf.hf_config import generation_settings, hf_settings
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.settings import generation_settings, hf_settings
 from tests.helpers.hf import NEAR, ids_of
 
 PLAIN = [name for name in ENCODINGS if not name.startswith("bipe_")]

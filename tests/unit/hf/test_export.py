@@ -20,7 +20,7 @@ from megatron_bipe.hf import export as export_module
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
-from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.hf.weight_mapping import to_llama
 from tests.helpers.errors import raises
 from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import LLAMA

@@ -9,7 +9,7 @@ from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.weights import to_llama
+from megatron_bipe.hf.weight_mapping import to_llama
 from tests.helpers.errors import raises
 
 

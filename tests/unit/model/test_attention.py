@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.causal import causal_attention
-from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
 

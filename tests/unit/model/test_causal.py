@@ -9,7 +9,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention, causal
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.causal import causal_attention, reaching_attention
-from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
 

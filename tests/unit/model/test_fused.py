@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.mlp import SwiGLU
 from megatron_bipe.model.norm import RMSNorm
 

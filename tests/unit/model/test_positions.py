@@ -6,11 +6,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.layers import LocalLayers
+from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
 from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
 from megatron_bipe.model.positions.rotary import Rotary
-from megatron_bipe.model.positions.scaling import rotary_frequencies
 
 TRAINED = 32
 SCALINGS = {

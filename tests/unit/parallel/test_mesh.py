@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ParallelConfig
-from megatron_bipe.engine.common import make_topology
+from megatron_bipe.engine.base import make_topology
 from megatron_bipe.parallel.mesh import Mesh
 
 

@@ -21,9 +21,9 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from preprocessing import build as build_module
-from preprocessing import ranges
+from preprocessing import range_worker
 from preprocessing.build import BuildOptions, build
-from preprocessing.output import clear_output, partition_slug
+from preprocessing.commit import clear_output, partition_slug
 from preprocessing.readers import inputs as inputs_module
 from tests.helpers.errors import raises
 
@@ -231,7 +231,7 @@ def test_build_bad_option_is_named(
 def test_build_too_many_partitions_is_an_error(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "MAX_DATASETS", 1)
+    monkeypatch.setattr(range_worker, "MAX_DATASETS", 1)
     with raises(DataError, 1, "'ArXiv'", location="--partition-by"):
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name"))
 
@@ -324,7 +324,7 @@ def test_build_output_that_cannot_be_made_is_one_error(
 def test_build_splits_of_partitions_count_as_datasets(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ranges, "MAX_DATASETS", 2)
+    monkeypatch.setattr(range_worker, "MAX_DATASETS", 2)
     options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name")
     build(options)
     with raises(DataError, 2, "'Gutenberg (PG-19)'", location="--partition-by"):

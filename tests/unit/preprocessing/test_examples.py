@@ -3,16 +3,16 @@
 import numpy as np
 import pytest
 
-from megatron_bipe.data.examples import open_dataset
-from megatron_bipe.data.inspect import open_tokenizer
+from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import ExamplesRecord, Manifest
-from megatron_bipe.data.scrolls import TASKS, Prompter
-from megatron_bipe.data.scrolls_files import read_rows
+from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import resolve_rule
-from megatron_bipe.data.verify import find_problems
 from megatron_bipe.errors import DataError
+from megatron_bipe.tasks.scrolls.files import read_rows
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter
+from preprocessing.commit import Contents
 from preprocessing.examples import Example, write_examples
-from preprocessing.output import Contents
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark

@@ -18,10 +18,10 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from preprocessing import duplicates, ranks
 from preprocessing.build import BuildOptions, build
-from preprocessing.ranges import RangeWorker
+from preprocessing.range_worker import RangeWorker
 from preprocessing.ranks import Ranks, join_ranks
 from preprocessing.readers import inputs as inputs_module
-from preprocessing.work import PUBLISHED_NAME, WorkFolder
+from preprocessing.work_dir import PUBLISHED_NAME, WorkFolder
 from tests.helpers.errors import raises
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"

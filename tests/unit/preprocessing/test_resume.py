@@ -24,13 +24,13 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import DataError
 from megatron_bipe.lock import locked
 from preprocessing import build as build_module
-from preprocessing import output, ranges
-from preprocessing.backend import CheckedBackend, StockBackend, TokenizerDifferenceError
+from preprocessing import commit, range_worker
 from preprocessing.build import BuildOptions, build
-from preprocessing.ranges import RangeWorker
+from preprocessing.range_worker import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader
-from preprocessing.work import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
+from preprocessing.tokenizer_backend import CheckedBackend, StockBackend, TokenizerDifferenceError
+from preprocessing.work_dir import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
 from tests.helpers.backends import Wrong
 from tests.helpers.errors import raises
 from tests.helpers.tools import call_tool
@@ -179,7 +179,7 @@ def test_build_stopped_in_any_range_goes_on_after_the_last_finished_one(
 @pytest.mark.parametrize("step", range(0, 40, 3))
 def test_build_stopped_while_publishing_goes_on(options: BuildOptions, expected: dict[str, bytes], step: int) -> None:
     left = [step]
-    move = output._move
+    move = commit._move
 
     def stopping(origin: Path, target: Path) -> None:
         left[0] -= 1
@@ -187,7 +187,7 @@ def test_build_stopped_while_publishing_goes_on(options: BuildOptions, expected:
             raise KeyboardInterrupt
         move(origin, target)
 
-    interrupted(options, output, "_move", stopping)
+    interrupted(options, commit, "_move", stopping)
     build(options)
     assert content(options.output) == expected
 
@@ -210,16 +210,16 @@ def test_build_stopped_while_removing_the_work_folder_goes_on(
 def test_build_disk_full_keeps_finished_shards(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    finish, left = ranges.ShardWriter.finish, [9]
+    finish, left = range_worker.ShardWriter.finish, [9]
 
-    def full(self: ranges.ShardWriter) -> object:
+    def full(self: range_worker.ShardWriter) -> object:
         left[0] -= 1
         if left[0] < 0:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(options.output / "x"))
         return finish(self)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ranges.ShardWriter, "finish", full)
+        patch.setattr(range_worker.ShardWriter, "finish", full)
         with raises(DataError, os.strerror(errno.ENOSPC), location=options.output / "x"):
             build(options)
     done = num_done(options)
@@ -233,7 +233,7 @@ def test_build_input_that_becomes_unreadable_keeps_finished_shards(
     options: BuildOptions, expected: dict[str, bytes]
 ) -> None:
     last = Path(options.inputs[0]) / "2.jsonl"
-    original = ranges.RangeWorker.tokenize
+    original = range_worker.RangeWorker.tokenize
 
     def tokenize(self: RangeWorker, number: int) -> None:
         last.rename(last.with_suffix(".away"))
@@ -379,14 +379,14 @@ def test_build_wrong_fast_tokenizer_stops_until_told_to_go_on(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, way_out: dict[str, str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.tokenize.open_backend", _open_wrong_backend)
+        patch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
         with raises(TokenizerDifferenceError, "'261 words", remedy="--backend stock") as error:
             build(replace(options, check_share=1.0))
         assert re.search(r"/0\.jsonl, from byte \d+, line \d+$", error.value.location)
         with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
             build(replace(options, check_share=0.0))  # would not see it
         assert no_dataset_in(options.output)
-        with mock.patch("preprocessing.tokenize.open_backend", side_effect=_open_wrong_backend) as opened:
+        with mock.patch("preprocessing.encode.open_backend", side_effect=_open_wrong_backend) as opened:
             build(replace(options, check_share=0.0, **way_out))
     assert {call.args[1] for call in opened.call_args_list} == {"stock"}
     assert content(options.output) == expected
@@ -401,7 +401,10 @@ def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options
         def __call__(self, documents: object) -> None:
             raise TokenizerDifferenceError("disagree")
 
-    with mock.patch("preprocessing.ranges.DocumentTokenizer", Wrong), raises(TokenizerDifferenceError, "disagree"):
+    with (
+        mock.patch("preprocessing.range_worker.DocumentTokenizer", Wrong),
+        raises(TokenizerDifferenceError, "disagree"),
+    ):
         build(options)
     with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
         build(options)
@@ -410,7 +413,7 @@ def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options
 def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocessing.tokenize.open_backend", _open_wrong_backend)
+    monkeypatch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
     with mock.patch.object(RangeWorker, "tokenize", autospec=True, side_effect=RangeWorker.tokenize) as tokenize:
         build(replace(options, check_share=1.0, on_difference="fall-back"))
     numbers = [call.args[1] for call in tokenize.call_args_list]

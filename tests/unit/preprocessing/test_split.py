@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_bipe.errors import DataError
+from preprocessing.encode import text_hash
 from preprocessing.split import EXAMPLE, Split
-from preprocessing.tokenize import text_hash
 from tests.helpers.errors import raises
 
 

@@ -7,7 +7,7 @@ from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.inputs import KINDS, Input, Piece
 from preprocessing.readers.parse import Malformed
 from preprocessing.totals import tally_of
-from preprocessing.work import RangeRecord
+from preprocessing.work_dir import RangeRecord
 from tests.helpers.errors import raises
 
 FILE = Input("f.jsonl", KINDS[".jsonl"], 400, "")

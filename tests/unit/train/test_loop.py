@@ -6,17 +6,17 @@ from types import SimpleNamespace
 
 import pytest
 
+from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import HealthError
+from megatron_bipe.runtime.preemption import SIGNALS, StopRequest
 from megatron_bipe.train.events import Events, read_events
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.progress import Progress
-from megatron_bipe.train.recovery import Recovery
+from megatron_bipe.train.rollback import Recovery
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.stopping import SIGNALS, StopRequest
+from megatron_bipe.train.train_state import Progress
 from tests.helpers.errors import assert_warned, raises
 from tests.helpers.loop import MAIN, Notes
 

@@ -11,12 +11,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.summary.writer import event_file_writer
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.api import StepResult
+from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import MetricsFile
-from megatron_bipe.train.progress import Progress
+from megatron_bipe.train.train_state import Progress
 from tests.helpers.errors import assert_warned
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))

@@ -6,19 +6,18 @@ import pytest
 import torch
 
 from megatron_bipe import lock
+from megatron_bipe.checkpoint.find import read_record, step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.engine.checkpoint import step_folder
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.cpu import Bf16Support
 from megatron_bipe.train.run_folder import (
     check_same_run,
     entered,
-    read_record,
     settle_precision,
     write_run_folder,
 )

@@ -17,9 +17,9 @@ from huggingface_hub.utils import WeakFileLock
 from megatron_bipe.errors import DataError
 from preprocessing.hub import download as library
 from preprocessing.hub.download import download
-from preprocessing.hub.meter import Meter, Stopped, in_parallel
+from preprocessing.hub.download_manifest import LOCK_NAME, RECEIPT_NAME
 from preprocessing.hub.plan import DownloadOptions, State, make_plan
-from preprocessing.hub.receipt import LOCK_NAME, RECEIPT_NAME
+from preprocessing.hub.progress_bar import Meter, Stopped, in_parallel
 from tests.helpers.errors import raises
 from tests.helpers.hub import Fault, Hub, serve
 

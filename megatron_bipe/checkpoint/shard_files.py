@@ -1,0 +1,209 @@
+"""What a checkpoint's files hold: the training state of every parameter, in fragments that say nothing of a layout.
+
+    rank-00000.safetensors   what one rank wrote: for each fragment and kind of state a flat fp32 tensor NAME:KIND, and
+                             the states of its random generators
+
+A fragment is a run of elements of one parameter, flattened, as the ranks held it that wrote it: of the whole, or of one
+tensor-parallel share. A reader of any layout asks for the run that it needs. docs/checkpoints.md describes the bytes.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from megatron_bipe.checkpoint.manifest import (
+    FORMAT_VERSION,
+    INDEX,
+    About,
+    Index,
+    SavedParameter,
+    SavedRun,
+    load_index,
+    not_whole,
+    save_index,
+)
+from megatron_bipe.data.records import FileRecord
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.model.layer_factory import Share
+from megatron_bipe.tensor_file import write_tensors
+
+WEIGHT = "weight"
+KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # the latter as torch's Adam names its running means
+
+_ABOUT = "fragments"  # in a file's metadata: the part of the index that is about this file
+_RANDOM = "random"
+
+
+class Fragment(NamedTuple):
+    """A run of the elements of a parameter."""
+
+    name: str  # in the plan
+    shape: tuple[int, ...]  # of the parameter on its rank: whole, or the share
+    share: Share | None  # how it is split over tensor-parallel ranks
+    start: int  # first element, of the flattened parameter on its rank
+    state: Mapping[str, Tensor]  # by kind: flat fp32, all of one length; views of what the optimizer works on
+    is_copy: bool = False  # whether a rank of another stage has the parameter, too
+
+    @property
+    def size(self) -> int:
+        """Elements."""
+        return self.state[WEIGHT].numel()
+
+    def part(self, index: int, parts: int) -> "Fragment":
+        """The `index`-th of `parts` runs, nearly equal, that make up this one."""
+        start, stop = self.size * index // parts, self.size * (index + 1) // parts
+        return self._replace(start=self.start + start, state={key: x[start:stop] for key, x in self.state.items()})
+
+
+def rank_file(rank: int) -> str:
+    """Name of the file of a rank."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], random: Mapping[str, Tensor]) -> FileRecord:
+    """Write what one rank has; on the disk when this returns.
+
+    Args:
+        folder: of the checkpoint.
+        rank: whose file it becomes.
+        fragments: what it has; copied to the CPU's memory where they lie elsewhere.
+        random: states of random generators by name, uint8 [bytes].
+    """
+    path = folder / rank_file(rank)
+    held = [fragment for fragment in fragments if fragment.size]
+    tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
+    tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
+    about = {f.name: _saved(f, path.name).model_dump() for f in held}
+    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(about)})._asdict())
+
+
+def write_index(folder: Path, about: About, files: Mapping[str, FileRecord]) -> None:
+    """Write what the files of all ranks hold, once they are there."""
+    parameters: dict[str, SavedParameter] = {}
+    for name in sorted(files):  # not those that a listing shows: that of a network file system may be old
+        for parameter, here in _held_by(folder / name):
+            others = parameters[parameter].runs if parameter in parameters else ()
+            parameters[parameter] = here.model_copy(update={"runs": (*others, *here.runs)})
+    ordered = {name: parameters[name] for name in sorted(parameters, key=_plan_order)}
+    save_index(folder, Index(format_version=FORMAT_VERSION, **about._asdict(), files=dict(files), parameters=ordered))
+
+
+def _held_by(path: Path) -> Iterable[tuple[str, SavedParameter]]:
+    with safe_open(path, framework="pt") as file:
+        about = json.loads(file.metadata()[_ABOUT])
+    return [(name, SavedParameter(**values)) for name, values in about.items()]
+
+
+class StateReader:
+    """Training state out of the files of a checkpoint, for any layout.
+
+    Raises:
+        CheckpointError: the index is missing, damaged or of another version, or there is not a fragment of everything.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._files: dict[str, Any] = {}
+        self.index = load_index(folder)
+        for name, saved in self.index.parameters.items():
+            self._check_complete(name, saved)
+
+    def run(self, kind: str, fragment: Fragment) -> Tensor:
+        """State of one kind for a fragment of any layout, flat fp32 on the CPU.
+
+        Raises:
+            CheckpointError: the parameter is not there, has another shape, or its file is damaged.
+        """
+        saved = self._parameter(fragment)
+        stop = fragment.start + fragment.size
+        rank, ranks = (fragment.share.rank, fragment.share.ranks) if fragment.share else (0, 1)
+        if ranks == saved.ranks:
+            return self._elements(kind, fragment.name, rank, fragment.start, stop)
+        whole = self.whole(kind, fragment.name)
+        return (fragment.share.of(whole) if fragment.share else whole).flatten()[fragment.start : stop]
+
+    def whole(self, kind: str, name: str) -> Tensor:
+        """State of one kind of a whole parameter in its own shape, fp32 on the CPU."""
+        saved = self.index.parameters[name]
+        count = torch.Size(saved.shape).numel()
+        parts = [self._elements(kind, name, rank, 0, count).view(saved.shape) for rank in range(saved.ranks)]
+        share = saved.share()
+        return share.join(parts) if share else parts[0]
+
+    def random(self, rank: int) -> dict[str, Tensor]:
+        """States of the random generators of a rank by name; none where no such rank wrote."""
+        if rank_file(rank) not in self.index.files:
+            return {}
+        file = self._open(rank_file(rank))
+        keys = [key for key in file.keys() if key.startswith(f"{_RANDOM}:")]  # noqa: SIM118
+        return {key.partition(":")[2]: file.get_tensor(key) for key in keys}
+
+    def _parameter(self, fragment: Fragment) -> SavedParameter:
+        saved = self.index.parameters.get(fragment.name)
+        if saved is None:
+            raise self._error(f"there is no parameter {fragment.name}")
+        shapes = [
+            share.whole_shape(shape) if share else list(shape)
+            for share, shape in ((saved.share(), saved.shape), (fragment.share, fragment.shape))
+        ]
+        if shapes[0] != shapes[1]:
+            raise self._error(f"{fragment.name} is {shapes[0]} there, and {shapes[1]} in this run")
+        return saved
+
+    def _elements(self, kind: str, name: str, rank: int, start: int, stop: int) -> Tensor:
+        """Elements of a share, from as many files as have them; only these bytes are read."""
+        parts = []
+        for run in sorted(self.index.parameters[name].runs, key=lambda run: run.start):
+            first, last = max(start, run.start), min(stop, run.start + run.size)
+            if run.tensor_rank == rank and first < last:
+                parts.append(self._read(run, f"{name}:{kind}", first - run.start, last - run.start))
+        return parts[0] if len(parts) == 1 else torch.cat([torch.empty(0), *parts])
+
+    def _read(self, run: SavedRun, key: str, start: int, stop: int) -> Tensor:
+        try:
+            found: Tensor = self._open(run.file).get_slice(key)[start:stop]
+        except (OSError, SafetensorError) as error:
+            raise self._error(f"{run.file} cannot be read: {error}") from error
+        if found.dtype != torch.float32 or found.shape != (stop - start,):
+            raise self._error(
+                f"{run.file} has {found.dtype} {list(found.shape)} for {key} where {INDEX} says otherwise"
+            )
+        return found
+
+    def _open(self, name: str) -> Any:
+        if name not in self._files:
+            try:
+                self._files[name] = safe_open(self.folder / name, framework="pt")
+            except (OSError, SafetensorError) as error:
+                raise self._error(f"{name} cannot be read: {error}") from error
+        return self._files[name]
+
+    def _check_complete(self, name: str, saved: SavedParameter) -> None:
+        for rank in range(saved.ranks):
+            reached = 0
+            for run in sorted((run for run in saved.runs if run.tensor_rank == rank), key=lambda run: run.start):
+                if run.start != reached:
+                    break
+                reached += run.size
+            if reached != torch.Size(saved.shape).numel():
+                raise self._error(f"{name} ends at element {reached} of {list(saved.shape)}, share {rank}")
+
+    def _error(self, seen: str) -> CheckpointError:
+        return not_whole(self.folder, seen)
+
+
+def _saved(fragment: Fragment, file: str) -> SavedParameter:
+    share = fragment.share
+    run = SavedRun(file=file, tensor_rank=share.rank if share else 0, start=fragment.start, size=fragment.size)
+    split = {"dim": share.dim, "blocks": share.blocks, "ranks": share.ranks} if share else {}
+    return SavedParameter(shape=fragment.shape, **split, runs=(run,))
+
+
+def _plan_order(name: str) -> tuple[int, str]:
+    layer, _, rest = name.partition(".")
+    return int(layer), rest

@@ -1,0 +1,21 @@
+"""The weights out of a checkpoint, whole, whatever layout wrote it."""
+
+from torch import Tensor
+
+from megatron_bipe.checkpoint.find import Checkpoint
+from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
+from megatron_bipe.checkpoint.verify import check_whole
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.model.precision import DTYPES
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """All weights under the plan's names, in the run's compute precision, on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing, or not as it was written.
+    """
+    check_whole(checkpoint)
+    dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
+    reader = StateReader(checkpoint.folder)
+    return {name: reader.whole(WEIGHT, name).to(dtype) for name in reader.index.parameters}

@@ -1,0 +1,217 @@
+"""Writes checkpoints, beside training where it may.
+
+The state changes in an optimizer's step alone. So a save takes no time of the training loop but what its ranks need to
+agree that it begins: a thread copies the state to the host's memory while the next micro-batches are under way, and
+only an optimizer that is about to step waits for it. Then the thread writes.
+
+Ranks tell each other what became of their files in the launch's store. A collective in a thread could come between
+those of training in another order on every rank.
+"""
+
+import json
+import logging
+import shutil
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, publish, retire
+from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
+from megatron_bipe.checkpoint.staging_buffer import HostCopy
+from megatron_bipe.config.schema import CheckpointConfig
+from megatron_bipe.data.records import FileRecord
+from megatron_bipe.errors import BipeError, CheckpointError
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.host_collectives import Agreement
+
+_log = logging.getLogger(__name__)
+_PATIENCE = timedelta(days=7)  # with a rank that writes; one that is gone or stands still is the watchdog's affair
+
+
+class _Save(NamedTuple):
+    """One save of this rank."""
+
+    run_dir: Path
+    temporary: Path
+    about: About
+    fragments: Sequence[Fragment]
+    random: Mapping[str, Tensor]
+    num_bytes: int  # of all ranks
+    began_s: float
+
+
+class Saver:
+    """Writes the checkpoints of one engine; every rank calls each method together.
+
+    Args:
+        config: how they are written and kept.
+        mesh: this process among the ranks.
+        agreement: of the ranks.
+        connect: opens a connection to the store of the launch, for this object alone.
+    """
+
+    def __init__(
+        self, config: CheckpointConfig, mesh: Mesh, agreement: Agreement, connect: Callable[[], dist.Store]
+    ) -> None:
+        self._config, self._mesh, self._agreement, self._connect = config, mesh, agreement, connect
+        self._store: dist.Store | None = None
+        self._copy = HostCopy(mesh.device)
+        self._copied = threading.Event()  # until then the state must stay as it is
+        self._copied.set()
+        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[str] | None = None
+        self.waited_s = 0.0  # in which training stood still for checkpoints, in all
+
+    def save(
+        self,
+        run_dir: Path,
+        about: About,
+        fragments: Sequence[Fragment],
+        random: Mapping[str, Tensor],
+        *,
+        final: bool,
+    ) -> None:
+        """Write a checkpoint and make it the newest.
+
+        Args:
+            run_dir: of the run.
+            about: what it says of the run.
+            fragments: what this rank has to write; views of the live state.
+            random: states of its random generators.
+            final: wait until it is done, and raise what went wrong. Otherwise that is a warning, and with
+                `checkpoint.asynchronous` training goes on meanwhile.
+
+        Raises:
+            CheckpointError: on all ranks, where `final`: it could not be written.
+        """
+        waited_s = self.finish()
+        began_s = time.perf_counter()
+        num_bytes = self._agreement.total(sum(x.nbytes for f in fragments for x in f.state.values()))
+        temporary, error = self._begin(run_dir, about.step, num_bytes)
+        if temporary is not None:
+            save = _Save(run_dir, temporary, about, fragments, random, num_bytes, began_s - waited_s)
+            if self._config.asynchronous and not final:
+                self._copied.clear()
+                self._pending = self._thread.submit(self._write_beside, save, self._copy.mark())
+            else:
+                error = self._write(save, fragments)
+        self.waited_s += time.perf_counter() - began_s
+        if error and final:
+            raise CheckpointError(error, remedy=FREE_SPACE, location=run_dir / "checkpoints")
+        if error:
+            self._warn(about.step, run_dir, error)
+
+    def before_update(self) -> None:
+        """Wait until the state may change: to be called before each step of the optimizer."""
+        if not self._copied.is_set():
+            began_s = time.perf_counter()
+            self._copied.wait()
+            self.waited_s += time.perf_counter() - began_s
+
+    @property
+    def is_idle(self) -> bool:
+        """Whether no save of this rank is under way."""
+        return self._pending is None or self._pending.done()
+
+    def finish(self) -> float:
+        """Wait for the save that is under way, if there is one; the seconds it took."""
+        began_s = time.perf_counter()
+        if self._pending is not None:
+            self._pending.result()
+            self._pending = None
+        waited_s = time.perf_counter() - began_s
+        self.waited_s += waited_s
+        return waited_s
+
+    def _begin(self, run_dir: Path, step: int, num_bytes: int) -> tuple[Path | None, str]:
+        """The folder to write to; or why there is none. The same on all ranks."""
+        begun: tuple[Path | None, str] = None, ""
+        if self._mesh.is_main:
+            room_bytes = num_bytes + int(self._config.min_free_gib * 2**30)
+            try:
+                begun = begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes), ""
+            except (OSError, BipeError) as error:
+                begun = None, _text(error)
+        return self._agreement.from_main(begun)
+
+    def _write_beside(self, save: _Save, mark: torch.cuda.Event | None) -> str:
+        """The thread's part; a failure is told at once."""
+        try:
+            copies: Sequence[Fragment] | None = self._copy.take(save.fragments, mark)
+        except (RuntimeError, MemoryError):  # the host has no room for the copy
+            _log.exception("the state could not be copied to the host's memory")
+            copies = None
+        finally:
+            self._copied.set()
+        error = self._write(save, copies)
+        if error:
+            self._warn(save.about.step, save.run_dir, error)
+        return error
+
+    def _write(self, save: _Save, fragments: Sequence[Fragment] | None) -> str:
+        """Write this rank's file, and on the main rank publish those of all; what went wrong, the same on all ranks."""
+        try:
+            if fragments is None:
+                raise MemoryError("there is no memory for a copy; set checkpoint.asynchronous=false")
+            own = write_fragments(save.temporary, self._mesh.rank, fragments, save.random).model_dump()
+        except Exception as error:
+            own = {"error": f"rank {self._mesh.rank} on {socket.gethostname()}: {_text(error)}"}
+        if self._mesh.num_ranks == 1:
+            return self._conclude(save, {0: own})
+        store = self._open_store()
+        key = save.temporary.name
+        store.set(f"{key}/{self._mesh.rank}", json.dumps(own))
+        if self._mesh.is_main:
+            reports = {rank: json.loads(store.get(f"{key}/{rank}")) for rank in range(self._mesh.num_ranks)}
+            store.set(f"{key}/end", self._conclude(save, reports))
+            for rank in reports:
+                store.delete_key(f"{key}/{rank}")
+        return store.get(f"{key}/end").decode()
+
+    def _conclude(self, save: _Save, reports: Mapping[int, Mapping[str, str]]) -> str:
+        """Publish what all ranks have written, or clear it away if one could not; what went wrong."""
+        errors = [report["error"] for report in reports.values() if "error" in report]
+        if not errors:
+            files = {rank_file(rank): FileRecord.model_validate(report) for rank, report in reports.items()}
+            try:
+                write_index(save.temporary, save.about, files)
+                folder = publish(save.temporary, save.run_dir, save.about.step, files)
+            except Exception as error:
+                errors = [_text(error)]
+        if errors:
+            shutil.rmtree(save.temporary, ignore_errors=True)
+            return "; ".join(errors)
+        try:
+            retire(save.run_dir, save.about.step, self._config)
+        except OSError as error:
+            _log.warning("old checkpoints could not be deleted: %s", _text(error))
+        took_s = time.perf_counter() - save.began_s
+        _log.info("step %d | saved %s | %.2f GB in %.1f s", save.about.step, folder, save.num_bytes / 1e9, took_s)
+        return ""
+
+    def _warn(self, step: int, run_dir: Path, error: str) -> None:
+        if self._mesh.is_main:
+            what = "step %d | no checkpoint: %s. Training goes on, and the last one stays. %s.  [%s]"
+            _log.warning(what, step, error.rstrip("."), FREE_SPACE, run_dir / "checkpoints")
+
+    def _open_store(self) -> dist.Store:
+        if self._store is None:
+            self._store = self._connect()
+            self._store.set_timeout(_PATIENCE)
+        return self._store
+
+
+def _text(error: Exception) -> str:
+    """One line."""
+    return error.message if isinstance(error, BipeError) else f"{type(error).__name__}: {error}"

@@ -1,0 +1,159 @@
+"""What is known of datasets as tables, and as JSON for scripts."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from megatron_bipe.data.inspection.stats import WINDOW_TOKENS, Distribution, Statistics
+from megatron_bipe.data.manifest import Manifest
+
+QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
+    "segment length, tokens": lambda statistics: statistics.segment_tokens,
+    f"segments in {WINDOW_TOKENS} tokens": lambda statistics: statistics.window_segments,
+    "document length, tokens": lambda statistics: statistics.document_tokens,
+}
+_HEADINGS = ["shard", "documents", "tokens", "segments", "text bytes", "tokens/segment", "segments/1024 tokens"]
+CLIP = WINDOW_TOKENS - 1  # of the paper: the largest intra id
+
+
+def stats_table(manifest: Manifest) -> str:
+    """What a dataset is; counts and means: a line a shard and one for all."""
+    rows = [_stats_row(s.name, s.documents, s.tokens, s.segments, s.text_bytes) for s in manifest.shards]
+    head = [
+        *_made_with(manifest),
+        f"stored as  {manifest.dtype} and one bit a token, fingerprint {manifest.fingerprint[:16]}",
+    ]
+    return "\n".join([*head, "", _align([_HEADINGS, *rows, _total_row([manifest])])])
+
+
+def datasets_table(manifests: Mapping[str, Manifest]) -> str:
+    """The same of several datasets, by name: a line for each and one for all."""
+    head = dict.fromkeys(line for manifest in manifests.values() for line in _made_with(manifest))
+    rows = [[name, *_total_row([manifest])[1:]] for name, manifest in manifests.items()]
+    return "\n".join([*head, "", _align([["dataset", *_HEADINGS[1:]], *rows, _total_row([*manifests.values()])])])
+
+
+def distribution_tables(found: Mapping[str, tuple[Manifest, Statistics]]) -> str:
+    """Mean, quantiles and powers of two of each quantity: a line a dataset.
+
+    Args:
+        found: by name of the dataset.
+    """
+    parts = []
+    for title, quantity in QUANTITIES.items():
+        by_name = {name: quantity(statistics) for name, (_, statistics) in found.items()}
+        parts.append(_align([[title, "counted", "mean", "median", "p95", "max"], *map(_summary_row, by_name.items())]))
+        parts.append(_align(_bin_rows(f"share of {title.split(',')[0]}", by_name)))
+    over = [[f"segments over {CLIP + 1} tokens", "share of segments", "of tokens"]]
+    for name, (_, statistics) in found.items():
+        lengths = statistics.segment_tokens
+        over.append([name, f"{lengths.share_above(CLIP + 1):.3%}", f"{lengths.sum_share_above(CLIP + 1):.3%}"])
+    parts.append(_align(over))
+    return "\n\n".join([*parts, "\n".join(_notes(found))])
+
+
+def as_json(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
+    """The same of one dataset, for scripts; numbers that nothing was counted for are null."""
+    return {
+        "fingerprint": manifest.fingerprint,
+        "rule": manifest.rule.spec,
+        "documents": manifest.num_documents,
+        "tokens": manifest.num_tokens,
+        "segments": manifest.num_segments,
+        "text_bytes": manifest.text_bytes,
+        "tokens_counted": statistics.tokens,
+        "segment_tokens": _as_json(statistics.segment_tokens)
+        | {
+            f"share_over_{CLIP + 1}": statistics.segment_tokens.share_above(CLIP + 1),
+            f"token_share_over_{CLIP + 1}": statistics.segment_tokens.sum_share_above(CLIP + 1),
+        },
+        f"segments_in_{WINDOW_TOKENS}_tokens": _as_json(statistics.window_segments),
+        "document_tokens": _as_json(statistics.document_tokens),
+    }
+
+
+def _as_json(distribution: Distribution) -> dict[str, Any]:
+    some = distribution.count > 0
+    return {
+        "count": distribution.count,
+        "mean": distribution.mean if some else None,
+        "median": distribution.quantile(0.5) if some else None,
+        "p95": distribution.quantile(0.95) if some else None,
+        "max": distribution.maximum if some else None,
+        "bins": {str(low): count for low, count in distribution.bins().items()},
+    }
+
+
+def _notes(found: Mapping[str, tuple[Manifest, Statistics]]) -> list[str]:
+    """What the figures stand for."""
+    notes = []
+    for name, (manifest, statistics) in found.items():
+        share = f"{statistics.tokens:,} of {manifest.num_tokens:,} tokens"
+        spread = " in evenly spread blocks; --all counts all" if statistics.tokens < manifest.num_tokens else ""
+        notes.append(f"{name}: counted {share}{spread}.")
+    notes.append(
+        "Segments are as stored: they run on over the ends of documents, and start afresh with each shard. Those of "
+        f"more than {CLIP + 1} tokens reach the paper's intra clip, {CLIP}."
+    )
+    lengths = {manifest.rule.fixed_length for manifest, _ in found.values()}
+    notes.extend(
+        f"fixed:{length} counts from each document's start on disk, so a document's rest adds to the next one's first "
+        f"segment; training counts from the start of its window, so each segment has {length} tokens there."
+        for length in sorted(filter(None, lengths))
+    )
+    return notes
+
+
+def _summary_row(item: tuple[str, Distribution]) -> list[str]:
+    name, distribution = item
+    if not distribution.count:
+        return [name, "0", "-", "-", "-", "-"]
+    quantiles = [f"{distribution.quantile(share):,}" for share in (0.5, 0.95)]
+    return [name, f"{distribution.count:,}", f"{distribution.mean:,.2f}", *quantiles, f"{distribution.maximum:,}"]
+
+
+def _bin_rows(title: str, by_name: Mapping[str, Distribution]) -> list[list[str]]:
+    """Shares in powers of two; columns from the first to the last that any dataset needs."""
+    bins = {name: distribution.bins() for name, distribution in by_name.items()}
+    used = {low for counts in bins.values() for low, count in counts.items() if count}
+    columns = [
+        low for low in sorted({low for counts in bins.values() for low in counts}) if low >= min(used, default=0)
+    ]
+    rows = [[title, *(f"{low:,}-" if low > 1 else f"{low}" for low in columns)]]
+    for name, counts in bins.items():
+        total = max(sum(counts.values()), 1)
+        rows.append([name, *(_percent(counts.get(low, 0) / total) for low in columns)])
+    return rows
+
+
+def _percent(share: float) -> str:
+    return "-" if share == 0 else f"{share:.1%}" if share >= 0.001 else "<0.1%"
+
+
+def _made_with(manifest: Manifest) -> list[str]:
+    ids, tokenizer = manifest.rule.token_ids, manifest.tokenizer
+    shown = ", ".join(map(str, ids[:8])) + (", ..." if len(ids) > 8 else "")
+    return [
+        f"tokenizer  {tokenizer.name}: {tokenizer.vocab_size:,} ids, fingerprint {tokenizer.fingerprint[:16]}",
+        f"segments   {manifest.rule.spec}" + (f": {len(ids)} token ids ({shown})" if ids else ""),
+    ]
+
+
+def _total_row(manifests: Sequence[Manifest]) -> list[str]:
+    counts = [(m.num_documents, m.num_tokens, m.num_segments, m.text_bytes) for m in manifests]
+    return _stats_row("all", *map(sum, zip(*counts, strict=True)))
+
+
+def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes: int) -> list[str]:
+    length = f"{tokens / segments:.2f}" if segments else "-"
+    density = f"{1024 * segments / tokens:.2f}" if tokens else "-"
+    return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", f"{text_bytes:,}", length, density]
+
+
+def _align(rows: Sequence[Sequence[str]]) -> str:
+    """Names to the left, figures to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for first, *rest in rows:
+        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
+        lines.append("  ".join(cells))
+    return "\n".join(lines)

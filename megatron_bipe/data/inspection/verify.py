@@ -1,0 +1,185 @@
+"""Is a dataset folder whole: tokens and bits are read once, for their checksum and for what they say."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.files import sha256_of, unreadable
+from megatron_bipe.data.manifest import MANIFEST_NAME
+from megatron_bipe.data.parallel_map import Advance, run_in_order
+from megatron_bipe.data.records import SUFFIXES, ShardRecord, Suffix
+from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
+from megatron_bipe.data.segments import resolve_rule
+from megatron_bipe.data.shard import Shard
+from megatron_bipe.data.shard_names import SEG_HEADER, damaged, packed_bytes
+from megatron_bipe.errors import DataError
+
+
+def find_problems(
+    datasets: Sequence[TokenDataset], *, workers: int = 1, sample: float = 1.0, advance: Advance = lambda _: None
+) -> Iterator[DataError]:
+    """Everything that opening does not look at: tokenizer, checksums, indices, ids, bits.
+
+    Args:
+        datasets: opened, which is itself a check of sizes and headers.
+        workers: shards that are read at once. Each takes a few MB, and about 30 bytes a document of its shard.
+        sample: share of the tokens, in chunks chosen by a fixed hash, whose ids are checked and whose bits are compared
+            with a new segmentation. Checksums, indices and counts are of everything.
+        advance: told the bytes that have been read, for a progress bar.
+
+    Yields:
+        For each dataset what is wrong with its tokenizer or rule; then, in the order of the shards, one error for each
+        wrong file checksum and the first other problem of each shard.
+    """
+    for dataset in datasets:
+        yield from _tokenizer_problems(dataset)
+    work = [(dataset, shard.record) for dataset in datasets for shard in dataset.shards if shard.record]
+    for problems in run_in_order(partial(_shard_problems, sample=sample), work, workers, advance):
+        yield from problems
+
+
+def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:
+    try:
+        rule = resolve_rule(dataset.rule.spec, open_tokenizer(dataset))
+    except DataError as error:
+        yield error
+        return
+    if rule != dataset.rule:
+        yield DataError(
+            f"field rule.token_ids lists {len(dataset.rule.token_ids)} ids; rule {rule.spec!r} comes out as "
+            f"{len(rule.token_ids)} others with the dataset's own tokenizer",
+            remedy="Make the dataset again",
+            location=dataset.path / MANIFEST_NAME,
+        )
+
+
+def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sample: float) -> list[DataError]:
+    dataset, record = work
+    try:
+        shard = Shard(dataset.path, record)  # not the dataset's own, which would keep its index in memory
+        found: dict[Suffix, str] = {"idx": sha256_of(shard.path("idx"))}
+        advance(record.files["idx"].bytes)
+        check = _ShardCheck(Segmenter(shard, dataset.rule, dataset.manifest.tokenizer.vocab_size), record, sample)
+        with _HashedFile(shard.path("bin")) as tokens, _HashedFile(shard.path("seg")) as bits:
+            bits.read(SEG_HEADER.size)
+            advance(SEG_HEADER.size)
+            for start in range(0, shard.num_tokens, CHUNK_TOKENS):
+                count = min(CHUNK_TOKENS, shard.num_tokens - start)
+                tokens_T = tokens.read(count * shard.dtype.itemsize).view(shard.dtype)
+                packed = bits.read(packed_bytes(count))
+                check.chunk(start, tokens_T, packed)
+                advance(tokens_T.nbytes + packed.nbytes)
+            found |= {"bin": tokens.hexdigest(), "seg": bits.hexdigest()}
+    except DataError as error:  # gone or cut short since it was opened, or the disk cannot read it
+        return [error]
+    problems = [
+        damaged(shard.path(suffix), f"its SHA-256 is {found[suffix]}; the manifest says {record.files[suffix].sha256}")
+        for suffix in SUFFIXES
+        if found[suffix] != record.files[suffix].sha256
+    ]
+    return problems + check.finish()
+
+
+class _ShardCheck:
+    """What the bytes of a shard say; stops looking at the first thing that is wrong."""
+
+    def __init__(self, segmenter: Segmenter, record: ShardRecord, sample: float) -> None:
+        self._segmenter, self._record, self._sample = segmenter, record, sample
+        self._shard = segmenter.shard
+        self._num_segments = 0
+        self._problem: DataError | None = None
+        try:
+            _ = self._shard.document_bounds
+        except DataError as error:
+            self._problem = error
+
+    def chunk(self, start: int, tokens_T: npt.NDArray[np.generic], packed: npt.NDArray[np.uint8]) -> None:
+        """Look at tokens from `start` on, and at their bits as stored."""
+        if self._problem is None:
+            try:
+                self._check_padding(start + tokens_T.size, int(packed[-1]))
+                if _is_sampled(self._record.name, start, self._sample):
+                    self._compare(start, tokens_T, packed)
+            except DataError as error:
+                self._problem = error
+        self._num_segments += int(np.bitwise_count(packed).sum())
+
+    def finish(self) -> list[DataError]:
+        """The first problem, if there is one."""
+        if self._problem is None and self._num_segments != self._record.segments:
+            what = f"{self._num_segments} bits are set; the manifest says {self._record.segments} segments"
+            self._problem = damaged(self._shard.path("seg"), what)
+        return [self._problem] if self._problem else []
+
+    def _check_padding(self, stop: int, last_byte: int) -> None:
+        if stop % 8 and last_byte >> stop % 8:
+            last = SEG_HEADER.size + stop // 8
+            raise damaged(self._shard.path("seg"), f"byte {last}, the last, has bits set beyond the {stop} tokens")
+
+    def _compare(self, start: int, tokens_T: npt.NDArray[np.generic], packed: npt.NDArray[np.uint8]) -> None:
+        expected = self._segmenter.packed_ends(tokens_T, start)
+        if np.array_equal(expected, packed):
+            return
+        wrong = int(np.flatnonzero(np.unpackbits(expected ^ packed, bitorder="little"))[0])
+        place, bit = start + wrong, int(packed[wrong // 8]) >> wrong % 8 & 1
+        where = f"byte {SEG_HEADER.size + place // 8}, bit {place % 8} (token {place}, id {tokens_T[wrong]})"
+        what = f"{where} is {bit}; rule {self._segmenter.rule.spec!r} makes it {1 - bit}"
+        raise damaged(self._shard.path("seg"), what)
+
+
+def _is_sampled(name: str, start: int, share: float) -> bool:
+    """Whether a chunk belongs to the sample: always the same ones, and those of a small share are in any larger."""
+    digest = hashlib.blake2b(f"{name}:{start}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest) < share * 2**64
+
+
+class _HashedFile:
+    """Reads a file from front to end, into memory that is used again, and takes its SHA-256."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._sha256 = hashlib.sha256()
+        self._buffer = bytearray()
+        try:
+            self._stream = path.open("rb")
+        except OSError as error:
+            raise unreadable(path, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.close()
+
+    def read(self, num_bytes: int) -> npt.NDArray[np.uint8]:
+        """The next bytes; they stay until the next call.
+
+        Raises:
+            DataError: the file cannot be read, or ends before.
+        """
+        if len(self._buffer) < num_bytes:
+            self._buffer = bytearray(num_bytes)
+        view = memoryview(self._buffer)[:num_bytes]
+        try:
+            count = self._stream.readinto(view)
+            place = self._stream.tell()
+        except OSError as error:
+            raise unreadable(self._path, error) from error
+        if count != num_bytes:
+            raise damaged(self._path, f"the file ends at byte {place}; it was longer when it was opened")
+        self._sha256.update(view)
+        return np.frombuffer(view, dtype=np.uint8)
+
+    def hexdigest(self) -> str:
+        """SHA-256 of what has been read."""
+        return self._sha256.hexdigest()

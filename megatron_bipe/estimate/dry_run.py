@@ -1,0 +1,169 @@
+"""What a run would be, without starting it, on any number of ranks: configuration, layers, layout, memory, length."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from megatron_bipe.config.deepspeed import zero_stage
+from megatron_bipe.config.load import dump_yaml
+from megatron_bipe.config.schema import ModelConfig, RunConfig
+from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
+from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.errors import DataError
+from megatron_bipe.estimate.communication import bubble, step_traffic
+from megatron_bipe.estimate.memory import StageMemory, stage_memories
+from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.train.batch_loader import check_manifest
+
+
+def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice) -> str:
+    """Return the text that `--dry-run` prints.
+
+    Args:
+        run: the run configuration, validated for `num_ranks`, its precision settled.
+        ds_config: result of `config.deepspeed.engine_config`.
+        num_ranks: of the launch that is described.
+        precision: the run's, with the reason for it.
+
+    Raises:
+        ConfigError: a dataset that is there does not fit the run.
+    """
+    stages = stage_memories(run, ds_config, num_ranks)
+    parts = [
+        "# Resolved configuration\n" + dump_yaml(run),
+        "# Precision\n" + _precision(run, precision),
+        "# Layers\n" + layer_table(run.model),
+        "# Layout\n" + _layout(run, ds_config, num_ranks),
+        "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
+        "# Memory of a rank of each stage, GiB (estimate)\n" + _memory_table(stages),
+        "# Sent by a rank in a step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
+        "# Length\n" + _length(run, num_ranks),
+        "# Data\n" + _data(run),
+    ]
+    return "\n".join(parts)
+
+
+def _precision(run: RunConfig, precision: PrecisionChoice) -> str:
+    is_guess = precision.reason.startswith("auto")
+    hint = "decided on this machine; to plan for another one, set train.precision\n" if is_guess else ""
+    return f"{run.train.precision} ({precision.reason})\n{hint}"
+
+
+def layer_table(model: ModelConfig) -> str:
+    """Index, kind and parameters of every layer, equal neighbours on one line."""
+    counts = count_parameters(model)
+    kinds = [layer.kind for layer in make_plan(model, seed=0)]
+    last = len(kinds) - 1
+    rows = [("0", kinds[0], counts[0]), (f"1-{last - 1}", f"{kinds[1]} x {last - 1}", sum(counts[1:last]))]
+    rows.append((str(last), kinds[last], counts[last]))
+    return _table([("layers", "kind", "parameters"), *((i, k, f"{n:,}") for i, k, n in rows), _total(sum(counts))])
+
+
+def _total(count: int) -> tuple[str, ...]:
+    return "", "total", f"{count:,}"
+
+
+def _layout(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    parallel = run.parallel
+    run_length, ranks_a_stage = parallel.tensor * parallel.context, num_ranks // parallel.pipeline
+    starts = range(0, num_ranks, ranks_a_stage)
+    first_copy = [f"{start}-{start + run_length - 1}" if run_length > 1 else str(start) for start in starts]
+    return (
+        f"{num_ranks} ranks = {parallel.tensor} tensor x {parallel.context} context x {parallel.pipeline} pipeline x "
+        f"{parallel.data_ranks(num_ranks)} data, ZeRO {zero_stage(ds_config)}\n"
+        f"the first copy of the model is on ranks {', '.join(first_copy)}: a run of {run_length} for each stage\n"
+    )
+
+
+def _stage_table(stages: Sequence[StageMemory]) -> str:
+    rows = [
+        (
+            str(stage.stage),
+            f"{stage.first_layer}-{stage.last_layer}",
+            f"{stage.parameters:,}",
+            f"{stage.cost_share:.1%}",
+        )
+        for stage in stages
+    ]
+    return _table([("stage", "layers", "parameters a rank", "share of the work"), *rows])
+
+
+def _bubble(run: RunConfig, num_ranks: int) -> str:
+    if run.parallel.pipeline == 1:
+        return ""
+    waits = f"an average stage waits {bubble(run, num_ranks):.1%} of a step"
+    return f"{waits}: the pipeline fills and empties, and stages differ\n"
+
+
+def _memory_table(stages: Sequence[StageMemory]) -> str:
+    names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
+    rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
+    return _table([("stage", *names[:-2], "in all", "on the host"), *rows])
+
+
+def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+    rows = [
+        (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
+        for kind in step_traffic(run, ds_config, num_ranks)
+    ]
+    return _table([("axis", "what", "times", "GiB"), *rows]) if rows else "nothing: one rank\n"
+
+
+def _table(rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as they need to be; words to the left, numbers to the right."""
+    rows = list(rows)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    numeric = [all(not cell or cell[0].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.rjust(width) if right else cell.ljust(width)
+            for cell, width, right in zip(row, widths, numeric, strict=True)
+        )
+        for row in rows
+    ]
+    return "".join(line.rstrip() + "\n" for line in lines)
+
+
+def _length(run: RunConfig, num_ranks: int) -> str:
+    train = run.train
+    tokens_per_step = train.global_batch * train.seq_len_tokens
+    total = tokens_per_step * train.steps
+    flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
+    copies = run.parallel.data_ranks(num_ranks)
+    return (
+        f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
+        f"a step: {copies} copies of the model x {accumulation_steps(train, copies)} micro-batches x "
+        f"{train.micro_batch} windows of {train.seq_len_tokens} tokens\n"
+    )
+
+
+def _data(run: RunConfig) -> str:
+    folders = [*run.data.folders, *([run.data.valid_path] if run.data.valid_path else [])]
+    try:
+        found = {folder: Manifest.load(folder) for folder in folders}
+    except DataError as error:
+        return f"not usable yet: {error}\n"
+    for folder, manifest in found.items():
+        check_manifest(run, manifest, folder)
+    manifests = [found[folder] for folder in run.data.folders]
+    weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
+    slots = slot_counts(weights, run.data.folders)
+    rows = zip(run.data.folders, manifests, slots, strict=True)
+    return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
+
+
+def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, share: float) -> str:
+    of_a_blend = f"{share:.2%} of the windows; " if share < 1 else ""
+    windows = share * run.train.steps * run.train.global_batch
+    if manifest.examples:
+        num_examples = manifest.num_documents // 2
+        content, times = f"{num_examples:,} examples of {manifest.examples.task}", windows / max(1, num_examples)
+    else:
+        content = f"{manifest.num_documents:,} documents"
+        times = windows * run.train.seq_len_tokens / max(1, manifest.num_tokens)
+    return (
+        f"{folder}: {of_a_blend}{manifest.num_tokens:,} tokens in {content}, "
+        f"segments {manifest.rule.spec}; the run reads it {times:.2f} times\n"
+    )

@@ -1,0 +1,97 @@
+"""Losses of one window length, told apart by document and by place in the window; and what chance does to their means.
+
+D documents · P places: parts of the window · R resamples
+"""
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.perplexity import FloatArray, Settings, limit_tokens, window_losses
+from megatron_bipe.eval.windows import cut_windows
+from megatron_bipe.types import IntArray
+
+NUM_PLACES = 16
+NUM_RESAMPLES = 1000
+INTERVAL = 0.95
+LEAST_DOCUMENTS = 2
+
+
+class DocumentLosses(NamedTuple):
+    """Sums over all predictions at one window length."""
+
+    length_tokens: int
+    """Window length."""
+    nats_DP: FloatArray
+    """Losses by the predicted token's document and its place in the window."""
+    counts_DP: IntArray
+    """Predictions, alike."""
+
+    @property
+    def perplexity(self) -> float:
+        """Of all predictions."""
+        return _exp(self.nats_DP.sum() / self.counts_DP.sum())
+
+    @property
+    def by_place(self) -> list[tuple[float, float]]:
+        """(middle of the part of the window in tokens, perplexity there), for parts with predictions."""
+        nats_P, counts_P = self.nats_DP.sum(0), self.counts_DP.sum(0)
+        width = self.length_tokens / NUM_PLACES
+        return [
+            ((place + 0.5) * width, _exp(nats_P[place] / counts_P[place]))
+            for place in np.flatnonzero(counts_P).tolist()
+        ]
+
+    def interval(self) -> tuple[float, float] | None:
+        """Bounds between which the middle `INTERVAL` of the perplexities of resampled corpora lie.
+
+        A corpus is resampled by drawing as many of its documents as it has, with replacement: the same ones for every
+        model and length. None where there are too few documents to say anything.
+
+        Source: Efron 1979, "Bootstrap methods: another look at the jackknife"; percentile interval.
+        """
+        nats_D, counts_D = self.nats_DP.sum(1), self.counts_DP.sum(1)
+        num_documents = len(counts_D)
+        if np.count_nonzero(counts_D) < LEAST_DOCUMENTS:
+            return None
+        generator = np.random.default_rng(0)
+        means = np.empty(NUM_RESAMPLES)
+        for resample in range(NUM_RESAMPLES):
+            times_D = np.bincount(generator.integers(num_documents, size=num_documents), minlength=num_documents)
+            drawn = times_D @ counts_D
+            means[resample] = times_D @ nats_D / drawn if drawn else np.nan
+        low, high = np.nanquantile(means, ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2))
+        return _exp(low), _exp(high)
+
+
+def evaluate_documents(
+    subject: Subject,
+    dataset: TokenDataset,
+    length_tokens: int,
+    settings: Settings,
+    progress: Callable[[int], object] | None = None,
+) -> DocumentLosses:
+    """Run the model over all windows of one length, as `evaluate_perplexity` does and with the same errors."""
+    windows = cut_windows(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
+    bounds = np.asarray(dataset.document_bounds())
+    num_documents = len(bounds) - 1
+    nats = np.zeros(num_documents * NUM_PLACES)
+    counts = np.zeros(num_documents * NUM_PLACES, dtype=np.int64)
+    for rows, losses_BP in window_losses(subject, dataset, windows, settings, progress):
+        offsets = windows.num_context[rows[0]] + np.arange(losses_BP.shape[1])
+        predicted_BP = windows.starts[rows][:, None] + offsets + 1
+        document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
+        place_P = offsets * NUM_PLACES // length_tokens
+        cells = (document_BP * NUM_PLACES + place_P).ravel()
+        nats += np.bincount(cells, losses_BP.ravel(), minlength=nats.size)
+        counts += np.bincount(cells, minlength=counts.size)
+    shape = (num_documents, NUM_PLACES)
+    return DocumentLosses(length_tokens, nats.reshape(shape), counts.reshape(shape))
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

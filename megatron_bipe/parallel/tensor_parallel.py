@@ -1,0 +1,192 @@
+"""Layers that are split over ranks: the factory that tensor parallelism hands to the model.
+
+With sequence parallelism the residual stream, and all that works on it token by token, is split along the positions:
+layers that are split by width gather them at their entrance and scatter them at their exit, in place of two sums. What
+is whole on every rank (norms, the intra table) then sees some of the tokens only, and its gradient is summed.
+
+B batch · T positions · D width · V vocabulary (lower case: this rank's share)
+Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple, cast
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.model.layer_factory import Share, WholeWindows, Windows
+from megatron_bipe.model.norm import RMSNorm, rms_norm
+from megatron_bipe.model.plan import count_parameters
+from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
+from megatron_bipe.parallel.vocab_parallel_loss import token_losses
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the layers of a model are split.
+
+    Args:
+        group: the ranks that share a layer.
+        sequence: whether the residual stream is split along the positions.
+    """
+
+    group: ProcessGroup
+    sequence: bool = False
+
+    def leave(self, partial: Tensor) -> Tensor:
+        """From what a split layer's ranks give to the residual stream."""
+        return scatter(partial, self.group) if self.sequence else from_ranks(partial, self.group)
+
+    def replicated(self, weight: Tensor) -> Tensor:
+        """A weight that is whole on every rank, for use on this rank's part of the residual stream."""
+        return to_ranks(weight, self.group) if self.sequence else weight
+
+
+class TensorLayers:
+    """A `LayerFactory` of layers that are split over a group."""
+
+    def __init__(self, group: ProcessGroup, sequence: bool = False, windows: Windows | None = None) -> None:
+        self._split = Split(group, sequence)
+        self.windows = windows or WholeWindows()
+        self.rank, self.ranks = group.rank(), group.size()
+
+    def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
+        """Rows of the matrix are split."""
+        return ColumnLinear(width_in, width_out, blocks, self._split)
+
+    def row(self, width_in: int, width_out: int) -> nn.Module:
+        """Columns of the matrix are split."""
+        return RowLinear(width_in, width_out, self._split)
+
+    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """Rows of the table are split."""
+        return VocabularyTable(rows, width, padding_row, self._split)
+
+    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """Whole, looked up for this rank's part of the residual stream."""
+        return ReplicatedTable(rows, width, padding_row, self._split)
+
+    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+        """With sequence parallelism this rank's run of them."""
+        return own_tokens(ids_Bt, self._split.group) if self._split.sequence else ids_Bt
+
+    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+        """Columns of the table are split."""
+        return HeadTable(rows, num_heads, self._split)
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """Whole, over this rank's part of the residual stream."""
+        return ReplicatedNorm(width, eps, self._split)
+
+    def output(self, width_in: int, rows: int) -> nn.Module:
+        """As `column`; the logits stay split."""
+        return ColumnLinear(width_in, rows, 1, self._split)
+
+    def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy over split logits."""
+        return token_losses(logits_Btv, self.windows.own(labels_BT), self._split.group)
+
+
+def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
+    """Parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
+    return count_parameters(config, TensorLayers(cast(ProcessGroup, _NoGroup(ranks))))
+
+
+class _NoGroup(NamedTuple):
+    """What layers ask of a group when they are made, without any process behind it."""
+
+    ranks: int
+
+    def size(self) -> int:
+        return self.ranks
+
+    def rank(self) -> int:
+        return 0
+
+
+class ColumnLinear(nn.Linear):
+    """y's share of y = x W^T: every rank sees all of x, and gives some of y."""
+
+    def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
+        super().__init__(width_in, width_out // split.group.size(), bias=False)
+        self._split = split
+        mark_share(self.weight, Share(0, blocks, split.group.rank(), split.group.size()))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """[B, T, D] or [B, t, D] -> [B, T, this rank's share of the output]."""
+        return split_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
+
+
+class RowLinear(nn.Linear):
+    """y = x W^T: every rank sees some of x, and what they give is summed."""
+
+    def __init__(self, width_in: int, width_out: int, split: Split) -> None:
+        super().__init__(width_in // split.group.size(), width_out, bias=False)
+        self._split = split
+        mark_share(self.weight, Share(1, 1, split.group.rank(), split.group.size()))
+
+    def forward(self, inner_BTf: Tensor) -> Tensor:
+        """[B, T, this rank's share of the input] -> [B, T, D] or [B, t, D]."""
+        return self._split.leave(F.linear(inner_BTf, self.weight))
+
+
+class VocabularyTable(nn.Embedding):
+    """Token table split by rows: every rank looks up the ids that it has, and what they give is summed."""
+
+    def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
+        ranks, here = split.group.size(), rows // split.group.size()
+        self._first = split.group.rank() * here
+        padding = None if padding_row is None else padding_row % rows - self._first
+        super().__init__(here, width, padding_idx=padding if padding is not None and 0 <= padding < here else None)
+        self._split = split
+        mark_share(self.weight, Share(0, 1, split.group.rank(), ranks))
+
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Ids of the whole vocabulary [B, T] -> [B, T, D] or [B, t, D]."""
+        local_BT = tokens_BT - self._first
+        mine_BT = (local_BT >= 0) & (local_BT < self.num_embeddings)
+        found_BTD = super().forward(local_BT.where(mine_BT, 0))
+        return self._split.leave(found_BTD * mine_BT[..., None])
+
+
+class ReplicatedTable(nn.Embedding):
+    """A table that every rank has whole."""
+
+    def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
+        super().__init__(rows, width, padding_idx=padding_row)
+        self._split = split
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """[B, T] -> [B, T, D], or [B, t, D] for this rank's positions."""
+        if self._split.sequence:
+            ids_BT = own_tokens(ids_BT, self._split.group)
+        return F.embedding(ids_BT, self._split.replicated(self.weight), self.padding_idx)
+
+
+class HeadTable(nn.Embedding):
+    """A table with a column for each head, of which every rank has those of its heads."""
+
+    def __init__(self, rows: int, num_heads: int, split: Split) -> None:
+        ranks = split.group.size()
+        super().__init__(rows, num_heads // ranks)
+        mark_share(self.weight, Share(1, 1, split.group.rank(), ranks))
+
+
+class ReplicatedNorm(RMSNorm):
+    """A norm whose weight every rank has whole."""
+
+    def __init__(self, width: int, eps: float, split: Split) -> None:
+        super().__init__(width, eps)
+        self._split = split
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
+
+
+def mark_share(weight: Tensor, share: Share) -> None:
+    """Say how a parameter is split, to our own code and (by DeepSpeed's name) to the gradient norm."""
+    weight.share = share  # type: ignore[attr-defined]
+    weight.tensor_model_parallel = True  # type: ignore[attr-defined]

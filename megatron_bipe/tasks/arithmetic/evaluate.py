@@ -1,0 +1,87 @@
+"""How often a model's solution of an arithmetic problem ends with the right number, by the number of operators."""
+
+import csv
+import io
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from megatron_bipe.data.files import write_atomically
+from megatron_bipe.eval.generation import Generator, Limits, generate
+from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.tasks.arithmetic.problems import Problem, final_answer, problems
+
+JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"
+SPARE = 1.25  # how much longer than the longest right solution one may get; it may be right in another order
+TRIES = 20  # draws for each problem that is wanted: of few operators there are few problems
+
+
+class Accuracy(NamedTuple):
+    """Of problems with the same number of operators."""
+
+    operators: int
+    num_problems: int
+    num_right: int
+    num_tokens: int
+    """Of the longest problem with its solution."""
+
+    @property
+    def share(self) -> float:
+        """0 to 1."""
+        return self.num_right / self.num_problems
+
+
+def held_out_problems(operators: int, count: int, seed: int) -> list[Problem]:
+    """Different held-out problems, or as many as were found."""
+    drawn = problems(range(operators, operators + 1), TRIES * count, seed, held_out=True)
+    return list({problem.prompt: problem for problem in drawn}.values())[:count]
+
+
+def solve_all(
+    generator: Generator,
+    asked: Sequence[Problem],
+    batch_tokens: int,
+    advance: Callable[[int], object] | None = None,
+) -> Accuracy:
+    """Let the model solve problems of one number of operators, and compare the final numbers.
+
+    Raises:
+        ConfigError: the longest problem and its solution exceed the windows that the model can encode.
+    """
+    encode, bos_id = generator.tokenizer.encode_batch, generator.tokenizer.bos_id
+    prompts = [np.concatenate([[bos_id], ids]) for ids in encode([problem.prompt for problem in asked])]
+    longest = max(ids.size for ids in encode([problem.answer for problem in asked])) + 1
+    prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
+    if (room := generator.longest_window_tokens) is not None:  # for the right solution always, or it is refused
+        new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
+    found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
+    texts = [generator.tokenizer.decode(ids) for ids in found]
+    right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
+    return Accuracy(asked[0].operators, len(asked), right, prompt_tokens + longest)
+
+
+def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:
+    """Write accuracies by model as JSON and CSV."""
+    models = [
+        {"name": name, "results": [each._asdict() | {"accuracy": each.share} for each in results]}
+        for name, results in found.items()
+    ]
+    write_atomically(folder / JSON_NAME, json.dumps({**about, "models": models}, indent=2).encode() + b"\n")
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("model", *Accuracy._fields, "accuracy"))
+    writer.writerows((name, *each, each.share) for name, results in found.items() for each in results)
+    write_atomically(folder / CSV_NAME, text.getvalue().encode())
+    return [folder / JSON_NAME, folder / CSV_NAME]
+
+
+def as_table(found: Mapping[str, Sequence[Accuracy]]) -> str:
+    """A row a model, a column a number of operators, in percent."""
+    first = next(iter(found.values()))
+    rows = [["operators", *(str(each.operators) for each in first)]]
+    rows.append(["problems", *(str(each.num_problems) for each in first)])
+    rows += [[name, *(f"{each.share:.1%}" for each in results)] for name, results in found.items()]
+    return text_table(rows, head=2)

@@ -1,0 +1,145 @@
+"""Which windows a rank reads: a pure function of the samples consumed before, the rank and the datasets."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.profiler import record_function
+
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config.validate import accumulation_steps, check_data
+from megatron_bipe.data.background_verify import ShardCheck
+from megatron_bipe.data.blend import open_blend
+from megatron_bipe.data.collate import label_weight, make_batch
+from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import DataRecord, Manifest
+from megatron_bipe.data.prompt_answer import open_dataset
+from megatron_bipe.data.shard import Shard
+from megatron_bipe.errors import DataError
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.types import Batch, IntArray
+
+
+class Feed:
+    """The training and validation batches of one rank.
+
+    Raises:
+        DataError: a dataset is missing, damaged, or shorter than a window.
+        ConfigError: a dataset does not fit the run.
+    """
+
+    def __init__(self, run: RunConfig, mesh: Mesh) -> None:
+        self._train, self._mesh = run.train, mesh
+        self._clip = run.model.intra_clip
+        self._blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
+        for dataset in self._blend.datasets:
+            check_manifest(run, dataset.manifest, dataset.path)
+        self._reading_s = 0.0
+        self._valid = None
+        if run.data.valid_path is not None:
+            self._valid = open_dataset(run.data.valid_path)
+            check_manifest(run, self._valid.manifest, run.data.valid_path)
+            self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
+            if run.model.bilevel:
+                self._valid.check_rule(self.dataset.rule, "data.path")
+            self._valid_windows = self._choose_valid_windows(self._valid)
+        self._shard_check = ShardCheck(self._own_shards() if run.data.verify else ())
+
+    def checking_shards(self) -> ShardCheck:
+        """While this is entered, shards that are read from are compared with the manifest.
+
+        Raises:
+            DataError: out of `train_batches` and `valid_batches`: a file is gone, has changed or is damaged.
+        """
+        return self._shard_check
+
+    @property
+    def record(self) -> DataRecord:
+        """What the model will remember of its training data."""
+        return self._blend.record
+
+    @property
+    def dataset(self) -> TokenDataset:
+        """The training set; of a blend its first, whose tokenizer is that of all."""
+        return self._blend.datasets[0]
+
+    @property
+    def has_valid(self) -> bool:
+        """True where the run names a validation set."""
+        return self._valid is not None
+
+    def windows(self, first_sample: int) -> IntArray:
+        """Windows of an update, in the order of samples."""
+        return self._blend.window_indices(first_sample, self._train.global_batch)
+
+    def train_batches(self, first_sample: int) -> Iterator[Batch[Tensor]]:
+        """This rank's micro-batches of an update.
+
+        The update holds samples [first_sample, first_sample + batch) of the order, whatever the number of ranks.
+        """
+        train, data_ranks = self._train, self._mesh.data_ranks
+        shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
+        windows = self.windows(first_sample)
+        weight = label_weight(self._blend, windows, train.seq_len_tokens)
+        for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
+            self._shard_check.raise_found()
+            began_s = time.perf_counter()
+            with record_function("data"):
+                batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip, weight)
+            self._reading_s += time.perf_counter() - began_s
+            yield batch
+
+    def reading_time_s(self) -> float:
+        """Seconds that training batches took to read since the last call."""
+        reading_s, self._reading_s = self._reading_s, 0.0
+        return reading_s
+
+    def valid_batches(self) -> Iterator[Batch[Tensor]]:
+        """This rank's share of the validation windows, always the same ones."""
+        assert self._valid is not None
+        seq_len_tokens = self._train.seq_len_tokens
+        weight = label_weight(self._valid, self._valid_windows, seq_len_tokens)
+        mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
+        for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
+            self._shard_check.raise_found()
+            yield make_batch(self._valid, windows, seq_len_tokens, self._clip, weight)
+
+    def _own_shards(self) -> list[Shard]:
+        """The part that this rank checks: ranks with the same windows leave it to one, the others share all shards."""
+        mesh = self._mesh
+        if mesh.tensor_rank or mesh.context_rank or mesh.stage:
+            return []
+        datasets = [*self._blend.datasets, *([self._valid] if self._valid else [])]
+        return [shard for dataset in datasets for shard in dataset.shards][mesh.data_rank :: mesh.data_ranks]
+
+    def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
+        """Windows spread evenly over the set, equally many whole micro-batches a copy of the model."""
+        num_windows, data_ranks = dataset.num_windows(self._train.seq_len_tokens), self._mesh.data_ranks
+        wanted = min(self._train.valid_samples, num_windows)
+        unit = data_ranks * (self._train.micro_batch if wanted >= data_ranks * self._train.micro_batch else 1)
+        count = wanted // unit * unit
+        if count == 0:
+            raise DataError(
+                f"{wanted} validation windows cannot be shared by {data_ranks} data-parallel ranks",
+                remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
+                location=dataset.path,
+            )
+        return np.linspace(0, num_windows - 1, count).astype(np.int64)
+
+
+def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:
+    """Check a run against a dataset that it names, by what its manifest says.
+
+    Raises:
+        ConfigError: lists every disagreement at once.
+    """
+    check_data(
+        run,
+        vocab_size=manifest.tokenizer.vocab_size,
+        segments=manifest.rule.spec,
+        fixed_length=manifest.rule.fixed_length,
+        examples_len_tokens=manifest.examples.seq_len_tokens if manifest.examples else None,
+        place=str(folder),
+    )

@@ -1,0 +1,120 @@
+"""A run folder that begins with the weights of a model: checkpoint 0 of a run that `pretrain.py` then continues."""
+
+import json
+import shlex
+from collections.abc import Iterator, Mapping
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from megatron_bipe.checkpoint.commit import begin, publish
+from megatron_bipe.checkpoint.find import list_steps
+from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
+from megatron_bipe.config.schema import ModelConfig, RunConfig
+from megatron_bipe.data.blend import open_blend
+from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.errors import CheckpointError, ConfigError
+from megatron_bipe.eval.eval_model import Subject, check_suits
+from megatron_bipe.eval.model_loading import load_with_masters
+from megatron_bipe.train.run_folder import write_run_folder
+
+# What may differ between a model and the run that continues it; all else is built into the weights.
+_FREE = {"init_std", "train_len_tokens"}
+_ADDED = {"log_scale", "rope_scaling"}  # may be put on, or changed, but what a model learned with is not left off
+
+
+def begin_from_model(run: RunConfig) -> None:
+    """Give the run the weights of the model that `train.init_from` names, where it has no checkpoint yet.
+
+    Raises:
+        CheckpointError: there is no such model, or it is incomplete or damaged.
+        ConfigError, DataError: as `start_run`.
+    """
+    source = run.train.init_from
+    if source is not None and not list_steps(run.run_dir):
+        start_run(run, *load_with_masters(source))
+
+
+def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -> Path:
+    """Write the run folder of `run` with a checkpoint of step 0 that holds `weights`; the optimizer begins anew.
+
+    Args:
+        run: its data is read, its folder must have no checkpoints.
+        subject: the model that the weights belong to.
+        weights: under the plan's names.
+
+    Returns:
+        The checkpoint's folder.
+
+    Raises:
+        ConfigError: the run is configured for another model; every difference is named.
+        CheckpointError: the folder has checkpoints, or the model does not suit the data.
+        DataError: the data is missing, or of another tokenizer or segment rule.
+    """
+    if list_steps(run.run_dir):
+        raise CheckpointError("the run has checkpoints already", remedy="Name another folder", location=run.run_dir)
+    differences = list(_differences(subject.config, run.model))
+    if differences:
+        changes = " ".join(shlex.quote(f"--set=model.{key}={json.dumps(value)}") for key, value, _ in differences)
+        raise ConfigError(
+            "the run is configured for another model: "
+            + "; ".join(
+                f"{key} is {value!r} in the model and {other!r} in the run" for key, value, other in differences
+            ),
+            remedy=f"Give {changes}",
+            location=subject.source,
+        )
+    blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
+    for dataset in blend.datasets:
+        check_suits(subject, dataset)
+    write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
+    return write_step_zero(run, blend.record, weights)
+
+
+def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
+    for key, value in _flat(model).items():
+        other = _flat(wanted)[key]
+        if value != other and key not in _FREE - _built_in(model) and not (key in _ADDED and other):
+            yield key, value, other
+
+
+def _built_in(model: ModelConfig) -> set[str]:
+    """What the encoding's positions or sizes are made of."""
+    sizes = {"init_std"} if model.parts.absolute == "sinusoidal" else set()
+    return sizes | ({"train_len_tokens"} if model.num_positions else set())
+
+
+def _flat(model: ModelConfig) -> dict[str, Any]:
+    return model.model_copy(update={"num_kv_heads": model.kv_heads}).model_dump(mode="json")
+
+
+def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[str, Tensor]) -> Path:
+    """Checkpoint 0 of a run, as pretrain.py would have written it before its first update; returns its folder.
+
+    One file a layer, so that one layer with its optimizer state is in memory at a time.
+    """
+    num_bytes = sum(weight.numel() for weight in weights.values()) * len(KINDS) * torch.float32.itemsize
+    temporary = begin(run.run_dir, 0, "import", num_bytes)
+    by_layer = groupby(sorted(weights, key=_layer_of), key=_layer_of)
+    files = {
+        rank_file(layer): write_fragments(temporary, layer, [_fragment(name, weights[name]) for name in names], {})
+        for layer, names in by_layer
+    }
+    about = About(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
+    write_index(temporary, about, files)
+    return publish(temporary, run.run_dir, 0, files)
+
+
+def _layer_of(name: str) -> int:
+    return int(name.partition(".")[0])
+
+
+def _fragment(name: str, weight: Tensor) -> Fragment:
+    flat = weight.float().flatten()
+    state = {kind: flat if kind == WEIGHT else torch.zeros_like(flat) for kind in KINDS}
+    return Fragment(name, tuple(weight.shape), None, 0, state)

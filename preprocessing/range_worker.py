@@ -1,0 +1,232 @@
+"""One range of the inputs -> its shards: the whole work of a worker, done alone and in one pass."""
+
+import logging
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_bipe.data.shard import ShardWriter
+from megatron_bipe.errors import DataError
+from megatron_bipe.types import Document
+from preprocessing.duplicates import hash_rows, load_dropped, save_hashes
+from preprocessing.encode import Destination, DocumentTokenizer, Recipe, TokenizedDocuments
+from preprocessing.line_counts import MALFORMED_NAMED, printable
+from preprocessing.readers.documents import DocumentReader, PieceEnd
+from preprocessing.readers.inputs import Piece
+from preprocessing.readers.parse import Keys, Malformed, Parsed
+from preprocessing.tokenizer_backend import Name, TokenizerDifferenceError
+from preprocessing.work_dir import STOCK_NAME, RangeRecord, RangeShard, WorkFolder
+
+MAX_DATASETS = 1000  # each keeps a file open; a key with more values than this is hardly meant
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every worker needs to know."""
+
+    output: Path
+    ranges: list[list[Piece]]
+    keys: Keys
+    recipe: Recipe
+    shard_tokens: int  # a shard is closed before the document that would take it beyond this
+    drop_duplicates: bool
+    fall_back: bool  # to the stock tokenizer, where the fast one is found to be wrong
+
+
+log = logging.getLogger(__name__)
+
+Advance = Callable[[int, int], object]  # told bytes read from disk and bytes of text, for the time left
+
+
+class RangeWorker:
+    """Does ranges, one after the other, in one process.
+
+    Args:
+        job: all of it; a range is named by its number.
+        advance: see `Advance`.
+    """
+
+    def __init__(self, job: Job, advance: Advance) -> None:
+        self._job, self._advance = job, advance
+        self._work = WorkFolder(job.output)
+        self._reader = DocumentReader(job.keys)
+        self._tokenizer: DocumentTokenizer | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._reader.__exit__(kind, error, trace)
+
+    def hash_texts(self, number: int) -> None:
+        """First pass, where duplicates are to go: leave the hashes of a range's texts in its folder."""
+        hashes: list[npt.NDArray[np.uint64]] = []
+        for piece in self._job.ranges[number]:
+            for parsed in self._reader.read(piece):
+                hashes.append(hash_rows(document.text for document in parsed.documents))
+                self._advance(parsed.read_bytes, 0)
+        with self._work.writing():
+            save_hashes(self._work.range_folder(number), hashes)
+
+    def tokenize(self, number: int) -> None:
+        """Write a range's shards and, last, its record.
+
+        Raises:
+            DataError: the input cannot be read, the fast tokenizer was found to be wrong, or the disk is full.
+        """
+        if self._tokenizer is None:
+            self._tokenizer = DocumentTokenizer(self._job.recipe)
+        try:
+            self._tokenize(number, self._tokenizer)
+        except TokenizerDifferenceError as error:
+            self._work.mark(STOCK_NAME)  # the next run may not happen to compare this document
+            if not self._job.fall_back:
+                raise
+            log.warning("Going on with the stock tokenizer. %s", error)
+            self._tokenizer = DocumentTokenizer(replace(self._job.recipe, backend="stock"))
+            self._tokenize(number, self._tokenizer)
+
+    def _tokenize(self, number: int, tokenizer: DocumentTokenizer) -> None:
+        folder = self._work.range_folder(number)
+        dropped = load_dropped(folder) if self._job.drop_duplicates else None
+        counts = _Counts()
+        with self._work.writing(), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
+            for place, piece in enumerate(self._job.ranges[number]):
+                for parsed in self._reader.read(piece):
+                    counts.add(parsed, place)
+                    documents = counts.kept(parsed.documents, dropped)
+                    text_bytes = 0
+                    if documents:
+                        tokenized = tokenizer(documents)
+                        writer.add(tokenized)
+                        text_bytes = int(tokenized.text_bytes_D.sum())
+                    self._advance(parsed.read_bytes, text_bytes)
+                counts.ends.append(self._reader.end)
+            self._work.save_range(number, counts.record(writer.finish(), tokenizer.backend))
+
+
+@dataclass
+class _Counts:
+    """What a range's record says besides its shards."""
+
+    ends: list[PieceEnd] = field(default_factory=list)
+    first_malformed: list[Malformed] = field(default_factory=list)
+    malformed_pieces: list[int] = field(default_factory=list)
+    lines: int = 0
+    seen: int = 0
+    documents: int = 0
+    empty: int = 0
+    malformed: int = 0
+
+    def add(self, parsed: Parsed, piece: int) -> None:
+        named = parsed.malformed[: MALFORMED_NAMED - len(self.first_malformed)]
+        self.first_malformed += [bad._replace(file=printable(bad.file)) for bad in named]
+        self.malformed_pieces += [piece] * len(named)
+        self.lines += parsed.num_lines
+        self.empty += parsed.num_empty
+        self.malformed += len(parsed.malformed)
+
+    def kept(self, documents: list[Document], dropped: npt.NDArray[np.bool_] | None) -> list[Document]:
+        """Those that are no duplicates."""
+        first, self.seen = self.seen, self.seen + len(documents)
+        if dropped is not None:
+            flags = dropped[first : self.seen].tolist()
+            documents = [document for document, flag in zip(documents, flags, strict=True) if not flag]
+        self.documents += len(documents)
+        return documents
+
+    def record(self, shards: list[RangeShard], backend: Name) -> RangeRecord:
+        return RangeRecord(
+            shards=tuple(shards),
+            ends=tuple(self.ends),
+            lines=self.lines,
+            documents=self.documents,
+            empty=self.empty,
+            duplicates=self.seen - self.documents,
+            malformed=self.malformed,
+            backend=backend,
+            first_malformed=tuple(self.first_malformed),
+            malformed_pieces=tuple(self.malformed_pieces),
+        )
+
+
+class _RangeWriter:
+    """The shards of a range, one open for each destination."""
+
+    def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
+        self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
+        self._open: dict[Destination, ShardWriter] = {}
+        self._order: list[Destination] = []  # of each shard begun, by its number
+        self._done: dict[int, RangeShard] = {}
+        self._undo = ExitStack()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._undo.close()  # drops what is unfinished
+
+    def add(self, done: TokenizedDocuments) -> None:
+        """Append documents to the shards of their datasets."""
+        starts_D = np.cumsum(done.lengths_D) - done.lengths_D
+        for destination in dict.fromkeys(done.destinations):
+            mine = [n for n, found in enumerate(done.destinations) if found == destination]
+            while mine:
+                count = self._room_for(destination, done.lengths_D[mine])
+                self._append(destination, done, starts_D, mine[:count])
+                mine = mine[count:]
+
+    def finish(self) -> list[RangeShard]:
+        """Close all shards."""
+        for destination in list(self._open):
+            self._close(destination)
+        return [self._done[number] for number in range(len(self._order))]
+
+    def _room_for(self, destination: Destination, lengths_D: npt.NDArray[np.int64]) -> int:
+        """How many of the documents go into the open shard, at least one; opens another if it is full."""
+        writer = self._open.get(destination)
+        if writer is not None and writer.num_tokens + lengths_D[0] > self._shard_tokens:
+            self._close(destination)
+            writer = None
+        if writer is None:
+            writer = self._begin(destination)
+        return max(int(np.searchsorted(np.cumsum(lengths_D), self._shard_tokens - writer.num_tokens, "right")), 1)
+
+    def _append(
+        self, destination: Destination, done: TokenizedDocuments, starts_D: npt.NDArray[np.int64], mine: list[int]
+    ) -> None:
+        lengths_D, text_bytes = done.lengths_D[mine], int(done.text_bytes_D[mine].sum())
+        if len(mine) == len(done.destinations):
+            tokens_T, ends_T = done.tokens_T, done.ends_T
+        else:
+            spans = [slice(start, start + size) for start, size in zip(starts_D[mine], lengths_D, strict=True)]
+            tokens_T = np.concatenate([done.tokens_T[span] for span in spans])
+            ends_T = np.concatenate([done.ends_T[span] for span in spans])
+        self._open[destination].append(tokens_T, ends_T, lengths_D, text_bytes)
+
+    def _begin(self, destination: Destination) -> ShardWriter:
+        if len({*self._order, destination}) > MAX_DATASETS:
+            raise DataError(
+                f"The output has more than {MAX_DATASETS} partitions, or splits of partitions; the last value seen is "
+                f"{destination.partition!r}",
+                remedy="Partition by a key with few values, such as meta.pile_set_name",
+                location="--partition-by",
+            )
+        writer = ShardWriter(self._folder, f"{len(self._order):03d}", self._dtype)
+        self._order.append(destination)
+        self._open[destination] = self._undo.enter_context(writer)
+        return writer
+
+    def _close(self, destination: Destination) -> None:
+        shard = self._open.pop(destination).finish()
+        self._done[int(shard.name)] = RangeShard(destination=destination, shard=shard)

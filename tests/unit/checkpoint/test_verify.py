@@ -1,0 +1,78 @@
+"""What a checkpoint is checked for before it is read; tests/faults has every kind of damage, on several ranks."""
+
+import pytest
+import torch
+
+from megatron_bipe.checkpoint.find import find_checkpoint
+from megatron_bipe.checkpoint.manifest import load_index
+from megatron_bipe.checkpoint.verify import check_whole, newest_good, of_another_run
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
+from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.errors import CheckpointError
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.host_collectives import Agreement
+from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.errors import raises
+
+MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
+TOKENIZER = TokenizerRecord(name="t", fingerprint="a" * 64, vocab_size=100, special_ids={})
+RECORD = DataRecord(tokenizer=TOKENIZER, rule=SegmentRule(spec="[5]", token_ids=(5,)), fingerprint="c" * 64)
+OTHER_TOKENIZER = TOKENIZER.model_copy(update={"fingerprint": "b" * 64})
+
+
+@pytest.fixture
+def index(tmp_path):
+    return load_index(write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})).model_copy(update={"data": RECORD})
+
+
+def test_check_whole_gives_the_index_with_a_record_of_every_file(tmp_path):
+    folder = write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
+    found = check_whole(find_checkpoint(tmp_path))
+    assert {path.name for path in folder.iterdir()} == {*found.files, "state.json", "state.json.sha256"}
+    assert RunConfig.model_validate(found.config) == load_run_config(None)
+
+
+def test_check_whole_parts_cover_all_files(tmp_path):
+    write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
+    checkpoint = find_checkpoint(tmp_path)
+    (checkpoint.folder / "rank-00000.safetensors").write_bytes(b"x")
+    outcomes = []
+    for part in range(3):
+        try:
+            check_whole(checkpoint, part, 3)
+            outcomes.append("good")
+        except CheckpointError as error:
+            outcomes.append(error.message)
+    assert outcomes[1:] == ["good", "good"] and "rank-00000.safetensors has 1 bytes" in outcomes[0]
+
+
+@pytest.mark.parametrize(
+    ("settings", "data", "expected"),
+    [
+        (["train.steps=7", "optimizer.lr=1e-3", "parallel.tensor=2"], RECORD, ""),
+        ([], None, ""),
+        ([], RECORD.model_copy(update={"fingerprint": "d" * 64}), ""),  # `--allow data`
+        (["model.num_layers=2"], RECORD, "another model"),
+        (["train.seed=7"], RECORD, "train.seed=1234"),
+        ([], RECORD.model_copy(update={"tokenizer": OTHER_TOKENIZER}), "another tokenizer"),
+        ([], RECORD.model_copy(update={"rule": SegmentRule(spec="[6]", token_ids=(6,))}), r"segment rule [5]"),
+    ],
+)
+def test_of_another_run_says_what_no_run_can_change(index, settings, data, expected):
+    found = of_another_run(index, load_run_config(None, settings), data)
+    assert found == "" if not expected else expected in found
+
+
+def test_of_another_run_configuration_of_another_version_is_no_crash(index):
+    index = index.model_copy(update={"config": {"model": {"unknown": 1}}})
+    assert "cannot be read" in of_another_run(index, load_run_config(None), None)
+
+
+def test_newest_good_passes_over_what_is_of_another_run(tmp_path):
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
+    assert newest_good(tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH, Agreement(MESH)).step == 10
+    with raises(CheckpointError, "step 20", "step 10", "foreign", location=tmp_path, remedy="run_dir"):
+        newest_good(tmp_path, lambda index: "foreign", MESH, Agreement(MESH))

@@ -1,0 +1,42 @@
+"""What both engines share."""
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.base import check_precision, start_deepspeed
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.parallel.mesh import Mesh
+from tests.helpers.errors import raises
+
+MESH = Mesh(0, 0, 3, 3, torch.device("cpu"))
+
+
+@pytest.mark.parametrize("others", [("fp32", "fp32"), ("fp32", "bf16")])
+def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others):
+    def gather(seen, own):
+        seen[:] = [own, *((precision, f"rank {rank}") for rank, precision in enumerate(others, 1))]
+
+    monkeypatch.setattr(dist, "all_gather_object", gather)
+    run = load_run_config(None, ["train.precision=fp32"])
+    if len({"fp32", *others}) == 1:
+        check_precision(MESH, run)
+        return
+    with raises(ConfigError, "bf16", "rank 2", "fp32", "rank 0", location="train.precision"):
+        check_precision(MESH, run)
+
+
+def test_port_of_another_launch_is_one_clear_error(monkeypatch):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+        for name, value in (rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():
+            monkeypatch.setenv(name, value)
+        with raises(ConfigError, port, remedy="--master_port") as error:
+            start_deepspeed(MESH._replace(num_ranks=1), 30)
+    assert error.value.location.startswith("MASTER_PORT") and not dist.is_initialized()

@@ -1,0 +1,87 @@
+"""What a run would be, in words and numbers."""
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.estimate.dry_run import describe
+from megatron_bipe.runtime.hardware import PrecisionChoice
+from tests.helpers.errors import raises
+
+BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
+
+
+def described(run, ds_config, num_ranks):
+    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"))
+
+
+PARAMETERS = 163_203_840  # of the default run
+
+
+def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_path):
+    run = load_run_config(None, [*BF16, f"data.path={tmp_path / 'absent'}"])
+    text = described(run, {"zero_optimization": {"stage": 1}}, num_ranks=8)
+    for part in (
+        "hidden_size: 768",
+        f"{PARAMETERS:,}",
+        "Block x 12",
+        "gradients, all-reduced",
+        "131,072,000,000 tokens",
+        "8 copies of the model x 4 micro-batches x 8 windows",
+        "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",
+        "tools/preprocess.py",
+    ):
+        assert part in text
+
+
+def test_describe_existing_data_says_how_often_it_is_read(tmp_path, write_dataset):
+    write_dataset(tmp_path / "data", [[[1] * 1000]])
+    run = load_run_config(None, [*BF16, f"data.path={tmp_path / 'data'}", "train.steps=2", "train.seq_len_tokens=100"])
+    assert "reads it 51.20 times" in described(run, {}, num_ranks=1)
+
+
+def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_dataset):
+    for name, tokens in (("small", 1000), ("big", 4000)):
+        write_dataset(tmp_path / name, [[[1] * tokens]])
+    length = [*BF16, "train.steps=2", "train.seq_len_tokens=100"]  # 51,200 tokens
+    small, big = str(tmp_path / "small"), str(tmp_path / "big")
+    weighted = described(load_run_config(None, [f"data.path={{{small}: 1, {big}: 3}}", *length]), {}, num_ranks=1)
+    assert f"{small}: 25.00% of the windows; 1,000 tokens" in weighted and "reads it 12.80 times" in weighted
+    assert f"{big}: 75.00% of the windows; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
+    by_tokens = described(load_run_config(None, [f"data.path=[{small}, {big}]", *length]), {}, num_ranks=1)
+    assert by_tokens.count("reads it 10.24 times") == 2
+
+
+def test_describe_data_that_the_run_would_refuse_is_refused(tmp_path, write_dataset):
+    write_dataset(tmp_path / "data", [[[1] * 1000]])
+    small = ["model.vocab_size=8", "train.seq_len_tokens=100"]
+    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
+        described(load_run_config(None, [*BF16, f"data.path={tmp_path / 'data'}", *small]), {}, num_ranks=1)
+    write_dataset(tmp_path / "other", [[[1] * 1000]], vocab_size=8)
+    paths = [f"data.path={tmp_path / 'other'}", f"data.valid_path={tmp_path / 'data'}"]
+    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
+        described(load_run_config(None, [*BF16, *paths, *small]), {}, num_ranks=1)
+
+
+def test_describe_empty_dataset_is_described(tmp_path, write_dataset):
+    write_dataset(tmp_path / "empty", [[[]]])
+    run = load_run_config(None, [*BF16, f"data.path=[{tmp_path / 'empty'}]"])
+    assert f"{tmp_path / 'empty'}: 0 tokens" in described(run, {}, num_ranks=1)
+
+
+def test_describe_copies_of_the_model_share_a_batch():
+    run = load_run_config(None, [*BF16, "parallel={tensor: 2, pipeline: 2}"])
+    assert "8 copies of the model x 4 micro-batches" in described(run, {}, num_ranks=32)
+
+
+def test_describe_stages_names_layers_ranks_and_bubble():
+    run = load_run_config(None, [*BF16, "parallel={tensor: 2, pipeline: 4}", "train.micro_batch=4"])
+    text = described(run, {"zero_optimization": {"stage": 1}}, num_ranks=32)
+    assert "32 ranks = 2 tensor x 1 context x 4 pipeline x 4 data" in text
+    assert "first copy of the model is on ranks 0-1, 8-9, 16-17, 24-25" in text
+    for stage, layers in enumerate(("0-3", "4-7", "8-11", "12-13")):
+        assert f"{stage}  {layers.rjust(6)}" in text
+    assert "an average stage waits" in text
+
+
+def test_describe_one_rank_says_nothing_to_others():
+    text = described(load_run_config(None, BF16), {}, num_ranks=1)
+    assert "nothing: one rank" in text and "waits" not in text

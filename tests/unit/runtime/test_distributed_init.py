@@ -1,0 +1,108 @@
+"""What joining a launch does to the process."""
+
+import os
+import sys
+from unittest import mock
+
+import pytest
+import torch
+
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.distributed_init import join_launch
+from tests.helpers.errors import raises
+
+LAUNCH = {
+    "RANK": "5",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "8",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "head",
+    "MASTER_PORT": "2950",
+}
+
+
+@pytest.fixture
+def environment(monkeypatch):
+    """An environment without a launch; threads and variables are put back."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    threads = torch.get_num_threads()
+    with mock.patch.dict(os.environ):
+        for name in (*LAUNCH, "LOCAL_SIZE", "OMP_NUM_THREADS", "BIPE_DEVICE", "DS_ACCELERATOR"):
+            os.environ.pop(name, None)
+        yield os.environ
+    torch.set_num_threads(threads)
+
+
+def test_join_launch_without_a_launcher_is_one_rank_that_can_start_a_group(environment):
+    mesh = join_launch()
+    assert (mesh.rank, mesh.num_ranks, mesh.is_main, mesh.device.type) == (0, 1, True, "cpu")
+    assert environment["MASTER_ADDR"] == "127.0.0.1" and int(environment["MASTER_PORT"]) > 0
+
+
+def test_join_launch_reads_what_a_launcher_set(environment):
+    environment.update(LAUNCH)
+    mesh = join_launch()
+    assert (mesh.rank, mesh.local_rank, mesh.num_ranks, mesh.num_local_ranks) == (5, 1, 8, 4)
+    assert not mesh.is_main
+
+
+def test_join_launch_tells_torch_what_another_launcher_set(environment):
+    names = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
+    environment.update({f"OMPI_COMM_WORLD_{name}": LAUNCH[standard] for name, standard in names.items()})
+    environment.update(MASTER_ADDR="head", MASTER_PORT="2950")
+    join_launch()
+    assert {name: environment[name] for name in LAUNCH} == LAUNCH
+
+
+def test_join_launch_by_mpi_without_mpi4py_names_the_remedy(environment, monkeypatch):
+    monkeypatch.setitem(sys.modules, "mpi4py", None)
+    environment.update({f"OMPI_COMM_WORLD_{name}": "1" for name in ("SIZE", "LOCAL_SIZE")})
+    environment.update({f"OMPI_COMM_WORLD_{name}": "0" for name in ("RANK", "LOCAL_RANK")})
+    with raises(ConfigError, "mpi4py", location="mpiexec", remedy="MASTER_ADDR"):
+        join_launch()
+
+
+def test_join_launch_of_more_ranks_than_gpus_is_refused(environment, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    environment.update(LAUNCH)
+    with raises(ConfigError, "local rank 1", "GPU", remedy="--gpus-per-node") as caught:
+        join_launch()
+    assert "rank 5" in caught.value.location
+
+
+def test_join_launch_with_bipe_device_cpu_takes_no_gpu_and_tells_deepspeed(environment, monkeypatch):
+    def touched():
+        raise AssertionError("CUDA was asked")
+
+    for name in ("is_available", "device_count"):
+        monkeypatch.setattr(torch.cuda, name, touched)
+    environment.update(LAUNCH, BIPE_DEVICE="cpu")
+    assert join_launch().device.type == "cpu"
+    assert environment["DS_ACCELERATOR"] == "cpu"
+
+
+def test_join_launch_with_bipe_device_cuda_and_no_gpu_is_refused(environment):
+    environment["BIPE_DEVICE"] = "cuda"
+    with raises(ConfigError, "BIPE_DEVICE=cuda", location="BIPE_DEVICE"):
+        join_launch()
+
+
+def test_join_launch_with_an_unknown_bipe_device_is_refused(environment):
+    environment["BIPE_DEVICE"] = "gpu"
+    with raises(ConfigError, "'gpu'", location="BIPE_DEVICE"):
+        join_launch()
+
+
+def test_join_launch_shares_the_cores_among_the_ranks_of_a_machine(environment, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    environment.update(LAUNCH)
+    join_launch()
+    assert torch.get_num_threads() == 2
+
+
+def test_join_launch_leaves_a_chosen_thread_count_alone(environment):
+    torch.set_num_threads(1)
+    environment.update(LAUNCH, OMP_NUM_THREADS="1")
+    join_launch()
+    assert torch.get_num_threads() == 1

@@ -1,0 +1,80 @@
+"""What ranks tell each other besides their work, and what is told of one that does not go on."""
+
+import threading
+
+import pytest
+import torch.distributed as dist
+
+from megatron_bipe.runtime import heartbeat
+from megatron_bipe.runtime.heartbeat import End, RollCall, Sign, silent_ranks, where_ranks_are
+
+
+@pytest.fixture
+def ranks():
+    """Two ranks of a launch of three."""
+    store = dist.HashStore()
+    return RollCall(store, 0, 3), RollCall(store, 1, 3)
+
+
+def signs(*places, beats=1):
+    return {
+        rank: None if place is None else Sign(beats, f"rank {rank} on h{rank}", place)
+        for rank, place in enumerate(places)
+    }
+
+
+def test_roll_call_shows_the_last_sign_of_each_rank_and_none_of_one_that_never_came(ranks):
+    for beats in (1, 2):
+        ranks[1].sign(Sign(beats, "one", "step 3"))
+    assert ranks[0].signs() == {0: None, 1: Sign(2, "one", "step 3"), 2: None}
+
+
+def test_roll_call_has_one_first_failure_and_all_hear_of_the_end(ranks):
+    assert [rank.is_first_to_fail() for rank in (ranks[1], ranks[0], ranks[1])] == [True, False, False]
+    assert ranks[0].ended() is None
+    ranks[1].end(End("rank 1 failed", 2))
+    assert ranks[0].ended() == End("rank 1 failed", 2)
+
+
+def test_roll_call_keeps_rank_0_until_all_have_finished(ranks):
+    last = RollCall(dist.HashStore(), 0, 2)
+    with pytest.raises(RuntimeError, match=r"(?i)time.{0,2}out"):
+        last.finish(0.1)
+    store = dist.HashStore()
+    other = threading.Thread(target=RollCall(store, 1, 2).finish, args=(10,))
+    other.start()
+    RollCall(store, 0, 2).finish(10)
+    other.join()
+
+
+def test_roll_call_does_not_wait_for_a_store_that_stands_still(monkeypatch):
+    monkeypatch.setattr(heartbeat, "ANSWER_S", 0.05)
+    release = threading.Event()
+
+    class Stuck:
+        def add(self, *_):
+            release.wait()
+
+    call = RollCall(Stuck(), 0, 2)
+    with pytest.raises(TimeoutError):
+        call.is_first_to_fail()
+    release.set()
+
+
+def test_silent_ranks_are_those_without_a_new_sign():
+    before, after = signs("a", "a", "a", None), signs("b", "b", "b", None, beats=2)
+    after[1] = before[1]
+    assert list(silent_ranks(before, after, 0)) == [
+        "No sign of life: rank 1 on h1, last at a",
+        "No sign of life, ever: rank 3",
+    ]
+    assert next(silent_ranks(before, before, 0)).startswith("No sign of life: rank 1")  # not of the one that looks
+    assert list(silent_ranks(signs("a", "a"), signs("a", "a", beats=2), 0)) == []
+
+
+def test_where_ranks_are_begins_with_the_one_that_is_alone():
+    after = signs("wait", "wait", "loop", "wait", "wait", "wait", beats=2)
+    found = list(where_ranks_are(signs(*["wait"] * 6), after, 0))
+    assert found[0] == "At loop: rank 2 on h2"
+    assert found[1].startswith("At wait: rank 0 on h0, rank 1") and found[1].endswith("rank 4 on h4 and 1 more")
+    assert len(found) == 2

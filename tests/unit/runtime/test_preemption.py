@@ -1,0 +1,71 @@
+"""Requests to stop: what asks, who agrees."""
+
+import os
+import signal
+
+import pytest
+
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.preemption import SIGNALS, StopRequest, parse_duration
+from tests.helpers.errors import raises
+
+
+@pytest.fixture
+def handlers():
+    before = {number: signal.getsignal(number) for number in SIGNALS}
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize("number", SIGNALS)
+def test_stop_request_takes_a_signal(handlers, number):
+    request = StopRequest()
+    request.listen()
+    assert not request.agreed() and request.reason == ""
+    os.kill(os.getpid(), number)
+    assert request.reason == number.name and request.agreed() and request.granted
+
+
+def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
+    request = StopRequest()
+    request.listen()
+    request.listen_no_more()
+    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 2
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert request.reason == ""
+
+
+def test_stop_request_takes_a_time_limit():
+    now = [0.0]
+    request = StopRequest(10.0, lambda: now[0])
+    assert not request.agreed()
+    now[0] = 10.0
+    assert request.agreed() and request.reason == "--stop-at"
+
+
+def test_stop_request_of_another_rank_is_granted_and_stays_so():
+    answers = iter([False, True])
+    request = StopRequest()
+    request.agree_by(lambda here: next(answers) or here)
+    assert [request.agreed() for _ in range(3)] == [False, True, True]
+    assert request.reason == ""
+
+
+def test_stop_request_until_gives_at_least_one_item():
+    request = StopRequest(-1.0)
+    assert list(request.until(range(5))) == [0]
+    assert list(StopRequest().until(range(5))) == [0, 1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("23h50m", 85800), ("90m", 5400), ("1d12h", 129600), ("45s", 45), ("1d2h30m5s", 95405)]
+)
+def test_parse_duration_adds_units_up(text, seconds):
+    assert parse_duration(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "10", "50m23h", "1.5h", "-1h", "1h ", "h"])
+def test_parse_duration_of_something_else_is_refused(text):
+    with raises(ConfigError, f"'{text}'", location="--stop-at"):
+        parse_duration(text)

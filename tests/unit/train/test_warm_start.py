@@ -1,0 +1,51 @@
+"""What of a model's configuration a run that goes on from it may change."""
+
+import shlex
+
+import pytest
+from torch import nn
+
+from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.train.warm_start import _differences, start_run
+from tests.helpers.errors import raises
+
+
+@pytest.mark.parametrize(
+    ("encoding", "changes", "named"),
+    [
+        ("bipe_rope", {"train_len_tokens": 64, "init_std": 0.3, "rope_scaling": RopeScaling(type="ntk", factor=2)}, []),
+        ("learned", {"train_len_tokens": 64, "init_std": 0.3}, ["train_len_tokens"]),
+        ("randomized_rope", {"train_len_tokens": 64}, ["train_len_tokens"]),
+        ("alibi", {"train_len_tokens": 64}, []),  # its longest window is another
+        ("sinusoidal", {"train_len_tokens": 64, "init_std": 0.3}, ["init_std"]),
+        ("bipe_t5", {"intra_encoding": "none", "encoding": "bipe_nope"}, ["encoding", "intra_encoding"]),
+    ],
+)
+def test_differences_name_what_is_built_into_the_weights(encoding, changes, named):
+    model = ModelConfig(encoding=encoding, train_len_tokens=32)
+    found = _differences(model, model.model_copy(update=changes))
+    assert [key for key, _, _ in found] == named
+
+
+def test_differences_leaving_off_what_the_model_learned_with_is_one():
+    plain = ModelConfig(encoding="bipe_rope")
+    stretched = plain.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=2), "log_scale": True})
+    further = stretched.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=4)})
+    assert {key for key, _, _ in _differences(stretched, plain)} == {"rope_scaling", "log_scale"}
+    assert not [*_differences(plain, stretched), *_differences(stretched, further)]
+
+
+def test_remedy_for_another_model_is_what_the_command_line_takes(tmp_path):
+    scaling = RopeScaling(type="yarn", factor=2, original_positions=75)
+    model = ModelConfig(encoding="randomized_rope", rope_scaling=scaling, zero_last_row=True)
+    asked = [f"run_dir={tmp_path}", "model.encoding=randomized_rope", "model.position_range=5000"]
+    run = load_run_config(None, asked)
+    with raises(ConfigError, "position_range", 5000, "rope_scaling", location="m", remedy="--set=") as error:
+        start_run(run, Subject("m", "m", nn.Sequential(), model, None, None), {})
+    words = [word for word in shlex.split(error.value.remedy) if word.startswith("--set=model.")]
+    assert len(words) == 3
+    mended = load_run_config(None, [*asked, *(word.removeprefix("--set=") for word in words)])
+    assert not list(_differences(model, mended.model))
