@@ -44,12 +44,12 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import Feed
     from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.run_folder import entered, settle_precision, write_run_folder
+    from megatron_bipe.train.run_folder import lock_run_dir, settle_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
     from megatron_bipe.train.trainer import go_on
 
     watch_launcher()
-    mesh = join_launch(launch).laid_out(run.parallel)
+    mesh = join_launch(launch).with_layout(run.parallel)
     run, precision = settle_precision(run, mesh.device, args.allow)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
     if args.dry_run is not None:
@@ -60,9 +60,9 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     feed = Feed(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     stop = min(run.train.steps, args.stop_step or run.train.steps)
-    stop_request.listen()  # before there is something to save, a signal ends the process
+    stop_request.install_handlers()  # before there is something to save, a signal ends the process
     with (
-        entered(run, feed.record, args.allow, mesh.is_main),
+        lock_run_dir(run, feed.record, args.allow, mesh.is_main),
         feed.checking_shards(),
         Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
     ):
@@ -77,7 +77,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             run, mesh, engine, feed, watchdog, stop_request, stop, Profile(args.profile, run.run_dir, mesh)
         )
     engine.close()
-    stop_request.listen_no_more()
+    stop_request.remove_handlers()
     if not finished:
         sys.exit(CONTINUE_LATER)
     _log_lines(end_summary(run, stop))

@@ -47,7 +47,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     """Write the model folder, and print how near it is."""
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_bipe.checkpoint.find import read_record
+    from megatron_bipe.checkpoint.find import read_data_record
     from megatron_bipe.eval.model_loading import WeightsOnDisk
     from megatron_bipe.hf.export import ExportOptions, export_model
     from megatron_bipe.hf.hf_config import DataFields
@@ -56,7 +56,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
 
     disable_progress_bar()
     run = load_run_config(checkpoint.run_dir / "config.yaml")
-    record = read_record(checkpoint.run_dir)
+    record = read_data_record(checkpoint.run_dir)
     tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
     recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
     recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)

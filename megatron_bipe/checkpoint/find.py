@@ -111,7 +111,7 @@ def _step_of(name: str) -> int | None:
     return int(match[1]) if match else None
 
 
-def read_record(run_dir: Path) -> DataRecord:
+def read_data_record(run_dir: Path) -> DataRecord:
     """What the run was trained on.
 
     Raises:

@@ -13,12 +13,14 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.disk import sha256
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 
 _log = logging.getLogger(__name__)
 
 
-def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, agreement: Agreement) -> Checkpoint | None:
+def latest_valid_checkpoint(
+    run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, host: HostCollectives
+) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole; None if there is none at all. Every rank calls this.
 
     Each rank reads a part of the files, its own one where the layout is the one that wrote them.
@@ -27,15 +29,15 @@ def newest_good(run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, agre
         run_dir: of the run.
         foreign: says what of an index is of another run; "" if nothing.
         mesh: this process among the ranks.
-        agreement: of the ranks.
+        host: of the ranks.
 
     Raises:
         CheckpointError: on all ranks, if none is; says what is wrong with each.
     """
-    candidates = agreement.from_main(newest_first(run_dir))
+    candidates = host.broadcast_object(newest_first(run_dir))
     wrong: list[str] = []
     for checkpoint in candidates:
-        found = agreement.of_all(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))
+        found = host.all_gather_object(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))
         problems = list(dict.fromkeys(problem for problem in found if problem))
         if not problems:
             if wrong and mesh.is_main:

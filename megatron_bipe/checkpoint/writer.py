@@ -33,7 +33,7 @@ from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.data.records import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 
 _log = logging.getLogger(__name__)
 _PATIENCE = timedelta(days=7)  # with a rank that writes; one that is gone or stands still is the watchdog's affair
@@ -57,14 +57,14 @@ class Saver:
     Args:
         config: how they are written and kept.
         mesh: this process among the ranks.
-        agreement: of the ranks.
+        host: of the ranks.
         connect: opens a connection to the store of the launch, for this object alone.
     """
 
     def __init__(
-        self, config: CheckpointConfig, mesh: Mesh, agreement: Agreement, connect: Callable[[], dist.Store]
+        self, config: CheckpointConfig, mesh: Mesh, host: HostCollectives, connect: Callable[[], dist.Store]
     ) -> None:
-        self._config, self._mesh, self._agreement, self._connect = config, mesh, agreement, connect
+        self._config, self._mesh, self._host, self._connect = config, mesh, host, connect
         self._store: dist.Store | None = None
         self._copy = HostCopy(mesh.device)
         self._copied = threading.Event()  # until then the state must stay as it is
@@ -97,7 +97,7 @@ class Saver:
         """
         waited_s = self.finish()
         began_s = time.perf_counter()
-        num_bytes = self._agreement.total(sum(x.nbytes for f in fragments for x in f.state.values()))
+        num_bytes = self._host.all_reduce_sum(sum(x.nbytes for f in fragments for x in f.state.values()))
         temporary, error = self._begin(run_dir, about.step, num_bytes)
         if temporary is not None:
             save = _Save(run_dir, temporary, about, fragments, random, num_bytes, began_s - waited_s)
@@ -143,7 +143,7 @@ class Saver:
                 begun = begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes), ""
             except (OSError, BipeError) as error:
                 begun = None, _text(error)
-        return self._agreement.from_main(begun)
+        return self._host.broadcast_object(begun)
 
     def _write_beside(self, save: _Save, mark: torch.cuda.Event | None) -> str:
         """The thread's part; a failure is told at once."""

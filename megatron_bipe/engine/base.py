@@ -19,13 +19,19 @@ from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.manifest import About
 from megatron_bipe.checkpoint.rng_state import random_states, set_random_states
 from megatron_bipe.checkpoint.shard_files import Fragment, StateReader
-from megatron_bipe.checkpoint.verify import newest_good, of_another_run
+from megatron_bipe.checkpoint.verify import latest_valid_checkpoint, of_another_run
 from megatron_bipe.checkpoint.writer import Saver
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.engine.forward_timer import OwnTime
-from megatron_bipe.engine.optimizer_state import begin_adam, fill, fragments, is_shared_out, optimizer_steps
+from megatron_bipe.engine.forward_timer import ForwardTimer
+from megatron_bipe.engine.optimizer_state import (
+    fragments,
+    is_sharded,
+    load_optimizer_state,
+    optimizer_steps,
+    reset_adam_state,
+)
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers, share_of
 from megatron_bipe.model.tied import copied
@@ -35,7 +41,7 @@ from megatron_bipe.parallel.replica_check import Replicas, check_replicas
 from megatron_bipe.parallel.tensor_parallel import TensorLayers
 from megatron_bipe.runtime.distributed_init import connect_store
 from megatron_bipe.runtime.exit_handling import rank_name
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.types import Batch
 
 _WATCHDOG_HEAD_START_S = 30
@@ -89,7 +95,7 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
         )
 
 
-def equal_timeouts(timeout_s: float) -> None:
+def set_group_timeouts(timeout_s: float) -> None:
     """Give all groups of this rank the timeout of `start_deepspeed`, DeepSpeed's own included.
 
     A group is formed with torch's default, 10 or 30 minutes, whatever that of the group of all ranks is.
@@ -113,7 +119,7 @@ def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
 
 
 @contextmanager
-def unannounced() -> Iterator[None]:
+def suppress_stdout() -> Iterator[None]:
     """Keep back what DeepSpeed prints as it starts; what goes wrong raises."""
     with redirect_stdout(io.StringIO()):
         yield
@@ -130,7 +136,7 @@ def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
 
 def make_grid(mesh: Mesh) -> PipelineParallelGrid:
     """DeepSpeed's groups of the mesh, for its engine."""
-    with unannounced():
+    with suppress_stdout():
         return PipelineParallelGrid(topology=make_topology(mesh))
 
 
@@ -208,12 +214,12 @@ class DeepSpeedEngine:
     _mesh: Mesh
     _run: RunConfig
     _data: DataRecord | None  # what it trains on, for checkpoints to remember
-    agreement: Agreement
+    host: HostCollectives
     _saver: Saver
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
-    _own_time: OwnTime
+    _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # ranks that share this one's layers; None where none does
 
     def _initialize(
@@ -237,26 +243,26 @@ class DeepSpeedEngine:
         if not deepspeed_clips(run, ds_config):
             self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
-        with unannounced():
+        with suppress_stdout():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
         if self._mesh.replica_ranks == 1 and hasattr(self._optimizer, "get_grads_for_reduction"):  # bf16 with ZeRO 1
             # With no one to exchange them with, DeepSpeed would still copy all gradients together and back.
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
-        begin_adam(self._optimizer)
-        self._own_time = OwnTime(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
-        self._run, self.agreement = run, Agreement(self._mesh)
-        equal_timeouts(run.parallel.timeout_s)
-        self._saver = Saver(run.checkpoint, self._mesh, self.agreement, lambda: connect_store(run.parallel.timeout_s))
+        reset_adam_state(self._optimizer)
+        self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
+        self._run, self.host = run, HostCollectives(self._mesh)
+        set_group_timeouts(run.parallel.timeout_s)
+        self._saver = Saver(run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s))
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
-    def tell_passes(self, to: Callable[[], None]) -> None:
-        """See `Engine.tell_passes`."""
+    def on_forward(self, to: Callable[[], None]) -> None:
+        """See `Engine.on_forward`."""
         self._engine.module.register_forward_pre_hook(lambda *_: to())
 
-    def own_time_s(self) -> float:
-        """See `Engine.own_time_s`."""
+    def pop_forward_seconds(self) -> float:
+        """See `Engine.pop_forward_seconds`."""
         return self._own_time.take_s()
 
     def save(
@@ -269,18 +275,18 @@ class DeepSpeedEngine:
         about = About(step, optimizer_steps(self._optimizer), layout, config, self._data, dict(loop_state or {}))
         self._saver.save(run_dir, about, self._fragments_to_write(), random_states(mesh.device), final=final)
 
-    def newest_good(self, run_dir: Path) -> Checkpoint | None:
-        """See `Engine.newest_good`."""
+    def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
+        """See `Engine.latest_valid_checkpoint`."""
         self._saver.finish()
-        return newest_good(
-            run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh, self.agreement
+        return latest_valid_checkpoint(
+            run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh, self.host
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
         """See `Engine.load`."""
         self._saver.finish()
         reader = StateReader(folder)
-        fill(self._engine.module, self._optimizer, reader)
+        load_optimizer_state(self._engine.module, self._optimizer, reader)
         set_random_states(reader.random(self._mesh.rank), self._mesh.device)
         return reader.index.loop_state
 
@@ -289,7 +295,7 @@ class DeepSpeedEngine:
         mesh = self._mesh
         held = [f for f in fragments(self._engine.module, self._optimizer) if not f.is_copy]
         mine = [fragment for fragment in held if fragment.share is not None or mesh.tensor_rank == 0]
-        if is_shared_out(self._optimizer):
+        if is_sharded(self._optimizer):
             return mine
         return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]
 

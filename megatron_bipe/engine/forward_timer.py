@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 
-class OwnTime:
+class ForwardTimer:
     """Adds up the time of a module's forward passes.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol
 from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.types import Batch
 
 
@@ -21,7 +21,7 @@ class StepResult(NamedTuple):
 class Engine(Protocol):
     """One model under training on all ranks of a launch; every rank calls each method together."""
 
-    agreement: Agreement
+    host: HostCollectives
     """Of the hosts of its ranks."""
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
@@ -33,7 +33,7 @@ class Engine(Protocol):
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         """Mean loss in nats a token over the batches of all ranks; each rank gives its own, equally many."""
 
-    def newest_good(self, run_dir: Path) -> Checkpoint | None:
+    def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         """The newest checkpoint of this run that is whole, every byte looked at; None if there is none at all.
 
         Raises:
@@ -59,10 +59,10 @@ class Engine(Protocol):
     def load(self, folder: Path) -> dict[str, Any]:
         """Continue from a checkpoint of any layout; from one of the same layout bit for bit. Returns its loop state."""
 
-    def tell_passes(self, to: Callable[[], None]) -> None:
+    def on_forward(self, to: Callable[[], None]) -> None:
         """Call `to` at each forward pass of this rank's part: of a stage between others no one else hears."""
 
-    def own_time_s(self) -> float:
+    def pop_forward_seconds(self) -> float:
         """Seconds of this rank's own forward passes since the last call: without what it waits for other stages."""
 
     def check_replicas(self, step: int) -> None:

@@ -41,7 +41,7 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
 
     Args:
         module: the rank's part of the model, under the plan's names.
-        optimizer: what DeepSpeed made of torch's; `begin_adam` or `fill` has been called.
+        optimizer: what DeepSpeed made of torch's; `reset_adam_state` or `load_optimizer_state` has been called.
     """
     adam = _torch_optimizer(optimizer)
     found = []
@@ -55,7 +55,7 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
     return found
 
 
-def is_shared_out(optimizer: Any) -> bool:
+def is_sharded(optimizer: Any) -> bool:
     """Whether each data-parallel rank has fragments of its own; otherwise all have the same."""
     return isinstance(optimizer, BF16_Optimizer | DeepSpeedZeroOptimizer | DeepSpeedZeroOptimizer_Stage3)
 
@@ -65,14 +65,14 @@ def optimizer_steps(optimizer: Any) -> int:
     return int(next(iter(_torch_optimizer(optimizer).state.values()))[_STEP])
 
 
-def begin_adam(optimizer: Any) -> None:
+def reset_adam_state(optimizer: Any) -> None:
     """Let Adam begin, whatever DeepSpeed made it do at the start: before the first update it has state already."""
     _torch_optimizer(optimizer).state.clear()
     _zero_moments(optimizer, 0)
 
 
 @torch.no_grad()
-def fill(module: nn.Module, optimizer: Any, reader: StateReader) -> None:
+def load_optimizer_state(module: nn.Module, optimizer: Any, reader: StateReader) -> None:
     """Set the state of this rank, and the weights that the model computes with; all ranks call this together."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()
@@ -108,7 +108,7 @@ def _places(parameter: Tensor, optimizer: Any) -> Iterator[_Place]:
         size = min(room, parameter.ds_numel - start)  # type: ignore[attr-defined]
         if size > 0:  # the last ranks may hold padding alone
             yield _Place(optimizer.fp32_partitioned_groups_flat[group], offset, start, size)
-    elif is_shared_out(optimizer):
+    elif is_sharded(optimizer):
         mapping = parameter._hp_mapping  # type: ignore[attr-defined]
         if mapping is not None:
             master = _masters(optimizer)[mapping.param_group_index]
@@ -132,7 +132,7 @@ def _compute_weights_follow(optimizer: Any) -> None:
         ):
             part.copy_(master)
         optimizer.checkpoint_event_epilogue()
-    elif is_shared_out(optimizer):
+    elif is_sharded(optimizer):
         optimizer.update_lp_params()
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
         for parameter, copy in _copies(optimizer).items():

@@ -19,7 +19,7 @@ from megatron_bipe.engine.base import (
     mean_loss,
     on_device,
     start_deepspeed,
-    unannounced,
+    suppress_stdout,
 )
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.layer_factory import LayerFactory
@@ -90,7 +90,7 @@ class _Stages(PipelineModule):
             with record_function("forward"):
                 return mean_loss(layers.token_losses(logits_BTv, labels_BT), *map(layers.windows.own, weights))
 
-        with unannounced():
+        with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
         tables = [p for name, p in self.named_parameters() if TOKEN_TABLE in (name, copied(p))]
         group = end_stages_group(mesh) if tied_output else None

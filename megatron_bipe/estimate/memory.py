@@ -117,11 +117,11 @@ def block_bytes_per_token(
     norms = 2 * (stream * width + between * FP32_BYTES)  # their inputs, and a number a token
     gathered = 2 * model.hidden_size * width  # inputs of the split matrices, whole
     encoded = (queries + keys) * biased if relative.encodes else 0
-    laid_out = queries if relative.encodes or parallel.context > 1 else 0  # the output, tokens before heads
+    with_layout = queries if relative.encodes or parallel.context > 1 else 0  # the output, tokens before heads
     values = keys * biased if channels else queries + 2 * keys  # a view of the whole projection
     mlp = 3 * ffn
     mask = seq_len_tokens * parallel.context if relative.biases_scores else 0
-    return norms + gathered + (encoded + values + laid_out + mlp) * width + attention_output + scores + mask
+    return norms + gathered + (encoded + values + with_layout + mlp) * width + attention_output + scores + mask
 
 
 def logits_bytes(run: RunConfig) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_record
+from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_record
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import load_run_config
@@ -47,7 +47,7 @@ def plan_weights(subject: Subject) -> dict[str, Tensor]:
 def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> Subject:
     config = load_run_config(checkpoint.run_dir / "config.yaml").model
     model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
-    record = read_record(checkpoint.run_dir)
+    record = read_data_record(checkpoint.run_dir)
     run_name = checkpoint.run_dir.resolve().name
     name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"

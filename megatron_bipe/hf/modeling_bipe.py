@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .bias_bipe import biased_mask
 from .configuration_bipe import NUM_BUCKETS, BipeConfig
 from .encodings_bipe import Encoding, encode, sinusoidal
-from .positions_bipe import Places, find_places, memorise, real_tokens, recall
+from .positions_bipe import Places, find_places, read_cache_positions, real_tokens, write_cache_positions
 
 
 class BipeRMSNorm(nn.Module):
@@ -202,14 +202,14 @@ class BipeModel(BipePreTrainedModel):
         recomputes = self.gradient_checkpointing and self.training
         if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
-        memory = recall(past_key_values, self.config.head_dim, hidden.device)
+        memory = read_cache_positions(past_key_values, self.config.head_dim, hidden.device)
         if memory is not None and recomputes:
             raise ValueError("gradient checkpointing cannot train on past_key_values: pass all tokens")
         real_BT = real_tokens(attention_mask, hidden, memory, past_key_values)
         places = find_places(self.config, input_ids, real_BT, memory)
         encoding = encode(self.config, places, memory, attention_mask)
         if past_key_values is not None:
-            encoding = encoding._replace(memory=memorise(places))
+            encoding = encoding._replace(memory=write_cache_positions(places))
         hidden = self._placed(hidden, places, real_BT)
         fused = encoding.buckets is None
         if not fused and self.config._attn_implementation not in ("sdpa", "eager"):

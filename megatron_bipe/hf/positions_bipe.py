@@ -87,14 +87,14 @@ def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor)
     return torch.isin(input_ids, torch.tensor(config.segments["token_ids"], device=input_ids.device))
 
 
-def memorise(places: Places) -> Tensor:
+def write_cache_positions(places: Places) -> Tensor:
     """The channels [B, 1, T, C] that the cached keys of layer 0 carry: both next counts, digit by digit."""
     counts_BT2 = torch.stack((places.next_intra, places.next_inter), dim=-1)
     digits = [counts_BT2 // DIGIT**power % DIGIT for power in range(_DIGITS)]
     return torch.cat(digits, dim=-1)[:, None].float()
 
 
-def recall(cache: Cache | None, head_dim: int, device: torch.device) -> Memory | None:
+def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.device) -> Memory | None:
     """What the cache remembers; None when it has not seen a token.
 
     Raises:

@@ -9,7 +9,7 @@ import math
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.causal import causal_attention, leaving_out_pays, reaching_attention
+from megatron_bipe.model.causal import causal_attention, leaving_out_pays, windowed_attention
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.make import make_relative
@@ -51,5 +51,5 @@ class Attention(nn.Module):
         if reach_n is None:
             mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
         else:
-            mixed_BnTH = reaching_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
+            mixed_BnTH = windowed_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
         return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))

@@ -41,14 +41,14 @@ def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tenso
 
 
 def leaving_out_pays(q_BNTH: Tensor) -> bool:
-    """Whether `reaching_attention` is to be preferred: for long windows on a CPU, where no gradients are wanted.
+    """Whether `windowed_attention` is to be preferred: for long windows on a CPU, where no gradients are wanted.
 
     Shorter windows are a few calls of whole chunks anyway; on a GPU it has not been measured.
     """
     return q_BNTH.shape[2] >= SHORTEST_WINDOW and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
 
 
-def reaching_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:
+def windowed_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:
     """`causal_attention` without the keys that a head does not reach.
 
     The window is cut into chunks of queries. In each, heads that begin with about the same key are one call.

@@ -9,7 +9,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.make import make_absolute
-from megatron_bipe.model.positions.position_ids import drawn_places, spread_places, token_places
+from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places, token_position_ids
 
 
 class Embedding(nn.Module):
@@ -58,9 +58,9 @@ class Embedding(nn.Module):
     def _places(self, tokens_BT: Tensor) -> Tensor:
         config = self._config
         if config.parts.positions == "tokens":
-            return token_places(tokens_BT)
+            return token_position_ids(tokens_BT)
         if self.training:
-            return drawn_places(tokens_BT, config.drawn_range, self._seed)
+            return random_position_ids(tokens_BT, config.drawn_range, self._seed)
         return spread_places(tokens_BT, config.drawn_range, config.train_len_tokens)
 
 

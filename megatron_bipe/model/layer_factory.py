@@ -75,13 +75,13 @@ class LayerFactory(Protocol):
     def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Token embedding, split by rows, into the residual stream; the gradient of `padding_row` is zero."""
 
-    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Embedding that is whole on every rank, into the residual stream."""
 
-    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+    def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
         """Of the ids of this rank's positions, those of its part of the residual stream."""
 
-    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+    def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
         """Embedding with a column a query head, split over ranks by columns; its output stays with its rank."""
 
     def norm(self, width: int, eps: float) -> nn.Module:
@@ -115,15 +115,15 @@ class LocalLayers:
         """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
-    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
-    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+    def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
         """All of them."""
         return ids_Bt
 
-    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+    def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
         """A whole table."""
         return nn.Embedding(rows, num_heads)
 
@@ -140,7 +140,7 @@ class LocalLayers:
         return token_losses(logits_BtV, self.windows.own(labels_BT))
 
 
-def heads_here(num_heads: int, layers: LayerFactory) -> slice:
+def local_heads(num_heads: int, layers: LayerFactory) -> slice:
     """Which of the model's query heads this rank's attention sees."""
     count = num_heads // (layers.ranks * layers.windows.ranks)
     first = (layers.rank * layers.windows.ranks + layers.windows.rank) * count

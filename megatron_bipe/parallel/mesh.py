@@ -27,7 +27,7 @@ class Mesh(NamedTuple):
     pipeline: int = 1  # stages
     sequence: bool = False  # whether tensor-parallel ranks share windows, too
 
-    def laid_out(self, parallel: ParallelConfig) -> "Mesh":
+    def with_layout(self, parallel: ParallelConfig) -> "Mesh":
         """The same process in a layout."""
         return self._replace(
             tensor=parallel.tensor,

@@ -64,15 +64,15 @@ class TensorLayers:
         """Rows of the table are split."""
         return VocabularyTable(rows, width, padding_row, self._split)
 
-    def small_table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Whole, looked up for this rank's part of the residual stream."""
         return ReplicatedTable(rows, width, padding_row, self._split)
 
-    def residual_ids(self, ids_Bt: Tensor) -> Tensor:
+    def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
         """With sequence parallelism this rank's run of them."""
         return own_tokens(ids_Bt, self._split.group) if self._split.sequence else ids_Bt
 
-    def head_table(self, rows: int, num_heads: int) -> nn.Module:
+    def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
         """Columns of the table are split."""
         return HeadTable(rows, num_heads, self._split)
 

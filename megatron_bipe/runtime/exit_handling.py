@@ -39,7 +39,7 @@ def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) ->
         if launch is not None and not launch.is_main and isinstance(error, BipeError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's end is welcome now
             time.sleep(_HEAD_START_S)
-        leave(describe(error, rank_name(launch) if launch else ""), exit_code(error))
+        abort(describe(error, rank_name(launch) if launch else ""), exit_code(error))
 
 
 def rank_name(mesh: "Mesh | Launch") -> str:
@@ -69,17 +69,17 @@ def exit_code(error: BaseException) -> int:
     return USER_ERROR if isinstance(error, BipeError) else FAILED
 
 
-def say(text: str) -> None:
+def write_stderr(text: str) -> None:
     """Put a message on stderr in one piece, so that those of several ranks do not mix; a closed pipe is no error."""
     with suppress(BrokenPipeError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
-def leave(text: str, code: int) -> NoReturn:
+def abort(text: str, code: int) -> NoReturn:
     """Say something and end the process at once: Python's own end would wait for threads that wait for other ranks."""
     try:
         sys.stdout.flush()
-        say(text)
+        write_stderr(text)
     finally:  # both fail where the output went through a pipe of a launcher that is gone
         os._exit(code)

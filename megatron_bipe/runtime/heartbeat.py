@@ -16,7 +16,7 @@ _LISTED = 4  # ranks named of those at one place
 Result = TypeVar("Result")
 
 
-class Sign(NamedTuple):
+class Heartbeat(NamedTuple):
     """A rank's last sign of life."""
 
     beats: int
@@ -24,7 +24,7 @@ class Sign(NamedTuple):
     place: str
 
 
-Signs = Mapping[int, Sign | None]  # by rank; None: there never was one
+Heartbeats = Mapping[int, Heartbeat | None]  # by rank; None: there never was one
 
 
 class End(NamedTuple):
@@ -52,11 +52,11 @@ class RollCall:
         self._store, self._rank, self._num_ranks = store, rank, num_ranks
         self._caller = ThreadPoolExecutor(1, "roll-call")
 
-    def sign(self, sign: Sign) -> None:
+    def sign(self, sign: Heartbeat) -> None:
         """Leave a sign of life."""
         self._ask(lambda: self._store.set(f"rank-{self._rank}", json.dumps(sign)))
 
-    def signs(self) -> Signs:
+    def signs(self) -> Heartbeats:
         """The last sign of every rank."""
         return {rank: self._ask(partial(self._sign_of, rank)) for rank in range(self._num_ranks)}
 
@@ -80,15 +80,15 @@ class RollCall:
             self._store.wait(["all finished"], timedelta(seconds=timeout_s))
         self._caller.shutdown()
 
-    def _sign_of(self, rank: int) -> Sign | None:
+    def _sign_of(self, rank: int) -> Heartbeat | None:
         key = f"rank-{rank}"
-        return Sign(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        return Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
     def _ask(self, question: Callable[[], Result]) -> Result:
         return self._caller.submit(question).result(ANSWER_S)
 
 
-def silent_ranks(before: Signs, after: Signs, own_rank: int) -> Iterator[str]:
+def silent_ranks(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
     """Ranks that gave no sign between two looks, with the place they were last at."""
     for rank, sign in after.items():
         if sign is None:
@@ -97,7 +97,7 @@ def silent_ranks(before: Signs, after: Signs, own_rank: int) -> Iterator[str]:
             yield f"No sign of life: {sign.name}, last at {sign.place}"
 
 
-def where_ranks_are(before: Signs, after: Signs, own_rank: int) -> Iterator[str]:
+def where_ranks_are(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
     """Silent ranks, then all places with the ranks there, the fewest first: one that all others wait for is alone."""
     yield from silent_ranks(before, after, own_rank)
     names: dict[str, list[str]] = {}

@@ -12,10 +12,10 @@ import torch.distributed as dist
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.exit_handling import rank_name
 
-Thing = TypeVar("Thing")
+T = TypeVar("T")
 
 
-class Agreement:
+class HostCollectives:
     """All ranks call each method together; every rank of the launch makes one, once the process group stands.
 
     Args:
@@ -25,25 +25,25 @@ class Agreement:
     def __init__(self, mesh: Mesh) -> None:
         self._num_ranks = mesh.num_ranks
         self._group = dist.new_group(backend="gloo") if mesh.num_ranks > 1 else None
-        self.names = self.of_all(rank_name(mesh))  # with their hosts
+        self.names = self.all_gather_object(rank_name(mesh))  # with their hosts
 
-    def any(self, here: bool) -> bool:
+    def any_rank(self, here: bool) -> bool:
         """Whether it is so on any rank."""
         return bool(self._reduced(int(here), dist.ReduceOp.MAX))
 
-    def total(self, number: int) -> int:
+    def all_reduce_sum(self, number: int) -> int:
         """The sum over ranks."""
         return self._reduced(number, dist.ReduceOp.SUM)
 
-    def from_main(self, thing: Thing) -> Thing:
+    def broadcast_object(self, thing: T) -> T:
         """What the main rank has; those of others are not looked at."""
         things: list[Any] = [thing]
         if self._group is not None:
             dist.broadcast_object_list(things, src=0, group=self._group)
-        told: Thing = things[0]
+        told: T = things[0]
         return told
 
-    def of_all(self, thing: Thing) -> list[Thing]:
+    def all_gather_object(self, thing: T) -> list[T]:
         """What each rank has, by rank."""
         things: list[Any] = [thing] * self._num_ranks
         if self._group is not None:

@@ -41,12 +41,12 @@ class StopRequest:
         self._any: Callable[[bool], bool] = bool
         self._agreed = False
 
-    def listen(self) -> None:
+    def install_handlers(self) -> None:
         """Take the signals from now on; in place of ending the process they are remembered."""
         for number in SIGNALS:
             signal.signal(number, self._take)
 
-    def listen_no_more(self) -> None:
+    def remove_handlers(self) -> None:
         """Ignore the signals: launchers send one to the ranks that have not left yet when the first one has."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)

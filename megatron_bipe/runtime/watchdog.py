@@ -19,8 +19,24 @@ from typing import TypeVar
 import torch.distributed as dist
 
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.exit_handling import FAILED, describe, exit_code, leave, place_in_layout, rank_name, say
-from megatron_bipe.runtime.heartbeat import ANSWER_S, End, RollCall, Sign, Signs, silent_ranks, where_ranks_are
+from megatron_bipe.runtime.exit_handling import (
+    FAILED,
+    abort,
+    describe,
+    exit_code,
+    place_in_layout,
+    rank_name,
+    write_stderr,
+)
+from megatron_bipe.runtime.heartbeat import (
+    ANSWER_S,
+    End,
+    Heartbeat,
+    Heartbeats,
+    RollCall,
+    silent_ranks,
+    where_ranks_are,
+)
 
 BEAT_S = 1.0  # between signs of life
 LOOK_S = 2.5  # between the two looks that tell who gives none
@@ -29,7 +45,7 @@ LAST_WORDS_S = 15.0  # a rank that failed gives the one that failed first this l
 
 LOST = (dist.DistError, TimeoutError)  # what a roll call raises without a store
 Item = TypeVar("Item")
-Look = Callable[[Signs, Signs, int], Iterable[str]]
+Look = Callable[[Heartbeats, Heartbeats, int], Iterable[str]]
 
 
 class Watchdog:
@@ -39,7 +55,7 @@ class Watchdog:
 
     Args:
         mesh: this process, laid out.
-        timeout_s: longest time between two calls of `at` or `still_there`, or two micro-batches.
+        timeout_s: longest time between two calls of mark or `heartbeat`, or two micro-batches.
         connect: opens a connection to the store of the launch, within the seconds it is given.
     """
 
@@ -51,23 +67,23 @@ class Watchdog:
         self._roll_call: RollCall | None = None
         self._clock_s = 0.0  # without time in which this process was suspended
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
-        self.at("the start")
+        self.mark("the start")
 
-    def at(self, place: str) -> None:
+    def mark(self, place: str) -> None:
         """Note where this rank is, and that it has come so far."""
         self._place, self._since_s = place, self._clock_s
 
-    def still_there(self) -> None:
+    def heartbeat(self) -> None:
         """Note that this rank has come further, without another place for it."""
         self._since_s = self._clock_s
 
-    def over(self, place: str, items: Iterable[Item]) -> Iterator[Item]:
+    def track_batches(self, place: str, items: Iterable[Item]) -> Iterator[Item]:
         """Micro-batches one by one; each that is asked for is progress."""
-        self.at(place)
+        self.mark(place)
 
         def noted() -> Iterator[Item]:
             for number, item in enumerate(items, 1):
-                self.at(f"{place}, micro-batch {number}")
+                self.mark(f"{place}, micro-batch {number}")
                 yield item
 
         return noted()
@@ -84,7 +100,7 @@ class Watchdog:
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._fail(describe(error, self._who()), type(error).__name__, exit_code(error), silent_ranks)
             self._thread.join(LAST_WORDS_S)  # it ends this process once the first to fail has told why
-            leave(f"{self._who()} leaves", exit_code(error))
+            abort(f"{self._who()} leaves", exit_code(error))
         self._over.set()
         self._thread.join()
         if self._mesh.num_ranks > 1:
@@ -100,25 +116,25 @@ class Watchdog:
             try:
                 self._beat(beats)
             except dist.DistError as error:
-                leave(f"{self._who()} leaves: {_state_of_store(error)}", FAILED)
+                abort(f"{self._who()} leaves: {_state_of_store(error)}", FAILED)
             except TimeoutError as error:
                 if stands_still:
-                    leave(f"{self._stillness()}\n{_state_of_store(error)}", FAILED)
+                    abort(f"{self._stillness()}\n{_state_of_store(error)}", FAILED)
             if stands_still and failed_at_s == math.inf:
                 failed_at_s = self._clock_s
                 self._fail(self._stillness(), f"no progress for {self._timeout_s:g} s", FAILED, where_ranks_are)
             if self._clock_s - failed_at_s > LAST_WORDS_S:
-                leave(f"{self._who()} leaves", FAILED)
+                abort(f"{self._who()} leaves", FAILED)
 
     def _beat(self, beats: int) -> None:
         roll_call = self._connected()
         frame = sys._current_frames()[self._worker]
         place = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        roll_call.sign(Sign(beats, self._name, place))
+        roll_call.sign(Heartbeat(beats, self._name, place))
         end = roll_call.ended()
         if end is not None:
             stack = f"\n{self._who()} is in\n{self._stack()}" if end.stacks else ""
-            leave(f"{self._who()} leaves: {end.text}{stack}", end.code)
+            abort(f"{self._who()} leaves: {end.text}{stack}", end.code)
 
     def _connected(self) -> RollCall:
         """Return the roll call; a rank that ends before its first beat joins it only to say that it has finished."""
@@ -130,14 +146,14 @@ class Watchdog:
         """Say what happened; the first to fail also looks at the others, tells all ranks, and leaves."""
         roll_call = self._roll_call
         if roll_call is None:
-            leave(text, code)
+            abort(text, code)
         try:
             if not roll_call.is_first_to_fail():
-                say(f"{self._who()} failed, too: {reason}")
+                write_stderr(f"{self._who()} failed, too: {reason}")
                 return
         except LOST as error:
-            leave(f"{text}\n{_state_of_store(error)}", code)
-        say(text)
+            abort(f"{text}\n{_state_of_store(error)}", code)
+        write_stderr(text)
         try:
             before = roll_call.signs()
             time.sleep(LOOK_S)
@@ -149,7 +165,7 @@ class Watchdog:
                 time.sleep(2 * BEAT_S)  # the others look every beat; when this rank leaves, their collectives break
         except LOST as error:
             seen = _state_of_store(error)
-        leave(seen or f"{self._who()} leaves", code)
+        abort(seen or f"{self._who()} leaves", code)
 
     def _stillness(self) -> str:
         slow = "If it was only slow, raise parallel.timeout_s"

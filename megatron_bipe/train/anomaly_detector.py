@@ -45,7 +45,7 @@ class Health:
         self.good_losses = list(good_losses)
         self.streak: list[BadStep] = []  # bad steps up to the last one seen, without a good one among them
 
-    def judge(self, readings: Iterable[Reading]) -> list[BadStep]:
+    def check_steps(self, readings: Iterable[Reading]) -> list[BadStep]:
         """Take the next steps; those among them that are bad. Stops at trouble, for what follows will not last."""
         found = []
         for reading in readings:

@@ -44,9 +44,9 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
     save_owed, stopping, first = False, stop_request.agreed(), progress.step + 1
     while progress.step < stop and not stopping:
         lr = learning_rate(run.optimizer, run.train.steps, progress.step)
-        samples = progress.take(run.train.global_batch)
+        samples = progress.next_batch_range(run.train.global_batch)
         done = progress.step
-        result = engine.train_step(watchdog.over(f"step {done}", feed.train_batches(samples[0])), lr)
+        result = engine.train_step(watchdog.track_batches(f"step {done}", feed.train_batches(samples[0])), lr)
         metrics.step(done, samples, result, lr)
         profile.step_done()
         stopping = stop_request.agreed()
@@ -56,7 +56,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
         save_owed = save_owed or stopping or _due(done, run.train.save_every) or done == stop
         if not (done == first or _due(done, run.train.log_every) or progress.valid_owed or save_owed):
             continue
-        recovery.judge(metrics.flush())  # waits for the device
+        recovery.check_steps(metrics.flush())  # waits for the device
         last_is_bad = done == stop and not recovery.is_well
         if recovery.is_needed or (last_is_bad and recovery.can_go_back()):
             progress, save_owed = recovery.go_back(), False
@@ -69,7 +69,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
         if save_owed and (recovery.is_well or last_is_bad):
             progress.good_losses = recovery.good_losses
             metrics.sync()
-            watchdog.at(f"checkpoint of step {done}")
+            watchdog.mark(f"checkpoint of step {done}")
             is_last = stopping or done == stop
             engine.save(run.run_dir, done, loop_state=progress.model_dump(mode="json"), final=is_last)
             metrics.restart_clock()
@@ -80,7 +80,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
 def _validate(parts: Parts, progress: Progress) -> bool:
     """The validation after the last step, which then is no longer owed; broken off, and True, on a request to stop."""
     batches = parts.stop_request.until(parts.feed.valid_batches())
-    loss = parts.engine.eval_loss(parts.watchdog.over(f"validation after step {progress.step}", batches))
+    loss = parts.engine.eval_loss(parts.watchdog.track_batches(f"validation after step {progress.step}", batches))
     if not parts.stop_request.granted:
         progress.valid_owed = False
         parts.metrics.valid(progress.step, loss)

@@ -35,7 +35,7 @@ class Recovery:
 
     def __init__(self, run: RunConfig, engine: Engine, feed: Feed, events: Events, progress: Progress) -> None:
         self._run, self._engine, self._feed, self._events = run, engine, feed, events
-        self._agreement = engine.agreement
+        self._host = engine.host
         self._health = Health(run.health, progress.good_losses)
         self._pass_over: list[Samples] = list(progress.pass_over)
         self._returns: Counter[int] = Counter()  # by step of the checkpoint
@@ -56,9 +56,9 @@ class Recovery:
         """Whether there is trouble."""
         return self._health.in_trouble
 
-    def judge(self, readings: Sequence[Reading]) -> None:
+    def check_steps(self, readings: Sequence[Reading]) -> None:
         """Take the next steps, as the main rank read them."""
-        for bad in self._health.judge(self._agreement.from_main(readings)):
+        for bad in self._health.check_steps(self._host.broadcast_object(readings)):
             self._note(bad)
         self._steps_compared += len(readings)
         if 0 < self._run.health.compare_ranks_every <= self._steps_compared:
@@ -67,7 +67,7 @@ class Recovery:
 
     def can_go_back(self) -> bool:
         """Whether there is a checkpoint. Where there is none, that is said: the end is better kept than lost."""
-        found = self._engine.newest_good(self._run.run_dir) is not None
+        found = self._engine.latest_valid_checkpoint(self._run.run_dir) is not None
         if not found:
             last = self._health.streak[-1]
             step = last.reading.step
@@ -81,7 +81,7 @@ class Recovery:
             HealthError: there is no checkpoint, or the run has come back to it too often.
         """
         bad = self._health.streak
-        newest = self._engine.newest_good(self._run.run_dir)
+        newest = self._engine.latest_valid_checkpoint(self._run.run_dir)
         if newest is None:
             raise self._hopeless("there is no checkpoint to return to")
         self._returns[newest.step] += 1
@@ -116,9 +116,9 @@ class Recovery:
         self._events.add("bad step", step=step, samples=[first, stop], windows=windows, **facts)
 
     def _name_slow_ranks(self, step: int) -> None:
-        own_s = self._agreement.of_all(self._engine.own_time_s() + self._feed.reading_time_s())
+        own_s = self._host.all_gather_object(self._engine.pop_forward_seconds() + self._feed.reading_time_s())
         usual_s = median_low(own_s)
-        for rank, name in enumerate(self._agreement.names):
+        for rank, name in enumerate(self._host.names):
             if own_s[rank] > self._run.health.slow_rank * usual_s:
                 steps = self._steps_compared
                 self._warn(

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bipe.checkpoint.commit import tidy
-from megatron_bipe.checkpoint.find import list_steps, read_record
+from megatron_bipe.checkpoint.find import list_steps, read_data_record
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
@@ -86,7 +86,7 @@ def settle_precision(
 
 
 @contextmanager
-def entered(run: RunConfig, record: DataRecord, allow: Collection[str], is_main: bool) -> Iterator[None]:
+def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_main: bool) -> Iterator[None]:
     """Keep other launches out of a run folder that holds this run, or nothing yet; every rank enters.
 
     The main rank's lock is the launch's: others write nothing there but files that it publishes. What a broken-off save
@@ -122,7 +122,7 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
     if not list_steps(run.run_dir):
         return
     old_run = load_run_config(run.run_dir / "config.yaml")
-    found = [*_differences(old_run, run), *_data_differences(read_record(run.run_dir), record)]
+    found = [*_differences(old_run, run), *_data_differences(read_data_record(run.run_dir), record)]
     refused = [difference for difference in found if difference.allowable not in allow]
     if refused:
         names = sorted({difference.allowable for difference in refused if difference.allowable})

@@ -33,7 +33,7 @@ class Progress(BaseModel):
         """As a checkpoint of `step` has it; one that says nothing is from a run that passed nothing over."""
         return cls.model_validate(loop_state or {"step": step, "samples": step * global_batch})
 
-    def take(self, global_batch: int) -> Samples:
+    def next_batch_range(self, global_batch: int) -> Samples:
         """Begin a step: its samples."""
         while covering := [stop for first, stop in self.pass_over if first <= self.samples < stop]:
             self.samples = max(covering)

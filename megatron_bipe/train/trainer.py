@@ -6,7 +6,7 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.exit_handling import rank_name, say
+from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
@@ -46,13 +46,13 @@ def go_on(
     Returns:
         Whether it came there; False where it was asked to stop before.
     """
-    engine.tell_passes(watchdog.still_there)
+    engine.on_forward(watchdog.heartbeat)
     progress = _stand(run, engine, watchdog)
     if progress.step > stop:
         _log.info("the run is at step %d already, past the %d that are asked for", progress.step, stop)
     keep_freed_memory(mesh.device)  # from here on; what starting and loading took is given back
     events = Events(run.run_dir, mesh.is_main)
-    stop_request.agree_by(engine.agreement.any)
+    stop_request.agree_by(engine.host.any_rank)
     events.add(START, step=progress.step, ranks=mesh.num_ranks)
     began_at_s = read_events(run.run_dir)[0]["time"] if mesh.is_main else None
     metrics = Metrics(run, mesh, progress, peak_flops(mesh.device, DTYPES[run.train.precision]), began_at_s)
@@ -64,17 +64,17 @@ def go_on(
     goodput = metrics.goodput() if mesh.is_main else None
     events.add(DONE if finished else STOP, step=progress.step, goodput=goodput)
     if stop_request.reason and not finished:
-        say(f"{rank_name(mesh)}: {stop_request.reason}, after step {progress.step}; the same command goes on")
+        write_stderr(f"{rank_name(mesh)}: {stop_request.reason}, after step {progress.step}; the same command goes on")
     return finished
 
 
 def _stand(run: RunConfig, engine: Engine, watchdog: Watchdog) -> Progress:
     """How far the run is, and its state in the engine."""
-    watchdog.at("the choice of a checkpoint")
-    checkpoint = engine.newest_good(run.run_dir)
+    watchdog.mark("the choice of a checkpoint")
+    checkpoint = engine.latest_valid_checkpoint(run.run_dir)
     if checkpoint is None:
         return Progress()
-    watchdog.at(f"loading step {checkpoint.step}")
+    watchdog.mark(f"loading step {checkpoint.step}")
     progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
     _log.info("continuing %s from step %d", run.run_dir, progress.step)
     return progress

@@ -114,7 +114,7 @@ def measure_split(mesh: Mesh, dtypes: list[torch.dtype]) -> dict[tuple[Any, ...]
     dist.init_process_group("gloo")
     return {
         (name, recompute, dtype, layout): kept_bytes(
-            config(name), recompute, dtype, make_layers(mesh.laid_out(parallel))[0], TOKENS // hidden_parts(parallel)
+            config(name), recompute, dtype, make_layers(mesh.with_layout(parallel))[0], TOKENS // hidden_parts(parallel)
         )
         for layout, parallel in LAYOUTS.items()
         for name in MODELS

@@ -28,8 +28,8 @@ def train(mesh, layouts, data, work_dir):
     found = {}
     for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
         run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
-        engine, laid_out = start(layout, mesh, run_dir)
-        feed = Feed(_run(layout, data, run_dir), laid_out)
+        engine, mesh_here = start(layout, mesh, run_dir)
+        feed = Feed(_run(layout, data, run_dir), mesh_here)
         results = [engine.train_step(feed.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
         found[layout] = (

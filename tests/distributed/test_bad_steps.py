@@ -58,22 +58,22 @@ def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
     from megatron_bipe.engine.optimizer_state import optimizer_steps
     from tests.helpers.faults import Arithmetic, expose
 
-    calm, laid_out = start(layout, mesh, run_dir)
-    undisturbed = _losses(calm, laid_out, range(4))
-    engine, laid_out = start(layout, mesh, run_dir)
+    calm, mesh_here = start(layout, mesh, run_dir)
+    undisturbed = _losses(calm, mesh_here, range(4))
+    engine, mesh_here = start(layout, mesh, run_dir)
     expose(engine)
-    losses = _losses(engine, laid_out, range(2))
+    losses = _losses(engine, mesh_here, range(2))
     before, norms, changed = _state(engine), [], []
     for field, value in (("gradient_factor", torch.nan), ("loss_offset", torch.inf)):
         if mesh.rank == mesh.num_ranks - 1:
             setattr(Arithmetic, field, value)
-        norms.append(float(engine.train_step(batches(7, laid_out), LR).grad_norm))
+        norms.append(float(engine.train_step(batches(7, mesh_here), LR).grad_norm))
         Arithmetic.reset()
         changed += [f"{field}: {key}" for key, bits in _state(engine).items() if bits != before[key]]
     return Seen(
         norms,
         changed,
-        losses + _losses(engine, laid_out, range(2, 4)),
+        losses + _losses(engine, mesh_here, range(2, 4)),
         undisturbed,
         optimizer_steps(engine._optimizer),
     )

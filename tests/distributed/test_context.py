@@ -73,7 +73,7 @@ def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
     results = {}
     for layout in names:
         _, parallel = LAYOUTS[layout]
-        layers, _ = make_layers(mesh.laid_out(parallel))
+        layers, _ = make_layers(mesh.with_layout(parallel))
         for name, more in MODELS.items():
             whole = build_model(config(**more), SEED)
             expected_loss, expected = loss_and_gradients(whole, LocalLayers())

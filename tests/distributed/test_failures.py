@@ -113,7 +113,7 @@ def leave_early(mesh):
     from megatron_bipe.runtime.watchdog import BEAT_S, Watchdog
 
     start_deepspeed(mesh, 60)
-    with Watchdog(mesh.laid_out(ParallelConfig()), 5 * BEAT_S, connect_store):
+    with Watchdog(mesh.with_layout(ParallelConfig()), 5 * BEAT_S, connect_store):
         time.sleep(0 if mesh.rank else 2 * BEAT_S)
 
 

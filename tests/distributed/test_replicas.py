@@ -31,8 +31,8 @@ def keep_in_step(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layou
     """Return the bits of what is not sharded, after many steps and a check that no rank differs."""
     found = {}
     for layout in layouts:
-        engine, laid_out = start(layout, mesh, Path(work_dir) / str(layout))
-        train_steps(engine, laid_out, range(MANY_STEPS), layout.micro)
+        engine, mesh_here = start(layout, mesh, Path(work_dir) / str(layout))
+        train_steps(engine, mesh_here, range(MANY_STEPS), layout.micro)
         engine.check_replicas(MANY_STEPS)
         whole = {name: p for name, p in engine._engine.module.named_parameters() if share_of(p) is None}
         found[layout] = {name: bits(getattr(p, "ds_tensor", p)) for name, p in whole.items()}
@@ -67,8 +67,8 @@ def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
     }
     said = {}
     for case, (layout, culprit, name, kind) in cases.items():
-        engine, laid_out = start(layout, mesh, Path(work_dir) / case)
-        train_steps(engine, laid_out, range(1))
+        engine, mesh_here = start(layout, mesh, Path(work_dir) / case)
+        train_steps(engine, mesh_here, range(1))
         engine.check_replicas(1)
         if mesh.rank == culprit:
             flip(engine, name, kind)

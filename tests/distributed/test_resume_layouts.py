@@ -57,10 +57,10 @@ def first_halves(mesh: Mesh, layouts: list[Layout], work_dir: str) -> list[list[
     after = []
     for layout in layouts:
         run_dir = Path(work_dir) / f"{layout}-{mesh.num_ranks}"
-        engine, laid_out = start(layout, mesh, run_dir)
-        train_steps(engine, laid_out, range(STEPS), layout.micro)
+        engine, mesh_here = start(layout, mesh, run_dir)
+        train_steps(engine, mesh_here, range(STEPS), layout.micro)
         engine.save(run_dir, STEPS)
-        after.append(train_steps(engine, laid_out, range(STEPS, 2 * STEPS), layout.micro)[0])
+        after.append(train_steps(engine, mesh_here, range(STEPS, 2 * STEPS), layout.micro)[0])
     return after
 
 
@@ -69,10 +69,10 @@ def second_halves(mesh: Mesh, layouts: list[tuple[Layout, str]], work_dir: str) 
     after = []
     for number, (layout, source) in enumerate(layouts):
         again = Path(work_dir) / f"again-{mesh.num_ranks}-{number}"
-        engine, laid_out = start(layout, mesh, again)
+        engine, mesh_here = start(layout, mesh, again)
         engine.load(find_checkpoint(Path(work_dir) / source).folder)
         engine.save(again, STEPS)
-        after.append(train_steps(engine, laid_out, range(STEPS, 2 * STEPS), layout.micro)[0])
+        after.append(train_steps(engine, mesh_here, range(STEPS, 2 * STEPS), layout.micro)[0])
     return after
 
 

@@ -48,19 +48,19 @@ def save_both_ways(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Lay
     results = {}
     for number, layout in enumerate(layouts):
         waiting, beside = Path(work_dir) / f"{number}-waiting", Path(work_dir) / f"{number}-beside"
-        engine, laid_out = start(layout, mesh, waiting)
-        train_steps(engine, laid_out, range(2))
+        engine, mesh_here = start(layout, mesh, waiting)
+        train_steps(engine, mesh_here, range(2))
         torch.manual_seed(mesh.rank)
         engine.save(waiting, 2)
         begin_at_the_update(engine._saver)
         engine.save(beside, 2, final=False)
         drawn = torch.rand(3)
-        losses = train_steps(engine, laid_out, range(2, 4))[0]
+        losses = train_steps(engine, mesh_here, range(2, 4))[0]
         engine.save(beside, 4)  # waits for the other
-        engine.load(engine.newest_good(waiting).folder)
+        engine.load(engine.latest_valid_checkpoint(waiting).folder)
         results[layout] = {
             "drawn again": torch.equal(torch.rand(3), drawn),
-            "losses again": train_steps(engine, laid_out, range(2, 4))[0] == losses,
+            "losses again": train_steps(engine, mesh_here, range(2, 4))[0] == losses,
             "folders": (waiting, beside),
         }
     return results

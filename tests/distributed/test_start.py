@@ -36,11 +36,11 @@ def _start(mesh: Mesh, layout: Layout, run_dir: Path) -> Started:
     parallel = run.parallel.model_copy(update={"timeout_s": TIMEOUT_S})
     engine, mesh = start_engine_of(run.model_copy(update={"model": model, "parallel": parallel}), mesh, layout.zero)
     passes: list[int] = []
-    engine.tell_passes(lambda: passes.append(1))
+    engine.on_forward(lambda: passes.append(1))
     engine.save(run_dir, 0)
     losses = [float(engine.train_step(batches(0, mesh), LR).loss_nats)]
     num_passes = len(passes)
-    checkpoint = engine.newest_good(run_dir)
+    checkpoint = engine.latest_valid_checkpoint(run_dir)
     assert checkpoint is not None
     engine.load(checkpoint.folder)
     losses.append(float(engine.train_step(batches(0, mesh), LR).loss_nats))

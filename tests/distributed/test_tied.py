@@ -58,13 +58,13 @@ def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout,
     for number, layout in enumerate(layouts):
         run_dir = Path(work_dir) / str(number)
         run = tied(layout, run_dir)
-        engine, laid_out = start_engine_of(run, mesh, layout.zero)
-        losses, norms = train_steps(engine, laid_out, range(STEPS // 2))
+        engine, mesh_here = start_engine_of(run, mesh, layout.zero)
+        losses, norms = train_steps(engine, mesh_here, range(STEPS // 2))
         engine.save(run_dir, STEPS // 2)
-        more_losses, more_norms = train_steps(engine, laid_out, range(STEPS // 2, STEPS))
+        more_losses, more_norms = train_steps(engine, mesh_here, range(STEPS // 2, STEPS))
         again, _ = start_engine_of(run, mesh, layout.zero)
         again.load(find_checkpoint(run_dir).folder)
-        resumed, _ = train_steps(again, laid_out, range(STEPS // 2, STEPS))
+        resumed, _ = train_steps(again, mesh_here, range(STEPS // 2, STEPS))
         found[layout] = Trained(losses + more_losses, norms + more_norms, resumed, run_dir)
     return found
 

@@ -50,7 +50,7 @@ def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[st
     """The step chosen, or the error; and the warnings."""
     heard.lines.clear()
     try:
-        step = engine.newest_good(run_dir).step
+        step = engine.latest_valid_checkpoint(run_dir).step
     except CheckpointError as error:
         return str(error), heard.lines[:]
     return step, heard.lines[:]
@@ -62,12 +62,12 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
 
     heard = RecordedLog(logging.WARNING)
     run_dir, other = Path(work_dir) / "run", Path(work_dir) / "other"
-    engine, laid_out = start(Layout(zero=1), mesh, run_dir)
-    train_steps(engine, laid_out, range(2))
+    engine, mesh_here = start(Layout(zero=1), mesh, run_dir)
+    train_steps(engine, mesh_here, range(2))
     engine.save(run_dir, OLD)
-    expected = train_steps(engine, laid_out, range(2, 4))
+    expected = train_steps(engine, mesh_here, range(2, 4))
     engine.save(run_dir, NEW)
-    train_steps(engine, laid_out, range(4, 5))
+    train_steps(engine, mesh_here, range(4, 5))
     engine.save(other, NEW)  # the same sizes, other numbers
 
     def in_copy(change: Any) -> tuple[Any, list[str]]:
@@ -100,10 +100,10 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
         "whole": in_copy(lambda copy: None),
         "none": in_copy(hurt_both),
         "moved": in_copy(lambda copy: step_folder(copy, OLD).rename(step_folder(copy, 30))),
-        "empty": engine.newest_good(Path(work_dir) / "nothing"),
+        "empty": engine.latest_valid_checkpoint(Path(work_dir) / "nothing"),
     }
-    engine.load(engine.newest_good(run_dir).folder.with_name(step_folder(run_dir, OLD).name))
-    results["resumed"] = train_steps(engine, laid_out, range(2, 4)) == expected
+    engine.load(engine.latest_valid_checkpoint(run_dir).folder.with_name(step_folder(run_dir, OLD).name))
+    results["resumed"] = train_steps(engine, mesh_here, range(2, 4)) == expected
     return results
 
 

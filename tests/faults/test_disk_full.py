@@ -56,8 +56,8 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
     results: dict[str, Any] = {}
     for asynchronous in (False, True):
         run_dir = folder / str(asynchronous)
-        engine, laid_out = engine_on(mesh, run_dir, asynchronous)
-        train_steps(engine, laid_out, range(1))
+        engine, mesh_here = engine_on(mesh, run_dir, asynchronous)
+        train_steps(engine, mesh_here, range(1))
         engine.save(run_dir, 1)
         size = sum(path.stat().st_size for path in step_folder(run_dir, 1).iterdir())
         points = [int(size * (place + random.Random(place).random()) / POINTS) for place in range(POINTS)]
@@ -72,8 +72,8 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
             dist.barrier()
             with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1 << 40)):
                 engine.save(run_dir, step, final=False)
-                losses, _ = train_steps(engine, laid_out, range(step, step + 1))
-                found = engine.newest_good(run_dir)
+                losses, _ = train_steps(engine, mesh_here, range(step, step + 1))
+                found = engine.latest_valid_checkpoint(run_dir)
             outcomes.append((found.step, list_steps(run_dir), len(losses), heard.lines[:]))
             dist.barrier()
             (folder / "ballast").unlink(missing_ok=True)
@@ -83,7 +83,7 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
         dist.barrier()
         heard.lines.clear()
         engine.save(run_dir, 50, final=False)  # seen before it begins
-        engine.newest_good(run_dir)
+        engine.latest_valid_checkpoint(run_dir)
         results["no room", asynchronous] = heard.lines[:]
         with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1 << 40)):
             try:
@@ -96,7 +96,7 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
         dist.barrier()
         left = sorted(path.name for path in (run_dir / "checkpoints").iterdir())
         engine.save(run_dir, 60)
-        results[asynchronous] = (outcomes, last, left, engine.newest_good(run_dir).step)
+        results[asynchronous] = (outcomes, last, left, engine.latest_valid_checkpoint(run_dir).step)
         dist.barrier()
         if mesh.is_main:
             shutil.rmtree(run_dir)

@@ -133,8 +133,8 @@ class FaultyWatchdog(watchdog.Watchdog):
 
     _count = 0
 
-    def at(self, place: str) -> None:
-        super().at(place)
+    def mark(self, place: str) -> None:
+        super().mark(place)
         fault = ProcessFault(*json.loads(os.environ[FAULT]))
         if self._mesh.rank != fault.rank:
             return

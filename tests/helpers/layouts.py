@@ -123,7 +123,7 @@ def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, M
     """Return the engine of a run on this rank, and the mesh laid out."""
     from megatron_bipe.engine.start import start_engine
 
-    mesh, path = mesh.laid_out(run.parallel), DS_CONFIGS / f"zero{zero}.json"
+    mesh, path = mesh.with_layout(run.parallel), DS_CONFIGS / f"zero{zero}.json"
     validate_run(run, mesh.num_ranks)
     return start_engine(run, engine_config(run, read_ds_config(path), mesh.num_ranks, path), mesh), mesh
 
@@ -171,9 +171,9 @@ def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outco
     from megatron_bipe.checkpoint.weights import read_weights
     from megatron_bipe.config.load import dump_yaml
 
-    engine, laid_out = start(layout, mesh, run_dir)
-    losses, norms = train_steps(engine, laid_out, range(steps), layout.micro)
-    held_out = engine.eval_loss(batches(99, laid_out, micro=layout.micro))
+    engine, mesh_here = start(layout, mesh, run_dir)
+    losses, norms = train_steps(engine, mesh_here, range(steps), layout.micro)
+    held_out = engine.eval_loss(batches(99, mesh_here, micro=layout.micro))
     engine.save(run_dir, steps)
     if not mesh.is_main:
         return Outcome(losses, norms, held_out, None)

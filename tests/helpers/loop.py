@@ -5,7 +5,7 @@ import torch
 from megatron_bipe.checkpoint.find import find_checkpoint, step_folder
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 NAN = float("nan")
@@ -14,7 +14,7 @@ NAN = float("nan")
 class Notes:
     """Engine, feed and watchdog in one: everything that was asked of them, in order."""
 
-    has_valid, agreement = True, Agreement(MAIN)
+    has_valid, host = True, HostCollectives(MAIN)
 
     def __init__(self, run_dir, bad_samples=()):
         self.calls, self.run_dir, self.bad_samples, self.loop_states = [], run_dir, bad_samples, {}
@@ -43,23 +43,23 @@ class Notes:
         self.loop_states[step_folder(run_dir, step)] = loop_state
         step_folder(run_dir, step).mkdir(parents=True, exist_ok=True)
 
-    def newest_good(self, run_dir):
+    def latest_valid_checkpoint(self, run_dir):
         return find_checkpoint(run_dir) if self.loop_states else None
 
     def load(self, folder):
         self.calls.append(("load", folder.name))
         return self.loop_states[folder]
 
-    def tell_passes(self, to):
+    def on_forward(self, to):
         pass
 
-    def still_there(self):
+    def heartbeat(self):
         pass
 
-    def own_time_s(self):
+    def pop_forward_seconds(self):
         return 0.1
 
-    reading_time_s = own_time_s
+    reading_time_s = pop_forward_seconds
 
     def train_batches(self, first_sample):
         return first_sample
@@ -70,8 +70,8 @@ class Notes:
     def windows(self, first_sample):
         return torch.arange(first_sample, first_sample + 256)
 
-    def at(self, place):
+    def mark(self, place):
         pass
 
-    def over(self, place, batches):
+    def track_batches(self, place, batches):
         return batches

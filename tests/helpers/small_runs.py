@@ -83,13 +83,13 @@ def train_in_rank(
     from megatron_bipe.train.trainer import go_on
 
     run = load_run_config(None, options(Path(data) / "train", Path(run_dir), *settings, steps=steps)[1::2])
-    engine, laid_out = start_engine_of(run, mesh, zero)
+    engine, mesh_here = start_engine_of(run, mesh, zero)
     expose(engine)
-    feed = FaultyFeed(run, laid_out)
+    feed = FaultyFeed(run, mesh_here)
     feed.fault, feed.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
-    watchdog, profile = _IdleWatchdog(), Profile(0, run.run_dir, laid_out)
-    assert go_on(run, laid_out, engine, feed, watchdog, StopRequest(), stop, profile)  # type: ignore[arg-type]
+    watchdog, profile = _IdleWatchdog(), Profile(0, run.run_dir, mesh_here)
+    assert go_on(run, mesh_here, engine, feed, watchdog, StopRequest(), stop, profile)  # type: ignore[arg-type]
     Arithmetic.reset()
     return feed.read
 
@@ -97,13 +97,13 @@ def train_in_rank(
 class _IdleWatchdog:
     """In place of one that would end the process."""
 
-    def at(self, place: str) -> None:
+    def mark(self, place: str) -> None:
         pass
 
-    def still_there(self) -> None:
+    def heartbeat(self) -> None:
         pass
 
-    def over(self, place: str, items: Any) -> Any:
+    def track_batches(self, place: str, items: Any) -> Any:
         return items
 
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch import nn
 
-from megatron_bipe.checkpoint.find import find_checkpoint, read_record
+from megatron_bipe.checkpoint.find import find_checkpoint, read_data_record
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
@@ -317,7 +317,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a run of another model": lambda given: other_run(given, "model.num_layers=2"),
         "a changed learning rate": lambda given: other_run(given, "optimizer.lr=2e-4"),
         "a change that cannot be allowed": lambda given: other_run(given, allow=("model.num_layers",)),
-        "no record of the data": lambda given: read_record(removed(given.run_dir(), "data.json")),
+        "no record of the data": lambda given: read_data_record(removed(given.run_dir(), "data.json")),
         "two runs in a folder": lambda given: two_runs(given.folder),
         "a start from another model": lambda given: start_run(
             load_run_config(None, ["model.encoding=rope", f"run_dir={given.folder}"]), given.subject(), {}

@@ -123,11 +123,11 @@ def replicas(mesh: Mesh, layout: str, num_layers: int) -> dict[str, Callable[[],
     train = f"{{global_batch: {mesh.num_ranks}, micro_batch: 1, precision: {native_precision()}}}"
     settings = [f"model.num_layers={num_layers}", f"train={train}", f"parallel={layout}"]
     run = load_run_config(None, settings)
-    laid_out = mesh.laid_out(run.parallel)
-    engine = start_engine(run, engine_config(run, {"zero_optimization": {"stage": 1}}, mesh.num_ranks, ""), laid_out)
+    mesh_here = mesh.with_layout(run.parallel)
+    engine = start_engine(run, engine_config(run, {"zero_optimization": {"stage": 1}}, mesh.num_ranks, ""), mesh_here)
     length = run.train.seq_len_tokens
     tokens, places = torch.randint(0, run.model.vocab_size, (1, length)), torch.arange(length)[None]
-    batches = [Batch(tokens, places % 14, places // 14, tokens)] * (mesh.num_ranks // laid_out.data_ranks)
+    batches = [Batch(tokens, places % 14, places // 14, tokens)] * (mesh.num_ranks // mesh_here.data_ranks)
 
     def step() -> None:
         float(engine.train_step(batches, 1e-4).loss_nats)

@@ -99,7 +99,7 @@ def prepare_ours(settings: Settings, encoding: str) -> Callable[[], None]:
     """A step of this project's engine."""
     run, mesh = load(settings, encoding), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    engine, batch = start_engine(run, ds_config, mesh.laid_out(run.parallel)), make_batch(run)
+    engine, batch = start_engine(run, ds_config, mesh.with_layout(run.parallel)), make_batch(run)
     return partial(train_step, engine, batch)
 
 
@@ -118,7 +118,7 @@ def prepare_peer(settings: Settings, as_it_comes: bool = False) -> Callable[[], 
     if as_it_comes:
         ds_config.pop("communication_data_type", None)
         ds_config["bf16"].pop("immediate_grad_update", None)
-    engine = PeerEngine(run, ds_config, mesh.laid_out(run.parallel))
+    engine = PeerEngine(run, ds_config, mesh.with_layout(run.parallel))
     if as_it_comes:
         engine._engine.enable_backward_allreduce = True
     return partial(train_step, engine, make_batch(run))

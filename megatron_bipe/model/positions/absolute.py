@@ -15,7 +15,7 @@ from megatron_bipe.model.layer_factory import LayerFactory
 def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:
     """A learned row for each place: of the segment, as in BiPE, or of the window (Gehring et al. 2017)."""
     assert config.table_rows is not None
-    return layers.small_table(config.table_rows, config.hidden_size, -1 if config.zero_last_row else None)
+    return layers.replicated_embedding(config.table_rows, config.hidden_size, -1 if config.zero_last_row else None)
 
 
 class Sinusoidal(nn.Module):
@@ -29,7 +29,7 @@ class Sinusoidal(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        self._width, self._scale, self._own = config.hidden_size, config.init_std, layers.residual_ids
+        self._width, self._scale, self._own = config.hidden_size, config.init_std, layers.local_sequence_ids
 
     def forward(self, places_Bt: Tensor) -> Tensor:
         """[B, t] -> fp32 [B, t, D], computed in fp32."""

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LayerFactory, heads_here
+from megatron_bipe.model.layer_factory import LayerFactory, local_heads
 from megatron_bipe.model.positions.base import RelativeEncoding
 
 BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
@@ -99,7 +99,7 @@ class Alibi(KeyBias):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
-        slopes = alibi_slopes(config.num_heads)[heads_here(config.num_heads, layers)]
+        slopes = alibi_slopes(config.num_heads)[local_heads(config.num_heads, layers)]
         # Constants of weights that are yet to be read are no weights: layers on the meta device get them, too.
         super().__init__(torch.tensor(slopes, device="cpu") * factor, config.head_width)
 

@@ -11,13 +11,13 @@ _GOLDEN = 0x9E3779B97F4A7C15 - (1 << 64)
 _MIXERS = ((30, 0xBF58476D1CE4E5B9 - (1 << 64)), (27, 0x94D049BB133111EB - (1 << 64)), (31, 1))
 
 
-def token_places(tokens_BT: Tensor) -> Tensor:
+def token_position_ids(tokens_BT: Tensor) -> Tensor:
     """0, 1, 2, ... in every window, int64 [B, T]."""
     places_T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)
     return places_T.expand_as(tokens_BT).contiguous()  # pipeline stages send no views
 
 
-def drawn_places(tokens_BT: Tensor, below: int, seed: int) -> Tensor:
+def random_position_ids(tokens_BT: Tensor, below: int, seed: int) -> Tensor:
     """A random set of places below `below` for each window, in ascending order, int64 [B, T].
 
     It follows from the window's tokens and the seed: the same on every rank, in any layout, and after resumption. A
@@ -37,7 +37,7 @@ def spread_places(tokens_BT: Tensor, below: int, trained_tokens: int) -> Tensor:
 
     The stride is that of the training length, and of the window where it is longer, so that all lie below `below`.
     """
-    return token_places(tokens_BT) * below // max(tokens_BT.shape[1], trained_tokens)
+    return token_position_ids(tokens_BT) * below // max(tokens_BT.shape[1], trained_tokens)
 
 
 def _mixed(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LayerFactory, heads_here
+from megatron_bipe.model.layer_factory import LayerFactory, local_heads
 from megatron_bipe.model.positions.base import RelativeEncoding
 
 NUM_BUCKETS = 32
@@ -29,10 +29,10 @@ class T5Bias(nn.Module, RelativeEncoding):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        self.table = layers.head_table(NUM_BUCKETS, config.num_heads)
+        self.table = layers.per_head_embedding(NUM_BUCKETS, config.num_heads)
         self._rows_alike = not config.bilevel
         first_of_table = layers.rank * config.num_heads // layers.ranks
-        here = heads_here(config.num_heads, layers)
+        here = local_heads(config.num_heads, layers)
         self._own_heads = slice(here.start - first_of_table, here.stop - first_of_table)
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:

@@ -5,14 +5,14 @@ import torch
 
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.manifest import load_index
-from megatron_bipe.checkpoint.verify import check_whole, newest_good, of_another_run
+from megatron_bipe.checkpoint.verify import check_whole, latest_valid_checkpoint, of_another_run
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.errors import raises
 
@@ -73,6 +73,11 @@ def test_of_another_run_configuration_of_another_version_is_no_crash(index):
 def test_newest_good_passes_over_what_is_of_another_run(tmp_path):
     for step in (10, 20):
         write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
-    assert newest_good(tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH, Agreement(MESH)).step == 10
+    assert (
+        latest_valid_checkpoint(
+            tmp_path, lambda index: "foreign" if index.step == 20 else "", MESH, HostCollectives(MESH)
+        ).step
+        == 10
+    )
     with raises(CheckpointError, "step 20", "step 10", "foreign", location=tmp_path, remedy="run_dir"):
-        newest_good(tmp_path, lambda index: "foreign", MESH, Agreement(MESH))
+        latest_valid_checkpoint(tmp_path, lambda index: "foreign", MESH, HostCollectives(MESH))

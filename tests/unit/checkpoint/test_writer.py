@@ -12,7 +12,7 @@ from megatron_bipe.checkpoint.writer import Saver
 from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.host_collectives import Agreement
+from megatron_bipe.runtime.host_collectives import HostCollectives
 from tests.helpers.checkpoints import about
 from tests.helpers.errors import assert_warned, raises
 
@@ -20,7 +20,7 @@ MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
 
 def make_saver(**settings):
-    return Saver(CheckpointConfig(min_free_gib=0, **settings), MESH, Agreement(MESH), lambda: None)
+    return Saver(CheckpointConfig(min_free_gib=0, **settings), MESH, HostCollectives(MESH), lambda: None)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import CompileConfig, DynamicCache, PreTrainedConfig, StaticCache
 
 from megatron_bipe.config.schema import RopeScaling
-from megatron_bipe.hf.positions_bipe import Places, memorise, recall
+from megatron_bipe.hf.positions_bipe import Places, read_cache_positions, write_cache_positions
 from tests.helpers.hf import NEAR
 
 # No loops, and separators often: what is generated must move the positions.
@@ -138,12 +138,12 @@ def test_cache_in_bf16_remembers_places_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]
     places = Places(next_intra, next_inter, next_intra, next_inter)
     cache = DynamicCache()
-    keys = torch.cat([torch.randn(1, 1, len(counts), 8), memorise(places)], dim=-1).bfloat16()
+    keys = torch.cat([torch.randn(1, 1, len(counts), 8), write_cache_positions(places)], dim=-1).bfloat16()
     if static:
         shape = {"num_hidden_layers": 1, "num_attention_heads": 1}
         cache = StaticCache(config=PreTrainedConfig(**shape), max_cache_len=len(counts) + 2)
     cache.update(keys, keys[..., :8], 0)
-    found = recall(cache, 8, keys.device)
+    found = read_cache_positions(cache, 8, keys.device)
     assert torch.equal(found.next_intra[:, : len(counts)], next_intra)
     assert torch.equal(found.next_inter[:, : len(counts)], next_inter)
     assert found.num_held == len(counts)

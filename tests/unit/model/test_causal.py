@@ -8,7 +8,7 @@ import torch
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention, causal
 from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.causal import causal_attention, reaching_attention
+from megatron_bipe.model.causal import causal_attention, windowed_attention
 from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
@@ -48,7 +48,7 @@ def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale
     q, k, v = heads(scale, groups)
     positions, encoding = segment_counts(5, 14), KeyBias(SLOPES, WIDTH)
     wide = encoding(q, k, positions)
-    got = reaching_attention(*wide, v, positions, encoding.reach(q, k))
+    got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
     # Measured: 6e-7 to 1.9e-6 of the largest value, of which the kernel's own order of additions is all.
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=1e-5 * scale)
     whole = HEADS * TOKENS * TOKENS
@@ -74,7 +74,7 @@ def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
     q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
     positions, encoding = segment_counts(1), KeyBias(SLOPES, WIDTH)
     wide = encoding(q, k, positions)
-    got = reaching_attention(*wide, v, positions, encoding.reach(q, k))
+    got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=2e-5)
     flattest = SLOPES.argmin()
     torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # it does look there
@@ -84,7 +84,7 @@ def test_scores_that_are_no_numbers_stay_so():
     q, k, v = heads(windows=1)
     k[0, 2, 600] = math.nan
     positions, encoding = segment_counts(14), KeyBias(SLOPES, WIDTH)
-    got = reaching_attention(*encoding(q, k, positions), v, positions, encoding.reach(q, k))
+    got = windowed_attention(*encoding(q, k, positions), v, positions, encoding.reach(q, k))
     assert got[0, 2, 600:].isnan().any()
     assert got[0, 1].isfinite().all()
 

@@ -11,7 +11,7 @@ from megatron_bipe.parallel.mesh import Mesh
 
 
 def mesh(rank: int, num_ranks: int, **parallel: int) -> Mesh:
-    return Mesh(rank, rank, num_ranks, num_ranks, torch.device("cpu")).laid_out(ParallelConfig(**parallel))
+    return Mesh(rank, rank, num_ranks, num_ranks, torch.device("cpu")).with_layout(ParallelConfig(**parallel))
 
 
 @pytest.mark.parametrize(

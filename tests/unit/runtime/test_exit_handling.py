@@ -31,7 +31,7 @@ def _leave(error, take_output):
 
 
 @pytest.fixture
-def leave(tmp_path):
+def abort(tmp_path):
     """A function that lets a rank's work raise an error, in a process of its own; returns how that ended."""
 
     def run(error, take_output=True, **env):
@@ -41,32 +41,32 @@ def leave(tmp_path):
 
 
 def test_run_rank_that_fails_leaves_with_code_1_and_names_itself(leave):
-    code, output = leave(ValueError("broken"))
+    code, output = abort(ValueError("broken"))
     assert code == 1 and "before" in output
     assert "rank 0 of 1 on " in output and "ValueError: broken" in output and ", in _main" in output
 
 
 def test_run_rank_that_fails_leaves_though_its_launcher_took_the_pipe_of_its_output_along(leave):
-    assert leave(ValueError("broken"), take_output=False).code == 1
+    assert abort(ValueError("broken"), take_output=False).code == 1
 
 
 def test_run_rank_with_a_user_error_leaves_with_code_2_and_one_message(leave):
-    code, output = leave(DataError("no data", remedy="Make some", location="there"))
+    code, output = abort(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in output
 
 
 def test_run_rank_of_half_a_launch_leaves_with_code_2(leave):
-    code, output = leave(None, RANK="1")
+    code, output = abort(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
 
 
 def test_run_rank_that_succeeds_returns(leave):
-    assert leave(None).code == 7
+    assert abort(None).code == 7
 
 
 def test_watchdog_hands_on_every_micro_batch(monkeypatch):
     mesh = Mesh(0, 0, 1, 1, "cpu")
     watchdog = Watchdog(mesh, 5, lambda timeout_s: pytest.fail("not entered"))
-    assert list(watchdog.over("step 1", iter("abc"))) == ["a", "b", "c"]
+    assert list(watchdog.track_batches("step 1", iter("abc"))) == ["a", "b", "c"]

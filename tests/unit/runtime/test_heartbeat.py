@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bipe.runtime import heartbeat
-from megatron_bipe.runtime.heartbeat import End, RollCall, Sign, silent_ranks, where_ranks_are
+from megatron_bipe.runtime.heartbeat import End, Heartbeat, RollCall, silent_ranks, where_ranks_are
 
 
 @pytest.fixture
@@ -18,15 +18,15 @@ def ranks():
 
 def signs(*places, beats=1):
     return {
-        rank: None if place is None else Sign(beats, f"rank {rank} on h{rank}", place)
+        rank: None if place is None else Heartbeat(beats, f"rank {rank} on h{rank}", place)
         for rank, place in enumerate(places)
     }
 
 
 def test_roll_call_shows_the_last_sign_of_each_rank_and_none_of_one_that_never_came(ranks):
     for beats in (1, 2):
-        ranks[1].sign(Sign(beats, "one", "step 3"))
-    assert ranks[0].signs() == {0: None, 1: Sign(2, "one", "step 3"), 2: None}
+        ranks[1].sign(Heartbeat(beats, "one", "step 3"))
+    assert ranks[0].signs() == {0: None, 1: Heartbeat(2, "one", "step 3"), 2: None}
 
 
 def test_roll_call_has_one_first_failure_and_all_hear_of_the_end(ranks):

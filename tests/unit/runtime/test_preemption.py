@@ -21,7 +21,7 @@ def handlers():
 @pytest.mark.parametrize("number", SIGNALS)
 def test_stop_request_takes_a_signal(handlers, number):
     request = StopRequest()
-    request.listen()
+    request.install_handlers()
     assert not request.agreed() and request.reason == ""
     os.kill(os.getpid(), number)
     assert request.reason == number.name and request.agreed() and request.granted
@@ -29,8 +29,8 @@ def test_stop_request_takes_a_signal(handlers, number):
 
 def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
     request = StopRequest()
-    request.listen()
-    request.listen_no_more()
+    request.install_handlers()
+    request.remove_handlers()
     assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 2
     os.kill(os.getpid(), signal.SIGTERM)
     assert request.reason == ""

@@ -83,7 +83,7 @@ def stop_request():
     """A request that listens to signals."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
-    request.listen()
+    request.install_handlers()
     yield request
     for number, handler in before.items():
         signal.signal(number, handler)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_bipe import lock
-from megatron_bipe.checkpoint.find import read_record, step_folder
+from megatron_bipe.checkpoint.find import read_data_record, step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
@@ -17,7 +17,7 @@ from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.cpu import Bf16Support
 from megatron_bipe.train.run_folder import (
     check_same_run,
-    entered,
+    lock_run_dir,
     settle_precision,
     write_run_folder,
 )
@@ -85,7 +85,7 @@ def test_same_run_is_continued(run, record):
     _checkpoint(run, 10)
     check_same_run(run, record)
     assert (run.run_dir / "tokenizer" / "tokenizer.json").is_file()
-    assert read_record(run.run_dir) == record
+    assert read_data_record(run.run_dir) == record
 
 
 def test_same_run_harmless_changes_need_no_leave(run, record):
@@ -139,12 +139,12 @@ def test_same_run_unknown_name_to_allow_is_refused_even_at_the_start(run, record
 
 def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypatch):
     monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
-    with entered(run, record, (), is_main=True):
-        with entered(run, record, (), is_main=False):
+    with lock_run_dir(run, record, (), is_main=True):
+        with lock_run_dir(run, record, (), is_main=False):
             pass
-        with raises(DataError, location=run.run_dir), entered(run, record, (), is_main=True):
+        with raises(DataError, location=run.run_dir), lock_run_dir(run, record, (), is_main=True):
             pass
-    with entered(run, record, (), is_main=True):
+    with lock_run_dir(run, record, (), is_main=True):
         assert (run.run_dir / "running" / "lock").exists()
     assert not (run.run_dir / "running").exists()
 
@@ -152,9 +152,9 @@ def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypa
 def test_entered_clears_a_broken_save_away(run, record):
     broken = run.run_dir / "checkpoints" / "writing-step-00000010-ab"
     broken.mkdir(parents=True)
-    with entered(run, record, (), is_main=False):
+    with lock_run_dir(run, record, (), is_main=False):
         assert broken.exists()
-    with entered(run, record, (), is_main=True):
+    with lock_run_dir(run, record, (), is_main=True):
         assert not broken.exists()
 
 
@@ -228,7 +228,7 @@ def test_write_run_folder_one_dataset_leaves_the_record_that_it_always_left(run,
 
 def test_write_run_folder_blend_is_read_back(run, record, tmp_path):
     write_run_folder(run, _blend(record, *BLEND), load_tokenizer(tmp_path / "dataset" / "tokenizer"))
-    assert read_record(run.run_dir) == _blend(record, *BLEND)
+    assert read_data_record(run.run_dir) == _blend(record, *BLEND)
 
 
 def test_write_run_folder_cut_short_leaves_what_was_there(run, record, tmp_path, monkeypatch):
@@ -247,4 +247,4 @@ def test_write_run_folder_cut_short_leaves_what_was_there(run, record, tmp_path,
 def test_read_record_damaged_file_is_named(run):
     (run.run_dir / "data.json").write_text("{")
     with raises(CheckpointError, "JSON", location=run.run_dir / "data.json"):
-        read_record(run.run_dir)
+        read_data_record(run.run_dir)

@@ -10,13 +10,13 @@ from megatron_bipe.train.train_state import Progress
 
 def test_progress_takes_batch_after_batch():
     progress = Progress()
-    assert [progress.take(8) for _ in range(3)] == [(0, 8), (8, 16), (16, 24)]
+    assert [progress.next_batch_range(8) for _ in range(3)] == [(0, 8), (8, 16), (16, 24)]
     assert (progress.step, progress.samples) == (3, 24)
 
 
 def test_progress_passes_over_what_it_is_told_to_and_forgets_it_then():
     progress = Progress(pass_over=[(8, 16), (16, 24), (40, 48), (32, 40)])
-    assert [progress.take(8)[0] for _ in range(4)] == [0, 24, 48, 56]
+    assert [progress.next_batch_range(8)[0] for _ in range(4)] == [0, 24, 48, 56]
     assert progress.pass_over == [] and progress.step == 4
 
 

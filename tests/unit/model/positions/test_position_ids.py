@@ -5,7 +5,7 @@ import torch
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.positions.position_ids import drawn_places, spread_places
+from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places
 
 
 def tokens_of(rows, length, seed=0):
@@ -14,7 +14,7 @@ def tokens_of(rows, length, seed=0):
 
 @pytest.mark.parametrize(("length", "below"), [(1, 1), (1, 9), (16, 16), (16, 64), (300, 1000)])
 def test_drawn_places_ascend_without_repetition_below_the_limit(length, below):
-    places = drawn_places(tokens_of(3, length), below, seed=5)
+    places = random_position_ids(tokens_of(3, length), below, seed=5)
     assert places.shape == (3, length) and places.dtype == torch.int64
     assert (places.diff(dim=1) > 0).all()
     assert places.min() >= 0 and places.max() < below
@@ -22,16 +22,16 @@ def test_drawn_places_ascend_without_repetition_below_the_limit(length, below):
 
 def test_drawn_places_follow_from_the_window_and_the_seed_alone():
     tokens = tokens_of(4, 32)
-    places = drawn_places(tokens, 128, seed=5)
-    assert torch.equal(drawn_places(tokens[2:3], 128, seed=5), places[2:3])
+    places = random_position_ids(tokens, 128, seed=5)
+    assert torch.equal(random_position_ids(tokens[2:3], 128, seed=5), places[2:3])
     others = tokens.flip(1), tokens.index_fill(1, torch.tensor([31]), 51)
-    for other in (drawn_places(tokens, 128, seed=6), *(drawn_places(x, 128, seed=5) for x in others)):
+    for other in (random_position_ids(tokens, 128, seed=6), *(random_position_ids(x, 128, seed=5) for x in others)):
         assert not (other == places).all(dim=1).any()
 
 
 def test_drawn_places_are_drawn_evenly():
     """Each of 64 places is among the 16 with probability 1/4: of 20,000 windows within 5 standard deviations."""
-    places = drawn_places(tokens_of(20_000, 16), 64, seed=1)
+    places = random_position_ids(tokens_of(20_000, 16), 64, seed=1)
     share = places.flatten().bincount(minlength=64) / 20_000
     assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     gaps = places.diff(dim=1).float()
@@ -52,5 +52,5 @@ def test_randomized_model_draws_in_training_and_spreads_otherwise():
     ids = (tokens, torch.zeros_like(tokens), torch.zeros_like(tokens))
     positions = {seed: build_model(config, seed)[0](ids)[1] for seed in (3, 4)}
     for seed, found in positions.items():
-        assert torch.equal(found, drawn_places(tokens, 40, seed))
+        assert torch.equal(found, random_position_ids(tokens, 40, seed))
     assert torch.equal(build_model(config, 3).eval()[0](ids)[1], spread_places(tokens, 40, 16))
