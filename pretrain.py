@@ -42,7 +42,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.engine.start import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
-    from megatron_bipe.train.batch_loader import Feed
+    from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import lock_run_dir, settle_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             sys.stdout.write(describe(run, ds_config, num_ranks, precision))
         return
     _log_lines(start_summary(run, ds_config, mesh, precision))
-    feed = Feed(run, mesh)
+    feed = BatchLoader(run, mesh)
     tokenizer = open_tokenizer(feed.dataset)
     stop = min(run.train.steps, args.stop_step or run.train.steps)
     stop_request.install_handlers()  # before there is something to save, a signal ends the process

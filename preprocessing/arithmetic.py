@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
@@ -62,7 +62,7 @@ def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
             "seed": options.seed,
             "held_out": options.held_out,
         }
-        record = ExamplesRecord(task="arithmetic", seq_len_tokens=options.length)
+        record = PromptAnswerRecord(task="arithmetic", seq_len_tokens=options.length)
         contents = Contents(tokenizer, resolve_rule(options.segments, tokenizer), source, record)
         examples = _examples(tokenizer, found)
         return write_examples(options.output, contents, examples, overwrite=options.overwrite, total=options.problems)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.data.files import PARTIAL_SUFFIX
-from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, ExamplesRecord, Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, PromptAnswerRecord, TokenizerRecord
 from megatron_bipe.data.records import SUFFIXES, ShardRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
@@ -36,7 +36,7 @@ class Contents:
     tokenizer: Tokenizer
     rule: SegmentRule
     source: dict[str, Any]  # for the manifests
-    examples: ExamplesRecord | None = None  # None: the documents are text
+    examples: PromptAnswerRecord | None = None  # None: the documents are text
 
 
 def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents) -> dict[Path, Manifest]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from itertools import islice, pairwise
 from pathlib import Path
 
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
@@ -47,7 +47,7 @@ def prepare_scrolls(options: ScrollsOptions) -> Manifest:
         tokenizer,
         resolve_rule(options.segments, tokenizer),
         {"task": task.name, "split": options.split},
-        ExamplesRecord(task=task.name, seq_len_tokens=options.length),
+        PromptAnswerRecord(task=task.name, seq_len_tokens=options.length),
     )
     rows = read_rows(options.data, task.name, options.split)
     return write_examples(options.output, contents, _examples(prompter, rows), overwrite=options.overwrite)

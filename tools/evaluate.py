@@ -23,7 +23,7 @@ from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
 
 if TYPE_CHECKING:
-    from megatron_bipe.eval.eval_model import Subject
+    from megatron_bipe.eval.eval_model import EvalModel
     from megatron_bipe.eval.extrapolation_results import Subset
     from megatron_bipe.eval.perplexity import Settings
     from megatron_bipe.eval.report import ModelResults
@@ -149,7 +149,7 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def _evaluate(subject: "Subject", dataset: TokenDataset, lengths: list[int], settings: "Settings") -> "ModelResults":
+def _evaluate(subject: "EvalModel", dataset: TokenDataset, lengths: list[int], settings: "Settings") -> "ModelResults":
     from megatron_bipe.eval.perplexity import evaluate_perplexity, limit_tokens
     from megatron_bipe.eval.report import ModelResults
 
@@ -169,7 +169,7 @@ def _evaluate_subset(
     subset: str,
     dataset: TokenDataset,
     names: list[str],
-    subjects: "list[Subject]",
+    subjects: "list[EvalModel]",
     lengths: list[int],
     settings: "Settings",
 ) -> "Subset":

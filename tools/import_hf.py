@@ -85,7 +85,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     """Into checkpoint 0 of a run."""
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_bipe.eval.eval_model import Subject, exported_subject
+    from megatron_bipe.eval.eval_model import EvalModel, exported_subject
     from megatron_bipe.eval.model_loading import plan_weights
     from megatron_bipe.hf.load import plan_model, read_settings
     from megatron_bipe.hf.weight_mapping import to_llama
@@ -96,7 +96,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
         model, tokenizer, rule = _published(arguments)
         whole = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
         fingerprint = tokenizer.fingerprint if tokenizer else None
-        subject = Subject(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
+        subject = EvalModel(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
     else:
         own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
         _refuse(own, "--checkpoint of a model that knows its tokenizer and rule")

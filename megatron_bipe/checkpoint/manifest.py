@@ -16,13 +16,13 @@ from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.data.records import FileRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.model.layer_factory import Share
+from megatron_bipe.model.layer_factory import Shard
 
 FORMAT_VERSION = 2
 INDEX, SEAL = "state.json", "state.json.sha256"
 
 
-class About(NamedTuple):
+class CheckpointInfo(NamedTuple):
     """What a checkpoint says of the run, besides its state."""
 
     step: int  # updates of the run
@@ -55,12 +55,12 @@ class SavedParameter(_Strict):
     ranks: int = 1  # shares
     runs: tuple[SavedRun, ...]
 
-    def share(self, rank: int = 0) -> Share | None:
+    def share(self, rank: int = 0) -> Shard | None:
         """As the model knows it."""
-        return None if self.dim is None else Share(self.dim, self.blocks, rank, self.ranks)
+        return None if self.dim is None else Shard(self.dim, self.blocks, rank, self.ranks)
 
 
-class Index(_Strict):
+class CheckpointManifest(_Strict):
     """What `state.json` says; see `About`."""
 
     format_version: int
@@ -74,14 +74,14 @@ class Index(_Strict):
     parameters: dict[str, SavedParameter]  # in the order of the plan
 
 
-def save_index(folder: Path, index: Index) -> None:
+def save_index(folder: Path, index: CheckpointManifest) -> None:
     """Write the index and its checksum; on the disk when this returns."""
     text = index.model_dump_json(indent=1).encode()
     write_atomically(folder / INDEX, text)
     write_atomically(folder / SEAL, _seal(text))
 
 
-def load_index(folder: Path) -> Index:
+def load_index(folder: Path) -> CheckpointManifest:
     """Read the index; the other files are not looked at.
 
     Raises:
@@ -96,7 +96,7 @@ def load_index(folder: Path) -> Index:
     if seal != _seal(text):
         raise not_whole(folder, f"{INDEX} and {SEAL} do not belong together: one was changed after it was written")
     try:
-        index = Index.model_validate_json(text)
+        index = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
         raise not_whole(folder, f"{INDEX} cannot be read: {error}") from error
     if index.format_version != FORMAT_VERSION:

@@ -19,8 +19,8 @@ from torch import Tensor
 from megatron_bipe.checkpoint.manifest import (
     FORMAT_VERSION,
     INDEX,
-    About,
-    Index,
+    CheckpointInfo,
+    CheckpointManifest,
     SavedParameter,
     SavedRun,
     load_index,
@@ -29,7 +29,7 @@ from megatron_bipe.checkpoint.manifest import (
 )
 from megatron_bipe.data.records import FileRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.model.layer_factory import Share
+from megatron_bipe.model.layer_factory import Shard
 from megatron_bipe.tensor_file import write_tensors
 
 WEIGHT = "weight"
@@ -44,7 +44,7 @@ class Fragment(NamedTuple):
 
     name: str  # in the plan
     shape: tuple[int, ...]  # of the parameter on its rank: whole, or the share
-    share: Share | None  # how it is split over tensor-parallel ranks
+    share: Shard | None  # how it is split over tensor-parallel ranks
     start: int  # first element, of the flattened parameter on its rank
     state: Mapping[str, Tensor]  # by kind: flat fp32, all of one length; views of what the optimizer works on
     is_copy: bool = False  # whether a rank of another stage has the parameter, too
@@ -82,7 +82,7 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], rand
     return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(about)})._asdict())
 
 
-def write_index(folder: Path, about: About, files: Mapping[str, FileRecord]) -> None:
+def write_index(folder: Path, about: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:
     """Write what the files of all ranks hold, once they are there."""
     parameters: dict[str, SavedParameter] = {}
     for name in sorted(files):  # not those that a listing shows: that of a network file system may be old
@@ -90,7 +90,10 @@ def write_index(folder: Path, about: About, files: Mapping[str, FileRecord]) -> 
             others = parameters[parameter].runs if parameter in parameters else ()
             parameters[parameter] = here.model_copy(update={"runs": (*others, *here.runs)})
     ordered = {name: parameters[name] for name in sorted(parameters, key=_plan_order)}
-    save_index(folder, Index(format_version=FORMAT_VERSION, **about._asdict(), files=dict(files), parameters=ordered))
+    save_index(
+        folder,
+        CheckpointManifest(format_version=FORMAT_VERSION, **about._asdict(), files=dict(files), parameters=ordered),
+    )
 
 
 def _held_by(path: Path) -> Iterable[tuple[str, SavedParameter]]:

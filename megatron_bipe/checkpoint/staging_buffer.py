@@ -8,7 +8,7 @@ from torch import Tensor
 from megatron_bipe.checkpoint.shard_files import Fragment
 
 
-class HostCopy:
+class StagingBuffer:
     """Room for one copy of a rank's state. It is kept, since the first use of memory costs more than the copy.
 
     Args:

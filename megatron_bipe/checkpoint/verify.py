@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_bipe.checkpoint.find import Checkpoint, newest_first
-from megatron_bipe.checkpoint.manifest import INDEX, Index, load_index, not_whole
+from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, not_whole
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.disk import sha256
@@ -19,7 +19,7 @@ _log = logging.getLogger(__name__)
 
 
 def latest_valid_checkpoint(
-    run_dir: Path, foreign: Callable[[Index], str], mesh: Mesh, host: HostCollectives
+    run_dir: Path, foreign: Callable[[CheckpointManifest], str], mesh: Mesh, host: HostCollectives
 ) -> Checkpoint | None:
     """The newest checkpoint of a run that is whole; None if there is none at all. Every rank calls this.
 
@@ -53,7 +53,7 @@ def latest_valid_checkpoint(
     return None
 
 
-def check_whole(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Index:
+def check_whole(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> CheckpointManifest:
     """Read every byte of a checkpoint, or of the `part`-th of `parts` shares of its files; its index.
 
     Raises:
@@ -77,7 +77,7 @@ def check_whole(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Index:
     return index
 
 
-def of_another_run(index: Index, run: RunConfig, data: DataRecord | None) -> str:
+def of_another_run(index: CheckpointManifest, run: RunConfig, data: DataRecord | None) -> str:
     """What in a checkpoint cannot be of this run, whatever was changed in it between two starts; "" if nothing."""
     try:
         its = RunConfig.model_validate(index.config)
@@ -95,7 +95,7 @@ def of_another_run(index: Index, run: RunConfig, data: DataRecord | None) -> str
     return ""
 
 
-def _problem(checkpoint: Checkpoint, foreign: Callable[[Index], str], part: int, parts: int) -> str:
+def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str], part: int, parts: int) -> str:
     """What is wrong with a share of the files, or with the index; "" if nothing is."""
     try:
         return foreign(check_whole(checkpoint, part, parts))

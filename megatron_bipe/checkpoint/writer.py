@@ -26,9 +26,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, publish, retire
-from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
-from megatron_bipe.checkpoint.staging_buffer import HostCopy
+from megatron_bipe.checkpoint.staging_buffer import StagingBuffer
 from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.data.records import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
@@ -44,14 +44,14 @@ class _Save(NamedTuple):
 
     run_dir: Path
     temporary: Path
-    about: About
+    about: CheckpointInfo
     fragments: Sequence[Fragment]
     random: Mapping[str, Tensor]
     num_bytes: int  # of all ranks
     began_s: float
 
 
-class Saver:
+class CheckpointWriter:
     """Writes the checkpoints of one engine; every rank calls each method together.
 
     Args:
@@ -66,7 +66,7 @@ class Saver:
     ) -> None:
         self._config, self._mesh, self._host, self._connect = config, mesh, host, connect
         self._store: dist.Store | None = None
-        self._copy = HostCopy(mesh.device)
+        self._copy = StagingBuffer(mesh.device)
         self._copied = threading.Event()  # until then the state must stay as it is
         self._copied.set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
@@ -76,7 +76,7 @@ class Saver:
     def save(
         self,
         run_dir: Path,
-        about: About,
+        about: CheckpointInfo,
         fragments: Sequence[Fragment],
         random: Mapping[str, Tensor],
         *,

@@ -33,7 +33,7 @@ class _Seen(NamedTuple):
     changed_ns: int
 
 
-class ShardCheck:
+class BackgroundVerifier:
     """The thread; it works while this is entered.
 
     Args:

@@ -10,7 +10,7 @@ from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.types import Batch, BoolArray, IntArray, TokenArray
 
 
-class WindowSource(Protocol):
+class SequenceSource(Protocol):
     """A dataset, or a blend of several."""
 
     def windows(self, indices_B: IntArray, seq_len_tokens: int, /) -> tuple[TokenArray, BoolArray]:
@@ -22,7 +22,7 @@ class WindowSource(Protocol):
         ...
 
 
-def label_weight(source: WindowSource, indices_B: IntArray, seq_len_tokens: int) -> float:
+def label_weight(source: SequenceSource, indices_B: IntArray, seq_len_tokens: int) -> float:
     """What a label that counts weighs, so that the weighted mean over all labels is the mean over those that count.
 
     With the windows of a global batch it is the same for all its micro-batches, on whatever ranks they are, and follows
@@ -40,7 +40,7 @@ def label_weight(source: WindowSource, indices_B: IntArray, seq_len_tokens: int)
 
 
 def make_batch(
-    source: WindowSource, indices_B: IntArray, seq_len_tokens: int, clip: int, weight: float = 1.0
+    source: SequenceSource, indices_B: IntArray, seq_len_tokens: int, clip: int, weight: float = 1.0
 ) -> Batch[torch.Tensor]:
     """Read windows and work out both ids of every token.
 

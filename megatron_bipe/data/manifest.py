@@ -19,9 +19,9 @@ __all__ = [
     "TOKENIZER_FOLDER",
     "BlendMember",
     "DataRecord",
-    "ExamplesRecord",
     "FileRecord",
     "Manifest",
+    "PromptAnswerRecord",
     "SegmentRule",
     "ShardRecord",
     "TokenizerRecord",
@@ -55,7 +55,7 @@ class BlendMember(Record):
     """Its share: slots of the blend's pattern."""
 
 
-class ExamplesRecord(Record):
+class PromptAnswerRecord(Record):
     """Of a dataset of examples: its documents are, in turn, a prompt and the answer to it."""
 
     task: str
@@ -92,7 +92,7 @@ class Manifest(Record):
     """In the order in which they are concatenated."""
     source: dict[str, Any]
     """What the dataset was made from and how; for people and `resume`, not compared."""
-    examples: ExamplesRecord | None = None
+    examples: PromptAnswerRecord | None = None
     """None: the documents are text."""
 
     @model_validator(mode="after")

@@ -17,7 +17,7 @@ from megatron_bipe.types import BoolArray, IntArray, TokenArray
 PADDING = 0  # after an answer, where no attention of what counts comes: any id of the vocabulary does
 
 
-class ExampleDataset(TokenDataset):
+class PromptAnswerDataset(TokenDataset):
     """The examples of a folder, in the order of its manifest.
 
     Raises:
@@ -126,4 +126,4 @@ def open_dataset(path: str | Path) -> TokenDataset:
         DataError: there is none, or a shard is not what the manifest says.
     """
     dataset = TokenDataset(path)
-    return dataset if dataset.manifest.examples is None else ExampleDataset(path)
+    return dataset if dataset.manifest.examples is None else PromptAnswerDataset(path)

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from megatron_bipe.checkpoint.find import Checkpoint
-from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.rng_state import random_states, set_random_states
 from megatron_bipe.checkpoint.shard_files import Fragment, StateReader
 from megatron_bipe.checkpoint.verify import latest_valid_checkpoint, of_another_run
-from megatron_bipe.checkpoint.writer import Saver
+from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.data.manifest import DataRecord
@@ -33,12 +33,12 @@ from megatron_bipe.engine.optimizer_state import (
     reset_adam_state,
 )
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers, share_of
+from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers, shard_of
 from megatron_bipe.model.tied import copied
-from megatron_bipe.parallel.context_parallel import SplitWindows
+from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replica_check import Replicas, check_replicas
-from megatron_bipe.parallel.tensor_parallel import TensorLayers
+from megatron_bipe.parallel.tensor_parallel import TensorParallelLayers
 from megatron_bipe.runtime.distributed_init import connect_store
 from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
@@ -111,11 +111,11 @@ def _collective_timeout(timeout_s: float) -> timedelta:
 
 def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
     """The factory that this mesh asks for, and the ranks that share layers; every rank of the launch calls it."""
-    windows = SplitWindows(context_group(mesh)) if mesh.context > 1 else None
+    windows = UlyssesExchange(context_group(mesh)) if mesh.context > 1 else None
     if mesh.tensor == 1:
         return LocalLayers(windows), None
     group = tensor_group(mesh)
-    return TensorLayers(group, mesh.sequence, windows), group
+    return TensorParallelLayers(group, mesh.sequence, windows), group
 
 
 @contextmanager
@@ -198,7 +198,7 @@ class PlainGradients:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # What is whole on every tensor-parallel rank counts once, and so does what two stages have.
         whole_here = self._mesh.tensor_rank == 0
-        counted = [p.grad for p in parameters if (whole_here or share_of(p) is not None) and not copied(p)]
+        counted = [p.grad for p in parameters if (whole_here or shard_of(p) is not None) and not copied(p)]
         squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
@@ -215,7 +215,7 @@ class DeepSpeedEngine:
     _run: RunConfig
     _data: DataRecord | None  # what it trains on, for checkpoints to remember
     host: HostCollectives
-    _saver: Saver
+    _saver: CheckpointWriter
     _engine: Any  # DeepSpeed's
     _optimizer: Any  # what DeepSpeed made of ours
     _plain: PlainGradients | None = None
@@ -254,7 +254,9 @@ class DeepSpeedEngine:
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.host = run, HostCollectives(self._mesh)
         set_group_timeouts(run.parallel.timeout_s)
-        self._saver = Saver(run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s))
+        self._saver = CheckpointWriter(
+            run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s)
+        )
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
     def on_forward(self, to: Callable[[], None]) -> None:
@@ -272,7 +274,9 @@ class DeepSpeedEngine:
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
         config = self._run.model_dump(mode="json")
-        about = About(step, optimizer_steps(self._optimizer), layout, config, self._data, dict(loop_state or {}))
+        about = CheckpointInfo(
+            step, optimizer_steps(self._optimizer), layout, config, self._data, dict(loop_state or {})
+        )
         self._saver.save(run_dir, about, self._fragments_to_write(), random_states(mesh.device), final=final)
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
@@ -303,7 +307,7 @@ class DeepSpeedEngine:
         """See `Engine.check_replicas`."""
         weights, checks = dict(self._engine.module.named_parameters()), []
         if self._tensor_group is not None:
-            whole = {name: p for name, p in weights.items() if share_of(p) is None}
+            whole = {name: p for name, p in weights.items() if shard_of(p) is None}
             held = [f for f in fragments(self._engine.module, self._optimizer) if f.share is None]
             alike = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in whole.items()}
             alike |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}

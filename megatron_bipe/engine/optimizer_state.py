@@ -21,7 +21,7 @@ from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
 
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
-from megatron_bipe.model.layer_factory import share_of
+from megatron_bipe.model.layer_factory import shard_of
 from megatron_bipe.model.tied import copied
 
 _STEP = "step"  # updates so far, as torch's Adam names them
@@ -51,7 +51,7 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
             state = {WEIGHT: place.master.detach(), **{kind: adam.state[place.master][kind] for kind in KINDS[1:]}}
             views = {kind: x.flatten().narrow(0, place.offset, place.size) for kind, x in state.items()}
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves an empty tensor in place
-            found.append(Fragment(name, shape, share_of(parameter), place.start, views, is_copy=name != own_name))
+            found.append(Fragment(name, shape, shard_of(parameter), place.start, views, is_copy=name != own_name))
     return found
 
 

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import FloatArray, Settings, limit_tokens, window_losses
 from megatron_bipe.eval.windows import cut_windows
 from megatron_bipe.types import IntArray
@@ -69,7 +69,7 @@ class DocumentLosses(NamedTuple):
 
 
 def evaluate_documents(
-    subject: Subject,
+    subject: EvalModel,
     dataset: TokenDataset,
     length_tokens: int,
     settings: Settings,

@@ -16,7 +16,7 @@ from megatron_bipe.hf.load import load_exported
 _log = logging.getLogger(__name__)
 
 
-class Subject(NamedTuple):
+class EvalModel(NamedTuple):
     """One model under evaluation."""
 
     name: str
@@ -33,7 +33,7 @@ class Subject(NamedTuple):
     """Where the segments of its training data ended; None: not recorded."""
 
 
-def exported_subject(folder: Path) -> Subject:
+def exported_subject(folder: Path) -> EvalModel:
     """The model of an exported folder.
 
     Raises:
@@ -51,10 +51,10 @@ def exported_subject(folder: Path) -> Subject:
             location=folder,
         ) from error
     fingerprint = known.get("tokenizer_fingerprint")
-    return Subject(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
+    return EvalModel(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
 
 
-def check_suits(subject: Subject, dataset: TokenDataset) -> None:
+def check_suits(subject: EvalModel, dataset: TokenDataset) -> None:
     """Refuse a dataset whose ids or segments mean something else than in the model's training.
 
     Models without segment encoding take any segment rule. What a model does not record cannot be checked,
@@ -83,7 +83,7 @@ def check_suits(subject: Subject, dataset: TokenDataset) -> None:
         dataset.check_rule(subject.rule, subject.source)
 
 
-def check_length(subject: Subject, length_tokens: int) -> None:
+def check_length(subject: EvalModel, length_tokens: int) -> None:
     """Refuse windows that are longer than the model encodes, before any model is run.
 
     Raises:

@@ -10,13 +10,13 @@ from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_reco
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.eval.eval_model import Subject, exported_subject
+from megatron_bipe.eval.eval_model import EvalModel, exported_subject
 from megatron_bipe.hf.load import plan_model
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.precision import DTYPES
 
 
-def load_subject(spec: str) -> Subject:
+def load_subject(spec: str) -> EvalModel:
     """Load the model that `spec` names.
 
     Raises:
@@ -26,7 +26,7 @@ def load_subject(spec: str) -> Subject:
     return exported_subject(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
 
 
-def load_with_masters(spec: str) -> tuple[Subject, Mapping[str, Tensor]]:
+def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
     """The model that `spec` names, and its weights: of a run the fp32 ones that the optimizer works on.
 
     Raises:
@@ -39,19 +39,19 @@ def load_with_masters(spec: str) -> tuple[Subject, Mapping[str, Tensor]]:
     return _checkpoint_subject(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
 
 
-def plan_weights(subject: Subject) -> dict[str, Tensor]:
+def plan_weights(subject: EvalModel) -> dict[str, Tensor]:
     """Weights under the plan's names, as the model has them; a tied output is not named again."""
     return {name: weight.detach() for name, weight in subject.model.named_parameters()}
 
 
-def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> Subject:
+def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> EvalModel:
     config = load_run_config(checkpoint.run_dir / "config.yaml").model
     model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
     record = read_data_record(checkpoint.run_dir)
     run_name = checkpoint.run_dir.resolve().name
     name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
-    return Subject(name, source, model, config, record.tokenizer.fingerprint, record.rule)
+    return EvalModel(name, source, model, config, record.tokenizer.fingerprint, record.rule)
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, window_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
 from megatron_bipe.model.loss import token_losses
@@ -65,7 +65,7 @@ class LengthResult(NamedTuple):
 
 
 def evaluate_perplexity(
-    subject: Subject,
+    subject: EvalModel,
     dataset: TokenDataset,
     length_tokens: int,
     settings: Settings,
@@ -97,7 +97,7 @@ def evaluate_perplexity(
 
 
 def window_losses(
-    subject: Subject,
+    subject: EvalModel,
     dataset: TokenDataset,
     windows: Windows,
     settings: Settings,

@@ -14,7 +14,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.curves import Curve
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
 from megatron_bipe.eval.plot import draw_perplexity
 from megatron_bipe.eval.text_table import text_table
@@ -27,7 +27,7 @@ JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity
 class ModelResults(NamedTuple):
     """One model at all its lengths, ascending."""
 
-    subject: Subject
+    subject: EvalModel
     results: tuple[LengthResult, ...]
 
 
@@ -141,7 +141,7 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
     return "\n".join(lines)
 
 
-def unique_names(models: Sequence[tuple[Subject, object]]) -> list[str]:
+def unique_names(models: Sequence[tuple[EvalModel, object]]) -> list[str]:
     """Names for people; where two are the same, what they were loaded from instead."""
     names = [subject.name for subject, _ in models]
     return [subject.source if names.count(subject.name) > 1 else subject.name for subject, _ in models]

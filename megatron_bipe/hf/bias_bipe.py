@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .configuration_bipe import NUM_BUCKETS, BipeConfig
-from .positions_bipe import DIGIT, Memory, key_positions
+from .positions_bipe import DIGIT, CachedPositions, key_positions
 
 _UNIT = 1024  # of ALiBi's channel for the query's own position, so that it is within fp16
 _MAX_DISTANCE = 128  # of T5: from here on, all distances share the last bucket
@@ -24,7 +24,9 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + [2.0 ** (-4.0 * (i + 1) / lower) for i in range(0, 2 * lower, 2)][: num_heads - lower]
 
 
-def alibi(config: BipeConfig, new_BT: Tensor, memory: Memory | None, _attention_mask: Tensor | None) -> dict[str, Any]:
+def alibi(
+    config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None, _attention_mask: Tensor | None
+) -> dict[str, Any]:
     """The bias slope x (key - last key) as channels of queries and keys, which come before those of the head.
 
     Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
@@ -55,7 +57,9 @@ def _spread(channels: Tensor) -> Tensor:
     return torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
 
 
-def t5(config: BipeConfig, new_BT: Tensor, memory: Memory | None, _attention_mask: Tensor | None) -> dict[str, Any]:
+def t5(
+    config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None, _attention_mask: Tensor | None
+) -> dict[str, Any]:
     """Buckets of the distances from queries back to keys (Raffel et al. 2020): exact ones, then logarithmic ones."""
     distance_BTS = (new_BT[:, :, None] - key_positions(config, new_BT, memory)[:, None, :]).clamp(min=0)
     exact = NUM_BUCKETS // 2

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .bias_bipe import alibi, t5
 from .configuration_bipe import BipeConfig
-from .positions_bipe import Memory, Places, count_tokens
+from .positions_bipe import CachedPositions, PositionIds, count_tokens
 from .rotary_bipe import Tables, rope, xpos
 
 
@@ -39,7 +39,9 @@ _RELATIVE: dict[str, Callable[..., dict[str, Any]]] = {
 }
 
 
-def encode(config: BipeConfig, places: Places, memory: Memory | None, attention_mask: Tensor | None) -> Encoding:
+def encode(
+    config: BipeConfig, places: PositionIds, memory: CachedPositions | None, attention_mask: Tensor | None
+) -> Encoding:
     """What attention needs of the places, once for all layers."""
     new_BT = places.inter if config.bilevel else places.intra
     if config.positions == "drawn":
@@ -50,7 +52,9 @@ def encode(config: BipeConfig, places: Places, memory: Memory | None, attention_
     return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, memory, attention_mask))
 
 
-def _spread(config: BipeConfig, place_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None) -> Tensor:
+def _spread(
+    config: BipeConfig, place_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+) -> Tensor:
     """Places as far apart as those drawn in training are on average."""
     counts = count_tokens(config, place_BT.shape[1], memory, attention_mask, "spread positions").to(place_BT.device)
     if int(counts.max()) > config.drawn_range:

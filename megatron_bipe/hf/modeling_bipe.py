@@ -18,7 +18,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .bias_bipe import biased_mask
 from .configuration_bipe import NUM_BUCKETS, BipeConfig
 from .encodings_bipe import Encoding, encode, sinusoidal
-from .positions_bipe import Places, find_places, read_cache_positions, real_tokens, write_cache_positions
+from .positions_bipe import PositionIds, find_places, read_cache_positions, real_tokens, write_cache_positions
 
 
 class BipeRMSNorm(nn.Module):
@@ -226,7 +226,7 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _placed(self, hidden_BTD: Tensor, places: Places, real_BT: Tensor) -> Tensor:
+    def _placed(self, hidden_BTD: Tensor, places: PositionIds, real_BT: Tensor) -> Tensor:
         """The hidden states with the absolute part of the encoding added."""
         config, place_BT = self.config, places.intra
         if config.absolute == "sinusoidal":

@@ -21,7 +21,7 @@ DIGIT = 256  # bf16, the coarsest dtype a cache may have, holds every integer up
 _DIGITS = 3  # of each of the two counts that a key carries: up to 16.7 million
 
 
-class Places(NamedTuple):
+class PositionIds(NamedTuple):
     """Where tokens stand: int64, intra ids not clipped. Padding repeats the state before it."""
 
     intra: Tensor  # tokens of this segment before the token (of the sequence, for encodings without segments)
@@ -30,7 +30,7 @@ class Places(NamedTuple):
     next_inter: Tensor
 
 
-class Memory(NamedTuple):
+class CachedPositions(NamedTuple):
     """What a cache knows of its tokens: int64 [B, C], as in `Places`; slots that are not filled yet hold zeros."""
 
     next_intra: Tensor
@@ -57,7 +57,9 @@ class Memory(NamedTuple):
         return (self.next_intra - 1).clamp(min=0)
 
 
-def find_places(config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: Memory | None = None) -> Places:
+def find_places(
+    config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: CachedPositions | None = None
+) -> PositionIds:
     """Places of new tokens [B, T], in segments for the bilevel encodings, else in the sequence.
 
     Args:
@@ -73,7 +75,7 @@ def find_places(config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, m
     closed_BT = start[1] + ends_BT.cumsum(-1)
     opened_BT = torch.where(ends_BT, seen_BT, 0).cummax(-1).values  # where the segment of the next token begins
     intra_BT = seen_BT - real_BT.long() - F.pad(opened_BT, (1, -1))
-    return Places(intra_BT, closed_BT - ends_BT.long(), seen_BT - opened_BT, closed_BT)
+    return PositionIds(intra_BT, closed_BT - ends_BT.long(), seen_BT - opened_BT, closed_BT)
 
 
 def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor) -> Tensor:
@@ -87,14 +89,14 @@ def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor)
     return torch.isin(input_ids, torch.tensor(config.segments["token_ids"], device=input_ids.device))
 
 
-def write_cache_positions(places: Places) -> Tensor:
+def write_cache_positions(places: PositionIds) -> Tensor:
     """The channels [B, 1, T, C] that the cached keys of layer 0 carry: both next counts, digit by digit."""
     counts_BT2 = torch.stack((places.next_intra, places.next_inter), dim=-1)
     digits = [counts_BT2 // DIGIT**power % DIGIT for power in range(_DIGITS)]
     return torch.cat(digits, dim=-1)[:, None].float()
 
 
-def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.device) -> Memory | None:
+def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.device) -> CachedPositions | None:
     """What the cache remembers; None when it has not seen a token.
 
     Raises:
@@ -122,11 +124,11 @@ def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.devic
     powers = DIGIT ** torch.arange(_DIGITS, device=device)
     next_intra, next_inter = (digits * powers[:, None]).sum(-2).unbind(-1)
     num_filled = layer.cumulative_length.to(device) if isinstance(layer, StaticLayer) else None
-    return Memory(next_intra, next_inter, num_filled)
+    return CachedPositions(next_intra, next_inter, num_filled)
 
 
 def real_tokens(
-    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: Memory | None, cache: Cache | None
+    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: CachedPositions | None, cache: Cache | None
 ) -> Tensor:
     """Bool [B, T]: False at padding among the new tokens."""
     rows, new = hidden_BTD.shape[:2]
@@ -146,7 +148,7 @@ def real_tokens(
     )
 
 
-def key_positions(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> Tensor:
+def key_positions(config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None) -> Tensor:
     """What the relative encoding goes by, of cached keys and of new ones, int64 [B, S]."""
     if memory is None:
         return new_BT
@@ -157,7 +159,7 @@ def key_positions(config: BipeConfig, new_BT: Tensor, memory: Memory | None) -> 
     return old_BC.index_copy(1, slots, new_BT)
 
 
-def num_keys(num_new: int, memory: Memory | None) -> int:
+def num_keys(num_new: int, memory: CachedPositions | None) -> int:
     """Keys that attention sees: cached and new ones, or the slots of a static cache."""
     if memory is None:
         return num_new
@@ -166,7 +168,7 @@ def num_keys(num_new: int, memory: Memory | None) -> int:
 
 
 def count_tokens(
-    config: BipeConfig, num_new: int, memory: Memory | None, attention_mask: Tensor | None, what: str
+    config: BipeConfig, num_new: int, memory: CachedPositions | None, attention_mask: Tensor | None, what: str
 ) -> Tensor:
     """Real tokens of each row, int64 [B, 1] or [1, 1], for encodings that every further token changes.
 

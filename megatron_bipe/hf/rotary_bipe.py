@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_bipe import BipeConfig
-from .positions_bipe import Memory, count_tokens, num_keys
+from .positions_bipe import CachedPositions, count_tokens, num_keys
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
@@ -19,7 +19,7 @@ _MAX_FADING_TOKENS = 2**14  # beyond, powers leave the range of bf16 and fp32
 
 
 def rope(
-    config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """The same cosines and sines for queries and keys."""
     tables = _tables(config, position_BT, memory, attention_mask)
@@ -27,7 +27,7 @@ def rope(
 
 
 def xpos(
-    config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
     num_tokens = num_keys(position_BT.shape[1], memory)
@@ -41,7 +41,9 @@ def xpos(
     return {"rotation": (queries, (cos_B1TH / factor_B1TH, sin_B1TH / factor_B1TH))}
 
 
-def _tables(config: BipeConfig, position_BT: Tensor, memory: Memory | None, attention_mask: Tensor | None) -> Tables:
+def _tables(
+    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+) -> Tables:
     """In fp32; dynamic scaling looks at the number of real tokens of the row."""
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
     rope_type, base = scaling.get("rope_type", "default"), torch.tensor(float(scaling.get("rope_theta", 10000.0)))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import share_of
+from megatron_bipe.model.layer_factory import shard_of
 
 
 def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
@@ -23,7 +23,7 @@ def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                share = share_of(parameter)
+                share = shard_of(parameter)
                 shape = share.whole_shape(parameter.shape) if share else parameter.shape
                 whole = torch.randn(shape, generator=generator) * config.init_std
                 parameter.copy_(share.of(whole) if share else whole)

@@ -17,7 +17,7 @@ from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.norm import RMSNorm
 
 
-class Windows(Protocol):
+class HeadExchange(Protocol):
     """How windows are spread over ranks: each has a run of positions, and inside attention whole windows of some heads.
 
     The functions take windows [B, T, ...] and return them in the other form; gradients go the way back.
@@ -38,7 +38,7 @@ class Windows(Protocol):
         """The way back."""
 
 
-class WholeWindows:
+class NoExchange:
     """Each rank has whole windows."""
 
     rank, ranks = 0, 1
@@ -63,7 +63,7 @@ class LayerFactory(Protocol):
     """This rank among those that share the heads, the inner feed-forward width and the vocabulary."""
     ranks: int
     """How many do; each has a contiguous share."""
-    windows: Windows
+    windows: HeadExchange
     """How windows are spread; layers see this rank's positions."""
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
@@ -99,8 +99,8 @@ class LocalLayers:
 
     rank, ranks = 0, 1
 
-    def __init__(self, windows: Windows | None = None) -> None:
-        self.windows = windows or WholeWindows()
+    def __init__(self, windows: HeadExchange | None = None) -> None:
+        self.windows = windows or NoExchange()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """A whole matrix; `blocks` matters only where it is split."""
@@ -148,7 +148,7 @@ def local_heads(num_heads: int, layers: LayerFactory) -> slice:
 
 
 @dataclass(frozen=True)
-class Share:
+class Shard:
     """Which part of a whole parameter this rank holds: of each block along `dim`, the `rank`-th of `ranks` parts."""
 
     dim: int
@@ -171,7 +171,7 @@ class Share:
         return torch.cat(split, dim=self.dim + 1).flatten(self.dim, self.dim + 2)
 
 
-def share_of(parameter: Tensor) -> Share | None:
+def shard_of(parameter: Tensor) -> Shard | None:
     """How a parameter is split; None where it is whole on every rank."""
-    share: Share | None = getattr(parameter, "share", None)
+    share: Shard | None = getattr(parameter, "share", None)
     return share

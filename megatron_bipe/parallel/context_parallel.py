@@ -15,7 +15,7 @@ from torch.distributed import ProcessGroup
 from megatron_bipe.parallel.collectives import own_tokens, to_heads, to_tokens
 
 
-class SplitWindows:
+class UlyssesExchange:
     """`model.layers.Windows` over the ranks of a group."""
 
     def __init__(self, group: ProcessGroup) -> None:

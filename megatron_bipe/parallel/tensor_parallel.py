@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import Share, WholeWindows, Windows
+from megatron_bipe.model.layer_factory import HeadExchange, NoExchange, Shard
 from megatron_bipe.model.norm import RMSNorm, rms_norm
 from megatron_bipe.model.plan import count_parameters
 from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
@@ -44,29 +44,29 @@ class Split:
         return to_ranks(weight, self.group) if self.sequence else weight
 
 
-class TensorLayers:
+class TensorParallelLayers:
     """A `LayerFactory` of layers that are split over a group."""
 
-    def __init__(self, group: ProcessGroup, sequence: bool = False, windows: Windows | None = None) -> None:
+    def __init__(self, group: ProcessGroup, sequence: bool = False, windows: HeadExchange | None = None) -> None:
         self._split = Split(group, sequence)
-        self.windows = windows or WholeWindows()
+        self.windows = windows or NoExchange()
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """Rows of the matrix are split."""
-        return ColumnLinear(width_in, width_out, blocks, self._split)
+        return ColumnParallelLinear(width_in, width_out, blocks, self._split)
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
         """Columns of the matrix are split."""
-        return RowLinear(width_in, width_out, self._split)
+        return RowParallelLinear(width_in, width_out, self._split)
 
     def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Rows of the table are split."""
-        return VocabularyTable(rows, width, padding_row, self._split)
+        return VocabParallelEmbedding(rows, width, padding_row, self._split)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Whole, looked up for this rank's part of the residual stream."""
-        return ReplicatedTable(rows, width, padding_row, self._split)
+        return ReplicatedEmbedding(rows, width, padding_row, self._split)
 
     def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
         """With sequence parallelism this rank's run of them."""
@@ -74,7 +74,7 @@ class TensorLayers:
 
     def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
         """Columns of the table are split."""
-        return HeadTable(rows, num_heads, self._split)
+        return PerHeadEmbedding(rows, num_heads, self._split)
 
     def norm(self, width: int, eps: float) -> nn.Module:
         """Whole, over this rank's part of the residual stream."""
@@ -82,7 +82,7 @@ class TensorLayers:
 
     def output(self, width_in: int, rows: int) -> nn.Module:
         """As `column`; the logits stay split."""
-        return ColumnLinear(width_in, rows, 1, self._split)
+        return ColumnParallelLinear(width_in, rows, 1, self._split)
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over split logits."""
@@ -91,7 +91,7 @@ class TensorLayers:
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
     """Parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
-    return count_parameters(config, TensorLayers(cast(ProcessGroup, _NoGroup(ranks))))
+    return count_parameters(config, TensorParallelLayers(cast(ProcessGroup, _NoGroup(ranks))))
 
 
 class _NoGroup(NamedTuple):
@@ -106,33 +106,33 @@ class _NoGroup(NamedTuple):
         return 0
 
 
-class ColumnLinear(nn.Linear):
+class ColumnParallelLinear(nn.Linear):
     """y's share of y = x W^T: every rank sees all of x, and gives some of y."""
 
     def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
         super().__init__(width_in, width_out // split.group.size(), bias=False)
         self._split = split
-        mark_share(self.weight, Share(0, blocks, split.group.rank(), split.group.size()))
+        mark_share(self.weight, Shard(0, blocks, split.group.rank(), split.group.size()))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """[B, T, D] or [B, t, D] -> [B, T, this rank's share of the output]."""
         return split_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
 
 
-class RowLinear(nn.Linear):
+class RowParallelLinear(nn.Linear):
     """y = x W^T: every rank sees some of x, and what they give is summed."""
 
     def __init__(self, width_in: int, width_out: int, split: Split) -> None:
         super().__init__(width_in // split.group.size(), width_out, bias=False)
         self._split = split
-        mark_share(self.weight, Share(1, 1, split.group.rank(), split.group.size()))
+        mark_share(self.weight, Shard(1, 1, split.group.rank(), split.group.size()))
 
     def forward(self, inner_BTf: Tensor) -> Tensor:
         """[B, T, this rank's share of the input] -> [B, T, D] or [B, t, D]."""
         return self._split.leave(F.linear(inner_BTf, self.weight))
 
 
-class VocabularyTable(nn.Embedding):
+class VocabParallelEmbedding(nn.Embedding):
     """Token table split by rows: every rank looks up the ids that it has, and what they give is summed."""
 
     def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
@@ -141,7 +141,7 @@ class VocabularyTable(nn.Embedding):
         padding = None if padding_row is None else padding_row % rows - self._first
         super().__init__(here, width, padding_idx=padding if padding is not None and 0 <= padding < here else None)
         self._split = split
-        mark_share(self.weight, Share(0, 1, split.group.rank(), ranks))
+        mark_share(self.weight, Shard(0, 1, split.group.rank(), ranks))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Ids of the whole vocabulary [B, T] -> [B, T, D] or [B, t, D]."""
@@ -151,7 +151,7 @@ class VocabularyTable(nn.Embedding):
         return self._split.leave(found_BTD * mine_BT[..., None])
 
 
-class ReplicatedTable(nn.Embedding):
+class ReplicatedEmbedding(nn.Embedding):
     """A table that every rank has whole."""
 
     def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
@@ -165,13 +165,13 @@ class ReplicatedTable(nn.Embedding):
         return F.embedding(ids_BT, self._split.replicated(self.weight), self.padding_idx)
 
 
-class HeadTable(nn.Embedding):
+class PerHeadEmbedding(nn.Embedding):
     """A table with a column for each head, of which every rank has those of its heads."""
 
     def __init__(self, rows: int, num_heads: int, split: Split) -> None:
         ranks = split.group.size()
         super().__init__(rows, num_heads // ranks)
-        mark_share(self.weight, Share(1, 1, split.group.rank(), ranks))
+        mark_share(self.weight, Shard(1, 1, split.group.rank(), ranks))
 
 
 class ReplicatedNorm(RMSNorm):
@@ -186,7 +186,7 @@ class ReplicatedNorm(RMSNorm):
         return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
 
 
-def mark_share(weight: Tensor, share: Share) -> None:
+def mark_share(weight: Tensor, share: Shard) -> None:
     """Say how a parameter is split, to our own code and (by DeepSpeed's name) to the gradient norm."""
     weight.share = share  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]

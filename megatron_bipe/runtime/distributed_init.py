@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import DEVICE, prepare_environment
-from megatron_bipe.runtime.launcher_env import Launch, Meeting, read_launch
+from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
 
 if TYPE_CHECKING:  # torch is imported when the launch is joined; the configuration is checked before
     import torch.distributed as dist
@@ -89,7 +89,7 @@ def _own_gpu(launch: Launch, num_gpus: int) -> int:
     return launch.local_rank
 
 
-def _agree_by_mpi(one_host: bool) -> Meeting:
+def _agree_by_mpi(one_host: bool) -> Rendezvous:
     """Rank 0's host and a free port there, told to all; MPI is not used any further."""
     try:
         from mpi4py import MPI
@@ -100,7 +100,9 @@ def _agree_by_mpi(one_host: bool) -> Meeting:
             remedy="pip install 'megatron-bipe[mpi]', or give all ranks MASTER_ADDR and MASTER_PORT",
             location="mpiexec",
         ) from error
-    agreed: Meeting = MPI.COMM_WORLD.bcast(Meeting("127.0.0.1" if one_host else socket.gethostname(), free_port()))
+    agreed: Rendezvous = MPI.COMM_WORLD.bcast(
+        Rendezvous("127.0.0.1" if one_host else socket.gethostname(), free_port())
+    )
     MPI.Finalize()
     return agreed
 

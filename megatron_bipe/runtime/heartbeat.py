@@ -27,7 +27,7 @@ class Heartbeat(NamedTuple):
 Heartbeats = Mapping[int, Heartbeat | None]  # by rank; None: there never was one
 
 
-class End(NamedTuple):
+class Shutdown(NamedTuple):
     """Why the launch ends."""
 
     text: str
@@ -35,7 +35,7 @@ class End(NamedTuple):
     stacks: bool = False  # whether each rank is to show where it is
 
 
-class RollCall:
+class HeartbeatStore:
     """One rank's view of the store of a launch.
 
     Rank 0's process may hold the store, and stop. So no call waits for it longer than `ANSWER_S`.
@@ -64,13 +64,13 @@ class RollCall:
         """Claim to be the first rank that fails."""
         return self._ask(lambda: self._store.add("failures", 1)) == 1
 
-    def end(self, end: End) -> None:
+    def end(self, end: Shutdown) -> None:
         """Tell all ranks to leave."""
         self._ask(lambda: self._store.set("end", json.dumps(end)))
 
-    def ended(self) -> End | None:
+    def ended(self) -> Shutdown | None:
         """What all ranks were told."""
-        return self._ask(lambda: End(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
+        return self._ask(lambda: Shutdown(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
 
     def finish(self, timeout_s: float) -> None:
         """Wait, on rank 0, whose store it may be, until every rank has called this."""

@@ -13,7 +13,7 @@ from megatron_bipe.errors import ConfigError
 _log = logging.getLogger(__name__)
 
 
-class Meeting(NamedTuple):
+class Rendezvous(NamedTuple):
     """Where the ranks of a launch find each other: a port of rank 0's host."""
 
     address: str
@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     local_rank: int  # among those of its host
     num_ranks: int
     num_local_ranks: int
-    meeting: Meeting
+    meeting: Rendezvous
 
     @property
     def is_main(self) -> bool:
@@ -82,7 +82,7 @@ _SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers from here what no srun started: bat
 _FIRST_PORT, _NUM_PORTS, _PORTS_A_JOB = 15000, 10000, 16  # below those that Linux gives to outgoing connections
 
 
-def read_launch(env: Mapping[str, str], agree: Callable[[bool], Meeting], free_port: Callable[[], int]) -> Launch:
+def read_launch(env: Mapping[str, str], agree: Callable[[bool], Rendezvous], free_port: Callable[[], int]) -> Launch:
     """Which rank of which launch a process with this environment is; one of one without a launcher.
 
     Args:
@@ -95,7 +95,7 @@ def read_launch(env: Mapping[str, str], agree: Callable[[bool], Meeting], free_p
     """
     seen = _seen(env)
     if seen is None:
-        return Launch(0, 0, 1, 1, Meeting("127.0.0.1", free_port()))
+        return Launch(0, 0, 1, 1, Rendezvous("127.0.0.1", free_port()))
     launcher = seen.launcher
     rank, num_ranks, local_rank = map(seen.number, (launcher.rank, launcher.num_ranks, launcher.local_rank))
     counts = seen.counts(launcher.num_local_ranks)
@@ -203,7 +203,7 @@ def _started(seen: _Seen) -> bool:
     return seen.text(seen.launcher.local_rank) is not None and (seen.launcher is not _SLURM or in_step)
 
 
-def _meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Meeting]) -> Meeting:
+def _meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
     """What the environment says goes before what can be found out."""
     address, port = seen.text(_ADDRESS), seen.text(_PORT)
     if not address or not port:
@@ -211,10 +211,10 @@ def _meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Meeting]) -> M
         address, port = address or found.address, port or str(found.port)
     if not port.isdecimal() or not 0 < int(port) < 2**16:
         raise seen.error(f"MASTER_PORT is no port from 1 to {2**16 - 1}")
-    return Meeting(address, int(port))
+    return Rendezvous(address, int(port))
 
 
-def _find_meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Meeting]) -> Meeting:
+def _find_meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
     if seen.launcher is _TORCH:
         raise seen.error("MASTER_ADDR and MASTER_PORT, where ranks meet, are not both there")
     if seen.launcher is not _SLURM:
@@ -223,4 +223,4 @@ def _find_meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Meeting])
     if not hosts:
         raise seen.error(f"none of {', '.join(_HOST_LIST)} names the hosts, and there is no MASTER_ADDR")
     ports = seen.number(_JOB) * _PORTS_A_JOB + seen.number(_STEP) % _PORTS_A_JOB
-    return Meeting(first_host(hosts), _FIRST_PORT + ports % _NUM_PORTS)
+    return Rendezvous(first_host(hosts), _FIRST_PORT + ports % _NUM_PORTS)

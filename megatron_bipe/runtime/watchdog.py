@@ -30,10 +30,10 @@ from megatron_bipe.runtime.exit_handling import (
 )
 from megatron_bipe.runtime.heartbeat import (
     ANSWER_S,
-    End,
     Heartbeat,
     Heartbeats,
-    RollCall,
+    HeartbeatStore,
+    Shutdown,
     silent_ranks,
     where_ranks_are,
 )
@@ -64,7 +64,7 @@ class Watchdog:
         self._name = f"{rank_name(mesh)} ({place_in_layout(mesh)})"
         self._worker = threading.get_ident()
         self._over = threading.Event()
-        self._roll_call: RollCall | None = None
+        self._roll_call: HeartbeatStore | None = None
         self._clock_s = 0.0  # without time in which this process was suspended
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.mark("the start")
@@ -136,10 +136,10 @@ class Watchdog:
             stack = f"\n{self._who()} is in\n{self._stack()}" if end.stacks else ""
             abort(f"{self._who()} leaves: {end.text}{stack}", end.code)
 
-    def _connected(self) -> RollCall:
+    def _connected(self) -> HeartbeatStore:
         """Return the roll call; a rank that ends before its first beat joins it only to say that it has finished."""
         if self._roll_call is None:
-            self._roll_call = RollCall(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+            self._roll_call = HeartbeatStore(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
         return self._roll_call
 
     def _fail(self, text: str, reason: str, code: int, look: Look) -> None:
@@ -160,7 +160,7 @@ class Watchdog:
             seen = "\n".join(look(before, roll_call.signs(), self._mesh.rank))
             self._over.set()
             stacks = look is where_ranks_are  # where ranks wait for one that stands still, all stacks tell
-            roll_call.end(End(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
+            roll_call.end(Shutdown(f"{self._who()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others look every beat; when this rank leaves, their collectives break
         except LOST as error:

@@ -32,7 +32,7 @@ class BadStep(NamedTuple):
     reason: str
 
 
-class Health:
+class AnomalyDetector:
     """Judges the steps of a run in their order.
 
     Args:

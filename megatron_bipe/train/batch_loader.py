@@ -10,7 +10,7 @@ from torch.profiler import record_function
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps, check_data
-from megatron_bipe.data.background_verify import ShardCheck
+from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
@@ -22,7 +22,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch, IntArray
 
 
-class Feed:
+class BatchLoader:
     """The training and validation batches of one rank.
 
     Raises:
@@ -45,9 +45,9 @@ class Feed:
             if run.model.bilevel:
                 self._valid.check_rule(self.dataset.rule, "data.path")
             self._valid_windows = self._choose_valid_windows(self._valid)
-        self._shard_check = ShardCheck(self._own_shards() if run.data.verify else ())
+        self._shard_check = BackgroundVerifier(self._own_shards() if run.data.verify else ())
 
-    def checking_shards(self) -> ShardCheck:
+    def checking_shards(self) -> BackgroundVerifier:
         """While this is entered, shards that are read from are compared with the manifest.
 
         Raises:

@@ -6,27 +6,27 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.rollback import Recovery
+from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.train_state import Progress
+from megatron_bipe.train.train_state import TrainState
 
 
 class Parts(NamedTuple):
     """What the loop works with."""
 
     engine: Engine
-    feed: Feed
+    feed: BatchLoader
     metrics: Metrics
     watchdog: Watchdog
-    recovery: Recovery
+    recovery: Rollback
     stop_request: StopRequest
     profile: Profile
 
 
-def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progress:
+def train(run: RunConfig, parts: Parts, progress: TrainState, stop: int) -> TrainState:
     """Do updates up to `stop` of the run, or until a stop is asked for; the last one is followed by a checkpoint.
 
     Args:
@@ -77,7 +77,7 @@ def train(run: RunConfig, parts: Parts, progress: Progress, stop: int) -> Progre
     return progress
 
 
-def _validate(parts: Parts, progress: Progress) -> bool:
+def _validate(parts: Parts, progress: TrainState) -> bool:
     """The validation after the last step, which then is no longer owed; broken off, and True, on a request to stop."""
     batches = parts.stop_request.until(parts.feed.valid_batches())
     loss = parts.engine.eval_loss(parts.watchdog.track_batches(f"validation after step {progress.step}", batches))

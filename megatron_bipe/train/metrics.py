@@ -15,7 +15,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
 from megatron_bipe.train.anomaly_detector import Reading
 from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
-from megatron_bipe.train.train_state import Progress, Samples
+from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -34,7 +34,7 @@ class Metrics:
     """
 
     def __init__(
-        self, run: RunConfig, mesh: Mesh, start: Progress, peak_flops: float | None, began_at_s: float | None = None
+        self, run: RunConfig, mesh: Mesh, start: TrainState, peak_flops: float | None, began_at_s: float | None = None
     ) -> None:
         self._run, self._mesh = run, mesh
         self._waiting: list[tuple[int, Samples, StepResult, float]] = []
@@ -109,7 +109,7 @@ class Metrics:
             self._file.sync()
             self._board.flush()
 
-    def go_back(self, start: Progress) -> None:
+    def go_back(self, start: TrainState) -> None:
         """Forget all that comes after `start`; it will be done again, with other samples."""
         self._waiting.clear()
         if self._mesh.is_main:
@@ -124,7 +124,7 @@ class Metrics:
             self._file.close()
             self._board.close()
 
-    def _open(self, start: Progress) -> None:
+    def _open(self, start: TrainState) -> None:
         self.restart_clock()
         if self._mesh.is_main:
             self._file = MetricsFile(self._run.run_dir / "metrics.jsonl", start.step, start.valid_owed)

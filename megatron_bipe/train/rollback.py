@@ -12,15 +12,15 @@ from statistics import median_low
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.errors import HealthError
-from megatron_bipe.train.anomaly_detector import BadStep, Health, Reading
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.anomaly_detector import AnomalyDetector, BadStep, Reading
+from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.events import Events
-from megatron_bipe.train.train_state import Progress, Samples
+from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)
 
 
-class Recovery:
+class Rollback:
     """Judges the steps of a run on all ranks alike, and takes it back where they are bad.
 
     All ranks call each method together.
@@ -33,10 +33,10 @@ class Recovery:
         progress: of the run as it starts here.
     """
 
-    def __init__(self, run: RunConfig, engine: Engine, feed: Feed, events: Events, progress: Progress) -> None:
+    def __init__(self, run: RunConfig, engine: Engine, feed: BatchLoader, events: Events, progress: TrainState) -> None:
         self._run, self._engine, self._feed, self._events = run, engine, feed, events
         self._host = engine.host
-        self._health = Health(run.health, progress.good_losses)
+        self._health = AnomalyDetector(run.health, progress.good_losses)
         self._pass_over: list[Samples] = list(progress.pass_over)
         self._returns: Counter[int] = Counter()  # by step of the checkpoint
         self._steps_compared = 0  # since ranks were compared last
@@ -74,7 +74,7 @@ class Recovery:
             self._warn(f"step {step} | {last.reason} in the last step, and no checkpoint to return to: it is kept")
         return found
 
-    def go_back(self) -> Progress:
+    def go_back(self) -> TrainState:
         """Load the newest checkpoint, and leave out the samples of the bad steps from now on.
 
         Raises:
@@ -88,7 +88,7 @@ class Recovery:
         if self._returns[newest.step] > self._run.health.max_returns:
             times = self._returns[newest.step] - 1
             raise self._hopeless(f"the run has returned to step {newest.step} {times} times before")
-        progress = Progress.at(newest.step, self._run.train.global_batch, self._engine.load(newest.folder))
+        progress = TrainState.at(newest.step, self._run.train.global_batch, self._engine.load(newest.folder))
         self._pass_over += [step.reading.samples for step in bad]
         progress.pass_over = [part for part in self._pass_over if part[1] > progress.samples]
         passed_over = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
@@ -97,7 +97,7 @@ class Recovery:
             f"step {bad[-1].reading.step} | {len(bad)} bad steps in a row: back to step {newest.step}, "
             f"past samples {passed_over[0]} to {passed_over[1] - 1}"
         )
-        self._health = Health(self._run.health, progress.good_losses)
+        self._health = AnomalyDetector(self._run.health, progress.good_losses)
         return progress
 
     def _hopeless(self, why: str) -> HealthError:

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict
 Samples = tuple[int, int]  # the first, and the one after the last
 
 
-class Progress(BaseModel):
+class TrainState(BaseModel):
     """Counts of the run."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -29,7 +29,7 @@ class Progress(BaseModel):
     """Losses of the last good steps, by which a spike is told."""
 
     @classmethod
-    def at(cls, step: int, global_batch: int, loop_state: Mapping[str, Any]) -> "Progress":
+    def at(cls, step: int, global_batch: int, loop_state: Mapping[str, Any]) -> "TrainState":
         """As a checkpoint of `step` has it; one that says nothing is from a run that passed nothing over."""
         return cls.model_validate(loop_state or {"step": step, "samples": step * global_batch})
 

@@ -10,13 +10,13 @@ from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.events import DONE, START, STOP, Events, read_events
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.rollback import Recovery
-from megatron_bipe.train.train_state import Progress
+from megatron_bipe.train.rollback import Rollback
+from megatron_bipe.train.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 
@@ -25,7 +25,7 @@ def go_on(
     run: RunConfig,
     mesh: Mesh,
     engine: Engine,
-    feed: Feed,
+    feed: BatchLoader,
     watchdog: Watchdog,
     stop_request: StopRequest,
     stop: int,
@@ -56,7 +56,7 @@ def go_on(
     events.add(START, step=progress.step, ranks=mesh.num_ranks)
     began_at_s = read_events(run.run_dir)[0]["time"] if mesh.is_main else None
     metrics = Metrics(run, mesh, progress, peak_flops(mesh.device, DTYPES[run.train.precision]), began_at_s)
-    recovery = Recovery(run, engine, feed, events, progress)
+    recovery = Rollback(run, engine, feed, events, progress)
     progress = train(run, Parts(engine, feed, metrics, watchdog, recovery, stop_request, profile), progress, stop)
     profile.close()
     metrics.close()
@@ -68,13 +68,13 @@ def go_on(
     return finished
 
 
-def _stand(run: RunConfig, engine: Engine, watchdog: Watchdog) -> Progress:
+def _stand(run: RunConfig, engine: Engine, watchdog: Watchdog) -> TrainState:
     """How far the run is, and its state in the engine."""
     watchdog.mark("the choice of a checkpoint")
     checkpoint = engine.latest_valid_checkpoint(run.run_dir)
     if checkpoint is None:
-        return Progress()
+        return TrainState()
     watchdog.mark(f"loading step {checkpoint.step}")
-    progress = Progress.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
+    progress = TrainState.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
     _log.info("continuing %s from step %d", run.run_dir, progress.step)
     return progress

@@ -12,14 +12,14 @@ from torch import Tensor
 
 from megatron_bipe.checkpoint.commit import begin, publish
 from megatron_bipe.checkpoint.find import list_steps
-from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.discovery import open_tokenizer
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.eval_model import Subject, check_suits
+from megatron_bipe.eval.eval_model import EvalModel, check_suits
 from megatron_bipe.eval.model_loading import load_with_masters
 from megatron_bipe.train.run_folder import write_run_folder
 
@@ -40,7 +40,7 @@ def begin_from_model(run: RunConfig) -> None:
         start_run(run, *load_with_masters(source))
 
 
-def start_run(run: RunConfig, subject: Subject, weights: Mapping[str, Tensor]) -> Path:
+def start_run(run: RunConfig, subject: EvalModel, weights: Mapping[str, Tensor]) -> Path:
     """Write the run folder of `run` with a checkpoint of step 0 that holds `weights`; the optimizer begins anew.
 
     Args:
@@ -105,7 +105,7 @@ def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[st
         rank_file(layer): write_fragments(temporary, layer, [_fragment(name, weights[name]) for name in names], {})
         for layer, names in by_layer
     }
-    about = About(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
+    about = CheckpointInfo(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
     write_index(temporary, about, files)
     return publish(temporary, run.run_dir, 0, files)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import DataConfig
-from megatron_bipe.data.manifest import ExamplesRecord
+from megatron_bipe.data.manifest import PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.plan import build_model
@@ -23,13 +23,13 @@ SLOW = [Layout(zero=3), Layout(context=2, zero=1)]
 
 def train(mesh, layouts, data, work_dir):
     """Losses and norms of `STEPS` updates, and a held-out loss, by layout."""
-    from megatron_bipe.train.batch_loader import Feed
+    from megatron_bipe.train.batch_loader import BatchLoader
 
     found = {}
     for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
         run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
         engine, mesh_here = start(layout, mesh, run_dir)
-        feed = Feed(_run(layout, data, run_dir), mesh_here)
+        feed = BatchLoader(_run(layout, data, run_dir), mesh_here)
         results = [engine.train_step(feed.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
         found[layout] = (
@@ -56,7 +56,7 @@ def data(tmp_path_factory, write_dataset):
             prompt = int(generator.integers(1, length))
             tokens = generator.integers(2, 64, length).tolist()
             documents += [tokens[:prompt], tokens[prompt:]]
-        record = ExamplesRecord(task="noise", seq_len_tokens=SEQ)
+        record = PromptAnswerRecord(task="noise", seq_len_tokens=SEQ)
         write_dataset(folder / name, [documents], vocab_size=64, examples=record)
     return folder
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig
-from megatron_bipe.model.layer_factory import LocalLayers, share_of
+from megatron_bipe.model.layer_factory import LocalLayers, shard_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
@@ -85,7 +85,7 @@ def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
                 dist.all_reduce(value, group=layers.windows._group)
                 value /= parallel.context
             for key, parameter in model.named_parameters():
-                share = share_of(parameter)
+                share = shard_of(parameter)
                 wanted = share.of(expected[key]) if share else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
             counts = {str(kind): count for kind, count in said.get_comm_counts().items()}
@@ -127,10 +127,10 @@ def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
     from deepspeed.sequence.layer import DistributedAttention
 
     from megatron_bipe.engine.base import start_deepspeed
-    from megatron_bipe.parallel.context_parallel import SplitWindows
+    from megatron_bipe.parallel.context_parallel import UlyssesExchange
 
     start_deepspeed(mesh, 60)
-    windows, generator = SplitWindows(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)
+    windows, generator = UlyssesExchange(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)
     results = {}
     for name, queries_a_group in {"as many key heads": 1, "grouped": 2}.items():
         qkv = torch.randn(2, 8, 4, queries_a_group + 2, 16, generator=generator).requires_grad_()

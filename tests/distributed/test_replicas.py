@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bipe.errors import DivergenceError
-from megatron_bipe.model.layer_factory import share_of
+from megatron_bipe.model.layer_factory import shard_of
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.parallel.replica_check import bits_hash
 from tests.helpers.layouts import Layout, Placed, run_placed, start, train_steps
@@ -34,7 +34,7 @@ def keep_in_step(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layou
         engine, mesh_here = start(layout, mesh, Path(work_dir) / str(layout))
         train_steps(engine, mesh_here, range(MANY_STEPS), layout.micro)
         engine.check_replicas(MANY_STEPS)
-        whole = {name: p for name, p in engine._engine.module.named_parameters() if share_of(p) is None}
+        whole = {name: p for name, p in engine._engine.module.named_parameters() if shard_of(p) is None}
         found[layout] = {name: bits(getattr(p, "ds_tensor", p)) for name, p in whole.items()}
     return found
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LocalLayers, share_of
+from megatron_bipe.model.layer_factory import LocalLayers, shard_of
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
@@ -53,7 +53,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
-    from megatron_bipe.parallel.tensor_parallel import TensorLayers
+    from megatron_bipe.parallel.tensor_parallel import TensorParallelLayers
 
     dist.init_process_group("gloo")
     results = {}
@@ -61,14 +61,14 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
         whole = build_model(config(**more), SEED)
         expected_loss, expected = loss_and_gradients(whole, LocalLayers())
         for sequence in (False, True):
-            layers = TensorLayers(dist.group.WORLD, sequence)
+            layers = TensorParallelLayers(dist.group.WORLD, sequence)
             model = build_model(config(**more), SEED, layers)
             said = CommDebugMode()
             with said:
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for key, parameter in model.named_parameters():
-                share, target = share_of(parameter), dict(whole.named_parameters())[key]
+                share, target = shard_of(parameter), dict(whole.named_parameters())[key]
                 torch.testing.assert_close(parameter, share.of(target) if share else target, rtol=0, atol=0)
                 wanted = share.of(expected[key]) if share else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
@@ -76,7 +76,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
                 "loss": abs(loss / expected_loss - 1),
                 "gradients": worst,
                 "said": {str(kind): count for kind, count in said.get_comm_counts().items()},
-                "whole": {key: gradients[key] for key, p in model.named_parameters() if share_of(p) is None},
+                "whole": {key: gradients[key] for key, p in model.named_parameters() if shard_of(p) is None},
             }
     return results
 

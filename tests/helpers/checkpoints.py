@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_bipe.checkpoint.commit import begin, publish
 from megatron_bipe.checkpoint.find import step_folder
-from megatron_bipe.checkpoint.manifest import About
+from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config.load import load_run_config
 
@@ -32,6 +32,6 @@ def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragm
     publish(folder, run_dir, step, files)
 
 
-def about(step: int) -> About:
+def about(step: int) -> CheckpointInfo:
     """Of a run of the default configuration."""
-    return About(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})
+    return CheckpointInfo(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})

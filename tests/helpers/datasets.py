@@ -9,7 +9,7 @@ from unittest import mock
 import numpy as np
 import tokenizers
 
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, resolve_rule, segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
@@ -27,7 +27,7 @@ def write_dataset(
     rule: SegmentRule = RULE,
     vocab_size: int = 100,
     tokenizer: TokenizerRecord | None = None,
-    examples: ExamplesRecord | None = None,
+    examples: PromptAnswerRecord | None = None,
 ) -> Manifest:
     """Write documents of token ids; segment ends follow from the rule."""
     with mock.patch("os.fsync"):  # test_format.py tests it; here it would cost most of the time
@@ -40,7 +40,7 @@ def _write(
     rule: SegmentRule,
     vocab_size: int,
     tokenizer: TokenizerRecord | None,
-    examples: ExamplesRecord | None,
+    examples: PromptAnswerRecord | None,
 ) -> Manifest:
     dtype = choose_dtype(vocab_size)
     records = []

@@ -21,7 +21,7 @@ import pretrain
 from megatron_bipe.engine import pipeline_engine, zero_engine
 from megatron_bipe.runtime import watchdog
 from megatron_bipe.runtime.exit_handling import run_rank
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.batch_loader import BatchLoader
 
 FAULT = "FAULT"
 
@@ -80,7 +80,7 @@ class SampleFault(NamedTuple):
     once: bool = False
 
 
-class FaultyFeed(Feed):
+class FaultyBatchLoader(BatchLoader):
     """A feed that injects a fault, and records which tokens it was asked for."""
 
     fault: SampleFault | None = None

@@ -15,7 +15,7 @@ from megatron_bipe.checkpoint.shard_files import KINDS, StateReader
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.commands import options
-from tests.helpers.faults import Arithmetic, FaultyFeed, ProcessFault, SampleFault, expose
+from tests.helpers.faults import Arithmetic, FaultyBatchLoader, ProcessFault, SampleFault, expose
 from tests.helpers.layouts import start_engine_of
 from tests.helpers.paths import ROOT
 
@@ -85,7 +85,7 @@ def train_in_rank(
     run = load_run_config(None, options(Path(data) / "train", Path(run_dir), *settings, steps=steps)[1::2])
     engine, mesh_here = start_engine_of(run, mesh, zero)
     expose(engine)
-    feed = FaultyFeed(run, mesh_here)
+    feed = FaultyBatchLoader(run, mesh_here)
     feed.fault, feed.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
     watchdog, profile = _IdleWatchdog(), Profile(0, run.run_dir, mesh_here)

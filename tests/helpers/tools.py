@@ -17,7 +17,7 @@ import pretrain
 from megatron_bipe.errors import BipeError
 from megatron_bipe.runtime import watchdog
 from megatron_bipe.runtime.exit_handling import run_rank
-from megatron_bipe.runtime.launcher_env import Launch, Meeting
+from megatron_bipe.runtime.launcher_env import Launch, Rendezvous
 from megatron_bipe.runtime.preemption import SIGNALS
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Ended, run_programs
@@ -99,7 +99,7 @@ def own_logging() -> Iterator[None]:
 def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
     """Return the error that pretrain.py raises, as rank 0 of a launch, before it starts the engine and its watchdog."""
     args = pretrain.parse_args(_pretrain_arguments(arguments))
-    launch = Launch(0, 0, num_ranks, num_ranks, Meeting("127.0.0.1", 1))
+    launch = Launch(0, 0, num_ranks, num_ranks, Rendezvous("127.0.0.1", 1))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)

@@ -23,12 +23,12 @@ from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.blend import Blend, slot_counts
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.inspection.verify import find_problems
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import BipeError
-from megatron_bipe.eval.eval_model import Subject, check_suits
+from megatron_bipe.eval.eval_model import EvalModel, check_suits
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.eval.run_losses import read_losses
@@ -40,7 +40,7 @@ from megatron_bipe.lock import locked
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.environment import requested_device
-from megatron_bipe.runtime.launcher_env import Meeting, read_launch
+from megatron_bipe.runtime.launcher_env import Rendezvous, read_launch
 from megatron_bipe.runtime.preemption import parse_duration
 from megatron_bipe.tasks.scrolls.evaluate import answer, results_table
 from megatron_bipe.tasks.scrolls.files import Question
@@ -104,9 +104,9 @@ class Given:
         write_checkpoint(run.run_dir, 10, {"0.x": torch.ones(3)})
         return run.run_dir
 
-    def subject(self, encoding: str = "bipe_rope", **changes: object) -> Subject:
+    def subject(self, encoding: str = "bipe_rope", **changes: object) -> EvalModel:
         config = TINY.model_copy(update={"encoding": encoding, **changes})
-        return Subject("tiny", "runs/tiny", build_model(config, 0).eval(), config, "a" * 64, datasets.RULE)
+        return EvalModel("tiny", "runs/tiny", build_model(config, 0).eval(), config, "a" * 64, datasets.RULE)
 
     def exported(self, **changes: object) -> Path:
         """An exported model with changes of its config.json; None removes a key."""
@@ -136,7 +136,7 @@ def with_ds_config(content: Mapping[str, object], *settings: str) -> None:
 
 
 def launch(env: Mapping[str, str]) -> None:
-    read_launch(env, lambda _: Meeting("a", 1), lambda: 1)
+    read_launch(env, lambda _: Rendezvous("a", 1), lambda: 1)
 
 
 def device(given: Given, name: str) -> None:
@@ -190,7 +190,7 @@ def from_tool(name: str, function: str, *arguments: object) -> None:
 
 
 def examples(given: Given) -> Path:
-    return given.dataset(examples=ExamplesRecord(task="sums", seq_len_tokens=8))
+    return given.dataset(examples=PromptAnswerRecord(task="sums", seq_len_tokens=8))
 
 
 def removed(path: Path, name: str) -> Path:

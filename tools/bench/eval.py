@@ -27,7 +27,7 @@ from bench._turns import Prepare, take_turns
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.precision import DTYPES
@@ -62,7 +62,7 @@ def main(argv: Sequence[str] | None) -> None:
 def prepare_ours(model: ModelConfig, encoding: str, folder: Path, length: int, tokens: int) -> Callable[[], None]:
     """One batch of `tools/evaluate.py perplexity`."""
     config, dataset = model.model_copy(update={"encoding": encoding}), TokenDataset(folder)
-    subject = Subject(encoding, encoding, build_model(config), config, None, dataset.rule)
+    subject = EvalModel(encoding, encoding, build_model(config), config, None, dataset.rule)
     settings = Settings(
         max_tokens=tokens + 1, batch_tokens=tokens, device=str(device()), dtype=DTYPES[native_precision()]
     )

@@ -34,7 +34,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.base import start_deepspeed
 from megatron_bipe.engine.start import start_engine
 from megatron_bipe.parallel.collectives import split_linear, to_ranks
-from megatron_bipe.parallel.context_parallel import SplitWindows
+from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.distributed_init import join_launch
 from megatron_bipe.types import Batch
@@ -103,7 +103,7 @@ def exchanges() -> dict[str, Callable[[], None]]:
 
     group = dist.group.WORLD
     assert group is not None
-    windows = SplitWindows(group)
+    windows = UlyssesExchange(group)
     qkv = torch.randn(1, WINDOW // group.size(), HEADS, 3, HEAD_WIDTH, requires_grad=True)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -80,14 +80,14 @@ def be_rank(folder: Path) -> None:
     from megatron_bipe.runtime.preemption import StopRequest
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train import run_folder
-    from megatron_bipe.train.rollback import Recovery
+    from megatron_bipe.train.rollback import Rollback
 
     times_s: dict[str, list[float]] = defaultdict(list)
     clocks: list[tuple[Any, str, str]] = [
         (ZeroEngine, "train_step", "a step"),
         (StopRequest, "agreed", "asking whether to stop"),
-        (Recovery, "judge", "judging losses"),
-        (Recovery, "_name_slow_ranks", RANKS),
+        (Rollback, "judge", "judging losses"),
+        (Rollback, "_name_slow_ranks", RANKS),
         (DeepSpeedEngine, "check_replicas", HASHES),
         (Watchdog, "at", "notes for the watchdog"),
     ]

@@ -22,7 +22,7 @@ from megatron_bipe.checkpoint.shard_files import (
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.model.layer_factory import Share
+from megatron_bipe.model.layer_factory import Shard
 from tests.helpers.checkpoints import about, publish_fragments, write_checkpoint
 from tests.helpers.errors import raises
 
@@ -43,7 +43,7 @@ def whole_state(name):
 
 def fragment(name, tensor_rank, tensor, part=0, parts=1):
     split = PARAMETERS[name][1]
-    share = Share(*split, tensor_rank, tensor) if split and tensor > 1 else None
+    share = Shard(*split, tensor_rank, tensor) if split and tensor > 1 else None
     state = {kind: share.of(x) if share else x for kind, x in whole_state(name).items()}
     shape = tuple(state["weight"].shape)
     flat = {kind: x.flatten() for kind, x in state.items()}

@@ -8,7 +8,7 @@ import torch
 from megatron_bipe.checkpoint import writer as module
 from megatron_bipe.checkpoint.find import find_checkpoint, list_steps
 from megatron_bipe.checkpoint.shard_files import KINDS, Fragment, StateReader
-from megatron_bipe.checkpoint.writer import Saver
+from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
@@ -20,7 +20,7 @@ MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
 
 def make_saver(**settings):
-    return Saver(CheckpointConfig(min_free_gib=0, **settings), MESH, HostCollectives(MESH), lambda: None)
+    return CheckpointWriter(CheckpointConfig(min_free_gib=0, **settings), MESH, HostCollectives(MESH), lambda: None)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from megatron_bipe.data import background_verify
-from megatron_bipe.data.background_verify import ShardCheck
+from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.manifest import Manifest
@@ -37,14 +37,14 @@ def read(dataset: TokenDataset) -> None:
     dataset.windows(np.arange(dataset.num_windows(100)), 100)
 
 
-def until_found(check: ShardCheck, seconds: float = 20.0) -> None:
+def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
         check.raise_found()
         time.sleep(0.01)
 
 
-def until_good(check: ShardCheck, files: int) -> None:
+def until_good(check: BackgroundVerifier, files: int) -> None:
     until_s = time.monotonic() + 20.0
     while len(check._good) < files:
         check.raise_found()
@@ -70,14 +70,14 @@ def test_shard_damaged_before_it_is_read_is_found_and_named(dataset: TokenDatase
     whole = sha256_of(path)
     flip(path)
     both = (whole, sha256_of(path))
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         with raises(DataError, "SHA-256", *both, location=f"part-00001.{suffix}"):
             until_found(check)
 
 
 def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) -> None:
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
         flip(dataset.path / "part-00001.bin", keep_time=True)  # unseen: it would have to be read again
@@ -87,7 +87,7 @@ def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) 
 
 def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
     flip(dataset.path / "part-00002.bin")
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         dataset.windows(np.array([0]), 100)
         until_good(check, files=2)
         time.sleep(0.2)
@@ -95,7 +95,7 @@ def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
 
 
 def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
         flip(dataset.path / "part-00001.bin")
@@ -104,7 +104,7 @@ def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDa
 
 
 def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
         (dataset.path / "part-00002.seg").unlink()
@@ -114,7 +114,7 @@ def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: T
 
 
 def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenDataset) -> None:
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
         os.truncate(dataset.path / "part-00000.bin", 100)
@@ -126,7 +126,7 @@ def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenD
 
 def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenDataset) -> None:
     path = dataset.path / "part-00000.bin"
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
         seen = check._good[path]
@@ -143,13 +143,13 @@ def test_shard_check_leaves_at_once_whatever_there_is_to_read(
     dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_verify, "_WORK_SHARE", 1e-9)  # pauses of hours
-    with ShardCheck(dataset.shards) as check:
+    with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         time.sleep(0.1)
     assert not check._thread.is_alive() and not check._good
 
 
 def test_shard_check_of_nothing_starts_nothing() -> None:
-    with ShardCheck(()) as check:
+    with BackgroundVerifier(()) as check:
         check.raise_found()
         assert not check._thread.is_alive()

@@ -12,18 +12,18 @@ from megatron_bipe.data.blend import Blend, open_blend
 from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.inspection.resegment import resegment
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest
-from megatron_bipe.data.prompt_answer import ExampleDataset, open_dataset, open_text
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
+from megatron_bipe.data.prompt_answer import PromptAnswerDataset, open_dataset, open_text
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.batch_loader import BatchLoader
 from tests.helpers.errors import raises
 
 SEQ = 8
-MADE_FOR = ExamplesRecord(task="sums", seq_len_tokens=SEQ)
+MADE_FOR = PromptAnswerRecord(task="sums", seq_len_tokens=SEQ)
 FIRST = [[1, 7, 5], [8, 2], [1], [5, 9, 9, 9, 9, 9, 2]]  # the second example fills a window
 SECOND = [[1, 5, 6, 7, 8, 9], [2]]
 
@@ -36,7 +36,7 @@ def folder(tmp_path, write_dataset):
 
 def test_windows_are_the_examples_padded_behind_the_answer(folder):
     dataset = open_dataset(folder)
-    assert isinstance(dataset, ExampleDataset)
+    assert isinstance(dataset, PromptAnswerDataset)
     assert dataset.num_windows(SEQ) == dataset.num_examples == 3
     tokens, ends = dataset.windows(np.array([2, 0, 1]), SEQ)
     assert tokens.tolist() == [
@@ -86,7 +86,7 @@ def test_text_has_no_weights_and_is_remembered_as_before_there_were_examples(tmp
     assert label_weight(dataset, np.arange(2), 4) == 1.0
     assert make_batch(dataset, np.arange(2), 4, 7).weights_BT is None
     with raises(DataError, location=tmp_path / "text", remedy="tools/prepare_task.py"):
-        ExampleDataset(tmp_path / "text")
+        PromptAnswerDataset(tmp_path / "text")
 
 
 def test_examples_under_another_segment_rule_stay_examples(tmp_path, write_text_dataset):
@@ -94,7 +94,7 @@ def test_examples_under_another_segment_rule_stay_examples(tmp_path, write_text_
     made.model_copy(update={"examples": MADE_FOR}).save(tmp_path / "text")
     resegment(tmp_path / "text", "sentence", tmp_path / "again")
     again = open_dataset(tmp_path / "again")
-    assert isinstance(again, ExampleDataset) and again.num_examples == 2
+    assert isinstance(again, PromptAnswerDataset) and again.num_examples == 2
     assert again.rule.spec == "sentence"
 
 
@@ -159,7 +159,7 @@ def _mesh(rank=0, num_ranks=1):
 
 
 def test_feed_examples_made_for_other_windows_are_refused(folder):
-    Feed(_run(folder), _mesh())
+    BatchLoader(_run(folder), _mesh())
     for other in (SEQ - 1, SEQ + 1):
         with raises(
             ConfigError,
@@ -168,12 +168,12 @@ def test_feed_examples_made_for_other_windows_are_refused(folder):
             f"tools/prepare_task.py --length {other}",
             location=folder,
         ):
-            Feed(_run(folder, other), _mesh())
+            BatchLoader(_run(folder, other), _mesh())
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_feed_weights_of_a_step_make_the_mean_over_its_answers_whatever_the_ranks(folder, num_ranks):
-    feeds = [Feed(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+    feeds = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
     for step in range(3):
         batches = [batch for feed in feeds for batch in feed.train_batches(8 * step)]
         weights = torch.cat([batch.weights_BT for batch in batches])
@@ -186,7 +186,7 @@ def test_feed_validation_on_examples_weighs_them_over_all_its_windows(tmp_path, 
     write_dataset(tmp_path / "held-out", [[*FIRST, *SECOND, *FIRST[:2]]], examples=MADE_FOR)
     run = _run(folder)
     data = run.data.model_copy(update={"valid_path": tmp_path / "held-out"})
-    feed = Feed(run.model_copy(update={"data": data}), _mesh())
+    feed = BatchLoader(run.model_copy(update={"data": data}), _mesh())
     weights = torch.cat([batch.weights_BT for batch in feed.valid_batches()])
     assert weights.shape == (4, SEQ)
     assert weights.mean() == pytest.approx(1, rel=1e-6)

@@ -11,7 +11,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.plan import build_model
 from tests.helpers.checkpoints import write_checkpoint
@@ -64,7 +64,7 @@ def make_subject():
             "init_std": 0.2,
         }
         config = ModelConfig(**values | changes)
-        return Subject(name, f"runs/{name}", build_model(config, seed=3), config, fingerprint, rule)
+        return EvalModel(name, f"runs/{name}", build_model(config, seed=3), config, fingerprint, rule)
 
     return make
 

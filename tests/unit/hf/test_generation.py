@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from transformers import CompileConfig, DynamicCache, PreTrainedConfig, StaticCache
 
 from megatron_bipe.config.schema import RopeScaling
-from megatron_bipe.hf.positions_bipe import Places, read_cache_positions, write_cache_positions
+from megatron_bipe.hf.positions_bipe import PositionIds, read_cache_positions, write_cache_positions
 from tests.helpers.hf import NEAR
 
 # No loops, and separators often: what is generated must move the positions.
@@ -136,7 +136,7 @@ def test_static_cache_after_reset_starts_anew(model, tokens_of):
 @given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9), st.booleans())
 def test_cache_in_bf16_remembers_places_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]
-    places = Places(next_intra, next_inter, next_intra, next_inter)
+    places = PositionIds(next_intra, next_inter, next_intra, next_inter)
     cache = DynamicCache()
     keys = torch.cat([torch.randn(1, 1, len(counts), 8), write_cache_positions(places)], dim=-1).bfloat16()
     if static:

@@ -5,7 +5,7 @@ import pytest
 
 from megatron_bipe.data.discovery import open_tokenizer
 from megatron_bipe.data.inspection.verify import find_problems
-from megatron_bipe.data.manifest import ExamplesRecord, Manifest
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.errors import DataError
@@ -24,7 +24,7 @@ LENGTH = 8
 @pytest.fixture
 def contents(letters):
     rule = resolve_rule("newline", letters)
-    return Contents(letters, rule, {"by": "test"}, ExamplesRecord(task="letters", seq_len_tokens=LENGTH))
+    return Contents(letters, rule, {"by": "test"}, PromptAnswerRecord(task="letters", seq_len_tokens=LENGTH))
 
 
 def example(prompt, answer, place="somewhere"):
@@ -101,7 +101,7 @@ def test_scrolls_split_becomes_an_example_for_each_output(tmp_path, letters, ben
     rows = list(read_rows(benchmark, name, "train"))
     dataset, prompter = open_dataset(tmp_path), Prompter(TASKS[name], 1300, letters)
     assert dataset.num_windows(1300) == len(rows) == 9
-    assert made.examples == ExamplesRecord(task=name, seq_len_tokens=1300)
+    assert made.examples == PromptAnswerRecord(task=name, seq_len_tokens=1300)
     tokens, _ = dataset.windows(np.arange(9), 1300)
     answers = dataset.answers(np.arange(9))
     for row, ids, (first, stop) in zip(rows, tokens, answers, strict=True):

@@ -6,14 +6,14 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bipe.runtime import heartbeat
-from megatron_bipe.runtime.heartbeat import End, Heartbeat, RollCall, silent_ranks, where_ranks_are
+from megatron_bipe.runtime.heartbeat import Heartbeat, HeartbeatStore, Shutdown, silent_ranks, where_ranks_are
 
 
 @pytest.fixture
 def ranks():
     """Two ranks of a launch of three."""
     store = dist.HashStore()
-    return RollCall(store, 0, 3), RollCall(store, 1, 3)
+    return HeartbeatStore(store, 0, 3), HeartbeatStore(store, 1, 3)
 
 
 def signs(*places, beats=1):
@@ -32,18 +32,18 @@ def test_roll_call_shows_the_last_sign_of_each_rank_and_none_of_one_that_never_c
 def test_roll_call_has_one_first_failure_and_all_hear_of_the_end(ranks):
     assert [rank.is_first_to_fail() for rank in (ranks[1], ranks[0], ranks[1])] == [True, False, False]
     assert ranks[0].ended() is None
-    ranks[1].end(End("rank 1 failed", 2))
-    assert ranks[0].ended() == End("rank 1 failed", 2)
+    ranks[1].end(Shutdown("rank 1 failed", 2))
+    assert ranks[0].ended() == Shutdown("rank 1 failed", 2)
 
 
 def test_roll_call_keeps_rank_0_until_all_have_finished(ranks):
-    last = RollCall(dist.HashStore(), 0, 2)
+    last = HeartbeatStore(dist.HashStore(), 0, 2)
     with pytest.raises(RuntimeError, match=r"(?i)time.{0,2}out"):
         last.finish(0.1)
     store = dist.HashStore()
-    other = threading.Thread(target=RollCall(store, 1, 2).finish, args=(10,))
+    other = threading.Thread(target=HeartbeatStore(store, 1, 2).finish, args=(10,))
     other.start()
-    RollCall(store, 0, 2).finish(10)
+    HeartbeatStore(store, 0, 2).finish(10)
     other.join()
 
 
@@ -55,7 +55,7 @@ def test_roll_call_does_not_wait_for_a_store_that_stands_still(monkeypatch):
         def add(self, *_):
             release.wait()
 
-    call = RollCall(Stuck(), 0, 2)
+    call = HeartbeatStore(Stuck(), 0, 2)
     with pytest.raises(TimeoutError):
         call.is_first_to_fail()
     release.set()

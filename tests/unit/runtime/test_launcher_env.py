@@ -5,11 +5,11 @@ import logging
 import pytest
 
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.launcher_env import Launch, Meeting, first_host, read_launch, tasks_by_host
+from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, first_host, read_launch, tasks_by_host
 from tests.helpers.errors import assert_warned, raises
 
 AT = {"MASTER_ADDR": "head", "MASTER_PORT": "2950"}
-HEAD = Meeting("head", 2950)
+HEAD = Rendezvous("head", 2950)
 DEEPSPEED = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_SIZE": "4", **AT}
 TORCHRUN = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4", **AT}
 OPEN_MPI = {
@@ -51,7 +51,7 @@ def test_read_launch_finds_the_rank_that_each_launcher_tells(env):
 
 @pytest.mark.parametrize("env", [{}, AT, {"SLURM_JOB_ID": "7"}])
 def test_read_launch_without_a_launcher_is_one_rank(env):
-    assert read(env) == Launch(0, 0, 1, 1, Meeting("127.0.0.1", 4321))
+    assert read(env) == Launch(0, 0, 1, 1, Rendezvous("127.0.0.1", 4321))
 
 
 @pytest.mark.parametrize("env", [OPEN_MPI, HYDRA])
@@ -60,10 +60,10 @@ def test_read_launch_lets_mpi_ranks_agree_where_to_meet(env):
 
     def agree(one_host):
         asked.append(one_host)
-        return Meeting("found", 77)
+        return Rendezvous("found", 77)
 
-    assert read(env, agree).meeting == Meeting("found", 77)
-    assert read(env | {"MASTER_ADDR": "head"}, agree).meeting == Meeting("head", 77)
+    assert read(env, agree).meeting == Rendezvous("found", 77)
+    assert read(env | {"MASTER_ADDR": "head"}, agree).meeting == Rendezvous("head", 77)
     on_one = {name: "8" if value == "4" else value for name, value in env.items()}
     assert read(on_one, agree).num_local_ranks == 8
     assert asked == [False, False, True]
@@ -75,7 +75,7 @@ def test_read_launch_by_srun_meets_at_the_first_host_on_a_port_of_the_step():
     others = [SRUN | {"SLURM_STEP_ID": "1"}, SRUN | {"SLURM_JOB_ID": "1234568"}]
     assert len({meeting.port, *(read(other).meeting.port for other in others)}) == 3
     assert read(SRUN | {"SLURM_STEP_NODELIST": "gpu08"}).meeting.address == "gpu08"
-    assert read(SRUN | {"MASTER_PORT": "99"}).meeting == Meeting("gpu07", 99)
+    assert read(SRUN | {"MASTER_PORT": "99"}).meeting == Rendezvous("gpu07", 99)
 
 
 def test_read_launch_by_srun_counts_the_tasks_of_its_own_host():

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_bipe.config.schema import HealthConfig
-from megatron_bipe.train.anomaly_detector import Health, Reading
+from megatron_bipe.train.anomaly_detector import AnomalyDetector, Reading
 
 CALM = [3.0 + 0.01 * (-1) ** number for number in range(10)]
 
@@ -15,7 +15,7 @@ def _readings(losses, first=1, norm=1.0):
 
 
 def _health(**fields):
-    return Health(HealthConfig(**({"patience": 2, "spike_window": 10} | fields)))
+    return AnomalyDetector(HealthConfig(**({"patience": 2, "spike_window": 10} | fields)))
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])

@@ -13,7 +13,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shuffle import SampleOrder
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.batch_loader import Feed
+from megatron_bipe.train.batch_loader import BatchLoader
 from tests.helpers.errors import raises
 
 SEQ, GLOBAL, MICRO = 8, 8, 2
@@ -51,7 +51,7 @@ def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_
     dataset = TokenDataset(run.data.path)
     order = SampleOrder(dataset.num_windows(SEQ), run.train.seed)
     for step in (0, 3, 40):  # 40 lies epochs later
-        feeds = [Feed(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        feeds = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
         per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
         assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
@@ -67,7 +67,7 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     blended = run.model_copy(update={"data": data})
     blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
     for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
-        feeds = [Feed(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        feeds = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
         per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = blend.windows(blend.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
@@ -80,11 +80,11 @@ def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refu
     path = {str(run.data.path): 1, str(run.data.valid_path): 1}
     data = DataConfig(path=path, segments="reference")
     with raises(ConfigError, "'reference'", "'[5]'", location=run.data.path):
-        Feed(run.model_copy(update={"data": data}), _mesh())
+        BatchLoader(run.model_copy(update={"data": data}), _mesh())
 
 
 def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
-    feeds = [Feed(run, _mesh(rank, 2)) for rank in range(2)]
+    feeds = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
     shares = [torch.cat(_tokens(feed.valid_batches())) for feed in feeds]
     assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
     assert torch.equal(shares[0], torch.cat(_tokens(feeds[0].valid_batches())))
@@ -94,32 +94,32 @@ def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
 def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
     big = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 10_000})})
     windows = TokenDataset(run.data.valid_path).num_windows(SEQ)
-    assert len(torch.cat(_tokens(Feed(big, _mesh()).valid_batches()))) == windows // MICRO * MICRO
+    assert len(torch.cat(_tokens(BatchLoader(big, _mesh()).valid_batches()))) == windows // MICRO * MICRO
 
 
 def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
     one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
     with raises(DataError, 1, "2 data-parallel", location=run.data.valid_path, remedy="train.valid_samples"):
-        Feed(one, _mesh(0, 2))
+        BatchLoader(one, _mesh(0, 2))
 
 
 def test_feed_missing_data_names_the_command_that_makes_it(run, tmp_path):
     absent = run.model_copy(update={"data": run.data.model_copy(update={"path": tmp_path / "absent"})})
     with raises(DataError, location=tmp_path / "absent", remedy="tools/preprocess.py"):
-        Feed(absent, _mesh())
+        BatchLoader(absent, _mesh())
 
 
 def test_feed_window_longer_than_the_corpus_is_refused(run):
     long = run.model_copy(update={"train": run.train.model_copy(update={"seq_len_tokens": 1000})})
     with raises(DataError, 720, 1000, 1001, location=run.data.path, remedy="train.seq_len_tokens"):
-        Feed(long, _mesh())
+        BatchLoader(long, _mesh())
 
 
 def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
     other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
     write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
     with raises(DataError, run.data.valid_path, "b" * 64, "a" * 64, location="data.path"):
-        Feed(run, _mesh())
+        BatchLoader(run, _mesh())
 
 
 def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run, write_dataset):
@@ -127,19 +127,19 @@ def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run
     write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)
     observed = run.data.valid_path, "'fixed:3'", "'[5]'"
     with raises(DataError, *observed, location="data.path", remedy="--segments '[5]'"):
-        Feed(run, _mesh())
-    Feed(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
+        BatchLoader(run, _mesh())
+    BatchLoader(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
 
 
 def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
     model = run.model.model_copy(update={"intra_size": 8})
     short = run.model_copy(update={"model": model})
     sines = run.model_copy(update={"model": model.model_copy(update={"intra_encoding": "sinusoidal", "intra_size": 2})})
-    learned, places = (next(iter(Feed(each, _mesh()).train_batches(0))).intra_BT for each in (short, sines))
+    learned, places = (next(iter(BatchLoader(each, _mesh()).train_batches(0))).intra_BT for each in (short, sines))
     assert learned.max() <= 7 and places.max() >= 2 and torch.equal(learned, places.clamp(max=7))
 
 
 def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):
     small = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 99})})
     with raises(ConfigError, "model.vocab_size=99", "100 ids", location=run.data.path):
-        Feed(small, _mesh())
+        BatchLoader(small, _mesh())

@@ -14,9 +14,9 @@ from megatron_bipe.train.events import Events, read_events
 from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.rollback import Recovery
+from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
-from megatron_bipe.train.train_state import Progress
+from megatron_bipe.train.train_state import TrainState
 from tests.helpers.errors import assert_warned, raises
 from tests.helpers.loop import MAIN, Notes
 
@@ -30,9 +30,9 @@ def start(tmp_path):
         run = load_run_config(None, [f"run_dir={tmp_path}", *base, *settings])
         notes = notes or Notes(tmp_path, [256 * (step - 1) for step in bad_steps])
         events = Events(tmp_path, True)
-        progress = progress or Progress(step=start, samples=256 * start)
+        progress = progress or TrainState(step=start, samples=256 * start)
         metrics = Metrics(run, MAIN, progress, None)
-        recovery = Recovery(run, notes, notes, events, progress)
+        recovery = Rollback(run, notes, notes, events, progress)
         parts = Parts(notes, notes, metrics, notes, recovery, stop_request or StopRequest(), Profile(0, tmp_path, MAIN))
         end = train(run, parts, progress, stop)
         metrics.close()
@@ -69,7 +69,7 @@ def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
     done = start(stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.names == ["step", "step", "save"] and done.end.step == 2
     assert done.end.valid_owed  # due after step 2, and left for later
-    again = start(progress=Progress.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
+    again = start(progress=TrainState.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
     assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
 
 
@@ -123,7 +123,7 @@ def test_train_validation_that_is_owed_is_made_up_for_again_after_a_return(start
     notes = stopped.notes
     notes.calls.clear()
     notes.bad_samples = [256 * step for step in (2, 3)]
-    progress = Progress.at(2, 256, notes.loop_states[step_folder(stopped.run_dir, 2)])
+    progress = TrainState.at(2, 256, notes.loop_states[step_folder(stopped.run_dir, 2)])
     again = start("health.patience=2", progress=progress, notes=notes)
     assert notes.names[:5] == ["eval", "step", "step", "load", "eval"]
     lines = [json.loads(line) for line in (again.run_dir / "metrics.jsonl").read_text().splitlines()]

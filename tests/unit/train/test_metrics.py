@@ -16,7 +16,7 @@ from megatron_bipe.model.plan import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import MetricsFile
-from megatron_bipe.train.train_state import Progress
+from megatron_bipe.train.train_state import TrainState
 from tests.helpers.errors import assert_warned
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
@@ -40,7 +40,7 @@ def _scalars(run, tag):
 
 
 def _do(run, steps, start=0, mesh=MAIN, valid_owed=False, began_at_s=None):
-    metrics = Metrics(run, mesh, Progress(step=start, valid_owed=valid_owed), 1e12, began_at_s)
+    metrics = Metrics(run, mesh, TrainState(step=start, valid_owed=valid_owed), 1e12, began_at_s)
     for step in steps:
         metrics.step(step, (8 * step - 8, 8 * step), StepResult(torch.tensor(float(step)), 0.5), lr=1e-4)
     metrics.flush()
@@ -74,7 +74,7 @@ def test_metrics_mfu_is_of_the_peak_of_all_ranks_and_above_one_warned_of_once(ru
     now_s, step_s, num_ranks = 0.0, 4.0, 2
     monkeypatch.setattr("time.perf_counter", lambda: now_s)
     mesh = Mesh(0, 0, num_ranks, num_ranks, torch.device("cpu"))
-    metrics = Metrics(run, mesh, Progress(), flops / (mfu * step_s * num_ranks))
+    metrics = Metrics(run, mesh, TrainState(), flops / (mfu * step_s * num_ranks))
     for step in (1, 2):
         now_s += step_s
         metrics.step(step, (0, 8), StepResult(torch.tensor(1.0), 0.5), lr=1e-4)
@@ -86,7 +86,7 @@ def test_metrics_mfu_is_of_the_peak_of_all_ranks_and_above_one_warned_of_once(ru
 
 def test_metrics_without_a_known_peak_show_no_mfu(run, caplog):
     with caplog.at_level("INFO"):
-        metrics = Metrics(run, MAIN, Progress(), None)
+        metrics = Metrics(run, MAIN, TrainState(), None)
         metrics.step(1, (0, 8), StepResult(torch.tensor(1.0), 0.5), lr=1e-4)
         metrics.close()
     assert "mfu" not in caplog.text and "tokens/s" in caplog.text and "goodput" not in caplog.text
@@ -94,18 +94,18 @@ def test_metrics_without_a_known_peak_show_no_mfu(run, caplog):
 
 
 def test_metrics_of_a_loss_that_is_not_finite_are_json_and_shown_again_after_a_restart(run):
-    metrics = Metrics(run, MAIN, Progress(), None)
+    metrics = Metrics(run, MAIN, TrainState(), None)
     metrics.step(1, (0, 8), StepResult(torch.tensor(torch.nan), float("inf")), lr=1e-4)
     metrics.close()
     [line] = [orjson.loads(line) for line in (run.run_dir / "metrics.jsonl").read_bytes().splitlines()]
     assert (line["loss/train_nats"], line["optim/grad_norm"]) == (None, None)
-    Metrics(run, MAIN, Progress(step=1), None).close()
+    Metrics(run, MAIN, TrainState(step=1), None).close()
     [(step, loss)] = _scalars(run, "loss/train_nats")
     assert step == 1 and math.isnan(loss)
 
 
 def test_metrics_flush_tells_what_it_read(run):
-    metrics = Metrics(run, MAIN, Progress(), None)
+    metrics = Metrics(run, MAIN, TrainState(), None)
     metrics.step(1, (0, 8), StepResult(torch.tensor(2.5), 0.5), lr=1e-4)
     assert [tuple(reading) for reading in metrics.flush()] == [(1, (0, 8), 2.5, 0.5)]
     assert metrics.flush() == []
@@ -161,7 +161,7 @@ def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_owed(run,
 def test_metrics_reach_tensorboard_once_over_a_restart_and_a_return(run):
     _do(run, [1, 2, 3]).close()
     metrics = _do(run, [3, 4, 5], start=2)
-    metrics.go_back(Progress(step=4))
+    metrics.go_back(TrainState(step=4))
     metrics.step(5, (32, 40), StepResult(torch.tensor(50.0), 0.5), lr=1e-4)
     metrics.close()
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
@@ -197,14 +197,14 @@ def test_metrics_goodput_counts_only_steps_that_stay(run, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr("time.time", lambda: now[0])
     monkeypatch.setattr("time.perf_counter", lambda: now[0])
-    metrics = Metrics(run, MAIN, Progress(), None, began_at_s=900.0)
+    metrics = Metrics(run, MAIN, TrainState(), None, began_at_s=900.0)
     for step in (1, 2):
         now[0] += 10
         metrics.step(step, (0, 8), StepResult(1.0, 1.0), lr=1e-4)
         metrics.flush()
     assert metrics.goodput() == pytest.approx(20 / 120)
     metrics.close()
-    assert Metrics(run, MAIN, Progress(step=1), None, began_at_s=900.0).goodput() == pytest.approx(10 / 120)
+    assert Metrics(run, MAIN, TrainState(step=1), None, began_at_s=900.0).goodput() == pytest.approx(10 / 120)
 
 
 def test_metrics_other_ranks_write_nothing(run):

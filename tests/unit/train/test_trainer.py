@@ -6,7 +6,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.train_state import Progress
+from megatron_bipe.train.train_state import TrainState
 from megatron_bipe.train.trainer import go_on
 from tests.helpers.loop import MAIN, Notes
 
@@ -16,7 +16,7 @@ BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 @pytest.mark.parametrize(("stop", "steps"), [(4, 0), (6, 0), (8, 2)])
 def test_run_that_is_further_than_asked_for_is_finished_and_nothing_is_done(tmp_path, stop, steps, caplog):
     run, notes = load_run_config(None, [*BF16, f"run_dir={tmp_path}", "train.steps=8"]), Notes(tmp_path)
-    notes.save(tmp_path, 6, loop_state=Progress(step=6, samples=6 * 256).model_dump(mode="json"), final=True)
+    notes.save(tmp_path, 6, loop_state=TrainState(step=6, samples=6 * 256).model_dump(mode="json"), final=True)
     with caplog.at_level("INFO"):
         assert go_on(run, MAIN, notes, notes, notes, StopRequest(), stop, Profile(0, tmp_path, MAIN))
     assert notes.names.count("step") == steps

@@ -8,7 +8,7 @@ from torch import nn
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.eval_model import Subject
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.train.warm_start import _differences, start_run
 from tests.helpers.errors import raises
 
@@ -44,7 +44,7 @@ def test_remedy_for_another_model_is_what_the_command_line_takes(tmp_path):
     asked = [f"run_dir={tmp_path}", "model.encoding=randomized_rope", "model.position_range=5000"]
     run = load_run_config(None, asked)
     with raises(ConfigError, "position_range", 5000, "rope_scaling", location="m", remedy="--set=") as error:
-        start_run(run, Subject("m", "m", nn.Sequential(), model, None, None), {})
+        start_run(run, EvalModel("m", "m", nn.Sequential(), model, None, None), {})
     words = [word for word in shlex.split(error.value.remedy) if word.startswith("--set=model.")]
     assert len(words) == 3
     mended = load_run_config(None, [*asked, *(word.removeprefix("--set=") for word in words)])
