@@ -46,7 +46,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import lock_run_dir, settle_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
-    from megatron_bipe.train.trainer import go_on
+    from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
     mesh = join_launch(launch).with_layout(run.parallel)
@@ -57,30 +57,29 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             sys.stdout.write(describe(run, ds_config, num_ranks, precision))
         return
     _log_lines(start_summary(run, ds_config, mesh, precision))
-    feed = BatchLoader(run, mesh)
-    tokenizer = open_tokenizer(feed.dataset)
-    stop = min(run.train.steps, args.stop_step or run.train.steps)
+    loader = BatchLoader(run, mesh)
+    tokenizer = open_tokenizer(loader.dataset)
+    stop_step = min(run.train.steps, args.stop_step or run.train.steps)
     stop_request.install_handlers()  # before there is something to save, a signal ends the process
     with (
-        lock_run_dir(run, feed.record, args.allow, mesh.is_main),
-        feed.checking_shards(),
+        lock_run_dir(run, loader.record, args.allow, mesh.is_main),
+        loader.checking_shards(),
         Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
     ):
-        engine = start_engine(run, ds_config, mesh, feed.record)  # waits for all: none reads the run folder any more
+        engine = start_engine(run, ds_config, mesh, loader.record)  # waits for all: none reads the run folder any more
         if mesh.is_main:
-            write_run_folder(run, feed.record, tokenizer)
+            write_run_folder(run, loader.record, tokenizer)
             if run.train.init_from is not None:
                 from megatron_bipe.train.warm_start import begin_from_model  # with transformers' models: 2 s
 
                 begin_from_model(run)
-        finished = go_on(
-            run, mesh, engine, feed, watchdog, stop_request, stop, Profile(args.profile, run.run_dir, mesh)
-        )
+        profile = Profile(args.profile, run.run_dir, mesh)
+        finished = Trainer(run, mesh, engine, loader, watchdog, stop_request, profile).run(stop_step)
     engine.close()
     stop_request.remove_handlers()
     if not finished:
         sys.exit(CONTINUE_LATER)
-    _log_lines(end_summary(run, stop))
+    _log_lines(end_summary(run, stop_step))
 
 
 def _log_lines(text: str) -> None:

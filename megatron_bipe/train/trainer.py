@@ -1,6 +1,7 @@
-"""One start of a run, from where it stands to its end or to a request to stop, with all that watches over it."""
+"""Training from the newest valid checkpoint of a run up to a step; `Trainer.train` shows the order of one step."""
 
 import logging
+from dataclasses import dataclass
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.interface import Engine
@@ -12,69 +13,139 @@ from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
 from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.events import DONE, START, STOP, Events, read_events
-from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.rollback import Rollback
+from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.train_state import TrainState
 
 _log = logging.getLogger(__name__)
 
 
-def go_on(
-    run: RunConfig,
-    mesh: Mesh,
-    engine: Engine,
-    feed: BatchLoader,
-    watchdog: Watchdog,
-    stop_request: StopRequest,
-    stop: int,
-    profile: Profile,
-) -> bool:
-    """Train from the newest good checkpoint on; all ranks call this together.
+@dataclass(frozen=True)
+class Trainer:
+    """Trains one run; every rank makes one and calls its methods together.
 
     Args:
-        run: the run; its folder is there.
-        mesh: this process, laid out.
-        engine: just started.
-        feed: of the batches.
-        watchdog: entered.
-        stop_request: from now on of all ranks together.
-        stop: updates done at the end; where the run is further, nothing is done.
-        profile: of some of them.
-
-    Returns:
-        Whether it came there; False where it was asked to stop before.
+        config: configuration of the run, whose folder exists.
+        mesh: this rank's coordinates.
+        engine: started for this run.
+        loader: source of training and validation batches.
+        watchdog: entered by the caller.
+        stop_request: requests to stop; ranks agree on them from now on.
+        profile: traces some of the steps.
     """
-    engine.on_forward(watchdog.heartbeat)
-    progress = _stand(run, engine, watchdog)
-    if progress.step > stop:
-        _log.info("the run is at step %d already, past the %d that are asked for", progress.step, stop)
-    keep_freed_memory(mesh.device)  # from here on; what starting and loading took is given back
-    events = Events(run.run_dir, mesh.is_main)
-    stop_request.agree_by(engine.host.any_rank)
-    events.add(START, step=progress.step, ranks=mesh.num_ranks)
-    began_at_s = read_events(run.run_dir)[0]["time"] if mesh.is_main else None
-    metrics = Metrics(run, mesh, progress, peak_flops(mesh.device, DTYPES[run.train.precision]), began_at_s)
-    recovery = Rollback(run, engine, feed, events, progress)
-    progress = train(run, Parts(engine, feed, metrics, watchdog, recovery, stop_request, profile), progress, stop)
-    profile.close()
-    metrics.close()
-    finished = progress.step >= stop and not (stop_request.granted and progress.valid_owed)
-    goodput = metrics.goodput() if mesh.is_main else None
-    events.add(DONE if finished else STOP, step=progress.step, goodput=goodput)
-    if stop_request.reason and not finished:
-        write_stderr(f"{rank_name(mesh)}: {stop_request.reason}, after step {progress.step}; the same command goes on")
-    return finished
+
+    config: RunConfig
+    mesh: Mesh
+    engine: Engine
+    loader: BatchLoader
+    watchdog: Watchdog
+    stop_request: StopRequest
+    profile: Profile
+
+    def run(self, stop_step: int) -> bool:
+        """Load the newest valid checkpoint, if there is one, and train until `stop_step` updates are done.
+
+        Returns:
+            True if the run got there, False if it was asked to stop before. Nothing is done if it is further already.
+        """
+        config, mesh, engine = self.config, self.mesh, self.engine
+        engine.on_forward(self.watchdog.heartbeat)
+        state = self._load_state()
+        if state.step > stop_step:
+            _log.info("the run is at step %d already, past the %d that are asked for", state.step, stop_step)
+        keep_freed_memory(mesh.device)  # start-up and loading have returned theirs
+        events = Events(config.run_dir, mesh.is_main)
+        self.stop_request.agree_by(engine.host.any_rank)
+        events.add(START, step=state.step, ranks=mesh.num_ranks)
+        began_at_s = read_events(config.run_dir)[0]["time"] if mesh.is_main else None
+        metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
+        rollback = Rollback(config, engine, self.loader, events, state)
+        state = self.train(state, metrics, rollback, stop_step)
+        self.profile.close()
+        metrics.close()
+        finished = state.step >= stop_step and not (self.stop_request.granted and state.valid_owed)
+        goodput = metrics.goodput() if mesh.is_main else None
+        events.add(DONE if finished else STOP, step=state.step, goodput=goodput)
+        if self.stop_request.reason and not finished:
+            reason = f"{self.stop_request.reason}, after step {state.step}; the same command goes on"
+            write_stderr(f"{rank_name(mesh)}: {reason}")
+        return finished
+
+    def train(self, state: TrainState, metrics: Metrics, rollback: Rollback, stop_step: int) -> TrainState:
+        """Do updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.
+
+        Args:
+            state: training state at the start; changed.
+            metrics: receives every step.
+            rollback: checks the steps, and returns to a checkpoint when several in a row are bad.
+            stop_step: number of updates done at the end.
+
+        Returns:
+            The training state at the end.
+        """
+        engine, loader, stop_request = self.engine, self.loader, self.stop_request
+        optimizer, settings = self.config.optimizer, self.config.train
+        if state.valid_owed:
+            self._validate(state, metrics)
+        save_owed, stopping, first = False, stop_request.agreed(), state.step + 1
+        while state.step < stop_step and not stopping:
+            lr = learning_rate(optimizer, settings.steps, state.step)
+            samples = state.next_batch_range(settings.global_batch)
+            step = state.step
+            batches = self.watchdog.track_batches(f"step {step}", loader.train_batches(samples[0]))
+            metrics.step(step, samples, engine.train_step(batches, lr), lr)
+            self.profile.step_done()
+            stopping = stop_request.agreed()
+            if _is_due(step, settings.check_replicas_every):
+                engine.check_replicas(step)
+            state.valid_owed = loader.has_valid and (_is_due(step, settings.valid_every) or step == settings.steps)
+            save_owed = save_owed or stopping or _is_due(step, settings.save_every) or step == stop_step
+            if not (step == first or _is_due(step, settings.log_every) or state.valid_owed or save_owed):
+                continue
+            rollback.check_steps(metrics.flush())  # waits for the device
+            last_is_bad = step == stop_step and not rollback.is_well
+            if rollback.is_needed or (last_is_bad and rollback.can_go_back()):
+                state, save_owed = rollback.go_back(), False
+                metrics.go_back(state)
+                stopping = (state.valid_owed and self._validate(state, metrics)) or stopping
+                continue
+            if state.valid_owed and not stopping:
+                stopping = self._validate(state, metrics)
+                save_owed = save_owed or stopping
+            if save_owed and (rollback.is_well or last_is_bad):
+                state.good_losses = rollback.good_losses
+                metrics.sync()
+                self.watchdog.mark(f"checkpoint of step {step}")
+                is_last = stopping or step == stop_step
+                engine.save(self.config.run_dir, step, loop_state=state.model_dump(mode="json"), final=is_last)
+                metrics.restart_clock()
+                save_owed = (
+                    False  # a stop requested meanwhile is seen after the next step, which is saved
+                )
+        return state
+
+    def _load_state(self) -> TrainState:
+        self.watchdog.mark("the choice of a checkpoint")
+        checkpoint = self.engine.latest_valid_checkpoint(self.config.run_dir)
+        if checkpoint is None:
+            return TrainState()
+        self.watchdog.mark(f"loading step {checkpoint.step}")
+        loop_state = self.engine.load(checkpoint.folder)
+        state = TrainState.at(checkpoint.step, self.config.train.global_batch, loop_state)
+        _log.info("continuing %s from step %d", self.config.run_dir, state.step)
+        return state
+
+    def _validate(self, state: TrainState, metrics: Metrics) -> bool:
+        """Do the pending validation; return True, and leave it pending, if a stop is requested meanwhile."""
+        batches = self.stop_request.until(self.loader.valid_batches())
+        loss = self.engine.eval_loss(self.watchdog.track_batches(f"validation after step {state.step}", batches))
+        if not self.stop_request.granted:
+            state.valid_owed = False
+            metrics.valid(state.step, loss)
+        return self.stop_request.granted
 
 
-def _stand(run: RunConfig, engine: Engine, watchdog: Watchdog) -> TrainState:
-    """How far the run is, and its state in the engine."""
-    watchdog.mark("the choice of a checkpoint")
-    checkpoint = engine.latest_valid_checkpoint(run.run_dir)
-    if checkpoint is None:
-        return TrainState()
-    watchdog.mark(f"loading step {checkpoint.step}")
-    progress = TrainState.at(checkpoint.step, run.train.global_batch, engine.load(checkpoint.folder))
-    _log.info("continuing %s from step %d", run.run_dir, progress.step)
-    return progress
+def _is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

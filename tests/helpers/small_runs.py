@@ -80,7 +80,7 @@ def train_in_rank(
     """
     from megatron_bipe.runtime.preemption import StopRequest
     from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.trainer import go_on
+    from megatron_bipe.train.trainer import Trainer
 
     run = load_run_config(None, options(Path(data) / "train", Path(run_dir), *settings, steps=steps)[1::2])
     engine, mesh_here = start_engine_of(run, mesh, zero)
@@ -89,7 +89,8 @@ def train_in_rank(
     feed.fault, feed.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
     watchdog, profile = _IdleWatchdog(), Profile(0, run.run_dir, mesh_here)
-    assert go_on(run, mesh_here, engine, feed, watchdog, StopRequest(), stop, profile)  # type: ignore[arg-type]
+    trainer = Trainer(run, mesh_here, engine, feed, watchdog, StopRequest(), profile)  # type: ignore[arg-type]
+    assert trainer.run(stop)
     Arithmetic.reset()
     return feed.read
 

@@ -11,12 +11,12 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import HealthError
 from megatron_bipe.runtime.preemption import SIGNALS, StopRequest
 from megatron_bipe.train.events import Events, read_events
-from megatron_bipe.train.loop import Parts, train
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.train_state import TrainState
+from megatron_bipe.train.trainer import Trainer
 from tests.helpers.errors import assert_warned, raises
 from tests.helpers.loop import MAIN, Notes
 
@@ -32,9 +32,10 @@ def start(tmp_path):
         events = Events(tmp_path, True)
         progress = progress or TrainState(step=start, samples=256 * start)
         metrics = Metrics(run, MAIN, progress, None)
-        recovery = Rollback(run, notes, notes, events, progress)
-        parts = Parts(notes, notes, metrics, notes, recovery, stop_request or StopRequest(), Profile(0, tmp_path, MAIN))
-        end = train(run, parts, progress, stop)
+        rollback = Rollback(run, notes, notes, events, progress)
+        profile = Profile(0, tmp_path, MAIN)
+        trainer = Trainer(run, MAIN, notes, notes, notes, stop_request or StopRequest(), profile)
+        end = trainer.train(progress, metrics, rollback, stop)
         metrics.close()
         return SimpleNamespace(notes=notes, end=end, run=run, run_dir=tmp_path)
 

@@ -7,7 +7,7 @@ from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.train_state import TrainState
-from megatron_bipe.train.trainer import go_on
+from megatron_bipe.train.trainer import Trainer
 from tests.helpers.loop import MAIN, Notes
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
@@ -18,7 +18,7 @@ def test_run_that_is_further_than_asked_for_is_finished_and_nothing_is_done(tmp_
     run, notes = load_run_config(None, [*BF16, f"run_dir={tmp_path}", "train.steps=8"]), Notes(tmp_path)
     notes.save(tmp_path, 6, loop_state=TrainState(step=6, samples=6 * 256).model_dump(mode="json"), final=True)
     with caplog.at_level("INFO"):
-        assert go_on(run, MAIN, notes, notes, notes, StopRequest(), stop, Profile(0, tmp_path, MAIN))
+        assert Trainer(run, MAIN, notes, notes, notes, StopRequest(), Profile(0, tmp_path, MAIN)).run(stop)
     assert notes.names.count("step") == steps
     assert read_events(tmp_path)[-1]["event"] == "done"
     assert any("step 6" in line and " 4" in line for line in caplog.messages) == (stop == 4)
