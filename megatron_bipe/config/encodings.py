@@ -45,7 +45,7 @@ RELATIVE: Mapping[str, Relative] = {
     "alibi": Relative("alibi:Alibi", longest_window_tokens=2**16),
     "xpos": Relative("xpos:Xpos", rotates=True, longest_window_tokens=2**14),
     "t5": Relative("t5:T5Bias"),
-    "nope": Relative("relative:RelativeEncoding"),
+    "nope": Relative("base:RelativeEncoding"),
 }
 ENCODINGS: Mapping[str, Encoding] = {
     **{f"bipe_{name}": Encoding("learned", name, "segments") for name in RELATIVE},

@@ -33,8 +33,8 @@ from megatron_bipe.engine.optimizer_state import (
     reset_adam_state,
 )
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers, shard_of
-from megatron_bipe.model.tied import copied
+from megatron_bipe.model.layer_factory import LayerFactory, shard_of
+from megatron_bipe.model.transformer import LocalLayers, copied
 from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replica_check import Replicas, check_replicas

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
 from megatron_bipe.model.layer_factory import shard_of
-from megatron_bipe.model.tied import copied
+from megatron_bipe.model.transformer import copied
 
 _STEP = "step"  # updates so far, as torch's Adam names them
 

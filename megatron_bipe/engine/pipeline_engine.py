@@ -23,8 +23,7 @@ from megatron_bipe.engine.base import (
 )
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.plan import LayerPlan, make_plan
-from megatron_bipe.model.tied import TOKEN_TABLE, copied
+from megatron_bipe.model.transformer import TOKEN_TABLE, LayerPlan, copied, make_plan
 from megatron_bipe.parallel.mesh import Mesh, end_stages_group
 from megatron_bipe.parallel.pipeline_partition import cut_stages
 from megatron_bipe.types import Batch

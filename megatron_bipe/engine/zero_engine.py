@@ -22,7 +22,7 @@ from megatron_bipe.engine.base import (
     start_deepspeed,
 )
 from megatron_bipe.engine.interface import StepResult
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch
 

@@ -13,7 +13,7 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
-from megatron_bipe.model.plan import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.model.transformer import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.batch_loader import check_manifest
 

@@ -29,7 +29,7 @@ from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
 from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from megatron_bipe.tensor_file import write_tensors
 
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest

@@ -15,8 +15,7 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.checksums import check_file
 from megatron_bipe.hf.rope_settings import rope_fields
 from megatron_bipe.hf.weight_mapping import from_llama
-from megatron_bipe.model.plan import build_model
-from megatron_bipe.model.tied import TOKEN_TABLE
+from megatron_bipe.model.transformer import TOKEN_TABLE, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _OURS = "Export the checkpoint again with tools/export_hf.py"

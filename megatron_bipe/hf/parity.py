@@ -17,7 +17,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import fill_layer, read_settings
-from megatron_bipe.model.plan import make_plan
+from megatron_bipe.model.transformer import make_plan
 
 Windows = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
 _AUTO = "AutoModelForCausalLM"

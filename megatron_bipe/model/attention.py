@@ -1,18 +1,26 @@
-"""Causal attention for any relative encoding; only one that adds a bias of its own to scores materialises them.
+"""Causal attention for any relative encoding, by stock kernels.
 
-B batch · T positions · D width · N query heads · G key/value heads · R queries a group · H head width
-(lower case: this rank's share)
+Scores are materialised only by an encoding that adds a bias of its own to them (T5).
+
+B batch · T positions · D width · N query heads · G key/value heads · R queries a group · H head width · E widened head
+C chunks of queries (lower case: this rank's shard)
 """
 
 import math
+from collections import defaultdict
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.causal import causal_attention, leaving_out_pays, windowed_attention
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.make import make_relative
+
+SHORTEST_WINDOW = 2048  # tokens from which on leaving out pays
+CHUNK = 256  # queries that see the same keys
+_STEP = 64  # keys begin at multiples of this, so that heads of about the same reach go together
 
 
 class Attention(nn.Module):
@@ -53,3 +61,76 @@ class Attention(nn.Module):
         else:
             mixed_BnTH = windowed_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
         return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
+
+
+def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Stock attention; queries and keys may be wider than values (E >= H) by bias channels.
+
+    Scores are scaled by 1/sqrt(H). Values are padded with zeros to the same width, because the fused kernels
+    want one width, and the padding is cut off again. Returns [B, N, T, H].
+
+    Args:
+        q_BNTE: queries.
+        k_BGTE: keys; N is a multiple of G.
+        v_BGTH: values.
+        mask: in place of the causal one, what is added to scores, or whether a query sees a key.
+    """
+    head_width, extra = v_BGTH.shape[-1], q_BNTE.shape[-1] - v_BGTH.shape[-1]
+    mixed_BNTE = F.scaled_dot_product_attention(
+        q_BNTE,
+        k_BGTE,
+        F.pad(v_BGTH, (0, extra)) if extra else v_BGTH,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=1.0 / math.sqrt(head_width),
+        enable_gqa=q_BNTE.shape[1] != k_BGTE.shape[1],
+    )
+    return mixed_BNTE[..., :head_width]
+
+
+def leaving_out_pays(q_BNTH: Tensor) -> bool:
+    """Whether `windowed_attention` is to be preferred: for long windows on a CPU, where no gradients are wanted.
+
+    Shorter windows are a few calls of whole chunks anyway; on a GPU it has not been measured.
+    """
+    return q_BNTH.shape[2] >= SHORTEST_WINDOW and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
+
+
+def windowed_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:
+    """`causal_attention` without the keys that a head does not reach.
+
+    The window is cut into chunks of queries. In each, heads that begin with about the same key are one call.
+
+    Args:
+        q_BNTE: queries.
+        k_BGTE: keys; N is a multiple of G.
+        v_BGTH: values.
+        positions_BT: in ascending order.
+        reach_N: how far back from its own position a query of each head looks, in positions.
+    """
+    num_tokens, per_group = q_BNTE.shape[2], q_BNTE.shape[1] // k_BGTE.shape[1]
+    mixed_BNTH = v_BGTH.new_empty(*q_BNTE.shape[:3], v_BGTH.shape[-1])
+    for number, first_keys in enumerate(_first_keys(positions_BT, reach_N)):
+        queries = slice(number * CHUNK, min((number + 1) * CHUNK, num_tokens))
+        alike: dict[int, list[int]] = defaultdict(list)
+        for head, first_key in enumerate(first_keys):
+            alike[first_key].append(head)
+        for first_key, heads in alike.items():
+            keys, shared = slice(first_key, queries.stop), [head // per_group for head in heads]
+            earlier = queries.start - first_key
+            num_queries = queries.stop - queries.start
+            mask = torch.ones(num_queries, earlier + num_queries, dtype=torch.bool, device=q_BNTE.device).tril(earlier)
+            mixed_BNTH[:, heads, queries] = causal_attention(
+                q_BNTE[:, heads, queries], k_BGTE[:, shared, keys], v_BGTH[:, shared, keys], mask
+            )
+    return mixed_BNTH
+
+
+def _first_keys(positions_BT: Tensor, reach_N: Tensor) -> list[list[int]]:
+    """Of each chunk, the first key that each head reaches in any window of the batch, rounded down: [C][N]."""
+    farthest_BCN = positions_BT[:, ::CHUNK, None] - reach_N
+    first_BCN = torch.searchsorted(positions_BT.to(reach_N.dtype), farthest_BCN.flatten(1)).view_as(farthest_BCN)
+    starts_C1 = torch.arange(first_BCN.shape[1], device=reach_N.device)[:, None] * CHUNK
+    # Scores that are no numbers give no bound; their chunks see themselves, so that results are none either.
+    result: list[list[int]] = (first_BCN.amin(dim=0).minimum(starts_C1) // _STEP * _STEP).tolist()
+    return result

@@ -1,7 +1,7 @@
-"""The layer factory: the only place that knows which classes hold the parameters of the model.
+"""Interfaces between the model and parallelism: which classes hold the parameters, and how sequences are exchanged.
 
-The model asks for a layer by its role in tensor parallelism; one process gets plain torch layers from here,
-`parallel.tensor` hands in a factory whose layers hold a share and speak to the other ranks.
+The model asks a `LayerFactory` for each layer by its role in tensor parallelism. `model.transformer.LocalLayers` makes
+plain torch layers; `parallel.tensor_parallel` makes layers that hold a shard and communicate with the other ranks.
 
 B batch · T positions · G head groups · V vocabulary · X more (lower case: this rank's share)
 """
@@ -12,9 +12,6 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
-
-from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.norm import RMSNorm
 
 
 class HeadExchange(Protocol):
@@ -92,52 +89,6 @@ class LayerFactory(Protocol):
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy in nats of this rank's tokens, fp32 [B, t], from what `output` gives and all labels [B, T]."""
-
-
-class LocalLayers:
-    """Plain torch layers: the whole model on one rank, for its part of the windows."""
-
-    rank, ranks = 0, 1
-
-    def __init__(self, windows: HeadExchange | None = None) -> None:
-        self.windows = windows or NoExchange()
-
-    def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
-        """A whole matrix; `blocks` matters only where it is split."""
-        del blocks
-        return nn.Linear(width_in, width_out, bias=False)
-
-    def row(self, width_in: int, width_out: int) -> nn.Module:
-        """A whole matrix."""
-        return nn.Linear(width_in, width_out, bias=False)
-
-    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """A whole embedding table."""
-        return nn.Embedding(rows, width, padding_idx=padding_row)
-
-    def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """A whole embedding table."""
-        return nn.Embedding(rows, width, padding_idx=padding_row)
-
-    def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
-        """All of them."""
-        return ids_Bt
-
-    def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
-        """A whole table."""
-        return nn.Embedding(rows, num_heads)
-
-    def norm(self, width: int, eps: float) -> nn.Module:
-        """A plain norm."""
-        return RMSNorm(width, eps)
-
-    def output(self, width_in: int, rows: int) -> nn.Module:
-        """A whole output projection."""
-        return nn.Linear(width_in, rows, bias=False)
-
-    def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy over whole rows of logits."""
-        return token_losses(logits_BtV, self.windows.own(labels_BT))
 
 
 def local_heads(num_heads: int, layers: LayerFactory) -> slice:

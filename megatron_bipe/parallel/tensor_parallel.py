@@ -17,8 +17,7 @@ from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import HeadExchange, NoExchange, Shard
-from megatron_bipe.model.norm import RMSNorm, rms_norm
-from megatron_bipe.model.plan import count_parameters
+from megatron_bipe.model.transformer import RMSNorm, count_parameters, rms_norm
 from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
 from megatron_bipe.parallel.vocab_parallel_loss import token_losses
 

@@ -10,7 +10,7 @@ from torch.utils.tensorboard import SummaryWriter
 
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.interface import StepResult
-from megatron_bipe.model.plan import train_flops_per_token
+from megatron_bipe.model.transformer import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
 from megatron_bipe.train.anomaly_detector import Reading

@@ -7,7 +7,7 @@ import torch
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps
-from megatron_bipe.model.plan import count_parameters
+from megatron_bipe.model.transformer import count_parameters
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice, device_name
 

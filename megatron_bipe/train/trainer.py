@@ -121,9 +121,7 @@ class Trainer:
                 is_last = stopping or step == stop_step
                 engine.save(self.config.run_dir, step, loop_state=state.model_dump(mode="json"), final=is_last)
                 metrics.restart_clock()
-                save_owed = (
-                    False  # a stop requested meanwhile is seen after the next step, which is saved
-                )
+                save_owed = False  # a stop requested meanwhile is seen after the next step, which is saved
         return state
 
     def _load_state(self) -> TrainState:

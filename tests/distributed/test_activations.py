@@ -10,8 +10,7 @@ import torch
 
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig
 from megatron_bipe.estimate.memory import block_bytes_per_token, table_bytes_per_token
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.plan import make_plan
+from megatron_bipe.model.transformer import LocalLayers, make_plan
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow

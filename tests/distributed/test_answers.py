@@ -10,7 +10,7 @@ from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.manifest import PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.layouts import FP32, LR, Layout, run_config, start
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow

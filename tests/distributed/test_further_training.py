@@ -14,7 +14,7 @@ from megatron_bipe.eval.model_loading import WeightsOnDisk
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.commands import MODEL, options
 from tests.helpers.small_runs import losses
 from tests.helpers.tools import call_tool, run_pretrain

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LocalLayers, shard_of
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.layer_factory import shard_of
+from megatron_bipe.model.transformer import LocalLayers, build_model
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import slow

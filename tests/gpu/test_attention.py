@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.causal import causal_attention
+from megatron_bipe.model.attention import causal_attention
 from megatron_bipe.model.positions.alibi import KeyBias
 from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.transformer import LocalLayers
 
 pytestmark = [
     pytest.mark.gpu,
@@ -29,7 +30,7 @@ def test_key_bias_in_bf16_is_as_exact_as_the_kernel_without_bias(encoding):
     torch.manual_seed(0)
     q, k, v = torch.randn(3, 2, HEADS, TOKENS, WIDTH, device="cuda", dtype=torch.bfloat16)
     config = ModelConfig(encoding=encoding, hidden_size=HEADS * WIDTH, num_heads=HEADS)
-    bias_encoding = make_relative(config)
+    bias_encoding = make_relative(config, LocalLayers())
     assert isinstance(bias_encoding, KeyBias)
     segments = (torch.rand(2, TOKENS, device="cuda") < 0.1).long().cumsum(-1)
     positions = segments if config.bilevel else torch.arange(TOKENS, device="cuda").expand(2, -1)

@@ -37,7 +37,7 @@ from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.lock import locked
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.environment import requested_device
 from megatron_bipe.runtime.launcher_env import Rendezvous, read_launch

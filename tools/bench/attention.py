@@ -29,14 +29,12 @@ from bench._machine import describe_machine
 from bench._turns import Prepare, Turns, take_turns
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model import causal
-from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.block import Block
-from megatron_bipe.model.causal import causal_attention
+from megatron_bipe.model import attention
+from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
 from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.model.transformer import Block, build_model
 
 SEGMENT_TOKENS, HEAD_TOKENS = 14, 1024
 SAMPLED_QUERIES = 64
@@ -139,7 +137,7 @@ def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int
     config = model.model_copy(update={"encoding": encoding})
     network = build_model(config).to(device(), DTYPES[precision])
     if manner == ALL_KEYS:
-        causal.SHORTEST_WINDOW = tokens + 1
+        attention.SHORTEST_WINDOW = tokens + 1
     elif manner != OURS:
         make_eager(network, config)
     ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))

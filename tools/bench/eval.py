@@ -29,8 +29,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
-from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.model.transformer import build_model
 
 
 @command

@@ -21,7 +21,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.eval.model_loading import WeightsOnDisk
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.train.warm_start import write_step_zero
 

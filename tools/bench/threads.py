@@ -71,7 +71,7 @@ def train() -> float:
 
     from megatron_bipe.config.load import load_run_config
     from megatron_bipe.model.loss import token_losses
-    from megatron_bipe.model.plan import build_model
+    from megatron_bipe.model.transformer import build_model
 
     run = load_run_config(CONFIG)
     model = build_model(run.model)

@@ -34,9 +34,8 @@ from megatron_bipe.engine.base import make_optimizer
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.engine.start import start_engine
 from megatron_bipe.engine.zero_engine import ZeroEngine
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.plan import build_model, train_flops_per_token
 from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.model.transformer import LocalLayers, build_model, train_flops_per_token
 from megatron_bipe.runtime.distributed_init import join_launch
 from megatron_bipe.runtime.hardware import choose_precision
 from megatron_bipe.types import Batch

@@ -7,7 +7,7 @@ from torch import nn
 
 from megatron_bipe.config.encodings import ABSOLUTE
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LayerFactory, LocalLayers
+from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.base import RelativeEncoding
 
 
@@ -17,9 +17,9 @@ def relative_class(config: ModelConfig) -> type[RelativeEncoding]:
     return found
 
 
-def make_relative(config: ModelConfig, layers: LayerFactory | None = None) -> RelativeEncoding:
+def make_relative(config: ModelConfig, layers: LayerFactory) -> RelativeEncoding:
     """The relative part of a block, for the query heads of the rank that `layers` is for."""
-    return relative_class(config)(config, layers or LocalLayers())
+    return relative_class(config)(config, layers)
 
 
 def make_absolute(config: ModelConfig, layers: LayerFactory) -> nn.Module | None:

@@ -4,7 +4,7 @@ import pytest
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.estimate.memory import block_bytes_per_token, stage_memories
-from megatron_bipe.model.plan import count_parameters
+from megatron_bipe.model.transformer import count_parameters
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 

@@ -13,7 +13,7 @@ from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.hf.weight_mapping import to_llama
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.checkpoints import write_checkpoint
 
 VOCAB = 40

@@ -12,7 +12,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval import windows as windows_module
 from megatron_bipe.eval.perplexity import HEAD_TOKENS, Settings, evaluate_perplexity
-from megatron_bipe.model.causal import CHUNK
+from megatron_bipe.model.attention import CHUNK
 from tests.helpers.errors import raises
 
 ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]

@@ -10,7 +10,7 @@ from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.hf_config import DataFields, hf_settings
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.weight_mapping import to_llama
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.hf import PUBLISHED_ENCODINGS
 from tests.helpers.paths import ORACLE
 

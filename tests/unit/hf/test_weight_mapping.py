@@ -7,7 +7,7 @@ from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.errors import raises
 
 

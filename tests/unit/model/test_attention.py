@@ -9,11 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.causal import causal_attention
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
+from megatron_bipe.model.transformer import LocalLayers, build_model
 
 ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]
 HEAD_WIDTH = 16

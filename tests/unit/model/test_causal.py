@@ -6,12 +6,11 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model import attention, causal
-from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.causal import causal_attention, windowed_attention
-from megatron_bipe.model.layer_factory import LocalLayers
+from megatron_bipe.model import attention
+from megatron_bipe.model.attention import Attention, causal_attention, windowed_attention
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.transformer import LocalLayers
 
 TOKENS, HEADS, WIDTH = 1100, 6, 16  # not a multiple of a chunk
 SLOPES = torch.tensor(alibi_slopes(HEADS)) * BIPE_ALIBI_SLOPE_FACTOR
@@ -37,7 +36,6 @@ def areas(monkeypatch):
         seen.append(q.shape[1] * q.shape[2] * k.shape[2])
         return causal_attention(q, k, v, mask)
 
-    monkeypatch.setattr(causal, "causal_attention", watched)
     monkeypatch.setattr(attention, "causal_attention", watched)
     return seen
 
@@ -70,7 +68,7 @@ def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
 
 def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
     q, k, v = heads(windows=1)
-    query, liked = 3 * causal.CHUNK, 3 * causal.CHUNK - 300
+    query, liked = 3 * attention.CHUNK, 3 * attention.CHUNK - 300
     q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
     positions, encoding = segment_counts(1), KeyBias(SLOPES, WIDTH)
     wide = encoding(q, k, positions)
@@ -102,7 +100,7 @@ def attend(encoding, tokens, **settings):
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log_scale, areas):
-    tokens = causal.SHORTEST_WINDOW
+    tokens = attention.SHORTEST_WINDOW
     whole = attend(encoding, tokens, log_scale=log_scale).detach()
     with torch.no_grad():
         short = attend(encoding, tokens - 1, log_scale=log_scale)
@@ -116,7 +114,7 @@ def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log
 
 def test_encodings_without_a_bound_take_all_keys(areas):
     with torch.no_grad():
-        attend("bipe_rope", causal.SHORTEST_WINDOW)
-    assert areas == [4 * causal.SHORTEST_WINDOW**2]
+        attend("bipe_rope", attention.SHORTEST_WINDOW)
+    assert areas == [4 * attention.SHORTEST_WINDOW**2]
     config = ModelConfig(encoding="rope", num_layers=1, hidden_size=64, num_heads=4, ffn_size=8, vocab_size=10)
     assert Rotary(config, LocalLayers()).reach(*heads()[:2]) is None

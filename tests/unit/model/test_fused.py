@@ -5,9 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.mlp import SwiGLU
-from megatron_bipe.model.norm import RMSNorm
+from megatron_bipe.model.transformer import LocalLayers, RMSNorm, SwiGLU
 
 DTYPES = (torch.float32, torch.bfloat16)
 EPS = 1e-5

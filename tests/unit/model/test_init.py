@@ -4,8 +4,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.init import init_layer, layer_seed
-from megatron_bipe.model.plan import build_model, make_plan
+from megatron_bipe.model.transformer import build_model, init_layer, layer_seed, make_plan
 
 
 def small_config(**changes):

@@ -11,8 +11,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.authors_checkpoint import read_published
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
+from megatron_bipe.model.transformer import build_model
 from tests.helpers.paths import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"

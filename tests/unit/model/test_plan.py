@@ -7,8 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.plan import build_model, count_parameters, make_plan, train_flops_per_token
-from megatron_bipe.model.tied import copied
+from megatron_bipe.model.transformer import build_model, copied, count_parameters, make_plan, train_flops_per_token
 
 
 def small_config(**changes):

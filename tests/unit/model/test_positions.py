@@ -6,11 +6,11 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
 from megatron_bipe.model.positions.make import make_relative
 from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
 from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.transformer import LocalLayers
 
 TRAINED = 32
 SCALINGS = {
@@ -102,7 +102,7 @@ def test_alibi_slopes_twelve_heads_take_every_other_slope_of_sixteen():
 
 @pytest.mark.parametrize(("encoding", "factor"), [("alibi", 1.0), ("bipe_alibi", 96.0)])
 def test_make_relative_alibi_has_the_papers_slope_factor(encoding, factor):
-    biased = make_relative(small_config(encoding=encoding))
+    biased = make_relative(small_config(encoding=encoding), LocalLayers())
     slopes = biased.slopes_N / small_config().head_width ** 0.5
     torch.testing.assert_close(slopes, torch.tensor(alibi_slopes(4)) * factor)
 

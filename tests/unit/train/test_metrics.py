@@ -12,7 +12,7 @@ from tensorboard.summary.writer import event_file_writer
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.interface import StepResult
-from megatron_bipe.model.plan import train_flops_per_token
+from megatron_bipe.model.transformer import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import MetricsFile

@@ -8,9 +8,7 @@ import torch
 from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.embedding import Embedding
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import Embedding, LocalLayers, build_model
 from tests.helpers.errors import raises
 
 WIDTH = 12

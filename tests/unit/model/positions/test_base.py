@@ -8,12 +8,10 @@ import torch
 
 from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.attention import Attention
-from megatron_bipe.model.causal import causal_attention
-from megatron_bipe.model.layer_factory import LocalLayers
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.base import RelativeEncoding
 from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.transformer import LocalLayers, build_model
 
 HEADS, WIDTH, TRAINED = 2, 8, 64
 
@@ -63,7 +61,7 @@ def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
             )
         return total / math.sqrt(WIDTH)
 
-    found = attend(make_relative(config_of("xpos")), q, k, v, positions)
+    found = attend(make_relative(config_of("xpos"), LocalLayers()), q, k, v, positions)
     torch.testing.assert_close(found.double(), softmax_of(score, v), atol=2e-5, rtol=0)
 
 
@@ -71,10 +69,10 @@ def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
 def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
     positions = token_positions(RELATIVE["xpos"].longest_window_tokens)[:, -40:]
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(40))
-    grown, shrunk = (x.detach() for x in make_relative(config_of("xpos"))(q, k, positions))
+    grown, shrunk = (x.detach() for x in make_relative(config_of("xpos"), LocalLayers())(q, k, positions))
     assert grown[grown != 0].abs().min() > 1e-22 and shrunk.abs().max() < 1e19  # fp32 and bf16: 1.2e-38 to 3.4e38
-    near = attend(make_relative(config_of("xpos")), q, k, v, token_positions(40))
-    far = attend(make_relative(config_of("xpos")), q, k, v, positions)
+    near = attend(make_relative(config_of("xpos"), LocalLayers()), q, k, v, token_positions(40))
+    far = attend(make_relative(config_of("xpos"), LocalLayers()), q, k, v, positions)
     tolerance = 1e-3 if dtype == torch.float32 else 5e-2
     torch.testing.assert_close(far, near, atol=tolerance, rtol=0)  # scores know differences of positions alone
     wanted = torch.autograd.grad(near.float().square().sum(), (q, k, v))
@@ -95,7 +93,7 @@ def test_t5_scores_have_the_bias_of_their_bucket(encoding, stride):
     num_tokens = 60
     positions = token_positions(num_tokens) * stride
     q, k, v = heads(num_tokens)
-    t5 = make_relative(config_of(encoding))
+    t5 = make_relative(config_of(encoding), LocalLayers())
     torch.nn.init.normal_(t5.table.weight)
     table = t5.table.weight.tolist()
 
@@ -124,7 +122,7 @@ def test_nope_scores_ignore_positions():
     def score(head, t, s):
         return float(q[0, head, t].double() @ k[0, head, s].double()) / math.sqrt(WIDTH)
 
-    found = attend(make_relative(config_of("nope")), q, k, v, token_positions(30) * 9)
+    found = attend(make_relative(config_of("nope"), LocalLayers()), q, k, v, token_positions(30) * 9)
     torch.testing.assert_close(found.double(), softmax_of(score, v), atol=2e-6, rtol=0)
 
 

@@ -16,7 +16,7 @@ sys.path.insert(0, folder)
 
 import torch
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.plan import build_model
+from megatron_bipe.model.transformer import build_model
 
 tokens = torch.arange(12)[None]
 shape = {"num_layers": 1, "hidden_size": 16, "num_heads": 2, "ffn_size": 8, "vocab_size": 20}

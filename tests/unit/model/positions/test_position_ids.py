@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.plan import build_model
 from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places
+from megatron_bipe.model.transformer import build_model
 
 
 def tokens_of(rows, length, seed=0):

@@ -9,9 +9,9 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.layer_factory import LocalLayers
 from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
 from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.transformer import LocalLayers
 
 TRAINED = 1024
 WIDTHS, BASES, FACTORS = (16, 64, 128), (500.0, 10_000.0, 1e6), (1.5, 4.0, 16.0)

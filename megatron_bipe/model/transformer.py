@@ -1,0 +1,386 @@
+"""The whole model as an ordered list of layers, which every engine runs.
+
+    tokens, intra ids, inter ids   int64 [B, T]
+        |
+    0       Embedding   token embedding + absolute part of the encoding       "0.token.weight", "0.intra.weight"
+        |               -> hidden [B, T, D], positions [B, T] that attention encodes
+    1..L    Block       hidden + attention(norm(hidden), positions)           "1.attention.qkv.weight", ...
+        |               hidden + feed-forward(norm(hidden))                   "1.mlp.gate_up.weight", ...
+    L+1     Head        norm, projection to the vocabulary                    "L+1.output.weight"
+        |
+    logits   [B, T, V]
+
+A layer takes and returns one payload, so that the list runs as an `nn.Sequential` or cut into pipeline stages, and
+parameters are named `<layer index>.<name>` in both. The layers with parameters come from a `LayerFactory`, so that the
+model does not know whether they are sharded.
+
+B batch · T positions · D width · F feed-forward width · V vocabulary (lower case: this rank's shard)
+"""
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.model.activation_checkpointing import Recompute, recomputing
+from megatron_bipe.model.attention import Attention
+from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, shard_of
+from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model.positions.base import SharedTables
+from megatron_bipe.model.positions.make import make_absolute
+from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places, token_position_ids
+
+TOKEN_TABLE = "0.token.weight"  # its name in the plan
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """One layer: what it is, and how to make it with its initial weights."""
+
+    index: int
+    kind: str
+    build: Callable[[], nn.Module]
+
+
+def make_plan(
+    config: ModelConfig, seed: int, layers: LayerFactory | None = None, recompute: Recompute = "none"
+) -> list[LayerPlan]:
+    """The layers of the model in order; nothing is allocated until a layer is built."""
+    factory = layers or LocalLayers()
+    block = partial(Block, config, factory, recompute, SharedTables())
+    kinds: list[tuple[str, Callable[[], nn.Module]]] = [
+        ("Embedding", partial(Embedding, config, factory, seed)),
+        *[("Block", block)] * config.num_layers,
+        ("Head", partial(Head, config, factory)),
+    ]
+
+    def build(index: int) -> nn.Module:
+        layer = kinds[index][1]()
+        init_layer(layer, index, config, seed)
+        if config.tied_output and isinstance(layer, Head):
+            tie_to_copy(layer, embedding=build(0))
+        return layer
+
+    return [LayerPlan(index, kind, partial(build, index)) for index, (kind, _) in enumerate(kinds)]
+
+
+def build_model(
+    config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, recompute: Recompute = "none"
+) -> nn.Sequential:
+    """The whole model in one process: (tokens, intra, inter) int64 [B, T] each -> logits [B, T, V]."""
+    model = nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers, recompute)))
+    if config.tied_output:
+        tie(model[-1], embedding=model[0])
+    return model
+
+
+def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) -> list[int]:
+    """Parameters of each layer of the plan, in order, on a rank whose layers come from `layers`.
+
+    A tied output counts with layer 0. No memory is allocated for them.
+    """
+    with torch.device("meta"):
+        built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
+    return [sum(p.numel() for p in layer.parameters() if not copied(p)) for layer in built]
+
+
+def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:
+    """Floating-point operations of forward and backward for one token of a window; recomputation not counted.
+
+    Two per weight of every matrix and token forward, twice that backward; attention scores and mixing count
+    the causal half only. Table look-ups, norms and softmax are left out.
+    """
+    heads_width = config.num_heads * config.head_width
+    attention_weights = config.hidden_size * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
+    block_weights = attention_weights + 3 * config.hidden_size * config.ffn_size
+    weights = config.num_layers * block_weights + config.hidden_size * config.vocab_size
+    scores_and_mixing = config.num_layers * 2 * heads_width * seq_len_tokens // 2
+    return 3 * 2 * (weights + scores_and_mixing)
+
+
+class Embedding(nn.Module):
+    """Token table, what the absolute part of the encoding adds, and the positions that attention encodes.
+
+    Args:
+        config: of the model.
+        layers: what makes the tables.
+        seed: of the run, for positions that are drawn.
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory, seed: int = 0) -> None:
+        super().__init__()
+        self._config, self._own, self._seed = config, layers.windows.own, seed
+        self.token = layers.table(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
+        absolute = make_absolute(config, layers)
+        self.intra = absolute if config.bilevel else None
+        self.place = None if config.bilevel else absolute
+
+    def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, t, D], positions int64 [B, T]).
+
+        The positions are what attention encodes: inter-segment ids, or the token's place in the window. They are
+        those of whole windows, since attention sees these.
+
+        Raises:
+            ConfigError: the windows are longer than the encoding allows.
+        """
+        tokens_BT, intra_BT, inter_BT = ids
+        self._check_length(tokens_BT.shape[1])
+        hidden_BtD = self.token(self._own(tokens_BT))
+        if self._config.bilevel:
+            return _sum(hidden_BtD, self.intra, self._own(intra_BT)), inter_BT
+        places_BT = self._places(tokens_BT)
+        return _sum(hidden_BtD, self.place, self._own(places_BT)), places_BT
+
+    def _check_length(self, num_tokens: int) -> None:
+        config, longest = self._config, self._config.longest_window_tokens
+        if longest is not None and num_tokens > longest:
+            raise ConfigError(
+                f"a window of {num_tokens} tokens exceeds the {longest} that model.encoding={config.encoding} encodes",
+                remedy="Use a shorter window",
+                location="train.seq_len_tokens or --lengths",
+            )
+
+    def _places(self, tokens_BT: Tensor) -> Tensor:
+        config = self._config
+        if config.parts.positions == "tokens":
+            return token_position_ids(tokens_BT)
+        if self.training:
+            return random_position_ids(tokens_BT, config.drawn_range, self._seed)
+        return spread_places(tokens_BT, config.drawn_range, config.train_len_tokens)
+
+
+def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, places_Bt: Tensor) -> Tensor:
+    return hidden_BtD if absolute is None else hidden_BtD + absolute(places_Bt).to(hidden_BtD.dtype)
+
+
+class Block(nn.Module):
+    """Pre-norm attention and feed-forward, each added to the residual stream."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layers: LayerFactory,
+        recompute: Recompute = "none",
+        tables: SharedTables | None = None,
+    ) -> None:
+        super().__init__()
+        self._run = recomputing(self._residuals, recompute)
+        self.attention_norm = layers.norm(config.hidden_size, config.norm_eps)
+        self.attention = Attention(config, layers, tables)
+        self.mlp_norm = layers.norm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config, layers)
+
+    def forward(self, payload: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """(hidden [B, T, D], positions int64 [B, T]) -> the same, positions untouched."""
+        hidden_BTD, positions_BT = payload
+        return self._run(hidden_BTD, positions_BT), positions_BT
+
+    def _residuals(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), positions_BT)
+        return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate x) * up x), with gate and up in one matrix (gate rows first).
+
+    Source: Shazeer 2020 (arXiv 2002.05202).
+    """
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.gate_up = layers.column(config.hidden_size, 2 * config.ffn_size, blocks=2)
+        self.down = layers.row(config.ffn_size, config.hidden_size)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Feed-forward output [B, T, D]."""
+        return self.down(_Gate.apply(self.gate_up(hidden_BTD)))
+
+
+class _Gate(torch.autograd.Function):
+    """silu(gate) * up, the same bits as autograd's; keeps its input alone, and writes both gradients side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, gate_up_BTf: Tensor) -> Tensor:
+        ctx.save_for_backward(gate_up_BTf)
+        gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
+        return F.silu(gate_BTf).mul_(up_BTf)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTf: Tensor) -> Tensor:
+        (gate_up_BTf,) = ctx.saved_tensors
+        gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
+        result_BTf = torch.empty_like(gate_up_BTf)
+        for_gate_BTf, for_up_BTf = result_BTf.chunk(2, dim=-1)
+        torch.mul(grad_BTf, F.silu(gate_BTf), out=for_up_BTf)
+        for_gate_BTf.copy_(torch.ops.aten.silu_backward(grad_BTf * up_BTf, gate_BTf))
+        return result_BTf
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last dimension; no mean, no bias.
+
+    Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
+    """
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        return rms_norm(hidden_BTD, self.weight, self.eps)
+
+
+def rms_norm(hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+    """Torch's norm, bit for bit; in fp32 inside.
+
+    On a GPU torch has one kernel for it. On a CPU it is a chain of operations, of which autograd would keep two fp32
+    copies of the input; here it keeps the input and one number a token.
+    """
+    if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled():
+        normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)
+        return normed
+    return F.rms_norm(hidden_BTD, weight_D.shape, weight_D, eps)
+
+
+class _RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        exact_BTD = hidden_BTD.float()
+        scale_BT1 = exact_BTD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
+        ctx.save_for_backward(hidden_BTD, weight_D, scale_BT1)
+        return (exact_BTD * scale_BT1).mul_(weight_D).to(hidden_BTD.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
+        hidden_BTD, weight_D, scale_BT1 = ctx.saved_tensors
+        normed_BTD, grad = hidden_BTD.float() * scale_BT1, grad_BTD.float()
+        grad_weight_D = (grad * normed_BTD).flatten(0, -2).sum(dim=0)
+        inner_BTD = grad * weight_D
+        along_BT1 = (inner_BTD * normed_BTD).mean(dim=-1, keepdim=True)
+        grad_hidden_BTD = inner_BTD.sub_(normed_BTD.mul_(along_BT1)).mul_(scale_BT1)
+        return grad_hidden_BTD.to(hidden_BTD.dtype), grad_weight_D.to(weight_D.dtype), None
+
+
+class Head(nn.Module):
+    """Final norm and projection to the vocabulary."""
+
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
+        super().__init__()
+        self.norm = layers.norm(config.hidden_size, config.norm_eps)
+        self.output = layers.output(config.hidden_size, config.vocab_size)
+
+    def forward(self, payload: tuple[Tensor, Tensor]) -> Tensor:
+        """(hidden [B, T, D], positions) -> logits [B, T, V] in the model's dtype; this rank's, where they are split."""
+        hidden_BTD, _ = payload
+        return self.output(self.norm(hidden_BTD))
+
+
+# Tied output
+#
+# Where one rank has both layers there is one parameter. Where the head is on a pipeline stage of its own there is a
+# copy, which starts with the values of the embedding and gets the same gradient, the sum of both, at every update.
+# The copy is not a parameter of the model: checkpoints, the gradient norm and counts skip it.
+
+
+def tie(head: Any, embedding: Any) -> None:
+    """Let both layers have one parameter."""
+    head.output.weight = embedding.token.weight
+
+
+def tie_to_copy(head: Any, embedding: Any) -> None:
+    """Let the head begin with a copy of the table."""
+    with torch.no_grad():
+        head.output.weight.copy_(embedding.token.weight)
+    head.output.weight.copy_of = TOKEN_TABLE
+
+
+def copied(parameter: Tensor) -> str | None:
+    """Name in the plan of the parameter that this one is a copy of; None: it is one of the model's own."""
+    name: str | None = getattr(parameter, "copy_of", None)
+    return name
+
+
+def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
+    """Fill one layer of the plan in place: matrices from N(0, init_std), norm weights with ones.
+
+    Drawn whole, on the CPU, in fp32, parameter by parameter in definition order, so that neither the device nor the
+    number of layers on this rank nor how they are split matters. Layers on the meta device are left alone.
+    """
+    generator = torch.Generator().manual_seed(layer_seed(seed, index))
+    for parameter in layer.parameters():
+        if parameter.is_meta:
+            continue
+        with torch.no_grad():
+            if parameter.ndim == 1:
+                parameter.fill_(1.0)
+            else:
+                share = shard_of(parameter)
+                shape = share.whole_shape(parameter.shape) if share else parameter.shape
+                whole = torch.randn(shape, generator=generator) * config.init_std
+                parameter.copy_(share.of(whole) if share else whole)
+    for module in layer.modules():
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+
+
+def layer_seed(seed: int, index: int) -> int:
+    """Seed of layer `index`, 63 bits; a hash, so that neighbouring layers and runs share nothing."""
+    digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class LocalLayers:
+    """Plain torch layers: the whole model on one rank, for its part of the windows."""
+
+    rank, ranks = 0, 1
+
+    def __init__(self, windows: HeadExchange | None = None) -> None:
+        self.windows = windows or NoExchange()
+
+    def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
+        """A whole matrix; `blocks` matters only where it is split."""
+        del blocks
+        return nn.Linear(width_in, width_out, bias=False)
+
+    def row(self, width_in: int, width_out: int) -> nn.Module:
+        """A whole matrix."""
+        return nn.Linear(width_in, width_out, bias=False)
+
+    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """A whole embedding table."""
+        return nn.Embedding(rows, width, padding_idx=padding_row)
+
+    def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+        """A whole embedding table."""
+        return nn.Embedding(rows, width, padding_idx=padding_row)
+
+    def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
+        """All of them."""
+        return ids_Bt
+
+    def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
+        """A whole table."""
+        return nn.Embedding(rows, num_heads)
+
+    def norm(self, width: int, eps: float) -> nn.Module:
+        """A plain norm."""
+        return RMSNorm(width, eps)
+
+    def output(self, width_in: int, rows: int) -> nn.Module:
+        """A whole output projection."""
+        return nn.Linear(width_in, rows, bias=False)
+
+    def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
+        """Cross-entropy over whole rows of logits."""
+        return token_losses(logits_BtV, self.windows.own(labels_BT))
