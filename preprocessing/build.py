@@ -13,7 +13,7 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked
 from megatron_bipe.types import Document
 from preprocessing import duplicates
 from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own

@@ -11,15 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_bipe.data.files import PARTIAL_SUFFIX
-from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, PromptAnswerRecord, TokenizerRecord
-from megatron_bipe.data.records import SUFFIXES, ShardRecord
+from megatron_bipe.data.manifest import (
+    MANIFEST_NAME,
+    SUFFIXES,
+    TOKENIZER_FOLDER,
+    Manifest,
+    PromptAnswerRecord,
+    ShardRecord,
+    TokenizerRecord,
+)
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
-from megatron_bipe.data.shard_names import shard_path
+from megatron_bipe.data.shard_layout import shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
-from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import PARTIAL_SUFFIX, sync
 from preprocessing.encode import Destination
 from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
 

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.files import partial_path
-from megatron_bipe.disk import sync
+from megatron_bipe.io import partial_path, sync
 from preprocessing.encode import HASH_BYTES, text_hash
 
 ROWS_A_ROUND = 1 << 26  # 1 GiB of hashes, and about three times that while they are sorted

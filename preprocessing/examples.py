@@ -15,7 +15,7 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.errors import DataError
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked
 from megatron_bipe.types import TokenArray, TokenizedDocument
 from preprocessing.commit import (
     SHARD_PREFIX,

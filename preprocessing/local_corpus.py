@@ -32,8 +32,8 @@ from typing import NamedTuple
 import orjson
 import zstandard
 
-from megatron_bipe.data.files import partial_path
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import partial_path
 
 CODE, PROSE = "Code", "Prose"
 SPLITS = ("train", "valid")

@@ -13,9 +13,9 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import write_atomically
 from preprocessing.line_counts import Tally, require_at_least
 from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
 from preprocessing.readers.documents import read_input

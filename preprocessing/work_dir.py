@@ -16,10 +16,9 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bipe.data.files import unreadable, write_atomically
-from megatron_bipe.data.records import Count, Record, ShardRecord
+from megatron_bipe.data.manifest import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
-from megatron_bipe.lock import LOCK_NAME
+from megatron_bipe.io import LOCK_NAME, unreadable, write_atomically
 from preprocessing.encode import Destination
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed

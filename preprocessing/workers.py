@@ -14,7 +14,7 @@ from multiprocessing.process import BaseProcess
 from typing import Literal
 
 from megatron_bipe.errors import BipeError, DataError
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked
 from megatron_bipe.runtime.child_processes import leave_with_parent
 from preprocessing.range_worker import Advance, Job, RangeWorker
 from preprocessing.readers.inputs import Piece

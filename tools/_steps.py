@@ -13,8 +13,8 @@ from subprocess import PIPE, STDOUT
 from typing import NamedTuple
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import BipeError
+from megatron_bipe.io import write_atomically
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
 from megatron_bipe.runtime.distributed_init import free_port
 from megatron_bipe.runtime.environment import has_gpu_driver, requested_device

@@ -16,11 +16,11 @@ from _device import add_device_options, pick_device, pick_dtype
 from _tasks import add_arithmetic, add_scrolls
 from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
 from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
+from megatron_bipe.io import write_atomically
 
 if TYPE_CHECKING:
     from megatron_bipe.eval.eval_model import EvalModel

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from _cli import check_output_file, command
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.discovery import find_datasets, open_tokenizer
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.show import show_document
 from megatron_bipe.data.inspection.stats import SAMPLE_TOKENS, Statistics, count_dataset
@@ -25,6 +24,7 @@ from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import RULE_FORMS
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import write_atomically
 
 
 @command

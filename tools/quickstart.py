@@ -15,9 +15,9 @@ from pathlib import Path
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.eval.effect import RISE_RATIOS, extrapolation_effect
 from megatron_bipe.eval.effect import STRETCHES as JUDGED
+from megatron_bipe.io import write_atomically
 
 CONFIG = Path("examples/quickstart.yaml")
 CORPUS = "--max-bytes 2000000 --valid-share 0.1"  # twice as much text as the training reads

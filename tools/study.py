@@ -16,8 +16,8 @@ from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.io import write_atomically
 from quickstart import STRETCHES, read_column
 
 if TYPE_CHECKING:

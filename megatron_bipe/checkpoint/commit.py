@@ -14,10 +14,9 @@ from pathlib import Path
 from megatron_bipe.checkpoint.find import POINTER, list_steps, step_folder
 from megatron_bipe.checkpoint.manifest import not_whole
 from megatron_bipe.config.schema import CheckpointConfig
-from megatron_bipe.data.files import write_atomically
-from megatron_bipe.data.records import FileRecord
-from megatron_bipe.disk import sync
+from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.io import sync, write_atomically
 
 FREE_SPACE = "Free space there, or keep fewer checkpoints: checkpoint.keep_last"
 

@@ -12,10 +12,9 @@ from typing import Any, NamedTuple
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from megatron_bipe.data.files import write_atomically
-from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.data.records import FileRecord
+from megatron_bipe.data.manifest import DataRecord, FileRecord
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.io import write_atomically
 from megatron_bipe.model.layer_factory import Shard
 
 FORMAT_VERSION = 2

@@ -10,8 +10,8 @@ from megatron_bipe.checkpoint.find import Checkpoint, newest_first
 from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, not_whole
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.disk import sha256
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.io import sha256
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
 

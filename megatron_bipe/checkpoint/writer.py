@@ -30,7 +30,7 @@ from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.checkpoint.staging_buffer import StagingBuffer
 from megatron_bipe.config.schema import CheckpointConfig
-from megatron_bipe.data.records import FileRecord
+from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives

@@ -12,11 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple, Self
 
-from megatron_bipe.data.files import unreadable
-from megatron_bipe.data.records import Suffix
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_names import damaged
+from megatron_bipe.data.shard_layout import Suffix, damaged
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import unreadable
 
 FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # until the first look at the files, and between looks
 READ: tuple[Suffix, ...] = ("bin", "seg")  # by training

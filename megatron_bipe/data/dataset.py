@@ -6,12 +6,12 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.files import allow_open_files
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule, window_ends
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_names import damaged, packed_bytes
+from megatron_bipe.data.shard_layout import damaged, packed_bytes
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import allow_open_files
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 FILES_A_SHARD = 2  # kept open: tokens and segment ends

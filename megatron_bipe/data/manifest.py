@@ -4,31 +4,60 @@ import hashlib
 import json
 from collections import Counter
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_bipe.data.files import unreadable, write_atomically
-from megatron_bipe.data.records import FileRecord, Record, Sha256, ShardRecord
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.data.shard_names import FORMAT_VERSION
+from megatron_bipe.data.shard_layout import FORMAT_VERSION, SUFFIXES, Suffix
 from megatron_bipe.errors import DataError
-
-__all__ = [
-    "MANIFEST_NAME",
-    "TOKENIZER_FOLDER",
-    "BlendMember",
-    "DataRecord",
-    "FileRecord",
-    "Manifest",
-    "PromptAnswerRecord",
-    "SegmentRule",
-    "ShardRecord",
-    "TokenizerRecord",
-]
+from megatron_bipe.io import unreadable, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"  # beside the manifest, and in a run folder: the tokenizer's own files
+Count = Annotated[int, Field(ge=0)]
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class Record(BaseModel):
+    """Base of everything that stands in a manifest: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+
+class FileRecord(Record):
+    """One file of a shard, as it was when it was written."""
+
+    bytes: Count
+    """Length of the file."""
+    sha256: Sha256
+    """Checksum of all its bytes, lower-case hex."""
+
+
+class ShardRecord(Record):
+    """One shard: three files of the same name."""
+
+    name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]
+    """File name without the suffix; no folder in it, no leading dot."""
+    documents: Count
+    """Documents, which is also sequences: one each."""
+    tokens: Count
+    """Tokens of all documents."""
+    segments: Count
+    """Tokens that close a segment. What follows the last of them is not counted."""
+    text_bytes: Count
+    """UTF-8 bytes of the raw text, for bits per byte."""
+    files: dict[Suffix, FileRecord]
+    """`bin`, `idx` and `seg`."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        missing = [suffix for suffix in SUFFIXES if suffix not in self.files]
+        if missing:
+            raise ValueError(f"shard {self.name} has no record of its {', '.join(missing)} file")
+        if self.segments > self.tokens:
+            raise ValueError(f"shard {self.name} has {self.segments} segments in {self.tokens} tokens")
+        return self
 
 
 class TokenizerRecord(Record):

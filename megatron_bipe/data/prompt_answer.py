@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import window_ends
-from megatron_bipe.data.shard_names import damaged
+from megatron_bipe.data.shard_layout import damaged
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 

@@ -12,14 +12,15 @@ from typing import Any, BinaryIO, Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.files import partial_path, unreadable
-from megatron_bipe.data.records import SUFFIXES, FileRecord, ShardRecord, Suffix
-from megatron_bipe.data.shard_names import (
+from megatron_bipe.data.manifest import FileRecord, ShardRecord
+from megatron_bipe.data.shard_layout import (
     DTYPE_CODES,
     FORMAT_VERSION,
     IDX_HEADER,
     MAX_DOCUMENT_TOKENS,
     SEG_HEADER,
+    SUFFIXES,
+    Suffix,
     choose_dtype,
     damaged,
     pack_idx,
@@ -29,8 +30,8 @@ from megatron_bipe.data.shard_names import (
     parse_seg_header,
     shard_path,
 )
-from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import partial_path, sync, unreadable
 from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
 
 __all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]

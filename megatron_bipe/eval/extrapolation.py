@@ -10,13 +10,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.eval.document_losses import INTERVAL, NUM_RESAMPLES, DocumentLosses
 from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
 from megatron_bipe.eval.extrapolation_results import Subset
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import Settings
 from megatron_bipe.eval.windows import PROTOCOLS
+from megatron_bipe.io import write_atomically
 
 FORMAT_VERSION = 1
 NAMES = JSON_NAME, CSV_NAME, PNG_NAME, HTML_NAME = tuple(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.curves import Curve
 from megatron_bipe.eval.eval_model import EvalModel
@@ -19,6 +18,7 @@ from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
 from megatron_bipe.eval.plot import draw_perplexity
 from megatron_bipe.eval.text_table import text_table
 from megatron_bipe.eval.windows import PROTOCOLS
+from megatron_bipe.io import write_atomically
 
 FORMAT_VERSION = 1
 JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"

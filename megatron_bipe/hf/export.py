@@ -20,7 +20,6 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.disk import sync
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
 from megatron_bipe.hf.checksums import SUMS, write_checksums
@@ -29,6 +28,7 @@ from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
 from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
+from megatron_bipe.io import sync
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.tensor_file import write_tensors
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import orjson
 
-from megatron_bipe.disk import sync
+from megatron_bipe.io import sync
 
 EVENTS = "events.jsonl"
 START, STOP, DONE = "start", "stop", "done"

@@ -22,11 +22,10 @@ from megatron_bipe.checkpoint.find import list_steps, read_data_record
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision
 
 # What a continued run may change without becoming another run.

@@ -13,9 +13,8 @@ from typing import NamedTuple
 from httpx2 import HTTPError
 from huggingface_hub.utils import WeakFileLock
 
-from megatron_bipe.data.files import partial_path
-from megatron_bipe.disk import sync
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import partial_path, sync
 from preprocessing.hub.download_manifest import LOCK_NAME, Receipt
 from preprocessing.hub.plan import (
     DownloadOptions,

@@ -4,8 +4,8 @@ from pathlib import Path
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_bipe.data.files import PARTIAL_SUFFIX, unreadable, write_atomically
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import PARTIAL_SUFFIX, unreadable, write_atomically
 from preprocessing.hub.transfer import HubFile, disk_errors
 
 RECEIPT_NAME = "download-receipt.json"

@@ -10,8 +10,8 @@ from typing import NamedTuple
 from huggingface_hub.utils import filter_repo_objects
 from tqdm import tqdm
 
-from megatron_bipe.data.files import partial_path
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import partial_path
 from preprocessing.hub.download_manifest import Receipt, is_own
 from preprocessing.hub.transfer import HubFile, Snapshot, list_snapshot
 

@@ -28,8 +28,8 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 
-from megatron_bipe.data.files import sha256_of
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import sha256_of
 
 BUSY = (429, 500, 502, 503, 504)  # status of a Hub that may answer the same request later
 LIST_TIMEOUT_S = 30.0

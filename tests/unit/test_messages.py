@@ -36,7 +36,7 @@ from megatron_bipe.hf.authors_checkpoint import read_published
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.environment import requested_device

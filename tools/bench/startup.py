@@ -22,10 +22,9 @@ from bench._machine import describe_machine
 from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
-from megatron_bipe.data.records import FileRecord, ShardRecord, Suffix
+from megatron_bipe.data.manifest import FileRecord, Manifest, ShardRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.data.shard_names import (
+from megatron_bipe.data.shard_layout import (
     DTYPE_CODES,
     FORMAT_VERSION,
     IDX_HEADER,
@@ -34,6 +33,7 @@ from megatron_bipe.data.shard_names import (
     SEG_HEADER,
     SEG_MAGIC,
     IdxHeader,
+    Suffix,
     choose_dtype,
     packed_bytes,
     shard_path,

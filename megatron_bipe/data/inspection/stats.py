@@ -7,10 +7,10 @@ from typing import Self
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.files import unreadable
 from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_names import IdxHeader, damaged
+from megatron_bipe.data.shard_layout import IdxHeader, damaged
+from megatron_bipe.io import unreadable
 from megatron_bipe.types import IntArray
 
 BLOCK_TOKENS = 1 << 20  # read together: a multiple of the window, and long against a segment

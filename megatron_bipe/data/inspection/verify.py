@@ -12,15 +12,14 @@ import numpy.typing as npt
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.discovery import open_tokenizer
-from megatron_bipe.data.files import sha256_of, unreadable
-from megatron_bipe.data.manifest import MANIFEST_NAME
+from megatron_bipe.data.manifest import MANIFEST_NAME, ShardRecord
 from megatron_bipe.data.parallel_map import Advance, run_in_order
-from megatron_bipe.data.records import SUFFIXES, ShardRecord, Suffix
 from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_names import SEG_HEADER, damaged, packed_bytes
+from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged, packed_bytes
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import sha256_of, unreadable
 
 
 def find_problems(

@@ -9,9 +9,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.eval.generation import Generator, Limits, generate
 from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.io import write_atomically
 from megatron_bipe.tasks.arithmetic.problems import Problem, final_answer, problems
 
 JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"

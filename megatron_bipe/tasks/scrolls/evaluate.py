@@ -13,10 +13,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from megatron_bipe.data.files import write_atomically
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.generation import Generator, Limits, generate
 from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.io import write_atomically
 from megatron_bipe.tasks.scrolls.files import Question
 from megatron_bipe.tasks.scrolls.metrics import MAIN, score
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, Task

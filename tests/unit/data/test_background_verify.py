@@ -11,9 +11,9 @@ import pytest
 from megatron_bipe.data import background_verify
 from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import sha256_of
 from tests.helpers.errors import raises
 
 Write = Callable[..., Manifest]

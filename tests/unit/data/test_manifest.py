@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from megatron_bipe.data import files
+from megatron_bipe import io
 from megatron_bipe.data.manifest import MANIFEST_NAME, FileRecord, Manifest, SegmentRule, ShardRecord, TokenizerRecord
 from megatron_bipe.errors import DataError
 from tests.helpers.errors import raises
@@ -68,7 +68,7 @@ def test_manifest_save_interrupted_keeps_the_old_one(tmp_path: Path, monkeypatch
     def fail(_: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(files.os, "fsync", fail)
+    monkeypatch.setattr(io.os, "fsync", fail)
     with pytest.raises(OSError, match="No space"):
         manifest(dtype="int32").save(tmp_path)
     monkeypatch.undo()

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bipe.data.records import ShardRecord
+from megatron_bipe.data.manifest import ShardRecord
 from megatron_bipe.data.shard import Shard, ShardWriter, choose_dtype
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenizedDocument

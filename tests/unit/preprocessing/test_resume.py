@@ -22,7 +22,7 @@ import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import DataError
-from megatron_bipe.lock import locked
+from megatron_bipe.io import locked
 from preprocessing import build as build_module
 from preprocessing import commit, range_worker
 from preprocessing.build import BuildOptions, build
@@ -325,7 +325,7 @@ def test_build_limits_of_malformed_lines_stop_a_run_early_and_hold_over_resumpti
 
 
 def test_build_two_runs_at_once_are_refused(options: BuildOptions, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("megatron_bipe.lock.LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr("megatron_bipe.io.LOCK_WAIT_S", 0.0)
     with locked(options.output / WORK_FOLDER), raises(DataError, "Another run", location=options.output):
         build(options)
     build(options)

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from megatron_bipe import lock
+from megatron_bipe import io
 from megatron_bipe.checkpoint.find import read_data_record, step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ALLOWABLE
@@ -138,7 +138,7 @@ def test_same_run_unknown_name_to_allow_is_refused_even_at_the_start(run, record
 
 
 def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypatch):
-    monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(io, "LOCK_WAIT_S", 0.0)
     with lock_run_dir(run, record, (), is_main=True):
         with lock_run_dir(run, record, (), is_main=False):
             pass

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.files import sha256_of
 from megatron_bipe.data.inspection import verify
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest, SegmentRule
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import sha256_of
 from tests.helpers.datasets import FEW_TEXTS
 from tests.helpers.errors import assert_error, raises
 

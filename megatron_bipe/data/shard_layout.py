@@ -7,14 +7,15 @@ NAME.seg  header, then one bit a token, little bit order: does it close a segmen
 
 import struct
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from megatron_bipe.data.records import Suffix
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import IntArray
 
+Suffix = Literal["bin", "idx", "seg"]
+SUFFIXES: tuple[Suffix, ...] = ("bin", "idx", "seg")
 FORMAT_VERSION = 1  # of a dataset folder: of its manifest and its .seg files
 
 IDX_MAGIC = b"MMIDIDX\0\0"

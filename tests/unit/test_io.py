@@ -9,15 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bipe import lock
+from megatron_bipe import io
 from megatron_bipe.errors import DataError
-from megatron_bipe.lock import LOCK_NAME, locked
+from megatron_bipe.io import LOCK_NAME, locked
 from tests.helpers.errors import raises
 
 
 @pytest.fixture(autouse=True)
 def no_waiting(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lock, "LOCK_WAIT_S", 0.0)
+    monkeypatch.setattr(io, "LOCK_WAIT_S", 0.0)
 
 
 @pytest.fixture
@@ -89,7 +89,7 @@ def test_locked_folder_that_a_run_removed_on_leaving_is_made_again(
         monkeypatch.setattr(Path, "open", lambda path, mode: remove() or opened(path, mode))
     else:
         monkeypatch.setattr(fcntl, "flock", lambda stream, kind: remove() or flock(stream, kind))
-    monkeypatch.setattr(lock, "LOCK_WAIT_S", 60.0)
+    monkeypatch.setattr(io, "LOCK_WAIT_S", 60.0)
     monkeypatch.setattr(time, "sleep", lambda _: None)
     with locked(folder, begin):
         assert (folder / LOCK_NAME).exists()
