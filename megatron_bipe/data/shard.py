@@ -1,4 +1,4 @@
-"""A shard's writer and reader; the bytes themselves are in `layout.py`."""
+"""A shard's writer and reader; the bytes themselves are in `shard_layout.py`."""
 
 import hashlib
 import os

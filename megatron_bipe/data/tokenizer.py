@@ -1,7 +1,7 @@
 """Tokenizers, read from their own definition files: `tokenizer.json`, else `tokenizer.model`.
 
 `transformers` is left out on purpose: its `AutoTokenizer` replaces LLaMA's normaliser, and a few documents in a
-hundred then get other ids. `data.token_text` tells what text each id stands for.
+hundred then get other ids. `data.token_strings` tells what text each id stands for.
 """
 
 import hashlib

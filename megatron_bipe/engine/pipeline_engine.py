@@ -30,7 +30,7 @@ from megatron_bipe.types import Batch
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """Implements `engine.api.Engine` with a `PipelineModule` over the plan.
+    """Implements `engine.interface.Engine` with a `PipelineModule` over the plan.
 
     Args:
         run: the run configuration, validated.

@@ -30,7 +30,7 @@ _log = logging.getLogger(__name__)
 
 
 class ZeroEngine(DeepSpeedEngine):
-    """Implements `engine.api.Engine` with `deepspeed.initialize` over the whole model.
+    """Implements `engine.interface.Engine` with `deepspeed.initialize` over the whole model.
 
     Args:
         run: the run configuration, validated.

@@ -16,7 +16,7 @@ from megatron_bipe.parallel.collectives import own_tokens, to_heads, to_tokens
 
 
 class UlyssesExchange:
-    """`model.layers.Windows` over the ranks of a group."""
+    """All-to-all exchange over the ranks of a group: the `HeadExchange` of context parallelism (DeepSpeed-Ulysses)."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group

@@ -1,6 +1,6 @@
 """What launchers tell their processes: the variables of each, and how they are read.
 
-Nothing here touches the environment; `launch.py` does.
+Nothing here touches the environment; `distributed_init.py` does.
 """
 
 import logging

@@ -30,7 +30,7 @@ def write_dataset(
     examples: PromptAnswerRecord | None = None,
 ) -> Manifest:
     """Write documents of token ids; segment ends follow from the rule."""
-    with mock.patch("os.fsync"):  # test_format.py tests it; here it would cost most of the time
+    with mock.patch("os.fsync"):  # test_shard.py tests it; here it would cost most of the time
         return _write(folder, shards, rule, vocab_size, tokenizer, examples)
 
 
