@@ -10,18 +10,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .configuration_bipe import NUM_BUCKETS, BipeConfig
-from .positions_bipe import DIGIT, CachedPositions, key_positions
-
-_UNIT = 1024  # of ALiBi's channel for the query's own position, so that it is within fp16
-_MAX_DISTANCE = 128  # of T5: from here on, all distances share the last bucket
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """One slope a head (Press et al. 2022); counts that are no power of two borrow from the next higher one."""
-    lower = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
-    return slopes + [2.0 ** (-4.0 * (i + 1) / lower) for i in range(0, 2 * lower, 2)][: num_heads - lower]
+from .configuration_bipe import BipeConfig
+from .functional_bipe import (
+    BILEVEL_ALIBI_FACTOR,
+    MAX_ALIBI_POSITIONS,
+    alibi_key_channels,
+    alibi_query_channels,
+    alibi_slopes,
+    interleave_zeros,
+    t5_buckets,
+)
+from .positions_bipe import CachedPositions, key_positions
 
 
 def alibi(
@@ -35,37 +34,22 @@ def alibi(
     each channel: AMX adds even and odd channels up apart.
     """
     position_BS = key_positions(config, new_BT, memory)
-    if position_BS.shape[1] > DIGIT**2:
-        raise ValueError(f"ALiBi's key bias is exact up to {DIGIT**2} tokens; these are {position_BS.shape[1]}")
-    factor = 96.0 if config.bilevel else 1.0
+    if position_BS.shape[1] > MAX_ALIBI_POSITIONS:
+        raise ValueError(f"ALiBi is exact up to {MAX_ALIBI_POSITIONS} tokens; these are {position_BS.shape[1]}")
+    factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=position_BS.device) * factor
-    slopes_N1 = slopes[:, None] * math.sqrt(config.head_dim)
-    back_BT, back_BS = new_BT[:, -1:] - new_BT, new_BT[:, -1:] - position_BS
-    own_BNT, rest_N1, parts = slopes_N1 / _UNIT * back_BT[:, None], slopes_N1, []
-    for _ in range(3):
-        parts.append(rest_N1.bfloat16().float())
-        rest_N1 = rest_N1 - parts[-1]
-    high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in parts)
-    fine_BS = back_BS % DIGIT
-    coarse_BS, unit_BS = back_BS - fine_BS, torch.full_like(back_BS, -_UNIT)
-    keys_BS7 = -torch.stack([coarse_BS, unit_BS, fine_BS, coarse_BS, fine_BS, coarse_BS, fine_BS], dim=-1).float()
-    queries_BNT7 = torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1)
-    return {"channels": (_spread(queries_BNT7), _spread(keys_BS7[:, None]))}
-
-
-def _spread(channels: Tensor) -> Tensor:
-    return torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
+    last_B1 = new_BT[:, -1:]
+    queries_BNT7 = alibi_query_channels(slopes[:, None] * math.sqrt(config.head_dim), (last_B1 - new_BT)[:, None])
+    keys_BS7 = alibi_key_channels(last_B1 - position_BS).float()
+    return {"channels": (interleave_zeros(queries_BNT7), interleave_zeros(keys_BS7[:, None]))}
 
 
 def t5(
     config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None, _attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Buckets of the distances from queries back to keys (Raffel et al. 2020): exact ones, then logarithmic ones."""
-    distance_BTS = (new_BT[:, :, None] - key_positions(config, new_BT, memory)[:, None, :]).clamp(min=0)
-    exact = NUM_BUCKETS // 2
-    ratio_BTS = (distance_BTS.clamp(min=exact) / exact).log() / math.log(_MAX_DISTANCE / exact)
-    far_BTS = (exact + (ratio_BTS * (NUM_BUCKETS - exact)).long()).clamp(max=NUM_BUCKETS - 1)
-    return {"buckets": torch.where(distance_BTS < exact, distance_BTS, far_BTS)}
+    distance_BTS = new_BT[:, :, None] - key_positions(config, new_BT, memory)[:, None, :]
+    return {"buckets": t5_buckets(distance_BTS)}
 
 
 def biased_mask(bias_BTSN: Tensor, mask: Tensor) -> Tensor:

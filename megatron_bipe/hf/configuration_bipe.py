@@ -11,7 +11,6 @@ from transformers import PreTrainedConfig
 ABSOLUTE = ("none", "learned", "sinusoidal")  # added to the embeddings
 RELATIVE = ("rope", "alibi", "xpos", "t5", "nope")  # in every attention layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
-NUM_BUCKETS = 32  # rows of T5's table in every layer
 
 # Absolute part, relative part, and what they go by: segments, tokens, or tokens whose positions training draws.
 ENCODINGS = (

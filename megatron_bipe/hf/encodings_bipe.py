@@ -3,15 +3,14 @@
 B batch · T new tokens · D width · H head width · S keys that attention sees · C channels
 """
 
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from .bias_bipe import alibi, t5
 from .configuration_bipe import BipeConfig
+from .functional_bipe import log_scale_factors
 from .positions_bipe import CachedPositions, PositionIds, count_tokens
 from .rotary_bipe import Tables, rope, xpos
 
@@ -48,7 +47,7 @@ def encode(
         new_BT = _spread(config, new_BT, memory, attention_mask)
     growth = None
     if config.log_scale:
-        growth = ((new_BT + 1).float().log() / math.log(config.train_len_tokens))[:, None, :, None]
+        growth = log_scale_factors(new_BT, config.train_len_tokens)
     return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, memory, attention_mask))
 
 
@@ -60,10 +59,3 @@ def _spread(
     if int(counts.max()) > config.drawn_range:
         raise ValueError(f"{int(counts.max())} tokens exceed the {config.drawn_range} positions of {config.encoding}")
     return place_BT * config.drawn_range // counts.clamp(min=config.train_len_tokens)
-
-
-def sinusoidal(config: BipeConfig, place_BT: Tensor) -> Tensor:
-    """Sines and cosines of places [B, T, D] (Vaswani et al. 2017), as large beside new token rows as theirs are."""
-    pairs = torch.arange(config.hidden_size // 2, device=place_BT.device)
-    angles = place_BT.float()[..., None] * (pairs.float() * (-2 * math.log(10_000.0) / config.hidden_size)).exp()
-    return torch.cat((angles.sin(), angles.cos()), dim=-1) * config.initializer_range

@@ -29,6 +29,7 @@ from megatron_bipe.hf.parity import Windows, parity
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.io import sync
+from megatron_bipe.model.positions import functional
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.tensor_file import write_tensors
 
@@ -36,9 +37,11 @@ from megatron_bipe.tensor_file import write_tensors
 # mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
 # 0.02, give 1e-3 and more.
 TOLERANCE = 2e-5
-REMOTE_CODE = tuple(
-    f"{name}_bipe.py" for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
-)
+# Files of an exported folder, and what each is a copy of.
+REMOTE_CODE = {
+    f"{name}_bipe.py": Path(__file__).with_name(f"{name}_bipe.py")
+    for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
+} | {"functional_bipe.py": Path(functional.__file__)}
 GENERATION, CARD = "generation_config.json", "README.md"
 _WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES, *REMOTE_CODE}  # and weights
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
@@ -128,9 +131,9 @@ def _write_code(folder: Path) -> None:
     transformers goes by the configuration's class: within one process, another version of the model under an
     unchanged configuration file would be taken for the version it has seen first.
     """
-    texts = {name: Path(__file__).with_name(name).read_text("utf-8") for name in REMOTE_CODE}
+    texts = {name: source.read_text("utf-8") for name, source in REMOTE_CODE.items()}
     version = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
-    texts[REMOTE_CODE[0]] += f"\n# Version of this remote code: {version}\n"
+    texts["configuration_bipe.py"] += f"\n# Version of this remote code: {version}\n"
     for name, text in texts.items():
         (folder / name).write_text(text, "utf-8")
 

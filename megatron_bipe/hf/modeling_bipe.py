@@ -16,9 +16,11 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutpu
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .bias_bipe import biased_mask
-from .configuration_bipe import NUM_BUCKETS, BipeConfig
-from .encodings_bipe import Encoding, encode, sinusoidal
+from .configuration_bipe import BipeConfig
+from .encodings_bipe import Encoding, encode
+from .functional_bipe import NUM_T5_BUCKETS, rotate, sinusoids
 from .positions_bipe import PositionIds, find_places, read_cache_positions, real_tokens, write_cache_positions
+from .rotary_bipe import Tables
 
 
 class BipeRMSNorm(nn.Module):
@@ -62,7 +64,7 @@ class BipeAttention(nn.Module):
         self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
         self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
         if config.relative == "t5":
-            self.relative_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
+            self.relative_bias = nn.Embedding(NUM_T5_BUCKETS, config.num_attention_heads)
 
     def forward(
         self, hidden_BTD: Tensor, encoding: Encoding, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
@@ -76,7 +78,7 @@ class BipeAttention(nn.Module):
             q_BNTH = q_BNTH * encoding.growth.to(q_BNTH.dtype)
         if encoding.rotation is not None:
             for_queries, for_keys = encoding.rotation
-            q_BNTH, k_BGTH = _rotate(q_BNTH, *for_queries), _rotate(k_BGTH, *for_keys)
+            q_BNTH, k_BGTH = _rotated(q_BNTH, for_queries), _rotated(k_BGTH, for_keys)
         if past_key_values is not None:
             if self.layer_idx == 0 and encoding.memory is not None:
                 k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.memory)), dim=-1)
@@ -97,10 +99,9 @@ class BipeAttention(nn.Module):
         return self.o_proj(mixed_BTNH[..., : self.head_dim].flatten(2))
 
 
-def _rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
-    cos_B1TH, sin_B1TH = cos_B1TH.to(x_BNTH.dtype), sin_B1TH.to(x_BNTH.dtype)
-    first, second = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1TH - second * sin_B1TH, second * cos_B1TH + first * sin_B1TH), dim=-1)
+def _rotated(x_BNTH: Tensor, tables: Tables) -> Tensor:
+    cos_B1TH, sin_B1TH = tables
+    return rotate(x_BNTH, cos_B1TH.to(x_BNTH.dtype), sin_B1TH.to(x_BNTH.dtype))
 
 
 def _channels_of(x_BNTH: Tensor, channels: Tensor) -> Tensor:
@@ -230,7 +231,8 @@ class BipeModel(BipePreTrainedModel):
         """The hidden states with the absolute part of the encoding added."""
         config, place_BT = self.config, places.intra
         if config.absolute == "sinusoidal":
-            return hidden_BTD + sinusoidal(config, place_BT).to(hidden_BTD.dtype)
+            added_BTD = sinusoids(place_BT, config.hidden_size) * config.initializer_range
+            return hidden_BTD + added_BTD.to(hidden_BTD.dtype)
         if config.absolute == "none":
             return hidden_BTD
         if config.bilevel:

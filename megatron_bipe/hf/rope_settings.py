@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.positions.rope_scaling import stretched_base
+from megatron_bipe.model.positions.functional import stretched_base
 
 # transformers has no such type: to it such a model is one with a raised base, and this key remembers the rest.
 _NTK = "rope_ntk"
@@ -17,7 +17,10 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
     if scaling.type == "ntk":
-        raised = {"rope_type": "default", "rope_theta": stretched_base(config, scaling.factor)}
+        raised = {
+            "rope_type": "default",
+            "rope_theta": stretched_base(config.rope_base, config.head_width, scaling.factor),
+        }
         return {"rope_parameters": raised, _NTK: {"rope_theta": config.rope_base, "factor": scaling.factor}}
     parameters = {"rope_type": scaling.type, "rope_theta": config.rope_base, "factor": scaling.factor}
     if scaling.type == "yarn":

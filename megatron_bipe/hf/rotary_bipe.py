@@ -5,17 +5,21 @@ B batch · T new tokens · H head width
 
 from typing import Any
 
-import torch
 from torch import Tensor
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from .configuration_bipe import BipeConfig
+from .functional_bipe import (
+    MAX_XPOS_TOKENS,
+    rotary_frequencies,
+    rotary_tables,
+    stretched_base,
+    xpos_factors,
+    yarn_attention_factor,
+    yarn_frequencies,
+)
 from .positions_bipe import CachedPositions, count_tokens, num_keys
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
-
-_DECAY_POSITIONS, _GAMMA = 512, 0.4  # of XPOS (Sun et al. 2022), as published
-_MAX_FADING_TOKENS = 2**14  # beyond, powers leave the range of bf16 and fp32
 
 
 def rope(
@@ -31,14 +35,12 @@ def xpos(
 ) -> dict[str, Any]:
     """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
     num_tokens = num_keys(position_BT.shape[1], memory)
-    if num_tokens > _MAX_FADING_TOKENS:
-        raise ValueError(f"XPOS stays in range up to {_MAX_FADING_TOKENS} tokens; these are {num_tokens}")
+    if num_tokens > MAX_XPOS_TOKENS:
+        raise ValueError(f"XPOS stays in range up to {MAX_XPOS_TOKENS} tokens; these are {num_tokens}")
     cos_B1TH, sin_B1TH = _tables(config, position_BT, memory, attention_mask)
-    pairs_H = torch.arange(0, config.head_dim, 2, device=position_BT.device) / config.head_dim
-    powers_BT = (position_BT - config.train_len_tokens // 2).float() / _DECAY_POSITIONS
-    factor_B1TH = ((pairs_H + _GAMMA) / (1 + _GAMMA))[None, None, None] ** powers_BT[:, None, :, None]
-    queries = cos_B1TH * factor_B1TH, sin_B1TH * factor_B1TH
-    return {"rotation": (queries, (cos_B1TH / factor_B1TH, sin_B1TH / factor_B1TH))}
+    growing_B1TH, fading_B1TH = xpos_factors(position_BT, config.head_dim, config.train_len_tokens)
+    queries = cos_B1TH * growing_B1TH, sin_B1TH * growing_B1TH
+    return {"rotation": (queries, (cos_B1TH * fading_B1TH, sin_B1TH * fading_B1TH))}
 
 
 def _tables(
@@ -46,23 +48,20 @@ def _tables(
 ) -> Tables:
     """In fp32; dynamic scaling looks at the number of real tokens of the row."""
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
-    rope_type, base = scaling.get("rope_type", "default"), torch.tensor(float(scaling.get("rope_theta", 10000.0)))
-    factor = 1.0
-    if rope_type == "yarn":
-        frequencies, factor = ROPE_INIT_FUNCTIONS["yarn"](config, device)
-    else:
-        if rope_type == "dynamic":
-            counts = count_tokens(config, position_BT.shape[1], memory, attention_mask, "dynamic RoPE scaling")
-            base = _stretched(config, base, counts)
-        exponents_H = torch.arange(0, width, 2, dtype=torch.float32, device=device) / width
-        frequencies = 1.0 / base.to(device) ** exponents_H
-    if rope_type == "linear":
-        frequencies = frequencies / scaling["factor"]
-    angles_B1TH = (position_BT.float()[..., None] * frequencies).unsqueeze(1)
-    return angles_B1TH.cos() * factor, angles_B1TH.sin() * factor
-
-
-def _stretched(config: BipeConfig, base: Tensor, counts_B1: Tensor) -> Tensor:
-    trained, width, factor = config.train_len_tokens, config.head_dim, (config.rope_parameters or {})["factor"]
-    stretch = factor * counts_B1[..., None].clamp(min=trained).double() / trained - (factor - 1)
-    return (base * stretch ** (width / (width - 2))).float()
+    base, kind = float(scaling.get("rope_theta", 10000.0)), scaling.get("rope_type", "default")
+    if kind == "dynamic":
+        counts_B1 = count_tokens(config, position_BT.shape[1], memory, attention_mask, "dynamic RoPE scaling")
+        excess_B11 = counts_B1[..., None].clamp(min=config.train_len_tokens).double() / config.train_len_tokens
+        factor = scaling["factor"]
+        base_B11 = stretched_base(base, width, factor * excess_B11 - (factor - 1)).float().to(device)
+        return rotary_tables(position_BT, rotary_frequencies(width, base_B11, device))
+    frequencies_H = rotary_frequencies(width, base, device)
+    if kind == "linear":
+        return rotary_tables(position_BT, frequencies_H / scaling["factor"])
+    if kind == "yarn":
+        betas = scaling.get("beta_fast", 32.0), scaling.get("beta_slow", 1.0)
+        original = scaling["original_max_position_embeddings"]
+        frequencies_H = yarn_frequencies(frequencies_H, base, scaling["factor"], original, betas)
+        factor = scaling.get("attention_factor") or yarn_attention_factor(scaling["factor"])
+        return rotary_tables(position_BT, frequencies_H, factor)
+    return rotary_tables(position_BT, frequencies_H)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.base import SharedTables
+from megatron_bipe.model.positions.functional import log_scale_factors
 from megatron_bipe.model.positions.make import make_relative
 
 SHORTEST_WINDOW = 2048  # tokens from which on leaving out pays
@@ -35,7 +36,7 @@ class Attention(nn.Module):
         width, head_width = config.hidden_size, config.head_width
         self.head_width = head_width
         self.queries_per_group = config.num_heads // config.kv_heads
-        self.log_scale_base = math.log(config.train_len_tokens) if config.log_scale else None
+        self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
         self.windows = layers.windows
         self.encoding = make_relative(config, layers)
         self._tables = tables or SharedTables()
@@ -50,9 +51,8 @@ class Attention(nn.Module):
         q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
         k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
         v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
-        if self.log_scale_base is not None:
-            growth_BT = (positions_BT + 1).float().log() / self.log_scale_base
-            q_BnTH = q_BnTH * growth_BT.to(q_BnTH.dtype)[:, None, :, None]
+        if self.log_scale_tokens is not None:
+            q_BnTH = q_BnTH * log_scale_factors(positions_BT, self.log_scale_tokens).to(q_BnTH.dtype)
         prepared = self._tables.prepared(self.encoding, positions_BT, q_BnTH.dtype)
         reach_n = self.encoding.reach(q_BnTH, k_BgTH) if leaving_out_pays(q_BnTH) else None
         q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)

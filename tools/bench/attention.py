@@ -32,7 +32,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import Block, build_model
 
@@ -112,7 +113,7 @@ def error(model: ModelConfig, tokens: int, biased: bool) -> float:
 def two_slopes(model: ModelConfig) -> Tensor:
     """The steepest and the flattest of BiPE-ALiBi."""
     slopes = sorted(alibi_slopes(model.num_heads))
-    return torch.tensor([slopes[-1], slopes[0]]) * BIPE_ALIBI_SLOPE_FACTOR
+    return torch.tensor([slopes[-1], slopes[0]]) * BILEVEL_ALIBI_FACTOR
 
 
 def segments(tokens: int) -> Tensor:
@@ -125,7 +126,7 @@ def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[]
     shape = (1, model.num_heads, tokens, model.head_width)
     q, k, v = (torch.randn(shape).to(device(), DTYPES[native_precision()]) for _ in range(3))
     if biased:
-        slopes = torch.tensor(alibi_slopes(model.num_heads)) * BIPE_ALIBI_SLOPE_FACTOR
+        slopes = torch.tensor(alibi_slopes(model.num_heads)) * BILEVEL_ALIBI_FACTOR
         q, k = KeyBias(slopes, model.head_width)(q, k, segments(tokens).to(device())[None])
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     grad = torch.randn_like(v)
@@ -166,7 +167,7 @@ class EagerAttention(nn.Module):
         self.inner = attention
         self.slopes_N = None
         if isinstance(attention.encoding, KeyBias):
-            factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
+            factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
             self.slopes_N = torch.tensor(alibi_slopes(config.num_heads)) * factor
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:

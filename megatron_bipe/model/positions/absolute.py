@@ -3,13 +3,11 @@
 B batch · t this rank's positions · D width
 """
 
-import math
-
-import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
+from megatron_bipe.model.positions.functional import sinusoids
 
 
 def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:
@@ -33,7 +31,4 @@ class Sinusoidal(nn.Module):
 
     def forward(self, places_Bt: Tensor) -> Tensor:
         """[B, t] -> fp32 [B, t, D], computed in fp32."""
-        pairs = torch.arange(self._width // 2, device=places_Bt.device)
-        frequencies = (pairs.float() * (-2 * math.log(10_000.0) / self._width)).exp()
-        angles = self._own(places_Bt).float()[..., None] * frequencies
-        return torch.cat((angles.sin(), angles.cos()), dim=-1) * self._scale
+        return sinusoids(self._own(places_Bt), self._width) * self._scale

@@ -11,22 +11,15 @@ from torch import Tensor
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory, local_heads
 from megatron_bipe.model.positions.base import RelativeEncoding
+from megatron_bipe.model.positions.functional import (
+    BILEVEL_ALIBI_FACTOR,
+    alibi_key_channels,
+    alibi_query_channels,
+    alibi_slopes,
+    interleave_zeros,
+)
 
-BIPE_ALIBI_SLOPE_FACTOR = 96.0  # the paper's: segments are further apart than tokens
-_BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly
 _CHANNELS = 7
-_OWN_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
-
-
-def alibi_slopes(num_heads: int) -> list[float]:
-    """One slope a head: a geometric row from 2^(-8/n); for other counts, padded from the next power of two.
-
-    Source: Press et al. 2022 (arXiv 2108.12409); rows fixed by tests/golden/alibi_slopes.json.
-    """
-    lower = 2 ** int(math.log2(num_heads))
-    slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
-    between = [2.0 ** (-8.0 * (i + 1) / (2 * lower)) for i in range(0, 2 * lower, 2)]
-    return slopes + between[: num_heads - lower]
 
 
 class KeyBias(RelativeEncoding):
@@ -53,18 +46,13 @@ class KeyBias(RelativeEncoding):
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
         """The channels of keys [B, 1, T, 7]."""
         back_BT = positions_BT[:, -1:] - positions_BT  # segments or tokens before the last key, >= 0
-        coarse_BT = back_BT // _BF16_INTEGERS * _BF16_INTEGERS
-        fine_BT, unit_BT = back_BT - coarse_BT, torch.full_like(back_BT, -_OWN_UNIT)
-        keys = [coarse_BT, unit_BT, fine_BT, coarse_BT, fine_BT, coarse_BT, fine_BT]
-        return torch.stack(keys, dim=-1).neg().to(dtype)[:, None]
+        return alibi_key_channels(back_BT).to(dtype)[:, None]
 
     def encode(self, q_BNTH: Tensor, k_BGTH: Tensor, prepared: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys after the bias channels, the width filled up by zeros."""
         slopes_N1 = self.slopes_N.to(q_BNTH.device)[:, None]
         back_B1T = -(prepared[..., 0].float() + prepared[..., 2].float())
-        own_BNT = slopes_N1 / _OWN_UNIT * back_B1T
-        high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in _bf16_parts(slopes_N1))
-        q_BNT7 = torch.stack([high, own_BNT, high, middle, middle, low, low], dim=-1)
+        q_BNT7 = alibi_query_channels(slopes_N1, back_B1T)
         pad = self.widening(q_BNTH.shape[-1]) - 2 * _CHANNELS
         return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
 
@@ -98,20 +86,12 @@ class Alibi(KeyBias):
     """ALiBi on places in the window; on segment counts with slopes 96 times as steep."""
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
-        factor = BIPE_ALIBI_SLOPE_FACTOR if config.bilevel else 1.0
+        factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
         slopes = alibi_slopes(config.num_heads)[local_heads(config.num_heads, layers)]
         # Constants of weights that are yet to be read are no weights: layers on the meta device get them, too.
         super().__init__(torch.tensor(slopes, device="cpu") * factor, config.head_width)
 
 
-def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three fp32 tensors that bf16 represents exactly and that sum to `x` within 2^-24."""
-    high = x.bfloat16().float()
-    middle = (x - high).bfloat16().float()
-    return high, middle, (x - high - middle).bfloat16().float()
-
-
 def _prepend(channels_BNTC: Tensor, x_BNTH: Tensor, pad: int) -> Tensor:
-    channels_BNTC = torch.stack([channels_BNTC, torch.zeros_like(channels_BNTC)], dim=-1).flatten(-2)
-    channels_BNTC = channels_BNTC.to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
+    channels_BNTC = interleave_zeros(channels_BNTC).to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
     return torch.nn.functional.pad(torch.cat((channels_BNTC, x_BNTH), dim=-1), (0, pad))

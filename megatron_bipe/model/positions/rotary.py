@@ -1,4 +1,4 @@
-"""RoPE.
+"""RoPE, as it is and stretched beyond the training length: the types of `model.rope_scaling`.
 
 B batch · T positions · N heads · H head width
 """
@@ -8,8 +8,8 @@ from torch import Tensor
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
+from megatron_bipe.model.positions import functional
 from megatron_bipe.model.positions.base import RelativeEncoding
-from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
@@ -27,22 +27,20 @@ class Rotary(RelativeEncoding):
         self.config = config
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tables, Tables]:
-        """Cosines and sines for queries, and for keys: here the same ones."""
+        """Return cosines and sines for queries, and for keys: here the same ones."""
         cos_B1TH, sin_B1TH = self.angles(positions_BT)
         tables = cos_B1TH.to(dtype), sin_B1TH.to(dtype)
         return tables, tables
 
     def angles(self, positions_BT: Tensor) -> Tables:
-        """Cosines and sines in fp32, times the attention factor of the scaling."""
+        """Return cosines and sines in fp32, times the attention factor of the scaling."""
         frequencies_H, factor = rotary_frequencies(self.config, positions_BT.shape[-1])
-        angles_BTH = positions_BT.to(torch.float32)[..., None] * frequencies_H.to(positions_BT.device)
-        cos_B1TH, sin_B1TH = angles_BTH.unsqueeze(1).cos(), angles_BTH.unsqueeze(1).sin()
-        return (cos_B1TH, sin_B1TH) if factor == 1.0 else (cos_B1TH * factor, sin_B1TH * factor)
+        return functional.rotary_tables(positions_BT, frequencies_H.to(positions_BT.device), factor)
 
     def encode(self, q_BNTH: Tensor, k_BNTH: Tensor, prepared: tuple[Tables, Tables]) -> tuple[Tensor, Tensor]:
-        """Rotated queries and keys."""
+        """Return rotated queries and keys."""
         for_queries, for_keys = prepared
-        return _rotate(q_BNTH, *for_queries), _rotate(k_BNTH, *for_keys)
+        return functional.rotate(q_BNTH, *for_queries), functional.rotate(k_BNTH, *for_keys)
 
     @staticmethod
     def table_width(head_width: int) -> int:
@@ -50,6 +48,32 @@ class Rotary(RelativeEncoding):
         return head_width
 
 
-def _rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
-    first, second = x_BNTH.chunk(2, dim=-1)
-    return torch.cat((first * cos_B1TH - second * sin_B1TH, second * cos_B1TH + first * sin_B1TH), dim=-1)
+def rotary_frequencies(config: ModelConfig, seq_len_tokens: int) -> tuple[Tensor, float]:
+    """Return radians a position for each pair of channels, fp32 [H/2], and the factor of queries and keys.
+
+    Source: linear, Chen et al. 2023 (arXiv 2306.15595); ntk, dynamic, yarn, Peng et al. 2023 (arXiv 2309.00071). A test
+    compares all with transformers' functions.
+
+    Args:
+        config: of the model.
+        seq_len_tokens: length of the sequences at hand, on which `dynamic` depends.
+    """
+    scaling, base, width = config.rope_scaling, config.rope_base, config.head_width
+    plain_H = functional.rotary_frequencies(width, base)
+    if scaling is None:
+        return plain_H, 1.0
+    factor = scaling.factor
+    match scaling.type:
+        case "linear":
+            return plain_H / factor, 1.0
+        case "ntk":
+            return functional.rotary_frequencies(width, functional.stretched_base(base, width, factor)), 1.0
+        case "dynamic":
+            excess = max(1.0, seq_len_tokens / config.train_len_tokens)
+            stretched = functional.stretched_base(base, width, factor * excess - (factor - 1))
+            return functional.rotary_frequencies(width, stretched), 1.0
+        case "yarn":
+            original = scaling.original_positions or config.train_len_tokens
+            betas = scaling.beta_fast, scaling.beta_slow
+            attention_factor = scaling.attention_factor or functional.yarn_attention_factor(factor)
+            return functional.yarn_frequencies(plain_H, base, factor, original, betas), attention_factor

@@ -3,17 +3,13 @@
 B batch · T positions · S keys · n query heads of this rank
 """
 
-import math
-
 import torch
 from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory, local_heads
 from megatron_bipe.model.positions.base import RelativeEncoding
-
-NUM_BUCKETS = 32
-MAX_DISTANCE = 128  # from here on, all distances share the last bucket
+from megatron_bipe.model.positions.functional import NUM_T5_BUCKETS, t5_buckets
 
 
 class T5Bias(nn.Module, RelativeEncoding):
@@ -29,7 +25,7 @@ class T5Bias(nn.Module, RelativeEncoding):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
-        self.table = layers.per_head_embedding(NUM_BUCKETS, config.num_heads)
+        self.table = layers.per_head_embedding(NUM_T5_BUCKETS, config.num_heads)
         self._rows_alike = not config.bilevel
         first_of_table = layers.rank * config.num_heads // layers.ranks
         here = local_heads(config.num_heads, layers)
@@ -39,7 +35,7 @@ class T5Bias(nn.Module, RelativeEncoding):
         """Buckets of all pairs, int64 [B, T, T]; one row for all where all windows have the same positions."""
         del dtype
         rows_BT = positions_BT[:1] if self._rows_alike else positions_BT
-        return buckets(rows_BT[:, :, None] - rows_BT[:, None, :])
+        return t5_buckets(rows_BT[:, :, None] - rows_BT[:, None, :])
 
     def score_bias(self, prepared: Tensor) -> Tensor:
         """Of this rank's heads; minus infinity at later keys."""
@@ -47,12 +43,3 @@ class T5Bias(nn.Module, RelativeEncoding):
         bias_BnTT = self.table(prepared)[..., self._own_heads].permute(0, 3, 1, 2)
         later_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=prepared.device).triu(1)
         return bias_BnTT.masked_fill(later_TT, -torch.inf)
-
-
-def buckets(distances: Tensor) -> Tensor:
-    """The bucket of each distance from a query back to a key: itself in the first half, logarithmic in the second."""
-    exact = NUM_BUCKETS // 2
-    every = torch.arange(MAX_DISTANCE + 1, device=distances.device)
-    steps = (every.clamp(min=exact) / exact).log() / math.log(MAX_DISTANCE / exact) * (NUM_BUCKETS - exact)
-    bucket_of = torch.where(every < exact, every, (exact + steps.long()).clamp(max=NUM_BUCKETS - 1))
-    return bucket_of[distances.clamp(0, MAX_DISTANCE)]

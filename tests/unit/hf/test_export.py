@@ -179,12 +179,9 @@ for each in (model, load(folder + "-saved", trust_remote_code=True)):
 
 def test_two_versions_of_remote_code_under_one_name_do_not_mix(export, tmp_path, monkeypatch):
     export(name="a/m")
-    source = Path(export_module.__file__).parent
-    for name in export_module.REMOTE_CODE:
-        (tmp_path / name).write_text((source / name).read_text())
-    with (tmp_path / "modeling_bipe.py").open("a") as code:
-        code.write("\n\nBipeForCausalLM.version = 2\n")
-    monkeypatch.setattr(export_module, "__file__", str(tmp_path / "export.py"))
+    changed = tmp_path / "modeling_bipe.py"
+    changed.write_text(export_module.REMOTE_CODE[changed.name].read_text() + "\n\nBipeForCausalLM.version = 2\n")
+    monkeypatch.setitem(export_module.REMOTE_CODE, changed.name, changed)
     export(name="b/m")
     code = """
 for part in ("a", "b", "a"):
@@ -206,6 +203,29 @@ for trust in (None, True):
 
 
 def test_export_with_wrong_segment_rule_leaves_nothing(export, fields, tmp_path):
+    with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "m") as error:
+        export(data=fields._replace(token_ids=(3,)))
+    assert re.search(r"\d\.\d\de[-+]\d\d", error.value.message)
+    assert left_behind(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    "mistake",
+    [
+        ("96.0", "95.0", "bipe_alibi"),
+        ("closed_BT - ends_BT.long()", "closed_BT", "bipe_rope"),
+        ("places.inter if config.bilevel else places.intra", "places.inter", "alibi"),
+    ],
+)
+def test_export_of_small_mistake_at_initial_weights_is_caught(export, tmp_path, monkeypatch, mistake, tiny):
+    """At std 0.02 attention is nearly flat: the limit must be tight enough even then."""
+    right, wrong, encoding = mistake
+    for name, source in export_module.REMOTE_CODE.items():
+        text = source.read_text()
+        if right in text:
+            (tmp_path / name).write_text(text.replace(right, wrong))
+            monkeypatch.setitem(export_module.REMOTE_CODE, name, tmp_path / name)
+    assert list(tmp_path.glob("*_bipe.py"))
     with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "m") as error:
         export(data=fields._replace(token_ids=(3,)))
     assert re.search(r"\d\.\d\de[-+]\d\d", error.value.message)

@@ -8,12 +8,13 @@ import torch
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
 from megatron_bipe.model.attention import Attention, causal_attention, windowed_attention
-from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
 from megatron_bipe.model.transformer import LocalLayers
 
 TOKENS, HEADS, WIDTH = 1100, 6, 16  # not a multiple of a chunk
-SLOPES = torch.tensor(alibi_slopes(HEADS)) * BIPE_ALIBI_SLOPE_FACTOR
+SLOPES = torch.tensor(alibi_slopes(HEADS)) * BILEVEL_ALIBI_FACTOR
 
 
 def heads(scale=1.0, groups=HEADS, windows=2, tokens=TOKENS):

@@ -11,7 +11,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.authors_checkpoint import read_published
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.positions.alibi import BIPE_ALIBI_SLOPE_FACTOR, alibi_slopes
+from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.transformer import build_model
 from tests.helpers.paths import ORACLE
 
@@ -101,7 +101,7 @@ def test_alibi_slopes_equal_the_reference(num_heads):
     golden = json.loads((GOLDEN / "alibi_slopes.json").read_text())[str(num_heads)]
     slopes = torch.tensor(alibi_slopes(num_heads))
     assert torch.equal(slopes, torch.tensor(golden["alibi"]))
-    assert torch.equal(slopes * BIPE_ALIBI_SLOPE_FACTOR, torch.tensor(golden["bipe_alibi"]))
+    assert torch.equal(slopes * BILEVEL_ALIBI_FACTOR, torch.tensor(golden["bipe_alibi"]))
 
 
 def test_alibi_slopes_of_other_head_counts_borrow_every_other_slope_of_the_next_power():

@@ -6,10 +6,10 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.positions.alibi import KeyBias, alibi_slopes
+from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.functional import alibi_slopes
 from megatron_bipe.model.positions.make import make_relative
-from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
-from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.positions.rotary import Rotary, rotary_frequencies
 from megatron_bipe.model.transformer import LocalLayers
 
 TRAINED = 32

@@ -9,8 +9,7 @@ from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.positions.rope_scaling import rotary_frequencies
-from megatron_bipe.model.positions.rotary import Rotary
+from megatron_bipe.model.positions.rotary import Rotary, rotary_frequencies
 from megatron_bipe.model.transformer import LocalLayers
 
 TRAINED = 1024
