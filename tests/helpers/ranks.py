@@ -62,6 +62,9 @@ def run_ranks(
     ]
     try:
         _wait(ranks, outcomes, time.monotonic() + patience(time_limit_s))
+        if all(map(Path.exists, outcomes)):
+            for process in ranks:
+                process.join(LAST_WORDS_S)
     finally:
         for process in ranks:
             process.kill()
