@@ -10,7 +10,7 @@ from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.tasks.scrolls.files import Row, read_rows
-from megatron_bipe.tasks.scrolls.tasks import WINDOW_TOKENS, Encode, Prompter, find_task
+from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, Encode, Prompter, find_task
 from megatron_bipe.types import Document, TokenArray
 from preprocessing.commit import Contents
 from preprocessing.examples import Example, write_examples
@@ -29,7 +29,7 @@ class ScrollsOptions:
     split: str
     tokenizer: str
     output: Path
-    length: int = WINDOW_TOKENS
+    length: int = SEQ_LEN_TOKENS
     segments: str = "reference"
     overwrite: bool = False
 

@@ -4,13 +4,13 @@ import numpy as np
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, window_ends
-from megatron_bipe.hf.export import Windows
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
+from megatron_bipe.hf.export import SampleBatch
 
 SEPARATOR_SHARE = 0.08  # about what the published models met
 
 
-def random_windows(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int, rows: int = 2) -> Windows:
+def random_sequences(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int, rows: int = 2) -> SampleBatch:
     """Tokens, intra ids and inter ids [rows, seq_len], always the same ones, with separators as frequent as in text."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, config.vocab_size, (rows, seq_len_tokens))
@@ -19,5 +19,5 @@ def random_windows(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int, 
         chosen = generator.random(tokens.shape) < SEPARATOR_SHARE
         tokens = np.where(chosen, generator.choice(separators, tokens.shape), tokens)
     ends = np.broadcast_to(segment_ends(tokens, rule), tokens.shape)  # fixed:N gives one row for all
-    intra, inter = bilevel_ids(window_ends(ends, rule), config.intra_clip)
+    intra, inter = bilevel_ids(sequence_ends(ends, rule), config.intra_clip)
     return torch.from_numpy(tokens), torch.from_numpy(intra), torch.from_numpy(inter)

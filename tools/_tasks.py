@@ -11,7 +11,7 @@ from _device import add_device_options, pick_device, pick_dtype
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
 from megatron_bipe.tasks.scrolls.files import questions, read_rows
-from megatron_bipe.tasks.scrolls.tasks import TASKS, WINDOW_TOKENS, find_task
+from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task
 
 if TYPE_CHECKING:
     from megatron_bipe.eval.generation import Generator
@@ -80,7 +80,7 @@ def add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="has NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
     add("--split", default="validation", help=f"validation, or test, which has no outputs {shown}")
     add("--output", type=Path, required=True, metavar="DIR", help="for scores and answers of one or more tasks")
-    add("--length", type=int, default=WINDOW_TOKENS, metavar="N", help=f"that of the fine-tuning data {shown}")
+    add("--length", type=int, default=SEQ_LEN_TOKENS, metavar="N", help=f"that of the fine-tuning data {shown}")
     add("--limit", type=int, metavar="N", help="only the first N inputs")
     add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"most tokens at once {shown}")
     add_device_options(command)

@@ -9,6 +9,7 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences
 from tqdm import tqdm
 
 from _cli import check_model_folder, command
@@ -18,8 +19,7 @@ from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
-from megatron_bipe.eval.windows import PROTOCOLS, cut_windows
+from megatron_bipe.eval.options import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
 from megatron_bipe.io import write_atomically
 
 if TYPE_CHECKING:
@@ -46,16 +46,16 @@ def perplexity(arguments: argparse.Namespace) -> None:
     for spec in arguments.model:
         find_model(spec)
     from megatron_bipe.eval.eval_model import check_length, check_suits
-    from megatron_bipe.eval.model_loading import load_subject
+    from megatron_bipe.eval.model_loading import load_eval_model
     from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
 
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite)
-    subjects = [load_subject(spec) for spec in arguments.model]
-    for subject in subjects:
-        check_suits(subject, dataset)
-        check_length(subject, lengths[-1])
-    models = [_evaluate(subject, dataset, lengths, settings) for subject in subjects]
+    subjects = [load_eval_model(spec) for spec in arguments.model]
+    for eval_model in subjects:
+        check_suits(eval_model, dataset)
+        check_length(eval_model, lengths[-1])
+    models = [_evaluate(eval_model, dataset, lengths, settings) for eval_model in subjects]
     files = write_report(arguments.output, dataset, settings, models)
     print(as_table(models))
     print(describe(dataset, settings, models[0].results))
@@ -71,19 +71,19 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     from megatron_bipe.eval.eval_model import check_length, check_suits
     from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
     from megatron_bipe.eval.extrapolation_results import subset_names
-    from megatron_bipe.eval.model_loading import load_subject
+    from megatron_bipe.eval.model_loading import load_eval_model
     from megatron_bipe.eval.perplexity import limit_tokens
     from megatron_bipe.eval.report import prepare_output, unique_names
 
     settings = _settings(arguments)
     prepare_output(arguments.output, arguments.overwrite, NAMES)
-    subjects = [load_subject(spec) for spec in arguments.model]
-    for subject, dataset in product(subjects, datasets):
-        check_suits(subject, dataset)
-        check_length(subject, lengths[-1])
+    subjects = [load_eval_model(spec) for spec in arguments.model]
+    for eval_model, dataset in product(subjects, datasets):
+        check_suits(eval_model, dataset)
+        check_length(eval_model, lengths[-1])
         for length in lengths:  # the shortest dataset speaks up before anything is run
-            cut_windows(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)
-    names = unique_names([(subject, ()) for subject in subjects])
+            cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)
+    names = unique_names([(eval_model, ()) for eval_model in subjects])
     evaluated = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
     subsets = [_evaluate_subset(name, dataset, names, subjects, lengths, settings) for name, dataset in evaluated]
     files = write_extrapolation(arguments.output, settings, subsets)
@@ -149,20 +149,22 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def _evaluate(subject: "EvalModel", dataset: TokenDataset, lengths: list[int], settings: "Settings") -> "ModelResults":
+def _evaluate(
+    eval_model: "EvalModel", dataset: TokenDataset, lengths: list[int], settings: "Settings"
+) -> "ModelResults":
     from megatron_bipe.eval.perplexity import evaluate_perplexity, limit_tokens
     from megatron_bipe.eval.report import ModelResults
 
     available = limit_tokens(dataset, settings.max_tokens)
-    cuts = [cut_windows(dataset, available, length, settings.protocol) for length in lengths]
-    total = sum(int(windows.num_inputs.sum()) for windows in cuts)
+    cuts = [cut_sequences(dataset, available, length, settings.protocol) for length in lengths]
+    total = sum(int(sequences.num_inputs.sum()) for sequences in cuts)
     results = []
-    with tqdm(total=total, desc=subject.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+    with tqdm(total=total, desc=eval_model.name, unit=" tokens", unit_scale=True, disable=None) as bar:
         for length in reversed(lengths):  # longest first: what the machine or the model cannot do fails at once
-            result = evaluate_perplexity(subject, dataset, length, settings, bar.update)
+            result = evaluate_perplexity(eval_model, dataset, length, settings, bar.update)
             bar.set_postfix_str(f"{length}: {result.perplexity:.2f}")
             results.append(result)
-    return ModelResults(subject._replace(model=subject.model.cpu()), tuple(reversed(results)))
+    return ModelResults(eval_model._replace(model=eval_model.model.cpu()), tuple(reversed(results)))
 
 
 def _evaluate_subset(
@@ -177,14 +179,19 @@ def _evaluate_subset(
     from megatron_bipe.eval.extrapolation_results import Line, Subset
 
     lines = []
-    for name, subject in zip(names, subjects, strict=True):
+    for name, eval_model in zip(names, subjects, strict=True):
         results = []
         with tqdm(desc=f"{name} on {subset}", unit=" tokens", unit_scale=True, disable=None) as bar:
             for length in reversed(lengths):  # longest first, as in `perplexity`
-                results.append(evaluate_documents(subject, dataset, length, settings, bar.update))
+                results.append(evaluate_documents(eval_model, dataset, length, settings, bar.update))
                 bar.set_postfix_str(f"{length}: {results[-1].perplexity:.2f}")
-        subject.model.cpu()
-        known = (name, subject.source, subject.config.encoding, subject.config.train_len_tokens)
+        eval_model.model.cpu()
+        known = (
+            name,
+            eval_model.source,
+            eval_model.config.encoding,
+            eval_model.config.train_len_tokens,
+        )
         lines.append(Line(*known, tuple(reversed(results))))
     return Subset(subset, dataset.manifest.fingerprint, tuple(lines))
 
@@ -273,7 +280,7 @@ def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
     add("--output", type=Path, required=True, metavar="DIR", help=f"for {written}")
     add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {shown}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
-    add("--batch-tokens", type=int, metavar="N", default=WINDOW_BATCH_TOKENS, help=f"tokens a forward pass {shown}")
+    add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens a forward pass {shown}")
     add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
 

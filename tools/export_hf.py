@@ -26,7 +26,7 @@ from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
     from megatron_bipe.hf.card import PerplexityPlot
-    from megatron_bipe.hf.export import Windows
+    from megatron_bipe.hf.export import SampleBatch
 
 log = logging.getLogger(__name__)
 
@@ -127,22 +127,22 @@ def _resolved(source: str) -> str:
     return f"{Path(run_dir).resolve()}@{step}"
 
 
-def _windows(run: RunConfig, record: DataRecord) -> "Windows":
+def _windows(run: RunConfig, record: DataRecord) -> "SampleBatch":
     """Two windows of the training data with the ids that training saw; random ones where the data is gone."""
-    from _samples import random_windows
+    from _samples import random_sequences
     from megatron_bipe.data.collate import make_batch
 
     try:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         if blend.record.fingerprint == record.fingerprint:
-            windows = np.arange(min(2, blend.num_windows))
-            batch = make_batch(blend, windows, run.train.seq_len_tokens, run.model.intra_clip)
+            sequences = np.arange(min(2, blend.num_sequences))
+            batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
             return batch.tokens_BT, batch.intra_BT, batch.inter_BT
         folders = ", ".join(map(str, run.data.folders))
         log.info("%s: not the data of this run any more; comparing on random tokens", folders)
     except (ConfigError, DataError) as error:
         log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
-    return random_windows(run.model, record.rule, run.train.seq_len_tokens)
+    return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
-    from megatron_bipe.hf.authors_checkpoint import PublishedModel
+    from megatron_bipe.hf.authors_checkpoint import AuthorsModel
 
 
 @command
@@ -48,7 +48,7 @@ def to_model(arguments: argparse.Namespace) -> None:
     """Into our Hugging Face layout; says how near the result is."""
     from transformers.utils.logging import disable_progress_bar
 
-    from _samples import random_windows
+    from _samples import random_sequences
     from megatron_bipe.hf.export import ExportOptions, export_model
     from megatron_bipe.hf.hf_config import DataFields
     from megatron_bipe.hf.load import read_settings
@@ -69,7 +69,7 @@ def to_model(arguments: argparse.Namespace) -> None:
         model.config,
         arguments.output,
         DataFields(rule.spec, rule.token_ids, tokenizer.fingerprint if tokenizer else None, special_ids),
-        random_windows(model.config, rule, model.config.train_len_tokens),
+        random_sequences(model.config, rule, model.config.train_len_tokens),
         source,
         ExportOptions(
             dtype=model.dtype,
@@ -85,7 +85,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     """Into checkpoint 0 of a run."""
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_bipe.eval.eval_model import EvalModel, exported_subject
+    from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
     from megatron_bipe.eval.model_loading import plan_weights
     from megatron_bipe.hf.load import plan_model, read_settings
     from megatron_bipe.hf.weight_mapping import to_llama
@@ -96,19 +96,19 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
         model, tokenizer, rule = _published(arguments)
         whole = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
         fingerprint = tokenizer.fingerprint if tokenizer else None
-        subject = EvalModel(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
+        eval_model = EvalModel(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
     else:
         own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
         _refuse(own, "--checkpoint of a model that knows its tokenizer and rule")
-        subject = exported_subject(arguments.input)
-    folder = start_run(run, subject, plan_weights(subject))
+        eval_model = load_exported_model(arguments.input)
+    folder = start_run(run, eval_model, plan_weights(eval_model))
     print(f"{folder}: pretrain.py goes on from here with the same --config and --set, and run_dir={run.run_dir}")
 
 
-def _published(arguments: argparse.Namespace) -> "tuple[PublishedModel, Tokenizer | None, SegmentRule]":
-    from megatron_bipe.hf.authors_checkpoint import read_published
+def _published(arguments: argparse.Namespace) -> "tuple[AuthorsModel, Tokenizer | None, SegmentRule]":
+    from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 
-    model = read_published(arguments.input)
+    model = read_authors_checkpoint(arguments.input)
     tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
     return model, tokenizer, _rule(arguments.segments or "reference", tokenizer, model.config.vocab_size)
 

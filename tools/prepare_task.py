@@ -11,7 +11,7 @@ from pathlib import Path
 
 from _cli import command, parse_range
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.tasks.scrolls.tasks import TASKS, WINDOW_TOKENS
+from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS
 from preprocessing.arithmetic import SEGMENTS, ArithmeticOptions, prepare_arithmetic
 from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 
@@ -65,7 +65,7 @@ def _add_scrolls(command: argparse.ArgumentParser) -> None:
     add(
         "--length",
         type=int,
-        default=WINDOW_TOKENS,
+        default=SEQ_LEN_TOKENS,
         metavar="N",
         help=f"of prompt, answer and EOS together {shown}",
     )

@@ -68,7 +68,7 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
     for encoding in encodings:
         run = load_run_config(CONFIG, [*settings, f"model.encoding={encoding}"])
         lengths = (stretch * run.train.seq_len_tokens for stretch in STRETCHES)
-        longest = run.model.longest_window_tokens
+        longest = run.model.max_seq_len_tokens
         result[encoding] = tuple(length for length in lengths if longest is None or length <= longest)
         if not result[encoding]:
             raise ConfigError(

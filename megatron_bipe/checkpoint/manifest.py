@@ -54,7 +54,7 @@ class SavedParameter(_Strict):
     ranks: int = 1  # shares
     runs: tuple[SavedRun, ...]
 
-    def share(self, rank: int = 0) -> Shard | None:
+    def shard(self, rank: int = 0) -> Shard | None:
         """As the model knows it."""
         return None if self.dim is None else Shard(self.dim, self.blocks, rank, self.ranks)
 
@@ -89,21 +89,21 @@ def load_index(folder: Path) -> CheckpointManifest:
     try:
         text, seal = (folder / INDEX).read_bytes(), (folder / SEAL).read_bytes()
     except FileNotFoundError as error:
-        raise not_whole(folder, f"there is no {Path(error.filename).name}, which every checkpoint has") from None
+        raise incomplete(folder, f"there is no {Path(error.filename).name}, which every checkpoint has") from None
     except OSError as error:
-        raise not_whole(folder, f"{INDEX} cannot be read: {error}") from error
+        raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
     if seal != _seal(text):
-        raise not_whole(folder, f"{INDEX} and {SEAL} do not belong together: one was changed after it was written")
+        raise incomplete(folder, f"{INDEX} and {SEAL} do not belong together: one was changed after it was written")
     try:
         index = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
-        raise not_whole(folder, f"{INDEX} cannot be read: {error}") from error
+        raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
     if index.format_version != FORMAT_VERSION:
-        raise not_whole(folder, f"format version {index.format_version}; this code reads {FORMAT_VERSION}")
+        raise incomplete(folder, f"format version {index.format_version}; this code reads {FORMAT_VERSION}")
     return index
 
 
-def not_whole(folder: Path, seen: str) -> CheckpointError:
+def incomplete(folder: Path, seen: str) -> CheckpointError:
     """The one error for a checkpoint that is damaged, with what was seen."""
     return CheckpointError(
         f"the checkpoint is not whole: {seen}",

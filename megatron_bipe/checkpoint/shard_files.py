@@ -23,8 +23,8 @@ from megatron_bipe.checkpoint.manifest import (
     CheckpointManifest,
     SavedParameter,
     SavedRun,
+    incomplete,
     load_index,
-    not_whole,
     save_index,
 )
 from megatron_bipe.data.manifest import FileRecord
@@ -44,7 +44,7 @@ class Fragment(NamedTuple):
 
     name: str  # in the plan
     shape: tuple[int, ...]  # of the parameter on its rank: whole, or the share
-    share: Shard | None  # how it is split over tensor-parallel ranks
+    shard: Shard | None  # how it is split over tensor-parallel ranks
     start: int  # first element, of the flattened parameter on its rank
     state: Mapping[str, Tensor]  # by kind: flat fp32, all of one length; views of what the optimizer works on
     is_copy: bool = False  # whether a rank of another stage has the parameter, too
@@ -78,11 +78,11 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], rand
     held = [fragment for fragment in fragments if fragment.size]
     tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
     tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
-    about = {f.name: _saved(f, path.name).model_dump() for f in held}
-    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(about)})._asdict())
+    info = {f.name: _saved(f, path.name).model_dump() for f in held}
+    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(info)})._asdict())
 
 
-def write_index(folder: Path, about: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:
+def write_index(folder: Path, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:
     """Write what the files of all ranks hold, once they are there."""
     parameters: dict[str, SavedParameter] = {}
     for name in sorted(files):  # not those that a listing shows: that of a network file system may be old
@@ -92,14 +92,14 @@ def write_index(folder: Path, about: CheckpointInfo, files: Mapping[str, FileRec
     ordered = {name: parameters[name] for name in sorted(parameters, key=_plan_order)}
     save_index(
         folder,
-        CheckpointManifest(format_version=FORMAT_VERSION, **about._asdict(), files=dict(files), parameters=ordered),
+        CheckpointManifest(format_version=FORMAT_VERSION, **info._asdict(), files=dict(files), parameters=ordered),
     )
 
 
 def _held_by(path: Path) -> Iterable[tuple[str, SavedParameter]]:
     with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()[_ABOUT])
-    return [(name, SavedParameter(**values)) for name, values in about.items()]
+        info = json.loads(file.metadata()[_ABOUT])
+    return [(name, SavedParameter(**values)) for name, values in info.items()]
 
 
 class StateReader:
@@ -124,19 +124,19 @@ class StateReader:
         """
         saved = self._parameter(fragment)
         stop = fragment.start + fragment.size
-        rank, ranks = (fragment.share.rank, fragment.share.ranks) if fragment.share else (0, 1)
+        rank, ranks = (fragment.shard.rank, fragment.shard.ranks) if fragment.shard else (0, 1)
         if ranks == saved.ranks:
             return self._elements(kind, fragment.name, rank, fragment.start, stop)
-        whole = self.whole(kind, fragment.name)
-        return (fragment.share.of(whole) if fragment.share else whole).flatten()[fragment.start : stop]
+        full = self.full(kind, fragment.name)
+        return (fragment.shard.of(full) if fragment.shard else full).flatten()[fragment.start : stop]
 
-    def whole(self, kind: str, name: str) -> Tensor:
+    def full(self, kind: str, name: str) -> Tensor:
         """State of one kind of a whole parameter in its own shape, fp32 on the CPU."""
         saved = self.index.parameters[name]
         count = torch.Size(saved.shape).numel()
         parts = [self._elements(kind, name, rank, 0, count).view(saved.shape) for rank in range(saved.ranks)]
-        share = saved.share()
-        return share.join(parts) if share else parts[0]
+        shard = saved.shard()
+        return shard.join(parts) if shard else parts[0]
 
     def random(self, rank: int) -> dict[str, Tensor]:
         """States of the random generators of a rank by name; none where no such rank wrote."""
@@ -151,8 +151,8 @@ class StateReader:
         if saved is None:
             raise self._error(f"there is no parameter {fragment.name}")
         shapes = [
-            share.whole_shape(shape) if share else list(shape)
-            for share, shape in ((saved.share(), saved.shape), (fragment.share, fragment.shape))
+            shard.full_shape(shape) if shard else list(shape)
+            for shard, shape in ((saved.shard(), saved.shape), (fragment.shard, fragment.shape))
         ]
         if shapes[0] != shapes[1]:
             raise self._error(f"{fragment.name} is {shapes[0]} there, and {shapes[1]} in this run")
@@ -197,13 +197,13 @@ class StateReader:
                 raise self._error(f"{name} ends at element {reached} of {list(saved.shape)}, share {rank}")
 
     def _error(self, seen: str) -> CheckpointError:
-        return not_whole(self.folder, seen)
+        return incomplete(self.folder, seen)
 
 
 def _saved(fragment: Fragment, file: str) -> SavedParameter:
-    share = fragment.share
-    run = SavedRun(file=file, tensor_rank=share.rank if share else 0, start=fragment.start, size=fragment.size)
-    split = {"dim": share.dim, "blocks": share.blocks, "ranks": share.ranks} if share else {}
+    shard = fragment.shard
+    run = SavedRun(file=file, tensor_rank=shard.rank if shard else 0, start=fragment.start, size=fragment.size)
+    split = {"dim": shard.dim, "blocks": shard.blocks, "ranks": shard.ranks} if shard else {}
     return SavedParameter(shape=fragment.shape, **split, runs=(run,))
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_bipe.checkpoint.find import Checkpoint, newest_first
-from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, not_whole
+from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, incomplete, load_index
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
@@ -53,7 +53,7 @@ def latest_valid_checkpoint(
     return None
 
 
-def check_whole(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> CheckpointManifest:
+def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> CheckpointManifest:
     """Read every byte of a checkpoint, or of the `part`-th of `parts` shares of its files; its index.
 
     Raises:
@@ -62,22 +62,22 @@ def check_whole(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Checkp
     folder = checkpoint.folder
     index = load_index(folder)
     if index.step != checkpoint.step:
-        raise not_whole(folder, f"{INDEX} is that of step {index.step}")
+        raise incomplete(folder, f"{INDEX} is that of step {index.step}")
     for name in sorted(index.files)[part::parts]:
         record = index.files[name]
         try:
             size = (folder / name).stat().st_size
             if size != record.bytes:
-                raise not_whole(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
+                raise incomplete(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
             found = sha256(folder / name)
         except OSError as error:
-            raise not_whole(folder, f"{name} cannot be read: {error.strerror or error}") from error
+            raise incomplete(folder, f"{name} cannot be read: {error.strerror or error}") from error
         if found != record.sha256:
-            raise not_whole(folder, f"the SHA-256 of {name} is {found}; {INDEX} says {record.sha256}")
+            raise incomplete(folder, f"the SHA-256 of {name} is {found}; {INDEX} says {record.sha256}")
     return index
 
 
-def of_another_run(index: CheckpointManifest, run: RunConfig, data: DataRecord | None) -> str:
+def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: DataRecord | None) -> str:
     """What in a checkpoint cannot be of this run, whatever was changed in it between two starts; "" if nothing."""
     try:
         its = RunConfig.model_validate(index.config)
@@ -98,6 +98,6 @@ def of_another_run(index: CheckpointManifest, run: RunConfig, data: DataRecord |
 def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str], part: int, parts: int) -> str:
     """What is wrong with a share of the files, or with the index; "" if nothing is."""
     try:
-        return foreign(check_whole(checkpoint, part, parts))
+        return foreign(check_complete(checkpoint, part, parts))
     except CheckpointError as error:
         return error.message

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
-from megatron_bipe.checkpoint.verify import check_whole
+from megatron_bipe.checkpoint.verify import check_complete
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.model.precision import DTYPES
 
@@ -15,7 +15,7 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is missing, or not as it was written.
     """
-    check_whole(checkpoint)
+    check_complete(checkpoint)
     dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
     reader = StateReader(checkpoint.folder)
-    return {name: reader.whole(WEIGHT, name).to(dtype) for name in reader.index.parameters}
+    return {name: reader.full(WEIGHT, name).to(dtype) for name in reader.index.parameters}

@@ -44,7 +44,7 @@ class _Save(NamedTuple):
 
     run_dir: Path
     temporary: Path
-    about: CheckpointInfo
+    info: CheckpointInfo
     fragments: Sequence[Fragment]
     random: Mapping[str, Tensor]
     num_bytes: int  # of all ranks
@@ -76,7 +76,7 @@ class CheckpointWriter:
     def save(
         self,
         run_dir: Path,
-        about: CheckpointInfo,
+        info: CheckpointInfo,
         fragments: Sequence[Fragment],
         random: Mapping[str, Tensor],
         *,
@@ -86,7 +86,7 @@ class CheckpointWriter:
 
         Args:
             run_dir: of the run.
-            about: what it says of the run.
+            info: what it says of the run.
             fragments: what this rank has to write; views of the live state.
             random: states of its random generators.
             final: wait until it is done, and raise what went wrong. Otherwise that is a warning, and with
@@ -98,9 +98,9 @@ class CheckpointWriter:
         waited_s = self.finish()
         began_s = time.perf_counter()
         num_bytes = self._host.all_reduce_sum(sum(x.nbytes for f in fragments for x in f.state.values()))
-        temporary, error = self._begin(run_dir, about.step, num_bytes)
+        temporary, error = self._begin(run_dir, info.step, num_bytes)
         if temporary is not None:
-            save = _Save(run_dir, temporary, about, fragments, random, num_bytes, began_s - waited_s)
+            save = _Save(run_dir, temporary, info, fragments, random, num_bytes, began_s - waited_s)
             if self._config.asynchronous and not final:
                 self._copied.clear()
                 self._pending = self._thread.submit(self._write_beside, save, self._copy.mark())
@@ -110,7 +110,7 @@ class CheckpointWriter:
         if error and final:
             raise CheckpointError(error, remedy=FREE_SPACE, location=run_dir / "checkpoints")
         if error:
-            self._warn(about.step, run_dir, error)
+            self._warn(info.step, run_dir, error)
 
     def before_update(self) -> None:
         """Wait until the state may change: to be called before each step of the optimizer."""
@@ -156,7 +156,7 @@ class CheckpointWriter:
             self._copied.set()
         error = self._write(save, copies)
         if error:
-            self._warn(save.about.step, save.run_dir, error)
+            self._warn(save.info.step, save.run_dir, error)
         return error
 
     def _write(self, save: _Save, fragments: Sequence[Fragment] | None) -> str:
@@ -185,19 +185,19 @@ class CheckpointWriter:
         if not errors:
             files = {rank_file(rank): FileRecord.model_validate(report) for rank, report in reports.items()}
             try:
-                write_index(save.temporary, save.about, files)
-                folder = publish(save.temporary, save.run_dir, save.about.step, files)
+                write_index(save.temporary, save.info, files)
+                folder = publish(save.temporary, save.run_dir, save.info.step, files)
             except Exception as error:
                 errors = [_text(error)]
         if errors:
             shutil.rmtree(save.temporary, ignore_errors=True)
             return "; ".join(errors)
         try:
-            retire(save.run_dir, save.about.step, self._config)
+            retire(save.run_dir, save.info.step, self._config)
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", _text(error))
         took_s = time.perf_counter() - save.began_s
-        _log.info("step %d | saved %s | %.2f GB in %.1f s", save.about.step, folder, save.num_bytes / 1e9, took_s)
+        _log.info("step %d | saved %s | %.2f GB in %.1f s", save.info.step, folder, save.num_bytes / 1e9, took_s)
         return ""
 
     def _warn(self, step: int, run_dir: Path, error: str) -> None:

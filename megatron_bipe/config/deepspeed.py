@@ -41,7 +41,7 @@ def zero_stage(ds_config: dict[str, Any]) -> Any:
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
-def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, place: str | Path) -> dict[str, Any]:
+def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, location: str | Path) -> dict[str, Any]:
     """Fill every "auto" of `ds_config` from the run, whose own precision is settled (`train.run_folder`).
 
     Returns:
@@ -53,7 +53,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
     if wrong := [key for key in _SECTIONS if not isinstance(_get(result, key, {}), dict)]:
         seen = ", ".join(f"{key}={json.dumps(_get(result, key))}" for key in wrong)
-        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", location=place)
+        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", location=location)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
         for section in _OWNED_SECTIONS
@@ -77,7 +77,7 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, pla
         if _get(result, f"{key}.device") == "nvme":
             problems.append(f'{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
     if problems:
-        raise ConfigError("; ".join(problems), location=place)
+        raise ConfigError("; ".join(problems), location=location)
     return result
 
 

@@ -18,7 +18,7 @@ class Relative(NamedTuple):
     """MODULE:NAME under `megatron_bipe/model/positions/`."""
     rotates: bool = False
     """It rotates pairs of channels: head widths are even, and `rope_scaling` stretches its positions."""
-    longest_window_tokens: int | None = None
+    max_seq_len_tokens: int | None = None
     """Beyond this its numbers would not be exact, or leave the range of their type; None: it has no such limit."""
 
 
@@ -42,8 +42,8 @@ ABSOLUTE: Mapping[str, str | None] = {
 }
 RELATIVE: Mapping[str, Relative] = {
     "rope": Relative("rotary:Rotary", rotates=True),
-    "alibi": Relative("alibi:Alibi", longest_window_tokens=2**16),
-    "xpos": Relative("xpos:Xpos", rotates=True, longest_window_tokens=2**14),
+    "alibi": Relative("alibi:Alibi", max_seq_len_tokens=2**16),
+    "xpos": Relative("xpos:Xpos", rotates=True, max_seq_len_tokens=2**14),
     "t5": Relative("t5:T5Bias"),
     "nope": Relative("base:RelativeEncoding"),
 }

@@ -133,9 +133,9 @@ class ModelConfig(_Section):
         return None if self.bilevel else self.table_rows
 
     @property
-    def longest_window_tokens(self) -> int | None:
+    def max_seq_len_tokens(self) -> int | None:
         """Tokens beyond which windows cannot be encoded; None: no such limit."""
-        limits = [limit for limit in (self.num_positions, self.relative.longest_window_tokens) if limit is not None]
+        limits = [limit for limit in (self.num_positions, self.relative.max_seq_len_tokens) if limit is not None]
         return min(limits, default=None)
 
     @property

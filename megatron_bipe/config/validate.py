@@ -47,7 +47,7 @@ def check_data(
     segments: str,
     fixed_length: int | None,
     examples_len_tokens: int | None = None,
-    place: str,
+    location: str,
 ) -> None:
     """Check a run against the dataset it names.
 
@@ -57,7 +57,7 @@ def check_data(
         segments: specification of the dataset's segment rule.
         fixed_length: tokens a segment where the rule fixes it.
         examples_len_tokens: window that examples were made for; None: the dataset is of text.
-        place: the dataset folder, for the message.
+        location: the dataset folder, for the message.
 
     Raises:
         ConfigError: lists every disagreement at once.
@@ -89,7 +89,7 @@ def check_data(
             f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
         )
     if problems:
-        raise ConfigError("; ".join(problems), location=place)
+        raise ConfigError("; ".join(problems), location=location)
 
 
 def _model(model: ModelConfig) -> Iterator[str]:
@@ -117,7 +117,7 @@ def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
         yield f"model.position_range has no meaning for {name}; set it to null"
     if model.parts.absolute == "sinusoidal" and model.hidden_size % 2:
         yield f"model.hidden_size={model.hidden_size} is odd, and sines go with cosines; choose an even one"
-    longest = model.longest_window_tokens
+    longest = model.max_seq_len_tokens
     if longest is not None and seq_len_tokens > longest:
         key = "position_range" if model.parts.positions == "drawn" else "train_len_tokens"
         grows = longest == model.num_positions

@@ -49,18 +49,18 @@ class Blend:
         self.datasets = tuple(datasets)
         self._seq_len_tokens = seq_len_tokens
         self._dtype = np.result_type(*(dataset.dtype for dataset in datasets))
-        counts = [dataset.num_windows(seq_len_tokens) for dataset in datasets]
+        counts = [dataset.num_sequences(seq_len_tokens) for dataset in datasets]
         self._firsts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)  # [datasets + 1]
         # The first dataset's seed is the run's own, so that a dataset alone is in the order it always had; the others'
         # are beyond what runs are given, so that equal datasets do not give the same windows side by side.
-        self._orders = [SampleOrder(count, seed + (place << 64)) for place, count in enumerate(counts)]
+        self._orders = [SampleOrder(count, seed + (position << 64)) for position, count in enumerate(counts)]
         weights = weights or [dataset.num_tokens for dataset in datasets]
         self.slots = slot_counts(weights, [dataset.path for dataset in datasets])
         self._member_S = spread(self.slots)
         self._rank_S = _ranks(self._member_S)
 
     @property
-    def num_windows(self) -> int:
+    def num_sequences(self) -> int:
         """Windows of all datasets."""
         return int(self._firsts[-1])
 
@@ -78,7 +78,7 @@ class Blend:
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
         return records[0].model_copy(update={"fingerprint": fingerprint, "blend": members})
 
-    def window_indices(self, first_sample: int, count: int) -> IntArray:
+    def sequence_indices(self, first_sample: int, count: int) -> IntArray:
         """Windows of samples [first_sample, first_sample + count), int64 [count].
 
         Any `PATTERN_SLOTS` samples in a row hold each dataset exactly as often as it has slots; the first n samples,
@@ -94,10 +94,10 @@ class Blend:
             further, its_slot = divmod(int(slots_B[rows[0]]), PATTERN_SLOTS)
             # A dataset's samples among these are consecutive ones of its own order.
             start = (cycle + further) * self.slots[member] + int(self._rank_S[its_slot])
-            windows_B[rows] = self._firsts[member] + self._orders[member].window_indices(start, rows.size)
+            windows_B[rows] = self._firsts[member] + self._orders[member].sequence_indices(start, rows.size)
         return windows_B
 
-    def windows(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
+    def sequences(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
         """Windows by number, as `TokenDataset.windows`; each dataset is asked once for all of its own.
 
         Raises:
@@ -109,7 +109,7 @@ class Blend:
         tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self._dtype)
         ends = np.empty((indices_B.size, seq_len_tokens), dtype=np.bool_)
         for dataset, rows, own_indices in self._shared_out(indices_B):
-            tokens[rows], ends[rows] = dataset.windows(own_indices, seq_len_tokens)
+            tokens[rows], ends[rows] = dataset.sequences(own_indices, seq_len_tokens)
         return tokens, ends
 
     def answers(self, indices_B: IntArray) -> IntArray | None:
@@ -126,8 +126,8 @@ class Blend:
 
     def _shared_out(self, indices_B: IntArray) -> Iterator[tuple[TokenDataset, IntArray, IntArray]]:
         """Each dataset that has some of these windows, their rows, and their numbers in it."""
-        if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < self.num_windows:
-            raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {self.num_windows}")
+        if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < self.num_sequences:
+            raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {self.num_sequences}")
         member_B = np.searchsorted(self._firsts, indices_B, side="right") - 1
         for member, rows in _by_member(member_B):
             yield self.datasets[member], rows, indices_B[rows] - self._firsts[member]
@@ -157,9 +157,9 @@ def slot_counts(weights: Sequence[float], names: Sequence[str | Path]) -> tuple[
     unit = sum(exact) / PATTERN_SLOTS
     quotas = [weight / unit for weight in exact]
     counts = [int(quota) for quota in quotas]
-    by_remainder = sorted(range(len(counts)), key=lambda place: counts[place] - quotas[place])
-    for place in by_remainder[: PATTERN_SLOTS - sum(counts)]:
-        counts[place] += 1
+    by_remainder = sorted(range(len(counts)), key=lambda position: counts[position] - quotas[position])
+    for position in by_remainder[: PATTERN_SLOTS - sum(counts)]:
+        counts[position] += 1
     lost = [
         f"{name} with weight {weight:g} has a share of {float(quota / PATTERN_SLOTS):.2g}"
         for name, weight, quota, count in zip(names, weights, quotas, counts, strict=True)
@@ -187,16 +187,16 @@ def spread(counts: Sequence[int]) -> IntArray:
     """
     num_slots = sum(counts)
     pattern = np.empty(num_slots, dtype=np.int64)
-    coming = [(0, place, 0) for place in range(len(counts))]  # (earliest slot, dataset, number)
+    coming = [(0, position, 0) for position in range(len(counts))]  # (earliest slot, dataset, number)
     ready: list[tuple[int, int, int]] = []  # (slot it must come before, dataset, number)
     for slot in range(num_slots):
         while coming and coming[0][0] <= slot:
-            _, place, number = heapq.heappop(coming)
-            heapq.heappush(ready, (-(-(number + 1) * num_slots // counts[place]), place, number))
-        _, place, number = heapq.heappop(ready)
-        pattern[slot] = place
-        if number + 1 < counts[place]:
-            heapq.heappush(coming, ((number + 1) * num_slots // counts[place], place, number + 1))
+            _, position, number = heapq.heappop(coming)
+            heapq.heappush(ready, (-(-(number + 1) * num_slots // counts[position]), position, number))
+        _, position, number = heapq.heappop(ready)
+        pattern[slot] = position
+        if number + 1 < counts[position]:
+            heapq.heappush(coming, ((number + 1) * num_slots // counts[position], position, number + 1))
     return pattern
 
 

@@ -13,7 +13,7 @@ from megatron_bipe.types import Batch, BoolArray, IntArray, TokenArray
 class SequenceSource(Protocol):
     """A dataset, or a blend of several."""
 
-    def windows(self, indices_B: IntArray, seq_len_tokens: int, /) -> tuple[TokenArray, BoolArray]:
+    def sequences(self, indices_B: IntArray, seq_len_tokens: int, /) -> tuple[TokenArray, BoolArray]:
         """Tokens [B, T + 1] and segment ends [B, T] of windows by number."""
         ...
 
@@ -46,7 +46,7 @@ def make_batch(
 
     Args:
         source: where from.
-        indices_B: window numbers, from `window_indices` of its order.
+        indices_B: sequence numbers, from `sequence_indices` of its order.
         seq_len_tokens: T.
         clip: largest intra id (rows of the intra table, minus one).
         weight: of a label that counts, where not all do.
@@ -57,7 +57,7 @@ def make_batch(
     Raises:
         DataError: the dataset is shorter than a window, or damaged.
     """
-    tokens, ends = source.windows(indices_B, seq_len_tokens)
+    tokens, ends = source.sequences(indices_B, seq_len_tokens)
     intra, inter = bilevel_ids(ends, clip)
     # Two copies rather than two views of one: contiguous rows, and torch has no uint16 embedding look-up.
     inputs, labels = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)

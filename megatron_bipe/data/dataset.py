@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.data.segments import SegmentRule, window_ends
+from megatron_bipe.data.segments import SegmentRule, sequence_ends
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import damaged, packed_bytes
 from megatron_bipe.errors import DataError
@@ -53,14 +53,14 @@ class TokenDataset:
         """What the segment ends were made with."""
         return self.manifest.rule
 
-    def check_rule(self, expected: SegmentRule, place: str | Path) -> None:
+    def check_rule(self, expected: SegmentRule, location: str | Path) -> None:
         """Refuse data whose tokens stand in other segments than the user of the data thinks.
 
         Names may differ where the resolved ids agree, as with a rule given as a list.
 
         Args:
             expected: that a model or a run goes by.
-            place: where it comes from, for the message.
+            location: where it comes from, for the message.
 
         Raises:
             DataError: naming both.
@@ -70,15 +70,15 @@ class TokenDataset:
                 f"the dataset {self.path} was made with segment rule {self.rule.described}, but {expected.described} "
                 "is expected here: the same tokens would stand in other segments",
                 remedy=f"Make it again with --segments '{expected.spec}', or by tools/inspect_data.py resegment",
-                location=place,
+                location=location,
             )
 
-    def check_tokenizer(self, expected_fingerprint: str, place: str | Path) -> None:
+    def check_tokenizer(self, expected_fingerprint: str, location: str | Path) -> None:
         """Refuse data whose ids mean something else than the user of the data thinks.
 
         Args:
             expected_fingerprint: of the tokenizer that a model or a run was made with.
-            place: where that fingerprint comes from, for the message.
+            location: where that fingerprint comes from, for the message.
 
         Raises:
             DataError: naming both.
@@ -89,7 +89,7 @@ class TokenDataset:
                 f"the dataset {self.path} was made with tokenizer {own.name} (fingerprint {own.fingerprint}), but "
                 f"{expected_fingerprint} is expected here: the same ids would mean other text",
                 remedy="Make the dataset again with the expected tokenizer, or use the model that belongs to it",
-                location=place,
+                location=location,
             )
 
     def tokens(self, start: int, stop: int) -> TokenArray:
@@ -98,7 +98,7 @@ class TokenDataset:
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
 
     def ends(self, start: int, stop: int) -> BoolArray:
-        """Segment ends of tokens [start, stop) as stored; `window_ends` makes them a window's."""
+        """Segment ends of tokens [start, stop) as stored; `sequence_ends` makes them a window's."""
         parts = [self.shards[shard].ends(low, high) for shard, low, high in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.bool_), *parts])
 
@@ -111,7 +111,7 @@ class TokenDataset:
         bounds = [shard.document_bounds[1:] + start for shard, start in zip(self.shards, self._starts, strict=False)]
         return np.concatenate([np.zeros(1, np.int64), *bounds])
 
-    def num_windows(self, seq_len_tokens: int) -> int:
+    def num_sequences(self, seq_len_tokens: int) -> int:
         """Windows of an epoch. Each has a token more than the model sees, the last label.
 
         Raises:
@@ -128,7 +128,7 @@ class TokenDataset:
             )
         return (self.num_tokens - 1) // seq_len_tokens
 
-    def windows(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
+    def sequences(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
         """Windows of an epoch: window i is tokens [i * seq_len, i * seq_len + seq_len + 1).
 
         Returns:
@@ -138,7 +138,7 @@ class TokenDataset:
             DataError: the dataset is shorter than a window, or holds ids outside its vocabulary.
         """
         indices_B = np.asarray(indices_B, dtype=np.int64)
-        count = self.num_windows(seq_len_tokens)
+        count = self.num_sequences(seq_len_tokens)
         if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < count:
             raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {count}")
         starts_B = indices_B * seq_len_tokens
@@ -148,8 +148,8 @@ class TokenDataset:
         tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self.dtype)
         # A byte more than a window's bits fill, since they may start inside a byte.
         packed = np.zeros((indices_B.size, seq_len_tokens // 8 + 2), dtype=np.uint8)
-        places = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
-        for row, (shard, within, crosses) in enumerate(places):
+        positions = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
+        for row, (shard, within, crosses) in enumerate(positions):
             if not crosses:
                 self.shards[shard].read_tokens(within, tokens[row])
                 last = packed_bytes(within + seq_len_tokens)
@@ -160,7 +160,7 @@ class TokenDataset:
             tokens[row] = self.tokens(start, start + seq_len_tokens + 1)
             ends[row] = self.ends(start, start + seq_len_tokens)
         self._check_ids(tokens, starts_B)
-        return tokens, window_ends(ends, self.rule)
+        return tokens, sequence_ends(ends, self.rule)
 
     def answers(self, indices_B: IntArray) -> IntArray | None:
         """Which labels of windows count in the loss: [first, stop) of each, int64 [B, 2]; None: all of all."""
@@ -187,13 +187,13 @@ class TokenDataset:
         unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
         if tokens.size and int(unsigned.max()) >= vocab_size:
             row, column = np.argwhere(unsigned >= vocab_size)[0].tolist()
-            [(shard, place, _)] = self._pieces(int(starts_B[row]) + column, int(starts_B[row]) + column + 1)
-            raise foreign_token(self.shards[shard], place, int(tokens[row, column]), vocab_size)
+            [(shard, position, _)] = self._pieces(int(starts_B[row]) + column, int(starts_B[row]) + column + 1)
+            raise foreign_token(self.shards[shard], position, int(tokens[row, column]), vocab_size)
 
 
-def foreign_token(shard: Shard, place: int, token: int, vocab_size: int) -> DataError:
+def foreign_token(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
     """A token that the vocabulary does not have, at `place` of a shard."""
-    what = f"token {place} (byte {place * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
+    what = f"token {position} (byte {position * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
     return damaged(shard.path("bin"), what)
 
 

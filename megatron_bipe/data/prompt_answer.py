@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.segments import window_ends
+from megatron_bipe.data.segments import sequence_ends
 from megatron_bipe.data.shard_layout import damaged
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
@@ -38,7 +38,7 @@ class PromptAnswerDataset(TokenDataset):
         """Prompts, each with its answer."""
         return self.manifest.num_documents // 2
 
-    def num_windows(self, seq_len_tokens: int) -> int:
+    def num_sequences(self, seq_len_tokens: int) -> int:
         """Windows of an epoch: the examples, whatever the length.
 
         Raises:
@@ -49,7 +49,7 @@ class PromptAnswerDataset(TokenDataset):
             raise DataError("the dataset has no examples", remedy="Make it again from more", location=self.path)
         return self.num_examples
 
-    def windows(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
+    def sequences(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
         """Examples by number: prompt, answer, and padding up to a window.
 
         Returns:
@@ -71,7 +71,7 @@ class PromptAnswerDataset(TokenDataset):
             tokens[row, : stop - start] = self.tokens(start, stop)
             ends[row, : stop - start] = self.ends(start, stop)
         self._check_ids(tokens, bounds_B3[:, 0])
-        return tokens, window_ends(ends, self.rule)
+        return tokens, sequence_ends(ends, self.rule)
 
     def answers(self, indices_B: IntArray) -> IntArray:
         """Labels [first, stop) of each window that are tokens of its answer, int64 [B, 2]."""

@@ -40,8 +40,8 @@ class Segmenter:
         # As unsigned numbers negative ids are large, so one bound is enough.
         unsigned_T = tokens_T.view(f"u{tokens_T.dtype.itemsize}")
         if int(unsigned_T.max(initial=0)) >= self.vocab_size:
-            place = int(np.argmax(unsigned_T >= self.vocab_size))
-            raise foreign_token(self.shard, start + place, int(tokens_T[place]), self.vocab_size)
+            position = int(np.argmax(unsigned_T >= self.vocab_size))
+            raise foreign_token(self.shard, start + position, int(tokens_T[position]), self.vocab_size)
         length = self.rule.fixed_length
         if length is None:  # the rule looks at tokens alone and does not care where documents start
             ends_T = segment_ends(tokens_T, self.rule)

@@ -122,7 +122,7 @@ def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
     return np.take(closes_V, tokens_T, mode="clip")
 
 
-def window_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
+def sequence_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
     """Segment ends of windows [..., T] as the model is to see them.
 
     A rule that looks at tokens needs nothing. `fixed:N` counts from a document's start on disk; here it

@@ -104,9 +104,9 @@ class ShardWriter:
         self._bin.write(data)
         self._bin_sha256.update(data)
         bits = np.concatenate([self._loose, ends_T])
-        whole = bits.size - bits.size % 8
-        self._packed += np.packbits(bits[:whole], bitorder="little").tobytes()
-        self._loose = bits[whole:].copy()  # a view would keep all of `bits` alive
+        full = bits.size - bits.size % 8
+        self._packed += np.packbits(bits[:full], bitorder="little").tobytes()
+        self._loose = bits[full:].copy()  # a view would keep all of `bits` alive
         self._lengths.frombytes(lengths_D.astype(np.int32).tobytes())
         self._text_bytes += text_bytes
         self.num_tokens += tokens_T.size

@@ -58,7 +58,7 @@ class SampleOrder:
         self.num_samples = num_samples
         self.seed = seed
 
-    def window_indices(self, first_sample: int, count: int) -> IntArray:
+    def sequence_indices(self, first_sample: int, count: int) -> IntArray:
         """Windows of samples [first_sample, first_sample + count), int64 [count]; the range may span epochs."""
         if first_sample < 0 or count < 0:
             raise ValueError(f"{count} samples from {first_sample}")

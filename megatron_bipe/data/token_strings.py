@@ -13,7 +13,7 @@ SPACE_MARK = "\u2581"
 
 
 def json_token_texts(
-    spec: dict[str, Any], vocabulary: dict[str, int], special: set[int], place: Path
+    spec: dict[str, Any], vocabulary: dict[str, int], special: set[int], location: Path
 ) -> dict[int, str | None]:
     """Text of every id in `vocabulary`; None for special tokens and for bytes that are no whole character.
 
@@ -21,7 +21,7 @@ def json_token_texts(
         spec: the parsed tokenizer.json.
         vocabulary: ids by token, added tokens included.
         special: ids that stand for no text.
-        place: the file, for messages.
+        location: the file, for messages.
 
     Raises:
         DataError: neither kind of vocabulary.
@@ -38,7 +38,7 @@ def json_token_texts(
         f"The text of single tokens is unknown for a decoder of kind {sorted(map(str, kinds)) or 'none'}; "
         "SentencePiece and byte-level vocabularies are supported",
         remedy="Give the segment rule as fixed:N or as a list of token ids",
-        location=place,
+        location=location,
     )
 
 

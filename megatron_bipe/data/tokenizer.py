@@ -193,11 +193,11 @@ def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer
     Raises:
         DataError: nothing there, a damaged definition, no BOS token, or `special_in_text` without a tokenizer.json.
     """
-    place = Path(path)
-    name = (place.resolve().parent if place.name in DEFINITIONS else place.resolve()).name
-    if not place.exists():
-        name, place = str(path), _download(str(path))
-    definition, files = _find_files(place)
+    location = Path(path)
+    name = (location.resolve().parent if location.name in DEFINITIONS else location.resolve()).name
+    if not location.exists():
+        name, location = str(path), _download(str(path))
+    definition, files = _find_files(location)
     if definition.suffix == ".json":
         return JsonTokenizer(definition, files, name, special_in_text)
     if special_in_text:
@@ -209,18 +209,20 @@ def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer
     return SentencePieceTokenizer(definition, files, name)
 
 
-def _find_files(place: Path) -> tuple[Path, list[Path]]:
+def _find_files(location: Path) -> tuple[Path, list[Path]]:
     """The definition file, and all files that belong to it (the definition first)."""
-    folder = place if place.is_dir() else place.parent
-    definition = place if place.is_file() else next((folder / n for n in DEFINITIONS if (folder / n).is_file()), None)
+    folder = location if location.is_dir() else location.parent
+    definition = (
+        location if location.is_file() else next((folder / n for n in DEFINITIONS if (folder / n).is_file()), None)
+    )
     if definition is None:
         raise DataError(
             "The folder holds neither tokenizer.json nor tokenizer.model",
             remedy="Give a tokenizer's folder, or make one with tools/train_tokenizer.py",
-            location=place,
+            location=location,
         )
     # Beside a file that was named outright, another definition would win once both are copied: leave it out.
-    rivals = DEFINITIONS if place.is_file() else ()
+    rivals = DEFINITIONS if location.is_file() else ()
     names = [n for n in COMPANIONS if n not in rivals and n != definition.name and (folder / n).is_file()]
     return definition, [definition, *(folder / n for n in names)]
 

@@ -19,7 +19,7 @@ from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.rng_state import random_states, set_random_states
 from megatron_bipe.checkpoint.shard_files import Fragment, StateReader
-from megatron_bipe.checkpoint.verify import latest_valid_checkpoint, of_another_run
+from megatron_bipe.checkpoint.verify import belongs_to_another_run, latest_valid_checkpoint
 from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
@@ -111,11 +111,11 @@ def _collective_timeout(timeout_s: float) -> timedelta:
 
 def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
     """The factory that this mesh asks for, and the ranks that share layers; every rank of the launch calls it."""
-    windows = UlyssesExchange(context_group(mesh)) if mesh.context > 1 else None
+    exchange = UlyssesExchange(context_group(mesh)) if mesh.context > 1 else None
     if mesh.tensor == 1:
-        return LocalLayers(windows), None
+        return LocalLayers(exchange), None
     group = tensor_group(mesh)
-    return TensorParallelLayers(group, mesh.sequence, windows), group
+    return TensorParallelLayers(group, mesh.sequence, exchange), group
 
 
 @contextmanager
@@ -274,16 +274,16 @@ class DeepSpeedEngine:
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
         config = self._run.model_dump(mode="json")
-        about = CheckpointInfo(
+        info = CheckpointInfo(
             step, optimizer_steps(self._optimizer), layout, config, self._data, dict(loop_state or {})
         )
-        self._saver.save(run_dir, about, self._fragments_to_write(), random_states(mesh.device), final=final)
+        self._saver.save(run_dir, info, self._fragments_to_write(), random_states(mesh.device), final=final)
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         """See `Engine.latest_valid_checkpoint`."""
         self._saver.finish()
         return latest_valid_checkpoint(
-            run_dir, lambda index: of_another_run(index, self._run, self._data), self._mesh, self.host
+            run_dir, lambda index: belongs_to_another_run(index, self._run, self._data), self._mesh, self.host
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
@@ -298,7 +298,7 @@ class DeepSpeedEngine:
         """What this rank has, without what another writes: of equal copies each rank writes a part."""
         mesh = self._mesh
         held = [f for f in fragments(self._engine.module, self._optimizer) if not f.is_copy]
-        mine = [fragment for fragment in held if fragment.share is not None or mesh.tensor_rank == 0]
+        mine = [fragment for fragment in held if fragment.shard is not None or mesh.tensor_rank == 0]
         if is_sharded(self._optimizer):
             return mine
         return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]
@@ -307,9 +307,9 @@ class DeepSpeedEngine:
         """See `Engine.check_replicas`."""
         weights, checks = dict(self._engine.module.named_parameters()), []
         if self._tensor_group is not None:
-            whole = {name: p for name, p in weights.items() if shard_of(p) is None}
-            held = [f for f in fragments(self._engine.module, self._optimizer) if f.share is None]
-            alike = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in whole.items()}
+            full = {name: p for name, p in weights.items() if shard_of(p) is None}
+            held = [f for f in fragments(self._engine.module, self._optimizer) if f.shard is None]
+            alike = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in full.items()}
             alike |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}
             checks.append(Replicas("tensor-parallel ranks", self._tensor_group, alike))
         if self._engine.zero_optimization_stage() < 3:  # which holds no weight whole

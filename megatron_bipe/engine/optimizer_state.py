@@ -47,11 +47,14 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
     found = []
     for own_name, parameter in module.named_parameters():
         name = copied(parameter) or own_name
-        for place in _places(parameter, optimizer):
-            state = {WEIGHT: place.master.detach(), **{kind: adam.state[place.master][kind] for kind in KINDS[1:]}}
-            views = {kind: x.flatten().narrow(0, place.offset, place.size) for kind, x in state.items()}
+        for location in _places(parameter, optimizer):
+            state = {
+                WEIGHT: location.master.detach(),
+                **{kind: adam.state[location.master][kind] for kind in KINDS[1:]},
+            }
+            views = {kind: x.flatten().narrow(0, location.offset, location.size) for kind, x in state.items()}
             shape = tuple(getattr(parameter, "ds_shape", parameter.shape))  # ZeRO 3 leaves an empty tensor in place
-            found.append(Fragment(name, shape, shard_of(parameter), place.start, views, is_copy=name != own_name))
+            found.append(Fragment(name, shape, shard_of(parameter), location.start, views, is_copy=name != own_name))
     return found
 
 

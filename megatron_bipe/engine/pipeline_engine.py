@@ -87,7 +87,7 @@ class _Stages(PipelineModule):
         def loss(logits_BTv: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
             labels_BT, *weights = labels
             with record_function("forward"):
-                return mean_loss(layers.token_losses(logits_BTv, labels_BT), *map(layers.windows.own, weights))
+                return mean_loss(layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.own, weights))
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)

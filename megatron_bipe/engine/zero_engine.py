@@ -75,7 +75,7 @@ class ZeroEngine(DeepSpeedEngine):
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
         losses = self._layers.token_losses(self._engine((tokens, intra, inter)), labels)
-        return mean_loss(losses, None if weights is None else self._layers.windows.own(weights))
+        return mean_loss(losses, None if weights is None else self._layers.exchange.own(weights))
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)

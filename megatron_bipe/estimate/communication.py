@@ -62,13 +62,13 @@ def _tensor(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
     sums = 2 * _passes(run) * _most_blocks(run) * micro_batches
     if parallel.pipeline == 1:
         sums += 2 * micro_batches
-    whole = tokens_here(run) * run.model.hidden_size * compute_width(run)
+    full = tokens_here(run) * run.model.hidden_size * compute_width(run)
     ring = (parallel.tensor - 1) / parallel.tensor
     if parallel.sequence:
-        yield Traffic("tensor", "gathers", sums, sums * whole * ring)
-        yield Traffic("tensor", "reduce-scatters", sums, sums * whole * ring)
+        yield Traffic("tensor", "gathers", sums, sums * full * ring)
+        yield Traffic("tensor", "reduce-scatters", sums, sums * full * ring)
     else:
-        yield Traffic("tensor", "all-reduces", sums, sums * whole * 2 * ring)
+        yield Traffic("tensor", "all-reduces", sums, sums * full * 2 * ring)
 
 
 def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:

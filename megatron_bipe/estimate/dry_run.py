@@ -154,15 +154,15 @@ def _data(run: RunConfig) -> str:
     return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
 
 
-def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, share: float) -> str:
-    of_a_blend = f"{share:.2%} of the windows; " if share < 1 else ""
-    windows = share * run.train.steps * run.train.global_batch
+def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, shard: float) -> str:
+    of_a_blend = f"{shard:.2%} of the windows; " if shard < 1 else ""
+    sequences = shard * run.train.steps * run.train.global_batch
     if manifest.examples:
         num_examples = manifest.num_documents // 2
-        content, times = f"{num_examples:,} examples of {manifest.examples.task}", windows / max(1, num_examples)
+        content, times = f"{num_examples:,} examples of {manifest.examples.task}", sequences / max(1, num_examples)
     else:
         content = f"{manifest.num_documents:,} documents"
-        times = windows * run.train.seq_len_tokens / max(1, manifest.num_tokens)
+        times = sequences * run.train.seq_len_tokens / max(1, manifest.num_tokens)
     return (
         f"{folder}: {of_a_blend}{manifest.num_tokens:,} tokens in {content}, "
         f"segments {manifest.rule.spec}; the run reads it {times:.2f} times\n"

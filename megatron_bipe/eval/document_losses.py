@@ -11,8 +11,8 @@ import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.perplexity import FloatArray, Settings, limit_tokens, window_losses
-from megatron_bipe.eval.windows import cut_windows
+from megatron_bipe.eval.perplexity import FloatArray, Settings, limit_tokens, sequence_losses
+from megatron_bipe.eval.sequences import cut_sequences
 from megatron_bipe.types import IntArray
 
 NUM_PLACES = 16
@@ -42,8 +42,8 @@ class DocumentLosses(NamedTuple):
         nats_P, counts_P = self.nats_DP.sum(0), self.counts_DP.sum(0)
         width = self.length_tokens / NUM_PLACES
         return [
-            ((place + 0.5) * width, _exp(nats_P[place] / counts_P[place]))
-            for place in np.flatnonzero(counts_P).tolist()
+            ((position + 0.5) * width, _exp(nats_P[position] / counts_P[position]))
+            for position in np.flatnonzero(counts_P).tolist()
         ]
 
     def interval(self) -> tuple[float, float] | None:
@@ -69,21 +69,21 @@ class DocumentLosses(NamedTuple):
 
 
 def evaluate_documents(
-    subject: EvalModel,
+    eval_model: EvalModel,
     dataset: TokenDataset,
     length_tokens: int,
     settings: Settings,
     progress: Callable[[int], object] | None = None,
 ) -> DocumentLosses:
     """Run the model over all windows of one length, as `evaluate_perplexity` does and with the same errors."""
-    windows = cut_windows(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
+    sequences = cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
     bounds = np.asarray(dataset.document_bounds())
     num_documents = len(bounds) - 1
     nats = np.zeros(num_documents * NUM_PLACES)
     counts = np.zeros(num_documents * NUM_PLACES, dtype=np.int64)
-    for rows, losses_BP in window_losses(subject, dataset, windows, settings, progress):
-        offsets = windows.num_context[rows[0]] + np.arange(losses_BP.shape[1])
-        predicted_BP = windows.starts[rows][:, None] + offsets + 1
+    for rows, losses_BP in sequence_losses(eval_model, dataset, sequences, settings, progress):
+        offsets = sequences.num_context[rows[0]] + np.arange(losses_BP.shape[1])
+        predicted_BP = sequences.starts[rows][:, None] + offsets + 1
         document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
         place_P = offsets * NUM_PLACES // length_tokens
         cells = (document_BP * NUM_PLACES + place_P).ravel()

@@ -33,7 +33,7 @@ class EvalModel(NamedTuple):
     """Where the segments of its training data ended; None: not recorded."""
 
 
-def exported_subject(folder: Path) -> EvalModel:
+def load_exported_model(folder: Path) -> EvalModel:
     """The model of an exported folder.
 
     Raises:
@@ -54,7 +54,7 @@ def exported_subject(folder: Path) -> EvalModel:
     return EvalModel(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
 
 
-def check_suits(subject: EvalModel, dataset: TokenDataset) -> None:
+def check_suits(eval_model: EvalModel, dataset: TokenDataset) -> None:
     """Refuse a dataset whose ids or segments mean something else than in the model's training.
 
     Models without segment encoding take any segment rule. What a model does not record cannot be checked,
@@ -64,36 +64,36 @@ def check_suits(subject: EvalModel, dataset: TokenDataset) -> None:
         DataError: another tokenizer or another segment rule; the message names both.
         CheckpointError: the model's token table is smaller than the dataset's vocabulary.
     """
-    if subject.tokenizer_fingerprint is None:
-        _log.warning("%s does not record its tokenizer: taking the dataset's on trust", subject.source)
+    if eval_model.tokenizer_fingerprint is None:
+        _log.warning("%s does not record its tokenizer: taking the dataset's on trust", eval_model.source)
     else:
-        dataset.check_tokenizer(subject.tokenizer_fingerprint, subject.source)
+        dataset.check_tokenizer(eval_model.tokenizer_fingerprint, eval_model.source)
     vocab_size = dataset.manifest.tokenizer.vocab_size
-    if vocab_size > subject.config.vocab_size:
+    if vocab_size > eval_model.config.vocab_size:
         raise CheckpointError(
-            f"the model has {subject.config.vocab_size} token ids, but the dataset {dataset.path} has {vocab_size}",
+            f"the model has {eval_model.config.vocab_size} token ids, but the dataset {dataset.path} has {vocab_size}",
             remedy="Evaluate on a dataset made with the model's tokenizer",
-            location=subject.source,
+            location=eval_model.source,
         )
-    if not subject.config.bilevel:
+    if not eval_model.config.bilevel:
         return
-    if subject.rule is None:
-        _log.warning("%s does not record its segment rule: taking the dataset's on trust", subject.source)
+    if eval_model.rule is None:
+        _log.warning("%s does not record its segment rule: taking the dataset's on trust", eval_model.source)
     else:
-        dataset.check_rule(subject.rule, subject.source)
+        dataset.check_rule(eval_model.rule, eval_model.source)
 
 
-def check_length(subject: EvalModel, length_tokens: int) -> None:
+def check_length(eval_model: EvalModel, length_tokens: int) -> None:
     """Refuse windows that are longer than the model encodes, before any model is run.
 
     Raises:
         ConfigError: they are.
     """
-    longest = subject.config.longest_window_tokens
+    longest = eval_model.config.max_seq_len_tokens
     if longest is not None and length_tokens > longest:
         raise ConfigError(
             f"a window of {length_tokens} tokens exceeds the {longest} that the model's encoding, "
-            f"{subject.config.encoding}, encodes",
+            f"{eval_model.config.encoding}, encodes",
             remedy=f"Use --lengths of at most {longest}, or leave the model out",
-            location=subject.source,
+            location=eval_model.source,
         )

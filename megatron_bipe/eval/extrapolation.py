@@ -15,7 +15,7 @@ from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
 from megatron_bipe.eval.extrapolation_results import Subset
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import Settings
-from megatron_bipe.eval.windows import PROTOCOLS
+from megatron_bipe.eval.sequences import PROTOCOLS
 from megatron_bipe.io import write_atomically
 
 FORMAT_VERSION = 1
@@ -75,7 +75,7 @@ def _result(losses: DocumentLosses) -> dict[str, Any]:
         "interval": bounds and [_finite(bound) for bound in bounds],
         "num_predictions": int(losses.counts_DP.sum()),
         "num_documents": int((losses.counts_DP.sum(1) > 0).sum()),
-        "by_place": [{"tokens": place, "perplexity": _finite(value)} for place, value in losses.by_place],
+        "by_place": [{"tokens": position, "perplexity": _finite(value)} for position, value in losses.by_place],
     }
 
 

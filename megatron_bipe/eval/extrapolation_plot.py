@@ -56,8 +56,8 @@ def _draw_by_place(axes: Axes, subset: Subset) -> None:
     for index, line in enumerate(subset.lines):
         points = line.losses[-1].by_place
         curves.append(Curve(line.model, line.train_len_tokens, points))
-        places, values = zip(*points, strict=True)
-        axes.plot(places, values, color=COLOURS[index % len(COLOURS)], marker=".", linewidth=1.5)
+        positions, values = zip(*points, strict=True)
+        axes.plot(positions, values, color=COLOURS[index % len(COLOURS)], marker=".", linewidth=1.5)
         axes.axvline(line.train_len_tokens, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     longest = subset.lines[0].losses[-1].length_tokens
     _finish(axes, curves, f"{subset.name}: inside windows of {longest:,}", "place in the window, tokens")

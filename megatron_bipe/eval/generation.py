@@ -22,7 +22,7 @@ class Generator(NamedTuple):
 
     model: Any  # transformers' types do not say what can be called
     tokenizer: Tokenizer
-    longest_window_tokens: int | None
+    max_seq_len_tokens: int | None
     """Beyond this its encoding has no positions; None: no such limit."""
 
 
@@ -59,7 +59,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
             remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
             location=folder,
         ) from error
-    return Generator(model.to(device).eval(), tokenizer, config.longest_window_tokens)
+    return Generator(model.to(device).eval(), tokenizer, config.max_seq_len_tokens)
 
 
 def generate(
@@ -90,7 +90,7 @@ def generate(
 
 
 def _check_room(generator: Generator, prompts: Sequence[TokenArray], limits: Limits) -> None:
-    longest, room = max(map(len, prompts), default=0), generator.longest_window_tokens
+    longest, room = max(map(len, prompts), default=0), generator.max_seq_len_tokens
     if room is not None and longest + limits.new_tokens > room:
         raise ConfigError(
             f"prompts of up to {longest} tokens and {limits.new_tokens} new ones exceed the {room} that the encoding "

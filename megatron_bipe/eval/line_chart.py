@@ -148,8 +148,8 @@ def _curves(chart: Chart, frame: _Frame) -> list[str]:
         style = f"s{line.style % NUM_STYLES}"
         for stretch in _stretches(line.points):
             # An infinite value is drawn far beyond the frame, so that its line is seen leaving.
-            places = [(inner.x(x), inner.y(min(y, high + 20 * (high - low)))) for x, y in stretch]
-            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+            positions = [(inner.x(x), inner.y(min(y, high + 20 * (high - low)))) for x, y in stretch]
+            path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
             kind = "line" if line.name else "line behind"
             body.append(f'<polyline class="{kind} {style}"{_dashes(line)} points="{path}"/>')
         crowded = frame.width < MARKER_GAP * (len(line.points) - 1)
@@ -175,9 +175,9 @@ def _names(lines: Sequence[Line], frame: _Frame) -> list[str]:
     ]
     leaving = [(leaves_at(points, high), line) for line, points in ends if points and points[-1][1] > high]
     for row, (x, line) in enumerate(sorted(leaving, key=lambda item: item[0])):
-        place = min(frame.x(x) + 8, frame.left + frame.width + 6)
+        position = min(frame.x(x) + 8, frame.left + frame.width + 6)
         parts.append(
-            _text(place, frame.top + 13 + LABEL_GAP * row, f"{line.name} ↑", f"name s{line.style % NUM_STYLES}")
+            _text(position, frame.top + 13 + LABEL_GAP * row, f"{line.name} ↑", f"name s{line.style % NUM_STYLES}")
         )
     return parts
 

@@ -10,20 +10,20 @@ from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_reco
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.eval.eval_model import EvalModel, exported_subject
+from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
 from megatron_bipe.hf.load import plan_model
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.precision import DTYPES
 
 
-def load_subject(spec: str) -> EvalModel:
+def load_eval_model(spec: str) -> EvalModel:
     """Load the model that `spec` names.
 
     Raises:
         CheckpointError: there is none, or it is incomplete or damaged.
     """
     checkpoint = find_model(spec)
-    return exported_subject(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
+    return load_exported_model(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
 
 
 def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
@@ -34,14 +34,14 @@ def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
     """
     checkpoint = find_model(spec)
     if checkpoint is None:
-        subject = exported_subject(Path(spec))
-        return subject, plan_weights(subject)
+        eval_model = load_exported_model(Path(spec))
+        return eval_model, plan_weights(eval_model)
     return _checkpoint_subject(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
 
 
-def plan_weights(subject: EvalModel) -> dict[str, Tensor]:
+def plan_weights(eval_model: EvalModel) -> dict[str, Tensor]:
     """Weights under the plan's names, as the model has them; a tied output is not named again."""
-    return {name: weight.detach() for name, weight in subject.model.named_parameters()}
+    return {name: weight.detach() for name, weight in eval_model.model.named_parameters()}
 
 
 def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> EvalModel:
@@ -67,7 +67,7 @@ class WeightsOnDisk(Mapping[str, Tensor]):
         self._dtype = dtype or DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._reader.whole(WEIGHT, name).to(self._dtype)
+        return self._reader.full(WEIGHT, name).to(self._dtype)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._reader.index.parameters)

@@ -1,7 +1,7 @@
 """Defaults of the evaluations that their commands show; free of torch, so that `--help` answers at once."""
 
-from megatron_bipe.eval.windows import Protocol
+from megatron_bipe.eval.sequences import Protocol
 
 DEFAULT_PROTOCOL: Protocol = "full"
-WINDOW_BATCH_TOKENS = 16_384  # of one forward pass over windows
+EVAL_BATCH_TOKENS = 16_384  # of one forward pass over windows
 PROMPT_BATCH_TOKENS = 65_536  # of prompts and their continuations that are generated together

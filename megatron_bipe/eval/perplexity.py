@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.segments import bilevel_ids, window_ends
+from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.options import DEFAULT_PROTOCOL, WINDOW_BATCH_TOKENS
-from megatron_bipe.eval.windows import Protocol, Windows, cut_windows
+from megatron_bipe.eval.options import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
+from megatron_bipe.eval.sequences import EvalSequences, Protocol, cut_sequences
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray
 
@@ -33,7 +33,7 @@ class Settings(NamedTuple):
     """How the corpus is cut."""
     max_tokens: int | None = None
     """Evaluate on the dataset's first so many tokens, as if there were no more; None: on all."""
-    batch_tokens: int = WINDOW_BATCH_TOKENS
+    batch_tokens: int = EVAL_BATCH_TOKENS
     """Windows are batched up to so many tokens; a longer window goes alone."""
     device: str = "cpu"
     """Where the model runs."""
@@ -52,7 +52,7 @@ class LengthResult(NamedTuple):
     """Mean loss by the protocol."""
     bits_per_byte: float | None
     """All losses over the raw text's UTF-8 bytes; only where the protocol reads the whole dataset."""
-    num_windows: int
+    num_sequences: int
     """Windows, the last one of `full` possibly shorter."""
     num_predictions: int
     """Tokens predicted."""
@@ -65,7 +65,7 @@ class LengthResult(NamedTuple):
 
 
 def evaluate_perplexity(
-    subject: EvalModel,
+    eval_model: EvalModel,
     dataset: TokenDataset,
     length_tokens: int,
     settings: Settings,
@@ -76,7 +76,7 @@ def evaluate_perplexity(
     Memory: activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
 
     Args:
-        subject: moved to the device and precision of `settings`, in place.
+        eval_model: moved to the device and precision of `settings`, in place.
         dataset: one that `check_suits` lets pass.
         length_tokens: L.
         settings: see there.
@@ -88,18 +88,18 @@ def evaluate_perplexity(
         CheckpointError: the model's loss is not a number.
     """
     available = limit_tokens(dataset, settings.max_tokens)
-    windows = cut_windows(dataset, available, length_tokens, settings.protocol)
+    sequences = cut_sequences(dataset, available, length_tokens, settings.protocol)
     started = time.perf_counter()
-    losses = window_losses(subject, dataset, windows, settings, progress)
+    losses = sequence_losses(eval_model, dataset, sequences, settings, progress)
     total_nats = sum(float(losses_BP.sum()) for _, losses_BP in losses)
     seconds = time.perf_counter() - started
-    return _result(dataset, length_tokens, windows, available, total_nats, seconds)
+    return _result(dataset, length_tokens, sequences, available, total_nats, seconds)
 
 
-def window_losses(
-    subject: EvalModel,
+def sequence_losses(
+    eval_model: EvalModel,
     dataset: TokenDataset,
-    windows: Windows,
+    sequences: EvalSequences,
     settings: Settings,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[IntArray, FloatArray]]:
@@ -111,19 +111,19 @@ def window_losses(
         raise ConfigError(
             f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", location="--batch-tokens"
         )
-    model = subject.model.to(device=settings.device, dtype=settings.dtype).eval()
-    longest = int(windows.num_inputs.max())
-    for rows in _batches(windows, max(1, settings.batch_tokens // longest)):
-        batch = _read(dataset, windows, rows, subject.config.intra_clip)
-        num_context = int(windows.num_context[rows[0]])
+    model = eval_model.model.to(device=settings.device, dtype=settings.dtype).eval()
+    longest = int(sequences.num_inputs.max())
+    for rows in _batches(sequences, max(1, settings.batch_tokens // longest)):
+        batch = _read(dataset, sequences, rows, eval_model.config.intra_clip)
+        num_context = int(sequences.num_context[rows[0]])
         losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch[:4])), num_context)
         total_nats = losses_BP.sum()
         if not math.isfinite(total_nats):
             raise CheckpointError(
                 f"the loss is {total_nats} in the batch of {longest}-token windows from token "
-                f"{windows.starts[rows[0]]} on",
+                f"{sequences.starts[rows[0]]} on",
                 remedy="Evaluate with --dtype fp32, or another step: the weights may be damaged or have diverged",
-                location=subject.source,
+                location=eval_model.source,
             )
         if progress:
             progress(batch.tokens_BT.numel())
@@ -143,20 +143,20 @@ def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
     return min(max_tokens, dataset.num_tokens)
 
 
-def _batches(windows: Windows, num_together: int) -> Iterator[IntArray]:
+def _batches(sequences: EvalSequences, num_together: int) -> Iterator[IntArray]:
     """Row numbers of windows of equal size and context, at most `num_together` at a time."""
-    kinds, kind_of = np.unique(np.stack([windows.num_inputs, windows.num_context]), axis=1, return_inverse=True)
+    kinds, kind_of = np.unique(np.stack([sequences.num_inputs, sequences.num_context]), axis=1, return_inverse=True)
     for kind in reversed(range(kinds.shape[1])):
         rows = np.flatnonzero(kind_of == kind)
         yield from np.split(rows, range(num_together, rows.size, num_together))
 
 
-def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) -> Batch[Tensor]:
+def _read(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip: int) -> Batch[Tensor]:
     """Windows of equal size with their ids; the labels are [B, P] with P <= T."""
-    num_inputs, first_label = int(windows.num_inputs[rows[0]]), int(windows.num_context[rows[0]]) + 1
-    end = first_label + int(windows.num_predictions[rows[0]])
+    num_inputs, first_label = int(sequences.num_inputs[rows[0]]), int(sequences.num_context[rows[0]]) + 1
+    end = first_label + int(sequences.num_predictions[rows[0]])
     reach = max(num_inputs, end)
-    starts = windows.starts[rows].tolist()
+    starts = sequences.starts[rows].tolist()
     tokens = np.stack([dataset.tokens(start, start + reach) for start in starts]).astype(np.int64)
     vocab_size = dataset.manifest.tokenizer.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab_size:
@@ -166,7 +166,7 @@ def _read(dataset: TokenDataset, windows: Windows, rows: IntArray, clip: int) ->
             location=dataset.path,
         )
     ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
-    intra, inter = bilevel_ids(window_ends(ends, dataset.rule), clip)
+    intra, inter = bilevel_ids(sequence_ends(ends, dataset.rule), clip)
     arrays = (tokens[:, :num_inputs], intra, inter, tokens[:, first_label:end])
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
@@ -189,23 +189,28 @@ def _losses(model: nn.Sequential, batch: Batch[Tensor], num_context: int) -> Flo
 
 
 def _result(
-    dataset: TokenDataset, length_tokens: int, windows: Windows, available: int, total_nats: float, seconds: float
+    dataset: TokenDataset,
+    length_tokens: int,
+    sequences: EvalSequences,
+    available: int,
+    total_nats: float,
+    seconds: float,
 ) -> LengthResult:
-    num_predictions = int(windows.num_predictions.sum())
+    num_predictions = int(sequences.num_predictions.sum())
     # `reference` asks for the mean over blocks of the block's mean: the same, its blocks being of one size. The
     # authors count a batch's mean once for each of its blocks, also in the last, smaller batch (accelerate cuts
     # their eight copies to the blocks there are), so on one process theirs is this mean too.
     nats = total_nats / num_predictions
-    complete = windows.num_tokens == dataset.num_tokens
+    complete = sequences.num_tokens == dataset.num_tokens
     text_bytes = dataset.manifest.text_bytes
     return LengthResult(
         length_tokens=length_tokens,
         perplexity=math.exp(nats) if nats < 700 else math.inf,
         nats_per_token=nats,
         bits_per_byte=total_nats / math.log(2) / text_bytes if complete and text_bytes else None,
-        num_windows=int(windows.starts.size),
+        num_sequences=int(sequences.starts.size),
         num_predictions=num_predictions,
-        num_tokens_read=windows.num_tokens,
-        num_tokens_dropped=available - windows.num_tokens,
+        num_tokens_read=sequences.num_tokens,
+        num_tokens_dropped=available - sequences.num_tokens,
         seconds=seconds,
     )

@@ -42,9 +42,9 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
 
 def line_style(index: int) -> dict[str, Any]:
     """Colour, marker and dashes of the line with this number; the palette comes again with other markers and dashes."""
-    row, place = divmod(index, len(COLOURS))
-    marker, dashes = MARKERS[(place + row) % len(MARKERS)], DASHES[row % len(DASHES)]
-    return {"color": COLOURS[place], "marker": marker, "linestyle": dashes}
+    row, position = divmod(index, len(COLOURS))
+    marker, dashes = MARKERS[(position + row) % len(MARKERS)], DASHES[row % len(DASHES)]
+    return {"color": COLOURS[position], "marker": marker, "linestyle": dashes}
 
 
 def _draw_frame(axes: Axes, curves: Sequence[Curve], title: str) -> None:
@@ -76,20 +76,20 @@ def _label_lines(axes: Axes, curves: Sequence[Curve]) -> None:
     staying = [(i, curve) for i, curve in enumerate(curves) if curve.points[-1][1] <= high]
     ends = [(curve.points[-1][1] - low) / (high - low) for _, curve in staying]
     for (index, curve), height in zip(staying, spread(ends, LABEL_GAP), strict=True):
-        place = (curve.points[-1][0], low + height * (high - low))
-        _write_name(axes, index, curve.name, place, (9, 0), va="center")
+        position = (curve.points[-1][0], low + height * (high - low))
+        _write_name(axes, index, curve.name, position, (9, 0), va="center")
     leaving = [(i, curve) for i, curve in enumerate(curves) if curve.points[-1][1] > high]
     for row, (index, curve) in enumerate(sorted(leaving, key=lambda item: leaves_at(item[1].points, high))):
-        place = (leaves_at(curve.points, high), high)
-        _write_name(axes, index, f"{curve.name} \u2191", place, (7, -4 - 14 * row), va="top")
+        position = (leaves_at(curve.points, high), high)
+        _write_name(axes, index, f"{curve.name} \u2191", position, (7, -4 - 14 * row), va="top")
 
 
 def _write_name(
-    axes: Axes, index: int, name: str, place: tuple[float, float], offset: tuple[float, float], va: str
+    axes: Axes, index: int, name: str, position: tuple[float, float], offset: tuple[float, float], va: str
 ) -> None:
     axes.annotate(
         name,
-        place,
+        position,
         xytext=offset,
         textcoords="offset points",
         va=va,

@@ -16,8 +16,8 @@ from megatron_bipe.eval.curves import Curve
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
 from megatron_bipe.eval.plot import draw_perplexity
+from megatron_bipe.eval.sequences import PROTOCOLS
 from megatron_bipe.eval.text_table import text_table
-from megatron_bipe.eval.windows import PROTOCOLS
 from megatron_bipe.io import write_atomically
 
 FORMAT_VERSION = 1
@@ -27,7 +27,7 @@ JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity
 class ModelResults(NamedTuple):
     """One model at all its lengths, ascending."""
 
-    subject: EvalModel
+    eval_model: EvalModel
     results: tuple[LengthResult, ...]
 
 
@@ -58,8 +58,8 @@ def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models
         CSV_NAME: as_csv(models).encode(),
         PNG_NAME: draw_perplexity(
             [
-                Curve(name, subject.config.train_len_tokens, [(r.length_tokens, r.perplexity) for r in results])
-                for name, (subject, results) in zip(unique_names(models), models, strict=True)
+                Curve(name, eval_model.config.train_len_tokens, [(r.length_tokens, r.perplexity) for r in results])
+                for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
             ],
             title=f"Perplexity by window length: {_data_name(dataset)}",
         ),
@@ -93,13 +93,13 @@ def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelRes
         "models": [
             {
                 "name": name,
-                "source": subject.source,
-                "encoding": subject.config.encoding,
-                "num_parameters": sum(parameter.numel() for parameter in subject.model.parameters()),
-                "train_len_tokens": subject.config.train_len_tokens,
+                "source": eval_model.source,
+                "encoding": eval_model.config.encoding,
+                "num_parameters": sum(parameter.numel() for parameter in eval_model.model.parameters()),
+                "train_len_tokens": eval_model.config.train_len_tokens,
                 "results": [_finite(result._asdict()) for result in results],
             }
-            for name, (subject, results) in zip(unique_names(models), models, strict=True)
+            for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
         ],
     }
 
@@ -110,9 +110,9 @@ def as_csv(models: Sequence[ModelResults]) -> str:
     columns = ("model", "encoding", "train_len_tokens", *LengthResult._fields)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
-    for name, (subject, results) in zip(unique_names(models), models, strict=True):
+    for name, (eval_model, results) in zip(unique_names(models), models, strict=True):
         for result in results:
-            writer.writerow((name, subject.config.encoding, subject.config.train_len_tokens, *result))
+            writer.writerow((name, eval_model.config.encoding, eval_model.config.train_len_tokens, *result))
     return text.getvalue()
 
 
@@ -120,8 +120,8 @@ def as_table(models: Sequence[ModelResults]) -> str:
     """Perplexities for a terminal: a row a model, a column a length; the training length is marked."""
     lengths = [result.length_tokens for result in models[0].results]
     rows = [["perplexity at", *(f"{length:,}" for length in lengths)]]
-    for name, (subject, results) in zip(unique_names(models), models, strict=True):
-        trained = subject.config.train_len_tokens
+    for name, (eval_model, results) in zip(unique_names(models), models, strict=True):
+        trained = eval_model.config.train_len_tokens
         marks = ["*" if result.length_tokens == trained else " " for result in results]
         cells = [f"{result.perplexity:,.2f}{mark}" for result, mark in zip(results, marks, strict=True)]
         rows.append([name, *cells])
@@ -134,7 +134,7 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
     lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
     lines += [
-        f"  {r.length_tokens:>9,} tokens: {r.num_windows:,} windows, {r.num_predictions:,} predictions, "
+        f"  {r.length_tokens:>9,} tokens: {r.num_sequences:,} windows, {r.num_predictions:,} predictions, "
         f"{r.num_tokens_read:,} tokens read, {r.num_tokens_dropped:,} dropped"
         for r in results
     ]
@@ -143,8 +143,8 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
 
 def unique_names(models: Sequence[tuple[EvalModel, object]]) -> list[str]:
     """Names for people; where two are the same, what they were loaded from instead."""
-    names = [subject.name for subject, _ in models]
-    return [subject.source if names.count(subject.name) > 1 else subject.name for subject, _ in models]
+    names = [eval_model.name for eval_model, _ in models]
+    return [eval_model.source if names.count(eval_model.name) > 1 else eval_model.name for eval_model, _ in models]
 
 
 def _data_name(dataset: TokenDataset) -> str:

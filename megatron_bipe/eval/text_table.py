@@ -12,7 +12,7 @@ def text_table(rows: Sequence[Sequence[str]], head: int = 1) -> str:
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
-        "  ".join(cell.rjust(width) if place else cell.ljust(width) for place, (cell, width) in enumerate(cells))
+        "  ".join(cell.rjust(width) if position else cell.ljust(width) for position, (cell, width) in enumerate(cells))
         for cells in (zip(row, widths, strict=True) for row in rows)
     ]
     lines.insert(head, "-" * len(lines[0]))

@@ -25,7 +25,7 @@ PROTOCOLS: dict[Protocol, str] = {
 GROUP_DOCUMENTS = 1000  # rows that one batched `datasets.map` call of the authors' script sees
 
 
-class Windows(NamedTuple):
+class EvalSequences(NamedTuple):
     """Windows in the order of the corpus, int64 [W] each."""
 
     starts: IntArray
@@ -45,10 +45,10 @@ class Windows(NamedTuple):
         return int(reach.sum() - overlap.sum())
 
 
-_NONE = Windows(*(np.zeros(0, dtype=np.int64) for _ in Windows._fields))
+_NONE = EvalSequences(*(np.zeros(0, dtype=np.int64) for _ in EvalSequences._fields))
 
 
-def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> Windows:
+def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:
     """Cut the first `num_tokens` tokens of a dataset, as if there were no more.
 
     Raises:
@@ -62,15 +62,15 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
             location="--lengths",
         )
     if num_tokens <= length_tokens:  # also lengths that no integer of numpy's holds
-        windows = _NONE
+        sequences = _NONE
     elif protocol == "full":
-        windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens)
+        sequences = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens)
     elif protocol == "sliding":
-        windows = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens // 2)
+        sequences = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens // 2)
     else:
         bounds = np.minimum(dataset.document_bounds(), num_tokens)
-        windows = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
-    if not windows.starts.size:
+        sequences = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
+    if not sequences.starts.size:
         limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
         rule = (
             f"of {length_tokens} and its last label need {length_tokens + 1}"
@@ -82,19 +82,19 @@ def cut_windows(dataset: TokenDataset, num_tokens: int, length_tokens: int, prot
             remedy="Use shorter --lengths, or more text",
             location=dataset.path,
         )
-    return windows
+    return sequences
 
 
-def _cut_all(num_tokens: int, length_tokens: int, stride_tokens: int) -> Windows:
+def _cut_all(num_tokens: int, length_tokens: int, stride_tokens: int) -> EvalSequences:
     """Windows a stride apart; of those after the first, what overlaps the one before is context."""
     num_labels, overlap = num_tokens - 1, length_tokens - stride_tokens
     starts = np.arange(0, max(num_labels - overlap, min(num_labels, 1)), stride_tokens, dtype=np.int64)
     num_inputs = np.minimum(length_tokens, num_labels - starts)
     num_context = np.where(starts > 0, overlap, 0)
-    return Windows(starts, num_inputs, num_context, num_inputs - num_context)
+    return EvalSequences(starts, num_inputs, num_context, num_inputs - num_context)
 
 
-def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> Windows:
+def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> EvalSequences:
     """Blocks of each group but its last whole one, which the authors' arithmetic loses with the remainder."""
     starts = [np.zeros(0, dtype=np.int64)]
     for first, stop in pairwise(group_bounds.tolist()):
@@ -103,4 +103,4 @@ def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> Windows:
     joined = np.concatenate(starts)
     # The model reads the block's last token too, as the authors' does: dynamic RoPE scaling looks at the length.
     sizes = np.full_like(joined, length_tokens)
-    return Windows(joined, sizes, np.zeros_like(joined), sizes - 1)
+    return EvalSequences(joined, sizes, np.zeros_like(joined), sizes - 1)

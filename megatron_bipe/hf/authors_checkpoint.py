@@ -29,7 +29,7 @@ _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
 _REMEDY = "Name a folder of the authors' layout, e.g. a download of hzy00/BiPE_RoPE-151M"
 
 
-class PublishedModel(NamedTuple):
+class AuthorsModel(NamedTuple):
     """What such a folder holds."""
 
     weights: dict[str, Tensor]
@@ -40,7 +40,7 @@ class PublishedModel(NamedTuple):
     """Of the weights."""
 
 
-def read_published(folder: Path) -> PublishedModel:
+def read_authors_checkpoint(folder: Path) -> AuthorsModel:
     """Read a folder of the authors' layout.
 
     Raises:
@@ -61,27 +61,27 @@ def read_published(folder: Path) -> PublishedModel:
     except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
         what = f"the weights do not fit the configuration: {' '.join(str(error).split())}"
         raise CheckpointError(what, remedy=_REMEDY, location=folder / CONFIG) from error
-    return PublishedModel(renamed, config, dtypes.pop())
+    return AuthorsModel(renamed, config, dtypes.pop())
 
 
-def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], place: Path) -> ModelConfig:
+def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], location: Path) -> ModelConfig:
     encoding, train_len = settings["rpe_type"], settings.get("train_scale") or settings.get("max_position_embeddings")
     scaling = settings.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
-        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, location=place)
+        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, location=location)
     kinds = {"rpe_type": (encoding, _ENCODINGS), "rope_scaling": (scaling and scaling.get("type"), (None, *_SCALINGS))}
     if wrong := [f"{key} {found!r}" for key, (found, known) in kinds.items() if found not in known]:
         raise CheckpointError(
-            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, location=place
+            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, location=location
         )
     if settings.get("tie_word_embeddings"):
-        raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, location=place)
+        raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, location=location)
     if scaling and scaling.get("type") == "dynamic" and settings.get("max_position_embeddings") != train_len:
         raise CheckpointError(
             f"dynamic RoPE scaling from {settings.get('max_position_embeddings')} tokens, trained at {train_len}: "
             "here both are one number",
             remedy="Set max_position_embeddings to train_scale, or remove rope_scaling",
-            location=place,
+            location=location,
         )
     try:
         config = ModelConfig(
@@ -96,11 +96,11 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], pl
             zero_last_row=settings.get("pad_token_id") == -1,
         )
     except KeyError as error:
-        raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, location=place) from error
+        raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, location=location) from error
     except (ValidationError, TypeError) as error:
         what = " ".join(str(error).split())
         raise CheckpointError(
-            f"a key has a value that no model here has: {what}", remedy=_REMEDY, location=place
+            f"a key has a value that no model here has: {what}", remedy=_REMEDY, location=location
         ) from error
     return config
 

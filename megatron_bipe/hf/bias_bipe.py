@@ -24,7 +24,7 @@ from .positions_bipe import CachedPositions, key_positions
 
 
 def alibi(
-    config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None, _attention_mask: Tensor | None
+    config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None, _attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """The bias slope x (key - last key) as channels of queries and keys, which come before those of the head.
 
@@ -33,7 +33,7 @@ def alibi(
     the query small; kernels add in order, so that large numbers cancel before anything small is added. A zero follows
     each channel: AMX adds even and odd channels up apart.
     """
-    position_BS = key_positions(config, new_BT, memory)
+    position_BS = key_positions(config, new_BT, cached)
     if position_BS.shape[1] > MAX_ALIBI_POSITIONS:
         raise ValueError(f"ALiBi is exact up to {MAX_ALIBI_POSITIONS} tokens; these are {position_BS.shape[1]}")
     factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
@@ -45,10 +45,10 @@ def alibi(
 
 
 def t5(
-    config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None, _attention_mask: Tensor | None
+    config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None, _attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Buckets of the distances from queries back to keys (Raffel et al. 2020): exact ones, then logarithmic ones."""
-    distance_BTS = new_BT[:, :, None] - key_positions(config, new_BT, memory)[:, None, :]
+    distance_BTS = new_BT[:, :, None] - key_positions(config, new_BT, cached)[:, None, :]
     return {"buckets": t5_buckets(distance_BTS)}
 
 

@@ -98,9 +98,9 @@ def model_card(
 
 def _described(config: ModelConfig) -> str:
     parts = config.parts
-    places, positions = _POSITIONS[parts.positions]
+    position_ids, positions = _POSITIONS[parts.positions]
     named = (
-        (_ABSOLUTE.get(parts.absolute, parts.absolute), places),
+        (_ABSOLUTE.get(parts.absolute, parts.absolute), position_ids),
         (_RELATIVE.get(parts.relative, parts.relative), positions),
     )
     text = ", ".join(f"{name} over {what}" for name, what in named if name) or "none"

@@ -22,7 +22,7 @@ class Encoding(NamedTuple):
     channels: tuple[Tensor, Tensor] | None = None  # ALiBi: of queries [B, N, T, 7] and of keys [B, 1, S, 7]
     buckets: Tensor | None = None  # T5: rows of each layer's table [B, T, S]
     growth: Tensor | None = None  # log_scale's factor on queries [B, 1, T, 1]
-    memory: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
+    cached: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
 
 
 def _nope(*_: Any) -> dict[str, Any]:
@@ -39,23 +39,25 @@ _RELATIVE: dict[str, Callable[..., dict[str, Any]]] = {
 
 
 def encode(
-    config: BipeConfig, places: PositionIds, memory: CachedPositions | None, attention_mask: Tensor | None
+    config: BipeConfig, position_ids: PositionIds, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Encoding:
     """What attention needs of the places, once for all layers."""
-    new_BT = places.inter if config.bilevel else places.intra
+    new_BT = position_ids.inter if config.bilevel else position_ids.intra
     if config.positions == "drawn":
-        new_BT = _spread(config, new_BT, memory, attention_mask)
+        new_BT = _spread(config, new_BT, cached, attention_mask)
     growth = None
     if config.log_scale:
         growth = log_scale_factors(new_BT, config.train_len_tokens)
-    return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, memory, attention_mask))
+    return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, cached, attention_mask))
 
 
 def _spread(
-    config: BipeConfig, place_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Tensor:
     """Places as far apart as those drawn in training are on average."""
-    counts = count_tokens(config, place_BT.shape[1], memory, attention_mask, "spread positions").to(place_BT.device)
+    counts = count_tokens(config, position_BT.shape[1], cached, attention_mask, "spread positions").to(
+        position_BT.device
+    )
     if int(counts.max()) > config.drawn_range:
         raise ValueError(f"{int(counts.max())} tokens exceed the {config.drawn_range} positions of {config.encoding}")
-    return place_BT * config.drawn_range // counts.clamp(min=config.train_len_tokens)
+    return position_BT * config.drawn_range // counts.clamp(min=config.train_len_tokens)

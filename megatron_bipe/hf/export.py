@@ -25,7 +25,7 @@ from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
 from megatron_bipe.hf.checksums import SUMS, write_checksums
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
-from megatron_bipe.hf.parity import Windows, parity
+from megatron_bipe.hf.parity import SampleBatch, parity
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.io import sync
@@ -65,7 +65,7 @@ def export_model(
     config: ModelConfig,
     folder: Path,
     data: DataFields,
-    windows: Windows,
+    sequences: SampleBatch,
     tokenizer: TokenizerSource | None = None,
     options: ExportOptions | None = None,
 ) -> float:
@@ -79,7 +79,7 @@ def export_model(
         config: the model they belong to.
         folder: target; its parent must be writable.
         data: goes into config.json and the generation settings.
-        windows: sample windows with the ids that training gave them; other ids of the exported model show
+        sequences: sample windows with the ids that training gave them; other ids of the exported model show
             as a difference.
         tokenizer: None only where none is known; the folder then has no tokenizer files.
         options: dtype, sharding, overwriting, model card.
@@ -102,7 +102,7 @@ def export_model(
             _write_code(draft)
         if tokenizer is not None:
             write_tokenizer(tokenizer, draft, config.vocab_size)
-        figure = parity(weights, config, options.dtype, draft, windows)
+        figure = parity(weights, config, options.dtype, draft, sequences)
         if not figure <= TOLERANCE:
             raise CheckpointError(
                 f"the exported model is not the trained one: logits differ by {figure:.2e} of the largest, "

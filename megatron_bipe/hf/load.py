@@ -62,7 +62,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
+def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
     """The model configuration that an exported `config.json` stands for.
 
     Raises:
@@ -75,7 +75,7 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
             f"{settings.get('rpe_type') if published else encoding!r} is no model of this project's export",
             remedy="Convert the authors' models with tools/import_hf.py" if published else _OURS,
-            location=place,
+            location=location,
         )
     try:
         config = ModelConfig(
@@ -92,18 +92,18 @@ def model_config(settings: Mapping[str, Any], place: Path) -> ModelConfig:
             tied_output=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise CheckpointError(f"key {error} is missing", remedy=_OURS, location=place) from error
+        raise CheckpointError(f"key {error} is missing", remedy=_OURS, location=location) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
-        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, location=place) from error
+        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, location=location) from error
     except TypeError as error:
-        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, location=place) from error
-    if config.bilevel and data_fields(settings, place) is None:
+        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, location=location) from error
+    if config.bilevel and data_fields(settings, location) is None:
         raise CheckpointError(
             f"encoding {encoding!r} without a segment rule: nothing tells where segments end",
             remedy='Put the rule of the training data into "segments": {"spec": ..., "token_ids": [...]}',
-            location=place,
+            location=location,
         )
     return config
 
@@ -125,7 +125,7 @@ def llama_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | None:
+def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] | None:
     """What `config.json` says of the training data; None where it has no segment rule."""
     rule = settings.get("segments")
     if rule is None:
@@ -136,7 +136,7 @@ def data_fields(settings: Mapping[str, Any], place: Path) -> dict[str, Any] | No
         raise CheckpointError(
             f"segments {rule!r} is no segment rule",
             remedy='Write it as {"spec": name of the rule, "token_ids": [its separators]}',
-            location=place,
+            location=location,
         ) from error
     return {"tokenizer_fingerprint": settings.get("tokenizer_fingerprint")} | fields
 
@@ -167,7 +167,7 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: str | Path = "") -> nn.Sequential:
+def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, location: str | Path = "") -> nn.Sequential:
     """The training model around weights with LLaMA names; they are not copied where the layout allows it.
 
     Raises:
@@ -182,7 +182,7 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, place: 
         raise CheckpointError(
             f"the weights do not fit the configuration: {text[:300]}",
             remedy="Check that the weights and the configuration belong to the same model",
-            location=place,
+            location=location,
         ) from error
     return model.eval()
 

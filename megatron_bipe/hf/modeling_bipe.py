@@ -19,7 +19,7 @@ from .bias_bipe import biased_mask
 from .configuration_bipe import BipeConfig
 from .encodings_bipe import Encoding, encode
 from .functional_bipe import NUM_T5_BUCKETS, rotate, sinusoids
-from .positions_bipe import PositionIds, find_places, read_cache_positions, real_tokens, write_cache_positions
+from .positions_bipe import PositionIds, find_position_ids, read_cache_positions, real_tokens, write_cache_positions
 from .rotary_bipe import Tables
 
 
@@ -80,8 +80,8 @@ class BipeAttention(nn.Module):
             for_queries, for_keys = encoding.rotation
             q_BNTH, k_BGTH = _rotated(q_BNTH, for_queries), _rotated(k_BGTH, for_keys)
         if past_key_values is not None:
-            if self.layer_idx == 0 and encoding.memory is not None:
-                k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.memory)), dim=-1)
+            if self.layer_idx == 0 and encoding.cached is not None:
+                k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.cached)), dim=-1)
             k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
             k_BGTH = k_BGTH[..., : self.head_dim]
         if encoding.channels is not None:
@@ -203,15 +203,15 @@ class BipeModel(BipePreTrainedModel):
         recomputes = self.gradient_checkpointing and self.training
         if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
-        memory = read_cache_positions(past_key_values, self.config.head_dim, hidden.device)
-        if memory is not None and recomputes:
+        cached = read_cache_positions(past_key_values, self.config.head_dim, hidden.device)
+        if cached is not None and recomputes:
             raise ValueError("gradient checkpointing cannot train on past_key_values: pass all tokens")
-        real_BT = real_tokens(attention_mask, hidden, memory, past_key_values)
-        places = find_places(self.config, input_ids, real_BT, memory)
-        encoding = encode(self.config, places, memory, attention_mask)
+        real_BT = real_tokens(attention_mask, hidden, cached, past_key_values)
+        position_ids = find_position_ids(self.config, input_ids, real_BT, cached)
+        encoding = encode(self.config, position_ids, cached, attention_mask)
         if past_key_values is not None:
-            encoding = encoding._replace(memory=write_cache_positions(places))
-        hidden = self._placed(hidden, places, real_BT)
+            encoding = encoding._replace(cached=write_cache_positions(position_ids))
+        hidden = self._placed(hidden, position_ids, real_BT)
         fused = encoding.buckets is None
         if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"{self.config.encoding} biases scores: use attn_implementation='sdpa' or 'eager'")
@@ -227,20 +227,20 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _placed(self, hidden_BTD: Tensor, places: PositionIds, real_BT: Tensor) -> Tensor:
+    def _placed(self, hidden_BTD: Tensor, position_ids: PositionIds, real_BT: Tensor) -> Tensor:
         """The hidden states with the absolute part of the encoding added."""
-        config, place_BT = self.config, places.intra
+        config, position_BT = self.config, position_ids.intra
         if config.absolute == "sinusoidal":
-            added_BTD = sinusoids(place_BT, config.hidden_size) * config.initializer_range
+            added_BTD = sinusoids(position_BT, config.hidden_size) * config.initializer_range
             return hidden_BTD + added_BTD.to(hidden_BTD.dtype)
         if config.absolute == "none":
             return hidden_BTD
         if config.bilevel:
-            return hidden_BTD + self.embed_intra(place_BT.clamp(max=config.intra_size - 1))
-        rows, place_BT = config.train_len_tokens, place_BT.where(real_BT, 0)
-        if not torch.compiler.is_compiling() and int(place_BT.max()) >= rows:
-            raise ValueError(f"{int(place_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
-        return hidden_BTD + self.embed_positions(place_BT)
+            return hidden_BTD + self.embed_intra(position_BT.clamp(max=config.intra_size - 1))
+        rows, position_BT = config.train_len_tokens, position_BT.where(real_BT, 0)
+        if not torch.compiler.is_compiling() and int(position_BT.max()) >= rows:
+            raise ValueError(f"{int(position_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
+        return hidden_BTD + self.embed_positions(position_BT)
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
@@ -279,11 +279,11 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         if not self.config.bilevel:
             raise ValueError(f"encoding {self.config.encoding!r} has no segments")
         real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
-        places = find_places(self.config, input_ids, real_BT.bool())
-        intra = places.intra
+        position_ids = find_position_ids(self.config, input_ids, real_BT.bool())
+        intra = position_ids.intra
         if self.config.absolute == "learned":
             intra = intra.clamp(max=self.config.intra_size - 1)
-        return intra, places.inter
+        return intra, position_ids.inter
 
     def forward(
         self,

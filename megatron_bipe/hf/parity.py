@@ -19,12 +19,12 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import fill_layer, read_settings
 from megatron_bipe.model.transformer import make_plan
 
-Windows = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
+SampleBatch = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
 _AUTO = "AutoModelForCausalLM"
 
 
 def parity(
-    weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, folder: Path, windows: Windows
+    weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, folder: Path, sequences: SampleBatch
 ) -> float:
     """Largest difference of a logit over the largest logit, both models in fp32.
 
@@ -33,21 +33,23 @@ def parity(
         config: of the model.
         dtype: what the weights are rounded to first, as in the folder.
         folder: the exported model.
-        windows: what to compare on.
+        sequences: what to compare on.
 
     Raises:
         CheckpointError: the folder cannot be loaded and run by transformers.
     """
     with torch.inference_mode():
-        expected_BTV = trained_logits(weights, config, dtype, windows)
-        found_BTV = exported_logits(folder, windows[0])
+        expected_BTV = trained_logits(weights, config, dtype, sequences)
+        found_BTV = exported_logits(folder, sequences[0])
         scale = float(expected_BTV.abs().max())
         return float(found_BTV.sub_(expected_BTV).abs_().max()) / max(scale, torch.finfo(torch.float32).tiny)
 
 
-def trained_logits(weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, windows: Windows) -> Tensor:
+def trained_logits(
+    weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, sequences: SampleBatch
+) -> Tensor:
     """Logits fp32 [B, T, V] of the training model."""
-    payload: Any = windows
+    payload: Any = sequences
     for planned in make_plan(config, seed=0):
         with torch.device("meta"):
             layer = planned.build()

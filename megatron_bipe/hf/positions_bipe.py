@@ -57,8 +57,8 @@ class CachedPositions(NamedTuple):
         return (self.next_intra - 1).clamp(min=0)
 
 
-def find_places(
-    config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, memory: CachedPositions | None = None
+def find_position_ids(
+    config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, cached: CachedPositions | None = None
 ) -> PositionIds:
     """Places of new tokens [B, T], in segments for the bilevel encodings, else in the sequence.
 
@@ -66,10 +66,10 @@ def find_places(
         config: of the model.
         input_ids: the new tokens; may be None where segments do not depend on them.
         real_BT: False at padding, which has no place and closes nothing.
-        memory: of the tokens before; the first real token of a row opens its first segment.
+        cached: of the tokens before; the first real token of a row opens its first segment.
     """
     nothing = real_BT.new_zeros(1, 1, dtype=torch.int64)
-    start = memory.last() if memory else (nothing, nothing)
+    start = cached.last() if cached else (nothing, nothing)
     seen_BT = start[0] + real_BT.cumsum(-1)  # real tokens since the segment that was open at the start began
     ends_BT = _segment_ends(config, input_ids, seen_BT) & real_BT
     closed_BT = start[1] + ends_BT.cumsum(-1)
@@ -89,9 +89,9 @@ def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor)
     return torch.isin(input_ids, torch.tensor(config.segments["token_ids"], device=input_ids.device))
 
 
-def write_cache_positions(places: PositionIds) -> Tensor:
+def write_cache_positions(position_ids: PositionIds) -> Tensor:
     """The channels [B, 1, T, C] that the cached keys of layer 0 carry: both next counts, digit by digit."""
-    counts_BT2 = torch.stack((places.next_intra, places.next_inter), dim=-1)
+    counts_BT2 = torch.stack((position_ids.next_intra, position_ids.next_inter), dim=-1)
     digits = [counts_BT2 // DIGIT**power % DIGIT for power in range(_DIGITS)]
     return torch.cat(digits, dim=-1)[:, None].float()
 
@@ -128,7 +128,7 @@ def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.devic
 
 
 def real_tokens(
-    attention_mask: Tensor | None, hidden_BTD: Tensor, memory: CachedPositions | None, cache: Cache | None
+    attention_mask: Tensor | None, hidden_BTD: Tensor, cached: CachedPositions | None, cache: Cache | None
 ) -> Tensor:
     """Bool [B, T]: False at padding among the new tokens."""
     rows, new = hidden_BTD.shape[:2]
@@ -136,10 +136,10 @@ def real_tokens(
         return torch.ones(rows, new, dtype=torch.bool, device=hidden_BTD.device)
     shape = tuple(attention_mask.shape)
     slots = cache.get_max_length() if cache is not None and cache.is_compileable else -1
-    if memory is not None and memory.num_filled is not None and shape == (rows, slots):
-        places = memory.num_filled + torch.arange(new, device=hidden_BTD.device)
-        return attention_mask.index_select(1, places).bool()
-    num_cached = 0 if memory is None else memory.num_held
+    if cached is not None and cached.num_filled is not None and shape == (rows, slots):
+        position_ids = cached.num_filled + torch.arange(new, device=hidden_BTD.device)
+        return attention_mask.index_select(1, position_ids).bool()
+    num_cached = 0 if cached is None else cached.num_held
     if shape == (rows, slots) or shape == (rows, num_cached + new):
         return attention_mask[:, num_cached : num_cached + new].bool()
     raise ValueError(
@@ -148,34 +148,34 @@ def real_tokens(
     )
 
 
-def key_positions(config: BipeConfig, new_BT: Tensor, memory: CachedPositions | None) -> Tensor:
+def key_positions(config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None) -> Tensor:
     """What the relative encoding goes by, of cached keys and of new ones, int64 [B, S]."""
-    if memory is None:
+    if cached is None:
         return new_BT
-    old_BC = memory.own_places(config.bilevel)
-    if memory.num_filled is None:
+    old_BC = cached.own_places(config.bilevel)
+    if cached.num_filled is None:
         return torch.cat((old_BC, new_BT), dim=1)
-    slots = memory.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
+    slots = cached.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
     return old_BC.index_copy(1, slots, new_BT)
 
 
-def num_keys(num_new: int, memory: CachedPositions | None) -> int:
+def num_keys(num_new: int, cached: CachedPositions | None) -> int:
     """Keys that attention sees: cached and new ones, or the slots of a static cache."""
-    if memory is None:
+    if cached is None:
         return num_new
-    num_cached = memory.next_intra.shape[1]
-    return num_cached + num_new if memory.num_filled is None else num_cached
+    num_cached = cached.next_intra.shape[1]
+    return num_cached + num_new if cached.num_filled is None else num_cached
 
 
 def count_tokens(
-    config: BipeConfig, num_new: int, memory: CachedPositions | None, attention_mask: Tensor | None, what: str
+    config: BipeConfig, num_new: int, cached: CachedPositions | None, attention_mask: Tensor | None, what: str
 ) -> Tensor:
     """Real tokens of each row, int64 [B, 1] or [1, 1], for encodings that every further token changes.
 
     Raises:
         ValueError: a cache would have to be continued beyond the training length, up to which nothing changes.
     """
-    num_cached = 0 if memory is None else memory.num_held
+    num_cached = 0 if cached is None else cached.num_held
     trained, total = config.train_len_tokens, num_cached + num_new
     counts = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
     if num_cached and int(counts.max()) > trained:

@@ -23,34 +23,34 @@ Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
 
 def rope(
-    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """The same cosines and sines for queries and keys."""
-    tables = _tables(config, position_BT, memory, attention_mask)
+    tables = _tables(config, position_BT, cached, attention_mask)
     return {"rotation": (tables, tables)}
 
 
 def xpos(
-    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
     """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
-    num_tokens = num_keys(position_BT.shape[1], memory)
+    num_tokens = num_keys(position_BT.shape[1], cached)
     if num_tokens > MAX_XPOS_TOKENS:
         raise ValueError(f"XPOS stays in range up to {MAX_XPOS_TOKENS} tokens; these are {num_tokens}")
-    cos_B1TH, sin_B1TH = _tables(config, position_BT, memory, attention_mask)
+    cos_B1TH, sin_B1TH = _tables(config, position_BT, cached, attention_mask)
     growing_B1TH, fading_B1TH = xpos_factors(position_BT, config.head_dim, config.train_len_tokens)
     queries = cos_B1TH * growing_B1TH, sin_B1TH * growing_B1TH
     return {"rotation": (queries, (cos_B1TH * fading_B1TH, sin_B1TH * fading_B1TH))}
 
 
 def _tables(
-    config: BipeConfig, position_BT: Tensor, memory: CachedPositions | None, attention_mask: Tensor | None
+    config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Tables:
     """In fp32; dynamic scaling looks at the number of real tokens of the row."""
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
     base, kind = float(scaling.get("rope_theta", 10000.0)), scaling.get("rope_type", "default")
     if kind == "dynamic":
-        counts_B1 = count_tokens(config, position_BT.shape[1], memory, attention_mask, "dynamic RoPE scaling")
+        counts_B1 = count_tokens(config, position_BT.shape[1], cached, attention_mask, "dynamic RoPE scaling")
         excess_B11 = counts_B1[..., None].clamp(min=config.train_len_tokens).double() / config.train_len_tokens
         factor = scaling["factor"]
         base_B11 = stretched_base(base, width, factor * excess_B11 - (factor - 1)).float().to(device)

@@ -19,7 +19,7 @@ from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.functional import log_scale_factors
 from megatron_bipe.model.positions.make import make_relative
 
-SHORTEST_WINDOW = 2048  # tokens from which on leaving out pays
+MIN_WINDOWED_TOKENS = 2048  # tokens from which on leaving out pays
 CHUNK = 256  # queries that see the same keys
 _STEP = 64  # keys begin at multiples of this, so that heads of about the same reach go together
 
@@ -37,7 +37,7 @@ class Attention(nn.Module):
         self.head_width = head_width
         self.queries_per_group = config.num_heads // config.kv_heads
         self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
-        self.windows = layers.windows
+        self.exchange = layers.exchange
         self.encoding = make_relative(config, layers)
         self._tables = tables or SharedTables()
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
@@ -47,7 +47,7 @@ class Attention(nn.Module):
         """Attention output [B, t, D]; `positions_BT`, of whole windows, is what the encoding sees."""
         per_group = self.queries_per_group
         qkv_BtGRH = self.qkv(hidden_BtD).unflatten(-1, (-1, per_group + 2, self.head_width))
-        qkv_BTgRH = self.windows.to_heads(qkv_BtGRH)
+        qkv_BTgRH = self.exchange.to_heads(qkv_BtGRH)
         q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
         k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
         v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
@@ -60,7 +60,7 @@ class Attention(nn.Module):
             mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
         else:
             mixed_BnTH = windowed_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
-        return self.out(self.windows.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
+        return self.out(self.exchange.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
 
 
 def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -93,7 +93,7 @@ def leaving_out_pays(q_BNTH: Tensor) -> bool:
 
     Shorter windows are a few calls of whole chunks anyway; on a GPU it has not been measured.
     """
-    return q_BNTH.shape[2] >= SHORTEST_WINDOW and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
+    return q_BNTH.shape[2] >= MIN_WINDOWED_TOKENS and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def windowed_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:

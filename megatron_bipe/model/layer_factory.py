@@ -60,7 +60,7 @@ class LayerFactory(Protocol):
     """This rank among those that share the heads, the inner feed-forward width and the vocabulary."""
     ranks: int
     """How many do; each has a contiguous share."""
-    windows: HeadExchange
+    exchange: HeadExchange
     """How windows are spread; layers see this rank's positions."""
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
@@ -93,8 +93,8 @@ class LayerFactory(Protocol):
 
 def local_heads(num_heads: int, layers: LayerFactory) -> slice:
     """Which of the model's query heads this rank's attention sees."""
-    count = num_heads // (layers.ranks * layers.windows.ranks)
-    first = (layers.rank * layers.windows.ranks + layers.windows.rank) * count
+    count = num_heads // (layers.ranks * layers.exchange.ranks)
+    first = (layers.rank * layers.exchange.ranks + layers.exchange.rank) * count
     return slice(first, first + count)
 
 
@@ -107,13 +107,13 @@ class Shard:
     rank: int
     ranks: int
 
-    def whole_shape(self, part: Sequence[int]) -> list[int]:
+    def full_shape(self, part: Sequence[int]) -> list[int]:
         """Shape of the parameter that a part of this shape belongs to."""
         return [size * self.ranks if dim == self.dim else size for dim, size in enumerate(part)]
 
-    def of(self, whole: Tensor) -> Tensor:
+    def of(self, full: Tensor) -> Tensor:
         """This rank's part of a whole parameter."""
-        split = whole.unflatten(self.dim, (self.blocks, self.ranks, -1))
+        split = full.unflatten(self.dim, (self.blocks, self.ranks, -1))
         return split.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)
 
     def join(self, parts: Sequence[Tensor]) -> Tensor:
@@ -124,5 +124,5 @@ class Shard:
 
 def shard_of(parameter: Tensor) -> Shard | None:
     """How a parameter is split; None where it is whole on every rank."""
-    share: Shard | None = getattr(parameter, "share", None)
-    return share
+    shard: Shard | None = getattr(parameter, "shard", None)
+    return shard

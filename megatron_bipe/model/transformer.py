@@ -35,7 +35,11 @@ from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExch
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.make import make_absolute
-from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places, token_position_ids
+from megatron_bipe.model.positions.position_ids import (
+    evenly_spaced_position_ids,
+    random_position_ids,
+    token_position_ids,
+)
 
 TOKEN_TABLE = "0.token.weight"  # its name in the plan
 
@@ -116,11 +120,11 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, seed: int = 0) -> None:
         super().__init__()
-        self._config, self._own, self._seed = config, layers.windows.own, seed
+        self._config, self._own, self._seed = config, layers.exchange.own, seed
         self.token = layers.table(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
         absolute = make_absolute(config, layers)
         self.intra = absolute if config.bilevel else None
-        self.place = None if config.bilevel else absolute
+        self.position = None if config.bilevel else absolute
 
     def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, t, D], positions int64 [B, T]).
@@ -137,10 +141,10 @@ class Embedding(nn.Module):
         if self._config.bilevel:
             return _sum(hidden_BtD, self.intra, self._own(intra_BT)), inter_BT
         places_BT = self._places(tokens_BT)
-        return _sum(hidden_BtD, self.place, self._own(places_BT)), places_BT
+        return _sum(hidden_BtD, self.position, self._own(places_BT)), places_BT
 
     def _check_length(self, num_tokens: int) -> None:
-        config, longest = self._config, self._config.longest_window_tokens
+        config, longest = self._config, self._config.max_seq_len_tokens
         if longest is not None and num_tokens > longest:
             raise ConfigError(
                 f"a window of {num_tokens} tokens exceeds the {longest} that model.encoding={config.encoding} encodes",
@@ -154,11 +158,11 @@ class Embedding(nn.Module):
             return token_position_ids(tokens_BT)
         if self.training:
             return random_position_ids(tokens_BT, config.drawn_range, self._seed)
-        return spread_places(tokens_BT, config.drawn_range, config.train_len_tokens)
+        return evenly_spaced_position_ids(tokens_BT, config.drawn_range, config.train_len_tokens)
 
 
-def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, places_Bt: Tensor) -> Tensor:
-    return hidden_BtD if absolute is None else hidden_BtD + absolute(places_Bt).to(hidden_BtD.dtype)
+def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, positions_Bt: Tensor) -> Tensor:
+    return hidden_BtD if absolute is None else hidden_BtD + absolute(positions_Bt).to(hidden_BtD.dtype)
 
 
 class Block(nn.Module):
@@ -324,10 +328,10 @@ def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
             if parameter.ndim == 1:
                 parameter.fill_(1.0)
             else:
-                share = shard_of(parameter)
-                shape = share.whole_shape(parameter.shape) if share else parameter.shape
-                whole = torch.randn(shape, generator=generator) * config.init_std
-                parameter.copy_(share.of(whole) if share else whole)
+                shard = shard_of(parameter)
+                shape = shard.full_shape(parameter.shape) if shard else parameter.shape
+                full = torch.randn(shape, generator=generator) * config.init_std
+                parameter.copy_(shard.of(full) if shard else full)
     for module in layer.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
             with torch.no_grad():
@@ -345,8 +349,8 @@ class LocalLayers:
 
     rank, ranks = 0, 1
 
-    def __init__(self, windows: HeadExchange | None = None) -> None:
-        self.windows = windows or NoExchange()
+    def __init__(self, exchange: HeadExchange | None = None) -> None:
+        self.exchange = exchange or NoExchange()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """A whole matrix; `blocks` matters only where it is split."""
@@ -383,4 +387,4 @@ class LocalLayers:
 
     def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over whole rows of logits."""
-        return token_losses(logits_BtV, self.windows.own(labels_BT))
+        return token_losses(logits_BtV, self.exchange.own(labels_BT))

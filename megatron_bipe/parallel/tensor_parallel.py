@@ -46,9 +46,9 @@ class Split:
 class TensorParallelLayers:
     """A `LayerFactory` of layers that are split over a group."""
 
-    def __init__(self, group: ProcessGroup, sequence: bool = False, windows: HeadExchange | None = None) -> None:
+    def __init__(self, group: ProcessGroup, sequence: bool = False, exchange: HeadExchange | None = None) -> None:
         self._split = Split(group, sequence)
-        self.windows = windows or NoExchange()
+        self.exchange = exchange or NoExchange()
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
@@ -85,7 +85,7 @@ class TensorParallelLayers:
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
         """Cross-entropy over split logits."""
-        return token_losses(logits_Btv, self.windows.own(labels_BT), self._split.group)
+        return token_losses(logits_Btv, self.exchange.own(labels_BT), self._split.group)
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
@@ -185,7 +185,7 @@ class ReplicatedNorm(RMSNorm):
         return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
 
 
-def mark_share(weight: Tensor, share: Shard) -> None:
+def mark_share(weight: Tensor, shard: Shard) -> None:
     """Say how a parameter is split, to our own code and (by DeepSpeed's name) to the gradient norm."""
-    weight.share = share  # type: ignore[attr-defined]
+    weight.shard = shard  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]

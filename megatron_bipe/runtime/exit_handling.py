@@ -47,7 +47,7 @@ def rank_name(mesh: "Mesh | Launch") -> str:
     return f"rank {mesh.rank} of {mesh.num_ranks} on {socket.gethostname()}"
 
 
-def place_in_layout(mesh: "Mesh") -> str:
+def layout_coordinates(mesh: "Mesh") -> str:
     """What a rank has of the model and of the data, for messages; of a mesh that is laid out."""
     return f"stage {mesh.stage}, data {mesh.data_rank}, context {mesh.context_rank}, tensor {mesh.tensor_rank}"
 

@@ -21,7 +21,7 @@ class Heartbeat(NamedTuple):
 
     beats: int
     name: str
-    place: str
+    location: str
 
 
 Heartbeats = Mapping[int, Heartbeat | None]  # by rank; None: there never was one
@@ -94,7 +94,7 @@ def silent_ranks(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterat
         if sign is None:
             yield f"No sign of life, ever: rank {rank}"
         elif rank != own_rank and sign == before[rank]:
-            yield f"No sign of life: {sign.name}, last at {sign.place}"
+            yield f"No sign of life: {sign.name}, last at {sign.location}"
 
 
 def where_ranks_are(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
@@ -103,7 +103,7 @@ def where_ranks_are(before: Heartbeats, after: Heartbeats, own_rank: int) -> Ite
     names: dict[str, list[str]] = {}
     for sign in after.values():
         if sign is not None:
-            names.setdefault(sign.place, []).append(sign.name)
-    for place, found in sorted(names.items(), key=lambda item: len(item[1])):
+            names.setdefault(sign.location, []).append(sign.name)
+    for location, found in sorted(names.items(), key=lambda item: len(item[1])):
         more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        yield f"At {place}: {', '.join(found[:_LISTED])}{more}"
+        yield f"At {location}: {', '.join(found[:_LISTED])}{more}"

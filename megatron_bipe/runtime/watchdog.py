@@ -24,7 +24,7 @@ from megatron_bipe.runtime.exit_handling import (
     abort,
     describe,
     exit_code,
-    place_in_layout,
+    layout_coordinates,
     rank_name,
     write_stderr,
 )
@@ -61,7 +61,7 @@ class Watchdog:
 
     def __init__(self, mesh: Mesh, timeout_s: float, connect: Callable[[float], dist.Store]) -> None:
         self._mesh, self._timeout_s, self._connect = mesh, timeout_s, connect
-        self._name = f"{rank_name(mesh)} ({place_in_layout(mesh)})"
+        self._name = f"{rank_name(mesh)} ({layout_coordinates(mesh)})"
         self._worker = threading.get_ident()
         self._over = threading.Event()
         self._roll_call: HeartbeatStore | None = None
@@ -69,21 +69,21 @@ class Watchdog:
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self.mark("the start")
 
-    def mark(self, place: str) -> None:
+    def mark(self, location: str) -> None:
         """Note where this rank is, and that it has come so far."""
-        self._place, self._since_s = place, self._clock_s
+        self._place, self._since_s = location, self._clock_s
 
     def heartbeat(self) -> None:
         """Note that this rank has come further, without another place for it."""
         self._since_s = self._clock_s
 
-    def track_batches(self, place: str, items: Iterable[Item]) -> Iterator[Item]:
+    def track_batches(self, location: str, items: Iterable[Item]) -> Iterator[Item]:
         """Micro-batches one by one; each that is asked for is progress."""
-        self.mark(place)
+        self.mark(location)
 
         def noted() -> Iterator[Item]:
             for number, item in enumerate(items, 1):
-                self.mark(f"{place}, micro-batch {number}")
+                self.mark(f"{location}, micro-batch {number}")
                 yield item
 
         return noted()
@@ -129,8 +129,8 @@ class Watchdog:
     def _beat(self, beats: int) -> None:
         roll_call = self._connected()
         frame = sys._current_frames()[self._worker]
-        place = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
-        roll_call.sign(Heartbeat(beats, self._name, place))
+        location = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        roll_call.sign(Heartbeat(beats, self._name, location))
         end = roll_call.ended()
         if end is not None:
             stack = f"\n{self._who()} is in\n{self._stack()}" if end.stacks else ""

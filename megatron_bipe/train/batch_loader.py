@@ -70,9 +70,9 @@ class BatchLoader:
         """True where the run names a validation set."""
         return self._valid is not None
 
-    def windows(self, first_sample: int) -> IntArray:
+    def sequences(self, first_sample: int) -> IntArray:
         """Windows of an update, in the order of samples."""
-        return self._blend.window_indices(first_sample, self._train.global_batch)
+        return self._blend.sequence_indices(first_sample, self._train.global_batch)
 
     def train_batches(self, first_sample: int) -> Iterator[Batch[Tensor]]:
         """This rank's micro-batches of an update.
@@ -81,9 +81,9 @@ class BatchLoader:
         """
         train, data_ranks = self._train, self._mesh.data_ranks
         shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
-        windows = self.windows(first_sample)
-        weight = label_weight(self._blend, windows, train.seq_len_tokens)
-        for micro_windows in windows.reshape(shape)[:, self._mesh.data_rank]:
+        sequences = self.sequences(first_sample)
+        weight = label_weight(self._blend, sequences, train.seq_len_tokens)
+        for micro_windows in sequences.reshape(shape)[:, self._mesh.data_rank]:
             self._shard_check.raise_found()
             began_s = time.perf_counter()
             with record_function("data"):
@@ -102,9 +102,9 @@ class BatchLoader:
         seq_len_tokens = self._train.seq_len_tokens
         weight = label_weight(self._valid, self._valid_windows, seq_len_tokens)
         mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
-        for windows in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
+        for sequences in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
             self._shard_check.raise_found()
-            yield make_batch(self._valid, windows, seq_len_tokens, self._clip, weight)
+            yield make_batch(self._valid, sequences, seq_len_tokens, self._clip, weight)
 
     def _own_shards(self) -> list[Shard]:
         """The part that this rank checks: ranks with the same windows leave it to one, the others share all shards."""
@@ -116,8 +116,8 @@ class BatchLoader:
 
     def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
         """Windows spread evenly over the set, equally many whole micro-batches a copy of the model."""
-        num_windows, data_ranks = dataset.num_windows(self._train.seq_len_tokens), self._mesh.data_ranks
-        wanted = min(self._train.valid_samples, num_windows)
+        num_sequences, data_ranks = dataset.num_sequences(self._train.seq_len_tokens), self._mesh.data_ranks
+        wanted = min(self._train.valid_samples, num_sequences)
         unit = data_ranks * (self._train.micro_batch if wanted >= data_ranks * self._train.micro_batch else 1)
         count = wanted // unit * unit
         if count == 0:
@@ -126,7 +126,7 @@ class BatchLoader:
                 remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
                 location=dataset.path,
             )
-        return np.linspace(0, num_windows - 1, count).astype(np.int64)
+        return np.linspace(0, num_sequences - 1, count).astype(np.int64)
 
 
 def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:
@@ -141,5 +141,5 @@ def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:
         segments=manifest.rule.spec,
         fixed_length=manifest.rule.fixed_length,
         examples_len_tokens=manifest.examples.seq_len_tokens if manifest.examples else None,
-        place=str(folder),
+        location=str(folder),
     )

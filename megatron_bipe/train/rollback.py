@@ -33,32 +33,32 @@ class Rollback:
         progress: of the run as it starts here.
     """
 
-    def __init__(self, run: RunConfig, engine: Engine, feed: BatchLoader, events: Events, progress: TrainState) -> None:
-        self._run, self._engine, self._feed, self._events = run, engine, feed, events
+    def __init__(self, run: RunConfig, engine: Engine, loader: BatchLoader, events: Events, state: TrainState) -> None:
+        self._run, self._engine, self._feed, self._events = run, engine, loader, events
         self._host = engine.host
-        self._health = AnomalyDetector(run.health, progress.good_losses)
-        self._pass_over: list[Samples] = list(progress.pass_over)
+        self._detector = AnomalyDetector(run.health, state.good_losses)
+        self._pass_over: list[Samples] = list(state.pass_over)
         self._returns: Counter[int] = Counter()  # by step of the checkpoint
         self._steps_compared = 0  # since ranks were compared last
 
     @property
     def good_losses(self) -> list[float]:
         """What `Progress` keeps of them."""
-        return self._health.good_losses
+        return self._detector.good_losses
 
     @property
     def is_well(self) -> bool:
         """Whether the last step judged was good: only then is a checkpoint worth keeping."""
-        return not self._health.streak
+        return not self._detector.streak
 
     @property
     def is_needed(self) -> bool:
         """Whether there is trouble."""
-        return self._health.in_trouble
+        return self._detector.in_trouble
 
     def check_steps(self, readings: Sequence[Reading]) -> None:
         """Take the next steps, as the main rank read them."""
-        for bad in self._health.check_steps(self._host.broadcast_object(readings)):
+        for bad in self._detector.check_steps(self._host.broadcast_object(readings)):
             self._note(bad)
         self._steps_compared += len(readings)
         if 0 < self._run.health.compare_ranks_every <= self._steps_compared:
@@ -69,7 +69,7 @@ class Rollback:
         """Whether there is a checkpoint. Where there is none, that is said: the end is better kept than lost."""
         found = self._engine.latest_valid_checkpoint(self._run.run_dir) is not None
         if not found:
-            last = self._health.streak[-1]
+            last = self._detector.streak[-1]
             step = last.reading.step
             self._warn(f"step {step} | {last.reason} in the last step, and no checkpoint to return to: it is kept")
         return found
@@ -80,7 +80,7 @@ class Rollback:
         Raises:
             HealthError: there is no checkpoint, or the run has come back to it too often.
         """
-        bad = self._health.streak
+        bad = self._detector.streak
         newest = self._engine.latest_valid_checkpoint(self._run.run_dir)
         if newest is None:
             raise self._hopeless("there is no checkpoint to return to")
@@ -88,22 +88,22 @@ class Rollback:
         if self._returns[newest.step] > self._run.health.max_returns:
             times = self._returns[newest.step] - 1
             raise self._hopeless(f"the run has returned to step {newest.step} {times} times before")
-        progress = TrainState.at(newest.step, self._run.train.global_batch, self._engine.load(newest.folder))
+        state = TrainState.at(newest.step, self._run.train.global_batch, self._engine.load(newest.folder))
         self._pass_over += [step.reading.samples for step in bad]
-        progress.pass_over = [part for part in self._pass_over if part[1] > progress.samples]
+        state.pass_over = [part for part in self._pass_over if part[1] > state.samples]
         passed_over = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
         self._events.add("return", step=bad[-1].reading.step, to_step=newest.step, samples=passed_over)
         self._warn(
             f"step {bad[-1].reading.step} | {len(bad)} bad steps in a row: back to step {newest.step}, "
             f"past samples {passed_over[0]} to {passed_over[1] - 1}"
         )
-        self._health = AnomalyDetector(self._run.health, progress.good_losses)
-        return progress
+        self._detector = AnomalyDetector(self._run.health, state.good_losses)
+        return state
 
     def _hopeless(self, why: str) -> HealthError:
-        last = self._health.streak[-1]
+        last = self._detector.streak[-1]
         return HealthError(
-            f"{len(self._health.streak)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
+            f"{len(self._detector.streak)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
             remedy="Look at the samples that events.jsonl names; lower optimizer.lr, or lengthen the warm-up",
             location=self._run.run_dir,
         )
@@ -111,9 +111,9 @@ class Rollback:
     def _note(self, bad: BadStep) -> None:
         step, (first, stop), loss, norm = bad.reading
         self._warn(f"step {step} | {bad.reason} | loss {loss:g} | grad {norm:g} | samples {first} to {stop - 1}")
-        windows = self._feed.windows(first).tolist()
+        sequences = self._feed.sequences(first).tolist()
         facts = {"reason": bad.reason, "loss_nats": loss, "grad_norm": norm}
-        self._events.add("bad step", step=step, samples=[first, stop], windows=windows, **facts)
+        self._events.add("bad step", step=step, samples=[first, stop], sequences=sequences, **facts)
 
     def _name_slow_ranks(self, step: int) -> None:
         own_s = self._host.all_gather_object(self._engine.pop_forward_seconds() + self._feed.reading_time_s())

@@ -40,12 +40,12 @@ def begin_from_model(run: RunConfig) -> None:
         start_run(run, *load_with_masters(source))
 
 
-def start_run(run: RunConfig, subject: EvalModel, weights: Mapping[str, Tensor]) -> Path:
+def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tensor]) -> Path:
     """Write the run folder of `run` with a checkpoint of step 0 that holds `weights`; the optimizer begins anew.
 
     Args:
         run: its data is read, its folder must have no checkpoints.
-        subject: the model that the weights belong to.
+        eval_model: the model that the weights belong to.
         weights: under the plan's names.
 
     Returns:
@@ -58,7 +58,7 @@ def start_run(run: RunConfig, subject: EvalModel, weights: Mapping[str, Tensor])
     """
     if list_steps(run.run_dir):
         raise CheckpointError("the run has checkpoints already", remedy="Name another folder", location=run.run_dir)
-    differences = list(_differences(subject.config, run.model))
+    differences = list(_differences(eval_model.config, run.model))
     if differences:
         changes = " ".join(shlex.quote(f"--set=model.{key}={json.dumps(value)}") for key, value, _ in differences)
         raise ConfigError(
@@ -67,11 +67,11 @@ def start_run(run: RunConfig, subject: EvalModel, weights: Mapping[str, Tensor])
                 f"{key} is {value!r} in the model and {other!r} in the run" for key, value, other in differences
             ),
             remedy=f"Give {changes}",
-            location=subject.source,
+            location=eval_model.source,
         )
     blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
     for dataset in blend.datasets:
-        check_suits(subject, dataset)
+        check_suits(eval_model, dataset)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
     return write_step_zero(run, blend.record, weights)
 

@@ -34,7 +34,7 @@ from preprocessing.hub.transfer import (
     Snapshot,
     disk_errors,
     hub_errors,
-    is_whole,
+    is_complete,
     receive,
     require_transferable,
 )
@@ -82,7 +82,7 @@ def _check(options: DownloadOptions, plan: Plan, receipt: Receipt) -> Plan:
     verdicts: dict[str, Item] = {}
 
     def look(item: Item) -> bool:
-        whole = is_whole(options.output / item.file.path, item.file)
+        whole = is_complete(options.output / item.file.path, item.file)
         meter.add(item.file.size_bytes)
         return whole
 
@@ -145,7 +145,7 @@ def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: Mete
         path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(ATTEMPTS):
         _receive_patiently(snapshot, item.file, options.endpoint, part, bar)
-        if is_whole(part, item.file):
+        if is_complete(part, item.file):
             with disk_errors(path):
                 sync(part)
                 part.replace(path)

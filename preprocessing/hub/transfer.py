@@ -93,7 +93,7 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
     return HubFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}")
 
 
-def is_whole(path: Path, file: HubFile) -> bool:
+def is_complete(path: Path, file: HubFile) -> bool:
     """Whether the content on disk is the one that the Hub states; reads all of it."""
     if path.stat().st_size != file.size_bytes:
         return False

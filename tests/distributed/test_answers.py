@@ -29,13 +29,13 @@ def train(mesh, layouts, data, work_dir):
     for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
         run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
         engine, mesh_here = start(layout, mesh, run_dir)
-        feed = BatchLoader(_run(layout, data, run_dir), mesh_here)
-        results = [engine.train_step(feed.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
+        loader = BatchLoader(_run(layout, data, run_dir), mesh_here)
+        results = [engine.train_step(loader.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
         found[layout] = (
             losses,
             [float(result.grad_norm) for result in results],
-            engine.eval_loss(feed.valid_batches()),
+            engine.eval_loss(loader.valid_batches()),
         )
     return found
 
@@ -96,7 +96,7 @@ def _expected(data, folder):
     from megatron_bipe.data.blend import Blend
 
     total, count = 0.0, 0
-    for window in Blend([dataset], None, SEQ, run.train.seed).window_indices(0, GLOBAL):
+    for window in Blend([dataset], None, SEQ, run.train.seed).sequence_indices(0, GLOBAL):
         (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
         tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
         starts, intra, inter = 0, [], []  # a segment ends behind a 5

@@ -77,18 +77,18 @@ def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
         for name, more in MODELS.items():
             whole = build_model(config(**more), SEED)
             expected_loss, expected = loss_and_gradients(whole, LocalLayers())
-            model, said = build_model(config(**more), SEED, layers), CommDebugMode()
-            with said:
+            model, communicated = build_model(config(**more), SEED, layers), CommDebugMode()
+            with communicated:
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for value in (loss, *gradients.values()):  # as the engine does over ranks with the same weights
-                dist.all_reduce(value, group=layers.windows._group)
+                dist.all_reduce(value, group=layers.sequences._group)
                 value /= parallel.context
             for key, parameter in model.named_parameters():
                 share = shard_of(parameter)
                 wanted = share.of(expected[key]) if share else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
-            counts = {str(kind): count for kind, count in said.get_comm_counts().items()}
+            counts = {str(kind): count for kind, count in communicated.get_comm_counts().items()}
             results[layout, name] = (abs(float(loss / expected_loss) - 1), worst, counts)
     return results
 
@@ -130,7 +130,7 @@ def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
     from megatron_bipe.parallel.context_parallel import UlyssesExchange
 
     start_deepspeed(mesh, 60)
-    windows, generator = UlyssesExchange(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)
+    sequences, generator = UlyssesExchange(dist.group.WORLD), torch.Generator().manual_seed(mesh.rank)
     results = {}
     for name, queries_a_group in {"as many key heads": 1, "grouped": 2}.items():
         qkv = torch.randn(2, 8, 4, queries_a_group + 2, 16, generator=generator).requires_grad_()
@@ -144,7 +144,7 @@ def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
             return x[..., :each, :].flatten(2, 3), x[..., each, :], x[..., each + 1, :]
 
         peer = DistributedAttention(attention, dist.group.WORLD, scatter_idx=2, gather_idx=1)
-        outputs = [peer(*parts(qkv), 0), windows.to_tokens(attention(*parts(windows.to_heads(qkv))))]
+        outputs = [peer(*parts(qkv), 0), sequences.to_tokens(attention(*parts(sequences.to_heads(qkv))))]
         gradients = [torch.autograd.grad((x * x).sum(), qkv)[0] for x in outputs]
         results[name] = torch.equal(*outputs) and torch.equal(*gradients) and all(map(torch.equal, *seen))
     return results

@@ -42,7 +42,7 @@ def export(folder, data, weights, config, **changes):
 def first_loss(model, data, config):
     """Return the loss of a model over the first global batch of a run."""
     blend = Blend([TokenDataset(data)], None, 32, TrainConfig().seed)
-    batch = make_batch(blend, blend.window_indices(0, 8), 32, config.intra_size - 1)
+    batch = make_batch(blend, blend.sequence_indices(0, 8), 32, config.intra_size - 1)
     with torch.no_grad():
         return float(token_losses(model(tuple(batch)[:3]), batch.labels_BT).mean())
 

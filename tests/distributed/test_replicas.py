@@ -65,7 +65,7 @@ def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
         "split": (Layout(tensor=2, zero=1, precision="bf16"), 3, SPLIT, "weight"),
         "state": (Layout(tensor=2, zero=3), 0, NORM, "exp_avg_sq"),
     }
-    said = {}
+    communicated = {}
     for case, (layout, culprit, name, kind) in cases.items():
         engine, mesh_here = start(layout, mesh, Path(work_dir) / case)
         train_steps(engine, mesh_here, range(1))
@@ -74,10 +74,10 @@ def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
             flip(engine, name, kind)
         try:
             engine.check_replicas(2)
-            said[case] = "all is well"
+            communicated[case] = "all is well"
         except DivergenceError as error:
-            said[case] = str(error)
-    return said
+            communicated[case] = str(error)
+    return communicated
 
 
 def flip(engine: Any, name: str, kind: str) -> None:
@@ -90,7 +90,7 @@ def flip(engine: Any, name: str, kind: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
+def communicated(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("flipped")
     return run_ranks(flip_bits, 4, folder, work_dir=str(folder))
 
@@ -105,8 +105,10 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> Any:
         ("state", f"tensor-parallel ranks [0, 1]: rank 0 and 1 in {NORM} (exp_avg_sq)."),
     ],
 )
-def test_check_replicas_names_the_ranks_and_the_parameter_of_a_flipped_bit(said: Any, case: str, expected: str) -> None:
-    for message in (rank[case] for rank in said):
+def test_check_replicas_names_the_ranks_and_the_parameter_of_a_flipped_bit(
+    communicated: Any, case: str, expected: str
+) -> None:
+    for message in (rank[case] for rank in communicated):
         assert "after step 2 ranks differ" in message
         assert expected in message
         assert "Continue from the last checkpoint" in message

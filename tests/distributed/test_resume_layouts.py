@@ -117,7 +117,7 @@ def outcomes(
 
 
 def states(reader: StateReader) -> dict[tuple[str, str], torch.Tensor]:
-    return {(name, kind): reader.whole(kind, name) for name in reader.index.parameters for kind in KINDS}
+    return {(name, kind): reader.full(kind, name) for name in reader.index.parameters for kind in KINDS}
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " -> ".join(map(str, pair)))

@@ -83,9 +83,9 @@ def test_save_in_background_holds_the_bits_of_its_moment(ranks, layout):
     assert found.index.parameters == expected.index.parameters
     for name in expected.index.parameters:
         for kind in KINDS:
-            assert torch.equal(found.whole(kind, name), expected.whole(kind, name)), (name, kind)
+            assert torch.equal(found.full(kind, name), expected.full(kind, name)), (name, kind)
     assert any(
-        not torch.equal(found.whole("weight", name), later.whole("weight", name)) for name in found.index.parameters
+        not torch.equal(found.full("weight", name), later.full("weight", name)) for name in found.index.parameters
     )
 
 

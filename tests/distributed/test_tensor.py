@@ -63,8 +63,8 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
         for sequence in (False, True):
             layers = TensorParallelLayers(dist.group.WORLD, sequence)
             model = build_model(config(**more), SEED, layers)
-            said = CommDebugMode()
-            with said:
+            communicated = CommDebugMode()
+            with communicated:
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for key, parameter in model.named_parameters():
@@ -75,7 +75,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
             results[name, sequence] = {
                 "loss": abs(loss / expected_loss - 1),
                 "gradients": worst,
-                "said": {str(kind): count for kind, count in said.get_comm_counts().items()},
+                "communicated": {str(kind): count for kind, count in communicated.get_comm_counts().items()},
                 "whole": {key: gradients[key] for key, p in model.named_parameters() if shard_of(p) is None},
             }
     return results
@@ -108,7 +108,7 @@ def test_split_model_gradients_of_whole_parameters_are_equal_bit_for_bit(
 def test_split_model_says_what_the_textbook_says(ranks: list[Any]) -> None:
     """Two sums a block forward and two backward; with sequence parallelism four pairs, and the small sums of norms."""
     blocks = 2
-    plain, sequence = (ranks[0]["rope", split]["said"] for split in (False, True))
+    plain, sequence = (ranks[0]["rope", split]["communicated"] for split in (False, True))
     embedding, head, loss = 1, 1, 2
     assert sum(plain.values()) == 4 * blocks + embedding + head + loss
     norms = 2 * blocks + 1

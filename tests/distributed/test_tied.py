@@ -98,5 +98,5 @@ def test_tied_output_checkpoint_has_the_table_once(found: dict[Placed, list[Trai
     assert written.index.parameters.keys() == expected.index.parameters.keys()
     assert not any("output" in name for name in written.index.parameters)
     if placed.layout.precision == "fp32":
-        tables = [reader.whole(WEIGHT, TOKEN_TABLE) for reader in (written, expected)]
+        tables = [reader.full(WEIGHT, TOKEN_TABLE) for reader in (written, expected)]
         torch.testing.assert_close(*tables, rtol=0, atol=WEIGHT_TOLERANCE)

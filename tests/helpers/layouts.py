@@ -111,7 +111,7 @@ def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = MICRO) -> list[B
     tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(17)) % 64
     places = torch.arange(16).expand(micro, 16)
     mine = tokens.view(-1, mesh.data_ranks, micro, 17)[:, mesh.data_rank]
-    return [Batch(windows[:, :-1], places % 5, places // 5, windows[:, 1:]) for windows in mine]
+    return [Batch(sequences[:, :-1], places % 5, places // 5, sequences[:, 1:]) for sequences in mine]
 
 
 def start(layout: Layout, mesh: Mesh, run_dir: Path) -> Any:

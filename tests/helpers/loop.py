@@ -67,7 +67,7 @@ class Notes:
     def valid_batches(self):
         return range(1)
 
-    def windows(self, first_sample):
+    def sequences(self, first_sample):
         return torch.arange(first_sample, first_sample + 256)
 
     def mark(self, place):

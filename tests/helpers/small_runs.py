@@ -85,14 +85,14 @@ def train_in_rank(
     run = load_run_config(None, options(Path(data) / "train", Path(run_dir), *settings, steps=steps)[1::2])
     engine, mesh_here = start_engine_of(run, mesh, zero)
     expose(engine)
-    feed = FaultyBatchLoader(run, mesh_here)
-    feed.fault, feed.engine = fault, engine
+    loader = FaultyBatchLoader(run, mesh_here)
+    loader.fault, loader.engine = fault, engine
     run.run_dir.mkdir(parents=True, exist_ok=True)
     watchdog, profile = _IdleWatchdog(), Profile(0, run.run_dir, mesh_here)
-    trainer = Trainer(run, mesh_here, engine, feed, watchdog, StopRequest(), profile)  # type: ignore[arg-type]
+    trainer = Trainer(run, mesh_here, engine, loader, watchdog, StopRequest(), profile)  # type: ignore[arg-type]
     assert trainer.run(stop)
     Arithmetic.reset()
-    return feed.read
+    return loader.read
 
 
 class _IdleWatchdog:
@@ -131,7 +131,7 @@ def scalars(run_dir: Path) -> dict[str, list[tuple[int, float]]]:
 def state(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
     """Return weights and moments of the newest checkpoint."""
     reader = StateReader(find_checkpoint(run_dir).folder)
-    return {(name, kind): reader.whole(kind, name) for name in reader.index.parameters for kind in KINDS}
+    return {(name, kind): reader.full(kind, name) for name in reader.index.parameters for kind in KINDS}
 
 
 def differences(found: Path, expected: Path) -> list[str]:

@@ -32,7 +32,7 @@ from megatron_bipe.eval.eval_model import EvalModel, check_suits
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.eval.run_losses import read_losses
-from megatron_bipe.hf.authors_checkpoint import read_published
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
@@ -111,11 +111,11 @@ class Given:
     def exported(self, **changes: object) -> Path:
         """An exported model with changes of its config.json; None removes a key."""
         subject = self.subject()
-        windows = (torch.arange(4)[None], torch.arange(4)[None] % 2, torch.arange(4)[None] // 2)
+        sequences = (torch.arange(4)[None], torch.arange(4)[None] % 2, torch.arange(4)[None] // 2)
         fields = DataFields("fixed:2", (), "a" * 64, {"bos": 1})
         folder = self.folder / "model"
         options = ExportOptions(dtype=torch.float32, overwrite=True)
-        export_model(subject.model.state_dict(), subject.config, folder, fields, windows, None, options)
+        export_model(subject.model.state_dict(), subject.config, folder, fields, sequences, None, options)
         settings = json.loads((folder / "config.json").read_text()) | changes
         kept = {key: value for key, value in settings.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
@@ -268,13 +268,13 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         ),
         "a token beyond the vocabulary": lambda given: TokenDataset(
             given.changed("part-00000.bin", lambda content: b"\xff\0" + content[2:])
-        ).windows([0], 8),
+        ).sequences([0], 8),
         "a byte changed, found by verify": bad_byte,
         "another tokenizer than expected": lambda given: given.opened().check_tokenizer("b" * 64, "runs/a"),
         "another segment rule than expected": lambda given: given.opened().check_rule(
             SegmentRule(spec="fixed:3", token_ids=()), "runs/a"
         ),
-        "a dataset shorter than a window": lambda given: given.opened().num_windows(1024),
+        "a dataset shorter than a window": lambda given: given.opened().num_sequences(1024),
         "more ids than the model has": lambda given: check_manifest(
             load_run_config(None, ["model.vocab_size=8"]), Manifest.load(given.dataset()), given.folder / "data"
         ),
@@ -334,7 +334,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         ),
         "weights that are missing": lambda given: load_exported(removed(given.exported(), "model.safetensors")),
         "an export over other files": lambda given: given.export_over("thesis.tex"),
-        "a model that is not of the published layout": lambda given: read_published(given.exported()),
+        "a model that is not of the published layout": lambda given: read_authors_checkpoint(given.exported()),
     },
     "Evaluation": {
         "lengths that are not numbers": lambda _: from_tool("evaluate", "parse_lengths", "1k,x"),

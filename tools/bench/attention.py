@@ -138,7 +138,7 @@ def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int
     config = model.model_copy(update={"encoding": encoding})
     network = build_model(config).to(device(), DTYPES[precision])
     if manner == ALL_KEYS:
-        attention.SHORTEST_WINDOW = tokens + 1
+        attention.MIN_WINDOWED_TOKENS = tokens + 1
     elif manner != OURS:
         make_eager(network, config)
     ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))

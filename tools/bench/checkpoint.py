@@ -26,7 +26,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.checkpoint.find import find_checkpoint
-from megatron_bipe.checkpoint.verify import check_whole
+from megatron_bipe.checkpoint.verify import check_complete
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.start import start_engine
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None) -> None:
             alone_s.append(statistics.median(updates.do(arguments.updates)))
             beside.append(_beside(engine, updates, Path(folder), 2 * number + 2, alone_s[-1]))
         began_s = time.perf_counter()
-        check_whole(find_checkpoint(folder))
+        check_complete(find_checkpoint(folder))
         verified_s = time.perf_counter() - began_s
         size_gb = sum(path.stat().st_size for path in find_checkpoint(folder).folder.iterdir()) / 1e9
         engine.close()

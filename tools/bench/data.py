@@ -39,7 +39,7 @@ def main(argv: Sequence[str] | None) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder:
         dataset = make_dataset(Path(folder), arguments.megatokens * 1_000_000)
-        order = SampleOrder(dataset.num_windows(SEQ_LEN), seed=0)
+        order = SampleOrder(dataset.num_sequences(SEQ_LEN), seed=0)
         print(describe_machine("numpy", "torch"))
         print(
             f"{dataset.num_tokens / 1e6:.0f}M tokens in {NUM_SHARDS} shards, batches of {BATCH} windows of {SEQ_LEN}, "
@@ -88,7 +88,7 @@ def loop_ids(ends: BoolArray) -> tuple[IntArray, IntArray]:
 
 
 def _time_ids(dataset: TokenDataset, order: SampleOrder, repeats: int, loop_repeats: int) -> Timed:
-    batches = [dataset.windows(order.window_indices(n * BATCH, BATCH), SEQ_LEN)[1] for n in range(loop_repeats)]
+    batches = [dataset.sequences(order.sequence_indices(n * BATCH, BATCH), SEQ_LEN)[1] for n in range(loop_repeats)]
     for expected, found in zip(loop_ids(batches[0]), bilevel_ids(batches[0], CLIP), strict=True):
         np.testing.assert_array_equal(expected, found)
     times = _take_turns({"bilevel_ids": lambda n: bilevel_ids(batches[n % loop_repeats], CLIP)}, repeats)
@@ -100,15 +100,15 @@ def _time_loading(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Ti
     shards = [np.memmap(shard.path("bin"), dtype=shard.dtype, mode="r") for shard in dataset.shards]
 
     def indices(n: int) -> IntArray:
-        return order.window_indices(n * BATCH, BATCH)
+        return order.sequence_indices(n * BATCH, BATCH)
 
     def both_ids(n: int) -> tuple[IntArray, IntArray]:
-        return bilevel_ids(dataset.windows(indices(n), SEQ_LEN)[1], CLIP)
+        return bilevel_ids(dataset.sequences(indices(n), SEQ_LEN)[1], CLIP)
 
-    np.testing.assert_array_equal(read_tokens_alone(shards, indices(0)), dataset.windows(indices(0), SEQ_LEN)[0])
+    np.testing.assert_array_equal(read_tokens_alone(shards, indices(0)), dataset.sequences(indices(0), SEQ_LEN)[0])
     contenders = {
         "tokens alone, as stored": lambda n: read_tokens_alone(shards, indices(n)),
-        "tokens and segment ends, checked": lambda n: dataset.windows(indices(n), SEQ_LEN),
+        "tokens and segment ends, checked": lambda n: dataset.sequences(indices(n), SEQ_LEN),
         "tokens and both ids": both_ids,
     }
     return _take_turns(contenders, repeats)
@@ -117,9 +117,9 @@ def _time_loading(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Ti
 def _time_tensors(dataset: TokenDataset, order: SampleOrder, repeats: int) -> Timed:
     shards = [np.memmap(shard.path("bin"), dtype=shard.dtype, mode="r") for shard in dataset.shards]
     contenders = {
-        "tokens and labels alone": lambda n: tokens_as_tensors(shards, order.window_indices(n * BATCH, BATCH)),
+        "tokens and labels alone": lambda n: tokens_as_tensors(shards, order.sequence_indices(n * BATCH, BATCH)),
         "make_batch: and both ids": lambda n: make_batch(
-            dataset, order.window_indices(n * BATCH, BATCH), SEQ_LEN, CLIP
+            dataset, order.sequence_indices(n * BATCH, BATCH), SEQ_LEN, CLIP
         ),
     }
     return _take_turns(contenders, repeats)

@@ -62,11 +62,11 @@ def main(argv: Sequence[str] | None) -> None:
 def prepare_ours(model: ModelConfig, encoding: str, folder: Path, length: int, tokens: int) -> Callable[[], None]:
     """One batch of `tools/evaluate.py perplexity`."""
     config, dataset = model.model_copy(update={"encoding": encoding}), TokenDataset(folder)
-    subject = EvalModel(encoding, encoding, build_model(config), config, None, dataset.rule)
+    eval_model = EvalModel(encoding, encoding, build_model(config), config, None, dataset.rule)
     settings = Settings(
         max_tokens=tokens + 1, batch_tokens=tokens, device=str(device()), dtype=DTYPES[native_precision()]
     )
-    return lambda: print(evaluate_perplexity(subject, dataset, length, settings).perplexity, file=sys.stderr)
+    return lambda: print(evaluate_perplexity(eval_model, dataset, length, settings).perplexity, file=sys.stderr)
 
 
 def prepare_peer(model: ModelConfig, folder: Path, length: int, tokens: int) -> Callable[[], None]:
@@ -76,8 +76,8 @@ def prepare_peer(model: ModelConfig, folder: Path, length: int, tokens: int) -> 
     @torch.inference_mode()
     def evaluate() -> None:
         corpus = torch.from_numpy(dataset.tokens(0, tokens + 1).astype("int64")).to(device())
-        windows, labels = corpus[:-1].view(-1, length), corpus[1:].view(-1, length)
-        print(float(peer(input_ids=windows, labels=labels, shift_labels=labels).loss.exp()), file=sys.stderr)
+        sequences, labels = corpus[:-1].view(-1, length), corpus[1:].view(-1, length)
+        print(float(peer(input_ids=sequences, labels=labels, shift_labels=labels).loss.exp()), file=sys.stderr)
 
     return evaluate
 

@@ -13,7 +13,7 @@ from _machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other tools' helpers
 
-from _samples import random_windows
+from _samples import random_sequences
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
@@ -26,7 +26,7 @@ from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.train.warm_start import write_step_zero
 
 RULE = SegmentRule(spec="[3,5]", token_ids=(3, 5))
-WINDOW_TOKENS = 64
+SEQ_LEN_TOKENS = 64
 
 
 def main() -> None:
@@ -73,12 +73,12 @@ def _measure(run_dir: Path, config: ModelConfig, shard_mb: int) -> tuple[float, 
 
 def _export(run_dir: Path, config: ModelConfig, shard_mb: int, ready: object, go: object) -> None:
     leave_with_parent()
-    windows = random_windows(config, RULE, WINDOW_TOKENS, rows=1)
+    sequences = random_sequences(config, RULE, SEQ_LEN_TOKENS, rows=1)
     options = ExportOptions(torch.float32, max_shard_bytes=shard_mb * 10**6, overwrite=True)
     ready.set()  # type: ignore[attr-defined]
     go.wait()  # type: ignore[attr-defined]
     weights = WeightsOnDisk(find_checkpoint(run_dir))
-    export_model(weights, config, run_dir / "model", DataFields("[3,5]", (3, 5), None, {}), windows, None, options)
+    export_model(weights, config, run_dir / "model", DataFields("[3,5]", (3, 5), None, {}), sequences, None, options)
 
 
 def _anonymous_mb(pid: int | None) -> float:

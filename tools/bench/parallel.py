@@ -103,7 +103,7 @@ def exchanges() -> dict[str, Callable[[], None]]:
 
     group = dist.group.WORLD
     assert group is not None
-    windows = UlyssesExchange(group)
+    sequences = UlyssesExchange(group)
     qkv = torch.randn(1, WINDOW // group.size(), HEADS, 3, HEAD_WIDTH, requires_grad=True)
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def exchanges() -> dict[str, Callable[[], None]]:
     peer = DistributedAttention(attention, group, scatter_idx=2, gather_idx=1)
     return {
         "one exchange for three": lambda: (
-            windows.to_tokens(attention(*windows.to_heads(qkv).unbind(3))).sum().backward()
+            sequences.to_tokens(attention(*sequences.to_heads(qkv).unbind(3))).sum().backward()
         ),
         "DeepSpeed's, one for each": lambda: peer(*qkv.unbind(3), 0).sum().backward(),
     }

@@ -73,10 +73,10 @@ def open_and_draw(folders: Sequence[Path]) -> dict[str, float]:
     data = DataConfig(path=tuple(map(str, folders)))
     blend = open_blend(data, SEQ_LEN, seed=0)
     opened_s = time.perf_counter()
-    make_batch(blend, blend.window_indices(0, BATCH), SEQ_LEN, CLIP)
+    make_batch(blend, blend.sequence_indices(0, BATCH), SEQ_LEN, CLIP)
     drawn_s, peak_mb = time.perf_counter(), _peak_mb()
     for number in range(1, BATCHES + 1):
-        make_batch(blend, blend.window_indices(number * BATCH, BATCH), SEQ_LEN, CLIP)
+        make_batch(blend, blend.sequence_indices(number * BATCH, BATCH), SEQ_LEN, CLIP)
     batch_s = (time.perf_counter() - drawn_s) / BATCHES
     return {
         "open_s": opened_s - began_s,

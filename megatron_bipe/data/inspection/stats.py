@@ -14,7 +14,7 @@ from megatron_bipe.io import unreadable
 from megatron_bipe.types import IntArray
 
 BLOCK_TOKENS = 1 << 20  # read together: a multiple of the window, and long against a segment
-WINDOW_TOKENS = 1024  # that segments are counted in: the paper's training length
+SEQ_LEN_TOKENS = 1024  # that segments are counted in: the paper's training length
 SAMPLE_TOKENS = 1 << 28  # of a dataset, about a second's work
 
 
@@ -40,9 +40,9 @@ class Distribution:
         """One of all."""
         values = np.concatenate([np.zeros(0, np.int64), *(part.values_V for part in parts)])
         counts = np.concatenate([np.zeros(0, np.int64), *(part.counts_V for part in parts)])
-        values_V, places = np.unique(values, return_inverse=True)
+        values_V, positions = np.unique(values, return_inverse=True)
         counts_V = np.zeros(values_V.size, np.int64)
-        np.add.at(counts_V, places, counts)
+        np.add.at(counts_V, positions, counts)
         return cls(values_V, counts_V)
 
     @property
@@ -90,7 +90,7 @@ class Statistics:
     segment_tokens: Distribution
     """Lengths of segments, as stored: they run on over the ends of documents, start afresh with each shard, and what
     follows a shard's last segment end is none."""
-    window_segments: Distribution
+    segments_per_sequence: Distribution
     """Segment ends in each window of `WINDOW_TOKENS`, counted from a shard's start, its shorter last one left out."""
     document_tokens: Distribution
     """Lengths of documents."""
@@ -101,7 +101,7 @@ class Statistics:
         return cls(
             tokens=sum(part.tokens for part in parts),
             segment_tokens=Distribution.merge([part.segment_tokens for part in parts]),
-            window_segments=Distribution.merge([part.window_segments for part in parts]),
+            segments_per_sequence=Distribution.merge([part.segments_per_sequence for part in parts]),
             document_tokens=Distribution.merge([part.document_tokens for part in parts]),
         )
 
@@ -153,20 +153,22 @@ def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
             last_end = -1
         elif chosen.step > 1:
             last_end = None  # the block before has not been looked at
-        places = np.flatnonzero(shard.ends(start, stop)) + start
-        known = places if last_end is None else np.concatenate([[last_end], places])
-        windows = (stop - start) // WINDOW_TOKENS
-        packed = shard.packed_ends(start // 8, start // 8 + windows * WINDOW_TOKENS // 8)
+        positions = np.flatnonzero(shard.ends(start, stop)) + start
+        known = positions if last_end is None else np.concatenate([[last_end], positions])
+        sequences = (stop - start) // SEQ_LEN_TOKENS
+        packed = shard.packed_ends(start // 8, start // 8 + sequences * SEQ_LEN_TOKENS // 8)
         documents = [shard.num_documents * edge // blocks_of(shard) for edge in (block, block + 1)]
         parts.append(
             Statistics(
                 tokens=stop - start,
                 segment_tokens=Distribution.of(np.diff(known)),
-                window_segments=Distribution.of(np.bitwise_count(packed).reshape(-1, WINDOW_TOKENS // 8).sum(axis=1)),
+                segments_per_sequence=Distribution.of(
+                    np.bitwise_count(packed).reshape(-1, SEQ_LEN_TOKENS // 8).sum(axis=1)
+                ),
                 document_tokens=Distribution.of(_document_lengths(shard, *documents)),
             )
         )
-        last_end = int(places[-1]) if places.size else last_end
+        last_end = int(positions[-1]) if positions.size else last_end
         advance(stop - start)
     return Statistics.merge(parts)
 

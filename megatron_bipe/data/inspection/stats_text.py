@@ -3,16 +3,16 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from megatron_bipe.data.inspection.stats import WINDOW_TOKENS, Distribution, Statistics
+from megatron_bipe.data.inspection.stats import SEQ_LEN_TOKENS, Distribution, Statistics
 from megatron_bipe.data.manifest import Manifest
 
 QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
     "segment length, tokens": lambda statistics: statistics.segment_tokens,
-    f"segments in {WINDOW_TOKENS} tokens": lambda statistics: statistics.window_segments,
+    f"segments in {SEQ_LEN_TOKENS} tokens": lambda statistics: statistics.segments_per_sequence,
     "document length, tokens": lambda statistics: statistics.document_tokens,
 }
 _HEADINGS = ["shard", "documents", "tokens", "segments", "text bytes", "tokens/segment", "segments/1024 tokens"]
-CLIP = WINDOW_TOKENS - 1  # of the paper: the largest intra id
+CLIP = SEQ_LEN_TOKENS - 1  # of the paper: the largest intra id
 
 
 def stats_table(manifest: Manifest) -> str:
@@ -66,7 +66,7 @@ def as_json(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
             f"share_over_{CLIP + 1}": statistics.segment_tokens.share_above(CLIP + 1),
             f"token_share_over_{CLIP + 1}": statistics.segment_tokens.sum_share_above(CLIP + 1),
         },
-        f"segments_in_{WINDOW_TOKENS}_tokens": _as_json(statistics.window_segments),
+        f"segments_in_{SEQ_LEN_TOKENS}_tokens": _as_json(statistics.segments_per_sequence),
         "document_tokens": _as_json(statistics.document_tokens),
     }
 

@@ -128,8 +128,8 @@ class _ShardCheck:
         if np.array_equal(expected, packed):
             return
         wrong = int(np.flatnonzero(np.unpackbits(expected ^ packed, bitorder="little"))[0])
-        place, bit = start + wrong, int(packed[wrong // 8]) >> wrong % 8 & 1
-        where = f"byte {SEG_HEADER.size + place // 8}, bit {place % 8} (token {place}, id {tokens_T[wrong]})"
+        position, bit = start + wrong, int(packed[wrong // 8]) >> wrong % 8 & 1
+        where = f"byte {SEG_HEADER.size + position // 8}, bit {position % 8} (token {position}, id {tokens_T[wrong]})"
         what = f"{where} is {bit}; rule {self._segmenter.rule.spec!r} makes it {1 - bit}"
         raise damaged(self._shard.path("seg"), what)
 
@@ -171,11 +171,11 @@ class _HashedFile:
         view = memoryview(self._buffer)[:num_bytes]
         try:
             count = self._stream.readinto(view)
-            place = self._stream.tell()
+            position = self._stream.tell()
         except OSError as error:
             raise unreadable(self._path, error) from error
         if count != num_bytes:
-            raise damaged(self._path, f"the file ends at byte {place}; it was longer when it was opened")
+            raise damaged(self._path, f"the file ends at byte {position}; it was longer when it was opened")
         self._sha256.update(view)
         return np.frombuffer(view, dtype=np.uint8)
 

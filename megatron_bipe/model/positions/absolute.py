@@ -29,6 +29,6 @@ class Sinusoidal(nn.Module):
         super().__init__()
         self._width, self._scale, self._own = config.hidden_size, config.init_std, layers.local_sequence_ids
 
-    def forward(self, places_Bt: Tensor) -> Tensor:
+    def forward(self, positions_Bt: Tensor) -> Tensor:
         """[B, t] -> fp32 [B, t, D], computed in fp32."""
-        return sinusoids(self._own(places_Bt), self._width) * self._scale
+        return sinusoids(self._own(positions_Bt), self._width) * self._scale

@@ -32,7 +32,7 @@ def random_position_ids(tokens_BT: Tensor, below: int, seed: int) -> Tensor:
     return _mixed(of_window_B1 + steps[:below]).argsort(dim=1)[:, :num_tokens].sort(dim=1).values
 
 
-def spread_places(tokens_BT: Tensor, below: int, trained_tokens: int) -> Tensor:
+def evenly_spaced_position_ids(tokens_BT: Tensor, below: int, trained_tokens: int) -> Tensor:
     """Places as far apart as drawn ones are on average, int64 [B, T]: for everything but training.
 
     The stride is that of the training length, and of the window where it is longer, so that all lie below `below`.

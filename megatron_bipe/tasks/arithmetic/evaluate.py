@@ -55,7 +55,7 @@ def solve_all(
     prompts = [np.concatenate([[bos_id], ids]) for ids in encode([problem.prompt for problem in asked])]
     longest = max(ids.size for ids in encode([problem.answer for problem in asked])) + 1
     prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
-    if (room := generator.longest_window_tokens) is not None:  # for the right solution always, or it is refused
+    if (room := generator.max_seq_len_tokens) is not None:  # for the right solution always, or it is refused
         new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
     found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]

@@ -18,7 +18,7 @@ from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenArray
 
-WINDOW_TOKENS = 8192  # of prompt, answer and EOS together, the authors'
+SEQ_LEN_TOKENS = 8192  # of prompt, answer and EOS together, the authors'
 
 Metric = Literal["f1", "exact_match", "rouge"]
 Encode = Callable[[Sequence[str]], Sequence[TokenArray]]  # ids of each text, without special tokens
@@ -105,7 +105,7 @@ class Prompter:
             raise DataError(
                 f"windows of {length_tokens} tokens hold no prompt of {task.name} beside an answer of "
                 f"{self._form.answer_tokens} and EOS",
-                remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; authors: {WINDOW_TOKENS}",
+                remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; authors: {SEQ_LEN_TOKENS}",
                 location="--length",
             )
 

@@ -23,7 +23,7 @@ from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layer_factory import Shard
-from tests.helpers.checkpoints import about, publish_fragments, write_checkpoint
+from tests.helpers.checkpoints import info, publish_fragments, write_checkpoint
 from tests.helpers.errors import raises
 
 # name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
@@ -43,11 +43,11 @@ def whole_state(name):
 
 def fragment(name, tensor_rank, tensor, part=0, parts=1):
     split = PARAMETERS[name][1]
-    share = Shard(*split, tensor_rank, tensor) if split and tensor > 1 else None
-    state = {kind: share.of(x) if share else x for kind, x in whole_state(name).items()}
+    shard = Shard(*split, tensor_rank, tensor) if split and tensor > 1 else None
+    state = {kind: shard.of(x) if shard else x for kind, x in whole_state(name).items()}
     shape = tuple(state["weight"].shape)
     flat = {kind: x.flatten() for kind, x in state.items()}
-    return Fragment(name, shape, share, 0, flat).part(part, parts)
+    return Fragment(name, shape, shard, 0, flat).part(part, parts)
 
 
 def held_by_ranks(tensor=1, replicas=1):
@@ -66,7 +66,7 @@ def write(folder, tensor=1, replicas=1):
         rank_file(rank): write_fragments(folder, rank, held, random)
         for rank, held in enumerate(held_by_ranks(tensor, replicas))
     }
-    write_index(folder, about(7)._replace(optimizer_steps=6), files)
+    write_index(folder, info(7)._replace(optimizer_steps=6), files)
     return folder
 
 
@@ -78,7 +78,7 @@ def test_reader_gives_back_whole_parameters_of_any_layout(tmp_path, tensor, repl
     assert list(reader.index.parameters) == list(PARAMETERS)  # in the order of the plan: 10 after 1
     for name in PARAMETERS:
         for kind, expected in whole_state(name).items():
-            assert torch.equal(reader.whole(kind, name), expected)
+            assert torch.equal(reader.full(kind, name), expected)
 
 
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 5))
@@ -116,7 +116,7 @@ def rewrite(folder, change):
 
 def read_everything(folder):
     reader = StateReader(folder)
-    return {name: reader.whole(kind, name) for name in reader.index.parameters for kind in KINDS}
+    return {name: reader.full(kind, name) for name in reader.index.parameters for kind in KINDS}
 
 
 def drop_rank(index):

@@ -5,7 +5,7 @@ import torch
 
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.manifest import load_index
-from megatron_bipe.checkpoint.verify import check_whole, latest_valid_checkpoint, of_another_run
+from megatron_bipe.checkpoint.verify import belongs_to_another_run, check_complete, latest_valid_checkpoint
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
@@ -29,7 +29,7 @@ def index(tmp_path):
 
 def test_check_whole_gives_the_index_with_a_record_of_every_file(tmp_path):
     folder = write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
-    found = check_whole(find_checkpoint(tmp_path))
+    found = check_complete(find_checkpoint(tmp_path))
     assert {path.name for path in folder.iterdir()} == {*found.files, "state.json", "state.json.sha256"}
     assert RunConfig.model_validate(found.config) == load_run_config(None)
 
@@ -41,7 +41,7 @@ def test_check_whole_parts_cover_all_files(tmp_path):
     outcomes = []
     for part in range(3):
         try:
-            check_whole(checkpoint, part, 3)
+            check_complete(checkpoint, part, 3)
             outcomes.append("good")
         except CheckpointError as error:
             outcomes.append(error.message)
@@ -61,13 +61,13 @@ def test_check_whole_parts_cover_all_files(tmp_path):
     ],
 )
 def test_of_another_run_says_what_no_run_can_change(index, settings, data, expected):
-    found = of_another_run(index, load_run_config(None, settings), data)
+    found = belongs_to_another_run(index, load_run_config(None, settings), data)
     assert found == "" if not expected else expected in found
 
 
 def test_of_another_run_configuration_of_another_version_is_no_crash(index):
     index = index.model_copy(update={"config": {"model": {"unknown": 1}}})
-    assert "cannot be read" in of_another_run(index, load_run_config(None), None)
+    assert "cannot be read" in belongs_to_another_run(index, load_run_config(None), None)
 
 
 def test_newest_good_passes_over_what_is_of_another_run(tmp_path):

@@ -19,7 +19,7 @@ DS_CONFIGS = sorted((Path(__file__).parents[3] / "ds_configs").glob("*.json"))
 @pytest.mark.parametrize("precision", ["bf16", "fp32"])
 def test_engine_config_shipped_files_are_filled_from_the_run(path, precision):
     run = load_run_config(None, [f"train.precision={precision}"])
-    filled = engine_config(run, read_ds_config(path), num_ranks=4, place=path)
+    filled = engine_config(run, read_ds_config(path), num_ranks=4, location=path)
     assert "auto" not in json.dumps(filled)
     assert filled["train_batch_size"] == 256 == 8 * filled["gradient_accumulation_steps"] * 4
     assert filled["bf16"]["enabled"] is (precision == "bf16")

@@ -155,7 +155,7 @@ def test_validate_all_problems_are_named_at_once():
 
 
 def _check(overrides, **facts):
-    facts = {"vocab_size": 32000, "segments": "reference", "fixed_length": None, "place": "data/x"} | facts
+    facts = {"vocab_size": 32000, "segments": "reference", "fixed_length": None, "location": "data/x"} | facts
     check_data(load_run_config(None, overrides), **facts)
 
 

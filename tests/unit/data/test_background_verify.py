@@ -34,7 +34,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def read(dataset: TokenDataset) -> None:
     """From all shards."""
-    dataset.windows(np.arange(dataset.num_windows(100)), 100)
+    dataset.sequences(np.arange(dataset.num_sequences(100)), 100)
 
 
 def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
@@ -88,7 +88,7 @@ def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) 
 def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
     flip(dataset.path / "part-00002.bin")
     with BackgroundVerifier(dataset.shards) as check:
-        dataset.windows(np.array([0]), 100)
+        dataset.sequences(np.array([0]), 100)
         until_good(check, files=2)
         time.sleep(0.2)
         check.raise_found()

@@ -24,8 +24,8 @@ WEIGHTS = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=12)
 SHARES = st.tuples(*[st.floats(0.05, 1)] * 3)
 
 
-def _write(write_dataset, folder, num_windows, seed):
-    tokens = np.random.default_rng(seed).integers(0, 100, num_windows * SEQ + 1)
+def _write(write_dataset, folder, num_sequences, seed):
+    tokens = np.random.default_rng(seed).integers(0, 100, num_sequences * SEQ + 1)
     write_dataset(folder, [[part.tolist()] for part in np.array_split(tokens, 2)])
     return TokenDataset(folder)
 
@@ -36,11 +36,11 @@ def datasets(tmp_path_factory, write_dataset):
     return [_write(write_dataset, folder / f"set-{n}", count, n) for n, count in enumerate(NUM_WINDOWS)]
 
 
-def _split(blend: Blend, windows):
+def _split(blend: Blend, sequences):
     """Which dataset each window is of, and its number there."""
     firsts = np.cumsum([0, *NUM_WINDOWS])[: len(blend.datasets)]
-    member = np.searchsorted(firsts, windows, side="right") - 1
-    return member, windows - firsts[member]
+    member = np.searchsorted(firsts, sequences, side="right") - 1
+    return member, sequences - firsts[member]
 
 
 # The pattern
@@ -112,7 +112,7 @@ def test_spread_of_known_input_never_changes():
 @given(SHARES, st.integers(0, 10**12))
 def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, first):
     blend = Blend(datasets, weights, SEQ, SEED)
-    member, _ = _split(blend, blend.window_indices(first, PATTERN_SLOTS))
+    member, _ = _split(blend, blend.sequence_indices(first, PATTERN_SLOTS))
     assert tuple(np.bincount(member, minlength=3)) == blend.slots == slot_counts(weights, "abc")
 
 
@@ -121,9 +121,9 @@ def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, fi
 def test_blend_an_epoch_of_each_dataset_holds_each_of_its_windows_once(datasets, weights, seed, epoch):
     blend = Blend(datasets, weights, SEQ, seed)
     enough = 2 * max(-(-(epoch + 1) * n * PATTERN_SLOTS // s) for n, s in zip(NUM_WINDOWS, blend.slots, strict=True))
-    member, windows = _split(blend, blend.window_indices(0, enough))
-    for place, count in enumerate(NUM_WINDOWS):
-        own = windows[member == place][epoch * count : (epoch + 1) * count]
+    member, sequences = _split(blend, blend.sequence_indices(0, enough))
+    for position, count in enumerate(NUM_WINDOWS):
+        own = sequences[member == position][epoch * count : (epoch + 1) * count]
         assert sorted(own.tolist()) == list(range(count))
 
 
@@ -132,9 +132,9 @@ def test_blend_an_epoch_of_each_dataset_holds_each_of_its_windows_once(datasets,
 def test_blend_cut_anywhere_gives_the_same_samples(datasets, weights, cycle, before, count, data):
     blend = Blend(datasets, weights, SEQ, SEED)
     first = cycle * PATTERN_SLOTS - before  # mostly across the end of a pattern
-    whole = blend.window_indices(first, count)
+    whole = blend.sequence_indices(first, count)
     cut = data.draw(st.integers(0, count))
-    parts = [blend.window_indices(first, cut), blend.window_indices(first + cut, count - cut)]
+    parts = [blend.sequence_indices(first, cut), blend.sequence_indices(first + cut, count - cut)]
     np.testing.assert_array_equal(np.concatenate(parts), whole)
     assert whole.dtype == np.int64 and whole.shape == (count,)
 
@@ -143,16 +143,16 @@ def test_blend_cut_anywhere_gives_the_same_samples(datasets, weights, cycle, bef
 def test_blend_split_over_any_ranks_gives_a_step_the_same_samples(datasets, ranks):
     blend, batch = Blend(datasets, [1, 2, 4], SEQ, SEED), 16
     for step in (0, 624, 625, 10**9):  # step 625 starts the second pattern
-        expected = blend.window_indices(step * batch, batch)
+        expected = blend.sequence_indices(step * batch, batch)
         share = batch // ranks
-        parts = [blend.window_indices(step * batch + rank * share, share) for rank in range(ranks)]
+        parts = [blend.sequence_indices(step * batch + rank * share, share) for rank in range(ranks)]
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
 def test_blend_of_known_input_never_changes(datasets):
     # Pinned: another order would silently change what a resumed run reads.
     blend = Blend(datasets, [0.2, 0.3, 0.5], SEQ, SEED)
-    assert blend.window_indices(9_995, 12).tolist() == [39, 83, 3, 17, 181, 60, 24, 299, 1, 104, 10, 68]
+    assert blend.sequence_indices(9_995, 12).tolist() == [39, 83, 3, 17, 181, 60, 24, 299, 1, 104, 10, 68]
 
 
 def test_blend_of_one_is_the_order_of_the_dataset_alone(datasets):
@@ -160,22 +160,22 @@ def test_blend_of_one_is_the_order_of_the_dataset_alone(datasets):
         blend = Blend(datasets[2:], weights, SEQ, SEED)
         order = SampleOrder(NUM_WINDOWS[2], SEED)
         for first in (0, PATTERN_SLOTS - 3, 10**15):
-            np.testing.assert_array_equal(blend.window_indices(first, 700), order.window_indices(first, 700))
+            np.testing.assert_array_equal(blend.sequence_indices(first, 700), order.sequence_indices(first, 700))
         assert blend.record == datasets[2].manifest.record
 
 
 def test_blend_of_equal_datasets_does_not_give_them_the_same_windows(datasets):
     blend = Blend([datasets[2]] * 2, [1, 1], SEQ, SEED)
-    windows = blend.window_indices(0, 200)
-    first, second = windows[windows < 300], windows[windows >= 300] - 300
+    sequences = blend.sequence_indices(0, 200)
+    first, second = sequences[sequences < 300], sequences[sequences >= 300] - 300
     assert np.count_nonzero(first == second) < 6
 
 
 def test_blend_far_into_training_is_immediate(datasets):
     blend = Blend(datasets, None, SEQ, SEED)
-    assert blend.window_indices(2**60, 16).shape == (16,)
+    assert blend.sequence_indices(2**60, 16).shape == (16,)
     with pytest.raises(ValueError, match="from -1"):
-        blend.window_indices(-1, 2)
+        blend.sequence_indices(-1, 2)
 
 
 def test_blend_without_weights_follows_the_tokens(datasets):
@@ -189,10 +189,10 @@ def test_blend_without_weights_follows_the_tokens(datasets):
 
 def test_blend_windows_are_those_of_the_datasets_in_the_order_asked(datasets):
     blend = Blend(datasets, [1, 1, 1], SEQ, SEED)
-    indices = blend.window_indices(7, 64)
-    tokens, ends = blend.windows(indices, SEQ)
+    indices = blend.sequence_indices(7, 64)
+    tokens, ends = blend.sequences(indices, SEQ)
     for row, (member, window) in enumerate(zip(*_split(blend, indices), strict=True)):
-        expected = datasets[member].windows(np.array([window]), SEQ)
+        expected = datasets[member].sequences(np.array([window]), SEQ)
         np.testing.assert_array_equal(tokens[row], expected[0][0])
         np.testing.assert_array_equal(ends[row], expected[1][0])
     batch = make_batch(blend, indices, SEQ, clip=3)
@@ -202,29 +202,29 @@ def test_blend_windows_are_those_of_the_datasets_in_the_order_asked(datasets):
 
 def test_blend_each_dataset_is_asked_once_a_batch(datasets, monkeypatch):
     asked = Counter()
-    windows = TokenDataset.windows
+    sequences = TokenDataset.sequences
     monkeypatch.setattr(
-        TokenDataset, "windows", lambda self, *args: (asked.update([self.path.name]), windows(self, *args))[1]
+        TokenDataset, "sequences", lambda self, *args: (asked.update([self.path.name]), sequences(self, *args))[1]
     )
     blend = Blend(datasets, [1, 1, 1], SEQ, SEED)
-    blend.windows(blend.window_indices(0, 64), SEQ)
+    blend.sequences(blend.sequence_indices(0, 64), SEQ)
     assert asked == Counter({"set-0": 1, "set-1": 1, "set-2": 1})
 
 
 def test_blend_no_windows_are_an_empty_batch(datasets):
-    tokens, ends = Blend(datasets, [1, 1, 1], SEQ, SEED).windows(np.zeros(0, np.int64), SEQ)
+    tokens, ends = Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.zeros(0, np.int64), SEQ)
     assert (tokens.shape, ends.shape) == ((0, SEQ + 1), (0, SEQ))
 
 
 @pytest.mark.parametrize("indices", [[-1], [sum(NUM_WINDOWS)]])
 def test_blend_window_that_is_not_there_is_refused(datasets, indices):
     with pytest.raises(IndexError, match="of 345"):
-        Blend(datasets, [1, 1, 1], SEQ, SEED).windows(np.array(indices), SEQ)
+        Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.array(indices), SEQ)
 
 
 def test_blend_windows_of_another_length_are_refused(datasets):
     with pytest.raises(ValueError, match=r"4.*8"):
-        Blend(datasets, [1, 1, 1], SEQ, SEED).windows(np.array([0]), 4)
+        Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.array([0]), 4)
 
 
 # What may be blended

@@ -56,12 +56,12 @@ def test_dataset_windows_equal_a_plain_loop(
         dataset = TokenDataset(folder)
         if len(flat) <= seq_len:
             with raises(DataError, len(flat), seq_len, seq_len + 1, location=folder):
-                dataset.windows(np.zeros(1, np.int64), seq_len)
+                dataset.sequences(np.zeros(1, np.int64), seq_len)
             return
-        count = dataset.num_windows(seq_len)
+        count = dataset.num_sequences(seq_len)
         assert count == (len(flat) - 1) // seq_len
         indices = [*data.draw(st.lists(st.integers(0, count - 1), max_size=6)), count - 1]
-        tokens, ends = dataset.windows(np.array(indices, np.int64), seq_len)
+        tokens, ends = dataset.sequences(np.array(indices, np.int64), seq_len)
         expected = [flat[i * seq_len : i * seq_len + seq_len + 1] for i in indices]
         assert tokens.tolist() == expected
         assert ends.tolist() == [[token == 5 for token in row[:-1]] for row in expected]
@@ -72,7 +72,7 @@ def test_dataset_windows_equal_a_plain_loop(
 def test_dataset_windows_of_an_epoch_cover_every_token_once(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, SHARDS)
     dataset = TokenDataset(tmp_path)
-    tokens, _ = dataset.windows(np.arange(dataset.num_windows(4)), 4)
+    tokens, _ = dataset.sequences(np.arange(dataset.num_sequences(4)), 4)
     assert tokens[:, :-1].ravel().tolist() == FLAT[: 4 * len(tokens)]
     assert tokens[:, 1:].ravel().tolist() == FLAT[1 : 4 * len(tokens) + 1]
 
@@ -81,13 +81,13 @@ def test_dataset_windows_of_a_fixed_rule_count_from_the_window(write_dataset: Wr
     write_dataset(tmp_path, SHARDS, rule=SegmentRule(spec="fixed:3", token_ids=()))
     dataset = TokenDataset(tmp_path)
     assert dataset.ends(0, 8).tolist() == [False, False, True, False, False, False, False, False]
-    _, ends = dataset.windows(np.array([0, 1, 2]), 5)
+    _, ends = dataset.sequences(np.array([0, 1, 2]), 5)
     assert ends.tolist() == [[False, False, True, False, False]] * 3
 
 
 def test_dataset_windows_across_shards_start_at_zero(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, SHARDS)
-    tokens, ends = TokenDataset(tmp_path).windows(np.array([0]), 20)  # over all five shards
+    tokens, ends = TokenDataset(tmp_path).sequences(np.array([0]), 20)  # over all five shards
     assert tokens[0].tolist() == FLAT[:21]
     intra, inter = bilevel_ids(ends, clip=3)
     assert intra[0].tolist() == [0, 1, 2, 0, 0, 1, 2, 3, 0, 1, 2, 3, 0, 1, 2, 3, 3, 0, 1, 2]
@@ -100,16 +100,16 @@ def test_dataset_window_whose_label_alone_is_in_the_next_shard_has_it(
 ) -> None:
     write_dataset(tmp_path, [[range(10, 18)], [range(20, 28)], [[30]]])
     dataset = TokenDataset(tmp_path)
-    tokens, _ = dataset.windows(np.array([8 // seq_len - 1, 16 // seq_len - 1]), seq_len)
+    tokens, _ = dataset.sequences(np.array([8 // seq_len - 1, 16 // seq_len - 1]), seq_len)
     assert tokens.tolist() == [[*range(18 - seq_len, 18), 20], [*range(28 - seq_len, 28), 30]]
 
 
-@pytest.mark.parametrize(("num_tokens", "windows"), [(9, 1), (16, 1), (17, 2)])
+@pytest.mark.parametrize(("num_tokens", "sequences"), [(9, 1), (16, 1), (17, 2)])
 def test_dataset_num_windows_needs_a_label_more(
-    write_dataset: Write, tmp_path: Path, num_tokens: int, windows: int
+    write_dataset: Write, tmp_path: Path, num_tokens: int, sequences: int
 ) -> None:
     write_dataset(tmp_path, [[[1] * num_tokens]])
-    assert TokenDataset(tmp_path).num_windows(8) == windows
+    assert TokenDataset(tmp_path).num_sequences(8) == sequences
 
 
 @pytest.mark.parametrize("shards", [[], [[]], [[[]]], [[[1] * 8]]])
@@ -117,7 +117,7 @@ def test_dataset_shorter_than_a_window_is_refused(write_dataset: Write, tmp_path
     write_dataset(tmp_path, shards)
     dataset = TokenDataset(tmp_path)
     with raises(DataError, dataset.num_tokens, 8, 9, location=tmp_path, remedy="train.seq_len_tokens"):
-        dataset.num_windows(8)
+        dataset.num_sequences(8)
 
 
 def test_dataset_without_tokens_opens_and_is_empty(write_dataset: Write, tmp_path: Path) -> None:
@@ -133,7 +133,7 @@ def test_dataset_window_outside_the_epoch_is_an_index_error(
 ) -> None:
     write_dataset(tmp_path, SHARDS)
     with pytest.raises(IndexError, match="of 5"):
-        TokenDataset(tmp_path).windows(np.array(indices), 4)
+        TokenDataset(tmp_path).sequences(np.array(indices), 4)
 
 
 def test_dataset_range_outside_is_an_index_error(write_dataset: Write, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_dataset_token_outside_the_vocabulary_is_refused_with_its_byte(
     content[7 * width : 8 * width] = struct.pack("<" + kind, token)
     path.write_bytes(content)
     with raises(DataError, 7, 7 * width, token, vocab_size, location=path):
-        TokenDataset(tmp_path).windows(np.arange(5), 4)
+        TokenDataset(tmp_path).sequences(np.arange(5), 4)
 
 
 def test_dataset_opening_does_not_read_the_indices(write_dataset: Write, tmp_path: Path) -> None:
@@ -195,7 +195,7 @@ def test_dataset_opening_does_not_read_the_indices(write_dataset: Write, tmp_pat
     content[-1] ^= 1
     path.write_bytes(content)
     dataset = TokenDataset(tmp_path)
-    dataset.windows(np.array([0, 1, 4]), 4)
+    dataset.sequences(np.array([0, 1, 4]), 4)
     with raises(DataError, "document indices", location="part-00003.idx"):
         dataset.document_bounds()
 
@@ -207,7 +207,7 @@ def test_dataset_of_many_shards_raises_the_limit_on_open_files(write_dataset: Wr
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (used + 5, hard))
         dataset = TokenDataset(tmp_path)
-        assert dataset.windows(np.arange(199), 10)[0].shape == (199, 11)
+        assert dataset.sequences(np.arange(199), 10)[0].shape == (199, 11)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

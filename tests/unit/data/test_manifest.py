@@ -137,10 +137,10 @@ def fields_of(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, .
 
 def change(path: Path, field: tuple[Any, ...], edit: Callable[[Any, Any], None]) -> None:
     content = json.loads(path.read_bytes())
-    place = content
+    position = content
     for key in field[:-1]:
-        place = place[key]
-    edit(place, field[-1])
+        position = position[key]
+    edit(position, field[-1])
     path.write_text(json.dumps(content))
 
 
@@ -151,7 +151,7 @@ def test_manifest_without_any_one_field_is_refused(tmp_path: Path) -> None:
     fields = [field for field in fields_of(json.loads(whole)) if field != ("format_version",)]
     assert len(fields) > 25
     for field in fields:
-        change(path, field, lambda place, key: place.pop(key))
+        change(path, field, lambda position, key: position.pop(key))
         with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
         assert re.search(rf"\b{field[-1]}\b", error.value.message)
@@ -163,9 +163,9 @@ def test_manifest_with_any_one_value_changed_is_refused(tmp_path: Path) -> None:
     path = tmp_path / MANIFEST_NAME
     whole = path.read_bytes()
 
-    def edit(place: Any, key: Any) -> None:
-        value = place[key]
-        place[key] = value + 1 if isinstance(value, int) else [] if isinstance(value, list | dict) else value + "0"
+    def edit(position: Any, key: Any) -> None:
+        value = position[key]
+        position[key] = value + 1 if isinstance(value, int) else [] if isinstance(value, list | dict) else value + "0"
 
     for field in fields_of(json.loads(whole)):
         if field == ("tokenizer", "name"):
@@ -179,14 +179,14 @@ def test_manifest_with_any_one_value_changed_is_refused(tmp_path: Path) -> None:
 
 def test_manifest_number_as_text_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
-    change(tmp_path / MANIFEST_NAME, ("shards", 1, "tokens"), lambda place, key: place.update({key: "20"}))
+    change(tmp_path / MANIFEST_NAME, ("shards", 1, "tokens"), lambda position, key: position.update({key: "20"}))
     with raises(DataError, "shards.1.tokens", "integer", location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
 def test_manifest_with_an_unknown_field_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
-    change(tmp_path / MANIFEST_NAME, ("rule", "extra"), lambda place, key: place.update({key: 1}))
+    change(tmp_path / MANIFEST_NAME, ("rule", "extra"), lambda position, key: position.update({key: 1}))
     with raises(DataError, "rule.extra", location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 

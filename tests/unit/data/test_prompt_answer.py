@@ -37,8 +37,8 @@ def folder(tmp_path, write_dataset):
 def test_windows_are_the_examples_padded_behind_the_answer(folder):
     dataset = open_dataset(folder)
     assert isinstance(dataset, PromptAnswerDataset)
-    assert dataset.num_windows(SEQ) == dataset.num_examples == 3
-    tokens, ends = dataset.windows(np.array([2, 0, 1]), SEQ)
+    assert dataset.num_sequences(SEQ) == dataset.num_examples == 3
+    tokens, ends = dataset.sequences(np.array([2, 0, 1]), SEQ)
     assert tokens.tolist() == [
         [1, 5, 6, 7, 8, 9, 2, 0, 0],
         [1, 7, 5, 8, 2, 0, 0, 0, 0],
@@ -46,9 +46,9 @@ def test_windows_are_the_examples_padded_behind_the_answer(folder):
     ]
     assert [np.flatnonzero(row).tolist() for row in ends] == [[1], [2], [1]]
     assert dataset.answers(np.array([2, 0, 1])).tolist() == [[5, 6], [2, 4], [0, 7]]
-    assert dataset.windows(np.zeros(0, np.int64), SEQ)[0].shape == (0, SEQ + 1)
+    assert dataset.sequences(np.zeros(0, np.int64), SEQ)[0].shape == (0, SEQ + 1)
     with pytest.raises(IndexError, match=r"3.*3.*3"):
-        dataset.windows(np.array([3]), SEQ)
+        dataset.sequences(np.array([3]), SEQ)
     with pytest.raises(IndexError, match=r"-1.*0.*3"):
         dataset.answers(np.array([0, -1]))
 
@@ -71,7 +71,7 @@ def test_batch_weighs_the_answers_so_that_the_mean_over_all_labels_is_the_mean_o
 def test_fixed_segments_count_from_the_start_of_the_window(tmp_path, write_dataset):
     rule = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(tmp_path, [FIRST], rule=rule, examples=MADE_FOR)
-    _, ends = open_dataset(tmp_path).windows(np.array([0]), SEQ)
+    _, ends = open_dataset(tmp_path).sequences(np.array([0]), SEQ)
     assert np.flatnonzero(ends[0]).tolist() == [2, 5]
 
 
@@ -103,10 +103,10 @@ def test_blend_of_examples_has_the_windows_and_answers_of_each(tmp_path, write_d
     paths = {str(folder): 1, str(tmp_path / "more"): 1}
     blend = open_blend(DataConfig(path=paths), SEQ, seed=3)
     chosen = np.array([42, 0, 3, 2])
-    tokens, _ = blend.windows(chosen, SEQ)
+    tokens, _ = blend.sequences(chosen, SEQ)
     assert tokens[:, 1].tolist() == [5, 7, 5, 5]
     assert blend.answers(chosen).tolist() == [[5, 6], [2, 4], [5, 6], [5, 6]]
-    assert blend.num_windows == 43
+    assert blend.num_sequences == 43
 
 
 def test_blend_of_text_and_examples_is_refused(tmp_path, write_dataset, folder):
@@ -126,13 +126,13 @@ def test_blend_of_text_and_examples_is_refused(tmp_path, write_dataset, folder):
 def test_documents_that_are_no_examples_are_damage(tmp_path, write_dataset, documents, observed):
     write_dataset(tmp_path, [documents], examples=MADE_FOR)
     with raises(DataError, *observed, location="part-00000.idx"):
-        open_dataset(tmp_path).windows(np.array([0]), SEQ)
+        open_dataset(tmp_path).sequences(np.array([0]), SEQ)
 
 
 def test_dataset_without_examples_is_refused(tmp_path, write_dataset):
     write_dataset(tmp_path, [[]], examples=MADE_FOR)
     with raises(DataError, "no examples", location=tmp_path):
-        open_dataset(tmp_path).num_windows(SEQ)
+        open_dataset(tmp_path).num_sequences(SEQ)
 
 
 def test_examples_where_text_is_wanted_are_refused(tmp_path, write_dataset, folder):
@@ -175,9 +175,9 @@ def test_feed_examples_made_for_other_windows_are_refused(folder):
 def test_feed_weights_of_a_step_make_the_mean_over_its_answers_whatever_the_ranks(folder, num_ranks):
     feeds = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
     for step in range(3):
-        batches = [batch for feed in feeds for batch in feed.train_batches(8 * step)]
+        batches = [batch for loader in feeds for batch in loader.train_batches(8 * step)]
         weights = torch.cat([batch.weights_BT for batch in batches])
-        answers = feeds[0]._blend.answers(feeds[0].windows(8 * step))
+        answers = feeds[0]._blend.answers(feeds[0].sequences(8 * step))
         assert weights.mean() == pytest.approx(1, rel=1e-6)
         assert int((weights > 0).sum()) == int(np.diff(answers).sum())
 
@@ -186,8 +186,8 @@ def test_feed_validation_on_examples_weighs_them_over_all_its_windows(tmp_path, 
     write_dataset(tmp_path / "held-out", [[*FIRST, *SECOND, *FIRST[:2]]], examples=MADE_FOR)
     run = _run(folder)
     data = run.data.model_copy(update={"valid_path": tmp_path / "held-out"})
-    feed = BatchLoader(run.model_copy(update={"data": data}), _mesh())
-    weights = torch.cat([batch.weights_BT for batch in feed.valid_batches()])
+    loader = BatchLoader(run.model_copy(update={"data": data}), _mesh())
+    weights = torch.cat([batch.weights_BT for batch in loader.valid_batches()])
     assert weights.shape == (4, SEQ)
     assert weights.mean() == pytest.approx(1, rel=1e-6)
 

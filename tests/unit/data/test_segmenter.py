@@ -23,7 +23,7 @@ def test_fixed_ends_of_any_part_are_those_of_the_documents(
     lengths: list[int], length: int, data: st.DataObject
 ) -> None:
     bounds = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
-    expected = np.array([(place + 1) % length == 0 for size in lengths for place in range(size)], dtype=np.bool_)
+    expected = np.array([(position + 1) % length == 0 for size in lengths for position in range(size)], dtype=np.bool_)
     start = data.draw(st.integers(0, expected.size))
     stop = data.draw(st.integers(start, expected.size))
     np.testing.assert_array_equal(fixed_ends(bounds, length, start, stop), expected[start:stop])

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from pydantic import ValidationError
 
-from megatron_bipe.data.segments import SegmentRule, bilevel_ids, resolve_rule, segment_ends, window_ends
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids, resolve_rule, segment_ends, sequence_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from tests.helpers.errors import raises
@@ -36,11 +36,11 @@ WORDS = Words(None, " .", ".", "\n", "a", "..", '."', "a.", "\n\n", " \n", '"', 
 
 
 def loop_ids(ends: list[bool], clip: int) -> tuple[list[int], list[int]]:
-    intra, inter, place, segment = [], [], 0, 0
+    intra, inter, position, segment = [], [], 0, 0
     for end in ends:
-        intra.append(min(place, clip))
+        intra.append(min(position, clip))
         inter.append(segment)
-        place, segment = (0, segment + 1) if end else (place + 1, segment)
+        position, segment = (0, segment + 1) if end else (position + 1, segment)
     return intra, inter
 
 
@@ -73,9 +73,9 @@ def test_bilevel_ids_equal_a_plain_loop(ends: np.ndarray, clip: int) -> None:
     intra, inter = bilevel_ids(ends, clip)
     assert (intra.dtype, inter.dtype) == (np.int64, np.int64)
     assert intra.shape == inter.shape == ends.shape
-    for place in np.ndindex(ends.shape[:-1]):
-        expected = loop_ids(ends[place].tolist(), clip)
-        assert (intra[place].tolist(), inter[place].tolist()) == expected
+    for position in np.ndindex(ends.shape[:-1]):
+        expected = loop_ids(ends[position].tolist(), clip)
+        assert (intra[position].tolist(), inter[position].tolist()) == expected
 
 
 def test_bilevel_ids_leave_their_input_alone() -> None:
@@ -99,18 +99,18 @@ def test_segment_ends_by_ids_equal_a_plain_loop(tokens: list[int], dtype: str, i
 @given(st.integers(0, 40), st.integers(1, 45))
 def test_segment_ends_of_a_fixed_length_equal_a_plain_loop(count: int, length: int) -> None:
     ends = segment_ends(np.zeros(count, "<u2"), SegmentRule(spec=f"fixed:{length}", token_ids=()))
-    assert ends.tolist() == [(place + 1) % length == 0 for place in range(count)]
+    assert ends.tolist() == [(position + 1) % length == 0 for position in range(count)]
 
 
 def test_window_ends_of_a_fixed_length_start_again_with_the_window() -> None:
     stored = np.array([[True, False, False, True, False], [False, True, False, False, True]])
-    ends = window_ends(stored, SegmentRule(spec="fixed:3", token_ids=()))
+    ends = sequence_ends(stored, SegmentRule(spec="fixed:3", token_ids=()))
     assert ends.tolist() == [[False, False, True, False, False]] * 2
 
 
 def test_window_ends_of_separators_are_those_stored() -> None:
     stored = np.array([[True, False], [False, True]])
-    assert window_ends(stored, REFERENCE) is stored
+    assert sequence_ends(stored, REFERENCE) is stored
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ def test_permute_of_known_input_never_changes() -> None:
     assert permute(np.arange(10, dtype=np.uint64), 10, 7).tolist() == [9, 4, 2, 6, 0, 5, 1, 7, 3, 8]
     far = [406196541783, 925594741386, 961424336309, 274875984841]
     assert permute(np.arange(4, dtype=np.uint64), 2**40 - 3, 7).tolist() == far
-    assert SampleOrder(1000, seed=1234).window_indices(997, 6).tolist() == [891, 892, 105, 919, 189, 391]
+    assert SampleOrder(1000, seed=1234).sequence_indices(997, 6).tolist() == [891, 892, 105, 919, 189, 391]
 
 
 def test_permute_scatters_like_chance() -> None:
@@ -70,10 +70,10 @@ def test_permute_index_beyond_the_size_is_refused() -> None:
 @given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 200))
 def test_order_cut_anywhere_gives_the_same_samples(num_samples: int, seed: int, first: int, count: int) -> None:
     order = SampleOrder(num_samples, seed)
-    whole = order.window_indices(0, first + count)
-    np.testing.assert_array_equal(order.window_indices(first, count), whole[first:])
+    whole = order.sequence_indices(0, first + count)
+    np.testing.assert_array_equal(order.sequence_indices(first, count), whole[first:])
     assert whole.dtype == np.int64
-    one_by_one = [int(SampleOrder(num_samples, seed).window_indices(sample, 1)[0]) for sample in range(first + count)]
+    one_by_one = [int(SampleOrder(num_samples, seed).sequence_indices(sample, 1)[0]) for sample in range(first + count)]
     assert one_by_one == whole.tolist()
 
 
@@ -82,8 +82,8 @@ def test_order_split_over_any_ranks_gives_a_step_the_same_samples(ranks: int) ->
     global_batch, order = 16, SampleOrder(1000, seed=5)
     share = global_batch // ranks
     for step in (0, 3, 62):  # step 62 spans two epochs
-        expected = order.window_indices(step * global_batch, global_batch)
-        parts = [order.window_indices(step * global_batch + rank * share, share) for rank in range(ranks)]
+        expected = order.sequence_indices(step * global_batch, global_batch)
+        parts = [order.sequence_indices(step * global_batch + rank * share, share) for rank in range(ranks)]
         np.testing.assert_array_equal(np.concatenate(parts), expected)
 
 
@@ -91,18 +91,18 @@ def test_order_split_over_any_ranks_gives_a_step_the_same_samples(ranks: int) ->
 def test_order_every_epoch_holds_every_window_once(num_samples: int) -> None:
     order = SampleOrder(num_samples, seed=9)
     for epoch in (0, 1, 5):
-        assert sorted(order.window_indices(epoch * num_samples, num_samples).tolist()) == list(range(num_samples))
+        assert sorted(order.sequence_indices(epoch * num_samples, num_samples).tolist()) == list(range(num_samples))
 
 
 def test_order_epochs_and_seeds_differ() -> None:
-    epochs = [SampleOrder(500, seed=1).window_indices(epoch * 500, 500).tolist() for epoch in range(4)]
-    seeds = [SampleOrder(500, seed=seed).window_indices(0, 500).tolist() for seed in range(2, 6)]
+    epochs = [SampleOrder(500, seed=1).sequence_indices(epoch * 500, 500).tolist() for epoch in range(4)]
+    seeds = [SampleOrder(500, seed=seed).sequence_indices(0, 500).tolist() for seed in range(2, 6)]
     assert len({tuple(order) for order in epochs + seeds}) == 8
 
 
 def test_order_far_into_a_huge_corpus_is_immediate() -> None:
     order = SampleOrder(2**50, seed=0)  # stored, it would take 8 PiB
-    indices = order.window_indices(3 * 2**50 - 8, 16)
+    indices = order.sequence_indices(3 * 2**50 - 8, 16)
     assert indices.shape == (16,)
     assert 0 <= indices.min() <= indices.max() < 2**50
 
@@ -110,7 +110,7 @@ def test_order_far_into_a_huge_corpus_is_immediate() -> None:
 @pytest.mark.parametrize(("first", "count"), [(-1, 2), (0, -1)])
 def test_order_of_a_negative_range_is_refused(first: int, count: int) -> None:
     with pytest.raises(ValueError, match=f"{count}.*{first}"):
-        SampleOrder(10, 0).window_indices(first, count)
+        SampleOrder(10, 0).sequence_indices(first, count)
 
 
 def test_order_over_no_samples_is_refused() -> None:

@@ -122,9 +122,9 @@ def test_encode_batch_special_in_text_makes_special_tokens(piece_folder: Path) -
 
 @pytest.mark.parametrize("folder", ["piece_folder", "byte_level_folder"])
 def test_encode_batch_other_text_equals_the_stock_path(folder: str, request: pytest.FixtureRequest) -> None:
-    place = request.getfixturevalue(folder)
-    stock = tokenizers.Tokenizer.from_file(str(place / "tokenizer.json"))
-    for text, tokens in zip(TEXTS, load_tokenizer(place).encode_batch(TEXTS), strict=True):
+    position = request.getfixturevalue(folder)
+    stock = tokenizers.Tokenizer.from_file(str(position / "tokenizer.json"))
+    for text, tokens in zip(TEXTS, load_tokenizer(position).encode_batch(TEXTS), strict=True):
         assert tokens.tolist() == stock.encode(text, add_special_tokens=False).ids
 
 
@@ -213,14 +213,14 @@ def test_sentencepiece_model_alone_treats_special_strings_as_text(model_file: Pa
 def test_copy_to_gives_a_folder_that_loads_as_the_same_tokenizer(
     piece_folder: Path, model_file: Path, tmp_path: Path, kind: str
 ) -> None:
-    place = {"folder": piece_folder, "file": piece_folder / "tokenizer.json"}.get(kind, tmp_path / "mine.json")
+    position = {"folder": piece_folder, "file": piece_folder / "tokenizer.json"}.get(kind, tmp_path / "mine.json")
     if kind == "oddly named file":
-        place.write_bytes((piece_folder / "tokenizer.json").read_bytes())
+        position.write_bytes((piece_folder / "tokenizer.json").read_bytes())
     elif kind.startswith("model"):
-        place = tmp_path / "tokenizer.model"
-        place.write_bytes(model_file.read_bytes())
+        position = tmp_path / "tokenizer.model"
+        position.write_bytes(model_file.read_bytes())
         (tmp_path / "tokenizer.json").write_bytes((piece_folder / "tokenizer.json").read_bytes())
-    tokenizer = load_tokenizer(place)
+    tokenizer = load_tokenizer(position)
     tokenizer.copy_to(tmp_path / "copy")
     copy = load_tokenizer(tmp_path / "copy")
     assert (copy.fingerprint, copy.special_ids) == (tokenizer.fingerprint, tokenizer.special_ids)

@@ -71,10 +71,10 @@ def test_pipeline_stages_send_hidden_states_ids_and_gradients():
 )
 def test_data_ranks_sum_gradients_and_gather_weights_as_zero_does(zero, gradients, weights):
     found = sent(zero, 4)
-    whole = 2 * PARAMETERS * 3 / 4  # bf16, 4 ranks
+    full = 2 * PARAMETERS * 3 / 4  # bf16, 4 ranks
     what, times, volumes = gradients
-    assert found["data", f"gradients, {what}"] == (times, volumes * whole)
-    assert found.get(("data", "weights, gathered")) == (weights and (weights, weights * whole))
+    assert found["data", f"gradients, {what}"] == (times, volumes * full)
+    assert found.get(("data", "weights, gathered")) == (weights and (weights, weights * full))
 
 
 def test_data_ranks_exchange_gradients_in_the_precision_that_is_asked_for():

@@ -73,11 +73,11 @@ def make_subject():
 def save_run(tmp_path):
     """Maker of a run folder as pretrain.py leaves it; earlier steps have smaller weights."""
 
-    def save(subject, dataset, steps=(5, 10)):
-        run_dir = tmp_path / subject.name
-        model = {k: v for k, v in subject.config.model_dump(mode="json").items() if v is not None}
+    def save(eval_model, dataset, steps=(5, 10)):
+        run_dir = tmp_path / eval_model.name
+        model = {k: v for k, v in eval_model.config.model_dump(mode="json").items() if v is not None}
         for step in steps:
-            weights = {name: weight * (step / steps[-1]) for name, weight in subject.model.state_dict().items()}
+            weights = {name: weight * (step / steps[-1]) for name, weight in eval_model.model.state_dict().items()}
             write_checkpoint(run_dir, step, weights)
         (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"precision": "fp32"}}))
         (run_dir / "data.json").write_text(dataset.manifest.record.model_dump_json())
@@ -90,8 +90,8 @@ def save_run(tmp_path):
 def save_exported(tmp_path):
     """Maker of those parts of an exported folder that loading reads."""
 
-    def save(subject):
-        folder, config = tmp_path / subject.name, subject.config
+    def save(eval_model):
+        folder, config = tmp_path / eval_model.name, eval_model.config
         folder.mkdir()
         settings = {
             "model_type": "bipe",
@@ -107,11 +107,13 @@ def save_exported(tmp_path):
             "rms_norm_eps": config.norm_eps,
             "initializer_range": config.init_std,
             "rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base},
-            "segments": {"spec": subject.rule.spec, "token_ids": list(subject.rule.token_ids)},
-            "tokenizer_fingerprint": subject.tokenizer_fingerprint,
+            "segments": {"spec": eval_model.rule.spec, "token_ids": list(eval_model.rule.token_ids)},
+            "tokenizer_fingerprint": eval_model.tokenizer_fingerprint,
         }
         (folder / "config.json").write_text(json.dumps(settings))
-        weights = {name: weight.contiguous() for name, weight in to_llama(subject.model.state_dict(), config).items()}
+        weights = {
+            name: weight.contiguous() for name, weight in to_llama(eval_model.model.state_dict(), config).items()
+        }
         save_file(weights, folder / "model.safetensors")
         return folder
 

@@ -39,13 +39,13 @@ def test_command_checkpoint_and_export_of_one_model_agree(
     command, make_dataset, make_subject, documents, save_run, save_exported, tmp_path
 ):
     dataset = make_dataset(documents)
-    subject = make_subject("bipe_rope", name="run")
-    models = [save_run(subject, dataset), save_exported(subject._replace(name="exported"))]
+    eval_model = make_subject("bipe_rope", name="run")
+    models = [save_run(eval_model, dataset), save_exported(eval_model._replace(name="exported"))]
 
     printed = call_tool("evaluate", *command(models, dataset)).output
 
     found = perplexities(json.loads((tmp_path / "out" / "perplexity.json").read_text()))
-    want = [evaluate_perplexity(subject, dataset, length, Settings()).perplexity for length in (8, 16, 32)]
+    want = [evaluate_perplexity(eval_model, dataset, length, Settings()).perplexity for length in (8, 16, 32)]
     assert found == {"run": pytest.approx(want, rel=1e-6), "exported": pytest.approx(want, rel=1e-6)}
     assert f"{want[1]:,.2f}*" in printed and "172 predictions" in printed and "perplexity.png" in printed
 
@@ -63,7 +63,7 @@ def test_command_protocol_and_limit_reach_the_report(evaluate, make_dataset, mak
     report = evaluate([run_dir], dataset, "--protocol", "reference", "--max-tokens", "100", lengths="16,8")
     assert (report["protocol"], report["max_tokens"]) == ("reference", 100)
     [model] = report["models"]
-    assert [(r["length_tokens"], r["num_windows"]) for r in model["results"]] == [(8, 11), (16, 5)]
+    assert [(r["length_tokens"], r["num_sequences"]) for r in model["results"]] == [(8, 11), (16, 5)]
 
 
 def test_command_model_that_does_not_encode_the_longest_window_is_named_before_any_is_run(

@@ -11,7 +11,7 @@ import pytest
 import torch
 from matplotlib.figure import Figure
 
-from megatron_bipe.data.segments import bilevel_ids, window_ends
+from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.document_losses import NUM_PLACES, DocumentLosses, evaluate_documents
 from megatron_bipe.eval.extrapolation import NAMES
@@ -24,10 +24,14 @@ from tests.helpers.tools import assert_refuses, call_tool
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject, documents, protocol):
-    dataset, subject, settings = make_dataset(documents), make_subject(), Settings(protocol=protocol, batch_tokens=40)
+    dataset, eval_model, settings = (
+        make_dataset(documents),
+        make_subject(),
+        Settings(protocol=protocol, batch_tokens=40),
+    )
     for length in (16, 24):
-        found = evaluate_documents(subject, dataset, length, settings)
-        expected = evaluate_perplexity(subject, dataset, length, settings)
+        found = evaluate_documents(eval_model, dataset, length, settings)
+        expected = evaluate_perplexity(eval_model, dataset, length, settings)
         assert found.counts_DP.sum() == expected.num_predictions
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
         if protocol == "sliding":  # places are those in the window: its first half counts in the first window alone
@@ -35,25 +39,25 @@ def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject
 
 
 def test_evaluate_documents_puts_each_loss_to_its_document_and_place(make_dataset, make_subject, documents):
-    dataset, subject, length = make_dataset(documents), make_subject(), 16
-    found = evaluate_documents(subject, dataset, length, Settings())
+    dataset, eval_model, length = make_dataset(documents), make_subject(), 16
+    found = evaluate_documents(eval_model, dataset, length, Settings())
     nats, counts = np.zeros((6, NUM_PLACES)), np.zeros((6, NUM_PLACES), int)
     tokens = np.concatenate(documents)
     for start in range(0, len(tokens) - 1, length):
         window = tokens[start : start + length + 1].astype(np.int64)
-        ends = window_ends(dataset.ends(start, start + len(window) - 1)[None], dataset.rule)
+        ends = sequence_ends(dataset.ends(start, start + len(window) - 1)[None], dataset.rule)
         ids = [torch.from_numpy(x) for x in (window[None, :-1], *bilevel_ids(ends, 5))]
         with torch.no_grad():
-            losses = -subject.model(tuple(ids)).log_softmax(-1)[0]
-        for place, token in enumerate(window[1:]):
-            document = next(d for d in range(6) if start + place + 1 < sum(map(len, documents[: d + 1])))
-            nats[document, place] += float(losses[place, token])
-            counts[document, place] += 1
+            losses = -eval_model.model(tuple(ids)).log_softmax(-1)[0]
+        for position, token in enumerate(window[1:]):
+            document = next(d for d in range(6) if start + position + 1 < sum(map(len, documents[: d + 1])))
+            nats[document, position] += float(losses[position, token])
+            counts[document, position] += 1
     np.testing.assert_array_equal(found.counts_DP, counts)
     np.testing.assert_allclose(found.nats_DP, nats, rtol=1e-5)
-    places = dict(found.by_place)
-    assert places[0.5] == pytest.approx(math.exp(nats[:, 0].sum() / counts[:, 0].sum()), rel=1e-5)
-    assert len(places) == 16
+    positions = dict(found.by_place)
+    assert positions[0.5] == pytest.approx(math.exp(nats[:, 0].sum() / counts[:, 0].sum()), rel=1e-5)
+    assert len(positions) == 16
 
 
 def losses_of(nats, counts):
@@ -132,7 +136,7 @@ def test_command_writes_a_page_that_needs_nothing_else(
 ):
     datasets = [make_dataset(documents, name="arxiv"), make_dataset(documents[::-1], name="own <data>")]
     subjects = [make_subject("bipe_rope", name="ours & theirs"), make_subject("alibi", name="other")]
-    models = [save_run(subject, datasets[0]) for subject in subjects]
+    models = [save_run(eval_model, datasets[0]) for eval_model in subjects]
 
     call_tool("evaluate", *command(models, datasets))
 
@@ -140,9 +144,9 @@ def test_command_writes_a_page_that_needs_nothing_else(
     assert [subset["name"] for subset in report["subsets"]] == ["arxiv", "own <data>"]
     assert report["subsets"][0]["paper"][0]["name"] == "BiPE-RoPE" and not report["subsets"][1]["paper"]
     for subset, dataset in zip(report["subsets"], datasets, strict=True):
-        for line, subject in zip(subset["models"], subjects, strict=True):
+        for line, eval_model in zip(subset["models"], subjects, strict=True):
             assert [result["length_tokens"] for result in line["results"]] == [8, 16, 24, 32]
-            want = evaluate_perplexity(subject, dataset, 24, Settings())
+            want = evaluate_perplexity(eval_model, dataset, 24, Settings())
             result = line["results"][2]
             assert result["perplexity"] == pytest.approx(want.perplexity, rel=1e-6)
             assert result["interval"][0] < result["perplexity"] < result["interval"][1]

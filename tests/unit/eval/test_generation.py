@@ -21,13 +21,23 @@ NEW = 12
 def exported(request, tmp_path, letters, make_subject):
     """An exported model of letters, and the training model it came from."""
     rule = resolve_rule('["c"]', letters)
-    subject = make_subject(request.param, rule=rule, vocab_size=letters.vocab_size, train_len_tokens=32, init_std=0.5)
+    eval_model = make_subject(
+        request.param, rule=rule, vocab_size=letters.vocab_size, train_len_tokens=32, init_std=0.5
+    )
     source = TokenizerSource(letters.definition, letters.to_json(), letters.special_ids, letters.encode_batch)
     fields = DataFields(rule.spec, rule.token_ids, letters.fingerprint, letters.special_ids)
-    windows = _ids(np.arange(260, 280), rule, subject.config)
+    sequences = _ids(np.arange(260, 280), rule, eval_model.config)
     options = ExportOptions(dtype=torch.float32)
-    export_model(subject.model.state_dict(), subject.config, tmp_path / "model", fields, windows, source, options)
-    return tmp_path / "model", subject
+    export_model(
+        eval_model.model.state_dict(),
+        eval_model.config,
+        tmp_path / "model",
+        fields,
+        sequences,
+        source,
+        options,
+    )
+    return tmp_path / "model", eval_model
 
 
 def _ids(tokens, rule, config):
@@ -35,24 +45,26 @@ def _ids(tokens, rule, config):
     return tuple(torch.from_numpy(np.asarray(array, dtype=np.int64)) for array in arrays)
 
 
-def _greedy(subject, prompt):
+def _greedy(eval_model, prompt):
     tokens = list(prompt)
     with torch.no_grad():
         for _ in range(NEW):
-            tokens.append(int(subject.model(_ids(np.array(tokens), subject.rule, subject.config))[0, -1].argmax()))
+            tokens.append(
+                int(eval_model.model(_ids(np.array(tokens), eval_model.rule, eval_model.config))[0, -1].argmax())
+            )
     return tokens[len(prompt) :]
 
 
 def test_generation_in_batches_is_the_training_models_choice_token_by_token(exported, letters):
-    folder, subject = exported
+    folder, eval_model = exported
     generator = load_generator(folder, "cpu", torch.float32)
-    assert generator.longest_window_tokens == subject.config.longest_window_tokens
+    assert generator.max_seq_len_tokens == eval_model.config.max_seq_len_tokens
     texts = ["abc de", "c", "hello world. c and more of it", "x", "the end c"]
     prompts = [np.concatenate([[1], ids]) for ids in letters.encode_batch(texts)]
     done = []
     found = generate(generator, prompts, Limits(NEW, batch_tokens=70), done.append)
     assert sum(done) == 5 and len(done) > 1
-    expected = [_greedy(subject, prompt) for prompt in prompts]
+    expected = [_greedy(eval_model, prompt) for prompt in prompts]
     for tokens, wanted in zip(found, expected, strict=True):
         assert tokens == (wanted[: wanted.index(2)] if 2 in wanted else wanted)
 
@@ -68,7 +80,7 @@ def test_answer_ends_before_eos(exported, letters):
 
 
 def test_prompts_that_do_not_fit_the_encoding_are_refused_before_any_is_gone_on_with(exported, letters):
-    generator = load_generator(exported[0], "cpu", torch.float32)._replace(longest_window_tokens=20)
+    generator = load_generator(exported[0], "cpu", torch.float32)._replace(max_seq_len_tokens=20)
     prompts = [np.full(length, 5) for length in (3, 9)]
     assert len(generate(generator, prompts, Limits(11))) == 2
     with raises(ConfigError, 9, 12, 20, location=exported[0]):

@@ -16,10 +16,10 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.segments import bilevel_ids, segment_ends, window_ends
+from megatron_bipe.data.segments import bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.eval_model import exported_subject
+from megatron_bipe.eval.eval_model import load_exported_model
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
@@ -99,34 +99,42 @@ def models(tmp_path_factory, dataset, make_subject):
     fields = DataFields(dataset.rule.spec, dataset.rule.token_ids, tokenizer.fingerprint, {"bos": 1})
     folders = {}
     for encoding in ("bipe_rope", "bipe_alibi", "rope"):
-        subject = make_subject(encoding, vocab_size=tokenizer.vocab_size, train_len_tokens=LENGTH)
-        windows = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, subject.config)
+        eval_model = make_subject(encoding, vocab_size=tokenizer.vocab_size, train_len_tokens=LENGTH)
+        sequences = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, eval_model.config)
         folders[encoding] = tmp_path_factory.mktemp(encoding) / "model"
         options = ExportOptions(dtype=torch.float32)
-        export_model(subject.model.state_dict(), subject.config, folders[encoding], fields, windows, source, options)
+        export_model(
+            eval_model.model.state_dict(),
+            eval_model.config,
+            folders[encoding],
+            fields,
+            sequences,
+            source,
+            options,
+        )
     return folders
 
 
 def ids_of(tokens, rule, config):
-    arrays = (tokens, *bilevel_ids(window_ends(segment_ends(tokens, rule), rule), config.intra_size - 1))
+    arrays = (tokens, *bilevel_ids(sequence_ends(segment_ends(tokens, rule), rule), config.intra_size - 1))
     return tuple(map(torch.from_numpy, arrays))
 
 
-def log_likelihoods(subject, tokens):
+def log_likelihoods(eval_model, tokens):
     """Of each token but the first, by the training model in one window."""
-    ids = ids_of(np.array([tokens[:-1]]), subject.rule, subject.config)
+    ids = ids_of(np.array([tokens[:-1]]), eval_model.rule, eval_model.config)
     with torch.no_grad():
-        return subject.model(ids).log_softmax(-1)[0].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double()
+        return eval_model.model(ids).log_softmax(-1)[0].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double()
 
 
 def check_choices(found, folder):
     """Compare each option's log-likelihood with the training model's on BOS, question, option."""
-    subject, tokenizer = exported_subject(folder), load_tokenizer(folder)
+    eval_model, tokenizer = load_exported_model(folder), load_tokenizer(folder)
     for question, options in zip(QUESTIONS, found, strict=True):
         for option, value in zip(question["choices"], options, strict=True):
             short, whole = tokenizer.encode_batch([question["text"], question["text"] + option])
             assert whole[: len(short)].tolist() == short.tolist()
-            expected = log_likelihoods(subject, [1, *whole.tolist()])[len(short) :].sum()
+            expected = log_likelihoods(eval_model, [1, *whole.tolist()])[len(short) :].sum()
             assert value == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -137,7 +145,7 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(encoding, models, data
     results = harness.run_tasks(folder, ["our_choice", "our_text"], settings)
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
     check_choices([[value[0] for value in row["filtered_resps"]] for row in samples["our_choice"]], folder)
-    ours = evaluate_perplexity(exported_subject(folder), dataset, LENGTH, Settings())
+    ours = evaluate_perplexity(load_exported_model(folder), dataset, LENGTH, Settings())
     [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
     assert ours.num_predictions == 8 * LENGTH
     assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)

@@ -57,7 +57,7 @@ def draw(lines, **changes):
     return {svg.get("class").split()[1]: svg for svg in ElementTree.fromstring(f"<p>{html}</p>")}
 
 
-def places(svg):
+def positions(svg):
     """Points of each line, in the drawing's pixels."""
     inner = svg.find("svg")
     return [[tuple(map(float, p.split(","))) for p in line.get("points").split()] for line in inner.iter("polyline")]
@@ -70,7 +70,7 @@ FALLING = Line("falling", 1, [(64, 28.0), (128, 20.0), (256, 12.0)])
 @pytest.mark.parametrize("kind", WIDTHS)
 def test_line_chart_places_points_by_value_and_all_text_inside(kind):
     svg = draw([RISING, FALLING], x_ticks=(64, 128, 256), x_mark=(64, "training length"))[kind]
-    rising, falling = places(svg)
+    rising, falling = positions(svg)
     assert [x for x, _ in rising] == [x for x, _ in falling] == sorted(x for x, _ in rising)
     assert (rising[2][0] - rising[1][0]) == pytest.approx(2 * (rising[1][0] - rising[0][0]), abs=0.3)
     assert [y for _, y in rising] == [y for _, y in falling][::-1] == sorted((y for _, y in rising), reverse=True)
@@ -106,10 +106,10 @@ def test_line_chart_infinite_values_leave_at_the_top_and_others_are_gaps():
     gone = Line("gone", 0, [(64, 20.0), (128, math.inf)])
     broken = Line("broken", 1, [(1, 20.0), (2, math.nan), (3, 20.0), (4, 21.0)])
     svg = draw([gone])["wide"]
-    [[(_, first), (_, last)]] = places(svg)
+    [[(_, first), (_, last)]] = positions(svg)
     assert first > 0 > last > -math.inf
     assert "gone ↑" in [text.text for text in svg.iter("text")]
-    assert [len(stretch) for stretch in places(draw([broken])["wide"])] == [1, 2]
+    assert [len(stretch) for stretch in positions(draw([broken])["wide"])] == [1, 2]
 
 
 def test_line_chart_lines_in_the_background_have_no_name_and_no_markers():

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval import windows as windows_module
+from megatron_bipe.eval import sequences as windows_module
 from megatron_bipe.eval.perplexity import HEAD_TOKENS, Settings, evaluate_perplexity
 from megatron_bipe.model.attention import CHUNK
 from tests.helpers.errors import raises
@@ -19,17 +19,17 @@ ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]
 FIXED = SegmentRule(spec="fixed:4", token_ids=())
 
 
-def plain_losses(subject, tokens, closes):
+def plain_losses(eval_model, tokens, closes):
     """Losses of one window by a plain loop: ids token by token, all logits, log-softmax in float64."""
-    intra, inter, place, segment = [], [], 0, 0
+    intra, inter, position, segment = [], [], 0, 0
     for number, token in enumerate(tokens):
-        intra.append(min(place, subject.config.intra_size - 1))
+        intra.append(min(position, eval_model.config.intra_size - 1))
         inter.append(segment)
-        place += 1
+        position += 1
         if closes(number, token):
-            place, segment = 0, segment + 1
+            position, segment = 0, segment + 1
     with torch.no_grad():
-        logits = subject.model(tuple(torch.tensor([ids]) for ids in (tokens, intra, inter)))[0]
+        logits = eval_model.model(tuple(torch.tensor([ids]) for ids in (tokens, intra, inter)))[0]
     return [-logits[i].double().log_softmax(-1)[label].item() for i, label in enumerate(tokens[1:])]
 
 
@@ -44,14 +44,14 @@ def closing(rule):
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_full_equals_a_plain_loop_over_windows(make_dataset, make_subject, documents, encoding, length, rule):
     dataset = make_dataset(documents, **({"rule": rule} if rule else {}))
-    subject = make_subject(encoding)
+    eval_model = make_subject(encoding)
     corpus = np.concatenate(documents).tolist()
     losses = []
     for start in range(0, len(corpus) - 1, length):
-        losses += plain_losses(subject, corpus[start : start + length + 1], closing(rule))
+        losses += plain_losses(eval_model, corpus[start : start + length + 1], closing(rule))
     assert len(losses) == len(corpus) - 1
 
-    result = evaluate_perplexity(subject, dataset, length, Settings(batch_tokens=64))
+    result = evaluate_perplexity(eval_model, dataset, length, Settings(batch_tokens=64))
 
     assert result.nats_per_token == pytest.approx(sum(losses) / len(losses), abs=2e-6)
     assert result.perplexity == pytest.approx(math.exp(sum(losses) / len(losses)), rel=2e-6)
@@ -63,7 +63,7 @@ def test_reference_equals_the_authors_loop_over_batches(
     make_dataset, make_subject, documents, monkeypatch, encoding, length
 ):
     monkeypatch.setattr(windows_module, "GROUP_DOCUMENTS", 4)  # two groups of these six documents
-    subject = make_subject(encoding)
+    eval_model = make_subject(encoding)
     blocks = []
     for group in (documents[:4], documents[4:]):
         joined = np.concatenate(group).tolist()
@@ -71,68 +71,70 @@ def test_reference_equals_the_authors_loop_over_batches(
         blocks += [joined[start : start + length] for start in range(0, kept, length)]
     repeated = []  # as gathered: a batch's mean once for each of its blocks, the last batch being smaller
     for first in range(0, len(blocks), 8):
-        means = [np.mean(plain_losses(subject, block, closing(None))) for block in blocks[first : first + 8]]
+        means = [np.mean(plain_losses(eval_model, block, closing(None))) for block in blocks[first : first + 8]]
         repeated += [np.mean(means)] * len(means)
 
-    result = evaluate_perplexity(subject, make_dataset(documents), length, Settings(protocol="reference"))
+    result = evaluate_perplexity(eval_model, make_dataset(documents), length, Settings(protocol="reference"))
 
     assert result.perplexity == pytest.approx(math.exp(np.mean(repeated)), rel=2e-6)
-    assert (result.num_windows, result.num_predictions) == (len(blocks), len(blocks) * (length - 1))
+    assert (result.num_sequences, result.num_predictions) == (len(blocks), len(blocks) * (length - 1))
     assert result.num_tokens_dropped == 173 - len(blocks) * length == 173 - result.num_tokens_read
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("length", [2, 7, 60])
 def test_sliding_equals_a_plain_loop(make_dataset, make_subject, documents, encoding, length):
-    subject, corpus, stride = make_subject(encoding), np.concatenate(documents).tolist(), length // 2
+    eval_model, corpus, stride = make_subject(encoding), np.concatenate(documents).tolist(), length // 2
     losses, start = [], 0
     while len(losses) < len(corpus) - 1:
-        window = plain_losses(subject, corpus[start : start + length + 1], closing(None))
+        window = plain_losses(eval_model, corpus[start : start + length + 1], closing(None))
         losses += [float(loss) for loss in window[len(losses) - start :]]
         start += stride
-    result = evaluate_perplexity(subject, make_dataset(documents), length, Settings(protocol="sliding"))
+    result = evaluate_perplexity(eval_model, make_dataset(documents), length, Settings(protocol="sliding"))
     assert result.nats_per_token == pytest.approx(np.mean(losses), abs=2e-6)
     assert (result.num_predictions, result.num_tokens_read, result.num_tokens_dropped) == (172, 173, 0)
 
 
 def test_reference_feeds_whole_blocks_to_length_dependent_scaling(make_dataset, make_subject, documents):
     scaling = {"type": "dynamic", "factor": 4.0}
-    subject = make_subject("rope", rope_scaling=scaling, train_len_tokens=19)
+    eval_model = make_subject("rope", rope_scaling=scaling, train_len_tokens=19)
     corpus = np.concatenate(documents).tolist()
     blocks = [corpus[start : start + 20] for start in range(0, 173 // 20 * 20 - 20, 20)]
-    wanted = np.mean([plain_losses(subject, block, closing(None)) for block in blocks])
-    result = evaluate_perplexity(subject, make_dataset(documents), 20, Settings(protocol="reference"))
+    wanted = np.mean([plain_losses(eval_model, block, closing(None)) for block in blocks])
+    result = evaluate_perplexity(eval_model, make_dataset(documents), 20, Settings(protocol="reference"))
     assert result.nats_per_token == pytest.approx(wanted, abs=2e-6)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_full_does_not_depend_on_the_batch_size(make_dataset, make_subject, documents, encoding):
-    dataset, subject = make_dataset(documents), make_subject(encoding)
-    nats = [evaluate_perplexity(subject, dataset, 9, Settings(batch_tokens=n)).nats_per_token for n in (1, 50, 10**6)]
+    dataset, eval_model = make_dataset(documents), make_subject(encoding)
+    nats = [
+        evaluate_perplexity(eval_model, dataset, 9, Settings(batch_tokens=n)).nats_per_token for n in (1, 50, 10**6)
+    ]
     assert max(nats) - min(nats) < 1e-6  # measured: at most 6e-9
 
 
 def test_full_predicts_the_same_targets_at_every_length(make_dataset, make_subject, documents):
-    dataset, subject = make_dataset(documents), make_subject()
-    results = [evaluate_perplexity(subject, dataset, length, Settings()) for length in (2, 10, 50, 172)]
+    dataset, eval_model = make_dataset(documents), make_subject()
+    results = [evaluate_perplexity(eval_model, dataset, length, Settings()) for length in (2, 10, 50, 172)]
     assert {result.num_predictions for result in results} == {172}
     assert {(result.num_tokens_read, result.num_tokens_dropped) for result in results} == {(173, 0)}
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 def test_max_tokens_equals_a_dataset_of_so_many_tokens(make_dataset, make_subject, documents, protocol):
-    subject = make_subject()
+    eval_model = make_subject()
     short = [documents[0], documents[1], documents[2], documents[3][:6]]  # 98 tokens
-    limited = evaluate_perplexity(subject, make_dataset(documents), 9, Settings(protocol=protocol, max_tokens=98))
-    whole = evaluate_perplexity(subject, make_dataset(short, name="short"), 9, Settings(protocol=protocol))
+    limited = evaluate_perplexity(eval_model, make_dataset(documents), 9, Settings(protocol=protocol, max_tokens=98))
+    whole = evaluate_perplexity(eval_model, make_dataset(short, name="short"), 9, Settings(protocol=protocol))
     assert limited[1:3] == whole[1:3]
     assert limited[4:8] == whole[4:8]
 
 
 def test_max_tokens_beyond_the_dataset_changes_nothing(make_dataset, make_subject, documents):
-    dataset, subject = make_dataset(documents), make_subject()
-    limited = evaluate_perplexity(subject, dataset, 9, Settings(max_tokens=10**9))
-    assert limited[:-1] == evaluate_perplexity(subject, dataset, 9, Settings())[:-1]
+    dataset, eval_model = make_dataset(documents), make_subject()
+    limited = evaluate_perplexity(eval_model, dataset, 9, Settings(max_tokens=10**9))
+    assert limited[:-1] == evaluate_perplexity(eval_model, dataset, 9, Settings())[:-1]
 
 
 def test_bits_per_byte_is_all_losses_over_the_raw_text(make_dataset, make_subject, documents):
@@ -148,9 +150,9 @@ def test_bits_per_byte_of_a_part_is_none(make_dataset, make_subject, documents, 
 def test_bf16_runs_the_model_in_bf16_and_is_near(make_dataset, make_subject, documents):
     dataset = make_dataset(documents)
     exact = evaluate_perplexity(make_subject("bipe_alibi"), dataset, 20, Settings())
-    subject = make_subject("bipe_alibi")
-    rounded = evaluate_perplexity(subject, dataset, 20, Settings(dtype=torch.bfloat16))
-    assert next(subject.model.parameters()).dtype == torch.bfloat16
+    eval_model = make_subject("bipe_alibi")
+    rounded = evaluate_perplexity(eval_model, dataset, 20, Settings(dtype=torch.bfloat16))
+    assert next(eval_model.model.parameters()).dtype == torch.bfloat16
     assert 0 < abs(rounded.nats_per_token - exact.nats_per_token) < 0.05
 
 
@@ -176,9 +178,9 @@ class _LargestResult(TorchDispatchMode):
 def test_long_windows_hold_neither_all_logits_nor_all_scores(make_dataset, make_subject, encoding):
     length, vocab_size = 3 * HEAD_TOKENS, 300
     dataset = make_dataset([np.arange(2 * length) % vocab_size], vocab_size=vocab_size)
-    subject = make_subject(encoding, vocab_size=vocab_size, num_layers=1)
+    eval_model = make_subject(encoding, vocab_size=vocab_size, num_layers=1)
     with _LargestResult() as largest:
-        evaluate_perplexity(subject, dataset, length, Settings())
+        evaluate_perplexity(eval_model, dataset, length, Settings())
     mask = CHUNK * length if encoding == "bipe_alibi" else 0  # of the queries that see the same keys
     assert largest.elements == max(HEAD_TOKENS * vocab_size, mask) < length**2 / 10
 
@@ -195,11 +197,11 @@ def test_impossible_settings_name_the_option(make_dataset, make_subject, documen
 
 
 def test_damaged_weights_are_reported_not_averaged(make_dataset, make_subject, documents):
-    subject = make_subject()
+    eval_model = make_subject()
     with torch.no_grad():
-        subject.model[1].mlp.down.weight[0, 0] = math.nan
+        eval_model.model[1].mlp.down.weight[0, 0] = math.nan
     with raises(CheckpointError, "nan", 9, location="runs/tiny", remedy="--dtype"):
-        evaluate_perplexity(subject, make_dataset(documents), 9, Settings())
+        evaluate_perplexity(eval_model, make_dataset(documents), 9, Settings())
 
 
 def test_damaged_tokens_are_reported_not_looked_up(make_dataset, make_subject, documents):

@@ -92,7 +92,11 @@ def test_unique_names_of_equal_names_are_what_was_loaded(make_subject):
         make_subject(name="run")._replace(source="b/run"),
         make_subject(name="other"),
     ]
-    assert unique_names([ModelResults(subject, ()) for subject in subjects]) == ["a/run", "b/run", "other"]
+    assert unique_names([ModelResults(eval_model, ()) for eval_model in subjects]) == [
+        "a/run",
+        "b/run",
+        "other",
+    ]
 
 
 @pytest.mark.parametrize("name", ["perplexity.json", "perplexity.csv", "perplexity.png"])

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences
 
 from megatron_bipe.errors import ConfigError, DataError
-from megatron_bipe.eval.windows import GROUP_DOCUMENTS, cut_windows
 from tests.helpers.errors import raises
 
 
@@ -27,27 +27,27 @@ class Corpus:
 def test_cut_windows_full_predicts_every_token_but_the_first_once(num_tokens, length):
     if num_tokens <= length:
         return
-    windows = cut_windows(Corpus([num_tokens]), num_tokens, length, "full")
-    spans = zip((windows.starts + 1).tolist(), windows.num_predictions.tolist(), strict=True)
+    sequences = cut_sequences(Corpus([num_tokens]), num_tokens, length, "full")
+    spans = zip((sequences.starts + 1).tolist(), sequences.num_predictions.tolist(), strict=True)
     predicted = [label for first, count in spans for label in range(first, first + count)]
     assert predicted == list(range(1, num_tokens))
-    assert windows.num_inputs.max() == length
-    assert (windows.num_inputs == windows.num_predictions).all()
-    assert windows.num_tokens == num_tokens
+    assert sequences.num_inputs.max() == length
+    assert (sequences.num_inputs == sequences.num_predictions).all()
+    assert sequences.num_tokens == num_tokens
 
 
 @given(num_tokens=st.integers(3, 400), length=st.integers(2, 50))
 def test_cut_windows_sliding_predicts_every_token_once_from_half_a_window(num_tokens, length):
     if num_tokens <= length:
         return
-    windows = cut_windows(Corpus([num_tokens]), num_tokens, length, "sliding")
+    sequences = cut_sequences(Corpus([num_tokens]), num_tokens, length, "sliding")
     predicted = []
-    for start, size, context, count in zip(*(part.tolist() for part in windows), strict=True):
+    for start, size, context, count in zip(*(part.tolist() for part in sequences), strict=True):
         assert context + count == size <= length
         assert context == (0 if start == 0 else length - length // 2)
         predicted += range(start + context + 1, start + size + 1)
     assert predicted == list(range(1, num_tokens))
-    assert windows.num_tokens == num_tokens
+    assert sequences.num_tokens == num_tokens
 
 
 @given(
@@ -64,38 +64,38 @@ def test_cut_windows_reference_equals_the_arithmetic_of_the_authors(sizes, lengt
     corpus = Corpus(sizes)
     if not wanted:
         with raises(DataError, corpus.num_tokens, length, 2 * length, location="corpus", remedy="--lengths"):
-            cut_windows(corpus, corpus.num_tokens, length, "reference")
+            cut_sequences(corpus, corpus.num_tokens, length, "reference")
         return
-    windows = cut_windows(corpus, corpus.num_tokens, length, "reference")
-    assert windows.starts.tolist() == wanted
-    assert set(windows.num_inputs) == {length} and set(windows.num_predictions) == {length - 1}
-    assert windows.num_tokens == len(wanted) * length
+    sequences = cut_sequences(corpus, corpus.num_tokens, length, "reference")
+    assert sequences.starts.tolist() == wanted
+    assert set(sequences.num_inputs) == {length} and set(sequences.num_predictions) == {length - 1}
+    assert sequences.num_tokens == len(wanted) * length
 
 
 def test_cut_windows_reference_drops_the_remainder_and_a_block_of_each_group_of_1000():
     corpus = Corpus([1] * 1000 + [1] * 999)  # groups of 1000 and 999 tokens
-    windows = cut_windows(corpus, corpus.num_tokens, 300, "reference")
-    assert windows.starts.tolist() == [0, 300, 1000, 1300]
+    sequences = cut_sequences(corpus, corpus.num_tokens, 300, "reference")
+    assert sequences.starts.tolist() == [0, 300, 1000, 1300]
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 @pytest.mark.parametrize("length", [1, 0, -5])
 def test_cut_windows_length_below_two_is_refused(protocol, length):
     with raises(ConfigError, length, location="--lengths"):
-        cut_windows(Corpus([100]), 100, length, protocol)
+        cut_sequences(Corpus([100]), 100, length, protocol)
 
 
 @pytest.mark.parametrize(("protocol", "needed"), [("full", 101), ("sliding", 101), ("reference", 200)])
 def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol, needed):
     corpus = Corpus([needed - 1])
     with raises(DataError, needed - 1, needed, 100, location="corpus", remedy="--lengths"):
-        cut_windows(corpus, corpus.num_tokens, 100, protocol)
+        cut_sequences(corpus, corpus.num_tokens, 100, protocol)
     with raises(DataError, needed - 1, 10**20, location="corpus"):
-        cut_windows(corpus, corpus.num_tokens, 10**20, protocol)
+        cut_sequences(corpus, corpus.num_tokens, 10**20, protocol)
     corpus = Corpus([needed])
-    assert cut_windows(corpus, corpus.num_tokens, 100, protocol).starts[0] == 0
+    assert cut_sequences(corpus, corpus.num_tokens, 100, protocol).starts[0] == 0
 
 
 def test_cut_windows_limit_shorter_than_a_window_names_the_option():
     with raises(DataError, 50, 500, "--max-tokens", 101, location="corpus"):
-        cut_windows(Corpus([500]), 50, 100, "full")
+        cut_sequences(Corpus([500]), 50, 100, "full")

@@ -21,9 +21,9 @@ def fresh(tiny, plan_of, hf_of):
 def folder(tmp_path, tiny, plan_of, hf_of, fields, tokens_of):
     """The same model as a folder, in small shards."""
     config, tokens = tiny(), tokens_of(1, 40)
-    windows = (tokens, *hf_of(plan_of(config), config).bilevel_ids(tokens))
+    sequences = (tokens, *hf_of(plan_of(config), config).bilevel_ids(tokens))
     options = ExportOptions(dtype=torch.float32, max_shard_bytes=20_000)
-    export_model(plan_of(config).state_dict(), config, tmp_path / "model", fields, windows, None, options)
+    export_model(plan_of(config).state_dict(), config, tmp_path / "model", fields, sequences, None, options)
     return tmp_path / "model"
 
 

@@ -36,7 +36,7 @@ def test_model_of_every_encoding_matches_plan(encoding, intra, changes, tiny, pl
     config = tiny(encoding=encoding, intra_encoding=intra, **changes)
     plan = plan_of(config)
     for length in (1, 20, 32, 90):  # 90: beyond train_len_tokens
-        if length <= (config.longest_window_tokens or length):
+        if length <= (config.max_seq_len_tokens or length):
             tokens = tokens_of(2, length)
             with torch.no_grad():
                 expected = plan((tokens, *ids_of(tokens, config)))
@@ -111,20 +111,22 @@ EXPORTED = [
 @pytest.mark.parametrize("changes", EXPORTED, ids=str)
 def test_exported_model_loads_as_users_load_it_and_back(tmp_path, changes, tiny, plan_of, fields, tokens_of):
     config, tokens = tiny(**changes), tokens_of(2, 40)
-    plan, windows, folder = plan_of(config), (tokens, *ids_of(tokens, config)), tmp_path / "m"
-    figure = export_model(plan.state_dict(), config, folder, fields, windows, None, ExportOptions(dtype=torch.float32))
+    plan, sequences, folder = plan_of(config), (tokens, *ids_of(tokens, config)), tmp_path / "m"
+    figure = export_model(
+        plan.state_dict(), config, folder, fields, sequences, None, ExportOptions(dtype=torch.float32)
+    )
     assert figure < TOLERANCE
     stock = config.encoding == "rope" and config.rope_scaling != DYNAMIC
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=not stock)
     assert (type(model) is LlamaForCausalLM) == stock
     with torch.no_grad():
-        torch.testing.assert_close(model(tokens).logits, plan(windows), **NEAR)
+        torch.testing.assert_close(model(tokens).logits, plan(sequences), **NEAR)
     if config.bilevel:
-        assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(tokens), windows[1:], strict=True))
+        assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(tokens), sequences[1:], strict=True))
     loaded = load_exported(folder)
     assert loaded.config == config.model_copy(update={"num_kv_heads": config.kv_heads})
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model(windows), plan(windows))
+        torch.testing.assert_close(loaded.model(sequences), plan(sequences))
     assert f"`{config.encoding}`" in (folder / "README.md").read_text("utf-8")
 
 

@@ -30,20 +30,20 @@ FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps:
 
 
 @pytest.fixture
-def windows(tokens_of):
+def sequences(tokens_of):
     tokens = tokens_of(2, 40)
     rule = SegmentRule(spec="[3,5]", token_ids=(3, 5))
     return (tokens, *map(torch.from_numpy, bilevel_ids(segment_ends(tokens.numpy(), rule), 11)))
 
 
 @pytest.fixture
-def export(tmp_path, tiny, plan_of, fields, windows):
+def export(tmp_path, tiny, plan_of, fields, sequences):
     """A function that exports a model to a folder of tmp_path, and returns the folder."""
 
     def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
         config = config or tiny()
         weights = weights or plan_of(config).state_dict()
-        export_model(weights, config, tmp_path / name, data, windows, tokenizer, FP32._replace(**options))
+        export_model(weights, config, tmp_path / name, data, sequences, tokenizer, FP32._replace(**options))
         return tmp_path / name
 
     return make
@@ -56,12 +56,12 @@ def left_behind(folder):
 @pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_exported_model_loads_through_auto_classes_and_is_the_plan(
-    tmp_path, encoding, dtype, tiny, plan_of, fields, windows
+    tmp_path, encoding, dtype, tiny, plan_of, fields, sequences
 ):
     config = tiny(encoding=encoding, num_kv_heads=2)
     plan = plan_of(config)
     figure = export_model(
-        plan.state_dict(), config, tmp_path / "m-1.0", fields, windows, None, FP32._replace(dtype=dtype)
+        plan.state_dict(), config, tmp_path / "m-1.0", fields, sequences, None, FP32._replace(dtype=dtype)
     )
     assert figure < TOLERANCE
     assert left_behind(tmp_path) == ["m-1.0"]
@@ -71,26 +71,26 @@ def test_exported_model_loads_through_auto_classes_and_is_the_plan(
         assert torch.equal(model.state_dict()[name], weight.to(dtype))
     if dtype == torch.float32:
         with torch.no_grad():
-            found, expected = model(windows[0]).logits, plan(windows)
+            found, expected = model(sequences[0]).logits, plan(sequences)
         assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
     if encoding.startswith("bipe"):
-        assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(windows[0]), windows[1:], strict=True))
+        assert all(torch.equal(*pair) for pair in zip(model.bilevel_ids(sequences[0]), sequences[1:], strict=True))
 
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "rope"])
-def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(export, encoding, tiny, plan_of, windows):
+def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(export, encoding, tiny, plan_of, sequences):
     config = tiny(encoding=encoding, tied_output=True)
     plan = plan_of(config)
     folder = export(config, weights=dict(plan.named_parameters()))  # as a checkpoint has them: the table once
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=encoding != "rope")
     with torch.no_grad():
-        found, expected = model(windows[0]).logits, plan(windows)
+        found, expected = model(sequences[0]).logits, plan(sequences)
     assert float((found - expected).abs().max() / expected.abs().max()) < TOLERANCE
     loaded = load_exported(folder)
     assert loaded.config.tied_output
     with torch.no_grad():
-        assert torch.equal(loaded.model(windows), expected)
+        assert torch.equal(loaded.model(sequences), expected)
 
 
 def test_export_of_rope_is_a_stock_llama(export, tiny):
@@ -226,29 +226,6 @@ def test_export_of_small_mistake_at_initial_weights_is_caught(export, tmp_path, 
             (tmp_path / name).write_text(text.replace(right, wrong))
             monkeypatch.setitem(export_module.REMOTE_CODE, name, tmp_path / name)
     assert list(tmp_path.glob("*_bipe.py"))
-    with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "m") as error:
-        export(data=fields._replace(token_ids=(3,)))
-    assert re.search(r"\d\.\d\de[-+]\d\d", error.value.message)
-    assert left_behind(tmp_path) == []
-
-
-@pytest.mark.parametrize(
-    "mistake",
-    [
-        ("96.0", "95.0", "bipe_alibi"),
-        ("closed_BT - ends_BT.long()", "closed_BT", "bipe_rope"),
-        ("places.inter if config.bilevel else places.intra", "places.inter", "alibi"),
-    ],
-)
-def test_export_of_small_mistake_at_initial_weights_is_caught(export, tmp_path, monkeypatch, mistake, tiny):
-    """At std 0.02 attention is nearly flat: the limit must be tight enough even then."""
-    right, wrong, encoding = mistake
-    source = Path(export_module.__file__).parent
-    for name in export_module.REMOTE_CODE:
-        text = (source / name).read_text()
-        (tmp_path / name).write_text(text.replace(right, wrong))
-    assert any((tmp_path / name).read_text() != (source / name).read_text() for name in export_module.REMOTE_CODE)
-    monkeypatch.setattr(export_module, "__file__", str(tmp_path / "export.py"))
     with raises(CheckpointError, f"{TOLERANCE:.0e}", location=tmp_path / "out" / "m"):
         export(tiny(encoding=encoding, init_std=0.02), "out/m")
     assert left_behind(tmp_path / "out") == []

@@ -136,9 +136,9 @@ def test_static_cache_after_reset_starts_anew(model, tokens_of):
 @given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9), st.booleans())
 def test_cache_in_bf16_remembers_places_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]
-    places = PositionIds(next_intra, next_inter, next_intra, next_inter)
+    position_ids = PositionIds(next_intra, next_inter, next_intra, next_inter)
     cache = DynamicCache()
-    keys = torch.cat([torch.randn(1, 1, len(counts), 8), write_cache_positions(places)], dim=-1).bfloat16()
+    keys = torch.cat([torch.randn(1, 1, len(counts), 8), write_cache_positions(position_ids)], dim=-1).bfloat16()
     if static:
         shape = {"num_hidden_layers": 1, "num_attention_heads": 1}
         cache = StaticCache(config=PreTrainedConfig(**shape), max_cache_len=len(counts) + 2)

@@ -11,7 +11,7 @@ from tokenizers import models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, read_published
+from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, read_authors_checkpoint
 from megatron_bipe.hf.load import load_exported
 from tests.helpers.errors import raises
 from tests.helpers.tools import assert_refuses, call_tool
@@ -40,7 +40,7 @@ def test_imported_and_exported_weights_are_the_same_bits(encoding, golden, tmp_p
             assert torch.equal(found.pop(name.replace("embeds.0", "embed_intra")), weight)
     assert not found
     loaded = load_exported(tmp_path / "out")
-    assert loaded.config == read_published(source).config
+    assert loaded.config == read_authors_checkpoint(source).config
     assert loaded.config.zero_last_row
     assert loaded.data == {
         "tokenizer_fingerprint": None,
@@ -69,7 +69,7 @@ def test_import_of_float16_keeps_the_bits(published, tmp_path):
 @pytest.mark.parametrize("sharded", [False, True])
 def test_pickled_weights_are_read(published, sharded):
     weights = load_file(published / "model.safetensors")
-    expected = read_published(published).weights
+    expected = read_authors_checkpoint(published).weights
     (published / "model.safetensors").unlink()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8)
     names = list(weights)
@@ -79,7 +79,7 @@ def test_pickled_weights_are_read(published, sharded):
     if sharded:
         index = {"weight_map": {name: file for file, part in files.items() for name in part}}
         (published / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    found = read_published(published).weights
+    found = read_authors_checkpoint(published).weights
     assert set(found) == set(expected)
     assert all(torch.equal(found[name], weight) for name, weight in expected.items())
 
@@ -94,7 +94,7 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
     (published / "model.safetensors").unlink()
     torch.save({"x": Malicious()}, published / "pytorch_model.bin")
     with raises(CheckpointError, location="pytorch_model.bin"):
-        read_published(published)
+        read_authors_checkpoint(published)
     assert not (tmp_path / "harm").exists()
 
 
@@ -117,23 +117,23 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
 def test_read_of_impossible_model_refuses(published, changes, observed, location):
     edit(published, **changes)
     with raises(CheckpointError, *observed, location=location or None):
-        read_published(published)
+        read_authors_checkpoint(published)
 
 
 def test_read_without_or_with_damaged_weights_refuses(published):
     (published / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0nonsense")
     with raises(CheckpointError, location="model.safetensors"):
-        read_published(published)
+        read_authors_checkpoint(published)
     (published / "model.safetensors").unlink()
     with raises(CheckpointError, "model.safetensors", "pytorch_model.bin", location=published):
-        read_published(published)
+        read_authors_checkpoint(published)
     (published / "pytorch_model.bin").write_bytes(b"nonsense")
     with raises(CheckpointError, location="pytorch_model.bin"):
-        read_published(published)
+        read_authors_checkpoint(published)
     for content in ("{", "[]", '{"weight_map": 3}'):
         (published / "pytorch_model.bin.index.json").write_text(content)
         with raises(CheckpointError, location="pytorch_model.bin.index.json"):
-            read_published(published)
+            read_authors_checkpoint(published)
 
 
 def test_import_with_rule_that_needs_a_tokenizer_refuses(published, tmp_path):
@@ -181,7 +181,7 @@ def test_import_options_that_mean_nothing_for_the_target_are_refused(published, 
     assert_refuses("import_hf", [*given, *unused], ConfigError, "--config, --set", "--output", location="--config")
     itself = published / ".." / "published"
     assert_refuses("import_hf", [*given[:3], itself, "--overwrite"], ConfigError, location=itself)
-    assert read_published(published).config.num_layers and not (tmp_path / "out").exists()
+    assert read_authors_checkpoint(published).config.num_layers and not (tmp_path / "out").exists()
     call_tool("import_hf", *given)
     to_run = ["--input", tmp_path / "out", "--checkpoint", tmp_path / "run", "--segments", "newline"]
     assert_refuses("import_hf", to_run, ConfigError, "--segments", "--checkpoint", location="--segments")

@@ -14,12 +14,12 @@ from tests.helpers.errors import raises
 
 
 def export(plan, config, folder, fields, tokens, **options):
-    places = torch.arange(tokens.shape[1]).expand_as(tokens)
-    windows = (tokens, places * 0, places * 0)
+    position_ids = torch.arange(tokens.shape[1]).expand_as(tokens)
+    sequences = (tokens, position_ids * 0, position_ids * 0)
     if config.bilevel:
         fields = fields._replace(segments_spec="fixed:4", token_ids=())
-        windows = (tokens, places % 4, places // 4)
-    export_model(plan.state_dict(), config, folder, fields, windows, None, ExportOptions(**options))
+        sequences = (tokens, position_ids % 4, position_ids // 4)
+    export_model(plan.state_dict(), config, folder, fields, sequences, None, ExportOptions(**options))
 
 
 @pytest.fixture
@@ -120,8 +120,8 @@ def test_load_of_damaged_config_refuses(folder, content):
 def test_load_of_weights_with_a_flipped_bit_refuses(folder):
     weights = folder / "model.safetensors"
     whole = weights.read_bytes()
-    for place in (0, len(whole) // 2, len(whole) - 1):
-        weights.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+    for position in (0, len(whole) // 2, len(whole) - 1):
+        weights.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
         with raises(CheckpointError, "SHA256SUMS", location=weights, remedy="SHA256SUMS"):
             load_exported(folder)
     (folder / "SHA256SUMS").unlink()  # as the message says; the last byte of a weight is all that differs

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from megatron_bipe.config.schema import RopeScaling
-from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, window_ends
-from megatron_bipe.hf.authors_checkpoint import read_published
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.load import plan_model
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
@@ -19,7 +19,7 @@ PUBLISHED = SegmentRule(spec="reference", token_ids=(13, 869))
 
 
 def published(folder, hf_of, fields):
-    found = read_published(folder)
+    found = read_authors_checkpoint(folder)
     plan = plan_model(to_llama(found.weights, found.config), found.config)
     return hf_of(plan, found.config, fields._replace(token_ids=PUBLISHED.token_ids))
 
@@ -91,7 +91,7 @@ def test_bilevel_ids_equal_those_of_the_data(rows, length):
     tokens = torch.tensor(rows)
     rule = SegmentRule(spec=spec, token_ids=token_ids)
     ends = np.broadcast_to(segment_ends(np.array(rows), rule), tokens.shape)
-    expected = bilevel_ids(window_ends(ends, rule), 5)
+    expected = bilevel_ids(sequence_ends(ends, rule), 5)
     for found, wanted in zip(BipeForCausalLM(config).bilevel_ids(tokens), expected, strict=True):
         assert found.dtype == torch.int64
         np.testing.assert_array_equal(found.numpy(), wanted)

@@ -146,15 +146,15 @@ def test_attention_forward_and_backward_run_on_flash_and_make_nothing_of_size_t_
 def test_attention_grouped_queries_equal_repeated_key_and_value_heads(encoding):
     torch.manual_seed(0)
     grouped = Attention(small_config(encoding=encoding, num_kv_heads=2), LocalLayers())
-    whole = Attention(small_config(encoding=encoding), LocalLayers())
+    full = Attention(small_config(encoding=encoding), LocalLayers())
     with torch.no_grad():
         groups = grouped.qkv.weight.unflatten(0, (2, 4, 8))  # 2 groups of (2 queries, key, value), 8 rows a head
         per_head = [torch.stack((group[query], group[2], group[3])) for group in groups for query in (0, 1)]
-        whole.qkv.weight.copy_(torch.stack(per_head).flatten(0, 2))
-        whole.out.weight.copy_(grouped.out.weight)
+        full.qkv.weight.copy_(torch.stack(per_head).flatten(0, 2))
+        full.out.weight.copy_(grouped.out.weight)
     hidden = torch.randn(2, 70, 32)
     positions = positions_of("bipe_alibi", 70).expand(2, -1)
-    torch.testing.assert_close(grouped(hidden, positions), whole(hidden, positions), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(grouped(hidden, positions), full(hidden, positions), atol=1e-6, rtol=1e-5)
 
 
 def test_attention_log_scale_multiplies_queries_by_the_growth_of_the_logarithm():

@@ -17,10 +17,10 @@ TOKENS, HEADS, WIDTH = 1100, 6, 16  # not a multiple of a chunk
 SLOPES = torch.tensor(alibi_slopes(HEADS)) * BILEVEL_ALIBI_FACTOR
 
 
-def heads(scale=1.0, groups=HEADS, windows=2, tokens=TOKENS):
+def heads(scale=1.0, groups=HEADS, sequences=2, tokens=TOKENS):
     generator = torch.Generator().manual_seed(groups)
     return [
-        scale * torch.randn(windows, count, tokens, WIDTH, generator=generator) for count in (HEADS, groups, groups)
+        scale * torch.randn(sequences, count, tokens, WIDTH, generator=generator) for count in (HEADS, groups, groups)
     ]
 
 
@@ -50,8 +50,8 @@ def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale
     got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
     # Measured: 6e-7 to 1.9e-6 of the largest value, of which the kernel's own order of additions is all.
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=1e-5 * scale)
-    whole = HEADS * TOKENS * TOKENS
-    assert sum(areas) < (0.75 if scale < 3.0 else 1.0) * whole
+    full = HEADS * TOKENS * TOKENS
+    assert sum(areas) < (0.75 if scale < 3.0 else 1.0) * full
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
@@ -68,7 +68,7 @@ def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
 
 
 def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
-    q, k, v = heads(windows=1)
+    q, k, v = heads(sequences=1)
     query, liked = 3 * attention.CHUNK, 3 * attention.CHUNK - 300
     q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
     positions, encoding = segment_counts(1), KeyBias(SLOPES, WIDTH)
@@ -80,7 +80,7 @@ def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
 
 
 def test_scores_that_are_no_numbers_stay_so():
-    q, k, v = heads(windows=1)
+    q, k, v = heads(sequences=1)
     k[0, 2, 600] = math.nan
     positions, encoding = segment_counts(14), KeyBias(SLOPES, WIDTH)
     got = windowed_attention(*encoding(q, k, positions), v, positions, encoding.reach(q, k))
@@ -101,21 +101,21 @@ def attend(encoding, tokens, **settings):
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])
 @pytest.mark.parametrize("log_scale", [False, True])
 def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log_scale, areas):
-    tokens = attention.SHORTEST_WINDOW
-    whole = attend(encoding, tokens, log_scale=log_scale).detach()
+    tokens = attention.MIN_WINDOWED_TOKENS
+    full = attend(encoding, tokens, log_scale=log_scale).detach()
     with torch.no_grad():
         short = attend(encoding, tokens - 1, log_scale=log_scale)
         assert areas == [4 * tokens**2, 4 * (tokens - 1) ** 2]
         areas.clear()
-        torch.testing.assert_close(attend(encoding, tokens, log_scale=log_scale), whole, rtol=0, atol=1e-5)
-    torch.testing.assert_close(short, whole[:, :-1], rtol=0, atol=1e-5)
+        torch.testing.assert_close(attend(encoding, tokens, log_scale=log_scale), full, rtol=0, atol=1e-5)
+    torch.testing.assert_close(short, full[:, :-1], rtol=0, atol=1e-5)
     assert len(areas) > 1
     assert sum(areas) < 0.6 * 4 * tokens**2
 
 
 def test_encodings_without_a_bound_take_all_keys(areas):
     with torch.no_grad():
-        attend("bipe_rope", attention.SHORTEST_WINDOW)
-    assert areas == [4 * attention.SHORTEST_WINDOW**2]
+        attend("bipe_rope", attention.MIN_WINDOWED_TOKENS)
+    assert areas == [4 * attention.MIN_WINDOWED_TOKENS**2]
     config = ModelConfig(encoding="rope", num_layers=1, hidden_size=64, num_heads=4, ffn_size=8, vocab_size=10)
     assert Rotary(config, LocalLayers()).reach(*heads()[:2]) is None

@@ -36,9 +36,9 @@ def test_init_deeper_model_has_the_same_first_layers(index):
 
 
 def test_init_one_layer_alone_equals_the_same_layer_of_the_whole():
-    whole = build_model(small_config(), seed=5)
+    full = build_model(small_config(), seed=5)
     alone = make_plan(small_config(), seed=5)[2].build()
-    assert all_equal(alone.state_dict().values(), layer_weights(whole, 2))
+    assert all_equal(alone.state_dict().values(), layer_weights(full, 2))
 
 
 def test_init_global_generator_does_not_matter():

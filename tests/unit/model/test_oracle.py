@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.hf.authors_checkpoint import read_published
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
@@ -21,7 +21,7 @@ needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle i
 
 
 def load_plan(folder):
-    found = read_published(folder)
+    found = read_authors_checkpoint(folder)
     model = build_model(found.config)
     model.load_state_dict(found.weights)
     return model, found.config
@@ -79,10 +79,10 @@ def test_plan_trained_on_oracle_batches_follows_the_trajectory():
     def loss_on(tokens):
         ends = torch.isin(tokens, separators)
         inter = ends.cumsum(-1) - ends.long()
-        places = torch.arange(tokens.shape[1])
-        opened = torch.where(ends, places + 1, 0).cummax(-1).values.roll(1, -1)
+        position_ids = torch.arange(tokens.shape[1])
+        opened = torch.where(ends, position_ids + 1, 0).cummax(-1).values.roll(1, -1)
         opened[:, 0] = 0
-        logits = model((tokens, (places - opened).clamp(max=config.intra_size - 1), inter))
+        logits = model((tokens, (position_ids - opened).clamp(max=config.intra_size - 1), inter))
         return token_losses(logits[:, :-1], tokens[:, 1:]).mean()
 
     for batch, expected in zip(data["batches"], data["losses"], strict=True):
@@ -127,6 +127,6 @@ def test_initial_weights_have_the_statistics_of_the_reference():
 
 
 def test_reference_names_survive_the_way_through_the_plan():
-    found = read_published(GOLDEN / "models" / "bipe_rope")
+    found = read_authors_checkpoint(GOLDEN / "models" / "bipe_rope")
     back = from_llama(to_llama(found.weights, found.config), found.config)
     assert all(torch.equal(back[name], weight) for name, weight in found.weights.items())

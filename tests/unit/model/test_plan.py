@@ -28,8 +28,8 @@ def small_config(**changes):
 def random_ids(config, batch, num_tokens):
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(config.vocab_size, (batch, num_tokens), generator=generator)
-    places = torch.arange(num_tokens).expand(batch, -1)
-    return tokens, places % config.intra_size, places // config.intra_size
+    position_ids = torch.arange(num_tokens).expand(batch, -1)
+    return tokens, position_ids % config.intra_size, position_ids // config.intra_size
 
 
 def test_make_plan_lists_embedding_blocks_head():

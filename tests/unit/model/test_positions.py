@@ -75,8 +75,8 @@ def test_rotary_segment_positions_equals_transformers():
 
 
 def test_rotary_dynamic_within_training_length_is_unscaled():
-    def frequencies(scaling, window_tokens):
-        return rotary_frequencies(small_config(rope_scaling=scaling), window_tokens)[0]
+    def frequencies(scaling, seq_len_tokens):
+        return rotary_frequencies(small_config(rope_scaling=scaling), seq_len_tokens)[0]
 
     dynamic = SCALINGS["dynamic"][0]
     assert torch.equal(frequencies(dynamic, TRAINED), frequencies(None, TRAINED))

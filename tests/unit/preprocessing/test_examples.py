@@ -37,10 +37,10 @@ GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the
 def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
     made = write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
     dataset = open_dataset(tmp_path / "out")
-    assert dataset.manifest == made and dataset.num_windows(LENGTH) == 2
+    assert dataset.manifest == made and dataset.num_sequences(LENGTH) == 2
     assert not list(find_problems([dataset]))
     assert open_tokenizer(dataset).eos_id == 2
-    tokens, _ = dataset.windows(np.array([1]), LENGTH)
+    tokens, _ = dataset.sequences(np.array([1]), LENGTH)
     assert tokens[0].tolist() == [1, 4, 4, 4, 4, 4, 4, 2, 0]
     assert made.text_bytes == 13
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
@@ -77,7 +77,7 @@ def test_output_is_replaced_only_when_asked_and_foreign_files_never(tmp_path, co
     with raises(DataError, location=tmp_path / "out", remedy="--overwrite"):
         write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=False)
     write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=True)
-    assert open_dataset(tmp_path / "out").num_windows(LENGTH) == 1
+    assert open_dataset(tmp_path / "out").num_sequences(LENGTH) == 1
     (tmp_path / "out" / "notes.txt").write_text("mine")
     with raises(DataError, "notes.txt", location=tmp_path / "out"):
         write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
@@ -100,9 +100,9 @@ def test_scrolls_split_becomes_an_example_for_each_output(tmp_path, letters, ben
     made = prepare_scrolls(options)
     rows = list(read_rows(benchmark, name, "train"))
     dataset, prompter = open_dataset(tmp_path), Prompter(TASKS[name], 1300, letters)
-    assert dataset.num_windows(1300) == len(rows) == 9
+    assert dataset.num_sequences(1300) == len(rows) == 9
     assert made.examples == PromptAnswerRecord(task=name, seq_len_tokens=1300)
-    tokens, _ = dataset.windows(np.arange(9), 1300)
+    tokens, _ = dataset.sequences(np.arange(9), 1300)
     answers = dataset.answers(np.arange(9))
     for row, ids, (first, stop) in zip(rows, tokens, answers, strict=True):
         (prompt,) = prompter.prompts([row.input])

@@ -18,8 +18,8 @@ def ranks():
 
 def signs(*places, beats=1):
     return {
-        rank: None if place is None else Heartbeat(beats, f"rank {rank} on h{rank}", place)
-        for rank, place in enumerate(places)
+        rank: None if location is None else Heartbeat(beats, f"rank {rank} on h{rank}", location)
+        for rank, location in enumerate(places)
     }
 
 

@@ -20,48 +20,48 @@ def _health(**fields):
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
 def test_health_what_is_not_finite_is_bad(loss, norm):
-    health = _health()
-    bad = health.check_steps(_readings([loss], norm=norm))
+    detector = _health()
+    bad = detector.check_steps(_readings([loss], norm=norm))
     assert [step.reading.step for step in bad] == [1] and "nothing was updated" in bad[0].reason
-    assert health.good_losses == [] and not health.in_trouble
+    assert detector.good_losses == [] and not detector.in_trouble
 
 
 def test_health_bad_steps_in_a_row_are_trouble_and_others_are_not():
-    health = _health()
-    health.check_steps(_readings([math.nan, 3.0, math.nan]))
-    assert not health.in_trouble and [step.reading.step for step in health.streak] == [3]
-    health.check_steps(_readings([math.nan, 3.0], first=4))
-    assert health.in_trouble and [step.reading.step for step in health.streak] == [3, 4]  # step 5 was not looked at
+    detector = _health()
+    detector.check_steps(_readings([math.nan, 3.0, math.nan]))
+    assert not detector.in_trouble and [step.reading.step for step in detector.streak] == [3]
+    detector.check_steps(_readings([math.nan, 3.0], first=4))
+    assert detector.in_trouble and [step.reading.step for step in detector.streak] == [3, 4]  # step 5 was not looked at
 
 
 def test_health_spike_is_told_by_the_deviations_of_the_window():
-    health = _health(spike_deviations=5.0)
-    assert health.check_steps(_readings(CALM)) == []
-    assert health.check_steps(_readings([3.05], first=11)) == []  # 4.7 deviations
-    bad = health.check_steps(_readings([3.5], first=12))
+    detector = _health(spike_deviations=5.0)
+    assert detector.check_steps(_readings(CALM)) == []
+    assert detector.check_steps(_readings([3.05], first=11)) == []  # 4.7 deviations
+    bad = detector.check_steps(_readings([3.5], first=12))
     assert "standard deviations above" in bad[0].reason
-    assert 3.5 not in health.good_losses and len(health.good_losses) == 10
+    assert 3.5 not in detector.good_losses and len(detector.good_losses) == 10
 
 
 def test_health_fall_of_the_loss_is_no_spike():
-    health = _health(spike_deviations=2.0)
-    health.check_steps(_readings(CALM))
-    assert health.check_steps(_readings([2.0], first=11)) == []
+    detector = _health(spike_deviations=2.0)
+    detector.check_steps(_readings(CALM))
+    assert detector.check_steps(_readings([2.0], first=11)) == []
 
 
 def test_health_before_the_window_is_full_nothing_is_a_spike():
-    health = _health(spike_deviations=2.0)
-    health.check_steps(_readings(CALM[:9]))
-    assert health.check_steps(_readings([50.0], first=10)) == []
+    detector = _health(spike_deviations=2.0)
+    detector.check_steps(_readings(CALM[:9]))
+    assert detector.check_steps(_readings([50.0], first=10)) == []
 
 
 def test_health_spikes_can_be_switched_off():
-    health = _health(spike_deviations=0.0)
-    health.check_steps(_readings(CALM))
-    assert health.check_steps(_readings([50.0], first=11)) == []
+    detector = _health(spike_deviations=0.0)
+    detector.check_steps(_readings(CALM))
+    assert detector.check_steps(_readings([50.0], first=11)) == []
 
 
 def test_health_losses_that_hardly_vary_make_no_spike_of_a_small_step():
-    health = _health(spike_deviations=8.0)
-    health.check_steps(_readings([3.0] * 10))
-    assert health.check_steps(_readings([3.01], first=11)) == []
+    detector = _health(spike_deviations=8.0)
+    detector.check_steps(_readings([3.0] * 10))
+    assert detector.check_steps(_readings([3.01], first=11)) == []

@@ -49,13 +49,13 @@ def _tokens(batches):
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_ranks):
     dataset = TokenDataset(run.data.path)
-    order = SampleOrder(dataset.num_windows(SEQ), run.train.seed)
+    order = SampleOrder(dataset.num_sequences(SEQ), run.train.seed)
     for step in (0, 3, 40):  # 40 lies epochs later
         feeds = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
         assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
-        expected = dataset.windows(order.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
+        expected = dataset.sequences(order.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)
 
 
@@ -68,9 +68,9 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
     for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
         feeds = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(feed.train_batches(step * GLOBAL)) for feed in feeds]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
-        expected = blend.windows(blend.window_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
+        expected = blend.sequences(blend.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)
     assert feeds[0].record == blend.record
     assert feeds[0].dataset.path == run.data.path
@@ -85,7 +85,7 @@ def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refu
 
 def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
     feeds = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
-    shares = [torch.cat(_tokens(feed.valid_batches())) for feed in feeds]
+    shares = [torch.cat(_tokens(loader.valid_batches())) for loader in feeds]
     assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
     assert torch.equal(shares[0], torch.cat(_tokens(feeds[0].valid_batches())))
     assert not torch.equal(shares[0], shares[1])
@@ -93,8 +93,8 @@ def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
 
 def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
     big = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 10_000})})
-    windows = TokenDataset(run.data.valid_path).num_windows(SEQ)
-    assert len(torch.cat(_tokens(BatchLoader(big, _mesh()).valid_batches()))) == windows // MICRO * MICRO
+    sequences = TokenDataset(run.data.valid_path).num_sequences(SEQ)
+    assert len(torch.cat(_tokens(BatchLoader(big, _mesh()).valid_batches()))) == sequences // MICRO * MICRO
 
 
 def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
@@ -135,8 +135,8 @@ def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
     model = run.model.model_copy(update={"intra_size": 8})
     short = run.model_copy(update={"model": model})
     sines = run.model_copy(update={"model": model.model_copy(update={"intra_encoding": "sinusoidal", "intra_size": 2})})
-    learned, places = (next(iter(BatchLoader(each, _mesh()).train_batches(0))).intra_BT for each in (short, sines))
-    assert learned.max() <= 7 and places.max() >= 2 and torch.equal(learned, places.clamp(max=7))
+    learned, positions = (next(iter(BatchLoader(each, _mesh()).train_batches(0))).intra_BT for each in (short, sines))
+    assert learned.max() <= 7 and positions.max() >= 2 and torch.equal(learned, positions.clamp(max=7))
 
 
 def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):

@@ -32,8 +32,8 @@ def test_events_a_damaged_line_costs_no_other(tmp_path):
     for step in range(3):
         events.add("start", step=step)
     whole = (tmp_path / EVENTS).read_bytes()
-    place = whole.index(b"\n") + 5
-    (tmp_path / EVENTS).write_bytes(whole[:place] + b"\xff" + whole[place + 1 :])
+    location = whole.index(b"\n") + 5
+    (tmp_path / EVENTS).write_bytes(whole[:location] + b"\xff" + whole[location + 1 :])
     assert [event["step"] for event in read_events(tmp_path)] == [0, 2]
 
 

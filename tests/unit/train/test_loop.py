@@ -25,17 +25,17 @@ from tests.helpers.loop import MAIN, Notes
 def start(tmp_path):
     """Trains with notes; returns them, and how far the run came."""
 
-    def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, progress=None, notes=None):
+    def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, state=None, notes=None):
         base = ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
         run = load_run_config(None, [f"run_dir={tmp_path}", *base, *settings])
         notes = notes or Notes(tmp_path, [256 * (step - 1) for step in bad_steps])
         events = Events(tmp_path, True)
-        progress = progress or TrainState(step=start, samples=256 * start)
-        metrics = Metrics(run, MAIN, progress, None)
-        rollback = Rollback(run, notes, notes, events, progress)
+        state = state or TrainState(step=start, samples=256 * start)
+        metrics = Metrics(run, MAIN, state, None)
+        rollback = Rollback(run, notes, notes, events, state)
         profile = Profile(0, tmp_path, MAIN)
         trainer = Trainer(run, MAIN, notes, notes, notes, stop_request or StopRequest(), profile)
-        end = trainer.train(progress, metrics, rollback, stop)
+        end = trainer.train(state, metrics, rollback, stop)
         metrics.close()
         return SimpleNamespace(notes=notes, end=end, run=run, run_dir=tmp_path)
 
@@ -70,7 +70,7 @@ def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
     done = start(stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.names == ["step", "step", "save"] and done.end.step == 2
     assert done.end.valid_owed  # due after step 2, and left for later
-    again = start(progress=TrainState.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
+    again = start(state=TrainState.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
     assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
 
 
@@ -124,8 +124,8 @@ def test_train_validation_that_is_owed_is_made_up_for_again_after_a_return(start
     notes = stopped.notes
     notes.calls.clear()
     notes.bad_samples = [256 * step for step in (2, 3)]
-    progress = TrainState.at(2, 256, notes.loop_states[step_folder(stopped.run_dir, 2)])
-    again = start("health.patience=2", progress=progress, notes=notes)
+    state = TrainState.at(2, 256, notes.loop_states[step_folder(stopped.run_dir, 2)])
+    again = start("health.patience=2", state=state, notes=notes)
     assert notes.names[:5] == ["eval", "step", "step", "load", "eval"]
     lines = [json.loads(line) for line in (again.run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/valid_nats" in line] == [2, 4, 6]
@@ -135,7 +135,7 @@ def test_train_single_bad_step_goes_on_and_is_written_down(start):
     done = start(bad_steps=[3])
     assert done.notes.of("step") == [256 * step for step in range(6)]
     event = next(event for event in read_events(done.run_dir) if event["event"] == "bad step")
-    assert event["step"] == 3 and event["samples"] == [512, 768] and event["windows"] == list(range(512, 768))
+    assert event["step"] == 3 and event["samples"] == [512, 768] and event["sequences"] == list(range(512, 768))
 
 
 def test_train_does_not_save_after_a_bad_step_but_after_the_next_good_one(start):

@@ -137,14 +137,14 @@ def test_resegment_into_an_empty_folder_is_done(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub/tokens-00000.bin", "tokenizer/notes.txt", "other-00000.bin"])
-@pytest.mark.parametrize("place", ["new", ".new.unfinished"])
+@pytest.mark.parametrize("position", ["new", ".new.unfinished"])
 def test_resegment_onto_what_is_no_dataset_is_refused_even_when_told_to_overwrite(
-    folder: Path, tmp_path: Path, name: str, place: str
+    folder: Path, tmp_path: Path, name: str, position: str
 ) -> None:
-    file = tmp_path / place / name
+    file = tmp_path / position / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with raises(DataError, "sub" if name.startswith("sub/") else name, location=tmp_path / place):
+    with raises(DataError, "sub" if name.startswith("sub/") else name, location=tmp_path / position):
         resegment(folder, "sentence", tmp_path / "new", overwrite=True)
     assert file.read_text() == "mine"
 

@@ -29,7 +29,7 @@ Write = Callable[..., Manifest]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks and windows of a size that small datasets have several of."""
     monkeypatch.setattr(stats, "BLOCK_TOKENS", 64)
-    monkeypatch.setattr(stats, "WINDOW_TOKENS", 16)
+    monkeypatch.setattr(stats, "SEQ_LEN_TOKENS", 16)
 
 
 def random_shards(seed: int, shards: int = 4) -> list[list[list[int]]]:
@@ -40,7 +40,7 @@ def random_shards(seed: int, shards: int = 4) -> list[list[list[int]]]:
 
 def recount(shards: list[list[list[int]]], window: int) -> tuple[Counter[int], Counter[int], Counter[int]]:
     """Segment lengths, segments a window, document lengths; one token after the other."""
-    segments, windows, documents = Counter[int](), Counter[int](), Counter[int]()
+    segments, sequences, documents = Counter[int](), Counter[int](), Counter[int]()
     for shard in shards:
         documents.update(map(len, shard))
         tokens = [token for document in shard for token in document]
@@ -51,8 +51,8 @@ def recount(shards: list[list[list[int]]], window: int) -> tuple[Counter[int], C
                 segments[length] += 1
                 length = 0
         starts = range(0, len(tokens) - window + 1, window)
-        windows.update(tokens[start : start + window].count(SEPARATOR) for start in starts)
-    return segments, windows, documents
+        sequences.update(tokens[start : start + window].count(SEPARATOR) for start in starts)
+    return segments, sequences, documents
 
 
 def as_counter(distribution: Distribution) -> Counter[int]:
@@ -67,9 +67,9 @@ def test_count_dataset_of_all_equals_a_plain_recount(write_dataset: Write, tmp_p
     dataset = TokenDataset(tmp_path)
     seen: list[int] = []
     found = count_dataset(dataset, None, workers=2, advance=seen.append)
-    segments, windows, documents = recount(shards, window=16)
+    segments, sequences, documents = recount(shards, window=16)
     assert as_counter(found.segment_tokens) == segments
-    assert as_counter(found.window_segments) == windows
+    assert as_counter(found.segments_per_sequence) == sequences
     assert as_counter(found.document_tokens) == documents
     assert found.tokens == sum(seen) == dataset.num_tokens
     assert found.segment_tokens.count == dataset.manifest.num_segments
@@ -95,7 +95,7 @@ def test_count_dataset_of_a_sample_reads_evenly_spread_blocks_and_no_cut_segment
     assert found.tokens == 5 * 64  # every sixth of 30 blocks
     assert set(as_counter(found.segment_tokens)) == {10}  # a cut one would be shorter
     assert as_counter(found.document_tokens) == {64: 5}
-    assert found.window_segments.count == 5 * 4
+    assert found.segments_per_sequence.count == 5 * 4
     assert as_counter(count_dataset(dataset, 320, workers=3).segment_tokens) == as_counter(found.segment_tokens)
     assert count_dataset(dataset, 1).tokens == 64  # at least a block
 
@@ -104,7 +104,7 @@ def test_count_dataset_of_documents_without_tokens_counts_them(write_dataset: Wr
     write_dataset(tmp_path, [[[], []], []])
     found = count_dataset(TokenDataset(tmp_path))
     assert as_counter(found.document_tokens) == {0: 2}
-    assert found.tokens == found.segment_tokens.count == found.window_segments.count == 0
+    assert found.tokens == found.segment_tokens.count == found.segments_per_sequence.count == 0
 
 
 def test_count_dataset_of_a_negative_document_length_names_its_place(write_dataset: Write, tmp_path: Path) -> None:

@@ -183,13 +183,13 @@ def test_verify_of_a_sample_leaves_out_bits_but_not_checksums_and_counts(
         assert_error(next(find_problems([dataset], sample=share)), DataError, "SHA-256", location=seg)
     rehash(tmp_path, Manifest.load(tmp_path))
     dataset = TokenDataset(tmp_path)
-    places = []
+    positions = []
     for share in shares:
         rest = [str(problem) for problem in find_problems([dataset], sample=share)]
         assert rest == [str(problem) for problem in find_problems([dataset], sample=share)]  # always the same chunks
-        places.append(int(re.search(r"token (\d+)", rest[0])[1]) if rest else 10**9)
-    assert places[0] == 10**9 > places[1] >= places[2] >= places[3]
-    assert places[1] > places[3]
+        positions.append(int(re.search(r"token (\d+)", rest[0])[1]) if rest else 10**9)
+    assert positions[0] == 10**9 > positions[1] >= positions[2] >= positions[3]
+    assert positions[1] > positions[3]
     shard = dataset.manifest.shards[0]
     dataset.manifest.model_copy(update={"shards": (shard.model_copy(update={"segments": shard.segments - 1}),)}).save(
         tmp_path

@@ -25,11 +25,11 @@ def embedding_of(encoding, **changes):
     return Embedding(config_of(encoding, **changes), LocalLayers())
 
 
-def windows(num_tokens):
+def sequences(num_tokens):
     """Tokens, places in segments of 9, numbers of segments."""
     tokens = torch.randint(0, 20, (2, num_tokens), generator=torch.Generator().manual_seed(1))
-    places = torch.arange(num_tokens).expand(2, -1)
-    return tokens, places % 9, places // 9
+    position_ids = torch.arange(num_tokens).expand(2, -1)
+    return tokens, position_ids % 9, position_ids // 9
 
 
 def added(embedding, ids):
@@ -39,11 +39,11 @@ def added(embedding, ids):
 @pytest.mark.parametrize("encoding", ["sinusoidal", "bipe_nope"])
 def test_sinusoidal_adds_sines_and_cosines_for_places_of_any_size(encoding):
     intra = {"intra_encoding": "sinusoidal"} if encoding != "sinusoidal" else {}
-    ids = windows(500)
+    ids = sequences(500)
     found = added(embedding_of(encoding, init_std=0.3, **intra), ids)
     for t in (0, 1, 7, 31, 32, 499):
-        place = t % 9 if intra else t
-        angles = [place / 10_000 ** (2 * i / WIDTH) for i in range(WIDTH // 2)]
+        position = t % 9 if intra else t
+        angles = [position / 10_000 ** (2 * i / WIDTH) for i in range(WIDTH // 2)]
         wanted = torch.tensor([*map(math.sin, angles), *map(math.cos, angles)]) * 0.3
         torch.testing.assert_close(found[1, t], wanted, atol=2e-5, rtol=0)  # of angles of 499, in fp32
 
@@ -53,14 +53,14 @@ def test_sinusoidal_has_no_parameters():
 
 
 def test_learned_adds_the_row_of_the_token_place():
-    embedding, ids = embedding_of("learned"), windows(32)
+    embedding, ids = embedding_of("learned"), sequences(32)
     table = dict(embedding.named_parameters())["place.weight"]
     assert table.shape == (32, WIDTH)
     torch.testing.assert_close(added(embedding, ids), table.expand(2, -1, -1))
 
 
 def test_bilevel_learned_adds_the_row_of_the_place_in_the_segment():
-    embedding, ids = embedding_of("bipe_xpos"), windows(32)
+    embedding, ids = embedding_of("bipe_xpos"), sequences(32)
     table = dict(embedding.named_parameters())["intra.weight"]
     torch.testing.assert_close(added(embedding, ids), table[ids[1]])
 
@@ -69,25 +69,25 @@ def test_bilevel_learned_adds_the_row_of_the_place_in_the_segment():
 def test_none_adds_nothing(encoding):
     embedding = embedding_of(encoding, **({"intra_encoding": "none"} if encoding == "bipe_rope" else {}))
     assert [name for name, _ in embedding.named_parameters()] == ["token.weight"]
-    assert not added(embedding, windows(32)).any()
+    assert not added(embedding, sequences(32)).any()
 
 
 @pytest.mark.parametrize(("encoding", "longest"), [("learned", 32), ("randomized_rope", 128)])
 def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
     model = build_model(config_of(encoding))
-    assert model(windows(longest)).isfinite().all()
+    assert model(sequences(longest)).isfinite().all()
     with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={encoding}", location=LOCATION):
-        model(windows(longest + 1))
+        model(sequences(longest + 1))
 
 
 @pytest.mark.parametrize("name", ["alibi", "bipe_alibi", "xpos", "bipe_xpos"])
 def test_window_beyond_what_attention_encodes_is_refused_before_it_is_reached(name):
-    longest = RELATIVE[name.removeprefix("bipe_")].longest_window_tokens
+    longest = RELATIVE[name.removeprefix("bipe_")].max_seq_len_tokens
     embedding = embedding_of(name)
-    embedding(windows(longest))
+    embedding(sequences(longest))
     with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={name}", location=LOCATION):
-        embedding(windows(longest + 1))
+        embedding(sequences(longest + 1))
 
 
 def test_sinusoidal_keeps_the_precision_of_the_residual_stream():
-    assert embedding_of("sinusoidal").bfloat16()(windows(8))[0].dtype == torch.bfloat16
+    assert embedding_of("sinusoidal").bfloat16()(sequences(8))[0].dtype == torch.bfloat16

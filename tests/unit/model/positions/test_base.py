@@ -48,13 +48,13 @@ def token_positions(num_tokens):
 @pytest.mark.parametrize("positions", [token_positions(40), token_positions(40) * 37 // 4, token_positions(40) // 5])
 def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
     q, k, v = heads(40)
-    places = positions[0].tolist()
+    position_ids = positions[0].tolist()
 
     def score(head, t, s):
         total, half = 0.0, WIDTH // 2
         for i in range(half):
-            angle = (places[t] - places[s]) * 10_000.0 ** (-2 * i / WIDTH)
-            fade = ((2 * i / WIDTH + 0.4) / 1.4) ** ((places[t] - places[s]) / 512)
+            angle = (position_ids[t] - position_ids[s]) * 10_000.0 ** (-2 * i / WIDTH)
+            fade = ((2 * i / WIDTH + 0.4) / 1.4) ** ((position_ids[t] - position_ids[s]) / 512)
             a, b = q[0, head, t, [i, i + half]].tolist(), k[0, head, s, [i, i + half]].tolist()
             total += fade * (
                 (a[0] * b[0] + a[1] * b[1]) * math.cos(angle) + (a[0] * b[1] - a[1] * b[0]) * math.sin(angle)
@@ -67,7 +67,7 @@ def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
-    positions = token_positions(RELATIVE["xpos"].longest_window_tokens)[:, -40:]
+    positions = token_positions(RELATIVE["xpos"].max_seq_len_tokens)[:, -40:]
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(40))
     grown, shrunk = (x.detach() for x in make_relative(config_of("xpos"), LocalLayers())(q, k, positions))
     assert grown[grown != 0].abs().min() > 1e-22 and shrunk.abs().max() < 1e19  # fp32 and bf16: 1.2e-38 to 3.4e38
@@ -133,11 +133,11 @@ def test_tables_are_prepared_once_for_all_blocks_and_go_with_the_positions(encod
     kind, prepared = type(model[1].attention.encoding), []
     plain = kind.prepare
     monkeypatch.setattr(kind, "prepare", lambda self, *args: prepared.append(plain(self, *args)) or prepared[-1])
-    for windows in (1, 2):
-        places = torch.arange(24).expand(2, 24)
-        model((places % 20, places % 5, places // 5)).sum().backward()
-        assert len(prepared) == windows
-    del places
+    for sequences in (1, 2):
+        position_ids = torch.arange(24).expand(2, 24)
+        model((position_ids % 20, position_ids % 5, position_ids // 5)).sum().backward()
+        assert len(prepared) == sequences
+    del position_ids
     tables = model[1].attention._tables._of
     gc.collect()
     assert len(tables) == 0

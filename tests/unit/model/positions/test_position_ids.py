@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.positions.position_ids import random_position_ids, spread_places
+from megatron_bipe.model.positions.position_ids import evenly_spaced_position_ids, random_position_ids
 from megatron_bipe.model.transformer import build_model
 
 
@@ -14,34 +14,34 @@ def tokens_of(rows, length, seed=0):
 
 @pytest.mark.parametrize(("length", "below"), [(1, 1), (1, 9), (16, 16), (16, 64), (300, 1000)])
 def test_drawn_places_ascend_without_repetition_below_the_limit(length, below):
-    places = random_position_ids(tokens_of(3, length), below, seed=5)
-    assert places.shape == (3, length) and places.dtype == torch.int64
-    assert (places.diff(dim=1) > 0).all()
-    assert places.min() >= 0 and places.max() < below
+    position_ids = random_position_ids(tokens_of(3, length), below, seed=5)
+    assert position_ids.shape == (3, length) and position_ids.dtype == torch.int64
+    assert (position_ids.diff(dim=1) > 0).all()
+    assert position_ids.min() >= 0 and position_ids.max() < below
 
 
 def test_drawn_places_follow_from_the_window_and_the_seed_alone():
     tokens = tokens_of(4, 32)
-    places = random_position_ids(tokens, 128, seed=5)
-    assert torch.equal(random_position_ids(tokens[2:3], 128, seed=5), places[2:3])
+    position_ids = random_position_ids(tokens, 128, seed=5)
+    assert torch.equal(random_position_ids(tokens[2:3], 128, seed=5), position_ids[2:3])
     others = tokens.flip(1), tokens.index_fill(1, torch.tensor([31]), 51)
     for other in (random_position_ids(tokens, 128, seed=6), *(random_position_ids(x, 128, seed=5) for x in others)):
-        assert not (other == places).all(dim=1).any()
+        assert not (other == position_ids).all(dim=1).any()
 
 
 def test_drawn_places_are_drawn_evenly():
     """Each of 64 places is among the 16 with probability 1/4: of 20,000 windows within 5 standard deviations."""
-    places = random_position_ids(tokens_of(20_000, 16), 64, seed=1)
-    share = places.flatten().bincount(minlength=64) / 20_000
-    assert (share - 0.25).abs().max() < 5 * (0.25 * 0.75 / 20_000) ** 0.5
-    gaps = places.diff(dim=1).float()
+    position_ids = random_position_ids(tokens_of(20_000, 16), 64, seed=1)
+    shard = position_ids.flatten().bincount(minlength=64) / 20_000
+    assert (shard - 0.25).abs().max() < 5 * (0.25 * 0.75 / 20_000) ** 0.5
+    gaps = position_ids.diff(dim=1).float()
     assert abs(float(gaps.mean()) - 65 / 17) < 0.03  # of 16 places among 64, on average
 
 
 def test_spread_places_keep_one_stride_up_to_the_training_length_and_fill_the_range_beyond():
-    assert spread_places(tokens_of(1, 5), 128, 32)[0].tolist() == [0, 4, 8, 12, 16]
-    assert spread_places(tokens_of(1, 32), 128, 32)[0].tolist() == list(range(0, 128, 4))
-    longer = spread_places(tokens_of(2, 100), 128, 32)
+    assert evenly_spaced_position_ids(tokens_of(1, 5), 128, 32)[0].tolist() == [0, 4, 8, 12, 16]
+    assert evenly_spaced_position_ids(tokens_of(1, 32), 128, 32)[0].tolist() == list(range(0, 128, 4))
+    longer = evenly_spaced_position_ids(tokens_of(2, 100), 128, 32)
     assert (longer.diff(dim=1) > 0).all() and longer[0, 0] == 0 and longer[0, -1] == 126
 
 
@@ -53,4 +53,4 @@ def test_randomized_model_draws_in_training_and_spreads_otherwise():
     positions = {seed: build_model(config, seed)[0](ids)[1] for seed in (3, 4)}
     for seed, found in positions.items():
         assert torch.equal(found, random_position_ids(tokens, 40, seed))
-    assert torch.equal(build_model(config, 3).eval()[0](ids)[1], spread_places(tokens, 40, 16))
+    assert torch.equal(build_model(config, 3).eval()[0](ids)[1], evenly_spaced_position_ids(tokens, 40, 16))

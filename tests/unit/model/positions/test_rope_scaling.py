@@ -16,21 +16,21 @@ TRAINED = 1024
 WIDTHS, BASES, FACTORS = (16, 64, 128), (500.0, 10_000.0, 1e6), (1.5, 4.0, 16.0)
 
 
-def ours(head_width, base, window_tokens=TRAINED, **scaling):
+def ours(head_width, base, seq_len_tokens=TRAINED, **scaling):
     config = ModelConfig(
         encoding="rope", hidden_size=2 * head_width, num_heads=2, rope_base=base, train_len_tokens=TRAINED
     )
-    return rotary_frequencies(config.model_copy(update={"rope_scaling": RopeScaling(**scaling)}), window_tokens)
+    return rotary_frequencies(config.model_copy(update={"rope_scaling": RopeScaling(**scaling)}), seq_len_tokens)
 
 
-def theirs(head_width, base, window_tokens=None, **parameters):
+def theirs(head_width, base, seq_len_tokens=None, **parameters):
     config = LlamaConfig(
         hidden_size=2 * head_width,
         num_attention_heads=2,
         max_position_embeddings=TRAINED,
         rope_parameters={"rope_theta": base, **parameters},
     )
-    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=window_tokens)
+    return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len_tokens)
 
 
 def check(found, expected):
@@ -46,19 +46,19 @@ def test_linear_equals_transformers(width, base, factor):
     assert found[0][0] == pytest.approx(1 / factor)
 
 
-@pytest.mark.parametrize("window_tokens", [TRAINED, TRAINED + 1, 5000])
+@pytest.mark.parametrize("seq_len_tokens", [TRAINED, TRAINED + 1, 5000])
 @pytest.mark.parametrize(("width", "base", "factor"), itertools.product(WIDTHS, BASES, FACTORS))
-def test_dynamic_equals_transformers(width, base, factor, window_tokens):
-    found = ours(width, base, window_tokens, type="dynamic", factor=factor)
-    check(found, theirs(width, base, window_tokens, rope_type="dynamic", factor=factor))
+def test_dynamic_equals_transformers(width, base, factor, seq_len_tokens):
+    found = ours(width, base, seq_len_tokens, type="dynamic", factor=factor)
+    check(found, theirs(width, base, seq_len_tokens, rope_type="dynamic", factor=factor))
 
 
 @pytest.mark.parametrize(("width", "base", "factor"), itertools.product(WIDTHS, BASES, (2.0, 4.0, 16.0)))
 def test_ntk_equals_transformers_dynamic_type_where_that_stretches_by_the_factor(width, base, factor):
     """Transformers has no fixed type. Its stretch, factor x window / trained - (factor - 1), is then the factor."""
-    window_tokens = int(TRAINED * (2 * factor - 1) / factor)
+    seq_len_tokens = int(TRAINED * (2 * factor - 1) / factor)
     found = ours(width, base, type="ntk", factor=factor)
-    check(found, theirs(width, base, window_tokens, rope_type="dynamic", factor=factor))
+    check(found, theirs(width, base, seq_len_tokens, rope_type="dynamic", factor=factor))
     assert found[0][0] == 1 and found[0][-1] * factor == pytest.approx(float(base ** -(1 - 2 / width)), rel=1e-5)
 
 

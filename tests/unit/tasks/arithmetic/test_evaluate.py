@@ -53,7 +53,7 @@ def test_what_may_be_generated_ends_with_the_positions_of_the_model(monkeypatch,
         return [[] for _ in prompts]
 
     monkeypatch.setattr(evaluate, "generate", generate)
-    evaluate.solve_all(generator._replace(longest_window_tokens=longest), PROBLEMS, 1000)
+    evaluate.solve_all(generator._replace(max_seq_len_tokens=longest), PROBLEMS, 1000)
     assert asked == [new_tokens]  # for the longest right solution always, which then is refused where it does not fit
 
 

@@ -123,8 +123,8 @@ def test_dataset_has_a_problem_a_window_with_segments_that_end_at_equals(tmp_pat
     assert made.examples is not None and (made.examples.task, made.examples.seq_len_tokens) == ("arithmetic", 32)
     dataset, tokenizer = open_dataset(tmp_path / "out"), open_tokenizer(open_dataset(tmp_path / "out"))
     expected = list(problems(range(1, 4), 50, 0, held_out=False))
-    assert dataset.num_windows(32) == 50
-    tokens, ends = dataset.windows(np.arange(50), 32)
+    assert dataset.num_sequences(32) == 50
+    tokens, ends = dataset.sequences(np.arange(50), 32)
     for row, (problem, (first, stop)) in enumerate(zip(expected, dataset.answers(np.arange(50)), strict=True)):
         assert tokenizer.decode(tokens[row][: first + 1]) == problem.prompt
         assert tokenizer.decode(tokens[row][first + 1 : stop]) == problem.answer
