@@ -1,4 +1,4 @@
-"""Train a model: load, validate, mesh, engine, loop.
+"""Train a language model with DeepSpeed, or continue a run.
 
 deepspeed pretrain.py --ds_config ds_configs/zero2.json [--config examples/NAME.yaml] [--set KEY=VALUE ...]
 """
@@ -26,9 +26,9 @@ _log = logging.getLogger("pretrain")
 
 
 def main(args: argparse.Namespace, launch: Launch) -> None:
-    """Run or describe the training that the arguments name; exit code `CONTINUE_LATER` where it was asked to stop.
+    """Train the configured run, or describe it with `--dry-run`; exit with `CONTINUE_LATER` if it was preempted.
 
-    The configuration is checked before torch and DeepSpeed are imported, so that errors in it appear at once.
+    The configuration is checked before torch and DeepSpeed are imported, so that its errors appear at once.
     """
     stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
     log_to_stderr(launch.rank)
@@ -60,17 +60,17 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     loader = BatchLoader(run, mesh)
     tokenizer = open_tokenizer(loader.dataset)
     stop_step = min(run.train.steps, args.stop_step or run.train.steps)
-    stop_request.install_handlers()  # before there is something to save, a signal ends the process
+    stop_request.install_handlers()  # until here a signal ends the process: there is nothing to save
     with (
         lock_run_dir(run, loader.record, args.allow, mesh.is_main),
         loader.checking_shards(),
         Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
     ):
-        engine = start_engine(run, ds_config, mesh, loader.record)  # waits for all: none reads the run folder any more
+        engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:
             write_run_folder(run, loader.record, tokenizer)
             if run.train.init_from is not None:
-                from megatron_bipe.train.warm_start import begin_from_model  # with transformers' models: 2 s
+                from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
 
                 begin_from_model(run)
         profile = Profile(args.profile, run.run_dir, mesh)
@@ -90,22 +90,20 @@ def _log_lines(text: str) -> None:
 def _check_counts(args: argparse.Namespace) -> None:
     for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None)):
         if value is not None and value < 1:
-            raise ConfigError(f"{option} {value}", remedy="Give a whole number, 1 or more", location=option)
+            raise ConfigError(f"{option} {value}", remedy="Give an integer of 1 or more", location=option)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse the command line (None: the process's own); `--local_rank` is what the deepspeed launcher adds."""
+    """Parse the command line (None: of this process); the deepspeed launcher adds `--local_rank`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ds_config", type=Path, required=True, help="engine knobs, see ds_configs/")
+    parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed configuration, see ds_configs/")
     parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
-    parser.add_argument("--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="print what the run would be")
-    parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"may differ: {', '.join(ALLOWABLE)}")
-    parser.add_argument("--stop-step", type=int, help="save and leave after this step; the schedule stays as it is")
-    parser.add_argument("--stop-at", metavar="TIME", help="save and leave after this time (23h50m), with exit code 75")
-    parser.add_argument(
-        "--profile", type=int, default=0, metavar="STEPS", help="trace so many updates, print their parts"
-    )
+    parser.add_argument("--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="describe the run and exit")
+    parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"allow changes: {', '.join(ALLOWABLE)}")
+    parser.add_argument("--stop-step", type=int, help="save and exit after this step; the schedule is unchanged")
+    parser.add_argument("--stop-at", metavar="TIME", help="save and exit after this time (23h50m), with exit code 75")
+    parser.add_argument("--profile", type=int, default=0, metavar="STEPS", help="profile this many updates")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 

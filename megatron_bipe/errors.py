@@ -1,7 +1,7 @@
-"""The error family: every message says what was seen, the rule, the remedy and the location.
+"""User-facing errors: each message states what was seen, the rule, the remedy and the location.
 
-Command-line tools turn a `BipeError` into exit code 2 (the user can fix it); any other exception is
-a defect or a broken machine and leaves with code 1 and a traceback.
+Command-line tools exit with code 2 on a `BipeError` (the user can fix it). Any other exception is a defect or a machine
+failure; they then exit with code 1 and a traceback.
 """
 
 from pathlib import Path
@@ -12,9 +12,9 @@ class BipeError(Exception):
     """Base of all errors that the user can fix.
 
     Args:
-        message: what was seen and the rule it breaks.
-        remedy: what to do about it, as an imperative sentence.
-        location: the file, field or command the message is about.
+        message: what was seen, and the rule that it breaks.
+        remedy: how to fix it, as an imperative sentence.
+        location: file, field or command that the message is about.
     """
 
     def __init__(self, message: str, *, remedy: str = "", location: str | Path = "") -> None:
@@ -25,11 +25,11 @@ class BipeError(Exception):
         super().__init__(f"{text}  [{self.location}]" if self.location else text)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Travel to another process whole."""
-        return _rebuilt, (type(self), self.message, self.remedy, self.location)
+        """Support pickling, which does not restore keyword arguments by default."""
+        return _rebuild, (type(self), self.message, self.remedy, self.location)
 
 
-def _rebuilt(kind: type[BipeError], message: str, remedy: str, location: str) -> BipeError:
+def _rebuild(kind: type[BipeError], message: str, remedy: str, location: str) -> BipeError:
     return kind(message, remedy=remedy, location=location)
 
 
@@ -38,20 +38,20 @@ def _sentence(text: str) -> str:
 
 
 class ConfigError(BipeError):
-    """A run configuration, a DeepSpeed configuration, or a combination of both, is impossible."""
+    """An impossible run configuration, DeepSpeed configuration, or combination of both."""
 
 
 class DataError(BipeError):
-    """Raw text, a tokenizer or a dataset on disk is missing, damaged or not what was expected."""
+    """Raw text, a tokenizer or a dataset that is missing, damaged or not the expected one."""
 
 
 class CheckpointError(BipeError):
-    """A checkpoint or an exported model is missing, damaged or belongs to something else."""
+    """A checkpoint or an exported model that is missing, damaged or belongs to something else."""
 
 
 class HealthError(BipeError):
-    """Training goes wrong again and again, and nothing is left that it could do about it."""
+    """A training failure that persists after all automatic recovery."""
 
 
 class DivergenceError(BipeError):
-    """Ranks that must hold the same numbers do not."""
+    """A difference between ranks that must hold identical values."""

@@ -1,4 +1,4 @@
-"""Files and folders on disk: atomic writes, fsync, checksums, locks, and the limit of open files."""
+"""Files and folders: atomic writes, fsync, checksums, locks, and the limit on open files."""
 
 import errno
 import fcntl
@@ -13,13 +13,13 @@ from typing import IO
 
 from megatron_bipe.errors import DataError
 
-PARTIAL_SUFFIX = ".partial"  # of a name that is still being written
+PARTIAL_SUFFIX = ".partial"  # appended to the name of a file that is still being written
 LOCK_NAME = "lock"
-LOCK_WAIT_S = 10.0  # for processes of a killed run to be gone
+LOCK_WAIT_S = 10.0  # time for the processes of a killed run to exit
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold a file's bytes or a folder's entries; a rename alone may be lost with the power."""
+    """Fsync a file or a folder. Without it, a power failure may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -28,18 +28,17 @@ def sync(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def partial_path(path: Path) -> Path:
-    """The temporary name that `path` is written under, in the same folder so that renaming is atomic."""
+    """Return the temporary name under which `path` is written, in the same folder so that the rename is atomic."""
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
 def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hex.
+    """Return the SHA-256 of a file's bytes, in hex.
 
     Raises:
         DataError: the file is missing or unreadable.
@@ -51,7 +50,7 @@ def sha256_of(path: Path) -> str:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Put `data` at `path` so that a reader, or a crash, sees all of it or none."""
+    """Write `data` to `path` so that a reader sees all of it or none, even after a crash."""
     partial = partial_path(path)
     try:
         with partial.open("wb") as stream:
@@ -66,10 +65,9 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def allow_open_files(count: int) -> None:
-    """Raise this process's limit on open files by `count`, as far as the system lets it; never lowers it.
+    """Raise this process's soft limit on open files by `count`, at most to the hard limit; never lower it.
 
-    The limit that processes start with (often 1024) is meant for programs that wait for many files at once; the one
-    that they may raise it to is the real one.
+    The default soft limit (often 1024) only protects programs that use select(2).
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft == resource.RLIM_INFINITY:
@@ -79,9 +77,9 @@ def allow_open_files(count: int) -> None:
 
 
 def unreadable(path: Path, error: OSError) -> DataError:
-    """The one message for a file that is not there or cannot be opened."""
+    """Return the error for a file that is missing or cannot be opened."""
     if isinstance(error, FileNotFoundError):
-        what, remedy = "the file is missing", "Copy the dataset again in full, or make it again"
+        what, remedy = "the file is missing", "Copy the complete dataset again, or make it again"
     elif error.errno in (errno.EMFILE, errno.ENFILE):
         what, remedy = "too many files are open", "Raise the limit (ulimit -n), or make the dataset with larger shards"
     else:
@@ -91,17 +89,17 @@ def unreadable(path: Path, error: OSError) -> DataError:
 
 @contextmanager
 def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[None]:
-    """Hold a lock on a folder together with the other processes of this run; the last to leave removes an empty folder.
+    """Hold a lock on a folder that all processes of this run share; the last one to leave removes an empty folder.
 
-    The lock ends with its processes. Over NFS the kernel makes it a lock of the server's, which holds for all hosts
-    (flock(2), since Linux 2.6.12). File systems that have no locks go without.
+    The lock is released when its processes end. Over NFS, the kernel turns it into a lock on the server, which holds
+    for all hosts (flock(2), since Linux 2.6.12). On file systems without locks, nothing is locked.
 
     Args:
-        folder: made if need be.
-        begin: done first, while no other process holds the folder.
+        folder: folder to lock; created if it does not exist.
+        begin: called first, while no other process holds the lock.
 
     Raises:
-        DataError: another run is at work here, or there can be no folder.
+        DataError: another run holds the lock, or the folder cannot be created.
     """
     stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH)
     try:
@@ -111,34 +109,35 @@ def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[No
                 raise _busy(folder)
         yield
     finally:
-        with suppress(OSError):  # others may be leaving too
+        with suppress(OSError):  # other processes may be leaving at the same time
             if [path.name for path in folder.iterdir()] == [LOCK_NAME] and _lock(stream, fcntl.LOCK_EX):
                 (folder / LOCK_NAME).unlink()
         stream.close()
         with suppress(OSError):
-            folder.rmdir()  # if nothing is left in it
+            folder.rmdir()  # succeeds only if it is empty
 
 
 def _open(folder: Path, kind: int) -> IO[str]:
-    until_s = time.monotonic() + LOCK_WAIT_S
+    deadline_s = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as error:
             what = f"The output cannot be written: {error.strerror}"
-            raise DataError(what, remedy="Mend it: a file is in the way", location=folder.parent) from error
-        with suppress(FileNotFoundError):  # a run that has ended removed the folder just now
-            stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs reading
-            if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # and that run did not remove the file
+            remedy = "Remove the file that prevents creating a folder here"
+            raise DataError(what, remedy=remedy, location=folder.parent) from error
+        with suppress(FileNotFoundError):  # a run that has just ended removed the folder
+            stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs read access
+            if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # else that run removed the lock file
                 return stream
             stream.close()
-        if time.monotonic() > until_s:
+        if time.monotonic() > deadline_s:
             raise _busy(folder)
         time.sleep(0.1)
 
 
 def _lock(stream: IO[str], kind: int) -> bool:
-    """Whether the lock could be had, or there are none."""
+    """Return True if the lock was acquired or the file system has no locks."""
     try:
         fcntl.flock(stream, kind | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -151,6 +150,6 @@ def _lock(stream: IO[str], kind: int) -> bool:
 def _busy(folder: Path) -> DataError:
     return DataError(
         "Another run is writing to this folder",
-        remedy="Wait for it or stop it, or name another folder",
+        remedy="Wait for it to end, stop it, or name another folder",
         location=folder.parent,
     )

@@ -1,7 +1,7 @@
-"""Writes a safetensors file, one tensor in memory at a time, and takes its checksum on the way.
+"""A writer of safetensors files that holds one tensor in memory at a time and computes the checksum while writing.
 
-The library's own `save_file` holds all tensors and a copy of them, and takes no checksum, so that the file would have
-to be read again, and what went wrong between memory and disk would be part of it.
+The library's `save_file` holds all tensors and a copy of them, and computes no checksum. The file would have to be read
+again for it, and the checksum would then include any corruption between memory and disk.
 """
 
 import hashlib
@@ -15,13 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-_TYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
-_ALIGNMENT = 8  # of the first tensor's bytes
-_CHUNK_BYTES = 1 << 22  # hashed and then written while a processor's cache still has it
+_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
+_ALIGNMENT = 8  # bytes to which the start of the first tensor is aligned
+_CHUNK_BYTES = 1 << 22  # small enough that a chunk is still in the CPU cache when it is written after hashing
 
 
 class WrittenFile(NamedTuple):
-    """A file as it was when it was written."""
+    """Length and checksum of a file at the time of writing."""
 
     bytes: int
     sha256: str  # lower-case hex
@@ -33,21 +33,21 @@ def write_tensors(
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor] | None = None,
 ) -> WrittenFile:
-    """Write a file that is on the disk when this returns.
+    """Write a safetensors file and fsync it before returning.
 
     Source: the format's description, https://huggingface.co/docs/safetensors.
 
     Args:
-        path: of the file.
-        tensors: in the CPU's memory, contiguous, wider types before narrower ones.
-        metadata: for the file's header.
-        read: gives a tensor by its name, once each and in order; `tensors` then only tell types and shapes.
+        path: file to write.
+        tensors: contiguous CPU tensors, wider dtypes before narrower ones.
+        metadata: content of the header's `__metadata__` entry.
+        read: returns a tensor by name, called once per name and in order; `tensors` then only gives dtypes and shapes.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        entries[name] = {"dtype": _TYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        entries[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     digest = hashlib.sha256()
@@ -57,7 +57,7 @@ def write_tensors(
             for start in range(0, len(view), _CHUNK_BYTES):
                 chunk = view[start : start + _CHUNK_BYTES]
                 digest.update(chunk)
-                while chunk:  # a disk that is nearly full takes a part, and refuses the rest
+                while chunk:  # a nearly full disk accepts only part of a chunk, then fails
                     chunk = chunk[stream.write(chunk) :]
         os.fsync(stream.fileno())
         return WrittenFile(stream.tell(), digest.hexdigest())

@@ -1,6 +1,6 @@
-"""The named hand-offs between stages: what a document, a window and a batch are, in one place.
+"""The data types that are passed between stages: documents and batches.
 
-Torch-free: `Batch` holds NumPy arrays where the data is read and tensors from `data.collate` on.
+Torch-free: `Batch` holds NumPy arrays when data is read, and tensors after `data.collate`.
 """
 
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -16,29 +16,29 @@ ArrayT = TypeVar("ArrayT")
 
 
 class Document(NamedTuple):
-    """One raw text, as the readers hand it to the tokenizer."""
+    """One raw text, as the readers pass it to the tokenizer."""
 
     text: str
-    file: str  # where it was read from, for messages
+    file: str  # the file it was read from, for messages
     line: int  # 1-based line in that file
     partition: str  # value of the partition key; "" when the data is not partitioned
 
 
 class TokenizedDocument(NamedTuple):
-    """One document as it is written: `tokens_T` in the storage dtype, and where segments end."""
+    """One tokenized document, as it is written to a shard."""
 
-    tokens_T: TokenArray
+    tokens_T: TokenArray  # in the storage dtype
     ends_T: BoolArray  # True where the token closes a segment
     text_bytes: int  # UTF-8 length of the raw text, for bits per byte
     partition: str
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
-    """A micro-batch: `labels_BT` is `tokens_BT` moved one token to the left. All int64, but for the weights."""
+    """A micro-batch. All arrays are int64, except for the weights."""
 
     tokens_BT: ArrayT
-    intra_BT: ArrayT  # place of the token inside its segment, clipped to the intra table
-    inter_BT: ArrayT  # segments closed before the token, in this window
-    labels_BT: ArrayT
-    # Of each label in the loss, fp32; 1 on average over the labels of the global batch. None: 1 each.
+    intra_BT: ArrayT  # position of the token inside its segment, clipped to the size of the intra embedding
+    inter_BT: ArrayT  # number of segments closed before the token in this sequence
+    labels_BT: ArrayT  # `tokens_BT` shifted left by one token
+    # Loss weight of each label, fp32, 1 on average over the labels of the global batch; None: all weights are 1.
     weights_BT: ArrayT | None = None

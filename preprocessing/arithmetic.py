@@ -1,4 +1,4 @@
-"""Arithmetic problems with their solutions -> a dataset of examples."""
+"""Build a dataset of examples from arithmetic problems and their solutions."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -20,7 +20,7 @@ SEGMENTS = f'["{EQUALS}"]'
 
 @dataclass(frozen=True)
 class ArithmeticOptions:
-    """What the command line says."""
+    """Options of `tools/prepare_task.py arithmetic`."""
 
     output: Path
     operators: range
@@ -33,11 +33,11 @@ class ArithmeticOptions:
 
 
 def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
-    """Make the dataset; its tokenizer is made with it.
+    """Build the dataset and its tokenizer.
 
     Raises:
-        DataError: problems without operators, one that does not fit the window, an impossible segment rule, an output
-            that may not be replaced.
+        DataError: problems without operators or too long for a sequence, an invalid segment rule, or an output that
+            may not be replaced.
     """
     if options.operators.start < 1 or not options.operators or options.problems < 1:
         raise DataError(
@@ -47,8 +47,8 @@ def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
         )
     if options.length < 2:
         raise DataError(
-            f"windows of {options.length} tokens hold no problem",
-            remedy="Problems of N operators with their solutions have at most 2 N (N + 1) + 3 tokens",
+            f"sequences of {options.length} tokens hold no problem",
+            remedy="Raise --length: N operators with their solution take at most 2 N (N + 1) + 3 tokens",
             location="--length",
         )
     found = problems(options.operators, options.problems, options.seed, held_out=options.held_out)
@@ -70,7 +70,7 @@ def prepare_arithmetic(options: ArithmeticOptions) -> Manifest:
 
 def _examples(tokenizer: Tokenizer, found: Iterable[Problem]) -> Iterator[Example]:
     eos_id = tokenizer.eos_id
-    assert eos_id is not None  # it is our own
+    assert eos_id is not None  # `write_tokenizer` defines it
     for number, problem in enumerate(found):
         prompt_T, answer_T = tokenizer.encode_batch([problem.prompt, problem.answer])
         yield Example(

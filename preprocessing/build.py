@@ -1,4 +1,4 @@
-"""Raw text -> dataset folders: plan ranges, have workers and ranks do those that are not done, put them together."""
+"""Build dataset folders from raw text: plan ranges, process the pending ones on workers and ranks, publish them."""
 
 import itertools
 import logging
@@ -31,7 +31,7 @@ from preprocessing.totals import add_range, tally_of
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Task, do_ranges, range_weight, share_out
 
-SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the whole Pile, and no file too large to copy again
+SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the full Pile, each small enough to copy again
 CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
 FIRST_CHARS = 200_000  # of the input, compared before the run
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BuildOptions:
-    """What `tools/preprocess.py` is asked to do; the fields are its options."""
+    """Options of `tools/preprocess.py`."""
 
     inputs: Sequence[str]
     tokenizer: str
@@ -48,7 +48,7 @@ class BuildOptions:
     segments: str = "reference"
     workers: int = 1
     partition_by: str | None = None
-    split: str | None = None  # as `Split.parse` reads it
+    split: str | None = None  # see `Split.parse`
     shard_tokens: int = SHARD_TOKENS
     text_key: str = "text"
     special_in_text: bool = False
@@ -57,23 +57,23 @@ class BuildOptions:
     backend: Choice = "auto"
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
-    max_malformed: int | None = None  # None: as `Tally` has it
+    max_malformed: int | None = None  # None: the default of `Tally`
     overwrite: bool = False
 
 
 def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manifest]:
-    """Make the dataset, or one for each partition and split. Killed and called again, it goes on.
+    """Build the dataset, or one for each partition and split; resume if an earlier call was interrupted.
 
     Args:
-        options: see there.
-        ranks: the processes that share the work; each calls this.
+        options: options of the command.
+        ranks: the processes that share the work; each calls this function.
 
     Returns:
-        Manifests by folder, on rank 0; nothing on the others.
+        Manifests by folder on rank 0; an empty dictionary on the others.
 
     Raises:
-        DataError: bad options, inputs, tokenizer or output folder; too many malformed lines; no text at all; the disk
-            is full. Finished shards stay for the next call, except when there is no text.
+        DataError: bad options, inputs, tokenizer or output folder; too many malformed lines; no text; or a full disk.
+            Finished shards are kept for the next call, except when there is no text.
     """
     ranks = ranks or Ranks()
     plan = _plan(options)
@@ -101,7 +101,7 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
 
 @dataclass(frozen=True)
 class _Plan:
-    """What follows from the options and the inputs."""
+    """Inputs, ranges, tokenizer and recipe that follow from the options."""
 
     inputs: list[Input]
     ranges: list[list[Piece]]
@@ -110,7 +110,7 @@ class _Plan:
     keys: Keys
 
     def job(self, options: BuildOptions) -> dict[str, Any]:
-        """All that decides the output's bytes."""
+        """Return everything that determines the output's bytes."""
         return {
             "inputs": [[item.name, item.size, item.version] for item in self.inputs],
             "tokenizer": self.tokenizer.fingerprint,
@@ -138,13 +138,13 @@ def _plan(options: BuildOptions) -> _Plan:
     if options.append_eos and tokenizer.eos_id is None:
         raise DataError(
             "The tokenizer has no end-of-sequence token to append",
-            remedy='Name one as "eos_token" in its tokenizer_config.json, or leave --append-eos out',
+            remedy='Name one as "eos_token" in its tokenizer_config.json, or remove --append-eos',
             location=tokenizer.definition,
         )
     if tokenizer.definition.resolve().is_relative_to(options.output.resolve()):
         raise DataError(
-            "The tokenizer lies in the output folder, which is to be made anew",
-            remedy="Copy it to another place, and name the copy",
+            "The tokenizer is in the output folder, which will be replaced",
+            remedy="Copy it to another folder, and name the copy",
             location=tokenizer.definition,
         )
     recipe = Recipe(
@@ -164,7 +164,7 @@ def _begin(work: WorkFolder, plan: _Plan, options: BuildOptions) -> None:
 
 
 def _has_begun(work: WorkFolder, num_ranges: int) -> bool:
-    """Whether there is anything to go on with."""
+    """Return True if there is anything to resume."""
     return work.has(STOCK_NAME) or any(work.has_documents(n) for n in range(num_ranges))
 
 
@@ -181,9 +181,8 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
 
 
 def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dict[Path, Manifest]:
-    """Do what is not done, then publish."""
     work = WorkFolder(options.output)
-    # What is found on the disk is looked up by one rank: others may see it earlier or later.
+    # One rank reads the state on disk, because others may see a change earlier or later.
     if ranks.first(partial(work.has, PUBLISHED_NAME)):
         return finish_publishing(work) if ranks.rank == 0 else {}
     fall_back = options.on_difference == "fall-back"
@@ -203,7 +202,7 @@ def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dic
     if options.deduplicate:
         _mark_duplicates(job, work, options, ranks)
     _do_all(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
-    if ranks.first(partial(work.has, STOCK_NAME)):  # what gigatoken did before is not to be trusted
+    if ranks.first(partial(work.has, STOCK_NAME)):  # gigatoken's earlier ids are not trusted
         stock = replace(job, recipe=replace(plan.recipe, backend="stock"))
         _do_all(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
     if ranks.rank != 0:
@@ -228,18 +227,18 @@ def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: R
     folders = [work.range_folder(n) for n in range(len(job.ranges))]
     _do_all(job, "hash_texts", lambda n: not duplicates.has_hashes(folders[n]), options, ranks)
     if ranks.rank == 0 and not all(map(duplicates.has_dropped, folders)):
-        log.info("%d texts occur earlier too and are left out", duplicates.mark_duplicates(folders))
+        log.info("Skipping %d texts that equal an earlier one", duplicates.mark_duplicates(folders))
 
 
 def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
-    """A task for all ranges for which it is due, this rank's share of it by this process and its workers."""
+    """Run a task on the ranges for which it is due; this rank and its workers process one slice of them."""
     numbers = ranks.first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
     weights = [range_weight(job.ranges[n]) for n in numbers]
     mine = share_out(numbers, weights, ranks.size)[ranks.rank]
     if len(numbers) < len(job.ranges):
-        log.info("Going on: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
+        log.info("Resuming: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
     total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
-    # Stop early where a range alone, or under --max-malformed all so far, hold too much that is malformed.
+    # Stop early if one range, or with --max-malformed all ranges so far, have too many malformed lines.
     tally = Tally(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
         for number in do_ranges(job, task, mine, options.workers, progress.update):
@@ -252,7 +251,7 @@ def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildO
 
 
 def _source(options: BuildOptions, inputs: list[Input], tally: Tally, num_duplicates: int) -> dict[str, Any]:
-    """The manifest's account of the input; free of times and worker counts, so that equal runs give equal bytes."""
+    """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
         "inputs": [{"file": printable(item.name), "bytes": item.size} for item in inputs],

@@ -1,6 +1,6 @@
-"""Finished ranges -> dataset folders: shards moved into place under running numbers, then the manifest.
+"""Publish finished ranges as dataset folders: move and renumber their shards, then write the manifest.
 
-Every step may be interrupted and done again: what has been moved is found at its new place.
+Every step can be interrupted and repeated: a shard that was moved is found at its new path.
 """
 
 import hashlib
@@ -30,28 +30,23 @@ from preprocessing.encode import Destination
 from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
 
 SHARD_PREFIX = "tokens"
-RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME)  # no dataset's folder may have these names
+RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME)  # names that no dataset folder may have
 OWN_FILE = re.compile(rf"({SHARD_PREFIX}-\d+\.(bin|idx|seg)|{re.escape(MANIFEST_NAME)})({re.escape(PARTIAL_SUFFIX)})?")
-LEVELS = 2  # of folders with datasets below the output: split and partition
+LEVELS = 2  # levels of dataset folders below the output: split and partition
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the datasets of one run have in common."""
+    """Tokenizer, segment rule and source, common to the datasets of one run."""
 
     tokenizer: Tokenizer
     rule: SegmentRule
-    source: dict[str, Any]  # for the manifests
+    source: dict[str, Any]  # recorded in the manifests
     examples: PromptAnswerRecord | None = None  # None: the documents are text
 
 
 def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents) -> dict[Path, Manifest]:
-    """Turn all ranges' shards into datasets, and remove the work folder.
-
-    Args:
-        work: where the ranges are.
-        records: of all ranges, in order.
-        contents: see there.
+    """Turn the shards of all ranges into datasets, and remove the work folder.
 
     Returns:
         Manifests by folder, in the order of the datasets' first documents.
@@ -75,7 +70,7 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
 
 
 def finish_publishing(work: WorkFolder) -> dict[Path, Manifest]:
-    """Remove the work folder of an output that is complete; returns manifests by folder."""
+    """Remove the work folder of a complete output, and return the manifests by folder."""
     work.remove()
     folders = [folder for folder in _dataset_folders_in(work.output, LEVELS) if (folder / MANIFEST_NAME).exists()]
     return {folder: Manifest.load(folder) for folder in folders}
@@ -84,14 +79,7 @@ def finish_publishing(work: WorkFolder) -> dict[Path, Manifest]:
 def publish_dataset(
     folder: Path, shards: list[tuple[Path, ShardRecord]], contents: Contents, destination: Destination
 ) -> Manifest:
-    """Make a folder a dataset of shards that lie elsewhere on its disk.
-
-    Args:
-        folder: made if need be; nothing of another dataset is in it.
-        shards: the folder of each, and its record.
-        contents: see there.
-        destination: which of several datasets it is.
-    """
+    """Make a folder a dataset by moving shards into it, each given by its folder on the same disk and its record."""
     folder.mkdir(parents=True, exist_ok=True)
     renamed = []
     for number, (origin, record) in enumerate(shards):
@@ -126,16 +114,16 @@ def _move(origin: Path, target: Path) -> None:
     try:
         origin.replace(target)
     except FileNotFoundError as error:
-        if not target.exists():  # else an earlier try moved it
+        if not target.exists():  # otherwise an earlier attempt moved it
             raise DataError(
-                "A finished shard is gone from the unfinished output",
+                "A finished shard is missing from the unfinished output",
                 remedy=f"Remove the folder {WORK_FOLDER!r}, and run the same command again with --overwrite",
                 location=origin,
             ) from error
 
 
 def dataset_folders(output: Path, destinations: Sequence[Destination]) -> dict[Destination, Path]:
-    """Folder of each dataset: the output itself, or below it one for each split, partition, or both."""
+    """Return each dataset's folder: the output itself, or one below it for each split, partition, or both."""
     slugs: dict[str, str] = {}
     for value in dict.fromkeys(destination.partition for destination in destinations if destination.partition):
         slugs[value] = partition_slug(value, {*RESERVED, *slugs.values()})
@@ -143,10 +131,10 @@ def dataset_folders(output: Path, destinations: Sequence[Destination]) -> dict[D
 
 
 def partition_slug(value: str, taken: set[str]) -> str:
-    """Folder name for a partition's value: "Gutenberg (PG-19)" becomes "gutenberg-pg-19".
+    """Return a folder name for a partition's value: "Gutenberg (PG-19)" becomes "gutenberg-pg-19".
 
-    Lower case, since some file systems know no other; every run of characters outside a-z, 0-9, "." and "_" becomes
-    a hyphen. A value that leaves nothing, or whose name is taken, gets eight digits of its SHA-256.
+    It is lower case because some file systems ignore case; each sequence of characters outside a-z, 0-9, "." and "_"
+    becomes a hyphen. A value that leaves nothing, or whose name is taken, gets eight digits of its SHA-256.
     """
     slug = re.sub(r"[^a-z0-9._]+", "-", value.lower()).strip("-.")[:100]
     if slug and slug not in {*taken, *RESERVED}:
@@ -155,31 +143,27 @@ def partition_slug(value: str, taken: set[str]) -> str:
 
 
 def has_output(folder: Path) -> bool:
-    """Whether the folder holds anything of a dataset, finished or not."""
+    """Return True if the folder holds any part of a dataset, finished or not."""
     return any(path.name != WORK_FOLDER for path in folder.iterdir())
 
 
 def require_own(folder: Path) -> None:
-    """Refuse an output that is not there for this tool.
-
-    Raises:
-        DataError: it is a file, or holds something that this tool did not write.
-    """
+    """Raise `DataError` if the output is a file, or holds a path that this tool did not write."""
     if not folder.exists():
         return
     if not folder.is_dir():
-        raise DataError("The output must be a folder, and this is a file", remedy="Name another", location=folder)
+        raise DataError("The output must be a folder, but this is a file", remedy="Name another", location=folder)
     foreign = next(_foreign(folder, LEVELS), None)
     if foreign is not None:
         raise DataError(
-            f"The output folder holds something that is no part of a dataset: {foreign.relative_to(folder)}",
+            f"The output folder holds a path that is not part of a dataset: {foreign.relative_to(folder)}",
             remedy="Name another folder, or move it away",
             location=folder,
         )
 
 
 def clear_output(folder: Path) -> None:
-    """Remove all datasets, each one's manifest first so that what is left of it never looks finished."""
+    """Remove all datasets, each manifest first, so that a partly removed dataset never looks finished."""
     for part in _dataset_folders_in(folder, LEVELS):
         (part / MANIFEST_NAME).unlink(missing_ok=True)
         for path in list(part.iterdir()):
@@ -191,13 +175,12 @@ def clear_output(folder: Path) -> None:
 
 
 def remove_if_empty(folder: Path) -> None:
-    """Remove a folder that holds nothing."""
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
 
 
 def _foreign(folder: Path, levels: int) -> Iterator[Path]:
-    """What this tool did not write."""
+    """Yield the paths that this tool did not write."""
     for path in sorted(folder.iterdir()):
         if not path.is_dir() or path.is_symlink():
             if OWN_FILE.fullmatch(path.name) is None or path.is_symlink():
@@ -213,7 +196,7 @@ def _foreign(folder: Path, levels: int) -> Iterator[Path]:
 
 
 def _dataset_folders_in(folder: Path, levels: int) -> Iterator[Path]:
-    """Folders that may hold a dataset, the inner ones first."""
+    """Yield the folders that may hold a dataset, inner ones first."""
     for path in sorted(folder.iterdir()) if levels else []:
         if path.is_dir() and path.name not in RESERVED:
             yield from _dataset_folders_in(path, levels - 1)

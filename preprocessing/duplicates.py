@@ -1,7 +1,7 @@
-"""Texts that occur more than once: found by their hashes, before anything is tokenized. The first one stays.
+"""Find texts that equal an earlier one, by their hashes and before anything is tokenized.
 
-Hashes are 128 bits of BLAKE2b. They lie in the folder of their range, one row a text, and are compared in as many
-rounds as keep memory small.
+Hashes are 128 bits of BLAKE2b. Each range's folder holds its own, one row per text; several rounds of comparison bound
+the memory.
 """
 
 from collections.abc import Iterable, Sequence
@@ -20,54 +20,48 @@ HashRows = npt.NDArray[np.uint64]
 
 
 def hash_rows(texts: Iterable[str]) -> HashRows:
-    """[texts, 2]."""
+    """Return the hashes of texts, [texts, 2]."""
     joined = b"".join(text_hash(text) for text in texts)
     return np.frombuffer(joined, dtype="<u8").reshape(-1, HASH_BYTES // 8)
 
 
 def save_hashes(folder: Path, parts: Sequence[HashRows]) -> None:
-    """Leave the hashes of a range in its folder."""
     folder.mkdir(parents=True, exist_ok=True)
     _save(folder / HASHES_NAME, np.concatenate([hash_rows([]), *parts]))
 
 
 def has_hashes(folder: Path) -> bool:
-    """Whether a range has been hashed."""
     return (folder / HASHES_NAME).exists()
 
 
 def has_dropped(folder: Path) -> bool:
-    """Whether it is known which of a range's texts are duplicates."""
+    """Return True if the duplicates of a range are known."""
     return (folder / DROPPED_NAME).exists()
 
 
 def load_dropped(folder: Path) -> npt.NDArray[np.bool_]:
-    """True for each text of a range that an earlier text equals."""
+    """Return a mask over a range's texts: True for each that equals an earlier text."""
     return np.load(folder / DROPPED_NAME)
 
 
 def mark_duplicates(folders: Sequence[Path], rows_a_round: int = ROWS_A_ROUND) -> int:
-    """Find the duplicates over all ranges, in order, and leave in each folder which texts they are.
-
-    Returns:
-        How many there are.
-    """
+    """Find the duplicates over all ranges, in order; save a mask of them in each folder and return their number."""
     hashes = [np.load(folder / HASHES_NAME, mmap_mode="r") for folder in folders]
     dropped = [np.zeros(len(rows), np.bool_) for rows in hashes]
     rounds = np.uint64(max(1, -(-sum(map(len, hashes)) // rows_a_round)))
     for turn in range(int(rounds)):
-        places = [np.flatnonzero(rows[:, 0] % rounds == turn) for rows in hashes]
-        repeats = _repeats(np.concatenate([rows[place] for rows, place in zip(hashes, places, strict=True)]))
-        bounds = np.cumsum([place.size for place in places])[:-1]
-        for flags, place, found in zip(dropped, places, np.split(repeats, bounds), strict=True):
-            flags[place] = found
+        indices = [np.flatnonzero(rows[:, 0] % rounds == turn) for rows in hashes]
+        repeats = _repeats(np.concatenate([rows[index] for rows, index in zip(hashes, indices, strict=True)]))
+        bounds = np.cumsum([index.size for index in indices])[:-1]
+        for flags, index, found in zip(dropped, indices, np.split(repeats, bounds), strict=True):
+            flags[index] = found
     for folder, flags in zip(folders, dropped, strict=True):
         _save(folder / DROPPED_NAME, flags)
     return int(sum(np.count_nonzero(flags) for flags in dropped))
 
 
 def _repeats(rows: HashRows) -> npt.NDArray[np.bool_]:
-    """True for each row that an earlier one equals."""
+    """Return True for each row that equals an earlier one."""
     order = np.lexsort((rows[:, 1], rows[:, 0]))  # stable: equal rows keep their order
     in_order = rows[order]
     repeats = np.zeros(len(rows), np.bool_)

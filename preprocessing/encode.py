@@ -1,4 +1,4 @@
-"""Documents -> token ids and segment ends, many at a time and no Python object a token."""
+"""Encode documents as token ids and segment ends, in bulk and without a Python object per token."""
 
 import hashlib
 from collections.abc import Sequence
@@ -20,15 +20,15 @@ HASH_BYTES = 16  # two texts of a corpus of 10^12 share one by chance once in 10
 
 
 class Destination(NamedTuple):
-    """Which dataset a document goes to."""
+    """Dataset that a document goes to."""
 
-    split: str  # "" where the output is not split
-    partition: str  # "" where it is not partitioned
+    split: str  # "" if the output is not split
+    partition: str  # "" if the output is not partitioned
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """All that decides which tokens a document gives, and where they go."""
+    """Options that determine a document's tokens and destination."""
 
     tokenizer_file: Path
     rule: SegmentRule
@@ -36,11 +36,11 @@ class Recipe:
     append_eos: bool = False
     split: Split | None = None
     backend: Name = "stock"
-    check_share: float = 0.0  # of the text, compared with the stock tokenizer's ids
+    check_share: float = 0.0  # of the text, checked against the stock tokenizer's ids
 
 
 class TokenizedDocuments(NamedTuple):
-    """D documents laid end to end, T tokens together."""
+    """D concatenated documents of T tokens in total."""
 
     tokens_T: TokenArray  # storage dtype
     ends_T: BoolArray
@@ -50,15 +50,7 @@ class TokenizedDocuments(NamedTuple):
 
 
 class DocumentTokenizer:
-    """A recipe made ready.
-
-    Args:
-        recipe: what to do.
-
-    Attributes:
-        backend: that gives the ids.
-        dtype: of the tokens as stored.
-    """
+    """Tokenizer of documents according to a recipe; `dtype` is that of the stored tokens."""
 
     def __init__(self, recipe: Recipe) -> None:
         self._recipe = recipe
@@ -70,10 +62,10 @@ class DocumentTokenizer:
         self.dtype = choose_dtype(self._tokenizer.vocab_size)
 
     def __call__(self, documents: Sequence[Document]) -> TokenizedDocuments:
-        """Each document's BOS, its text, and EOS if asked for.
+        """Encode each document as BOS, its text, and EOS if the recipe appends it.
 
         Raises:
-            TokenizerDifferenceError: the fast tokenizer was found to be wrong.
+            TokenizerDifferenceError: the fast tokenizer gave wrong ids.
         """
         encoded = self._backend.encode_documents(documents)
         eos = [self._tokenizer.eos_id] if self._recipe.append_eos else []
@@ -81,9 +73,10 @@ class DocumentTokenizer:
         stops_D = np.cumsum(lengths_D)
         tokens_T = np.empty(int(lengths_D.sum()), self.dtype)
         is_text_T = np.ones(tokens_T.size, np.bool_)
-        for places, token in [(stops_D - lengths_D, self._tokenizer.bos_id), *((stops_D - 1, token) for token in eos)]:
-            tokens_T[places] = token
-            is_text_T[places] = False
+        special = [(stops_D - lengths_D, self._tokenizer.bos_id), *((stops_D - 1, token) for token in eos)]
+        for positions_D, token in special:
+            tokens_T[positions_D] = token
+            is_text_T[positions_D] = False
         tokens_T[is_text_T] = encoded.tokens_T
         return TokenizedDocuments(
             tokens_T=tokens_T,
@@ -98,7 +91,7 @@ class DocumentTokenizer:
 
 
 def text_hash(text: str) -> bytes:
-    """What tells two texts apart: decides the split, and finds duplicates."""
+    """Return the hash that decides a text's split and identifies duplicates."""
     return hashlib.blake2b(text.encode(), digest_size=HASH_BYTES).digest()
 
 
@@ -107,7 +100,7 @@ def _utf8_bytes(text: str) -> int:
 
 
 def _ends(tokens_T: TokenArray, lengths_D: IntArray, rule: SegmentRule) -> BoolArray:
-    """Segment ends of all documents in one pass; a rule that counts starts again with each."""
+    """Return the segment ends of all documents in one pass; a counting rule restarts at each document."""
     if rule.fixed_length is None:
         return segment_ends(tokens_T, rule)
     bounds_D1 = np.concatenate([[0], np.cumsum(lengths_D)])

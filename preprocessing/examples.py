@@ -1,6 +1,6 @@
-"""Prompts and answers in tokens -> a dataset folder of examples.
+"""Write tokenized prompts and answers to a dataset folder of examples.
 
-Made in one go and by one process: what is unfinished lies in OUTPUT/unfinished, and is begun again.
+One process does this in one pass: unfinished work is in OUTPUT/unfinished, and a restart discards it.
 """
 
 from collections.abc import Iterable
@@ -33,27 +33,20 @@ from preprocessing.work_dir import WorkFolder
 class Example(NamedTuple):
     """A prompt and its answer."""
 
-    prompt_T: TokenArray  # from BOS on
-    answer_T: TokenArray  # to EOS
+    prompt_T: TokenArray  # starts with BOS
+    answer_T: TokenArray  # ends with EOS
     text_bytes: int  # UTF-8 length of both
-    place: str  # where it comes from, for messages
+    place: str  # location in the source, for error messages
 
 
 def write_examples(
     output: Path, contents: Contents, examples: Iterable[Example], *, overwrite: bool, total: int | None = None
 ) -> Manifest:
-    """Write a dataset of examples, in their order, and show how far it is.
-
-    Args:
-        output: folder to make.
-        contents: whose `examples` says for which window they are.
-        examples: taken one by one.
-        overwrite: replace a dataset that is there, once the new one is finished.
-        total: how many there are; None: not known.
+    """Write a dataset of examples in their order, with a progress bar; `contents.examples` gives the sequence length.
 
     Raises:
-        DataError: an example without prompt or answer, or longer than the window; none at all; the output may not be
-            replaced, or cannot be written. A dataset that was there is still there then.
+        DataError: an example without prompt or answer, or longer than a sequence; no examples; or an output that may
+            not be replaced or cannot be written. An existing dataset is then unchanged.
     """
     work, existed = WorkFolder(output), output.exists()
     try:
@@ -86,12 +79,12 @@ def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) ->
     with ShardWriter(folder, SHARD_PREFIX, dtype) as writer:
         for example in examples:
             _check(example, longest)
-            text_bytes = (0, example.text_bytes)  # of both together
+            text_bytes = (0, example.text_bytes)  # prompt and answer together
             for ids_T, size in zip((example.prompt_T, example.answer_T), text_bytes, strict=True):
                 tokens_T = np.asarray(ids_T).astype(dtype)
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, contents.rule), size, ""))
         if not writer.num_documents:
-            raise DataError("There are no examples", remedy="Give files that hold some", location=work.output)
+            raise DataError("There are no examples", remedy="Give files that contain some", location=work.output)
         record = writer.finish()
     clear_output(work.output)
     return publish_dataset(work.output, [(folder, record)], contents, Destination("", ""))
@@ -100,12 +93,12 @@ def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) ->
 def _check(example: Example, longest: int) -> None:
     for name, ids_T in (("prompt", example.prompt_T), ("answer", example.answer_T)):
         if not len(ids_T):
-            raise DataError(f"an example without {name}", remedy="Leave it out", location=example.place)
+            raise DataError(f"an example has no {name}", remedy="Remove it", location=example.place)
     size = len(example.prompt_T) + len(example.answer_T)
     if size > longest:
         raise DataError(
-            f"an example has {len(example.prompt_T)} tokens of prompt and {len(example.answer_T)} of answer; a window "
-            f"has {longest}",
-            remedy=f"Use --length {size} or more, or leave it out",
+            f"an example has {len(example.prompt_T)} prompt and {len(example.answer_T)} answer tokens; a sequence has "
+            f"{longest}",
+            remedy=f"Use --length {size} or more, or remove it",
             location=example.place,
         )

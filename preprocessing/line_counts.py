@@ -1,4 +1,4 @@
-"""Counts of what was read and what was left out of it, and when to stop over the latter."""
+"""Counts of the lines that were read and skipped, and the limit on malformed ones."""
 
 import logging
 import os
@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from megatron_bipe.errors import DataError
 from preprocessing.readers.parse import Malformed
 
-MALFORMED_NAMED = 10  # so many are named; also so many are always let pass
-MALFORMED_SHARE = 0.01  # of the lines read so far: more of them, and the input is not what it is taken for
+MALFORMED_NAMED = 10  # lines that are reported; at least this many are allowed
+MALFORMED_SHARE = 0.01  # of the lines read so far; above it, the options probably do not match the input
 
 log = logging.getLogger(__name__)
 
@@ -17,9 +17,9 @@ class Tally:
     """Running counts over the inputs.
 
     Args:
-        max_malformed: lines to let pass; None for `MALFORMED_NAMED`, or `MALFORMED_SHARE` of the lines read so far
+        max_malformed: allowed malformed lines; None: `MALFORMED_NAMED`, or `MALFORMED_SHARE` of the lines read so far
             if that is more.
-        quiet: warn of no line.
+        quiet: log no warning for a line.
     """
 
     def __init__(self, max_malformed: int | None = None, quiet: bool = False) -> None:
@@ -38,15 +38,10 @@ class Tally:
     ) -> None:
         """Count one part of the input, and warn of its malformed lines.
 
-        Args:
-            malformed: lines to name.
-            num_lines: that are not blank.
-            num_documents: that were used.
-            num_empty: texts of no characters.
-            num_malformed: where not all of them are in `malformed`.
+        Blank lines do not count. `num_malformed` is needed only if `malformed` does not list all.
 
         Raises:
-            DataError: more malformed lines than are let pass.
+            DataError: more malformed lines than allowed.
         """
         self.num_lines += num_lines
         self.num_documents += num_documents
@@ -54,7 +49,7 @@ class Tally:
         self.num_malformed += len(malformed) if num_malformed is None else num_malformed
         for line in malformed[: MALFORMED_NAMED - len(self.first_malformed)]:
             if not self._quiet:
-                log.warning("Left out %s", _named(line))
+                log.warning("Skipped %s", _named(line))
             self.first_malformed.append(line)
         allowed = self._max_malformed
         if allowed is None:
@@ -62,20 +57,16 @@ class Tally:
         if self.num_malformed > allowed:
             example = malformed[0] if malformed else self.first_malformed[0]
             raise DataError(
-                f"{self.num_malformed} of {self.num_lines} lines are malformed, more than the {allowed} that are let "
-                f"pass, such as {_named(example)}",
-                remedy="Mend the input, name the right --text-key or --partition-by, or raise --max-malformed",
+                f"{self.num_malformed} of {self.num_lines} lines are malformed, more than the {allowed} allowed, "
+                f"such as {_named(example)}",
+                remedy="Fix the input, name the right --text-key or --partition-by, or raise --max-malformed",
                 location=example.file,
             )
 
     def finish(self, inputs: Sequence[str]) -> None:
-        """Say what was left out.
-
-        Raises:
-            DataError: nothing was left to use.
-        """
+        """Log how many lines were skipped; raise `DataError` if no text was usable."""
         if self.num_malformed or self.num_empty:
-            message = "Left out %d malformed lines and %d empty texts of %d lines"
+            message = "Skipped %d malformed lines and %d empty texts of %d lines"
             log.warning(message, self.num_malformed, self.num_empty, self.num_lines)
         if self.num_documents == 0:
             first = f": {_named(self.first_malformed[0])}" if self.first_malformed else ""
@@ -88,7 +79,7 @@ class Tally:
 
 
 def require_at_least(option: str, value: int | None, least: int) -> None:
-    """Refuse a number that is out of range; None is an option that was not given."""
+    """Refuse a number below `least`; None is an option that was not given."""
     if value is not None and value < least:
         raise DataError(f"{option} is {value}", remedy=f"Give {least} or more", location=option)
 
@@ -98,5 +89,5 @@ def _named(line: Malformed) -> str:
 
 
 def printable(file: str) -> str:
-    """A file name without the surrogates that stand for bytes outside UTF-8."""
+    """Return a file name with its surrogates, which stand for bytes outside UTF-8, escaped."""
     return os.fsencode(file).decode(errors="backslashreplace")

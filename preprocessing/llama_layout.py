@@ -1,4 +1,4 @@
-"""What a SentencePiece model needs besides its training to be a tokenizer in LLaMA's layout."""
+"""Additions that make a trained SentencePiece model a tokenizer in LLaMA's layout."""
 
 import json
 from typing import Any
@@ -14,13 +14,13 @@ Model = Any  # sentencepiece_model_pb2.ModelProto, a generated class without typ
 
 
 def ensure_stop_piece(model: Model) -> bool:
-    """Make sure that `STOP_PIECE` is a token; returns whether it had to be added.
+    """Ensure that `STOP_PIECE` is a token, and return True if it had to be added.
 
-    It takes the place of the last merge, which no other merge builds on, so only texts that used that merge, and
-    full stops after a space, are cut differently. (A user-defined symbol would cut every "▁." out before all merges.)
+    It replaces the last merge, on which no other merge builds, so the tokens change only in texts that used that merge
+    and at full stops after a space. (A user-defined symbol would be split off everywhere before all merges.)
 
     Raises:
-        DataError: there is no merge to take the place of.
+        DataError: there is no merge to replace.
     """
     if any(piece.piece == STOP_PIECE for piece in model.pieces):
         return False
@@ -36,10 +36,10 @@ def ensure_stop_piece(model: Model) -> bool:
 
 
 def settings_files() -> dict[str, bytes]:
-    """tokenizer_config.json and special_tokens_map.json.
+    """Return the contents of tokenizer_config.json and special_tokens_map.json.
 
-    The class is not LlamaTokenizer: for that one, transformers 5 builds a normaliser of its own instead of the one in
-    tokenizer.json, and other ids come out.
+    The class is not LlamaTokenizer: for that one, transformers 5 ignores the normaliser in tokenizer.json and builds
+    its own, which gives other ids.
     """
     tokens = {f"{role}_token": token for role, token in SPECIAL_TOKENS.items()}
     config = {
@@ -47,7 +47,7 @@ def settings_files() -> dict[str, bytes]:
         "add_bos_token": True,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
-        "model_max_length": int(1e30),  # transformers' way of saying that there is none
+        "model_max_length": int(1e30),  # transformers' value for no limit
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
     contents = {"tokenizer_config.json": config, "special_tokens_map.json": tokens}

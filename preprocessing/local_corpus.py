@@ -1,24 +1,23 @@
 """A small real corpus from text that every machine with this project has: the sources of packages it depends on.
 
-The packages are those of `SOURCES`. They are required at run time, pinned in constraints.txt, and each is one wheel for
-all platforms and Python versions, so the corpus is a function of constraints.txt and of the caps alone. From each
-module come two documents at most:
+`SOURCES` lists the packages. They are required at run time, pinned in constraints.txt, and each is one wheel for all
+platforms and Python versions, so the corpus depends only on constraints.txt and the caps. A module yields at most two
+documents:
 
-* **Code**: the module as it stands, less an opening comment block that speaks of a licence.
+* **Code**: the module as it is, without an opening comment block that mentions a licence.
 * **Prose**: the paragraphs of its triple-quoted strings, in source order.
 
-Text files (`.rst`, `.md`, `.txt`, package descriptions) give prose only. What is left out, and why:
+Text files (`.rst`, `.md`, `.txt`, package descriptions) yield prose only. These are skipped:
 
 * files in test folders, licence files, package records: boilerplate or data;
-* code that is very short or long, has very long lines, many digits, or says that it is generated:
-  tables and machine output;
-* paragraphs of few words, with many signs or digits, with doctest prompts or licence words: headings,
+* code that is very short or long, has very long lines, many digits, or says that it is generated: data or output;
+* paragraphs of few words, with much punctuation or many digits, with doctest prompts or licence words: headings,
   signatures, examples, boilerplate; and lists of parameters;
 * code seen before, and paragraphs seen before anywhere: duplicates would make the corpus look easier.
 
-Files are taken in the order of a hash of their path, a fixed shuffle, until the caps are reached; so
-a small corpus is a sample of all packages. A hash of a file's content puts both its documents into
-training or both into validation: the docstrings of a validation module are never trained on as code.
+Files are taken in the order of a hash of their path, a fixed shuffle, until the caps are reached, so a small corpus is
+a sample of all packages. A hash of a file's content puts both its documents into training or both into validation: the
+docstrings of a validation module are never trained on as code.
 """
 
 import hashlib
@@ -70,7 +69,7 @@ STRING_OR_COMMENT = re.compile(  # of Python source; the groups are the insides 
     r"|#[^\n]*",
     re.DOTALL,
 )
-F_STRING = re.compile(r"\b(?:f|fr|rf)\Z", re.IGNORECASE)  # what stands before the quotes
+F_STRING = re.compile(r"\b(?:f|fr|rf)\Z", re.IGNORECASE)  # prefix of the quotes
 MIN_PARAGRAPH_WORDS = 10
 MAX_PARAGRAPH_SIGN_SHARE = 0.1  # punctuation and digits; running English has 2% to 6%
 MIN_WORDS_A_LINE = 4
@@ -80,7 +79,7 @@ MIN_PROSE_CHARS = 300
 
 
 class Tally(NamedTuple):
-    """How much of one subset went into one of the files."""
+    """Size of one subset in one of the files."""
 
     documents: int
     text_bytes: int
@@ -95,11 +94,7 @@ class CorpusDocument(NamedTuple):
 
 
 def find_sources(pins: Mapping[str, str]) -> tuple[list[Distribution], list[str]]:
-    """Return the installed distributions of `SOURCES`, and in words how they differ from the pinned versions.
-
-    Args:
-        pins: name -> version, as in constraints.txt.
-    """
+    """Return the installed distributions of `SOURCES`, and descriptions of differences from the pinned versions."""
     found, differences = [], []
     for name in SOURCES:
         try:
@@ -123,10 +118,10 @@ def list_sources(distributions: Iterable[Distribution]) -> list[Path]:
 
 
 def collect(sources: Iterable[Path], max_bytes: int, valid_share: float) -> Iterator[CorpusDocument]:
-    """The corpus: code and prose documents, each subset up to its cap.
+    """Yield code and prose documents, each subset up to its cap.
 
     Args:
-        sources: files in the order they are to be taken; unreadable ones are passed over.
+        sources: files in the order in which they are taken; unreadable ones are skipped.
         max_bytes: cap of each subset, UTF-8 bytes of text, training and validation together.
         valid_share: share of the files that goes to validation, 0 to 1.
     """
@@ -149,24 +144,24 @@ def collect(sources: Iterable[Path], max_bytes: int, valid_share: float) -> Iter
 
 
 def corpus_files(folder: Path) -> list[Path]:
-    """The files of a corpus, in the order of `SPLITS`."""
+    """Return the files of a corpus, in the order of `SPLITS`."""
     return [folder / f"{split}.jsonl.zst" for split in SPLITS]
 
 
 class Written(NamedTuple):
-    """What went into the two files."""
+    """Sizes and fingerprint of the two files."""
 
     tallies: dict[tuple[str, str], Tally]
-    """By subset and "train" or "valid"."""
+    """Keyed by subset and "train" or "valid"."""
     fingerprint: str
-    """SHA-256 of the lines of both files in the order of collection; compression does not count."""
+    """SHA-256 of the uncompressed lines of both files in the order of collection."""
 
 
 def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> Written:
     """Write the two files in the Pile's line format, under temporary names until both are complete.
 
     Raises:
-        DataError: a subset came out empty in one of the files.
+        DataError: a subset is empty in one of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tallies = {(subset, split): Tally(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
@@ -190,7 +185,7 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> Written:
 
 
 def code_of(source: str) -> str | None:
-    """The module as a code document, or None where it reads like data, a table or machine output."""
+    """Return the module as a code document, or None if it looks like data, a table or machine output."""
     text = _without_licence_header(source).strip() + "\n"
     lines = text.splitlines()
     keep = (
@@ -206,7 +201,7 @@ def code_of(source: str) -> str | None:
 def strings_of(source: str) -> list[str]:
     """Return the triple-quoted strings of a module as they are written, docstrings and others, without f-strings.
 
-    They are found by an expression and not by the compiler, whose constants differ between versions of Python.
+    A regular expression finds them, because the compiler's constants differ between versions of Python.
     """
     triple_quoted = (literal for literal in STRING_OR_COMMENT.finditer(source) if literal.lastindex)
     return [
@@ -217,7 +212,7 @@ def strings_of(source: str) -> list[str]:
 
 
 def paragraphs_of(text: str) -> list[str]:
-    """The paragraphs of `text` that read as prose, their lines unindented and not re-wrapped."""
+    """Return the paragraphs of `text` that look like prose, their lines unindented and not re-wrapped."""
     blocks = re.split(r"\n\s*\n", text)
     unindented = ("\n".join(line.strip() for line in block.strip().splitlines()) for block in blocks)
     return [block for block in unindented if _is_prose(block)]
@@ -253,7 +248,7 @@ def _is_valid(raw: str, valid_share: float) -> bool:
 
 
 def _documents(path: Path, raw: str, room: dict[str, int], seen: set[bytes]) -> Iterator[tuple[str, str]]:
-    """(subset, text) of one file, for the subsets that still have room; `seen` is updated."""
+    """Yield (subset, text) of one file for the subsets that have room, and update `seen`."""
     is_module = path.suffix == ".py"
     if is_module and room[CODE]:
         code = code_of(raw)
@@ -286,7 +281,7 @@ def _without_licence_header(source: str) -> str:
 
 
 def _is_new(text: str, seen: set[bytes]) -> bool:
-    """True the first time a text is met."""
+    """Return True the first time a text is seen."""
     digest = _digest(text)
     if digest in seen:
         return False

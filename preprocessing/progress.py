@@ -1,4 +1,4 @@
-"""How far a long read has come: a bar on a terminal, a line every half minute elsewhere."""
+"""Progress of a long read: a bar on a terminal, a log line every half minute elsewhere."""
 
 import logging
 import sys
@@ -13,13 +13,7 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """Shows share done, MB of text a second and time left.
-
-    Args:
-        total_bytes: of the input files as they lie on disk.
-        what: the work, for the line's head.
-        quiet: show nothing: another process does.
-    """
+    """Display of the fraction of the bytes on disk, the MB of text per second and the time left."""
 
     def __init__(self, total_bytes: int, what: str, quiet: bool = False) -> None:
         self._total_bytes = total_bytes
@@ -39,12 +33,7 @@ class Progress:
         self._bar.close()
 
     def update(self, done_bytes: int, text_bytes: int) -> None:
-        """Count more work.
-
-        Args:
-            done_bytes: read from disk, since the last call.
-            text_bytes: of text handled, since the last call.
-        """
+        """Count bytes read from disk, and bytes of text processed, since the last call."""
         self._done_bytes += done_bytes
         self._text_bytes += text_bytes
         if not self._bar.disable:
@@ -56,11 +45,10 @@ class Progress:
 
     @property
     def text_mb_per_s(self) -> float:
-        """Megabytes of text a second, so far."""
         return self._text_bytes / 1e6 / max(time.monotonic() - self._began_s, 1e-9)
 
     def line(self) -> str:
-        """One line for a log."""
+        """Return the progress as one log line."""
         share = self._done_bytes / max(self._total_bytes, 1)
         passed_s = time.monotonic() - self._began_s
         left_s = passed_s / share - passed_s if share > 0 else 0.0

@@ -1,4 +1,4 @@
-"""One range of the inputs -> its shards: the whole work of a worker, done alone and in one pass."""
+"""Convert one range of the inputs to shards, in one pass and independently of other ranges."""
 
 import logging
 from collections.abc import Callable
@@ -23,34 +23,29 @@ from preprocessing.readers.parse import Keys, Malformed, Parsed
 from preprocessing.tokenizer_backend import Name, TokenizerDifferenceError
 from preprocessing.work_dir import STOCK_NAME, RangeRecord, RangeShard, WorkFolder
 
-MAX_DATASETS = 1000  # each keeps a file open; a key with more values than this is hardly meant
+MAX_DATASETS = 1000  # each keeps a file open; a key with more values is probably a mistake
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every worker needs to know."""
+    """Inputs and options that every worker needs."""
 
     output: Path
     ranges: list[list[Piece]]
     keys: Keys
     recipe: Recipe
-    shard_tokens: int  # a shard is closed before the document that would take it beyond this
+    shard_tokens: int  # a shard is closed before the document that would exceed this
     drop_duplicates: bool
-    fall_back: bool  # to the stock tokenizer, where the fast one is found to be wrong
+    fall_back: bool  # to the stock tokenizer, if the fast one gives wrong ids
 
 
 log = logging.getLogger(__name__)
 
-Advance = Callable[[int, int], object]  # told bytes read from disk and bytes of text, for the time left
+Advance = Callable[[int, int], object]  # called with bytes read from disk and bytes of text, for the time left
 
 
 class RangeWorker:
-    """Does ranges, one after the other, in one process.
-
-    Args:
-        job: all of it; a range is named by its number.
-        advance: see `Advance`.
-    """
+    """Worker that processes ranges one after the other, in one process."""
 
     def __init__(self, job: Job, advance: Advance) -> None:
         self._job, self._advance = job, advance
@@ -67,7 +62,7 @@ class RangeWorker:
         self._reader.__exit__(kind, error, trace)
 
     def hash_texts(self, number: int) -> None:
-        """First pass, where duplicates are to go: leave the hashes of a range's texts in its folder."""
+        """Save the hashes of a range's texts: the first pass if duplicates are dropped."""
         hashes: list[npt.NDArray[np.uint64]] = []
         for piece in self._job.ranges[number]:
             for parsed in self._reader.read(piece):
@@ -80,7 +75,7 @@ class RangeWorker:
         """Write a range's shards and, last, its record.
 
         Raises:
-            DataError: the input cannot be read, the fast tokenizer was found to be wrong, or the disk is full.
+            DataError: the input cannot be read, the fast tokenizer gave wrong ids, or the disk is full.
         """
         if self._tokenizer is None:
             self._tokenizer = DocumentTokenizer(self._job.recipe)
@@ -90,7 +85,7 @@ class RangeWorker:
             self._work.mark(STOCK_NAME)  # the next run may not happen to compare this document
             if not self._job.fall_back:
                 raise
-            log.warning("Going on with the stock tokenizer. %s", error)
+            log.warning("Continuing with the stock tokenizer. %s", error)
             self._tokenizer = DocumentTokenizer(replace(self._job.recipe, backend="stock"))
             self._tokenize(number, self._tokenizer)
 
@@ -99,9 +94,9 @@ class RangeWorker:
         dropped = load_dropped(folder) if self._job.drop_duplicates else None
         counts = _Counts()
         with self._work.writing(), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
-            for place, piece in enumerate(self._job.ranges[number]):
+            for index, piece in enumerate(self._job.ranges[number]):
                 for parsed in self._reader.read(piece):
-                    counts.add(parsed, place)
+                    counts.add(parsed, index)
                     documents = counts.kept(parsed.documents, dropped)
                     text_bytes = 0
                     if documents:
@@ -115,7 +110,7 @@ class RangeWorker:
 
 @dataclass
 class _Counts:
-    """What a range's record says besides its shards."""
+    """Counts in a range's record."""
 
     ends: list[PieceEnd] = field(default_factory=list)
     first_malformed: list[Malformed] = field(default_factory=list)
@@ -135,7 +130,7 @@ class _Counts:
         self.malformed += len(parsed.malformed)
 
     def kept(self, documents: list[Document], dropped: npt.NDArray[np.bool_] | None) -> list[Document]:
-        """Those that are no duplicates."""
+        """Return the documents that are not duplicates, and count them."""
         first, self.seen = self.seen, self.seen + len(documents)
         if dropped is not None:
             flags = dropped[first : self.seen].tolist()
@@ -159,12 +154,12 @@ class _Counts:
 
 
 class _RangeWriter:
-    """The shards of a range, one open for each destination."""
+    """Shards of a range, one open for each destination."""
 
     def __init__(self, folder: Path, dtype: np.dtype[Any], shard_tokens: int) -> None:
         self._folder, self._dtype, self._shard_tokens = folder, dtype, shard_tokens
         self._open: dict[Destination, ShardWriter] = {}
-        self._order: list[Destination] = []  # of each shard begun, by its number
+        self._order: list[Destination] = []  # destination of each shard, by its number
         self._done: dict[int, RangeShard] = {}
         self._undo = ExitStack()
 
@@ -174,10 +169,9 @@ class _RangeWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._undo.close()  # drops what is unfinished
+        self._undo.close()  # removes unfinished shards
 
     def add(self, done: TokenizedDocuments) -> None:
-        """Append documents to the shards of their datasets."""
         starts_D = np.cumsum(done.lengths_D) - done.lengths_D
         for destination in dict.fromkeys(done.destinations):
             mine = [n for n, found in enumerate(done.destinations) if found == destination]
@@ -187,13 +181,13 @@ class _RangeWriter:
                 mine = mine[count:]
 
     def finish(self) -> list[RangeShard]:
-        """Close all shards."""
+        """Close all shards, and return them by number."""
         for destination in list(self._open):
             self._close(destination)
         return [self._done[number] for number in range(len(self._order))]
 
     def _room_for(self, destination: Destination, lengths_D: npt.NDArray[np.int64]) -> int:
-        """How many of the documents go into the open shard, at least one; opens another if it is full."""
+        """Return how many documents fit into the open shard, at least one; open another shard if it is full."""
         writer = self._open.get(destination)
         if writer is not None and writer.num_tokens + lengths_D[0] > self._shard_tokens:
             self._close(destination)

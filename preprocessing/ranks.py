@@ -1,7 +1,7 @@
-"""`mpiexec -n N python tools/preprocess.py ...`: which of N cooperating processes this one is.
+"""MPI ranks of preprocessing: `mpiexec -n N python tools/preprocess.py ...`.
 
-The only place that knows MPI. Ranks share a file system and little else: each does ranges of its own, and they meet
-at barriers. A rank that fails takes the others with it; what they had finished stays.
+Only this module uses MPI. Ranks share a file system: each processes its own ranges, and they synchronize at barriers.
+A rank that fails ends the others; finished ranges are kept.
 """
 
 import os
@@ -19,11 +19,7 @@ Result = TypeVar("Result")
 
 
 class Ranks:
-    """This process among the others.
-
-    Args:
-        communicator: mpi4py's world; None when there is but this process.
-    """
+    """Rank of this process, size of its job, and collectives; without a communicator, a single process."""
 
     def __init__(self, communicator: Any = None) -> None:
         self._communicator = communicator
@@ -31,24 +27,24 @@ class Ranks:
         self.size = communicator.Get_size() if communicator else 1
 
     def first(self, work: Callable[[], Result]) -> Result:
-        """Have rank 0 alone do something, and tell all the result."""
+        """Run `work` on rank 0, and return its result on all ranks."""
         result = work() if self.rank == 0 else None
         if self._communicator is not None:
             result = self._communicator.bcast(result)
         return result  # type: ignore[return-value]
 
     def wait(self) -> None:
-        """Go on when all have come this far."""
+        """Wait until all ranks have called this."""
         if self._communicator is not None:
             self._communicator.Barrier()
 
 
 @contextmanager
 def join_ranks() -> Iterator[Ranks]:
-    """Take part in the MPI job that this process was started in, or be alone.
+    """Join the MPI job that started this process, or yield a single rank.
 
     Raises:
-        DataError: there is a job, and no mpi4py.
+        DataError: there is an MPI job, but mpi4py cannot be imported.
     """
     if not any(name in os.environ for name in LAUNCH_VARIABLES):
         yield Ranks()
@@ -58,7 +54,7 @@ def join_ranks() -> Iterator[Ranks]:
     except ImportError as error:
         raise DataError(
             f"This process was started by MPI, but mpi4py cannot be loaded: {error}",
-            remedy="pip install 'megatron-bipe[mpi]', or start it without mpiexec and with --workers",
+            remedy="Run pip install 'megatron-bipe[mpi]', or start this without mpiexec and with --workers",
             location="mpiexec",
         ) from error
     ranks = Ranks(MPI.COMM_WORLD)
@@ -76,7 +72,7 @@ def join_ranks() -> Iterator[Ranks]:
 
 
 def _end_all(message: str, code: int) -> None:
-    """Say why, and end every rank: the others would wait for this one for ever."""
+    """Write a message, and end every rank: the others would wait for this one forever."""
     from mpi4py import MPI
 
     sys.stderr.write(message + "\n")

@@ -1,4 +1,4 @@
-"""A split of a SCROLLS task -> a dataset of examples: one for each output of each input."""
+"""Build a dataset from a split of a SCROLLS task, with one example for each output of each input."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,13 +16,13 @@ from preprocessing.commit import Contents
 from preprocessing.examples import Example, write_examples
 from preprocessing.tokenizer_backend import choose_backend, open_backend
 
-ROWS_AT_ONCE = 32  # whose texts, up to a few MB each, are in memory
-CHECK_SHARE = 0.01  # of the text, also tokenized by the stock library and compared
+ROWS_AT_ONCE = 32  # held in memory; a text has up to a few MB
+CHECK_SHARE = 0.01  # of the text, checked against the stock library's ids
 
 
 @dataclass(frozen=True)
 class ScrollsOptions:
-    """What the command line says."""
+    """Options of `tools/prepare_task.py scrolls`."""
 
     task: str
     data: Path
@@ -35,11 +35,11 @@ class ScrollsOptions:
 
 
 def prepare_scrolls(options: ScrollsOptions) -> Manifest:
-    """Make the dataset.
+    """Build the dataset.
 
     Raises:
-        DataError: no such task, tokenizer, rule or file; a bad line, an example without an answer, an output that may
-            not be replaced.
+        DataError: an unknown task, tokenizer, rule or file; a bad line, an example without an answer, or an output
+            that may not be replaced.
     """
     task, tokenizer = find_task(options.task), load_tokenizer(options.tokenizer)
     prompter = Prompter(task, options.length, tokenizer, checked_encode(tokenizer))
@@ -54,7 +54,7 @@ def prepare_scrolls(options: ScrollsOptions) -> Manifest:
 
 
 def checked_encode(tokenizer: Tokenizer) -> Encode:
-    """Ids of texts by the fast tokenizer, where it can be had, compared with the stock one's."""
+    """Return an encoder that uses the fast tokenizer if it is available, and checks it against the stock one."""
     backend = open_backend(tokenizer, choose_backend(tokenizer, "auto", False, []), False, CHECK_SHARE)
 
     def encode(texts: Iterable[str]) -> list[TokenArray]:
@@ -77,7 +77,7 @@ def _output(row: Row) -> str:
     if row.output is None:
         raise DataError(
             f"the example {row.pid!r} has no answer to learn from",
-            remedy="Name a split that has outputs, train or validation; in one of these, mend or remove the line",
+            remedy="Name a split that has outputs, train or validation; in one of these, fix or remove the line",
             location=row.place,
         )
     return row.output

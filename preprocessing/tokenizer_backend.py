@@ -1,8 +1,8 @@
-"""The tokenizer in bulk: gigatoken where it gives the stock library's ids, else the stock library.
+"""Bulk tokenization by gigatoken if it gives the stock library's ids, else by the stock library.
 
-The stock library (`tokenizers`, or `sentencepiece` for a bare tokenizer.model) is what the ids are by definition. The
-fast one is compared with it before the run, on texts that are hard to get right and on the first texts of the input,
-and during the run, on a sample.
+The stock library (`tokenizers`, or `sentencepiece` for a bare tokenizer.model) defines the ids. The fast one is
+compared with it before the run, on texts that are hard to tokenize and on the first texts of the input, and during the
+run, on a sample.
 """
 
 import json
@@ -19,49 +19,46 @@ from preprocessing.tokenizer_check import HARD_TEXTS
 
 Name = Literal["gigatoken", "stock"]
 Choice = Literal["auto", "gigatoken", "stock"]
-MOST_COMPARED_CHARS = 200_000  # of one text: the stock library is slow, and slower the longer a text is
+MOST_COMPARED_CHARS = 200_000  # of one text: the stock library is slow, and more so for long texts
 SHOWN_TOKENS = 5
 
 log = logging.getLogger(__name__)
 
 
 class Encoded(NamedTuple):
-    """The ids of D texts laid end to end (T tokens), without BOS or EOS."""
+    """Ids of D concatenated texts (T tokens), without BOS or EOS."""
 
     tokens_T: TokenArray
-    offsets_D1: IntArray  # where each text starts, and the end of the last
+    offsets_D1: IntArray  # start of each text, and the end of the last
 
 
 class Backend(Protocol):
-    """What turns many texts into ids, on one core."""
+    """Interface of a tokenizer that encodes many texts on one core."""
 
-    def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
-        ...
+    def encode(self, texts: Sequence[str]) -> Encoded: ...
 
 
 class TokenizerDifferenceError(DataError):
-    """The fast tokenizer gave other ids than the stock one."""
+    """Difference between the ids of the fast and the stock tokenizer."""
 
 
 class StockBackend:
-    """The library that the tokenizer's file is made for."""
+    """Backend that uses the library for which the tokenizer's file was made."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
         parts = self._tokenizer.encode_batch(texts)
         offsets_D1 = np.cumsum([0, *(part.size for part in parts)], dtype=np.int64)
         return Encoded(np.concatenate([np.empty(0, np.int32), *parts]), offsets_D1)
 
 
 class GigatokenBackend:
-    """gigatoken, on the calling thread.
+    """Backend that uses gigatoken on the calling thread.
 
     Raises:
-        DataError: it is not installed, or does not know this kind of tokenizer.
+        DataError: gigatoken is not installed, or does not support this kind of tokenizer.
     """
 
     def __init__(self, tokenizer: Tokenizer, special_in_text: bool) -> None:
@@ -69,31 +66,27 @@ class GigatokenBackend:
             from gigatoken.gigatoken_rs import load_hf_json
 
             spec = json.loads(tokenizer.to_json())
-            if not special_in_text:  # without them, a literal "<s>" is plain characters
+            if not special_in_text:  # without them, a literal "<s>" is ordinary text
                 spec["added_tokens"] = [token for token in spec.get("added_tokens", []) if not token.get("special")]
             self._encode_batch = load_hf_json(json.dumps(spec)).encode_batch
         except (KeyboardInterrupt, SystemExit):
             raise
-        except BaseException as error:  # a panic in Rust code is no Exception
+        except BaseException as error:  # a panic in Rust code is not an Exception
             raise DataError(
                 f"gigatoken cannot take this tokenizer: {error}",
-                remedy="Install gigatoken if it is missing, or leave --backend to its default",
+                remedy="Install gigatoken if it is missing, or use the default --backend",
                 location=tokenizer.definition,
             ) from error
 
     def encode(self, texts: Sequence[str]) -> Encoded:
-        """Ids of each text."""
         layout = self._encode_batch(list(texts), parallel=False).layout
         return Encoded(np.asarray(layout.content.data), np.asarray(layout.offsets.data))
 
 
 class CheckedBackend:
-    """A fast backend whose ids are compared with the stock ones for a share of the text.
+    """Fast backend whose ids are compared with the stock ones for a fraction of the text.
 
-    Args:
-        fast: whose ids are given.
-        stock: whose ids they must be.
-        share: of the characters to compare, in whole documents, those of `MOST_COMPARED_CHARS` or less.
+    Complete documents are compared, of at most `MOST_COMPARED_CHARS`.
     """
 
     def __init__(self, fast: Backend, stock: Backend, share: float) -> None:
@@ -101,16 +94,16 @@ class CheckedBackend:
         self._passed_chars = self._compared_chars = 0
 
     def encode_documents(self, documents: Sequence[Document]) -> Encoded:
-        """Ids of each document's text.
+        """Return the ids of each document's text.
 
         Raises:
-            TokenizerDifferenceError: a document got other ids than the stock library gives.
+            TokenizerDifferenceError: a document's ids differ from the stock library's.
         """
         encoded = self._fast.encode([document.text for document in documents])
         for number, document in enumerate(documents):
             self._passed_chars += len(document.text)
-            owed = self._share * self._passed_chars - self._compared_chars
-            if owed > 0 and len(document.text) <= MOST_COMPARED_CHARS:
+            pending = self._share * self._passed_chars - self._compared_chars
+            if pending > 0 and len(document.text) <= MOST_COMPARED_CHARS:
                 self._compared_chars += len(document.text)
                 found_T = encoded.tokens_T[encoded.offsets_D1[number] : encoded.offsets_D1[number + 1]]
                 check_ids(document, found_T, self._stock)
@@ -118,20 +111,16 @@ class CheckedBackend:
 
 
 def check_ids(document: Document, found_T: TokenArray, stock: Backend) -> None:
-    """Compare ids with the stock library's.
-
-    Raises:
-        TokenizerDifferenceError: naming the document and the place.
-    """
+    """Raise `TokenizerDifferenceError` if ids differ from the stock library's."""
     expected_T = stock.encode([document.text]).tokens_T
     if np.array_equal(found_T, expected_T):
         return
     shorter = min(found_T.size, expected_T.size)
     differs = np.flatnonzero(found_T[:shorter] != expected_T[:shorter])
-    place = int(differs[0]) if differs.size else shorter
-    around = slice(max(place - 1, 0), place + SHOWN_TOKENS)
+    position = int(differs[0]) if differs.size else shorter
+    around = slice(max(position - 1, 0), position + SHOWN_TOKENS)
     raise TokenizerDifferenceError(
-        f"gigatoken and the stock tokenizer disagree from token {place} on: {found_T[around].tolist()} and "
+        f"gigatoken and the stock tokenizer disagree from token {position} on: {found_T[around].tolist()} and "
         f"{expected_T[around].tolist()}, in the document that begins {document.text[:60]!r}",
         remedy="Run again with --backend stock, or with --on-difference fall-back, and report this",
         location=f"{document.file}, line {document.line}",
@@ -141,16 +130,12 @@ def check_ids(document: Document, found_T: TokenArray, stock: Backend) -> None:
 def choose_backend(
     tokenizer: Tokenizer, choice: Choice, special_in_text: bool, first_documents: Sequence[Document]
 ) -> Name:
-    """Which backend a run uses.
+    """Return the backend that a run uses.
 
-    Args:
-        tokenizer: the stock one.
-        choice: "auto" takes gigatoken where it can be had and agrees on the hard texts and the first documents.
-        special_in_text: whether a literal "<s>" is the special token.
-        first_documents: of the input.
+    "auto" takes gigatoken if it is available and agrees on the hard texts and the first documents.
 
     Raises:
-        DataError: gigatoken was asked for and cannot be used.
+        DataError: gigatoken was requested and cannot be used.
     """
     if choice == "stock":
         return "stock"
@@ -170,7 +155,6 @@ def choose_backend(
 
 
 def open_backend(tokenizer: Tokenizer, name: Name, special_in_text: bool, share: float) -> CheckedBackend:
-    """The backend of a worker."""
     stock = StockBackend(tokenizer)
     if name == "stock":
         return CheckedBackend(stock, stock, 0.0)

@@ -1,4 +1,4 @@
-"""Before a trained tokenizer is written: its two forms must cut a sample of the training text alike."""
+"""Check that both forms of a trained tokenizer give equal ids on a text sample, before they are written."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from megatron_bipe.errors import DataError
 
 SHARE = 0.01  # of the training text
 LEAST_BYTES = 200_000  # so that a small training text is checked in full
-MOST_BYTES = 4_000_000  # some seconds
+MOST_BYTES = 4_000_000  # takes a few seconds
 MOST_CHARS_A_TEXT = 100_000
 HARD_TEXTS = (
     " leading",
@@ -24,13 +24,13 @@ HARD_TEXTS = (
 
 
 class CheckSample:
-    """Keeps some of the texts that pass by, spread over all of them."""
+    """Sample of a stream of texts, spread over all of it."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
 
     def tapped(self, texts: Iterator[str]) -> Iterator[str]:
-        """The same texts, some of them kept."""
+        """Yield the same texts, and keep some of them."""
         passed = kept = 0
         for text in texts:
             passed += len(text)
@@ -41,21 +41,17 @@ class CheckSample:
 
 
 def check_agreement(model: bytes, definition: bytes, texts: list[str]) -> None:
-    """Compare the ids of tokenizer.model and tokenizer.json over `texts` and some texts that are hard to get right.
-
-    Raises:
-        DataError: they differ.
-    """
+    """Raise `DataError` if tokenizer.model and tokenizer.json give different ids on `texts` or on `HARD_TEXTS`."""
     first = sentencepiece.SentencePieceProcessor(model_proto=model)
     second = tokenizers.Tokenizer.from_str(definition.decode())
     second.encode_special_tokens = True
     for text in (*HARD_TEXTS, *texts):
         ids, others = first.encode(text), second.encode(text, add_special_tokens=False).ids
         if ids != others:
-            place = next((n for n, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
-            around = first.decode(ids[max(place - 5, 0) : place + 5])
+            position = next((n for n, pair in enumerate(zip(ids, others, strict=False)) if pair[0] != pair[1]), 0)
+            around = first.decode(ids[max(position - 5, 0) : position + 5])
             raise DataError(
-                f"tokenizer.model and tokenizer.json disagree on training text near {around!r}, token {place}; "
+                f"tokenizer.model and tokenizer.json disagree on training text near {around!r}, token {position}; "
                 "nothing was written",
                 remedy="Use another --vocab-size or other text, and report this",
                 location="tokenizer.json",

@@ -1,4 +1,4 @@
-"""Records of all ranges -> totals over the inputs, and whether the pieces that were read fit together."""
+"""Total the records of all ranges, and check that the pieces that were read fit together."""
 
 from collections.abc import Sequence
 
@@ -10,50 +10,38 @@ from preprocessing.work_dir import WORK_FOLDER, RangeRecord
 
 
 def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> Tally:
-    """Totals, and malformed lines by their numbers in their files.
+    """Return the totals, with malformed lines numbered within their files.
 
-    Args:
-        records: of all ranges, in order.
-        ranges: their pieces.
-        max_malformed: as `Tally` takes it; None holds for each range alone too.
+    If `max_malformed` is None, the default limit applies to each range as well.
 
     Raises:
-        DataError: more malformed lines than are let pass, or pieces of a file do not fit together.
+        DataError: more malformed lines than allowed, or pieces of a file that do not fit together.
     """
     tally = Tally(max_malformed)
-    lines: dict[str, int] = {}  # passed in each input
-    owed: dict[str, int] = {}  # bytes that a line took beyond its piece, for the next ones to skip
+    lines: dict[str, int] = {}  # counted so far, by input
+    pending: dict[str, int] = {}  # bytes that a line took beyond its piece, which the next pieces must skip
     for record, pieces in zip(records, ranges, strict=True):
         before = []
         for piece, end in zip(pieces, record.ends, strict=True):
             name = piece.input.name
             before.append(lines.get(name, 0))
             lines[name] = before[-1] + end.num_lines
-            owed[name] = owed.get(name, 0) - end.skipped_bytes
-            if owed[name] != 0 and (end.num_lines or end.overrun_bytes or piece.stop == piece.input.size):
+            pending[name] = pending.get(name, 0) - end.skipped_bytes
+            if pending[name] != 0 and (end.num_lines or end.overrun_bytes or piece.stop == piece.input.size):
                 raise _misfit(piece)
-            owed[name] += end.overrun_bytes
+            pending[name] += end.overrun_bytes
         named = [
-            bad._replace(file=printable(pieces[place].input.name), line=bad.line + before[place])
-            for bad, place in zip(record.first_malformed, record.malformed_pieces, strict=True)
+            bad._replace(file=printable(pieces[index].input.name), line=bad.line + before[index])
+            for bad, index in zip(record.first_malformed, record.malformed_pieces, strict=True)
         ]
         add_range(tally, record, named)
         if max_malformed is None:
-            add_range(Tally(quiet=True), record, named)  # what ended a run must not pass in the next, which has it done
+            add_range(Tally(quiet=True), record, named)  # a range that ended a run also ends the next, which skips it
     return tally
 
 
 def add_range(tally: Tally, record: RangeRecord, named: Sequence[Malformed]) -> None:
-    """Count a range.
-
-    Args:
-        tally: to count it in.
-        record: of the range.
-        named: its first malformed lines, by the numbers they are to be called by.
-
-    Raises:
-        DataError: more malformed lines than are let pass.
-    """
+    """Add a range's counts to a tally; `named` are its first malformed lines, numbered as they are reported."""
     tally.add(
         named,
         num_lines=record.lines,
@@ -66,7 +54,7 @@ def add_range(tally: Tally, record: RangeRecord, named: Sequence[Malformed]) -> 
 def _misfit(piece: Piece) -> DataError:
     return DataError(
         f"The parts of the file before and after byte {piece.start} do not fit together: it was changed while it was "
-        "read, or different versions of zstandard or zlib took part",
+        "read, or it was read with different versions of zstandard or zlib",
         remedy=f"Remove the folder {WORK_FOLDER!r} in the output, and run the same command again in one environment",
         location=piece.input.name,
     )

@@ -1,4 +1,4 @@
-"""Training a tokenizer in LLaMA's layout: SentencePiece BPE with byte fallback, and the same as a tokenizer.json.
+"""Train a tokenizer in LLaMA's layout: SentencePiece BPE with byte fallback, written also as tokenizer.json.
 
 Ids: 0 <unk>, 1 <s>, 2 </s>, 3..258 the bytes (so newline is 13), then merges, then single characters.
 """
@@ -23,40 +23,40 @@ from preprocessing.readers.inputs import Input, find_inputs
 from preprocessing.readers.parse import Keys
 from preprocessing.tokenizer_check import CheckSample, check_agreement
 
-SAMPLE_BYTES = 100_000_000  # trained on in about 1.5 GB of memory: 14 bytes a byte of text, as measured
-MAX_LINE_BYTES = 4192  # LLaMA's; SentencePiece drops longer lines, so they are cut before
-CHARACTER_COVERAGE = 0.99995  # LLaMA's; rarer characters are spelled in bytes
-RESERVED_CHARACTER = "\u2585"  # SentencePiece's own mark: it drops lines that hold it
+SAMPLE_BYTES = 100_000_000  # training takes about 1.5 GB of memory: measured, 14 bytes per byte of text
+MAX_LINE_BYTES = 4192  # LLaMA's; SentencePiece drops longer lines, so they are split first
+CHARACTER_COVERAGE = 0.99995  # LLaMA's; rarer characters are encoded as bytes
+RESERVED_CHARACTER = "\u2585"  # SentencePiece's own mark: it drops lines that contain it
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """What `tools/train_tokenizer.py` is asked to do; the fields are its options."""
+    """Options of `tools/train_tokenizer.py`."""
 
     inputs: Sequence[str]
     vocab_size: int
     output: Path
     sample_bytes: int = SAMPLE_BYTES
     text_key: str = "text"
-    max_malformed: int | None = None  # None: as `Tally` has it
+    max_malformed: int | None = None  # None: the default of `Tally`
     overwrite: bool = False
 
 
 def train_tokenizer(options: TrainOptions) -> Path:
-    """Train, check and write a tokenizer folder.
+    """Train, check and write a tokenizer folder, and return it.
 
     Raises:
-        DataError: bad options or inputs, output in the way, too little text for the vocabulary, or a tokenizer.json
-            that does not agree with the model (nothing is written then).
+        DataError: bad options or inputs, an existing output, too little text for the vocabulary, or a tokenizer.json
+            that disagrees with the model (nothing is written then).
     """
     require_at_least("--sample-bytes", options.sample_bytes, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
     files = find_inputs(options.inputs)
     if options.output.exists() and not options.output.is_dir():
         raise DataError(
-            "The output is a file, and a tokenizer is a folder", remedy="Name another", location=options.output
+            "The output is a file, but a tokenizer is a folder", remedy="Name another", location=options.output
         )
     names = ("tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "tokenizer.json")
     present = [name for name in names if (options.output / name).exists()]
@@ -80,7 +80,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
 
 
 def _texts(inputs: list[Input], options: TrainOptions, tally: Tally) -> Iterator[str]:
-    """Texts up to `sample_bytes`, from every file in proportion to its size on disk, from its beginning on."""
+    """Yield texts up to `sample_bytes`, from the start of every file in proportion to its size on disk."""
     total = sum(item.size for item in inputs)
     taken = passed = 0
     for item in inputs:
@@ -107,9 +107,9 @@ def _lines(texts: Iterator[str]) -> Iterator[bytes]:
 
 
 def cut_line(line: bytes, max_bytes: int) -> Iterator[bytes]:
-    """Pieces of at most `max_bytes`, cut at spaces where there are any, else between characters.
+    """Split a line into pieces of at most `max_bytes`, at spaces if there are any, else between characters.
 
-    A space that is cut at goes: SentencePiece begins every piece with one anyway.
+    The space at a split is dropped: SentencePiece begins every piece with one anyway.
     """
     while len(line) > max_bytes:
         end = line.rfind(b" ", 1, max_bytes + 1)
@@ -127,7 +127,7 @@ def cut_line(line: bytes, max_bytes: int) -> Iterator[bytes]:
 
 
 def _train(lines: Iterator[bytes], options: TrainOptions) -> Model:
-    """Run SentencePiece, turning its complaints about sizes into ours."""
+    """Run SentencePiece, and turn its errors about sizes into `DataError`."""
     written = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -160,9 +160,9 @@ def _train(lines: Iterator[bytes], options: TrainOptions) -> Model:
     return model
 
 
-def _size_error(complaint: str, options: TrainOptions) -> Exception:
-    largest = re.search(r"size too high .*<= (\d+)", complaint)
-    smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", complaint)
+def _size_error(message: str, options: TrainOptions) -> Exception:
+    largest = re.search(r"size too high .*<= (\d+)", message)
+    smallest = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if largest:
         what = f"is too large for this text; the largest possible size is {largest[1]}"
         remedy = f"Give --vocab-size {largest[1]} or less, or more text"
@@ -171,5 +171,5 @@ def _size_error(complaint: str, options: TrainOptions) -> Exception:
         what = f"is too small{least}"
         remedy = f"Give --vocab-size {int(smallest[1]) + 1 if smallest else 1000} or more"
     else:
-        return DataError(f"SentencePiece cannot train on this text: {complaint}", location=", ".join(options.inputs))
+        return DataError(f"SentencePiece cannot train on this text: {message}", location=", ".join(options.inputs))
     return DataError(f"A vocabulary of {options.vocab_size} {what}", remedy=remedy, location="--vocab-size")

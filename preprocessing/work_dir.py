@@ -1,9 +1,9 @@
-"""The unfinished part of an output: what the job is, and what of it is done. Survives any death of the run.
+"""The work folder of an unfinished output: the job and its finished ranges. It survives any crash of the run.
 
 DIR/unfinished/
-  job.json             what is being made from what
-  00000/range.json     written when range 0 is done, last in its folder
-  00000/000.bin ...    its shards
+  job.json             inputs and options of the job
+  00000/range.json     written last, when range 0 is finished
+  00000/000.bin ...    shards of range 0
 """
 
 import errno
@@ -26,73 +26,66 @@ from preprocessing.tokenizer_backend import Name
 
 WORK_FOLDER = "unfinished"
 JOB_NAME, RANGE_NAME = "job.json", "range.json"
-CLEARED_NAME, PUBLISHED_NAME, STOCK_NAME = "cleared", "published", "stock"  # marks: empty files
+CLEARED_NAME, PUBLISHED_NAME, STOCK_NAME = "cleared", "published", "stock"  # marker files, empty
 
 
 class RangeShard(Record):
-    """A shard of a range, and the dataset it is for."""
+    """Shard of a range, and the dataset it is for."""
 
     destination: Destination
     """Split and partition."""
     shard: ShardRecord
-    """As it lies in the range's folder."""
+    """Its record within the range's folder."""
 
 
 class RangeRecord(Record):
-    """What came of a range."""
+    """Result of a range."""
 
     shards: tuple[RangeShard, ...]
-    """In the order of their first documents, those of one destination in the order of their documents."""
+    """Ordered by first document; shards of one destination are in the order of their documents."""
     ends: tuple[PieceEnd, ...]
-    """Of the range's pieces."""
+    """One per piece of the range."""
     lines: Count
-    """That are not blank."""
+    """Lines that are not blank."""
     documents: Count
-    """Written."""
+    """Documents that were written."""
     empty: Count
-    """Texts of no characters."""
+    """Texts without characters."""
     duplicates: Count
-    """Texts left out because an earlier one is equal."""
+    """Texts skipped because they equal an earlier one."""
     malformed: Count
     """Lines that hold no document."""
     first_malformed: tuple[Malformed, ...]
-    """The first of them, their lines counted from the start of the piece."""
+    """The first malformed lines, numbered from the start of their piece."""
     backend: Name
-    """That tokenized it."""
+    """Backend that tokenized the range."""
     malformed_pieces: tuple[Count, ...]
-    """For each of the first, the number of the piece it lies in."""
+    """Index of the piece of each line in `first_malformed`."""
 
 
 class WorkFolder:
-    """Where an output grows.
-
-    Args:
-        output: the folder that is to hold the result.
-    """
+    """Folder of the unfinished work for an output folder."""
 
     def __init__(self, output: Path) -> None:
         self.output = output
         self.path = output / WORK_FOLDER
 
     def range_folder(self, number: int) -> Path:
-        """Where one range's files go."""
         return self.path / f"{number:05d}"
 
     def is_done(self, number: int) -> bool:
-        """Whether a range is finished."""
         return (self.range_folder(number) / RANGE_NAME).exists()
 
     def has_documents(self, number: int) -> bool:
-        """Whether a range is finished and was not in vain."""
+        """Return True if a range is finished and has documents."""
         return self.is_done(number) and self.load_range(number).documents > 0
 
     def save_range(self, number: int, record: RangeRecord) -> None:
-        """Mark a range as finished."""
-        self.range_folder(number).mkdir(parents=True, exist_ok=True)  # without documents there is none yet
+        """Save a range's record, which marks the range as finished."""
+        self.range_folder(number).mkdir(parents=True, exist_ok=True)  # a range without documents has none yet
         write_atomically(self.range_folder(number) / RANGE_NAME, record.model_dump_json().encode())
 
     def load_range(self, number: int) -> RangeRecord:
-        """What came of a finished range."""
         path = self.range_folder(number) / RANGE_NAME
         try:
             return RangeRecord.model_validate_json(path.read_bytes())
@@ -101,29 +94,24 @@ class WorkFolder:
         except ValidationError as error:
             raise DataError(
                 f"The record of a finished range is damaged: {error.errors()[0]['msg']}",
-                remedy="Remove the folder it lies in, and run the same command again",
+                remedy="Remove its folder, and run the same command again",
                 location=path,
             ) from error
 
     def begin(self, job: dict[str, Any], *, has_output: bool, overwrite: bool) -> None:
-        """Go on with the same job, or start it.
-
-        Args:
-            job: everything that decides the output's bytes.
-            has_output: whether the output folder holds a finished dataset.
-            overwrite: whether to replace that, or another job's beginnings.
+        """Resume the same job, or start it; `job` is everything that determines the output's bytes.
 
         Raises:
-            DataError: something is there that may not be replaced.
+            DataError: there is a finished dataset or another job's work, and no `overwrite`.
         """
         old = self._old_job()
         if old is None:
-            self.remove()  # the rest of one that was being removed
+            self.remove()  # what an interrupted removal left
         elif old != job:
             if not overwrite:
                 raise DataError(
-                    f"The output folder holds the beginnings of another job; it differs in {_differences(old, job)}",
-                    remedy="Give that job's command to finish it, name another folder, or add --overwrite to drop it",
+                    f"The output folder holds unfinished work of another job; it differs in {_differences(old, job)}",
+                    remedy="Run that job's command to finish it, name another folder, or add --overwrite to drop it",
                     location=self.path,
                 )
             self.remove()
@@ -149,26 +137,25 @@ class WorkFolder:
         except (OSError, ValueError) as error:
             raise DataError(
                 f"This record of an unfinished run cannot be read: {error}",
-                remedy="Remove the folder it lies in",
+                remedy="Remove its folder",
                 location=path,
             ) from error
 
     def has(self, mark: str) -> bool:
-        """Whether a mark was made.
+        """Return True if a marker exists.
 
-        `CLEARED_NAME`: nothing of an earlier output is left, so that what is there is this job's. `PUBLISHED_NAME`: the
-        output is complete, and this folder alone remains to be removed. `STOCK_NAME`: the fast tokenizer was wrong.
+        `CLEARED_NAME`: no earlier output is left, so all files are this job's. `PUBLISHED_NAME`: the output is
+        complete, and only this folder remains to be removed. `STOCK_NAME`: the fast tokenizer gave wrong ids.
         """
         return (self.path / mark).exists()
 
     def mark(self, mark: str) -> None:
-        """Make a mark."""
         write_atomically(self.path / mark, b"")
 
     def remove(self) -> None:
-        """Empty the folder, the marks after the job, so that a removal that is cut short can be told from a job.
+        """Empty the folder, markers after the job, so that an interrupted removal does not look like a job.
 
-        The lock stays until it is let go, which removes an empty folder.
+        The lock file stays; releasing the lock removes the empty folder.
         """
         found = list(self.path.iterdir()) if self.path.exists() else []
         for path in sorted(found, key=lambda path: (path.is_file(), path.name != JOB_NAME)):
@@ -179,20 +166,20 @@ class WorkFolder:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Says what becomes of a run whose disk fails it."""
+        """Turn a failure of the disk into a `DataError`."""
         try:
             yield
         except OSError as error:
-            mend = "Make room" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Mend it"
+            fix = "Free disk space" if error.errno in (errno.ENOSPC, errno.EDQUOT) else "Fix the cause"
             raise DataError(
                 f"The output cannot be written: {error.strerror or error}",
-                remedy=f"{mend}, and run the same command again: finished shards are kept",
+                remedy=f"{fix}, and run the same command again: finished shards are kept",
                 location=error.filename or self.path,
             ) from error
 
 
 def _differences(old: dict[str, Any], new: dict[str, Any]) -> str:
-    """Names of the fields that differ, inputs by file."""
+    """Return the names of the fields that differ, inputs by file."""
     names = [name for name in {**old, **new} if old.get(name) != new.get(name) and name != "inputs"]
     files = {str(entry[0]): entry for entry in old.get("inputs", [])}
     changed = [str(entry[0]) for entry in new["inputs"] if files.get(str(entry[0])) != entry]

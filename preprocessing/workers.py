@@ -1,7 +1,7 @@
-"""Ranges done by this process or by several, each with a run of neighbouring ranges of its own.
+"""Process ranges in this process or in several, each with its own contiguous slice of the ranges.
 
-Neighbours in one compressed file are read without going back. A worker that has finished its run takes over the
-second half of the longest one left, so all end at about the same time. What crosses between processes is numbers.
+Consecutive ranges of a compressed file are read without seeking back. A worker that has finished its slice takes the
+second half of the longest remaining one, so all end at about the same time. Only numbers cross between processes.
 """
 
 import signal
@@ -21,21 +21,16 @@ from preprocessing.readers.inputs import Piece
 from preprocessing.work_dir import WorkFolder
 
 Task = Literal["hash_texts", "tokenize"]
-TELL_BYTES = 1 << 23  # of text between two messages about progress
+REPORT_BYTES = 1 << 23  # between two messages about progress
 
 
 def do_ranges(job: Job, task: Task, numbers: Sequence[int], workers: int, advance: Advance) -> Iterator[int]:
-    """Do a task for each range, yielding its number when it is done, in any order.
+    """Run a method of `RangeWorker` for each range, and yield its number when it is done, in any order.
 
-    Args:
-        job: what to do.
-        task: a method of `RangeWorker`.
-        numbers: of the ranges, ascending.
-        workers: processes; 1 works in this process.
-        advance: told bytes read from disk and bytes of text.
+    The numbers are ascending. One worker means this process.
 
     Raises:
-        DataError: as the task does; or a worker process died.
+        DataError: the task failed, or a worker process died.
     """
     if workers == 1 or len(numbers) < 2:
         with RangeWorker(job, advance) as worker:
@@ -44,36 +39,36 @@ def do_ranges(job: Job, task: Task, numbers: Sequence[int], workers: int, advanc
                 yield number
         return
     weights = [range_weight(job.ranges[number]) for number in numbers]
-    runs = share_out(list(numbers), weights, min(workers, len(numbers)))
-    yield from _Pool(job, task, runs, advance).results()
+    slices = share_out(list(numbers), weights, min(workers, len(numbers)))
+    yield from _Pool(job, task, slices, advance).results()
 
 
 def share_out(numbers: list[int], weights: list[float], count: int) -> list[list[int]]:
-    """Cut a row of ranges into `count` runs of about equal weight; a run may be empty."""
-    runs: list[list[int]] = [[] for _ in range(count)]
-    total, passed = sum(weights), 0.0
+    """Split ranges into `count` contiguous slices of about equal weight; a slice may be empty."""
+    slices: list[list[int]] = [[] for _ in range(count)]
+    total, before = sum(weights), 0.0
     for number, weight in zip(numbers, weights, strict=True):
-        runs[min(int((passed + weight / 2) * count / total) if total else 0, count - 1)].append(number)
-        passed += weight
-    return runs
+        slices[min(int((before + weight / 2) * count / total) if total else 0, count - 1)].append(number)
+        before += weight
+    return slices
 
 
 def range_weight(pieces: Sequence[Piece]) -> float:
-    """How much work a range is: its text, about."""
+    """Return the approximate bytes of text of a range, as a measure of its work."""
     return sum((piece.stop - piece.start) * piece.input.kind.text_share for piece in pieces)
 
 
 class _Pool:
-    """Worker processes and what each has still to do."""
+    """Worker processes and the remaining ranges of each."""
 
-    def __init__(self, job: Job, task: Task, runs: list[list[int]], advance: Advance) -> None:
-        self._runs = [deque(run) for run in runs]
+    def __init__(self, job: Job, task: Task, slices: list[list[int]], advance: Advance) -> None:
+        self._runs = [deque(numbers) for numbers in slices]
         self._advance = advance
-        self._at: dict[Connection, int] = {}  # a worker's number by its connection
-        self._doing: dict[int, int] = {}  # range by worker
+        self._at: dict[Connection, int] = {}  # connection -> worker
+        self._doing: dict[int, int] = {}  # worker -> range
         self._processes: list[BaseProcess] = []
         context = get_context("spawn")
-        for number in range(len(runs)):
+        for number in range(len(slices)):
             ours, theirs = context.Pipe()
             process = context.Process(target=_work, args=(job, task, theirs), daemon=True)
             process.start()
@@ -83,7 +78,7 @@ class _Pool:
         self._job = job
 
     def results(self) -> Iterator[int]:
-        """Numbers of finished ranges as they come; ends the processes however it ends."""
+        """Yield the numbers of finished ranges; at the end, also by an exception, stop the processes."""
         try:
             for connection in list(self._at):
                 self._hand_out(connection)
@@ -92,7 +87,7 @@ class _Pool:
                     assert isinstance(ready, Connection)
                     yield from self._receive(ready)
         finally:
-            if self._at:  # something went wrong: what they do is not wanted any more
+            if self._at:  # after a failure, the remaining work is abandoned
                 for process in self._processes:
                     process.terminate()
             for connection in self._at:
@@ -143,10 +138,10 @@ class _Pool:
 
 
 def _work(job: Job, task: Task, connection: Connection) -> None:
-    """A worker process: do the ranges that are asked for until there are no more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent alone answers Ctrl-C
+    """Run, in a worker process, the ranges that the parent asks for until there are no more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # only the parent handles Ctrl-C
     leave_with_parent()
-    advance = _Teller(connection)
+    advance = _ProgressSender(connection)
     with locked(WorkFolder(job.output).path), RangeWorker(job, advance) as worker:
         while (number := connection.recv()) is not None:
             try:
@@ -161,8 +156,8 @@ def _work(job: Job, task: Task, connection: Connection) -> None:
             connection.send(("done", number))
 
 
-class _Teller:
-    """Sends progress on, not more often than is worth a message."""
+class _ProgressSender:
+    """Callback that sends progress to the parent, at most once per `REPORT_BYTES`."""
 
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
@@ -171,7 +166,7 @@ class _Teller:
     def __call__(self, read_bytes: int, text_bytes: int) -> None:
         self._read_bytes += read_bytes
         self._text_bytes += text_bytes
-        if self._read_bytes + self._text_bytes > TELL_BYTES:
+        if self._read_bytes + self._text_bytes > REPORT_BYTES:
             self.flush()
 
     def flush(self) -> None:

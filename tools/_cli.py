@@ -1,7 +1,7 @@
-"""What every command shares: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it).
+"""Common parts of all commands: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it).
 
-A command answers `--help` and errors in its arguments at once: its file imports at the top only what is needed for
-these. Torch, transformers and others that take long are imported by the functions that use them.
+A command answers `--help` and errors in its arguments at once: its file imports at the top only what these need.
+Functions import torch, transformers and other slow packages where they use them.
 """
 
 import argparse
@@ -30,13 +30,13 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             prepare_environment()  # before main imports torch
             main(argv)
             sys.stdout.flush()
-        except SystemExit as end:  # of argparse, or of a command that chooses its exit code
+        except SystemExit as end:  # from argparse, or a command that chooses its exit code
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except BipeError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
             return 2
         except BrokenPipeError:
-            if not _stdout_has_lost_its_reader():  # some other pipe broke: that of a worker that died, for instance
+            if not _stdout_has_lost_its_reader():  # another pipe broke, such as that of a dead worker
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
@@ -48,47 +48,38 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
 
 
 def _stdout_has_lost_its_reader() -> bool:
-    """Return whether stdout is a pipe whose reader has seen enough, as in `... | head`."""
+    """Return True if stdout is a pipe whose reader has exited, as in `... | head`."""
     poll = select.poll()
     poll.register(1, 0)
     return any(event & select.POLLERR for _, event in poll.poll(0))
 
 
 def check_output_file(file: Path, overwrite: bool) -> None:
-    """Refuse a file that cannot be written, before the work starts.
-
-    Raises:
-        DataError: it is a folder or in none, or it is there and may not be replaced.
-    """
+    """Raise `DataError`, before the work starts, if a file cannot be written or may not be replaced."""
     if file.is_dir() or not file.absolute().parent.is_dir():
-        raise DataError("This is no file in an existing folder", remedy="Name another file", location=file)
+        raise DataError("This is not a file in an existing folder", remedy="Name another file", location=file)
     if file.exists() and not overwrite:
         raise DataError("The file exists", remedy="Name another, or add --overwrite to replace it", location=file)
 
 
 def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_hf.py") -> None:
-    """Refuse a folder without a Hugging Face model, before transformers is imported to read it.
-
-    Raises:
-        CheckpointError: there is no `config.json`.
-    """
+    """Raise `CheckpointError`, before transformers is imported, if a folder holds no Hugging Face model."""
     if not (folder / "config.json").is_file():
         raise CheckpointError("no exported model here", remedy=remedy, location=folder)
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:
-    """The option of every command that reads raw text."""
     parser.add_argument(
         "--max-malformed",
         type=int,
         metavar="N",
-        help="malformed lines to let pass (default: 10, or 1%% of the lines read so far if that is more)",
+        help="malformed lines to allow (default: 10, or 1%% of the lines read so far if that is more)",
     )
 
 
 def parse_range(text: str) -> range:
-    """`3` -> 3 alone; `1..6` -> 1 to 6."""
+    """Parse `3` as 3 alone, and `1..6` as 1 to 6."""
     first, dots, last = text.partition("..")
     if not all(bound.isascii() and bound.isdigit() for bound in (first, last if dots else first)):
-        raise argparse.ArgumentTypeError(f"{text!r} is no range of whole numbers, such as 1..6")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a range of whole numbers, such as 1..6")
     return range(int(first), int(last if dots else first) + 1)

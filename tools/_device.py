@@ -1,4 +1,4 @@
-"""Where a command's model runs, and in which precision: the options `--device` and `--dtype`."""
+"""The options `--device` and `--dtype`: where a command's model runs, and in which precision."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,16 +17,12 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: Precision = "fp32
         "--dtype",
         choices=PRECISIONS,
         default=dtype,
-        help="precision the model runs in; auto: bf16 where the device multiplies it natively (default: %(default)s)",
+        help="precision the model runs in; auto: bf16 if the device multiplies it natively (default: %(default)s)",
     )
 
 
 def pick_device(name: str) -> str:
-    """Return the torch device of a `--device` option; `auto`: `BIPE_DEVICE`, else a GPU where there is one.
-
-    Raises:
-        ConfigError: there is no such device.
-    """
+    """Return the torch device of a `--device` option; `auto` is `BIPE_DEVICE`, else a GPU if there is one."""
     import torch
 
     from megatron_bipe.runtime.hardware import device_type
@@ -42,7 +38,7 @@ def pick_device(name: str) -> str:
 
 
 def pick_dtype(name: Precision, device: str) -> "torch.dtype":
-    """Return the torch type of a `--dtype` option for a model on that device; warns of bf16 where it is slow."""
+    """Return the torch dtype of a `--dtype` option for a model on that device, and warn if bf16 is slow there."""
     import torch
 
     from megatron_bipe.model.precision import DTYPES

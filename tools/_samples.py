@@ -1,4 +1,4 @@
-"""Windows of random tokens for comparing two models where no data is at hand."""
+"""Sequences of random tokens for comparing two models without data."""
 
 import numpy as np
 import torch
@@ -7,11 +7,11 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.hf.export import SampleBatch
 
-SEPARATOR_SHARE = 0.08  # about what the published models met
+SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models
 
 
 def random_sequences(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int, rows: int = 2) -> SampleBatch:
-    """Tokens, intra ids and inter ids [rows, seq_len], always the same ones, with separators as frequent as in text."""
+    """Return fixed tokens, intra ids and inter ids [rows, seq_len], with separators as frequent as in text."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, config.vocab_size, (rows, seq_len_tokens))
     separators = [token for token in rule.token_ids if token < config.vocab_size]

@@ -1,4 +1,4 @@
-"""Commands of this project, in turn or side by side: each is shown, its full output kept, and nothing done twice."""
+"""Run commands of this project, in turn or concurrently: each is shown, its output kept, and nothing done twice."""
 
 import json
 import os
@@ -20,8 +20,8 @@ from megatron_bipe.runtime.distributed_init import free_port
 from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 
 TIMES_FILE = Path("logs/times.json")  # in the folder of the steps
-FREE_PORT = "FREE_PORT"  # in a command: a port of this host that nothing listens on, found when the command starts
-LOOK_S = 0.1
+FREE_PORT = "FREE_PORT"  # in a command: a port of this host that nothing listens on, chosen when the command starts
+POLL_S = 0.1
 LAST_LINES = 20  # of a log, shown when its command fails
 # Lines of DeepSpeed's log, and warnings whose location is in an installed package, with the source line below them.
 _NOISE = re.compile(
@@ -37,19 +37,19 @@ class Step(NamedTuple):
     title: str
     command: list[str]  # may begin with NAME=VALUE, as in a shell: variables of this command alone
     result: Path
-    name: str = ""  # stands before its lines where it runs beside others
+    name: str = ""  # prefix of its output lines when it runs concurrently
 
 
-Stage = list[Step]  # steps that run side by side
+Stage = list[Step]  # steps that run concurrently
 
 
 class Pattern(NamedTuple):
-    """A step before its values are filled in; `{each}` stands for each of several names in turn."""
+    """Template of a step, to be filled in with values; `{each}` stands for each of several names in turn."""
 
     title: str
     command: str
     result: str
-    together: bool = False  # run the steps for all names side by side
+    together: bool = False  # run the steps for all names concurrently
 
 
 FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
@@ -97,13 +97,7 @@ TRAIN_EACH_ALONE = Pattern(
 
 
 def run_values(config: Path, settings: Sequence[str], corpus: str) -> dict[str, object]:
-    """Return what `TRAIN_EACH` and the steps before it ask for.
-
-    Args:
-        config: the run configuration.
-        settings: `KEY=VALUE` on top of it.
-        corpus: options of tools/corpus.py.
-    """
+    """Return the values that `TRAIN_EACH` and the steps before it need; `corpus` is options of tools/corpus.py."""
     run = load_run_config(config, list(settings))
     return {
         "config": config,
@@ -118,7 +112,7 @@ def run_values(config: Path, settings: Sequence[str], corpus: str) -> dict[str, 
 
 
 def num_ranks() -> int:
-    """Return how many ranks a small training gets: one a GPU, two at most; without a GPU, or `BIPE_DEVICE=cpu`, two."""
+    """Return the ranks of a small training: one per GPU, at most two; two without a GPU or if `BIPE_DEVICE=cpu`."""
     if requested_device() == "cpu" or not has_gpu_driver():
         return 2
     import torch
@@ -140,7 +134,7 @@ def fill(patterns: Iterable[Pattern], folder: Path, values: dict[str, object], e
 
 
 def run_steps(stages: Sequence[Stage], folder: Path) -> None:
-    """Run all that are not done yet, and keep their seconds in `FOLDER/logs/times.json`. Raises as `run_stage`."""
+    """Run the pending steps, and save their seconds in `FOLDER/logs/times.json`. Raises as `run_stage`."""
     total, number = sum(map(len, stages)), 1
     times = read_times(folder)
     with raising_on_signals():
@@ -171,12 +165,12 @@ def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float])
 
 
 def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
-    """Run commands side by side, except those whose results exist, and note the seconds of each by its title.
+    """Run commands concurrently, except those whose results exist, and note the seconds of each by its title.
 
     Progress is shown, and the full output of each kept in `FOLDER/logs`. When one fails, the others are ended.
 
     Raises:
-        BipeError: one failed, and its log is named; or a result that exists is another command's.
+        BipeError: a command failed; its log is the location. Or another command made an existing result.
     """
     runs = [_Run(step, folder, f"{step.name}: " if len(steps) > 1 else "") for step in steps]
     running = [run for run in runs if not run.is_done()]
@@ -188,13 +182,13 @@ def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
                 for run in [run for run in running if run.has_ended()]:
                     times[run.step.title] = run.finish()
                     running.remove(run)
-                time.sleep(LOOK_S)
+                time.sleep(POLL_S)
         finally:
             end_all([run.child for run in running if run.child])
 
 
 class _Run:
-    """A step as it is run."""
+    """State of a step while it runs."""
 
     def __init__(self, step: Step, folder: Path, prefix: str) -> None:
         self.step, self._prefix = step, prefix
@@ -229,14 +223,10 @@ class _Run:
         return self.child.process.poll() is not None
 
     def finish(self) -> float:
-        """Return the seconds that it took.
-
-        Raises:
-            BipeError: it failed.
-        """
+        """Return the seconds that the step took; raise `BipeError` if it failed."""
         assert self.child is not None
         seconds = time.monotonic() - self._began_s
-        end_all([self.child])  # what still has its output open
+        end_all([self.child])  # its processes that still have its output open
         self._reader.result()
         code = self.child.process.returncode
         if code != 0 or not self.step.result.exists():
@@ -244,9 +234,9 @@ class _Run:
             for line in lines:
                 self._show(f"| {line}")
             raise BipeError(
-                f"the command left with exit code {code} and did not make {self.step.result}; "
+                f"the command ended with exit code {code} and did not make {self.step.result}; "
                 f"the last {len(lines)} lines of its output are above, unfiltered",
-                remedy="Read its whole output, mend the cause, and run this again: finished steps are kept",
+                remedy="Read its full output, fix the cause, and run this again: finished steps are kept",
                 location=self._log,
             )
         self._show(f"{seconds:.0f} s")
@@ -266,12 +256,12 @@ class _Run:
                     self._show(line.rstrip())
 
     def _show(self, text: str) -> None:
-        sys.stdout.write(f"    {self._prefix}{text}\n")  # in one piece: other threads write, too
+        sys.stdout.write(f"    {self._prefix}{text}\n")  # in one call: other threads also write
         sys.stdout.flush()
 
 
 def _without(folder: Path, word: str) -> str:
-    """A word of a command, wherever the folder lies."""
+    """Return a word of a command, independent of where the folder is."""
     return re.sub(rf"(^|=){re.escape(str(folder))}/", r"\1OUTPUT/", word)
 
 
@@ -283,6 +273,6 @@ def _check_made_by(made_by: str, log: Path, result: Path) -> None:
     if before.startswith("$ ") and before != made_by:
         raise BipeError(
             f"{result} was made by {before!r}, and now it is {made_by!r}",
-            remedy="Name another --output, or give the same options; or remove the result, to have it made anew",
+            remedy="Name another --output, or give the same options; or remove the result to make it again",
             location=log,
         )

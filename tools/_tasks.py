@@ -1,4 +1,4 @@
-"""Commands of `evaluate.py` that let a fine-tuned model answer."""
+"""Commands of `evaluate.py` that score the answers of a fine-tuned model."""
 
 import argparse
 from pathlib import Path
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def scrolls(arguments: argparse.Namespace) -> None:
-    """Let the model answer a split of a task; write and print scores, beside those of other tasks in the folder."""
+    """Answer a split of a task with the model; write and print scores, with those of other tasks in the folder."""
     task = find_task(arguments.task)
     check_model_folder(arguments.model)
     from megatron_bipe.eval.report import prepare_output
@@ -39,7 +39,7 @@ def scrolls(arguments: argparse.Namespace) -> None:
             location="evaluate.py scrolls",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, result_names(task))
-    results_table(arguments.output)  # of other tasks, which is asked for again in the end
+    results_table(arguments.output)  # fails now, not at the end, if results of other tasks are unreadable
     asked = questions(read_rows(arguments.data, task.name, arguments.split))[: arguments.limit]
     generator = _load(arguments.model, arguments)
     with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
@@ -64,35 +64,34 @@ def _load(folder: Path, arguments: argparse.Namespace) -> "Generator":
     from megatron_bipe.eval.generation import load_generator
 
     disable_progress_bar()
-    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    set_verbosity_error()  # it warns about the training length, which these models may exceed
     device = pick_device(arguments.device)
     return load_generator(folder, device, pick_dtype(arguments.dtype, device))
 
 
 def add_scrolls(command: argparse.ArgumentParser) -> None:
-    """The options of `scrolls`."""
     command.description = (
-        "A split of a SCROLLS task, answered by an exported model. Results of several tasks in one folder make a table."
+        "Answer a split of a SCROLLS task with an exported model. Results of several tasks in one folder form a table."
     )
     add, shown = command.add_argument, "(default: %(default)s)"
     add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
     add("--task", required=True, metavar="NAME", help=", ".join(TASKS))
-    add("--data", type=Path, required=True, metavar="DIR", help="has NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
+    add("--data", type=Path, required=True, metavar="DIR", help="holds NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
     add("--split", default="validation", help=f"validation, or test, which has no outputs {shown}")
     add("--output", type=Path, required=True, metavar="DIR", help="for scores and answers of one or more tasks")
-    add("--length", type=int, default=SEQ_LEN_TOKENS, metavar="N", help=f"that of the fine-tuning data {shown}")
+    add("--length", type=int, default=SEQ_LEN_TOKENS, metavar="N", help=f"sequence length of fine-tuning {shown}")
     add("--limit", type=int, metavar="N", help="only the first N inputs")
-    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"most tokens at once {shown}")
+    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"maximum tokens at once {shown}")
     add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=scrolls)
 
 
 def arithmetic(arguments: argparse.Namespace) -> None:
-    """Let the models solve held-out problems; write and print how often they are right."""
+    """Solve held-out problems with the models; write and print their accuracies."""
     if not arguments.operators or arguments.operators.start < 1 or arguments.problems < 1:
         raise ConfigError(
-            "there is nothing to solve", remedy="Use --operators 1..6 or the like", location="--operators"
+            "there is nothing to solve", remedy="Use a range such as --operators 1..6", location="--operators"
         )
     for folder in arguments.model:
         check_model_folder(folder)
@@ -116,15 +115,14 @@ def arithmetic(arguments: argparse.Namespace) -> None:
 
 
 def add_arithmetic(command: argparse.ArgumentParser) -> None:
-    """The options of `arithmetic`."""
-    command.description = "Held-out problems modulo 11, solved by exported models; the final number alone is judged."
+    command.description = "Solve held-out problems modulo 11 with exported models; only the final number is judged."
     add, shown = command.add_argument, "(default: %(default)s)"
     add("--model", type=Path, nargs="+", required=True, metavar="HF_DIR", help="folders made by tools/export_hf.py")
-    add("--operators", type=parse_range, required=True, metavar="N..M", help="numbers of operators, each by itself")
-    add("--problems", type=int, default=200, metavar="N", help=f"of each number of operators {shown}")
-    add("--seed", type=int, default=0, help=f"of the choice of problems {shown}")
+    add("--operators", type=parse_range, required=True, metavar="N..M", help="numbers of operators, each evaluated")
+    add("--problems", type=int, default=200, metavar="N", help=f"problems per number of operators {shown}")
+    add("--seed", type=int, default=0, help=f"seed of the choice of problems {shown}")
     add("--output", type=Path, required=True, metavar="DIR", help="for arithmetic.json and .csv")
-    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"most tokens at once {shown}")
+    add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"maximum tokens at once {shown}")
     add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
     command.set_defaults(run=arithmetic)

@@ -1,7 +1,7 @@
 """Collect a small real corpus, code and prose, from the sources of Python packages that this project requires.
 
-The text is a function of the versions in constraints.txt: with the same ones and the same options, the fingerprint
-that is printed at the end is the same on every machine.
+The text depends only on the versions in constraints.txt and on the options: for equal ones, the fingerprint that is
+printed at the end is the same on every machine.
 """
 
 import argparse
@@ -22,13 +22,12 @@ _log = logging.getLogger(__name__)
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse, collect, write, and say what came out."""
     options = _parse(argv)
     _refuse_to_overwrite(options.output, options.overwrite)
     distributions, differences = find_sources(_read_pins())
     if differences:
         _log.warning(
-            "Another text than with the versions of %s: %s. Run make setup for the same text.",
+            "The text differs from that of the versions in %s: %s. Run make setup for the same text.",
             CONSTRAINTS.name,
             ", ".join(differences),
         )
@@ -47,7 +46,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         f"Prose in meta.pile_set_name.\nPackages: {', '.join(SOURCES)}.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--output", type=Path, required=True, help="folder of the two files")
+    parser.add_argument("--output", type=Path, required=True, help="folder for the two files")
     parser.add_argument("--max-bytes", type=int, default=24_000_000, help="cap of each subset (default %(default)s)")
     parser.add_argument("--valid-share", type=float, default=0.05, help="share for validation (default %(default)s)")
     parser.add_argument("--overwrite", action="store_true", help="replace existing files")
@@ -58,14 +57,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def _read_pins() -> dict[str, str]:
-    """Name -> version."""
+    """Return name -> version."""
     lines = CONSTRAINTS.read_text("utf-8").splitlines()
     return dict(line.split("==", 1) for line in lines if "==" in line and not line.startswith("#"))
 
 
 def _refuse_to_overwrite(output: Path, overwrite: bool) -> None:
     if output.exists() and not output.is_dir():
-        raise DataError("output is no folder", remedy="Choose another", location=output)
+        raise DataError("output is not a folder", remedy="Choose another", location=output)
     existing = [path for path in corpus_files(output) if path.exists()]
     if existing and not overwrite:
         raise DataError(

@@ -1,4 +1,4 @@
-"""Fetch a dataset from the Hugging Face Hub; run again, it goes on where it stopped and fetches nothing twice.
+"""Fetch a dataset from the Hugging Face Hub; run again, it resumes and fetches nothing twice.
 
 Example: python tools/download_data.py --output pile --include 'train/0*' val.jsonl.zst
 """
@@ -19,9 +19,8 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line; download, or show what there is to download."""
     arguments = vars(_parser().parse_args(argv))
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line for each request, with signed addresses in it
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs each request, with signed URLs
     dry_run = arguments.pop("dry_run")
     known = find_known(arguments.pop("dataset"))
 
@@ -65,13 +64,13 @@ def _parser() -> argparse.ArgumentParser:
         metavar="NAME",
         help=f"dataset repository, OWNER/NAME, or one of {', '.join(KNOWN)} (default: %(default)s)",
     )
-    add("--include", nargs="+", default=[], metavar="PATTERN", help="only files that match, e.g. 'train/0*'")
-    add("--revision", metavar="REV", help="branch, tag or commit (default: what DIR holds already, else main)")
-    add("--workers", type=int, default=4, metavar="N", help="files at a time (default: %(default)s)")
-    add("--verify", action="store_true", help="read every file again, also those known to be whole")
+    add("--include", nargs="+", default=[], metavar="PATTERN", help="fetch only files that match, e.g. 'train/0*'")
+    add("--revision", metavar="REV", help="branch, tag or commit (default: the commit that DIR holds, else main)")
+    add("--workers", type=int, default=4, metavar="N", help="files fetched at a time (default: %(default)s)")
+    add("--verify", action="store_true", help="read every file again, also those known to be complete")
     add("--overwrite", action="store_true", help="replace files in DIR that differ and did not come from this tool")
     add("--dry-run", action="store_true", help="list files, sizes and free disk space, and fetch nothing")
-    add("--endpoint", metavar="URL", help="of a mirror of the Hub (default: the Hub, or HF_ENDPOINT)")
+    add("--endpoint", metavar="URL", help="URL of a mirror of the Hub (default: HF_ENDPOINT, or the Hub)")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Evaluate trained models: perplexity against window length, one dataset or several; tasks that they answer."""
+"""Evaluate trained models: perplexity by sequence length on one dataset or several, and tasks that they answer."""
 
 import argparse
 import json
@@ -9,7 +9,6 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences
 from tqdm import tqdm
 
 from _cli import check_model_folder, command
@@ -20,6 +19,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.options import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
+from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences
 from megatron_bipe.io import write_atomically
 
 if TYPE_CHECKING:
@@ -34,7 +34,6 @@ _log = logging.getLogger(__name__)
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and run its subcommand."""
     arguments = _parser().parse_args(argv)
     arguments.run(arguments)
 
@@ -63,7 +62,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
 
 
 def extrapolation(arguments: argparse.Namespace) -> None:
-    """Evaluate all models on all datasets at all lengths, by document and place; write the report."""
+    """Evaluate all models on all datasets at all lengths, by document and position; write the report."""
     lengths = parse_lengths(arguments.lengths)
     datasets = [open_text(folder) for folder in arguments.data]
     for spec in arguments.model:
@@ -81,7 +80,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     for eval_model, dataset in product(subjects, datasets):
         check_suits(eval_model, dataset)
         check_length(eval_model, lengths[-1])
-        for length in lengths:  # the shortest dataset speaks up before anything is run
+        for length in lengths:  # a dataset that is too short fails before anything is run
             cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)
     names = unique_names([(eval_model, ()) for eval_model in subjects])
     evaluated = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
@@ -91,7 +90,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
 
 
 def harness(arguments: argparse.Namespace) -> None:
-    """Run the tasks; write and print the results."""
+    """Run tasks of lm-evaluation-harness; write and print the results."""
     check_model_folder(arguments.model)
     from megatron_bipe.eval.report import prepare_output
 
@@ -125,16 +124,12 @@ def harness(arguments: argparse.Namespace) -> None:
 
 
 def parse_lengths(text: str) -> list[int]:
-    """`1024,2048` -> [1024, 2048], ascending, each once; `1024..4096` stands for all multiples of 1024 up to 4096.
-
-    Raises:
-        ConfigError: something else than whole numbers of 2 and more.
-    """
+    """Parse `1024,2048` as [1024, 2048], ascending, each once; `1024..4096` is all multiples of 1024 up to 4096."""
     parts = [length for part in text.split(",") for length in _multiples(part.strip())]
     wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 2)]
     if wrong:
         raise ConfigError(
-            f"{', '.join(map(repr, wrong))} is no window length: a whole number of tokens, 2 or more",
+            f"{', '.join(map(repr, wrong))} is not a sequence length: a whole number of tokens, 2 or more",
             remedy="Write --lengths 1024,2048,4096 or 1024..8192",
             location="--lengths",
         )
@@ -142,7 +137,7 @@ def parse_lengths(text: str) -> list[int]:
 
 
 def _multiples(text: str) -> list[str]:
-    """`8..32` -> 8, 16, 24, 32; anything else as it is."""
+    """Expand `8..32` to 8, 16, 24, 32; return anything else unchanged."""
     first, dots, last = text.partition("..")
     if not (dots and all(bound.isascii() and bound.isdigit() for bound in (first, last))):
         return [text]
@@ -160,7 +155,7 @@ def _evaluate(
     total = sum(int(sequences.num_inputs.sum()) for sequences in cuts)
     results = []
     with tqdm(total=total, desc=eval_model.name, unit=" tokens", unit_scale=True, disable=None) as bar:
-        for length in reversed(lengths):  # longest first: what the machine or the model cannot do fails at once
+        for length in reversed(lengths):  # longest first, so that a length that is too large fails at once
             result = evaluate_perplexity(eval_model, dataset, length, settings, bar.update)
             bar.set_postfix_str(f"{length}: {result.perplexity:.2f}")
             results.append(result)
@@ -217,26 +212,26 @@ def _settings(arguments: argparse.Namespace) -> "Settings":
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_perplexity(commands.add_parser("perplexity", help="perplexity against window length: JSON, CSV and a plot"))
+    _add_perplexity(commands.add_parser("perplexity", help="perplexity by sequence length: JSON, CSV and a plot"))
     _add_extrapolation(
         commands.add_parser("extrapolation", help="the same on several datasets, with intervals, as HTML")
     )
-    add_scrolls(commands.add_parser("scrolls", help="a task of SCROLLS: answers, scores and a table"))
+    add_scrolls(commands.add_parser("scrolls", help="a SCROLLS task: answers, scores and a table"))
     add_arithmetic(commands.add_parser("arithmetic", help="accuracy by number of operators, modulo 11"))
     _add_harness(commands.add_parser("harness", help="tasks of lm-evaluation-harness"))
     return parser
 
 
 def _add_harness(command: argparse.ArgumentParser) -> None:
-    command.description = "Tasks of lm-evaluation-harness on an exported model. Without a network: local task files."
+    command.description = "Run tasks of lm-evaluation-harness on an exported model. Offline, use local task files."
     add, shown = command.add_argument, "(default: %(default)s)"
     add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
     add("--tasks", required=True, metavar="NAME,NAME,...", help="tasks, groups or patterns such as 'lambada*'")
     add("--output", type=Path, required=True, metavar="DIR", help=f"for {HARNESS_NAME}")
-    add("--include", type=Path, metavar="DIR", help="folder of task files of your own")
+    add("--include", type=Path, metavar="DIR", help="folder of your own task files")
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
-    add("--batch-size", type=int, default=8, metavar="N", help=f"requests a forward pass {shown}")
+    add("--batch-size", type=int, default=8, metavar="N", help=f"requests per forward pass {shown}")
     add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
     add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
@@ -244,26 +239,26 @@ def _add_harness(command: argparse.ArgumentParser) -> None:
 
 
 def _add_perplexity(command: argparse.ArgumentParser) -> None:
-    command.description = f"Perplexity against window length. {_protocols()}"
+    command.description = f"Evaluate perplexity by sequence length. {_protocols()}"
     add = command.add_argument
     add("--model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help="exported models or checkpoints")
     add("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    _add_windows(command, "perplexity.json, .csv and .png")
+    _add_length_options(command, "perplexity.json, .csv and .png")
     command.set_defaults(run=perplexity)
 
 
 def _add_extrapolation(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Perplexity by window length and by place in the window, with intervals by resampling documents, as a page "
-        f"with the paper's figures beside. {_protocols()}"
+        "Evaluate perplexity by sequence length and by position in the sequence, with intervals by resampling "
+        f"documents, as a page that also shows the paper's figures. {_protocols()}"
     )
     add = command.add_argument
     help_models = "exported models or checkpoints"
     add(
         "--models", "--model", dest="model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help=help_models
     )
-    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="dataset folders, such as one a subset")
-    _add_windows(command, "extrapolation.html, .png, .json and .csv")
+    add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="dataset folders, such as one per subset")
+    _add_length_options(command, "extrapolation.html, .png, .json and .csv")
     command.set_defaults(run=extrapolation)
 
 
@@ -271,16 +266,13 @@ def _protocols() -> str:
     return "Protocols: " + "; ".join(f"{name} = {meaning}" for name, meaning in PROTOCOLS.items())
 
 
-def _add_windows(command: argparse.ArgumentParser, written: str) -> None:
-    """What both evaluations of perplexity take."""
+def _add_length_options(command: argparse.ArgumentParser, written: str) -> None:
     add, shown = command.add_argument, "(default: %(default)s)"
-    add(
-        "--lengths", required=True, metavar="N,N,...", help="window lengths in tokens; N..M: the multiples of N up to M"
-    )
+    add("--lengths", required=True, metavar="N,N,...", help="sequence lengths in tokens; N..M: multiples of N up to M")
     add("--output", type=Path, required=True, metavar="DIR", help=f"for {written}")
     add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {shown}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
-    add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens a forward pass {shown}")
+    add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens per forward pass {shown}")
     add_device_options(command)
     add("--overwrite", action="store_true", help="replace the results of an earlier evaluation")
 

@@ -1,4 +1,4 @@
-"""A training checkpoint to a Hugging Face folder, checked against the training model before it appears.
+"""Export a training checkpoint to a Hugging Face folder, verified against the training model before it appears.
 
 Example: python tools/export_hf.py --checkpoint runs/bipe_rope_151m@500000 --output exported/bipe_rope_151m
 """
@@ -33,7 +33,6 @@ log = logging.getLogger(__name__)
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and export."""
     arguments = _parser().parse_args(argv)
     if arguments.max_shard_gb <= 0:
         raise ConfigError(
@@ -44,7 +43,7 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
-    """Write the model folder, and print how near it is."""
+    """Write the model folder, and print how much its logits differ from the training model's."""
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.checkpoint.find import read_data_record
@@ -71,7 +70,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
         run.model,
         arguments.output,
         DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),
-        _windows(run, record),
+        _sequences(run, record),
         TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch),
         ExportOptions(
             DTYPES[arguments.dtype or run.train.precision],
@@ -82,14 +81,14 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
             perplexity,
         ),
     )
-    print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+    print(f"{arguments.output}: logits differ from the training model's by at most {figure:.1e} of the largest")
 
 
 def _perplexity(folder: Path, checkpoint: Checkpoint) -> "PerplexityPlot":
-    """What `evaluate.py perplexity` found of this checkpoint, for the model card.
+    """Return the results of `evaluate.py perplexity` for this checkpoint, for the model card.
 
     Raises:
-        CheckpointError: the folder holds no such results, or those of something else.
+        CheckpointError: the folder holds no such results, or only those of other models.
     """
     from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
     from megatron_bipe.hf.card import PerplexityPlot
@@ -105,7 +104,7 @@ def _perplexity(folder: Path, checkpoint: Checkpoint) -> "PerplexityPlot":
         rows = [(f"{r['length_tokens']:,}", f"{r['perplexity'] or math.inf:,.2f}") for r in results or []]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(
-            f"no results of an evaluation can be read: {error}",
+            f"the results of the evaluation cannot be read: {error}",
             remedy="Name the --output of tools/evaluate.py perplexity",
             location=folder,
         ) from error
@@ -127,8 +126,8 @@ def _resolved(source: str) -> str:
     return f"{Path(run_dir).resolve()}@{step}"
 
 
-def _windows(run: RunConfig, record: DataRecord) -> "SampleBatch":
-    """Two windows of the training data with the ids that training saw; random ones where the data is gone."""
+def _sequences(run: RunConfig, record: DataRecord) -> "SampleBatch":
+    """Return two sequences of the training data with their position ids; random ones if the data is gone."""
     from _samples import random_sequences
     from megatron_bipe.data.collate import make_batch
 
@@ -139,7 +138,7 @@ def _windows(run: RunConfig, record: DataRecord) -> "SampleBatch":
             batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
             return batch.tokens_BT, batch.intra_BT, batch.inter_BT
         folders = ", ".join(map(str, run.data.folders))
-        log.info("%s: not the data of this run any more; comparing on random tokens", folders)
+        log.info("%s: no longer the data of this run; comparing on random tokens", folders)
     except (ConfigError, DataError) as error:
         log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
     return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
@@ -148,16 +147,16 @@ def _windows(run: RunConfig, record: DataRecord) -> "SampleBatch":
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--checkpoint", required=True, metavar="RUN_DIR[@STEP]", help="run folder; without a step its newest")
+    add("--checkpoint", required=True, metavar="RUN_DIR[@STEP]", help="run folder; without STEP, its newest checkpoint")
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
     add(
         "--dtype",
         choices=get_args(ComputePrecision),
-        help="precision of the stored weights (default: that of the training)",
+        help="precision of the stored weights (default: that of training)",
     )
     add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")
     add("--evaluation", type=Path, metavar="DIR", help="results of evaluate.py perplexity, for the model card")
-    add("--overwrite", action="store_true", help="replace a model that is there")
+    add("--overwrite", action="store_true", help="replace an existing model")
     return parser
 
 

@@ -1,4 +1,4 @@
-"""Let an exported model continue prompts, through transformers' own `generate`."""
+"""Continue prompts with an exported model, through transformers' own `generate`."""
 
 import argparse
 import sys
@@ -13,16 +13,15 @@ from megatron_bipe.config.schema import AUTO
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and print each prompt with its continuation."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
     parser.add_argument("--prompt", nargs="+", required=True, help="texts to continue")
     parser.add_argument("--max-new-tokens", type=int, default=60, help="default: %(default)s")
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the sampling (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add_device_options(parser, AUTO)
     parser.add_argument("--output", type=Path, help="also write the texts to this file")
-    parser.add_argument("--overwrite", action="store_true", help="replace a file that is there")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args(argv)
     if arguments.max_new_tokens < 1 or arguments.temperature < 0:
         parser.error("--max-new-tokens must be 1 or more, and --temperature 0 or more")
@@ -36,7 +35,6 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def generate(arguments: argparse.Namespace) -> list[str]:
-    """Prompts with their continuations, one by one."""
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -44,7 +42,7 @@ def generate(arguments: argparse.Namespace) -> list[str]:
 
     check_folder(arguments.model)
     disable_progress_bar()
-    set_verbosity_error()  # it reminds of the training length, which these models may exceed
+    set_verbosity_error()  # it warns about the training length, which these models may exceed
     tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)

@@ -1,10 +1,9 @@
-"""Expected goodput of a long run on clusters of many sizes: a simulation, beside the formula for the best interval.
+"""Simulate the goodput of a long run on clusters of many sizes, with the checkpoint interval of Young and Daly.
 
-A run of a given length is simulated on N nodes that fail independently of each other. A failure costs what was done
-since the last checkpoint, the time until it is noticed, and the time until the first step is done again; one that comes
-in that time begins it anew. Saving stalls training for a while. A node that failed is replaced within the restart. The
-checkpoint interval is what the formula of Young and Daly says; the last columns have the one that is best of a row of
-others, as the simulation finds it.
+A run of a given length is simulated on N nodes that fail independently of each other. A failure costs the work since
+the last checkpoint, the time until it is detected, and the time until the first step is done again; a failure in that
+time restarts it. Saving stalls training for a while. A failed node is replaced within the restart. The checkpoint
+interval follows the formula of Young and Daly; the last columns show the best of several multiples of it, as simulated.
 
 Examples:
     python tools/goodput.py
@@ -23,33 +22,28 @@ from megatron_bipe.errors import ConfigError
 
 DAY_S = 86400.0
 NODES = (8, 16, 32, 64, 128, 256, 512, 1024)
-FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # of the interval by the formula
+FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # multiples of the formula's interval
 
 
 class Costs(NamedTuple):
-    """What interruptions and checkpoints take, seconds."""
+    """Times of interruptions and checkpoints, in seconds."""
 
-    stall_s: float  # that a checkpoint keeps training
+    stall_s: float  # stall of training per checkpoint
     detect_s: float  # from a failure to the end of the launch
-    restart_s: float  # from there to the first step done again
+    restart_s: float  # from there until the first step is done again
 
 
 class Trial(NamedTuple):
-    """A run, simulated."""
+    """Result of a simulated run."""
 
     wall_s: float
     failures: int
 
 
 def simulate(work_s: float, interval_s: float, failures_per_s: float, costs: Costs, chance: random.Random) -> Trial:
-    """A run from its start to its end.
+    """Simulate a run of `work_s` of steps, with a checkpoint after every `interval_s` of them.
 
-    Args:
-        work_s: time of all steps together.
-        interval_s: of steps between two checkpoints.
-        failures_per_s: of the whole cluster; times between them are exponential.
-        costs: see there.
-        chance: source of the moments.
+    The times between failures of the full cluster are exponential.
     """
     wall_s, done_s, failures = 0.0, 0.0, 0
     next_failure_s = chance.expovariate(failures_per_s)
@@ -59,7 +53,7 @@ def simulate(work_s: float, interval_s: float, failures_per_s: float, costs: Cos
             wall_s, done_s = wall_s + part_s + costs.stall_s, done_s + part_s
             continue
         up = False
-        while not up:  # one that comes before the first step is done again begins the restart anew
+        while not up:  # a failure before the first step is done again repeats the restart
             failures += 1
             wall_s = next_failure_s + costs.detect_s + costs.restart_s
             next_failure_s += chance.expovariate(failures_per_s)
@@ -70,11 +64,9 @@ def simulate(work_s: float, interval_s: float, failures_per_s: float, costs: Cos
 
 
 def daly_interval_s(stall_s: float, mean_time_s: float) -> float:
-    """The interval of steps between checkpoints that loses least, to the first order of Young and Daly's formula.
+    """Return the time of steps between checkpoints that loses least, by Young and Daly's formula to first order.
 
-    Args:
-        stall_s: that a checkpoint keeps training.
-        mean_time_s: between failures of the whole cluster.
+    `mean_time_s` is the mean time between failures of the full cluster.
 
     Source: Young 1974; Daly 2006, "A higher order estimate of the optimum checkpoint interval", equation 20 without its
         higher terms.
@@ -83,21 +75,20 @@ def daly_interval_s(stall_s: float, mean_time_s: float) -> float:
 
 
 def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials: int, seed: int) -> tuple[float, float]:
-    """Mean goodput and mean number of failures of some simulated runs."""
+    """Return the mean goodput and the mean number of failures of simulated runs."""
     found = [simulate(work_s, interval_s, rate, costs, random.Random(f"{seed}/{n}")) for n in range(trials)]
     return sum(work_s / trial.wall_s for trial in found) / trials, sum(trial.failures for trial in found) / trials
 
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Print a line for each number of nodes."""
     given = _parser().parse_args(argv)
     _check(given)
     costs = Costs(given.stall_s, given.detect_s, given.restart_s)
     tokens_per_node_s = given.gpus_per_node * given.flops_per_gpu * given.mfu / (6 * given.parameters)
-    print(f"{given.tokens:.3g} tokens, {given.parameters:.3g} parameters, {tokens_per_node_s:,.0f} tokens/s a node")
+    print(f"{given.tokens:.3g} tokens, {given.parameters:.3g} parameters, {tokens_per_node_s:,.0f} tokens/s per node")
     print(
-        f"failures a node and day {given.failures_per_node_day:.4f}; stall {costs.stall_s:g} s, "
+        f"failures per node and day {given.failures_per_node_day:.4f}; stall {costs.stall_s:g} s, "
         f"detection {costs.detect_s:g} s, restart {costs.restart_s:g} s; means of {given.trials} runs"
     )
     print(f"{'nodes':>6} {'days':>8} {'MTBF h':>9} {'failures':>9} {'interval s':>11} {'goodput':>8} {'best':>8} at")
@@ -124,14 +115,14 @@ def _check(given: argparse.Namespace) -> None:
         if not (value > 0 or (value == 0 and name in may_be_0))
     ]
     if bad:
-        raise ConfigError(f"{', '.join(bad)}: times may be 0, and all else is more", location="tools/goodput.py")
+        raise ConfigError(f"{', '.join(bad)}: times may be 0, others must be above 0", location="tools/goodput.py")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--nodes", type=int, nargs="+", default=NODES, help="(default: %(default)s)")
-    add("--tokens", type=float, default=300e9, help="of the run (default: %(default)g)")
+    add("--tokens", type=float, default=300e9, help="of training (default: %(default)g)")
     add("--parameters", type=float, default=1.6e9, help="of the model (default: %(default)g)")
     add("--gpus-per-node", type=int, default=8, help="(default: %(default)s)")
     add("--flops-per-gpu", type=float, default=989e12, help="peak (default: H100, bf16, %(default)g)")
@@ -142,10 +133,10 @@ def _parser() -> argparse.ArgumentParser:
         default=466 / 54 / 2048,
         help="(default: %(default).4f, Llama 3: 466 interruptions in 54 days on 2,048 nodes of 8 GPUs)",
     )
-    add("--stall-s", type=float, default=1.0, help="that a checkpoint keeps training (default: %(default)s)")
+    add("--stall-s", type=float, default=1.0, help="stall of training per checkpoint (default: %(default)s)")
     add("--detect-s", type=float, default=60.0, help="from a failure to the end of the launch (default: %(default)s)")
     add("--restart-s", type=float, default=120.0, help="from there to the first step (default: %(default)s)")
-    add("--trials", type=int, default=1000, help="simulated runs a figure (default: %(default)s)")
+    add("--trials", type=int, default=1000, help="simulated runs per figure (default: %(default)s)")
     add("--seed", type=int, default=0, help="(default: %(default)s)")
     return parser
 

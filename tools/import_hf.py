@@ -1,10 +1,10 @@
-"""A model in the authors' published layout to this project's Hugging Face layout, or to a run that trains it further.
+"""Convert a model in the authors' layout to this project's Hugging Face layout, or to a run that trains it further.
 
 Examples: python tools/import_hf.py --input downloads/BiPE_RoPE-151M --output models/bipe_rope_151m
           python tools/import_hf.py --input models/bipe_rope_151m --checkpoint runs/further --config examples/NAME.yaml
 
-With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.py goes on with the same --config,
---set and run_dir.
+With --checkpoint the input may also be a model of tools/export_hf.py; pretrain.py then continues with the same
+--config, --set and run_dir.
 """
 
 import argparse
@@ -26,7 +26,6 @@ if TYPE_CHECKING:
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and convert."""
     arguments = _parser().parse_args(argv)
     check_model_folder(arguments.input, remedy="Name the folder of a model, one with config.json")
     if arguments.output and arguments.output.resolve() == arguments.input.resolve():
@@ -39,13 +38,13 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def _refuse(unused: Mapping[str, object], target: str) -> None:
-    """Refuse options, by name, that the chosen target has no use for."""
+    """Refuse options, given by name, that have no effect with the chosen target."""
     if given := [name for name, value in unused.items() if value]:
-        raise ConfigError(f"{', '.join(given)} mean nothing with {target}", remedy="Leave them out", location=given[0])
+        raise ConfigError(f"{', '.join(given)} have no effect with {target}", remedy="Remove them", location=given[0])
 
 
 def to_model(arguments: argparse.Namespace) -> None:
-    """Into our Hugging Face layout; says how near the result is."""
+    """Convert to the Hugging Face layout, and print how much the logits differ."""
     from transformers.utils.logging import disable_progress_bar
 
     from _samples import random_sequences
@@ -78,11 +77,11 @@ def to_model(arguments: argparse.Namespace) -> None:
             facts={"Converted from": f"the BiPE authors' layout, folder `{arguments.input.resolve().name}`"},
         ),
     )
-    print(f"{arguments.output}: logits within {figure:.1e} of the training model's largest")
+    print(f"{arguments.output}: logits differ from the training model's by at most {figure:.1e} of the largest")
 
 
 def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
-    """Into checkpoint 0 of a run."""
+    """Convert to checkpoint 0 of a run."""
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
@@ -94,15 +93,15 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     disable_progress_bar()
     if "rpe_type" in read_settings(arguments.input):
         model, tokenizer, rule = _published(arguments)
-        whole = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
+        full_model = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
         fingerprint = tokenizer.fingerprint if tokenizer else None
-        eval_model = EvalModel(arguments.input.name, str(arguments.input), whole, model.config, fingerprint, rule)
+        eval_model = EvalModel(arguments.input.name, str(arguments.input), full_model, model.config, fingerprint, rule)
     else:
         own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
-        _refuse(own, "--checkpoint of a model that knows its tokenizer and rule")
+        _refuse(own, "--checkpoint of a model that records its tokenizer and rule")
         eval_model = load_exported_model(arguments.input)
     folder = start_run(run, eval_model, plan_weights(eval_model))
-    print(f"{folder}: pretrain.py goes on from here with the same --config and --set, and run_dir={run.run_dir}")
+    print(f"{folder}: pretrain.py continues from here with the same --config and --set, and run_dir={run.run_dir}")
 
 
 def _published(arguments: argparse.Namespace) -> "tuple[AuthorsModel, Tokenizer | None, SegmentRule]":
@@ -113,25 +112,25 @@ def _published(arguments: argparse.Namespace) -> "tuple[AuthorsModel, Tokenizer 
     return model, tokenizer, _rule(arguments.segments or "reference", tokenizer, model.config.vocab_size)
 
 
-def _tokenizer(place: Path, required: bool) -> Tokenizer | None:
-    """The tokenizer asked for, or the one beside the weights if there is one."""
-    if required or any((place / name).is_file() for name in DEFINITIONS):
-        return load_tokenizer(place)
+def _tokenizer(folder: Path, required: bool) -> Tokenizer | None:
+    """Return the requested tokenizer, or the one next to the weights if there is one."""
+    if required or any((folder / name).is_file() for name in DEFINITIONS):
+        return load_tokenizer(folder)
     return None
 
 
 class _IdsOnly:
-    """A vocabulary of which nothing but the size is known."""
+    """Vocabulary of known size without the tokens' texts."""
 
     def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
 
     def text_of(self, _token_id: int) -> None:
-        """No token's text is known."""
+        """Return None: no token's text is known."""
 
 
 def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRule:
-    """The segment rule; without a tokenizer, the reference rule is the authors' ids."""
+    """Return the segment rule; without a tokenizer, the reference rule is the authors' ids."""
     if tokenizer is not None:
         return resolve_rule(spec, tokenizer)
     if spec == "reference":
@@ -161,7 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="with --checkpoint: override one of its fields")
     add("--tokenizer", type=Path, metavar="DIR", help="tokenizer folder (default: the input folder, if it has one)")
     add("--segments", metavar="RULE", help="segment rule of the model (default: reference)")
-    add("--overwrite", action="store_true", help="replace a model that is there; never a run")
+    add("--overwrite", action="store_true", help="replace an existing model; never a run")
     return parser
 
 

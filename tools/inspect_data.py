@@ -1,6 +1,6 @@
-"""Look at dataset folders: `verify` checks all of one, `stats` counts, `show` draws a document's segments.
+"""Inspect dataset folders: `verify` checks all files, `stats` counts, `show` draws a document's segments.
 
-`resegment` makes a dataset again under another segment rule, without tokenizing again.
+`resegment` writes a dataset again under another segment rule, without tokenizing again.
 """
 
 import argparse
@@ -29,13 +29,12 @@ from megatron_bipe.io import write_atomically
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and call the library."""
     arguments = _parser().parse_args(argv)
     arguments.run(arguments)
 
 
 def verify(arguments: argparse.Namespace) -> None:
-    """Print every problem as it is found; end with an error if there was one."""
+    """Print every problem as it is found; raise `DataError` at the end if there was one."""
     _require_workers(arguments)
     if not 0 <= arguments.sample <= 1:
         raise DataError(f"--sample is {arguments.sample}", remedy="Give a share, 0 to 1", location="--sample")
@@ -48,15 +47,15 @@ def verify(arguments: argparse.Namespace) -> None:
             bar.write(f"{problem}", file=sys.stderr)
             count += 1
     if count:
-        raise DataError(f"{count} problem(s), listed above", remedy="See each of them", location=arguments.folder)
+        raise DataError(f"{count} problem(s), listed above", remedy="Fix each of them", location=arguments.folder)
     among = f"{len(datasets)} datasets, " if len(datasets) > 1 else ""
-    part = "" if arguments.sample == 1 else f" Ids and bits were looked at in a share of {arguments.sample:g}."
+    part = "" if arguments.sample == 1 else f" Ids and bits were checked for a fraction of {arguments.sample:g}."
     tokens = sum(dataset.num_tokens for dataset in datasets)
-    print(f"{arguments.folder}: whole. {among}{len(shards)} shards, {tokens:,} tokens, {total:,} bytes.{part}")
+    print(f"{arguments.folder}: complete. {among}{len(shards)} shards, {tokens:,} tokens, {total:,} bytes.{part}")
 
 
 def stats(arguments: argparse.Namespace) -> None:
-    """Print what the manifests say, then distributions of lengths; write the picture and JSON that are asked for."""
+    """Print the counts of the manifests, then distributions of lengths; write the plot and JSON if requested."""
     _require_workers(arguments)
     if arguments.sample_tokens < 1:
         raise DataError(
@@ -80,7 +79,6 @@ def stats(arguments: argparse.Namespace) -> None:
 
 
 def show(arguments: argparse.Namespace) -> None:
-    """Print one document."""
     if arguments.tokens < 1:
         raise DataError(f"--tokens {arguments.tokens} shows nothing", remedy="Give 1 or more", location="--tokens")
     dataset = TokenDataset(arguments.folder)
@@ -90,7 +88,7 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def make_again(arguments: argparse.Namespace) -> None:
-    """Write the dataset under another rule."""
+    """Write the dataset under another segment rule."""
     _require_workers(arguments)
     total = Manifest.load(arguments.folder).num_tokens
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="resegment", disable=None) as bar:
@@ -129,33 +127,33 @@ def _require_workers(arguments: argparse.Namespace) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_verify(commands.add_parser("verify", help="checksums, structure, ids, and bits against a new segmentation"))
-    _add_stats(commands.add_parser("stats", help="counts, and how long segments and documents are"))
+    _add_verify(commands.add_parser("verify", help="check checksums, structure, ids and bits of all files"))
+    _add_stats(commands.add_parser("stats", help="show counts, and lengths of segments and documents"))
     _add_show(commands.add_parser("show", help="draw a document with its segments and both ids of each token"))
     _add_resegment(
-        commands.add_parser("resegment", help="the same tokens under another segment rule, as a new dataset")
+        commands.add_parser("resegment", help="write the same tokens under another segment rule, as a new dataset")
     )
     return parser
 
 
 def _add_verify(command: argparse.ArgumentParser) -> None:
-    command.description = "Read all of it: checksums, structure, ids, and bits against a new segmentation."
+    command.description = "Check all files: checksums, structure, ids, and bits against a new segmentation."
     _add_folder(command, "dataset folder, or one with several: the output of --partition-by or --split")
     _add_workers(command)
-    share = "of the tokens whose ids and bits are looked at, 0 to 1; checksums are of all (default: %(default)g)"
+    share = "fraction of the tokens whose ids and bits are checked; checksums cover all (default: %(default)g)"
     command.add_argument("--sample", type=float, default=1.0, metavar="FRACTION", help=share)
     command.set_defaults(run=verify)
 
 
 def _add_stats(command: argparse.ArgumentParser) -> None:
-    command.description = "Documents, tokens, segments; lengths of segments and documents, and segments in 1024 tokens."
+    command.description = "Count documents, tokens and segments; show their lengths, and segments in 1024 tokens."
     _add_folder(command, "dataset folder, or one with several: the output of --partition-by or --split")
     _add_workers(command)
     add = command.add_argument
     add("--all", action="store_true", help="count all of each dataset, not a sample")
-    sample = "to count of a dataset, in evenly spread blocks (default: %(default)s)"
+    sample = "tokens to count per dataset, in evenly spread blocks (default: %(default)s)"
     add("--sample-tokens", type=int, default=SAMPLE_TOKENS, metavar="N", help=sample)
-    add("--png", type=Path, metavar="FILE", help="draw the distributions, a curve a dataset")
+    add("--png", type=Path, metavar="FILE", help="plot the distributions, one curve per dataset")
     add("--json", type=Path, metavar="FILE", help="write the figures for scripts")
     add("--overwrite", action="store_true", help="replace these files")
     command.set_defaults(run=stats)
@@ -165,8 +163,8 @@ def _add_show(command: argparse.ArgumentParser) -> None:
     command.description = "Draw a document with its segments and both ids of each token."
     _add_folder(command, "dataset folder: the one with manifest.json")
     add = command.add_argument
-    add("--document", type=int, default=0, metavar="N", help="number from 0 (default: 0)")
-    add("--tokens", type=int, default=256, metavar="M", help="at most M (default: 256)")
+    add("--document", type=int, default=0, metavar="N", help="its number, from 0 (default: 0)")
+    add("--tokens", type=int, default=256, metavar="M", help="show at most M (default: 256)")
     color = "mark segments by background colour (default: on a terminal)"
     add("--color", action=argparse.BooleanOptionalAction, default=sys.stdout.isatty(), help=color)
     command.set_defaults(run=show)
@@ -182,7 +180,7 @@ def _add_resegment(command: argparse.ArgumentParser) -> None:
     add("--segments", required=True, metavar="RULE", help=RULE_FORMS)
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
     _add_workers(command)
-    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
+    add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     command.set_defaults(run=make_again)
 
 
@@ -191,7 +189,7 @@ def _add_folder(command: argparse.ArgumentParser, what: str) -> None:
 
 
 def _add_workers(command: argparse.ArgumentParser) -> None:
-    cores = len(os.sched_getaffinity(0))  # that this process may use, which a scheduler may have limited
+    cores = len(os.sched_getaffinity(0))  # available to this process; a scheduler may limit them
     command.add_argument("--workers", type=int, default=cores, metavar="N", help="shards read at once (default: cores)")
 
 

@@ -1,4 +1,4 @@
-"""The data of a fine-tuning task to a dataset of examples, which `pretrain.py` trains on as on any other.
+"""Convert the data of a fine-tuning task to a dataset of examples, on which `pretrain.py` trains as on any other.
 
 Example: python tools/prepare_task.py scrolls --task qasper --data scrolls --split train --tokenizer llama_tokenizer \
 --output data/qasper
@@ -18,17 +18,16 @@ from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line and run its subcommand."""
     arguments = vars(_parser().parse_args(argv))
     make, options = arguments.pop("make"), arguments.pop("options")
-    _say(arguments["output"], make(options(**arguments)))
+    _report(arguments["output"], make(options(**arguments)))
 
 
-def _say(folder: Path, made: Manifest) -> None:
+def _report(folder: Path, made: Manifest) -> None:
     assert made.examples is not None
     print(
         f"{folder}: {made.num_documents // 2} examples of {made.examples.task}, {made.num_tokens} tokens, "
-        f"{made.num_segments} segments, for windows of {made.examples.seq_len_tokens} tokens"
+        f"{made.num_segments} segments, for sequences of {made.examples.seq_len_tokens} tokens"
     )
 
 
@@ -41,36 +40,36 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_arithmetic(command: argparse.ArgumentParser) -> None:
-    command.description = "Expressions modulo 11 and their solutions; the same for the same options. Nothing is read."
+    command.description = "Generate expressions modulo 11 and their solutions; equal options give equal data."
     add, shown = command.add_argument, "(default: %(default)s)"
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make, with its tokenizer")
-    add("--operators", required=True, type=parse_range, metavar="N..M", help="how many a problem has")
-    add("--problems", required=True, type=int, metavar="N", help="how many there are")
-    add("--length", required=True, type=int, metavar="N", help="tokens of a problem and its solution together")
-    add("--seed", type=int, default=0, help=f"of the choice of problems {shown}")
-    add("--held-out", action="store_true", help="problems that training sets never have")
+    add("--operators", required=True, type=parse_range, metavar="N..M", help="operators per problem")
+    add("--problems", required=True, type=int, metavar="N", help="number of problems")
+    add("--length", required=True, type=int, metavar="N", help="maximum tokens of a problem with its solution")
+    add("--seed", type=int, default=0, help=f"seed of the choice of problems {shown}")
+    add("--held-out", action="store_true", help="use problems that training sets never contain")
     add("--segments", default=SEGMENTS, metavar="RULE", help=f"where segments end {shown}")
-    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
+    add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     command.set_defaults(make=prepare_arithmetic, options=ArithmeticOptions)
 
 
 def _add_scrolls(command: argparse.ArgumentParser) -> None:
-    command.description = "A split of a SCROLLS task: one example for each output of each input."
+    command.description = "Convert a split of a SCROLLS task, with one example for each output of each input."
     add, shown = command.add_argument, "(default: %(default)s)"
     add("--task", required=True, metavar="NAME", help=", ".join(TASKS))
-    add("--data", required=True, type=Path, metavar="DIR", help="has NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
+    add("--data", required=True, type=Path, metavar="DIR", help="holds NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
     add("--split", default="train", help=f"train or validation {shown}")
-    add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="that of the model to be fine-tuned")
+    add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="tokenizer of the model to be fine-tuned")
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
     add(
         "--length",
         type=int,
         default=SEQ_LEN_TOKENS,
         metavar="N",
-        help=f"of prompt, answer and EOS together {shown}",
+        help=f"maximum tokens of prompt, answer and EOS {shown}",
     )
-    add("--segments", default="reference", metavar="RULE", help=f"that of the model {shown}")
-    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
+    add("--segments", default="reference", metavar="RULE", help=f"segment rule of the model {shown}")
+    add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     command.set_defaults(make=prepare_scrolls, options=ScrollsOptions)
 
 

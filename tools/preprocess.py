@@ -1,4 +1,4 @@
-"""Raw text to a dataset: tokens, segment ends and a manifest. Stopped at any moment, the same command goes on.
+"""Convert raw text to a dataset: tokens, segment ends and a manifest. After an interruption, the same command resumes.
 
 Example: python tools/preprocess.py --input pile/train --tokenizer llama_tokenizer --output data/pile --workers 8
 Several nodes that share a file system: mpiexec -n 64 python tools/preprocess.py --input ... (the same options).
@@ -18,7 +18,6 @@ from preprocessing.split import EXAMPLE
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line, build, and say what was made."""
     options = BuildOptions(**vars(_parser().parse_args(argv)))
     with join_ranks() as ranks:
         for folder, made in build(options, ranks).items():
@@ -42,19 +41,19 @@ def _parser() -> argparse.ArgumentParser:
         metavar="RULE",
         help="reference, sentence, newline, fixed:N, or a JSON list of token ids or of strings (default: %(default)s)",
     )
-    add("--workers", type=int, default=1, metavar="N", help="processes, or processes a rank (default: %(default)s)")
+    add("--workers", type=int, default=1, metavar="N", help="processes, or processes per rank (default: %(default)s)")
     add("--partition-by", metavar="KEY", help="one dataset per value of this key, e.g. meta.pile_set_name")
     add("--split", metavar="NAME=SHARE,...", help=f"one dataset per split, by a hash of the text, e.g. {EXAMPLE}")
-    add("--deduplicate", action="store_true", help="leave out texts that equal an earlier one; reads everything twice")
+    add("--deduplicate", action="store_true", help="skip texts that equal an earlier one; reads everything twice")
     add("--append-eos", action="store_true", help="end every document with the tokenizer's EOS token")
-    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="most tokens in a shard (default: 2^30)")
+    add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="maximum tokens in a shard (default: 2^30)")
     add("--text-key", default="text", metavar="KEY", help="key of the text in a record (default: %(default)s)")
-    add("--special-in-text", action="store_true", help='make a literal "<s>" in the text a special token')
+    add("--special-in-text", action="store_true", help='treat a literal "<s>" in the text as a special token')
     add(
         "--backend",
         choices=("auto", "gigatoken", "stock"),
         default="auto",
-        help="gigatoken is fast; stock is the tokenizer's own library; auto: gigatoken where both agree "
+        help="gigatoken is fast; stock is the tokenizer's own library; auto: gigatoken if both agree "
         "(default: %(default)s)",
     )
     add(
@@ -62,16 +61,16 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=CHECK_SHARE,
         metavar="X",
-        help="of the text, also tokenized by the stock library and compared (default: %(default)s)",
+        help="fraction of the text that is also tokenized by the stock library and compared (default: %(default)s)",
     )
     add(
         "--on-difference",
         choices=("stop", "fall-back"),
         default="stop",
-        help="when a comparison fails: stop and name the document, or begin again with stock (default: %(default)s)",
+        help="if a comparison fails: stop and name the document, or start again with stock (default: %(default)s)",
     )
     add_max_malformed(parser)
-    add("--overwrite", action="store_true", help="replace a dataset that is there, once the new one is finished")
+    add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     return parser
 
 

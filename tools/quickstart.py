@@ -1,8 +1,8 @@
-"""From text to three trained, evaluated and exported models on one machine in minutes, and a page about them.
+"""Train, evaluate and export three models from raw text on one machine in minutes, and write a report page.
 
-Every step is a command of this project that you can type yourself; it is shown before it runs, its full output is
-kept, and a step whose result exists is not done again, so an interrupted quickstart continues where it stopped. The
-last line that is printed is the path of the page.
+Every step is a command of this project that you can run yourself. It is shown before it runs, its full output is kept,
+and a step whose result exists is skipped, so an interrupted quickstart resumes. The last printed line is the path of
+the page.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from megatron_bipe.io import write_atomically
 CONFIG = Path("examples/quickstart.yaml")
 CORPUS = "--max-bytes 2000000 --valid-share 0.1"  # twice as much text as the training reads
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
-STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, in training lengths
+STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, as multiples of the training length
 PROMPTS = ("The default value is", "def __init__(self, name):")
 PAGE = "report.html"
 
@@ -48,7 +48,6 @@ GENERATE = Pattern(
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Run all steps, write the page, and say what came out and where it lies."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("quickstart"), help="default: %(default)s")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
@@ -60,9 +59,9 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def plan(folder: Path, settings: list[str]) -> list[Stage]:
-    """Return all stages in order; all models are trained at once, one on two ranks under ZeRO 2.
+    """Return all stages in order; all models are trained at once, one on two ranks under ZeRO-2.
 
-    Ranks wait for each other, and a process that starts waits for the disk: three trainings together take less time
+    Ranks wait for each other, and a starting process waits for the disk, so three trainings at once take less time
     than one after the other.
     """
     run = load_run_config(CONFIG, settings)
@@ -83,7 +82,7 @@ def plan(folder: Path, settings: list[str]) -> list[Stage]:
 
 
 def summarise(folder: Path, trained_tokens: int) -> None:
-    """Write the page; print what came out, honestly, and where everything lies."""
+    """Write the report page; print the results and their paths."""
     from megatron_bipe.eval.quickstart_page import quickstart_page
 
     table = folder / "evaluation" / "perplexity.csv"
@@ -104,11 +103,11 @@ def summarise(folder: Path, trained_tokens: int) -> None:
         "logs": "logs/*",
     }.items():
         print(f"{what:>8}  {folder}/{where}")
-    print(f"\nAll of it on one page, for a browser:\n{folder / PAGE}")
+    print(f"\nAll results on one page, for a browser:\n{folder / PAGE}")
 
 
 def read_column(path: Path, column: str) -> dict[str, dict[int, float]]:
-    """Return encoding -> length -> value of a column of the evaluation's table."""
+    """Return encoding -> length -> value of a column of the evaluation's CSV file."""
     result: dict[str, dict[int, float]] = {}
     with path.open(newline="", encoding="utf-8") as file:
         for row in csv.DictReader(file):
@@ -117,11 +116,11 @@ def read_column(path: Path, column: str) -> dict[str, dict[int, float]]:
 
 
 def verdict(nats: dict[str, dict[int, float]], trained_tokens: int) -> str:
-    """Return how losses change beyond the training length, and whether that is the paper's effect."""
+    """Describe how losses change beyond the training length, and whether this shows the paper's effect."""
     effect = extrapolation_effect(nats, trained_tokens)
     lines = []
-    for place, stretch in enumerate(JUDGED):
-        rises = {encoding: f"{rises[place]:+.3f}" for encoding, rises in effect.rises_nats.items()}
+    for index, stretch in enumerate(JUDGED):
+        rises = {encoding: f"{rises[index]:+.3f}" for encoding, rises in effect.rises_nats.items()}
         lines.append(
             f"At {stretch * trained_tokens} tokens, {stretch} times the training length, the loss has changed by "
             f"{rises['rope']} nats a token with RoPE, {rises['bipe_rope']} with BiPE-RoPE, "

@@ -1,7 +1,7 @@
-"""Every positional encoding on the same text for the same steps, then perplexity at up to 8 times the training length.
+"""Train positional encodings on the same text for the same steps, and evaluate at up to 8 times the training length.
 
-Every step is a command of this project; it is shown before it runs, and what is finished is not done again, so an
-interrupted study goes on where it stopped. Encodings with a longest window are evaluated up to that.
+Every step is a command of this project. It is shown before it runs, and finished steps are skipped, so an interrupted
+study resumes. Encodings with a maximum length are evaluated up to that.
 
 Example: python tools/study.py --output study --encodings rope bipe_rope
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_bipe.eval.curves import Curve
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
-CORPUS = ""  # all that tools/corpus.py takes by default
+CORPUS = ""  # the defaults of tools/corpus.py
 TITLE = "Perplexity on held-out text, encodings trained alike"
 EVALUATE_EACH = Pattern(
     "Evaluate {each}",
@@ -36,7 +36,6 @@ EVALUATE_EACH = Pattern(
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Run all steps, then print and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=Path("study"), help="default: %(default)s")
     parser.add_argument("--encodings", nargs="+", default=list(ENCODINGS), metavar="NAME", help="default: all")
@@ -52,15 +51,15 @@ def main(argv: Sequence[str] | None) -> None:
     text, plot = table(found), draw_perplexity(curves(found, min(next(iter(reach.values())))), TITLE)
     write_atomically(folder / "table.md", text.encode())
     write_atomically(folder / "perplexity.png", plot)
-    print(f"\nPerplexity on held-out text, by window length in tokens\n\n{text}")
+    print(f"\nPerplexity on held-out text, by sequence length in tokens\n\n{text}")
     print(f"Written: {folder / 'table.md'} {folder / 'perplexity.png'}")
 
 
 def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, ...]]:
-    """The lengths at which each encoding can be evaluated.
+    """Return the lengths at which each encoding can be evaluated.
 
     Raises:
-        ConfigError: there is no such encoding, one is named twice, or one reaches none of the lengths.
+        ConfigError: an encoding is unknown, named twice, or supports none of the lengths.
     """
     if len(set(encodings)) < len(encodings):
         raise ConfigError("an encoding is named twice", remedy="Name each once", location="--encodings")
@@ -72,15 +71,14 @@ def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, .
         result[encoding] = tuple(length for length in lengths if longest is None or length <= longest)
         if not result[encoding]:
             raise ConfigError(
-                f"{encoding} ends at {longest} tokens, and windows of training have {run.train.seq_len_tokens}",
-                remedy="Leave it out, or let its positions reach further",
+                f"{encoding} supports {longest} tokens, but training sequences have {run.train.seq_len_tokens}",
+                remedy="Remove it, or raise its maximum length",
                 location="--set",
             )
     return result
 
 
 def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -> list[Stage]:
-    """All steps in order, with their values filled in."""
     stages = fill((*FROM_TEXT_TO_DATA, TRAIN_EACH), folder, run_values(CONFIG, settings, CORPUS), reach)
     for encoding, lengths in reach.items():
         stages += fill([EVALUATE_EACH], folder, {"lengths": ",".join(map(str, lengths))}, [encoding])
@@ -88,7 +86,7 @@ def plan(folder: Path, reach: dict[str, tuple[int, ...]], settings: list[str]) -
 
 
 def perplexities(folder: Path, reach: Iterable[str]) -> dict[str, dict[int, float]]:
-    """Of each encoding, in the order asked for, by window length."""
+    """Return the perplexities by encoding, in the given order, and sequence length."""
     return {
         encoding: read_column(folder / "evaluation" / encoding / "perplexity.csv", "perplexity")[encoding]
         for encoding in reach
@@ -96,7 +94,7 @@ def perplexities(folder: Path, reach: Iterable[str]) -> dict[str, dict[int, floa
 
 
 def table(found: dict[str, dict[int, float]]) -> str:
-    """Perplexities as Markdown, a line for each encoding."""
+    """Format perplexities as a Markdown table with a row for each encoding."""
     columns = sorted({length for by_length in found.values() for length in by_length})
     lines = [["encoding", *map(str, columns)], ["---"] * (len(columns) + 1)]
     for encoding, by_length in found.items():
@@ -106,7 +104,6 @@ def table(found: dict[str, dict[int, float]]) -> str:
 
 
 def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> "list[Curve]":
-    """The same for the plot."""
     from megatron_bipe.eval.curves import Curve
 
     return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]

@@ -1,11 +1,11 @@
-r"""Keep a run going: start its launcher, and start it again when it fails, until the run is done.
+r"""Supervise a run: start its launcher, and restart it after each failure until the run is done.
 
-What stands after -- is any command that starts pretrain.py on all ranks. After a failure its processes are ended, and
-it is started again, after a wait that doubles while no new checkpoint appears. Signals to stop are passed on; after
-SIGTERM and SIGINT, what is left is killed when --grace is over, after SIGUSR1 the run may take its time to save.
+After -- comes any command that starts pretrain.py on all ranks. After a failure its processes are ended, and it is
+started again after a wait that doubles while no new checkpoint appears. Signals to stop are forwarded: after SIGTERM
+and SIGINT, remaining processes are killed when --grace is over; after SIGUSR1 the run has unlimited time to save.
 
-Exit codes: 0 the run is done; 1 it failed too often at the same place; 2 the message says what you can do about it;
-75 it was asked to stop, and saved: start this again later.
+Exit codes: 0 the run is done; 1 it failed too often without a new checkpoint; 2 the message says what you can do about
+it; 75 it was asked to stop, and saved: start this again later.
 
 Examples:
     python tools/supervise.py runs/a -- examples/launch/one_machine.sh --set run_dir=runs/a
@@ -33,18 +33,18 @@ from megatron_bipe.runtime.preemption import CONTINUE_LATER, SIGNALS, parse_dura
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
-LAST_WORDS_S, LOOK_S = 60.0, 0.2  # that what is left of a launch has to end by itself; between looks
-AT_ONCE = (signal.SIGTERM, signal.SIGINT)  # they leave the run no more than the grace
+EXIT_WAIT_S = 60.0  # for the remaining processes of a launch to exit by themselves
+POLL_S = 0.2
+URGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they leave the run no more than the grace period
 CODES = {Next.DONE: 0, Next.LATER: CONTINUE_LATER}
 
 _log = logging.getLogger(__name__)
 
 
 class Supervisor:
-    """Runs commands, one after the other, and passes signals on to the one that runs.
+    """Runner of commands, one after the other, that forwards signals to the current one.
 
-    Args:
-        grace_s: seconds after SIGTERM or SIGINT until what is left of a command is killed.
+    Processes that remain `grace_s` after SIGTERM or SIGINT are killed.
     """
 
     def __init__(self, grace_s: float) -> None:
@@ -53,38 +53,38 @@ class Supervisor:
         self._kill_at_s = math.inf
         self._launched: ChildProcess | None = None
         for number in (*SIGNALS, signal.SIGINT):
-            signal.signal(number, self._pass_on)
+            signal.signal(number, self._forward)
 
     def launch(self, command: Sequence[str]) -> int:
-        """Run a command to its end, and end what it leaves; its exit code, 128 and more for a signal."""
+        """Run a command, end the processes that it leaves, and return its exit code: 128 + N for signal N."""
         with self._start(command, "after --") as child:
             self._launched = child
-            if self.asked:  # while the command was being started
-                self._pass_on(self.asked, None)
+            if self.asked:  # it came while the command was being started
+                self._forward(self.asked, None)
             code = self._wait_for(child)
             self._launched = None
             child.send(signal.SIGTERM)
-            self._wait_until(child.is_over, time.monotonic() + LAST_WORDS_S)
+            self._wait_until(child.is_over, time.monotonic() + EXIT_WAIT_S)
             child.kill()
         return code if code >= 0 else 128 - code
 
     def output(self, command: Sequence[str], option: str) -> str:
-        """Run a command to its end; return what it printed."""
+        """Run a command, and return what it printed."""
         with tempfile.TemporaryFile("w+") as file, self._start(command, option, stdout=file) as child:
             self._wait_for(child)
             file.seek(0)
             return file.read()
 
     def call(self, command: Sequence[str], option: str) -> int:
-        """Run a command to its end; return its exit code."""
+        """Run a command, and return its exit code."""
         with self._start(command, option) as child:
             return self._wait_for(child)
 
     def wait(self, seconds: float) -> None:
-        """Do nothing, unless a signal comes."""
+        """Wait, or return early if a signal arrives."""
         end_s = time.monotonic() + seconds
         while time.monotonic() < end_s and not self.asked:
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
     def _start(self, command: Sequence[str], option: str, stdout: IO[str] | None = None) -> ChildProcess:
         self._kill_at_s = math.inf
@@ -92,7 +92,7 @@ class Supervisor:
             return ChildProcess(command, stdout=stdout)
         except OSError as error:
             raise ConfigError(
-                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Name a command", location=option
+                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Check the command", location=option
             ) from error
 
     def _wait_for(self, child: ChildProcess) -> int:
@@ -103,11 +103,11 @@ class Supervisor:
 
     def _wait_until(self, is_over: Callable[[], bool], limit_s: float = math.inf) -> None:
         while not is_over() and time.monotonic() < min(limit_s, self._kill_at_s):
-            time.sleep(LOOK_S)
+            time.sleep(POLL_S)
 
-    def _pass_on(self, number: int, _: FrameType | None) -> None:
+    def _forward(self, number: int, _: FrameType | None) -> None:
         self.asked = number
-        if number in AT_ONCE:
+        if number in URGENT_SIGNALS:
             self._kill_at_s = min(self._kill_at_s, time.monotonic() + self._grace_s)
         if self._launched is not None:
             self._launched.send(number)
@@ -115,7 +115,6 @@ class Supervisor:
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Launch until there is nothing more to do."""
     arguments = _parser().parse_args(argv)
     run_dir, supervisor, fruitless = arguments.run_dir, Supervisor(parse_duration(arguments.grace)), 0
     waits = parse_duration(arguments.first_wait), parse_duration(arguments.longest_wait)
@@ -123,13 +122,13 @@ def main(argv: Sequence[str] | None) -> None:
     while True:
         before = mark(run_dir)
         code = supervisor.launch(_filled(arguments, supervisor))
-        new = mark(run_dir).newest_step != before.newest_step  # lower where a damaged one had to be left
+        new = mark(run_dir).newest_step != before.newest_step  # lower if a damaged one was skipped
         fruitless = 0 if new else fruitless + 1
         following = decide(code, was_stopped(run_dir, before), bool(supervisor.asked), fruitless, patience)
         wait_s = patience.wait_s(fruitless)
         text = {
             Next.DONE: "the run is done",
-            Next.LATER: "the run was asked to stop, and is to be continued",
+            Next.LATER: "the run was asked to stop, and can be resumed",
             Next.AGAIN: f"{'after' if new else 'without'} a new checkpoint; starting again in {wait_s:g} s",
             Next.GIVE_UP: f"{fruitless} launches in a row without a new checkpoint; giving up",
         }
@@ -146,13 +145,13 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def _goodput(run_dir: Path) -> str:
-    """Return what the run's last event says of its goodput; nothing where the launch did not come to its end."""
+    """Format the goodput in the run's last event; return "" if the launch did not end normally."""
     last = (read_events(run_dir) or [{}])[-1]
     return f" (goodput {last['goodput']:.1%} since the first start)" if last.get("goodput") is not None else ""
 
 
 def _filled(arguments: argparse.Namespace, supervisor: Supervisor) -> list[str]:
-    """The command, with {nodes} and {hosts} filled in where hosts are asked for."""
+    """Return the command, with {nodes} and {hosts} filled in if --hosts-command is given."""
     if not arguments.hosts_command:
         return list(arguments.command)
     listed = supervisor.output(shlex.split(arguments.hosts_command), "--hosts-command")
@@ -167,34 +166,34 @@ def _filled(arguments: argparse.Namespace, supervisor: Supervisor) -> list[str]:
 
 
 def _on_stop(command: Sequence[str], supervisor: Supervisor) -> None:
-    """Run it; an error is only logged, because the run has been saved."""
+    """Run the --on-stop command; an error is only logged, because the run has been saved."""
     try:
         code = supervisor.call(command, "--on-stop")
     except ConfigError as error:
         _log.error("supervise: %s", error)
     else:
         if code:
-            _log.error("supervise: --on-stop %s left with exit code %d; start the run again later", command, code)
+            _log.error("supervise: --on-stop %s failed with exit code %d; start the run again later", command, code)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("run_dir", type=Path, help="folder of the run, by which its progress is told")
-    add("--failures", type=int, default=3, metavar="N", help="launches without progress to give up after (%(default)s)")
-    add("--first-wait", default="10s", metavar="TIME", help="before the second launch (default: %(default)s)")
-    add("--longest-wait", default="10m", metavar="TIME", help="(default: %(default)s)")
+    add("run_dir", type=Path, help="run folder, from which progress is read")
+    add("--failures", type=int, default=3, metavar="N", help="give up after N launches without progress (%(default)s)")
+    add("--first-wait", default="10s", metavar="TIME", help="wait before the second launch (default: %(default)s)")
+    add("--longest-wait", default="10m", metavar="TIME", help="longest wait (default: %(default)s)")
     add(
         "--grace",
         default=f"{GRACE_S}s",
         metavar="TIME",
-        help="after SIGTERM or SIGINT, to save and leave before what is left is killed (default: %(default)s)",
+        help="time to save and exit after SIGTERM or SIGINT, before processes are killed (default: %(default)s)",
     )
-    add("--on-stop", metavar="COMMAND", help="run when the run was asked to stop, such as: scontrol requeue ID")
-    add("--hosts-command", metavar="COMMAND", help="prints the hosts that are up; fills {nodes} and {hosts} below")
+    add("--on-stop", metavar="COMMAND", help="command for when the run was asked to stop, such as: scontrol requeue ID")
+    add("--hosts-command", metavar="COMMAND", help="prints the available hosts; fills {nodes} and {hosts}")
     add("--ranks-per-host", type=int, default=8, metavar="N", help="(default: %(default)s)")
-    add("--least-hosts", type=int, default=1, metavar="N", help="fewer are an error (default: %(default)s)")
-    add("command", nargs="+", help="what starts the run, after --")
+    add("--least-hosts", type=int, default=1, metavar="N", help="fewer hosts are an error (default: %(default)s)")
+    add("command", nargs="+", help="command that starts the run, after --")
     return parser
 
 

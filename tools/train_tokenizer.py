@@ -15,7 +15,6 @@ from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_toke
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Parse the command line, train, and say where the tokenizer is."""
     options = TrainOptions(**vars(_parser().parse_args(argv)))
     print(f"{train_tokenizer(options)}: {options.vocab_size} tokens")
 
@@ -32,12 +31,12 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=SAMPLE_BYTES,
         metavar="N",
-        help="train on so much of the text, every file in proportion to its size (default: %(default)s); "
-        "memory is about 14 times that",
+        help="train on this many bytes of the text, from every file in proportion to its size (default: %(default)s); "
+        "needs about 14 times that in memory",
     )
     add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
     add_max_malformed(parser)
-    add("--overwrite", action="store_true", help="replace a tokenizer that is there")
+    add("--overwrite", action="store_true", help="replace an existing tokenizer")
     return parser
 
 

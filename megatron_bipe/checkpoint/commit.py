@@ -1,10 +1,10 @@
-"""How a checkpoint appears whole or not at all, and how old ones leave.
+"""Atomic publication of checkpoints, and deletion of old ones.
 
-RUN/checkpoints/writing-step-00000100-TOKEN/   being written
-RUN/checkpoints/replaced-step-00000100/        an earlier one of the same step, while the new one takes its place
-RUN/checkpoints/removing-step-00000100/        being deleted
+    RUN/checkpoints/writing-step-00000100-TOKEN/   being written
+    RUN/checkpoints/replaced-step-00000100/        an earlier one of the same step, while it is being replaced
+    RUN/checkpoints/removing-step-00000100/        being deleted
 
-A death at any moment leaves the previous checkpoint and pointer as they were; `tidy` clears away what else it left.
+If the process dies at any point, the previous checkpoint and pointer remain valid; `tidy` removes leftovers.
 """
 
 import shutil
@@ -18,23 +18,23 @@ from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import sync, write_atomically
 
-FREE_SPACE = "Free space there, or keep fewer checkpoints: checkpoint.keep_last"
+FREE_SPACE = "Free space there, or keep fewer checkpoints with checkpoint.keep_last"
 
 _GIB = 2**30
 _WRITING, _REPLACED, _REMOVING = "writing-", "replaced-", "removing-"
 
 
 def begin(run_dir: Path, step: int, token: str, room_bytes: int) -> Path:
-    """Make the folder that a checkpoint is written in.
+    """Make the temporary folder that a checkpoint is written in.
 
     Args:
-        run_dir: of the run.
+        run_dir: folder of the run.
         step: updates done.
-        token: tells attempts apart, so that a process of an earlier one cannot write into this.
-        room_bytes: that the disk must have.
+        token: distinguishes attempts, so that a process of an earlier attempt cannot write into this folder.
+        room_bytes: free space that the disk must have.
 
     Raises:
-        CheckpointError: it does not have them.
+        CheckpointError: the disk has less free space.
     """
     tidy(run_dir)
     final = step_folder(run_dir, step)
@@ -42,8 +42,8 @@ def begin(run_dir: Path, step: int, token: str, room_bytes: int) -> Path:
     free_bytes = shutil.disk_usage(final.parent).free
     if free_bytes < room_bytes:
         raise CheckpointError(
-            f"{free_bytes / _GIB:.2f} GiB of the disk are free, and a checkpoint with what is to stay free beside it "
-            f"(checkpoint.min_free_gib) takes {room_bytes / _GIB:.2f}",
+            f"{free_bytes / _GIB:.2f} GiB of the disk are free; a checkpoint and the reserve "
+            f"checkpoint.min_free_gib need {room_bytes / _GIB:.2f} GiB",
             remedy=FREE_SPACE,
             location=final.parent,
         )
@@ -56,25 +56,25 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
     """Make a written folder the run's newest checkpoint.
 
     Args:
-        temporary: from `begin`; everything in it is on the disk.
-        run_dir: of the run.
+        temporary: folder from `begin`, with all its files synced to the disk.
+        run_dir: folder of the run.
         step: updates done.
-        files: what is in it.
+        files: records of its files.
 
     Returns:
         The folder of the checkpoint.
 
     Raises:
-        CheckpointError: a file has another size than it was written with.
+        CheckpointError: the size of a file differs from its record.
     """
     for name, record in files.items():
         size = (temporary / name).stat().st_size
         if size != record.bytes:
-            raise incomplete(temporary, f"{name} has {size} bytes where {record.bytes} were written")
+            raise incomplete(temporary, f"{name} has {size} bytes; {record.bytes} were written")
     sync(temporary)
     final = step_folder(run_dir, step)
     replaced = final.with_name(f"{_REPLACED}{final.name}")
-    if final.exists():  # the run went back and came here again
+    if final.exists():  # after a rollback, the run reached this step again
         final.rename(replaced)
     temporary.rename(final)
     sync(final.parent)
@@ -83,16 +83,16 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
 
 
 def retire(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
-    """Delete what is not to be kept, once the newest checkpoint is published."""
+    """Delete superseded checkpoints, after the newest one is published."""
     tidy(run_dir)
     for step in superseded(list_steps(run_dir), newest, config):
         _remove(step_folder(run_dir, step))
 
 
 def superseded(steps: list[int], newest: int, config: CheckpointConfig) -> list[int]:
-    """Which of the steps are not to be kept.
+    """Return the steps whose checkpoints are not to be kept.
 
-    Later ones than the newest are no part of this: a run that went back left them, perhaps because they are damaged.
+    Steps after the newest are never returned: a run that was rolled back left them, perhaps because they are damaged.
     """
     if config.keep_last == 0:
         return []
@@ -102,9 +102,9 @@ def superseded(steps: list[int], newest: int, config: CheckpointConfig) -> list[
 
 
 def tidy(run_dir: Path) -> None:
-    """Clear away what broken-off saves left; nothing of it is a checkpoint, or all of it.
+    """Remove leftovers of interrupted saves, and restore a checkpoint whose replacement was interrupted.
 
-    For one process of a run that no other process writes to.
+    No other process may write to the run at the same time.
     """
     folder = run_dir / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -114,13 +114,13 @@ def tidy(run_dir: Path) -> None:
             final = path.with_name(path.name.removeprefix(_REPLACED))
             if final.exists():
                 _remove(path)
-            else:  # the death came between the two renames
+            else:  # the process died between the two renames
                 path.rename(final)
 
 
 def _remove(folder: Path) -> None:
-    """Delete a checkpoint, which stops being one at once."""
-    doomed = folder.with_name(f"{_REMOVING}{folder.name}")
+    """Rename a folder, so that it is no longer a checkpoint, and delete it."""
+    removing = folder.with_name(f"{_REMOVING}{folder.name}")
     if folder.exists():
-        folder.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(removing)
+        shutil.rmtree(removing, ignore_errors=True)

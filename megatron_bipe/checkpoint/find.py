@@ -1,6 +1,6 @@
-"""Checkpoints of a run folder: where they lie, and which is the newest.
+"""Locates the checkpoints of a run folder.
 
-RUN/checkpoints/step-00000100/   what the engine wrote after 100 updates
+RUN/checkpoints/step-00000100/   checkpoint after 100 updates
 RUN/checkpoints/latest           name of the newest one
 """
 
@@ -17,7 +17,7 @@ _STEP = re.compile(r"step-(\d{8,})")
 
 
 class Checkpoint(NamedTuple):
-    """A checkpoint that exists."""
+    """A checkpoint folder that exists."""
 
     folder: Path
     run_dir: Path
@@ -25,10 +25,10 @@ class Checkpoint(NamedTuple):
 
 
 def find_checkpoint(spec: str | Path) -> Checkpoint:
-    """The checkpoint that `RUN_DIR` (its newest) or `RUN_DIR@STEP` names.
+    """Return the checkpoint that `RUN_DIR` (its newest) or `RUN_DIR@STEP` names.
 
     Raises:
-        CheckpointError: there is no such run folder or checkpoint; the message lists the steps there are.
+        CheckpointError: there is no such run folder or checkpoint; the message lists the available steps.
     """
     run_dir, wanted = Path(spec), ""
     if not run_dir.is_dir():  # a folder's own name may have an @
@@ -40,7 +40,7 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
     if wanted not in found:
         listed = ", ".join(found) or "none"
         raise CheckpointError(
-            f"no checkpoint {'of step ' + wanted if wanted else 'to be found'}; steps there are: {listed}",
+            f"no checkpoint {'of step ' + wanted if wanted else 'was found'}; available steps: {listed}",
             remedy="Name a run folder made by pretrain.py, or RUN_DIR@STEP",
             location=spec,
         )
@@ -48,32 +48,32 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
 
 
 def find_model(spec: str) -> Checkpoint | None:
-    """Find the model that a folder's name, or `RUN_DIR[@STEP]`, stands for.
+    """Resolve the folder of an exported model, or `RUN_DIR[@STEP]`.
 
     Returns:
-        The checkpoint that is named; None for an exported model.
+        The named checkpoint, or None for an exported model.
 
     Raises:
-        CheckpointError: there is neither.
+        CheckpointError: `spec` names neither.
     """
     if (Path(spec) / "config.json").is_file():
         return None
     run_dir = Path(spec if Path(spec).exists() else spec.rpartition("@")[0] or spec)
     if is_run_dir(run_dir):
         return find_checkpoint(spec)
-    what = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
+    seen = "neither an exported model (config.json) nor a run folder" if run_dir.exists() else "no such folder"
     raise CheckpointError(
-        what,
+        seen,
         remedy="Name a folder made by tools/export_hf.py or tools/import_hf.py, or RUN_DIR[@STEP] of pretrain.py",
         location=spec,
     )
 
 
 def newest_first(run_dir: Path) -> list[Checkpoint]:
-    """All checkpoints of a run, in the order in which they are to be tried.
+    """Return all checkpoints of a run, in the order in which they should be tried.
 
-    The one that `latest` names, then those before it; later ones last, since a run that had gone back has left them.
-    Where `latest` is missing or wrong, from the last on.
+    The one that `latest` names comes first, then earlier ones, then later ones, which a rolled-back run has left. If
+    `latest` is missing or invalid, the order starts at the last step.
     """
     steps = list_steps(run_dir)
     pointed = _pointed_at(run_dir)
@@ -83,19 +83,18 @@ def newest_first(run_dir: Path) -> list[Checkpoint]:
 
 
 def is_run_dir(path: Path) -> bool:
-    """True where pretrain.py has worked: a resolved configuration and a folder of checkpoints."""
+    """Return True if the folder has a resolved configuration and a folder of checkpoints, as pretrain.py makes them."""
     return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
 
 
 def list_steps(run_dir: Path) -> list[int]:
-    """Steps of the checkpoints of a run, ascending."""
+    """Return the steps of a run's checkpoints, in ascending order."""
     folder = run_dir / "checkpoints"
     names = [path.name for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     return sorted(step for step in map(_step_of, names) if step is not None)
 
 
 def step_folder(run_dir: Path, step: int) -> Path:
-    """Where the checkpoint of `step` lies."""
     return run_dir / "checkpoints" / f"step-{step:08d}"
 
 
@@ -112,7 +111,7 @@ def _step_of(name: str) -> int | None:
 
 
 def read_data_record(run_dir: Path) -> DataRecord:
-    """What the run was trained on.
+    """Read the record of the data that the run was trained on.
 
     Raises:
         CheckpointError: the record is missing or damaged.
@@ -123,6 +122,6 @@ def read_data_record(run_dir: Path) -> DataRecord:
     except (OSError, ValueError) as error:
         raise CheckpointError(
             f"the record of the training data cannot be read: {error}",
-            remedy="Copy the whole run folder again",
+            remedy="Copy the complete run folder again",
             location=path,
         ) from error

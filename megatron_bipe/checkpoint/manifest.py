@@ -1,7 +1,7 @@
-"""The manifest of a checkpoint: what its files hold, their checksums, and what run they are of.
+"""The manifest of a checkpoint: the contents of its files, their checksums, and the run that it belongs to.
 
     state.json          the index
-    state.json.sha256   its own checksum, as `sha256sum` writes it
+    state.json.sha256   its checksum, in the format of `sha256sum`
 
 docs/checkpoints.md describes the fields.
 """
@@ -22,14 +22,14 @@ INDEX, SEAL = "state.json", "state.json.sha256"
 
 
 class CheckpointInfo(NamedTuple):
-    """What a checkpoint says of the run, besides its state."""
+    """Metadata of the run that a checkpoint stores besides its state."""
 
     step: int  # updates of the run
     optimizer_steps: int  # updates that Adam has counted
-    layout: dict[str, int]  # of the ranks that wrote it; for people
+    layout: dict[str, int]  # layout of the ranks that wrote it; informational
     config: dict[str, Any]  # the resolved configuration
-    data: DataRecord | None  # the training data, None where nothing is known of it
-    loop_state: dict[str, Any]  # what the loop wants back, see train/train_state.py
+    data: DataRecord | None  # record of the training data, None if unknown
+    loop_state: dict[str, Any]  # state of the training loop, see train/train_state.py
 
 
 class _Strict(BaseModel):
@@ -37,30 +37,30 @@ class _Strict(BaseModel):
 
 
 class SavedRun(_Strict):
-    """Where a fragment lies."""
+    """Location of a fragment."""
 
     file: str
-    tensor_rank: int  # of its share; 0 where the parameter is whole
+    tensor_rank: int  # index of its shard; 0 if the parameter is unsharded
     start: int
     size: int
 
 
 class SavedParameter(_Strict):
-    """A parameter as the ranks held it that wrote it."""
+    """A parameter as the writing ranks held it."""
 
-    shape: tuple[int, ...]  # whole, or of a share
-    dim: int | None = None  # along which it is split; None: it is whole
-    blocks: int = 1  # each of which is split by itself
-    ranks: int = 1  # shares
+    shape: tuple[int, ...]  # shape of the parameter, or of a shard
+    dim: int | None = None  # dimension along which it is sharded; None: unsharded
+    blocks: int = 1  # number of blocks that are sharded separately
+    ranks: int = 1  # number of shards
     runs: tuple[SavedRun, ...]
 
     def shard(self, rank: int = 0) -> Shard | None:
-        """As the model knows it."""
+        """Return the sharding as the model describes it, or None if unsharded."""
         return None if self.dim is None else Shard(self.dim, self.blocks, rank, self.ranks)
 
 
 class CheckpointManifest(_Strict):
-    """What `state.json` says; see `About`."""
+    """Contents of `state.json`; see `CheckpointInfo`."""
 
     format_version: int
     step: int
@@ -69,44 +69,44 @@ class CheckpointManifest(_Strict):
     config: dict[str, Any]
     data: DataRecord | None
     loop_state: dict[str, Any]
-    files: dict[str, FileRecord]  # all others of the folder
+    files: dict[str, FileRecord]  # all other files of the folder
     parameters: dict[str, SavedParameter]  # in the order of the plan
 
 
 def save_index(folder: Path, index: CheckpointManifest) -> None:
-    """Write the index and its checksum; on the disk when this returns."""
+    """Write the index and its checksum, synced to the disk."""
     text = index.model_dump_json(indent=1).encode()
     write_atomically(folder / INDEX, text)
     write_atomically(folder / SEAL, _seal(text))
 
 
 def load_index(folder: Path) -> CheckpointManifest:
-    """Read the index; the other files are not looked at.
+    """Read the index; the other files are not verified.
 
     Raises:
-        CheckpointError: it is missing, not as it was written, or of another version.
+        CheckpointError: it is missing, was changed after it was written, or is of another version.
     """
     try:
         text, seal = (folder / INDEX).read_bytes(), (folder / SEAL).read_bytes()
     except FileNotFoundError as error:
-        raise incomplete(folder, f"there is no {Path(error.filename).name}, which every checkpoint has") from None
+        raise incomplete(folder, f"{Path(error.filename).name} is missing, which every checkpoint has") from None
     except OSError as error:
         raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
     if seal != _seal(text):
-        raise incomplete(folder, f"{INDEX} and {SEAL} do not belong together: one was changed after it was written")
+        raise incomplete(folder, f"{INDEX} does not match {SEAL}: one was changed after it was written")
     try:
         index = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
         raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
     if index.format_version != FORMAT_VERSION:
-        raise incomplete(folder, f"format version {index.format_version}; this code reads {FORMAT_VERSION}")
+        raise incomplete(folder, f"it has format version {index.format_version}; this code reads {FORMAT_VERSION}")
     return index
 
 
 def incomplete(folder: Path, seen: str) -> CheckpointError:
-    """The one error for a checkpoint that is damaged, with what was seen."""
+    """Return the error for a checkpoint that cannot be used, with the reason `seen`."""
     return CheckpointError(
-        f"the checkpoint is not whole: {seen}",
+        f"the checkpoint cannot be used: {seen}",
         remedy="Continue from another step of the run: RUN_DIR@STEP names one",
         location=folder,
     )

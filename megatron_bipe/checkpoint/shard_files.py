@@ -1,10 +1,10 @@
-"""What a checkpoint's files hold: the training state of every parameter, in fragments that say nothing of a layout.
+"""The files of a checkpoint: the training state of every parameter, in fragments that are independent of the layout.
 
-    rank-00000.safetensors   what one rank wrote: for each fragment and kind of state a flat fp32 tensor NAME:KIND, and
-                             the states of its random generators
+    rank-00000.safetensors   written by one rank: for each fragment and kind of state a flat fp32 tensor NAME:KIND, and
+                             the states of its random number generators
 
-A fragment is a run of elements of one parameter, flattened, as the ranks held it that wrote it: of the whole, or of one
-tensor-parallel share. A reader of any layout asks for the run that it needs. docs/checkpoints.md describes the bytes.
+A fragment is a contiguous slice of one flattened parameter, or of its tensor-parallel shard, as the writing rank held
+it. A reader of any layout requests the slice that it needs. docs/checkpoints.md describes the bytes.
 """
 
 import json
@@ -33,46 +33,44 @@ from megatron_bipe.model.layer_factory import Shard
 from megatron_bipe.tensor_file import write_tensors
 
 WEIGHT = "weight"
-KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # the latter as torch's Adam names its running means
+KINDS = (WEIGHT, "exp_avg", "exp_avg_sq")  # torch's Adam uses these names for its moments
 
-_ABOUT = "fragments"  # in a file's metadata: the part of the index that is about this file
+_ABOUT = "fragments"  # metadata key of a file, for the part of the index that describes this file
 _RANDOM = "random"
 
 
 class Fragment(NamedTuple):
-    """A run of the elements of a parameter."""
+    """A contiguous slice of a parameter's elements."""
 
-    name: str  # in the plan
-    shape: tuple[int, ...]  # of the parameter on its rank: whole, or the share
-    shard: Shard | None  # how it is split over tensor-parallel ranks
-    start: int  # first element, of the flattened parameter on its rank
-    state: Mapping[str, Tensor]  # by kind: flat fp32, all of one length; views of what the optimizer works on
-    is_copy: bool = False  # whether a rank of another stage has the parameter, too
+    name: str  # parameter name in the plan
+    shape: tuple[int, ...]  # shape of the parameter on its rank: unsharded or of the shard
+    shard: Shard | None  # tensor-parallel shard; None if unsharded
+    start: int  # first element in the flattened parameter on its rank
+    state: Mapping[str, Tensor]  # by kind: flat fp32 views of the optimizer's tensors, all of the same length
+    is_copy: bool = False  # True for the copy of a tied parameter that another pipeline stage owns
 
     @property
     def size(self) -> int:
-        """Elements."""
         return self.state[WEIGHT].numel()
 
     def part(self, index: int, parts: int) -> "Fragment":
-        """The `index`-th of `parts` runs, nearly equal, that make up this one."""
+        """Return the `index`-th of `parts` contiguous slices of nearly equal size."""
         start, stop = self.size * index // parts, self.size * (index + 1) // parts
         return self._replace(start=self.start + start, state={key: x[start:stop] for key, x in self.state.items()})
 
 
 def rank_file(rank: int) -> str:
-    """Name of the file of a rank."""
     return f"rank-{rank:05d}.safetensors"
 
 
 def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], random: Mapping[str, Tensor]) -> FileRecord:
-    """Write what one rank has; on the disk when this returns.
+    """Write the file of one rank, and sync it to the disk.
 
     Args:
-        folder: of the checkpoint.
-        rank: whose file it becomes.
-        fragments: what it has; copied to the CPU's memory where they lie elsewhere.
-        random: states of random generators by name, uint8 [bytes].
+        folder: folder of the checkpoint.
+        rank: rank that the file is named after.
+        fragments: the rank's fragments; copied to CPU memory if they are on a GPU.
+        random: states of random number generators by name, uint8 [bytes].
     """
     path = folder / rank_file(rank)
     held = [fragment for fragment in fragments if fragment.size]
@@ -83,10 +81,10 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], rand
 
 
 def write_index(folder: Path, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:
-    """Write what the files of all ranks hold, once they are there."""
+    """Write the index of all ranks' files, which must exist."""
     parameters: dict[str, SavedParameter] = {}
-    for name in sorted(files):  # not those that a listing shows: that of a network file system may be old
-        for parameter, here in _held_by(folder / name):
+    for name in sorted(files):  # not a folder listing, which may be stale on a network file system
+        for parameter, here in _parameters_in(folder / name):
             others = parameters[parameter].runs if parameter in parameters else ()
             parameters[parameter] = here.model_copy(update={"runs": (*others, *here.runs)})
     ordered = {name: parameters[name] for name in sorted(parameters, key=_plan_order)}
@@ -96,17 +94,17 @@ def write_index(folder: Path, info: CheckpointInfo, files: Mapping[str, FileReco
     )
 
 
-def _held_by(path: Path) -> Iterable[tuple[str, SavedParameter]]:
+def _parameters_in(path: Path) -> Iterable[tuple[str, SavedParameter]]:
     with safe_open(path, framework="pt") as file:
         info = json.loads(file.metadata()[_ABOUT])
     return [(name, SavedParameter(**values)) for name, values in info.items()]
 
 
 class StateReader:
-    """Training state out of the files of a checkpoint, for any layout.
+    """A reader of training state from a checkpoint's files, for any layout.
 
     Raises:
-        CheckpointError: the index is missing, damaged or of another version, or there is not a fragment of everything.
+        CheckpointError: the index is missing, damaged or of another version, or fragments are missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -117,10 +115,10 @@ class StateReader:
             self._check_complete(name, saved)
 
     def run(self, kind: str, fragment: Fragment) -> Tensor:
-        """State of one kind for a fragment of any layout, flat fp32 on the CPU.
+        """Return the state of one kind for a fragment of any layout, flat fp32 on the CPU.
 
         Raises:
-            CheckpointError: the parameter is not there, has another shape, or its file is damaged.
+            CheckpointError: the parameter is missing, has another shape, or its file is damaged.
         """
         saved = self._parameter(fragment)
         stop = fragment.start + fragment.size
@@ -131,7 +129,7 @@ class StateReader:
         return (fragment.shard.of(full) if fragment.shard else full).flatten()[fragment.start : stop]
 
     def full(self, kind: str, name: str) -> Tensor:
-        """State of one kind of a whole parameter in its own shape, fp32 on the CPU."""
+        """Return the state of one kind of an unsharded parameter in its own shape, fp32 on the CPU."""
         saved = self.index.parameters[name]
         count = torch.Size(saved.shape).numel()
         parts = [self._elements(kind, name, rank, 0, count).view(saved.shape) for rank in range(saved.ranks)]
@@ -139,7 +137,7 @@ class StateReader:
         return shard.join(parts) if shard else parts[0]
 
     def random(self, rank: int) -> dict[str, Tensor]:
-        """States of the random generators of a rank by name; none where no such rank wrote."""
+        """Return the generator states of a rank by name, or none if no such rank wrote the checkpoint."""
         if rank_file(rank) not in self.index.files:
             return {}
         file = self._open(rank_file(rank))
@@ -149,17 +147,17 @@ class StateReader:
     def _parameter(self, fragment: Fragment) -> SavedParameter:
         saved = self.index.parameters.get(fragment.name)
         if saved is None:
-            raise self._error(f"there is no parameter {fragment.name}")
+            raise self._error(f"it has no parameter {fragment.name}")
         shapes = [
             shard.full_shape(shape) if shard else list(shape)
             for shard, shape in ((saved.shard(), saved.shape), (fragment.shard, fragment.shape))
         ]
         if shapes[0] != shapes[1]:
-            raise self._error(f"{fragment.name} is {shapes[0]} there, and {shapes[1]} in this run")
+            raise self._error(f"{fragment.name} has shape {shapes[0]} there and {shapes[1]} in this run")
         return saved
 
     def _elements(self, kind: str, name: str, rank: int, start: int, stop: int) -> Tensor:
-        """Elements of a share, from as many files as have them; only these bytes are read."""
+        """Read elements of a shard from all files that contain any of them; only these bytes are read."""
         parts = []
         for run in sorted(self.index.parameters[name].runs, key=lambda run: run.start):
             first, last = max(start, run.start), min(stop, run.start + run.size)
@@ -174,7 +172,7 @@ class StateReader:
             raise self._error(f"{run.file} cannot be read: {error}") from error
         if found.dtype != torch.float32 or found.shape != (stop - start,):
             raise self._error(
-                f"{run.file} has {found.dtype} {list(found.shape)} for {key} where {INDEX} says otherwise"
+                f"{run.file} has {found.dtype} {list(found.shape)} for {key}, which disagrees with {INDEX}"
             )
         return found
 
@@ -194,7 +192,7 @@ class StateReader:
                     break
                 reached += run.size
             if reached != torch.Size(saved.shape).numel():
-                raise self._error(f"{name} ends at element {reached} of {list(saved.shape)}, share {rank}")
+                raise self._error(f"shard {rank} of {name}, of shape {list(saved.shape)}, ends at element {reached}")
 
     def _error(self, seen: str) -> CheckpointError:
         return incomplete(self.folder, seen)

@@ -1,4 +1,4 @@
-"""Is a checkpoint as it was written, and of this run: looked at by all ranks before one of them reads it."""
+"""Verification that a checkpoint is undamaged and belongs to this run, by all ranks before it is loaded."""
 
 import logging
 from collections.abc import Callable
@@ -21,48 +21,48 @@ _log = logging.getLogger(__name__)
 def latest_valid_checkpoint(
     run_dir: Path, foreign: Callable[[CheckpointManifest], str], mesh: Mesh, host: HostCollectives
 ) -> Checkpoint | None:
-    """The newest checkpoint of a run that is whole; None if there is none at all. Every rank calls this.
+    """Return a run's newest valid checkpoint, or None if it has no checkpoints. Every rank calls this.
 
-    Each rank reads a part of the files, its own one where the layout is the one that wrote them.
+    Each rank verifies some of the files: its own, if the layout is the one that wrote them.
 
     Args:
-        run_dir: of the run.
-        foreign: says what of an index is of another run; "" if nothing.
+        run_dir: folder of the run.
+        foreign: returns why an index belongs to another run, or "".
         mesh: this process among the ranks.
-        host: of the ranks.
+        host: host-side collectives over all ranks.
 
     Raises:
-        CheckpointError: on all ranks, if none is; says what is wrong with each.
+        CheckpointError: on all ranks, if there are checkpoints but none is valid; states the problem of each.
     """
     candidates = host.broadcast_object(newest_first(run_dir))
-    wrong: list[str] = []
+    rejected: list[str] = []
     for checkpoint in candidates:
         found = host.all_gather_object(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))
         problems = list(dict.fromkeys(problem for problem in found if problem))
         if not problems:
-            if wrong and mesh.is_main:
-                _log.warning("falling back to the checkpoint of step %d: %s", checkpoint.step, "; ".join(wrong))
+            if rejected and mesh.is_main:
+                _log.warning("falling back to the checkpoint of step %d: %s", checkpoint.step, "; ".join(rejected))
             return checkpoint
-        wrong.append(f"that of step {checkpoint.step}: {'; '.join(problems)}")
-    if wrong:
+        rejected.append(f"that of step {checkpoint.step}: {'; '.join(problems)}")
+    if rejected:
         raise CheckpointError(
-            f"no checkpoint of the run can be continued from: {'; '.join(wrong)}",
-            remedy="Copy one of them again from where it was backed up, or start anew with --set run_dir=OTHER",
+            f"no checkpoint of the run can be resumed: {'; '.join(rejected)}",
+            remedy="Restore one of them from a backup, or start a new run with --set run_dir=OTHER",
             location=run_dir,
         )
     return None
 
 
 def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> CheckpointManifest:
-    """Read every byte of a checkpoint, or of the `part`-th of `parts` shares of its files; its index.
+    """Verify every byte of a checkpoint, or of the `part`-th of `parts` subsets of its files, and return its index.
 
     Raises:
-        CheckpointError: a file is missing or not as it was written.
+        CheckpointError: a file is missing or was changed after it was written.
     """
     folder = checkpoint.folder
     index = load_index(folder)
     if index.step != checkpoint.step:
-        raise incomplete(folder, f"{INDEX} is that of step {index.step}")
+        raise incomplete(folder, f"its {INDEX} is of step {index.step}")
     for name in sorted(index.files)[part::parts]:
         record = index.files[name]
         try:
@@ -78,15 +78,15 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
 
 
 def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: DataRecord | None) -> str:
-    """What in a checkpoint cannot be of this run, whatever was changed in it between two starts; "" if nothing."""
+    """Return why a checkpoint cannot belong to this run, even after every permitted change of settings, or ""."""
     try:
-        its = RunConfig.model_validate(index.config)
+        saved = RunConfig.model_validate(index.config)
     except ValidationError as error:
         return f"its configuration cannot be read: {error}"
-    if its.model != run.model:
+    if saved.model != run.model:
         return "it is of another model"
-    if its.train.seed != run.train.seed:
-        return f"it is of a run with train.seed={its.train.seed}"
+    if saved.train.seed != run.train.seed:
+        return f"it is of a run with train.seed={saved.train.seed}"
     if data is not None and index.data is not None:
         if index.data.tokenizer.fingerprint != data.tokenizer.fingerprint:
             return "it is of a run with another tokenizer"
@@ -96,7 +96,7 @@ def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: Data
 
 
 def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str], part: int, parts: int) -> str:
-    """What is wrong with a share of the files, or with the index; "" if nothing is."""
+    """Return the problem with a subset of the files or with the index, or ""."""
     try:
         return foreign(check_complete(checkpoint, part, parts))
     except CheckpointError as error:

@@ -1,4 +1,4 @@
-"""The weights out of a checkpoint, whole, whatever layout wrote it."""
+"""Reads unsharded weights from a checkpoint of any layout."""
 
 from torch import Tensor
 
@@ -10,10 +10,10 @@ from megatron_bipe.model.precision import DTYPES
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """All weights under the plan's names, in the run's compute precision, on the CPU.
+    """Return all weights by the plan's names, in the run's compute precision, on the CPU.
 
     Raises:
-        CheckpointError: a file is missing, or not as it was written.
+        CheckpointError: a file is missing or damaged.
     """
     check_complete(checkpoint)
     dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]

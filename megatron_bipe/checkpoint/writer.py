@@ -1,11 +1,11 @@
-"""Writes checkpoints, beside training where it may.
+"""Writes checkpoints, in the background where configured.
 
-The state changes in an optimizer's step alone. So a save takes no time of the training loop but what its ranks need to
-agree that it begins: a thread copies the state to the host's memory while the next micro-batches are under way, and
-only an optimizer that is about to step waits for it. Then the thread writes.
+The training state changes only in an optimizer step. A save therefore blocks the training loop only while ranks agree
+to begin it: a thread copies the state to host memory during the next micro-batches, the next optimizer step waits for
+the copy, and the thread then writes the files.
 
-Ranks tell each other what became of their files in the launch's store. A collective in a thread could come between
-those of training in another order on every rank.
+Ranks report the results of their writes through the launch's store, because a collective in a thread could be ordered
+differently relative to those of training on each rank.
 """
 
 import json
@@ -36,29 +36,29 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
 
 _log = logging.getLogger(__name__)
-_PATIENCE = timedelta(days=7)  # with a rank that writes; one that is gone or stands still is the watchdog's affair
+_WRITE_TIMEOUT = timedelta(days=7)  # limit for slow writes; the watchdog handles ranks that died or hang
 
 
 class _Save(NamedTuple):
-    """One save of this rank."""
+    """One save by this rank."""
 
     run_dir: Path
     temporary: Path
     info: CheckpointInfo
     fragments: Sequence[Fragment]
     random: Mapping[str, Tensor]
-    num_bytes: int  # of all ranks
+    num_bytes: int  # total over all ranks
     began_s: float
 
 
 class CheckpointWriter:
-    """Writes the checkpoints of one engine; every rank calls each method together.
+    """A writer of one engine's checkpoints; all ranks call each method together.
 
     Args:
-        config: how they are written and kept.
+        config: how checkpoints are written and kept.
         mesh: this process among the ranks.
-        host: of the ranks.
-        connect: opens a connection to the store of the launch, for this object alone.
+        host: host-side collectives over all ranks.
+        connect: opens a connection to the launch's store that only this object uses.
     """
 
     def __init__(
@@ -67,11 +67,11 @@ class CheckpointWriter:
         self._config, self._mesh, self._host, self._connect = config, mesh, host, connect
         self._store: dist.Store | None = None
         self._copy = StagingBuffer(mesh.device)
-        self._copied = threading.Event()  # until then the state must stay as it is
+        self._copied = threading.Event()  # until it is set, the state must not change
         self._copied.set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str] | None = None
-        self.waited_s = 0.0  # in which training stood still for checkpoints, in all
+        self.waited_s = 0.0  # total time that training was blocked by checkpoints
 
     def save(
         self,
@@ -85,15 +85,15 @@ class CheckpointWriter:
         """Write a checkpoint and make it the newest.
 
         Args:
-            run_dir: of the run.
-            info: what it says of the run.
-            fragments: what this rank has to write; views of the live state.
-            random: states of its random generators.
-            final: wait until it is done, and raise what went wrong. Otherwise that is a warning, and with
-                `checkpoint.asynchronous` training goes on meanwhile.
+            run_dir: folder of the run.
+            info: metadata of the run.
+            fragments: fragments that this rank writes; views of the live state.
+            random: states of this rank's random number generators.
+            final: wait until the checkpoint is written, and raise on failure. Otherwise a failure is logged as a
+                warning, and with `checkpoint.asynchronous` training continues during the write.
 
         Raises:
-            CheckpointError: on all ranks, where `final`: it could not be written.
+            CheckpointError: on all ranks, if `final` and the checkpoint could not be written.
         """
         waited_s = self.finish()
         began_s = time.perf_counter()
@@ -103,7 +103,7 @@ class CheckpointWriter:
             save = _Save(run_dir, temporary, info, fragments, random, num_bytes, began_s - waited_s)
             if self._config.asynchronous and not final:
                 self._copied.clear()
-                self._pending = self._thread.submit(self._write_beside, save, self._copy.mark())
+                self._pending = self._thread.submit(self._write_in_background, save, self._copy.mark())
             else:
                 error = self._write(save, fragments)
         self.waited_s += time.perf_counter() - began_s
@@ -113,7 +113,7 @@ class CheckpointWriter:
             self._warn(info.step, run_dir, error)
 
     def before_update(self) -> None:
-        """Wait until the state may change: to be called before each step of the optimizer."""
+        """Wait until the training state may change; call this before each optimizer step."""
         if not self._copied.is_set():
             began_s = time.perf_counter()
             self._copied.wait()
@@ -121,11 +121,10 @@ class CheckpointWriter:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no save of this rank is under way."""
         return self._pending is None or self._pending.done()
 
     def finish(self) -> float:
-        """Wait for the save that is under way, if there is one; the seconds it took."""
+        """Wait for a pending save, and return the seconds waited."""
         began_s = time.perf_counter()
         if self._pending is not None:
             self._pending.result()
@@ -135,7 +134,7 @@ class CheckpointWriter:
         return waited_s
 
     def _begin(self, run_dir: Path, step: int, num_bytes: int) -> tuple[Path | None, str]:
-        """The folder to write to; or why there is none. The same on all ranks."""
+        """Return the temporary folder or an error, the same on all ranks."""
         begun: tuple[Path | None, str] = None, ""
         if self._mesh.is_main:
             room_bytes = num_bytes + int(self._config.min_free_gib * 2**30)
@@ -145,12 +144,12 @@ class CheckpointWriter:
                 begun = None, _text(error)
         return self._host.broadcast_object(begun)
 
-    def _write_beside(self, save: _Save, mark: torch.cuda.Event | None) -> str:
-        """The thread's part; a failure is told at once."""
+    def _write_in_background(self, save: _Save, mark: torch.cuda.Event | None) -> str:
+        """Copy and write the state in the thread; a failure is logged immediately."""
         try:
             copies: Sequence[Fragment] | None = self._copy.take(save.fragments, mark)
-        except (RuntimeError, MemoryError):  # the host has no room for the copy
-            _log.exception("the state could not be copied to the host's memory")
+        except (RuntimeError, MemoryError):  # host memory is too small
+            _log.exception("the training state could not be copied to host memory")
             copies = None
         finally:
             self._copied.set()
@@ -160,10 +159,10 @@ class CheckpointWriter:
         return error
 
     def _write(self, save: _Save, fragments: Sequence[Fragment] | None) -> str:
-        """Write this rank's file, and on the main rank publish those of all; what went wrong, the same on all ranks."""
+        """Write this rank's file; the main rank publishes the checkpoint. Return the error, the same on all ranks."""
         try:
             if fragments is None:
-                raise MemoryError("there is no memory for a copy; set checkpoint.asynchronous=false")
+                raise MemoryError("the copy to host memory failed; set checkpoint.asynchronous=false")
             own = write_fragments(save.temporary, self._mesh.rank, fragments, save.random).model_dump()
         except Exception as error:
             own = {"error": f"rank {self._mesh.rank} on {socket.gethostname()}: {_text(error)}"}
@@ -180,7 +179,7 @@ class CheckpointWriter:
         return store.get(f"{key}/end").decode()
 
     def _conclude(self, save: _Save, reports: Mapping[int, Mapping[str, str]]) -> str:
-        """Publish what all ranks have written, or clear it away if one could not; what went wrong."""
+        """Publish the files of all ranks, or delete them if a rank failed; return the error or ""."""
         errors = [report["error"] for report in reports.values() if "error" in report]
         if not errors:
             files = {rank_file(rank): FileRecord.model_validate(report) for rank, report in reports.items()}
@@ -202,16 +201,15 @@ class CheckpointWriter:
 
     def _warn(self, step: int, run_dir: Path, error: str) -> None:
         if self._mesh.is_main:
-            what = "step %d | no checkpoint: %s. Training goes on, and the last one stays. %s.  [%s]"
-            _log.warning(what, step, error.rstrip("."), FREE_SPACE, run_dir / "checkpoints")
+            message = "step %d | no checkpoint: %s. Training continues; the previous checkpoint is kept. %s.  [%s]"
+            _log.warning(message, step, error.rstrip("."), FREE_SPACE, run_dir / "checkpoints")
 
     def _open_store(self) -> dist.Store:
         if self._store is None:
             self._store = self._connect()
-            self._store.set_timeout(_PATIENCE)
+            self._store.set_timeout(_WRITE_TIMEOUT)
         return self._store
 
 
 def _text(error: Exception) -> str:
-    """One line."""
     return error.message if isinstance(error, BipeError) else f"{type(error).__name__}: {error}"

@@ -1,7 +1,7 @@
-"""The run configuration and a DeepSpeed JSON become the dictionary that the engine is started with.
+"""Combines the run configuration and a DeepSpeed JSON file into the dictionary that starts the engine.
 
-The JSON holds engine knobs only. What the run owns stands there as "auto" (or not at all); a literal that
-says something else is an error that names both, because silently preferring one would hide the other.
+The JSON file holds engine settings only. Values that belong to the run are "auto" or absent there; a literal that
+disagrees with the run is an error that names both, because silently preferring one would hide the other.
 """
 
 import json
@@ -15,12 +15,12 @@ from megatron_bipe.errors import ConfigError
 
 _OWNED_SECTIONS = ("optimizer", "scheduler")
 _OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", *_OFFLOAD)  # that are looked into
-_QUIET = 2**31  # the loop prints its own progress
+_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", *_OFFLOAD)  # that are read here
+_QUIET = 2**31  # the training loop prints its own progress
 
 
 def read_ds_config(path: Path) -> dict[str, Any]:
-    """The DeepSpeed JSON as written.
+    """Return the content of the DeepSpeed JSON file as written.
 
     Raises:
         ConfigError: the file is missing or is not a JSON object.
@@ -32,28 +32,28 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise ConfigError(f"not a readable JSON file: {error}", remedy="See ds_configs/", location=path) from None
     if not isinstance(values, dict):
-        raise ConfigError("a DeepSpeed configuration is a JSON object", location=path)
+        raise ConfigError("a DeepSpeed configuration must be a JSON object", location=path)
     return values
 
 
 def zero_stage(ds_config: dict[str, Any]) -> Any:
-    """The ZeRO stage as written; DeepSpeed's default, 0, where it is not."""
+    """Return the ZeRO stage as written; 0, the default of DeepSpeed, if it is absent."""
     return ds_config.get("zero_optimization", {}).get("stage", 0)
 
 
 def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, location: str | Path) -> dict[str, Any]:
-    """Fill every "auto" of `ds_config` from the run, whose own precision is settled (`train.run_folder`).
+    """Fill every "auto" of `ds_config` from the run, whose precision is resolved (see `train.run_folder`).
 
     Returns:
         A new dictionary without any "auto", for `deepspeed.initialize`.
 
     Raises:
-        ConfigError: lists every literal that disagrees with the run, and every "auto" that nothing fills.
+        ConfigError: lists every literal that disagrees with the run, and every "auto" that no field fills.
     """
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
     if wrong := [key for key in _SECTIONS if not isinstance(_get(result, key, {}), dict)]:
         seen = ", ".join(f"{key}={json.dumps(_get(result, key))}" for key in wrong)
-        raise ConfigError(f"{seen}: a section is a JSON object", remedy="See ds_configs/", location=location)
+        raise ConfigError(f"{seen}: a section must be a JSON object", remedy="See ds_configs/", location=location)
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
         for section in _OWNED_SECTIONS
@@ -65,37 +65,37 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
         if seen not in (None, AUTO) and seen != value:
             problems.append(f'{key}={seen!r} disagrees with {owner}={value!r} of the run; write "auto"')
         _set(result, key, value)
-    problems += [f'nothing fills "auto" at {key}; write a value' for key in _autos(result)]
+    problems += [f'no field of the run fills "auto" at {key}; write a value' for key in _autos(result)]
     if run.parallel.pipeline > 1 and stage in (2, 3):
         problems.append(
             f"parallel.pipeline={run.parallel.pipeline} with zero_optimization.stage={stage}: the pipeline engine "
             "cannot shard gradients; use ds_configs/zero1.json, or parallel.pipeline=1"
         )
     if type(stage) is not int or stage not in (0, 1, 2, 3):
-        problems.append(f"zero_optimization.stage={stage!r} is none of 0, 1, 2, 3")
+        problems.append(f"zero_optimization.stage={stage!r} is not one of 0, 1, 2, 3")
     for key in _OFFLOAD:
         if _get(result, f"{key}.device") == "nvme":
-            problems.append(f'{key}.device="nvme": checkpoints cannot read from there; use "cpu"')
+            problems.append(f'{key}.device="nvme": checkpoints cannot be read from NVMe; use "cpu"')
     if problems:
         raise ConfigError("; ".join(problems), location=location)
     return result
 
 
 def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, Any]]:
-    """DeepSpeed key -> (name of the fact in the run, its value)."""
+    """Map each DeepSpeed key that the run owns to (name of the run's setting, its value)."""
     train = run.train
-    assert train.precision != AUTO, "settled before"
-    # Gradients add up in fp32 over micro-batches; DeepSpeed can do that from ZeRO 1 on.
+    assert train.precision != AUTO, "resolved by settle_precision"
+    # Gradients are accumulated in fp32 over micro-batches; DeepSpeed supports this from ZeRO 1 on.
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
     accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))
     bf16_zero_1: dict[str, tuple[str, Any]] = {
-        # What was added up in fp32 would be rounded to bf16 to be exchanged once an update, even with no one else.
+        # Otherwise the fp32 sums are rounded to bf16 for the exchange at every update, even on a single rank.
         "communication_data_type": ("(train.precision and the ZeRO stage)", "fp32"),
-        # Each gradient is added to its fp32 sum as soon as it is there, and no bf16 copy waits for the end of backward.
+        # Add each gradient to its fp32 sum at once, so that no bf16 copy is kept until the end of backward.
         "bf16.immediate_grad_update": ("(train.precision and the ZeRO stage)", True),
     }
     return (bf16_zero_1 if train.precision == "bf16" and stage == 1 else {}) | {
-        # To DeepSpeed ranks that share a window are data-parallel ones, so each window counts for each of them.
+        # DeepSpeed counts context-parallel ranks as data-parallel, so each sequence counts once for each of them.
         "train_batch_size": ("train.global_batch x parallel.context", train.global_batch * run.parallel.context),
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
         "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x data-parallel ranks)", accumulation),
@@ -103,12 +103,12 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "bf16.enabled": ("(train.precision == 'bf16')", train.precision == "bf16"),
         "data_types.grad_accum_dtype": ("(train.precision and the ZeRO stage)", accumulation_dtype),
         "fp16.enabled": ("(train.precision == 'fp16')", False),
-        "steps_per_print": ("(the loop prints its own progress)", _QUIET),
+        "steps_per_print": ("(the training loop prints progress)", _QUIET),
     }
 
 
 def offloads(ds_config: dict[str, Any]) -> tuple[bool, bool]:
-    """Whether the optimizer's state, and the weights, lie in the host's memory."""
+    """Return whether the optimizer state and the weights are offloaded to host memory, in this order."""
     optimizer, weights = (_get(ds_config, f"{key}.device") == "cpu" for key in _OFFLOAD)
     return optimizer, weights
 

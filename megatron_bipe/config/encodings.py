@@ -1,8 +1,8 @@
-"""What the names of positional encodings stand for: the one table that all other parts ask.
+"""Registry of the positional encodings by name; all other modules look them up here.
 
-An encoding has up to two parts: an absolute one, which is added to the token embeddings, and a relative one, at work in
-every attention layer. The bilevel encodings give the first the place in the segment and the second the number of the
-segment: any absolute part (`model.intra_encoding`) goes with any relative part (`model.encoding: bipe_...`).
+An encoding has up to two parts: an absolute one, which is added to the token embeddings, and a relative one, which acts
+in every attention layer. A bilevel encoding gives the position in the segment to the absolute part and the index of the
+segment to the relative part: any absolute part (`model.intra_encoding`) works with any relative part (`bipe_...`).
 """
 
 from collections.abc import Mapping
@@ -12,29 +12,29 @@ NONE = "none"
 
 
 class Relative(NamedTuple):
-    """A relative part: where its class is, and what has to be known before it is made."""
+    """A relative part: its class, and properties that are needed before it is created."""
 
     made_by: str
     """MODULE:NAME under `megatron_bipe/model/positions/`."""
     rotates: bool = False
-    """It rotates pairs of channels: head widths are even, and `rope_scaling` stretches its positions."""
+    """True if it rotates pairs of channels: head widths must be even, and `rope_scaling` stretches its positions."""
     max_seq_len_tokens: int | None = None
-    """Beyond this its numbers would not be exact, or leave the range of their type; None: it has no such limit."""
+    """Longest sequence for which its values are exact and within the range of their type; None: no limit."""
 
 
 class Encoding(NamedTuple):
-    """The parts of an encoding."""
+    """The parts of an encoding and the positions that they receive."""
 
     absolute: str
-    """Key of `ABSOLUTE`; of a bilevel encoding the default of `model.intra_encoding`."""
+    """Key of `ABSOLUTE`; for a bilevel encoding, the default of `model.intra_encoding`."""
     relative: str
     """Key of `RELATIVE`."""
     positions: Literal["tokens", "drawn", "segments"] = "tokens"
-    """What the parts see. tokens: the place in the window. drawn: in training random places that keep the order, else
-    evenly spread ones. segments: the absolute part the place in the segment, the relative part the segment's number."""
+    """tokens: positions in the sequence. drawn: random increasing positions in training, evenly spaced ones otherwise.
+    segments: the absolute part receives the position in the segment, the relative part the index of the segment."""
 
 
-# An absolute part: what makes it, as in `Relative`.
+# MODULE:NAME of each absolute part, as in `Relative.made_by`.
 ABSOLUTE: Mapping[str, str | None] = {
     NONE: None,
     "learned": "absolute:learned",
@@ -56,24 +56,24 @@ ENCODINGS: Mapping[str, Encoding] = {
 
 
 def known_encoding(name: str) -> str:
-    """The name of an encoding, if it is one.
+    """Return `name` if it is an encoding.
 
     Raises:
-        ValueError: it is none; lists those there are.
+        ValueError: it is not; the message lists all encodings.
     """
     return _known(name, ENCODINGS)
 
 
 def known_absolute(name: str) -> str:
-    """The name of an absolute part, if it is one.
+    """Return `name` if it is an absolute part.
 
     Raises:
-        ValueError: it is none; lists those there are.
+        ValueError: it is not; the message lists all absolute parts.
     """
     return _known(name, ABSOLUTE)
 
 
-def _known(name: str, table: Mapping[str, object]) -> str:
-    if name not in table:
-        raise ValueError(f"Input should be one of {', '.join(table)}")
+def _known(name: str, registry: Mapping[str, object]) -> str:
+    if name not in registry:
+        raise ValueError(f"Input should be one of {', '.join(registry)}")
     return name

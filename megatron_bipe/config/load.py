@@ -1,4 +1,4 @@
-"""Where a run configuration comes from: defaults, then a YAML file, then `--set section.key=value`."""
+"""Loading of a run configuration: defaults, then a YAML file, then `--set section.key=value`."""
 
 import difflib
 import re
@@ -14,15 +14,15 @@ from megatron_bipe.errors import ConfigError
 
 
 class Sources(NamedTuple):
-    """Where the values of a run configuration came from, for error messages."""
+    """The sources of a run configuration, for error messages."""
 
     path: Path | None = None
-    """YAML file; None: the defaults."""
+    """YAML file; None: defaults only."""
     overrides: Sequence[str] = ()
-    """`section.key=value` of the command line."""
+    """`section.key=value` options of the command line."""
 
     def location(self, message: str) -> str:
-        """Return the `--set` options whose keys the message names; the YAML file where it names none of them."""
+        """Return the `--set` options whose keys the message names, or else the YAML file."""
         keys = {override: re.escape(override.partition("=")[0].strip()) for override in self.overrides}
         named = [override for override, key in keys.items() if re.search(rf"(?<![\w.]){key}(?!\.?\w)", message)]
         named = named or [override for override, key in keys.items() if re.search(rf"(?<![\w.]){key}\.\w", message)]
@@ -36,13 +36,13 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
 
     Args:
         path: YAML file that mirrors `RunConfig`; None for the defaults.
-        overrides: `section.key=value` texts, values in YAML; later ones win.
+        overrides: `section.key=value` strings with YAML values; later ones win.
 
     Returns:
-        The configuration; `model.train_len_tokens` follows `train.seq_len_tokens` where it is not given.
+        The configuration; `model.train_len_tokens` defaults to `train.seq_len_tokens`.
 
     Raises:
-        ConfigError: names every unknown key (with the nearest known one) and every bad value at once.
+        ConfigError: lists every unknown key (with the nearest known one) and every invalid value.
     """
     values = _read_yaml(path) if path is not None else {}
     for override in overrides:
@@ -61,19 +61,19 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
 
 
 def dump_yaml(config: BaseModel) -> str:
-    """The configuration as YAML, complete, in schema order; `load_run_config` reads it back."""
+    """Return the complete configuration as YAML in schema order; `load_run_config` can read it."""
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses what YAML forbids and its library lets pass: a key that is twice in a mapping."""
+    """YAML loader that rejects duplicate keys in a mapping, which PyYAML accepts."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
                 raise yaml.constructor.ConstructorError(
-                    problem=f"the key {key.value!r} is there twice", problem_mark=key.start_mark
+                    problem=f"the key {key.value!r} appears twice", problem_mark=key.start_mark
                 )
             seen.add(str(key.value))
         return super().construct_mapping(node, deep)
@@ -83,17 +83,19 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
-        beside = sorted(str(p) for p in path.parent.glob("*.yaml"))
-        found = f"there are {', '.join(beside)}" if beside else "there is no YAML file in that folder"
+        existing = sorted(str(p) for p in path.parent.glob("*.yaml"))
+        found = f"there are {', '.join(existing)}" if existing else "there is no YAML file in that folder"
         raise ConfigError(
             "no such run configuration", remedy=f"Name an existing file: {found}", location=path
         ) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
-        message = " ".join(str(error).split())
-        what = f"cannot read the run configuration: {message}"
-        raise ConfigError(what, remedy="Correct the file: it is YAML, as in examples/", location=path) from None
+        reason = " ".join(str(error).split())
+        message = f"cannot read the run configuration: {reason}"
+        raise ConfigError(message, remedy="Give a readable YAML file, as in examples/", location=path) from None
     if not isinstance(values, dict):
-        raise ConfigError(f"a run configuration is a mapping of sections, not a {type(values).__name__}", location=path)
+        raise ConfigError(
+            f"a run configuration must be a mapping of sections, not a {type(values).__name__}", location=path
+        )
     return values
 
 
@@ -107,7 +109,7 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     for section in sections:
         inner = values.setdefault(section, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{section!r} holds a value, not a section", location=f"--set {override}")
+            raise ConfigError(f"{section!r} is a value, not a section", location=f"--set {override}")
         values = inner
     try:
         values[leaf] = yaml.load(text, _Loader)
@@ -124,14 +126,14 @@ def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:
 
 
 def nearest(key: str, known: Sequence[str]) -> str:
-    """The known dotted key most like `key`, its last part counting double."""
-    return max(known, key=lambda candidate: _likeness(key, candidate))
+    """Return the known dotted key most similar to `key`; its last part counts double."""
+    return max(known, key=lambda candidate: _similarity(key, candidate))
 
 
-def _likeness(key: str, candidate: str) -> float:
-    whole = difflib.SequenceMatcher(None, key, candidate).ratio()
+def _similarity(key: str, candidate: str) -> float:
+    full_keys = difflib.SequenceMatcher(None, key, candidate).ratio()
     leaves = difflib.SequenceMatcher(None, key.rpartition(".")[2], candidate.rpartition(".")[2]).ratio()
-    return whole + leaves
+    return full_keys + leaves
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

@@ -1,4 +1,4 @@
-"""All rules that involve more than one field, checked together and before any process group starts."""
+"""Rules that involve several fields; all are checked before any process group starts."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from megatron_bipe.config.load import Sources
 from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RopeScaling, RunConfig, TrainConfig
 from megatron_bipe.errors import ConfigError
 
-_DEFAULTS = Sources()  # where nothing else is said
+_DEFAULTS = Sources()  # if the caller gives none
 
 
 def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -> None:
@@ -16,11 +16,11 @@ def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -
 
     Args:
         run: the run configuration.
-        num_ranks: of the launch.
-        sources: where its values came from, for the message.
+        num_ranks: ranks of the launch.
+        sources: sources of its values, for the message.
 
     Raises:
-        ConfigError: lists every broken rule at once, each with the values seen.
+        ConfigError: lists every violated rule with the observed values.
     """
     problems = [
         *_model(run.model),
@@ -36,7 +36,7 @@ def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -
 
 
 def accumulation_steps(train: TrainConfig, data_ranks: int) -> int:
-    """Micro-batches that each copy of the model runs for one optimizer step."""
+    """Return the micro-batches per optimizer step of each model replica."""
     return train.global_batch // (train.micro_batch * data_ranks)
 
 
@@ -49,18 +49,18 @@ def check_data(
     examples_len_tokens: int | None = None,
     location: str,
 ) -> None:
-    """Check a run against the dataset it names.
+    """Check a run against a dataset that it names.
 
     Args:
-        run: the run.
-        vocab_size: ids of the dataset's tokenizer.
+        run: the run configuration.
+        vocab_size: number of ids of the dataset's tokenizer.
         segments: specification of the dataset's segment rule.
-        fixed_length: tokens a segment where the rule fixes it.
-        examples_len_tokens: window that examples were made for; None: the dataset is of text.
+        fixed_length: tokens per segment if the rule fixes it.
+        examples_len_tokens: sequence length that examples were made for; None: the dataset is text.
         location: the dataset folder, for the message.
 
     Raises:
-        ConfigError: lists every disagreement at once.
+        ConfigError: lists every mismatch.
     """
     problems = []
     model = run.model
@@ -72,21 +72,21 @@ def check_data(
     if run.data.segments is not None and run.data.segments != segments:
         problems.append(
             f"data.segments={run.data.segments!r}, but the dataset was made with {segments!r}; "
-            f"make it again with tools/preprocess.py --segments {run.data.segments!r}"
+            f"rebuild it with tools/preprocess.py --segments {run.data.segments!r}"
         )
     if examples_len_tokens not in (None, run.train.seq_len_tokens):
         problems.append(
-            f"train.seq_len_tokens={run.train.seq_len_tokens}, but the dataset has examples made for windows of "
-            f"{examples_len_tokens} tokens; set train.seq_len_tokens={examples_len_tokens}, or make it again with "
+            f"train.seq_len_tokens={run.train.seq_len_tokens}, but the examples of the dataset have "
+            f"{examples_len_tokens} tokens; set train.seq_len_tokens={examples_len_tokens}, or rebuild it with "
             f"tools/prepare_task.py --length {run.train.seq_len_tokens}"
         )
-    longest = fixed_length or min(run.train.seq_len_tokens, model.train_len_tokens)  # beyond both, as in the paper
-    # Examples are mostly for longer windows, and a table that was learned before keeps its size.
+    longest = fixed_length or min(run.train.seq_len_tokens, model.train_len_tokens)  # clipped beyond, as in the paper
+    # Examples usually have longer sequences than pretraining, and a pretrained embedding keeps its size.
     rows = model.table_rows if model.bilevel and examples_len_tokens is None else None
     if rows is not None and rows < longest:
         problems.append(
             f"model.intra_size={model.intra_size} is smaller than the longest possible segment of {longest} tokens, "
-            f"so that all places from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
+            f"so all positions from {model.intra_size - 1} on would share one row; set model.intra_size={longest}"
         )
     if problems:
         raise ConfigError("; ".join(problems), location=location)
@@ -98,15 +98,14 @@ def _model(model: ModelConfig) -> Iterator[str]:
     elif model.relative.rotates and model.head_width % 2:
         yield (
             f"model.hidden_size / model.num_heads = {model.head_width} is odd, and model.encoding={model.encoding} "
-            "rotates pairs; "
-            "choose an even head width"
+            "rotates pairs of channels; choose an even head width"
         )
     if model.num_heads % model.kv_heads:
         yield f"model.num_heads={model.num_heads} is not a multiple of model.num_kv_heads={model.kv_heads}"
     if model.tied_output and model.zero_last_row:
         yield "model.tied_output=True trains the last row that model.zero_last_row=True keeps at zero; make one false"
     if model.log_scale and model.train_len_tokens < 2:
-        yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}); 2 is the least"
+        yield f"model.log_scale divides by ln(model.train_len_tokens={model.train_len_tokens}), which must be 2 or more"
 
 
 def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
@@ -116,12 +115,12 @@ def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
     if model.parts.positions != "drawn" and model.position_range is not None:
         yield f"model.position_range has no meaning for {name}; set it to null"
     if model.parts.absolute == "sinusoidal" and model.hidden_size % 2:
-        yield f"model.hidden_size={model.hidden_size} is odd, and sines go with cosines; choose an even one"
+        yield f"model.hidden_size={model.hidden_size} is odd, and sinusoidal needs pairs; choose an even one"
     longest = model.max_seq_len_tokens
     if longest is not None and seq_len_tokens > longest:
         key = "position_range" if model.parts.positions == "drawn" else "train_len_tokens"
         grows = longest == model.num_positions
-        remedy = f"set model.{key}={seq_len_tokens} or more" if grows else "use a shorter window"
+        remedy = f"set model.{key}={seq_len_tokens} or more" if grows else "use shorter sequences"
         yield f"train.seq_len_tokens={seq_len_tokens} exceeds the {longest} that {name} encodes; {remedy}"
     if scaling is not None and not model.relative.rotates:
         yield f"model.rope_scaling has no meaning for {name}; set it to null"
@@ -132,7 +131,7 @@ def _encoding(model: ModelConfig, seq_len_tokens: int) -> Iterator[str]:
 def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
     name = "model.rope_scaling"
     if scaling.type in ("ntk", "dynamic") and model.head_width == 2:
-        yield f"{name}.type={scaling.type} slows all pairs of channels but one, and heads of 2 channels have no other"
+        yield f"{name}.type={scaling.type} scales all channel pairs but one, and heads of 2 channels have only one"
     if scaling.type != "yarn":
         for key in scaling.yarn_only():
             yield f"{name}.{key} has no meaning for {name}.type={scaling.type}; remove it"
@@ -140,22 +139,22 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
     original = scaling.original_positions or model.train_len_tokens
     if scaling.beta_fast <= scaling.beta_slow:
         yield (
-            f"{name}.beta_fast={scaling.beta_fast:g} does not exceed {name}.beta_slow={scaling.beta_slow:g}: fast "
-            "pairs of channels are those that turn more often"
+            f"{name}.beta_fast={scaling.beta_fast:g} does not exceed {name}.beta_slow={scaling.beta_slow:g}; "
+            "beta_fast is the larger number of rotations"
         )
     if original <= 2 * math.pi * scaling.beta_slow:
         yield (
-            f"in the {original} original positions of {name} no pair of channels turns {scaling.beta_slow:g} times, so "
-            f"none would be stretched; lower {name}.beta_slow, or use type linear"
+            f"no channel pair rotates {scaling.beta_slow:g} times in the {original} original positions of {name}, so "
+            f"none would be scaled; lower {name}.beta_slow, or use type linear"
         )
     if scaling.original_positions is None and model.parts.positions != "tokens":
         counts, positions = {
             "segments": (
                 "counts segments",
-                f"the segments of a training window: model.train_len_tokens={model.train_len_tokens} over the mean "
-                "length that tools/inspect_data.py stats shows",
+                f"the segments of a training sequence: model.train_len_tokens={model.train_len_tokens} over the mean "
+                "segment length that tools/inspect_data.py stats shows",
             ),
-            "drawn": ("draws positions", f"the range that they were drawn from, {model.drawn_range} as configured"),
+            "drawn": ("draws positions", f"the range that they are drawn from, {model.drawn_range} as configured"),
         }[model.parts.positions]
         yield (
             f"{name}.type=yarn without original_positions, and model.encoding={model.encoding} {counts}; set "
@@ -168,7 +167,7 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield f"data.valid_path={data.valid_path} is the training set; name a held-out dataset"
     repeated = [str(folder) for folder, count in Counter(data.folders).items() if count > 1]
     if repeated:
-        yield f"data.path names {', '.join(repeated)} more than once; name it once, with the sum of its weights"
+        yield f"data.path names {', '.join(repeated)} more than once; list each once, with the sum of its weights"
 
 
 def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
@@ -184,32 +183,32 @@ def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
 
 def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
     parallel, model = run.parallel, run.model
-    copy_ranks = parallel.tensor * parallel.context * parallel.pipeline
-    if num_ranks % copy_ranks:
+    replica_ranks = parallel.tensor * parallel.context * parallel.pipeline
+    if num_ranks % replica_ranks:
         yield (
-            f"a launch of {num_ranks} ranks does not hold whole copies of parallel.tensor={parallel.tensor} x "
-            f"parallel.context={parallel.context} x parallel.pipeline={parallel.pipeline} = {copy_ranks} ranks; start "
-            f"a multiple of {copy_ranks}"
+            f"a launch of {num_ranks} ranks does not hold complete replicas of parallel.tensor={parallel.tensor} x "
+            f"parallel.context={parallel.context} x parallel.pipeline={parallel.pipeline} = {replica_ranks} ranks; "
+            f"start a multiple of {replica_ranks}"
         )
     tensor, context = ("tensor", parallel.tensor), ("context", parallel.context)
-    of_sequence = (tensor,) if parallel.sequence else ()
-    splits: list[tuple[str, int, tuple[tuple[str, int], ...]]] = [
+    sequence_axes = (tensor,) if parallel.sequence else ()
+    sharded_sizes: list[tuple[str, int, tuple[tuple[str, int], ...]]] = [
         ("model.num_heads", model.num_heads, (tensor, context)),
         ("model.num_kv_heads", model.kv_heads, (tensor, context)),
         ("model.ffn_size", model.ffn_size, (tensor,)),
         ("model.vocab_size", model.vocab_size, (tensor,)),
-        ("train.seq_len_tokens", run.train.seq_len_tokens, (context, *of_sequence)),
+        ("train.seq_len_tokens", run.train.seq_len_tokens, (context, *sequence_axes)),
     ]
-    for name, size, axes in splits:
+    for name, size, axes in sharded_sizes:
         parts = {axis: ranks for axis, ranks in axes if ranks > 1}
         if size % math.prod(parts.values()):
             by = " x ".join(f"parallel.{axis}={ranks}" for axis, ranks in parts.items())
-            yield f"{name}={size} is not a multiple of {by}, which splits it"
+            yield f"{name}={size} is not a multiple of {by}, which shards it"
     if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence=True splits windows among tensor-parallel ranks, and parallel.tensor=1; make it false"
+        yield "parallel.sequence=True shards sequences over tensor-parallel ranks, and parallel.tensor=1; make it false"
     if parallel.pipeline > model.num_layers + 1:
         yield (
-            f"parallel.pipeline={parallel.pipeline} exceeds {model.num_layers + 1}, a stage for each of the "
+            f"parallel.pipeline={parallel.pipeline} exceeds {model.num_layers + 1}, one stage for each of the "
             f"model.num_layers={model.num_layers} blocks and one for the head; lower it"
         )
 

@@ -1,7 +1,7 @@
-"""Checks beside training that the files it reads are those of the manifest, and stay so.
+"""Verification in the background that the files that training reads match the manifest and do not change.
 
-Opening a dataset looks at sizes and headers; its bytes would take hours. Here a thread takes the checksum of each file
-once it has been read from, and then looks now and then whether it is still the same file.
+Opening a dataset checks only sizes and headers, since hashing all bytes would take hours. A thread hashes each file
+after training has first read from it, then checks at intervals whether the file has changed or been replaced.
 """
 
 import hashlib
@@ -17,15 +17,15 @@ from megatron_bipe.data.shard_layout import Suffix, damaged
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import unreadable
 
-FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # until the first look at the files, and between looks
-READ: tuple[Suffix, ...] = ("bin", "seg")  # by training
+FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # delay before the first check, and interval between checks
+READ: tuple[Suffix, ...] = ("bin", "seg")  # the files that training reads
 
 _CHUNK_BYTES = 1 << 20
-_WORK_SHARE = 0.1  # of one core's time: the rest of it, and of the disk, is for training
+_WORK_SHARE = 0.1  # fraction of one core's time; the rest, and the rest of the disk bandwidth, is left to training
 
 
-class _Seen(NamedTuple):
-    """What tells a file from one that has changed or taken its place."""
+class _FileStamp(NamedTuple):
+    """Metadata that changes when a file is modified or replaced."""
 
     inode: int
     num_bytes: int
@@ -33,27 +33,19 @@ class _Seen(NamedTuple):
 
 
 class BackgroundVerifier:
-    """The thread; it works while this is entered.
-
-    Args:
-        shards: with their records of the manifest.
-    """
+    """Context manager that runs the verification thread on shards with records from a manifest."""
 
     def __init__(self, shards: Sequence[Shard]) -> None:
         self._shards = shards
-        self._good: dict[Path, _Seen] = {}
-        self._over = threading.Event()
-        self._wrong: DataError | None = None
+        self._verified: dict[Path, _FileStamp] = {}
+        self._stopping = threading.Event()
+        self._error: DataError | None = None
         self._thread = threading.Thread(target=self._watch, name="shards", daemon=True)
 
     def raise_found(self) -> None:
-        """To be called whenever shards have been read.
-
-        Raises:
-            DataError: a file that has been read from is missing, changed, or not the one of the manifest.
-        """
-        if self._wrong is not None:
-            raise self._wrong
+        """Raise DataError if the thread has found a wrong file. Call this after shards have been read."""
+        if self._error is not None:
+            raise self._error
 
     def __enter__(self) -> Self:
         if self._shards:
@@ -63,43 +55,43 @@ class BackgroundVerifier:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._over.set()
+        self._stopping.set()
         if self._shards:
             self._thread.join()
 
     def _watch(self) -> None:
         wait_s = FIRST_LOOK_S
-        while not self._over.wait(wait_s):
+        while not self._stopping.wait(wait_s):
             try:
                 for shard, suffix in self._in_use():
                     self._check(shard, suffix)
             except DataError as error:
-                self._wrong = error
+                self._error = error
                 return
             wait_s = LOOK_S
 
     def _in_use(self) -> Iterator[tuple[Shard, Suffix]]:
         for shard in self._shards:
-            yield from ((shard, suffix) for suffix in READ if shard.is_open(suffix) and not self._over.is_set())
+            yield from ((shard, suffix) for suffix in READ if shard.is_open(suffix) and not self._stopping.is_set())
 
     def _check(self, shard: Shard, suffix: Suffix) -> None:
-        """Take the checksum of a file that is new or has changed."""
-        assert shard.record is not None  # it is a dataset's
+        """Hash a file unless it is unchanged since it was last hashed."""
+        assert shard.record is not None  # shards of a dataset have one
         path, expected = shard.path(suffix), shard.record.files[suffix]
-        seen = _look(path)
-        if self._good.get(path) == seen:
+        stamp = _stat(path)
+        if self._verified.get(path) == stamp:
             return
-        if seen.num_bytes != expected.bytes:
-            raise damaged(path, f"the file ends at byte {seen.num_bytes}; the manifest says {expected.bytes} bytes")
+        if stamp.num_bytes != expected.bytes:
+            raise damaged(path, f"the file ends at byte {stamp.num_bytes}; the manifest says {expected.bytes} bytes")
         found = self._sha256(path)
         if found is None:
             return
         if found != expected.sha256:
             raise damaged(path, f"its SHA-256 is {found}; the manifest says {expected.sha256}")
-        self._good[path] = seen
+        self._verified[path] = stamp
 
     def _sha256(self, path: Path) -> str | None:
-        """Checksum of a file, with pauses; None: it is not wanted any more."""
+        """Hash a file at a limited rate. Return None if the verifier is stopped meanwhile."""
         digest = hashlib.sha256()
         try:
             with path.open("rb", buffering=0) as stream:
@@ -109,15 +101,15 @@ class BackgroundVerifier:
                     digest.update(chunk)
                     if not chunk:
                         return digest.hexdigest()
-                    if self._over.wait((time.perf_counter() - began_s) * (1 / _WORK_SHARE - 1)):
+                    if self._stopping.wait((time.perf_counter() - began_s) * (1 / _WORK_SHARE - 1)):
                         return None
         except OSError as error:
             raise unreadable(path, error) from error
 
 
-def _look(path: Path) -> _Seen:
+def _stat(path: Path) -> _FileStamp:
     try:
         status = path.stat()
     except OSError as error:
         raise unreadable(path, error) from error
-    return _Seen(status.st_ino, status.st_size, status.st_mtime_ns)
+    return _FileStamp(status.st_ino, status.st_size, status.st_mtime_ns)

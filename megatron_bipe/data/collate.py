@@ -1,4 +1,4 @@
-"""From windows on disk to a batch of tensors: the only file of `data` that knows torch."""
+"""Construction of tensor batches from the sequences of a dataset; the only file of `data` that imports torch."""
 
 from typing import Protocol
 
@@ -14,23 +14,21 @@ class SequenceSource(Protocol):
     """A dataset, or a blend of several."""
 
     def sequences(self, indices_B: IntArray, seq_len_tokens: int, /) -> tuple[TokenArray, BoolArray]:
-        """Tokens [B, T + 1] and segment ends [B, T] of windows by number."""
-        ...
+        """Return tokens [B, T + 1] and segment ends [B, T] of sequences by number."""
 
     def answers(self, indices_B: IntArray, /) -> IntArray | None:
-        """Labels [first, stop) of each window that count in the loss, int64 [B, 2]; None: all of all."""
-        ...
+        """Return the labels [first, stop) of each sequence that count in the loss, int64 [B, 2]; None if all count."""
 
 
 def label_weight(source: SequenceSource, indices_B: IntArray, seq_len_tokens: int) -> float:
-    """What a label that counts weighs, so that the weighted mean over all labels is the mean over those that count.
+    """Return the weight of a counted label that makes the mean over all labels the mean over the counted labels.
 
-    With the windows of a global batch it is the same for all its micro-batches, on whatever ranks they are, and follows
-    from lengths alone: nothing is asked of other ranks, and nothing in the averages over them changes.
+    Computed over a global batch, it is the same for all its micro-batches on all ranks. It follows from lengths alone,
+    so that it needs no communication, and the averages over ranks need no change.
 
     Args:
-        source: where the windows are.
-        indices_B: all windows that the mean is over.
+        source: dataset or blend that holds the sequences.
+        indices_B: all sequences that the mean is over.
         seq_len_tokens: T.
     """
     answers_B2 = source.answers(indices_B)
@@ -42,24 +40,24 @@ def label_weight(source: SequenceSource, indices_B: IntArray, seq_len_tokens: in
 def make_batch(
     source: SequenceSource, indices_B: IntArray, seq_len_tokens: int, clip: int, weight: float = 1.0
 ) -> Batch[torch.Tensor]:
-    """Read windows and work out both ids of every token.
+    """Read sequences and compute both ids of every token.
 
     Args:
-        source: where from.
-        indices_B: sequence numbers, from `sequence_indices` of its order.
+        source: dataset or blend to read from.
+        indices_B: sequence numbers, from `sequence_indices` of the sample order.
         seq_len_tokens: T.
-        clip: largest intra id (rows of the intra table, minus one).
-        weight: of a label that counts, where not all do.
+        clip: largest intra id (rows of the intra embedding, minus one).
+        weight: weight of a label that counts, if not all do.
 
     Returns:
-        Int64 tensors [B, T] on the CPU, and weights where not all labels count.
+        Int64 tensors [B, T] on the CPU, and weights if not all labels count.
 
     Raises:
-        DataError: the dataset is shorter than a window, or damaged.
+        DataError: the dataset is damaged or shorter than a sequence.
     """
     tokens, ends = source.sequences(indices_B, seq_len_tokens)
     intra, inter = bilevel_ids(ends, clip)
-    # Two copies rather than two views of one: contiguous rows, and torch has no uint16 embedding look-up.
+    # Two copies instead of two views of one array: rows are contiguous, and torch has no uint16 embedding lookup.
     inputs, labels = tokens[:, :-1].astype(np.int64), tokens[:, 1:].astype(np.int64)
     answers_B2 = source.answers(indices_B)
     weights = () if answers_B2 is None else (_weights(answers_B2, seq_len_tokens, weight),)
@@ -67,7 +65,7 @@ def make_batch(
 
 
 def _weights(answers_B2: IntArray, seq_len_tokens: int, weight: float) -> npt.NDArray[np.float32]:
-    """Fp32 [B, T]: `weight` within the answers, 0 elsewhere."""
-    place_T = np.arange(seq_len_tokens)
-    counts_BT = (answers_B2[:, :1] <= place_T) & (place_T < answers_B2[:, 1:])
+    """Return fp32 weights [B, T]: `weight` within the answers, 0 elsewhere."""
+    position_T = np.arange(seq_len_tokens)
+    counts_BT = (answers_B2[:, :1] <= position_T) & (position_T < answers_B2[:, 1:])
     return counts_BT * np.float32(weight)

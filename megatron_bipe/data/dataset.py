@@ -1,4 +1,4 @@
-"""A dataset folder as one long row of tokens, and windows out of it. Torch-free."""
+"""A dataset folder as one concatenated array of tokens, and the sequences cut from it. Torch-free."""
 
 from pathlib import Path
 from typing import Self
@@ -14,16 +14,16 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import allow_open_files
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
-FILES_A_SHARD = 2  # kept open: tokens and segment ends
+FILES_A_SHARD = 2  # files per shard that stay open: tokens and segment ends
 
 
 class TokenDataset:
     """The documents of a folder, concatenated in the order of its manifest.
 
-    Opening costs a few reads a shard, whatever its size. Windows are read where they lie, with nothing around them.
+    Opening costs a few reads per shard, whatever its size. Reading a sequence reads only its own bytes.
 
     Raises:
-        DataError: no dataset there, or a shard that is not what the manifest says.
+        DataError: there is no dataset, or a shard does not match the manifest.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -34,94 +34,76 @@ class TokenDataset:
         self.shards = [Shard(self.path, record) for record in self.manifest.shards]
         for shard in self.shards:
             if shard.dtype != self.dtype:
-                what = f"field dtype code (byte 17) stands for {shard.dtype.name}; the manifest says {self.dtype.name}"
+                what = f"field dtype code (byte 17) means {shard.dtype.name}; the manifest says {self.dtype.name}"
                 raise damaged(shard.path("idx"), what)
         counts = [shard.num_tokens for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)  # [shards + 1]
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
-        """Travel to another process as a path, not as open files."""
+        """Support pickling for other processes: they reopen the files."""
         return type(self), (self.path,)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all shards."""
         return int(self._starts[-1])
 
     @property
     def rule(self) -> SegmentRule:
-        """What the segment ends were made with."""
         return self.manifest.rule
 
     def check_rule(self, expected: SegmentRule, location: str | Path) -> None:
-        """Refuse data whose tokens stand in other segments than the user of the data thinks.
-
-        Names may differ where the resolved ids agree, as with a rule given as a list.
+        """Raise DataError unless the dataset has the expected segment rule; other names for the same ids are accepted.
 
         Args:
-            expected: that a model or a run goes by.
-            location: where it comes from, for the message.
-
-        Raises:
-            DataError: naming both.
+            expected: rule of the model or run.
+            location: source of `expected`, for the message.
         """
         if (self.rule.token_ids, self.rule.fixed_length) != (expected.token_ids, expected.fixed_length):
             raise DataError(
                 f"the dataset {self.path} was made with segment rule {self.rule.described}, but {expected.described} "
-                "is expected here: the same tokens would stand in other segments",
-                remedy=f"Make it again with --segments '{expected.spec}', or by tools/inspect_data.py resegment",
+                "is expected here: the same tokens would fall into other segments",
+                remedy=f"Make it again with --segments '{expected.spec}', or with tools/inspect_data.py resegment",
                 location=location,
             )
 
     def check_tokenizer(self, expected_fingerprint: str, location: str | Path) -> None:
-        """Refuse data whose ids mean something else than the user of the data thinks.
+        """Raise DataError unless the dataset was made with the expected tokenizer.
 
         Args:
-            expected_fingerprint: of the tokenizer that a model or a run was made with.
-            location: where that fingerprint comes from, for the message.
-
-        Raises:
-            DataError: naming both.
+            expected_fingerprint: fingerprint of the tokenizer of the model or run.
+            location: source of `expected_fingerprint`, for the message.
         """
         own = self.manifest.tokenizer
         if own.fingerprint != expected_fingerprint:
             raise DataError(
                 f"the dataset {self.path} was made with tokenizer {own.name} (fingerprint {own.fingerprint}), but "
-                f"{expected_fingerprint} is expected here: the same ids would mean other text",
+                f"{expected_fingerprint} is expected here: the same ids would stand for other text",
                 remedy="Make the dataset again with the expected tokenizer, or use the model that belongs to it",
                 location=location,
             )
 
     def tokens(self, start: int, stop: int) -> TokenArray:
-        """Tokens [start, stop) in the storage type."""
+        """Read tokens [start, stop) in the storage dtype."""
         parts = [self.shards[shard].tokens(low, high) for shard, low, high in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, self.dtype), *parts])
 
     def ends(self, start: int, stop: int) -> BoolArray:
-        """Segment ends of tokens [start, stop) as stored; `sequence_ends` makes them a window's."""
+        """Read the segment ends of tokens [start, stop) as stored; `sequence_ends` adapts them to a sequence."""
         parts = [self.shards[shard].ends(low, high) for shard, low, high in self._pieces(start, stop)]
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.bool_), *parts])
 
     def document_bounds(self) -> IntArray:
-        """First token of each document and the end of the last, int64 [documents + 1]; reads all indices.
-
-        Raises:
-            DataError: an index is damaged.
-        """
+        """Return the first token of each document and the end of the last, int64 [documents + 1]; reads all indices."""
         bounds = [shard.document_bounds[1:] + start for shard, start in zip(self.shards, self._starts, strict=False)]
         return np.concatenate([np.zeros(1, np.int64), *bounds])
 
     def num_sequences(self, seq_len_tokens: int) -> int:
-        """Windows of an epoch. Each has a token more than the model sees, the last label.
-
-        Raises:
-            DataError: there is not one.
-        """
+        """Return the number of sequences in an epoch; raise DataError if the dataset is shorter than one."""
         if seq_len_tokens < 1:
-            raise ValueError(f"a window of {seq_len_tokens} tokens")
+            raise ValueError(f"seq_len_tokens is {seq_len_tokens}; it must be at least 1")
         if self.num_tokens <= seq_len_tokens:
             raise DataError(
-                f"the dataset has {self.num_tokens} tokens; one window of {seq_len_tokens} and its last label need "
+                f"the dataset has {self.num_tokens} tokens; a sequence of {seq_len_tokens} and its last label need "
                 f"{seq_len_tokens + 1}",
                 remedy="Use a shorter train.seq_len_tokens, or more text",
                 location=self.path,
@@ -129,27 +111,27 @@ class TokenDataset:
         return (self.num_tokens - 1) // seq_len_tokens
 
     def sequences(self, indices_B: IntArray, seq_len_tokens: int) -> tuple[TokenArray, BoolArray]:
-        """Windows of an epoch: window i is tokens [i * seq_len, i * seq_len + seq_len + 1).
+        """Read sequences by number: sequence i is tokens [i * seq_len, i * seq_len + seq_len + 1).
 
         Returns:
-            tokens [B, seq_len + 1] in the storage type, and segment ends [B, seq_len] of all but the last token.
+            Tokens [B, seq_len + 1] in the storage dtype, and segment ends [B, seq_len] of all but the last token.
 
         Raises:
-            DataError: the dataset is shorter than a window, or holds ids outside its vocabulary.
+            DataError: the dataset is shorter than a sequence, or holds ids outside its vocabulary.
         """
         indices_B = np.asarray(indices_B, dtype=np.int64)
         count = self.num_sequences(seq_len_tokens)
         if indices_B.size and not 0 <= indices_B.min() <= indices_B.max() < count:
-            raise IndexError(f"windows {indices_B.min()} to {indices_B.max()} of {count}")
+            raise IndexError(f"sequences {indices_B.min()} to {indices_B.max()} are not in a dataset of {count}")
         starts_B = indices_B * seq_len_tokens
         shard_B = np.searchsorted(self._starts, starts_B, side="right") - 1
         within_B = starts_B - self._starts[shard_B]
         crosses_B = starts_B + seq_len_tokens + 1 > self._starts[shard_B + 1]
         tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self.dtype)
-        # A byte more than a window's bits fill, since they may start inside a byte.
+        # One byte more than the bits of a sequence fill, since they may start inside a byte.
         packed = np.zeros((indices_B.size, seq_len_tokens // 8 + 2), dtype=np.uint8)
-        positions = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
-        for row, (shard, within, crosses) in enumerate(positions):
+        locations = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
+        for row, (shard, within, crosses) in enumerate(locations):
             if not crosses:
                 self.shards[shard].read_tokens(within, tokens[row])
                 last = packed_bytes(within + seq_len_tokens)
@@ -163,14 +145,14 @@ class TokenDataset:
         return tokens, sequence_ends(ends, self.rule)
 
     def answers(self, indices_B: IntArray) -> IntArray | None:
-        """Which labels of windows count in the loss: [first, stop) of each, int64 [B, 2]; None: all of all."""
+        """Return the labels [first, stop) of each sequence that count in the loss, int64 [B, 2]; None if all count."""
         del indices_B
         return None
 
     def _pieces(self, start: int, stop: int) -> list[tuple[int, int, int]]:
-        """(shard, start, stop) inside each of the shards that tokens [start, stop) lie in."""
+        """Split tokens [start, stop) by shard: (shard, start, stop) within each."""
         if not 0 <= start <= stop <= self.num_tokens:
-            raise IndexError(f"tokens [{start}, {stop}) of a dataset of {self.num_tokens}")
+            raise IndexError(f"tokens [{start}, {stop}) are not in a dataset of {self.num_tokens}")
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         pieces = []
         for shard in range(first, len(self.shards)):
@@ -181,9 +163,9 @@ class TokenDataset:
         return pieces
 
     def _check_ids(self, tokens: TokenArray, starts_B: IntArray) -> None:
-        """Refuse ids that only a damaged file can hold: in an embedding they would be nonsense, or crash a device."""
+        """Reject ids that only a damaged file can hold; an embedding lookup would return garbage or crash a device."""
         vocab_size = self.manifest.tokenizer.vocab_size
-        # As unsigned numbers negative ids are large, so one bound is enough.
+        # Negative ids are large as unsigned numbers, so one bound is enough.
         unsigned = tokens.view(f"u{tokens.dtype.itemsize}")
         if tokens.size and int(unsigned.max()) >= vocab_size:
             row, column = np.argwhere(unsigned >= vocab_size)[0].tolist()
@@ -192,14 +174,14 @@ class TokenDataset:
 
 
 def foreign_token(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
-    """A token that the vocabulary does not have, at `place` of a shard."""
+    """Return the error for a token outside the vocabulary, at `position` of a shard."""
     what = f"token {position} (byte {position * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
     return damaged(shard.path("bin"), what)
 
 
 def _unpack(packed_BK: npt.NDArray[np.uint8], shift_B: IntArray, count: int) -> BoolArray:
-    """Bits [B, count] that start `shift_B` bits into the first byte of each row."""
+    """Unpack bits [B, count] that start `shift_B` bits into the first byte of each row."""
     shift = shift_B.astype(np.uint8)[:, None]
-    # 8 - shift is 8 where nothing is to be taken from the next byte, and uint8 << 8 is 0 there.
+    # If 8 - shift is 8, the next byte contributes nothing: uint8 << 8 is 0.
     low, high = packed_BK[:, :-1] >> shift, (packed_BK[:, 1:].astype(np.uint16) << (8 - shift)).astype(np.uint8)
     return np.unpackbits(low | high, axis=1, count=count, bitorder="little").view(np.bool_)

@@ -1,4 +1,4 @@
-"""Which datasets a folder holds, and the tokenizer beside one: where every look at a dataset starts."""
+"""Discovery of the datasets in a folder, and of the tokenizer of a dataset."""
 
 from pathlib import Path
 
@@ -7,16 +7,17 @@ from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 
-FOLDERS_NAMED = 8  # in one message
+FOLDERS_NAMED = 8  # maximum number of folders named in one message
 
 
 def find_datasets(folder: Path) -> list[Path]:
-    """The folder itself if it has a manifest, else the datasets one or two levels below it, by name.
+    """Return the folder itself if it has a manifest, else the datasets one or two levels below it, sorted by name.
 
-    That is what a split or partitioned output is. A folder without any is returned as it is: opening it says so best.
+    The latter is the layout of split or partitioned output. A folder without any dataset is returned unchanged, since
+    opening it gives the clearest error.
 
     Raises:
-        DataError: shards without a manifest lie below it: some of the datasets are unfinished.
+        DataError: subfolders hold shards but no manifest, so that some datasets are unfinished.
     """
     folder = Path(folder)
     if (folder / MANIFEST_NAME).exists():
@@ -28,22 +29,22 @@ def find_datasets(folder: Path) -> list[Path]:
         names = ", ".join(str(path.relative_to(folder)) for path in unfinished[:FOLDERS_NAMED])
         more = ", ..." if len(unfinished) > FOLDERS_NAMED else ""
         raise DataError(
-            f"{len(unfinished)} folders in it hold shards but no {MANIFEST_NAME}, so are unfinished: {names}{more}",
-            remedy="Finish them with the command that began, copy all again in full, or name one that is finished",
+            f"{len(unfinished)} subfolders hold shards but no {MANIFEST_NAME}, so they are unfinished: {names}{more}",
+            remedy="Finish them with the command that created them, copy the complete folder, or name a finished one",
             location=folder,
         )
     return found or [folder]
 
 
 def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
-    """The tokenizer beside the shards.
+    """Load the tokenizer in a dataset's folder.
 
     Raises:
-        DataError: it is not there, or not the one that the data was made with.
+        DataError: it is missing, or is not the one that the dataset was made with.
     """
     folder = dataset.path / TOKENIZER_FOLDER
-    if not folder.is_dir():  # else the name would be looked for on the Hub
-        raise DataError("the tokenizer's files are missing", remedy="Copy the dataset again in full", location=folder)
+    if not folder.is_dir():  # else the name would be looked up on the Hub
+        raise DataError("the tokenizer's files are missing", remedy="Copy the complete dataset", location=folder)
     tokenizer = load_tokenizer(folder)
     dataset.check_tokenizer(tokenizer.fingerprint, folder)
     return tokenizer

@@ -1,4 +1,4 @@
-"""The manifest of a dataset folder: what the shards are, what made them, and how to tell."""
+"""The manifest of a dataset folder: its shards, the tokenizer and rule that made them, and their checksums."""
 
 import hashlib
 import json
@@ -14,41 +14,38 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import unreadable, write_atomically
 
 MANIFEST_NAME = "manifest.json"
-TOKENIZER_FOLDER = "tokenizer"  # beside the manifest, and in a run folder: the tokenizer's own files
+TOKENIZER_FOLDER = "tokenizer"  # the tokenizer's files, next to the manifest and in a run folder
 Count = Annotated[int, Field(ge=0)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class Record(BaseModel):
-    """Base of everything that stands in a manifest: immutable, and unknown fields are errors."""
+    """Base of all records in a manifest: immutable, and unknown fields are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class FileRecord(Record):
-    """One file of a shard, as it was when it was written."""
+    """One file of a shard, at the time of writing."""
 
     bytes: Count
-    """Length of the file."""
     sha256: Sha256
-    """Checksum of all its bytes, lower-case hex."""
+    """Checksum of the complete file, lower-case hex."""
 
 
 class ShardRecord(Record):
     """One shard: three files of the same name."""
 
     name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]
-    """File name without the suffix; no folder in it, no leading dot."""
+    """File name without the suffix; no folder, no leading dot."""
     documents: Count
-    """Documents, which is also sequences: one each."""
+    """Number of documents, each of which is one sequence of the index."""
     tokens: Count
-    """Tokens of all documents."""
     segments: Count
-    """Tokens that close a segment. What follows the last of them is not counted."""
+    """Number of tokens that close a segment. Tokens after the last of them are not counted as one."""
     text_bytes: Count
     """UTF-8 bytes of the raw text, for bits per byte."""
     files: dict[Suffix, FileRecord]
-    """`bin`, `idx` and `seg`."""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -61,68 +58,64 @@ class ShardRecord(Record):
 
 
 class TokenizerRecord(Record):
-    """The tokenizer the data was made with."""
+    """The tokenizer that a dataset was made with."""
 
     name: str
-    """For people: folder or Hub name. Not compared."""
+    """Folder or Hub name. Informational, not compared."""
     fingerprint: Sha256
-    """SHA-256 of its definition file (tokenizer.json, else tokenizer.model)."""
+    """SHA-256 of the definition file (tokenizer.json, else tokenizer.model)."""
     vocab_size: Annotated[int, Field(gt=0)]
-    """Number of ids; all tokens are below it."""
+    """Number of ids; all tokens are smaller."""
     special_ids: dict[str, int]
-    """Ids of the special tokens by name."""
+    """Ids of the special tokens by role."""
 
 
 class BlendMember(Record):
-    """One dataset of a blend, as a model remembers it."""
+    """One dataset of a blend, as recorded with a model."""
 
     path: str
-    """For people: its folder. Not compared."""
+    """Folder of the dataset. Informational, not compared."""
     fingerprint: Sha256
-    """Of the dataset's manifest."""
+    """Fingerprint of the dataset's manifest."""
     slots: Annotated[int, Field(gt=0)]
-    """Its share: slots of the blend's pattern."""
+    """Number of slots of the blend's pattern."""
 
 
 class PromptAnswerRecord(Record):
-    """Of a dataset of examples: its documents are, in turn, a prompt and the answer to it."""
+    """Properties of a dataset of examples, whose documents are alternately a prompt and its answer."""
 
     task: str
-    """For people: what the examples are of."""
+    """Name of the task. Informational, not compared."""
     seq_len_tokens: Annotated[int, Field(gt=1)]
-    """Most tokens of prompt and answer together: the window they were made for."""
+    """Sequence length that the examples were made for: prompt and answer together have at most that many tokens."""
 
 
 class DataRecord(Record):
-    """What a model remembers of the data it was trained on: enough to refuse other data."""
+    """Record of a model's training data, used to reject other data."""
 
     tokenizer: TokenizerRecord
-    """What its token ids mean."""
     rule: SegmentRule
-    """Where its segments end."""
     fingerprint: Sha256
-    """Of the dataset's manifest; of a blend, over the fingerprints and slots of its members."""
+    """Fingerprint of the dataset's manifest; for a blend, a hash of its members' fingerprints and slots."""
     blend: tuple[BlendMember, ...] = ()
-    """The datasets in their order, where they are several."""
+    """The datasets of a blend, in order; empty for a single dataset."""
 
 
 class Manifest(Record):
-    """All that is known of a dataset folder; `manifest.json` is this and its fingerprint."""
+    """Description of a dataset folder; `manifest.json` holds these fields and their fingerprint."""
 
     format_version: Annotated[int, Field(ge=1, le=FORMAT_VERSION)] = FORMAT_VERSION
-    """Of the folder's layout; a newer one is refused."""
+    """Version of the folder's layout; newer ones are rejected."""
     tokenizer: TokenizerRecord
-    """What the token ids mean."""
     rule: SegmentRule
-    """What the segment-end bits mean."""
     dtype: Literal["uint16", "int32"]
-    """Type of a stored token."""
+    """Type of the stored tokens."""
     shards: tuple[ShardRecord, ...]
-    """In the order in which they are concatenated."""
+    """Shards in the order of concatenation."""
     source: dict[str, Any]
-    """What the dataset was made from and how; for people and `resume`, not compared."""
+    """Inputs and options that the dataset was made from. Informational and for `resume`, not compared."""
     examples: PromptAnswerRecord | None = None
-    """None: the documents are text."""
+    """Set if the documents are prompts and answers, None if they are text."""
 
     @model_validator(mode="after")
     def _check_names(self) -> "Manifest":
@@ -134,27 +127,23 @@ class Manifest(Record):
 
     @property
     def num_documents(self) -> int:
-        """Documents of all shards."""
         return sum(shard.documents for shard in self.shards)
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of all shards."""
         return sum(shard.tokens for shard in self.shards)
 
     @property
     def num_segments(self) -> int:
-        """Segment ends of all shards."""
         return sum(shard.segments for shard in self.shards)
 
     @property
     def text_bytes(self) -> int:
-        """UTF-8 bytes of the raw text of all shards."""
         return sum(shard.text_bytes for shard in self.shards)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over what the data is: equal for equal contents, whatever machine and command made them."""
+        """SHA-256 of the content: equal for equal data, independent of the machine and command that made it."""
         content = self._content()
         del content["format_version"], content["source"]
         del content["tokenizer"]["name"]
@@ -163,26 +152,26 @@ class Manifest(Record):
 
     @property
     def record(self) -> DataRecord:
-        """What a model trained on this dataset remembers of it."""
+        """The record that a model trained on this dataset keeps."""
         return DataRecord(tokenizer=self.tokenizer, rule=self.rule, fingerprint=self.fingerprint)
 
     def save(self, folder: Path) -> None:
-        """Write `manifest.json` in one step; to be called last, since it makes the folder a dataset."""
+        """Write `manifest.json` atomically. Call this last: it completes the dataset."""
         content = self._content() | {"fingerprint": self.fingerprint}
         text = json.dumps(content, indent=2, ensure_ascii=False)
-        # Names of files need not be Unicode; JSON must be.
+        # File names need not be valid Unicode, but JSON must be.
         write_atomically(Path(folder) / MANIFEST_NAME, text.encode(errors="replace") + b"\n")
 
     def _content(self) -> dict[str, Any]:
-        """All fields; of a dataset of text those that it had before there were examples."""
+        """Return all fields, without `examples` for text, so that older fingerprints stay valid."""
         return self.model_dump(mode="json", exclude=None if self.examples else {"examples"})
 
     @classmethod
     def load(cls, folder: Path) -> "Manifest":
-        """Read and check `manifest.json`; the shards are not looked at.
+        """Read and validate `manifest.json`, without reading the shards.
 
         Raises:
-            DataError: missing, damaged, incomplete, changed since it was written, or of a newer format.
+            DataError: it is missing, damaged, incomplete, changed after it was written, or of a newer format.
         """
         path = Path(folder) / MANIFEST_NAME
         content = _read_json(path)
@@ -202,7 +191,7 @@ class Manifest(Record):
             raise DataError(
                 f"field fingerprint is {recorded}, but the other fields give {manifest.fingerprint}: the manifest "
                 "was changed after it was written",
-                remedy="Copy manifest.json again from where it was made, or make the dataset again",
+                remedy="Copy manifest.json again from its source, or make the dataset again",
                 location=path,
             )
         return manifest
@@ -221,22 +210,22 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise _damaged(path, f"byte {error.start} is not UTF-8") from error
     except json.JSONDecodeError as error:
         offset = len(error.doc[: error.pos].encode())
-        raise _damaged(path, f"no JSON at byte {offset} (line {error.lineno}): {error.msg}") from error
-    except (RecursionError, ValueError) as error:  # nested too deeply, or a number of thousands of digits
+        raise _damaged(path, f"invalid JSON at byte {offset} (line {error.lineno}): {error.msg}") from error
+    except (RecursionError, ValueError) as error:  # nested too deeply, or a number with thousands of digits
         raise _damaged(path, f"this JSON cannot be read: {error}") from error
     if not isinstance(content, dict):
-        raise _damaged(path, f"a JSON {type(content).__name__} at byte 0 where an object should be")
+        raise _damaged(path, f"a JSON {type(content).__name__} at byte 0; the file must contain an object")
     return content
 
 
 def _no_dataset(folder: Path) -> DataError:
-    """Missing manifest: say whether the folder is, and which datasets lie right inside it."""
+    """Return the error for a missing manifest; it names the datasets directly inside the folder."""
     if not folder.is_dir():
         what = "there is no such folder"
     else:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
         listed = f"; datasets inside it: {', '.join(inside[:8])}" if inside else ""
-        what = f"the folder has no {MANIFEST_NAME}, so it is no dataset, or an unfinished one{listed}"
+        what = f"the folder has no {MANIFEST_NAME}, so it is not a dataset, or is unfinished{listed}"
     command = f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
     return DataError(what, remedy=f"Name a finished dataset, or make one: {command}", location=folder)
 
@@ -246,7 +235,7 @@ def _damaged(path: Path, what: str) -> DataError:
 
 
 def _invalid(path: Path, error: ValidationError) -> DataError:
-    """All wrong fields in one message."""
+    """Return one error that lists all invalid fields."""
     problems = []
     for item in error.errors(include_url=False, include_context=False):
         field = ".".join(str(part) for part in item["loc"])

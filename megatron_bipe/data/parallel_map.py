@@ -1,6 +1,6 @@
-"""Many shards at once, results in the shards' order.
+"""Parallel processing of shards, with results in the order of the shards.
 
-In threads: NumPy and hashlib let go of the interpreter while they work, and nothing need be copied between processes.
+It uses threads, since NumPy and hashlib release the GIL and no data is then copied between processes.
 """
 
 import threading
@@ -16,21 +16,21 @@ Advance = Callable[[int], object]
 def run_in_order(
     run: Callable[[Item, Advance], Result], items: Sequence[Item], workers: int, advance: Advance
 ) -> Iterator[Result]:
-    """Results of `run(item, advance)`. What `run` raises is raised here, in the item's turn, and ends the others.
+    """Yield the results of `run(item, advance)`. An exception in `run` is raised in the item's turn and stops the rest.
 
     Args:
-        run: is to call `advance` every few milliseconds: where it is stopped if the results are no longer wanted.
-        items: what to run on.
-        workers: threads.
-        advance: told how much was done, by one thread at a time.
+        run: must call `advance` every few milliseconds; the call raises if the results are no longer needed.
+        items: inputs of `run`.
+        workers: number of threads.
+        advance: called with the amount of work done, by one thread at a time.
     """
-    unwanted = threading.Event()
-    one_at_a_time = threading.Lock()
+    stopping = threading.Event()
+    advance_lock = threading.Lock()
 
     def advance_or_stop(amount: int) -> None:
-        if unwanted.is_set():
-            raise _UnwantedError
-        with one_at_a_time:
+        if stopping.is_set():
+            raise _StoppedError
+        with advance_lock:
             advance(amount)
 
     pool = ThreadPoolExecutor(workers)
@@ -38,9 +38,9 @@ def run_in_order(
         for future in [pool.submit(run, item, advance_or_stop) for item in items]:
             yield future.result()
     finally:  # also when the caller was interrupted
-        unwanted.set()
+        stopping.set()
         pool.shutdown(cancel_futures=True)
 
 
-class _UnwantedError(Exception):
-    """Nobody waits for this result any more."""
+class _StoppedError(Exception):
+    """Stops a worker whose result is no longer needed."""

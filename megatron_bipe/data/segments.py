@@ -1,7 +1,7 @@
-"""Where segments end, and the two ids of a token that follow from it.
+"""Segment rules, and the two ids of a token that follow from the segment ends.
 
-A rule is data: its name and the token ids it was resolved to travel with the dataset, the checkpoint
-and the exported model. Torch-free.
+A rule is data: its name and its resolved token ids are stored with the dataset, the checkpoint and the exported model.
+Torch-free.
 """
 
 import difflib
@@ -16,69 +16,69 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 FULL_STOPS = frozenset(".。")
-CLOSERS = frozenset("\"'”’»›)]}」』）")  # what may stand between a full stop and the next sentence
+CLOSERS = frozenset("\"'”’»›)]}」』）")  # characters allowed between a full stop and the next sentence
 FIXED_PREFIX = "fixed:"
-FEW_IDS = 4  # so many comparisons cost less than looking each token up
+FEW_IDS = 4  # up to this many comparisons are faster than a lookup per token
 RULE_FORMS = "reference, sentence, newline, fixed:N, a JSON list of token ids, a JSON list of strings"
 
 
 class Vocabulary(Protocol):
-    """What a rule needs to know of a tokenizer."""
+    """The part of a tokenizer that a rule needs."""
 
     @property
     def vocab_size(self) -> int:
-        """Number of ids, special ones included."""
-        ...
+        """Number of ids, including special ones."""
 
     def text_of(self, token_id: int, /) -> str | None:
-        """Text that one token adds inside a sequence; None for special, unused and partial-character tokens."""
-        ...
+        """Return the text of one token inside a sequence; None for special, unused and partial-character tokens."""
 
 
 class SegmentRule(BaseModel):
-    """Which tokens close a segment."""
+    """A rule that decides which tokens close a segment."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     spec: str
-    """The rule as it was asked for, lists in compact JSON."""
+    """The rule as the user gave it; lists are in compact JSON."""
     token_ids: tuple[Annotated[int, Field(ge=0)], ...]
-    """The ids it came out as, ascending; empty for `fixed:N`."""
+    """The resolved ids, ascending; empty for `fixed:N`."""
 
     @property
     def described(self) -> str:
-        """For messages."""
+        """Description for messages."""
         listed = ", ".join(map(str, self.token_ids[:6])) + (", ..." if len(self.token_ids) > 6 else "")
         return f"{self.spec!r} (token ids {listed})" if self.token_ids else repr(self.spec)
 
     @property
     def fixed_length(self) -> int | None:
-        """N of `fixed:N`; None for rules that look at the tokens."""
+        """N of `fixed:N`; None for rules that depend on tokens."""
         return _fixed_length(self.spec)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
         if list(self.token_ids) != sorted(set(self.token_ids)):
-            raise ValueError("token_ids must ascend without repeats")
+            raise ValueError("token_ids must be in ascending order without duplicates")
         try:
-            by_place = self.fixed_length is not None
+            is_fixed = self.fixed_length is not None
         except DataError as error:
             raise ValueError(error.message) from error
-        if by_place == bool(self.token_ids):
-            raise ValueError(f"rule {self.spec!r} with token_ids {self.token_ids}: fixed:N has none, others have some")
+        if is_fixed == bool(self.token_ids):
+            what = f"rule {self.spec!r} has token_ids {self.token_ids}"
+            raise ValueError(f"{what}; fixed:N must have none, and other rules must have some")
         return self
 
 
 def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
-    """Turn the name of a rule into token ids of one vocabulary.
+    """Resolve the name of a rule to token ids of one vocabulary.
+
+    Source: He et al. 2024, section 3; `reference` is what the authors' code does with LLaMA's ids 869 and 13.
 
     Args:
         spec: one of `RULE_FORMS`.
-        vocabulary: the tokenizer the data is made with.
+        vocabulary: tokenizer of the data.
 
     Raises:
-        DataError: no such rule, or the vocabulary has no token for it.
-    Source: He et al. 2024, section 3; `reference` is what the authors' code does with LLaMA's ids 869 and 13.
+        DataError: there is no such rule, or the vocabulary has no token for it.
     """
     spec = spec.strip()
     if _fixed_length(spec) is not None:
@@ -90,12 +90,13 @@ def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
     named: dict[str, Callable[[str], bool]] = {"newline": _has_newline, "sentence": _closes_sentence}
     if spec not in named:
         near = difflib.get_close_matches(spec, ["reference", *named], n=1)
-        remedy = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(f"no segment rule {spec!r}", remedy=f"{remedy}Rules are: {RULE_FORMS}", location="--segments")
+        hint = f"Did you mean {near[0]}? " if near else ""
+        remedy = f"{hint}Choose one of: {RULE_FORMS}"
+        raise DataError(f"{spec!r} is not a segment rule", remedy=remedy, location="--segments")
     token_ids = tuple(token_id for token_id, text in _texts(vocabulary) if named[spec](text))
     if not token_ids:
         raise DataError(
-            f"segment rule {spec!r}: none of the vocabulary's {vocabulary.vocab_size} tokens fits it",
+            f"segment rule {spec!r}: none of the vocabulary's {vocabulary.vocab_size} tokens matches it",
             remedy="Choose another rule, or fixed:N",
             location="--segments",
         )
@@ -103,11 +104,11 @@ def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
 
 
 def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
-    """True where a token of one document closes a segment.
+    """Return True for each token of a document that closes a segment.
 
     Args:
         tokens_T: ids of the document from its first token, any integer type.
-        rule: a resolved rule.
+        rule: resolved rule.
     """
     if rule.fixed_length is not None:
         return _every(rule.fixed_length, tokens_T.shape[-1])
@@ -118,15 +119,15 @@ def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
         return ends
     closes_V = np.zeros(max(rule.token_ids) + 2, dtype=np.bool_)
     closes_V[list(rule.token_ids)] = True
-    # Ids beyond the table fall on its last entry, which is False.
+    # "clip" maps larger ids to the last entry, which is False.
     return np.take(closes_V, tokens_T, mode="clip")
 
 
 def sequence_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
-    """Segment ends of windows [..., T] as the model is to see them.
+    """Return the segment ends of sequences [..., T] for the model.
 
-    A rule that looks at tokens needs nothing. `fixed:N` counts from a document's start on disk; here it
-    counts from the window's, so that ids depend on the window alone.
+    For `fixed:N`, segments on disk are counted from the start of a document. They are counted anew from the start of
+    the sequence, so that ids depend only on the sequence. Other rules need no change.
     """
     if rule.fixed_length is None:
         return ends
@@ -134,32 +135,30 @@ def sequence_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
 
 
 def bilevel_ids(ends: BoolArray, clip: int) -> tuple[IntArray, IntArray]:
-    """Intra- and inter-segment ids of windows.
+    """Return the intra- and inter-segment ids of sequences: (intra, inter), int64 [..., T], both from 0.
+
+    Source: He et al. 2024, section 3; tests/golden holds ids from the authors' code.
 
     Args:
-        ends: [..., T], True where a token closes a segment; every window starts a fresh segment.
-        clip: largest intra id (rows of the intra table, minus one).
-
-    Returns:
-        (intra, inter), int64 [..., T], both from 0.
-    Source: He et al. 2024, section 3; ties with the authors' code are fixed by tests/golden.
+        ends: [..., T], True where a token closes a segment; every sequence starts a new segment.
+        clip: largest intra id (rows of the intra embedding, minus one).
     """
     length = ends.shape[-1]
-    place_T = np.arange(length, dtype=np.int32)  # half the memory traffic of int64, and windows are short
+    position_T = np.arange(length, dtype=np.int32)  # half the memory traffic of int64; sequences are short enough
     starts = np.zeros(ends.shape, dtype=np.int32)
     inter = np.zeros(ends.shape, dtype=np.int64)
     if length > 1:
         before = ends[..., :-1]
         np.cumsum(before, axis=-1, dtype=np.int64, out=inter[..., 1:])
-        # The latest segment start up to each token: starts marked at their own place, then carried on.
-        np.multiply(before, place_T[1:], out=starts[..., 1:])
+        # Mark each segment start with its position; the running maximum is the latest start up to each token.
+        np.multiply(before, position_T[1:], out=starts[..., 1:])
         np.maximum.accumulate(starts, axis=-1, out=starts)
-    intra = np.minimum(np.subtract(place_T, starts, out=starts), clip)
+    intra = np.minimum(np.subtract(position_T, starts, out=starts), clip)
     return intra.astype(np.int64), inter
 
 
 def _every(step: int, length: int) -> BoolArray:
-    """Bool [length], True at every `step`-th place."""
+    """Return bool [length], True at every `step`-th position."""
     ends_T = np.zeros(length, dtype=np.bool_)
     ends_T[step - 1 :: step] = True
     return ends_T
@@ -171,8 +170,8 @@ def _fixed_length(spec: str) -> int | None:
     digits = spec.removeprefix(FIXED_PREFIX)
     if not (digits.isascii() and digits.isdigit() and int(digits) > 0):
         raise DataError(
-            f"segment rule {spec!r}: {digits!r} is no positive whole number",
-            remedy="Write it as in fixed:16",
+            f"segment rule {spec!r}: {digits!r} is not a positive integer",
+            remedy="Write it like fixed:16",
             location="--segments",
         )
     return int(digits)
@@ -183,8 +182,8 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
         items = json.loads(spec)
     except json.JSONDecodeError as error:
         raise DataError(
-            f"segment rule {spec!r} is no JSON list ({error.msg} at character {error.pos})",
-            remedy='Write it as in [13, 869] or ["\\n", " ."]',
+            f"segment rule {spec!r} is not a JSON list ({error.msg} at character {error.pos})",
+            remedy='Write it like [13, 869] or ["\\n", " ."]',
             location="--segments",
         ) from error
     canonical = json.dumps(items, ensure_ascii=False, separators=(",", ":"))
@@ -192,7 +191,7 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
         outside = [item for item in items if not 0 <= item < vocabulary.vocab_size]
         if outside:
             raise DataError(
-                f"segment rule {canonical}: {outside} are no ids of a vocabulary of {vocabulary.vocab_size}",
+                f"segment rule {canonical}: {outside} are outside a vocabulary of {vocabulary.vocab_size} ids",
                 remedy=f"Use ids from 0 to {vocabulary.vocab_size - 1}",
                 location="--segments",
             )
@@ -200,14 +199,14 @@ def _resolve_list(spec: str, vocabulary: Vocabulary) -> SegmentRule:
     if items and all(isinstance(item, str) for item in items):
         return SegmentRule(spec=canonical, token_ids=_ids_of_texts(items, canonical, vocabulary))
     raise DataError(
-        f"segment rule {canonical}: neither token ids throughout nor strings throughout",
-        remedy='Write it as in [13, 869] or ["\\n", " ."]',
+        f"segment rule {canonical}: the list must contain only token ids or only strings",
+        remedy='Write it like [13, 869] or ["\\n", " ."]',
         location="--segments",
     )
 
 
 def _ids_of_texts(wanted: list[str], spec: str, vocabulary: Vocabulary) -> tuple[int, ...]:
-    """Ids of all tokens whose text is one of `wanted`; each must have at least one."""
+    """Return the ids of all tokens whose text is one of `wanted`; each text must have at least one token."""
     found: dict[str, list[int]] = {text: [] for text in wanted}
     for token_id, text in _texts(vocabulary):
         if text in found:

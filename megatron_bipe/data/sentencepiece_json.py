@@ -1,24 +1,18 @@
-"""A SentencePiece BPE model in the form of a `tokenizer.json`, in LLaMA's layout."""
+"""Conversion of a SentencePiece BPE model to a `tokenizer.json` in LLaMA's layout."""
 
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, normalizers, processors
 from tokenizers.models import BPE
 
-SPACE_MARK = "\u2581"  # SentencePiece's sign for a space
+SPACE_MARK = "\u2581"  # SentencePiece's mark for a space
 
 
 def sentencepiece_to_json(model: bytes) -> bytes:
-    """Vocabulary, merges, byte fallback, BOS in front; normaliser and decoder as LLaMA's.
+    """Convert the content of a `tokenizer.model` to that of a `tokenizer.json`.
 
-    Whether the two give the same ids depends on the model (a normaliser of its own, user-defined symbols): the caller
-    has to compare them.
-
-    Args:
-        model: content of a `tokenizer.model`.
-
-    Returns:
-        Content of a `tokenizer.json`.
+    Vocabulary, merges, byte fallback and leading BOS are kept; normalizer and decoder are LLaMA's. The ids can differ
+    for models with their own normalizer or user-defined symbols, so the caller must compare them.
     """
     source = sentencepiece.SentencePieceProcessor()
     source.load_from_serialized_proto(model)
@@ -49,7 +43,7 @@ def sentencepiece_to_json(model: bytes) -> bytes:
 
 
 def _merges(source: sentencepiece.SentencePieceProcessor, special: list[int]) -> list[tuple[str, str]]:
-    """Pairs in the order in which SentencePiece prefers their results, every way to split a piece into two."""
+    """Return every split of a piece into two pieces, in the order in which SentencePiece prefers the results."""
     merged = [i for i in range(source.get_piece_size()) if not (source.is_byte(i) or source.is_unused(i))]
     pieces = {source.id_to_piece(i): i for i in merged if i not in set(special)}
     found = [

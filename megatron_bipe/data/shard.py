@@ -1,4 +1,4 @@
-"""A shard's writer and reader; the bytes themselves are in `shard_layout.py`."""
+"""Writer and reader of a shard; `shard_layout.py` defines the byte layout."""
 
 import hashlib
 import os
@@ -38,15 +38,15 @@ __all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]
 
 
 class ShardWriter:
-    """Writes one shard under temporary names; `finish` makes it appear, leaving without it removes them.
+    """Writer of one shard, to be used in a `with` statement.
 
-    To be used in a `with` statement. Memory: one bit a token and four bytes a document; tokens go
-    straight to disk.
+    Files have temporary names until `finish` renames them; leaving without `finish` removes them. Tokens go straight to
+    disk. The writer holds one bit per token and four bytes per document in memory.
 
     Args:
-        folder: created if need be.
-        name: of the shard, without a suffix; existing files of that name are replaced by `finish`.
-        dtype: from `choose_dtype`.
+        folder: created if it does not exist.
+        name: name of the shard, without a suffix; `finish` replaces existing files of that name.
+        dtype: storage dtype, from `choose_dtype`.
     """
 
     def __init__(self, folder: Path, name: str, dtype: np.dtype[Any]) -> None:
@@ -60,61 +60,56 @@ class ShardWriter:
         self._dtype = np.dtype(dtype)
         self._lengths = array("i")
         self._text_bytes = 0
-        self._packed = bytearray()  # whole bytes of segment-end bits
-        self._loose: BoolArray = np.zeros(0, dtype=np.bool_)  # bits since the last whole byte
+        self._packed = bytearray()  # complete bytes of segment-end bits
+        self._partial_byte: BoolArray = np.zeros(0, dtype=np.bool_)  # bits after the last complete byte
         self._bin_sha256 = hashlib.sha256()
         self._bin = self._partial("bin").open("wb")
 
     @property
     def num_documents(self) -> int:
-        """Documents added so far."""
         return len(self._lengths)
 
     def add(self, document: TokenizedDocument) -> None:
-        """Append a document, which may be empty.
-
-        Raises:
-            DataError: as `append`.
-        """
+        """Append a document, which may be empty; errors as in `append`."""
         lengths_D = np.array([document.tokens_T.size], dtype=np.int64)
         self.append(document.tokens_T, document.ends_T, lengths_D, document.text_bytes)
 
     def append(self, tokens_T: TokenArray, ends_T: BoolArray, lengths_D: IntArray, text_bytes: int) -> None:
-        """Append documents that lie end to end.
+        """Append documents whose tokens are concatenated.
 
         Args:
-            tokens_T: their tokens.
+            tokens_T: tokens of all the documents.
             ends_T: True where a token closes a segment.
-            lengths_D: tokens of each document.
-            text_bytes: UTF-8 length of their raw text together.
+            lengths_D: number of tokens of each document.
+            text_bytes: UTF-8 length of all the raw text.
 
         Raises:
-            DataError: a token does not fit the storage type, or a document has more tokens than an index entry counts.
+            DataError: a token does not fit the storage dtype, or a document is too long for an index entry.
         """
         if tokens_T.ndim != 1 or ends_T.shape != tokens_T.shape or ends_T.dtype != np.bool_:
-            raise ValueError(f"no documents: tokens {tokens_T.shape}, ends {ends_T.shape} of {ends_T.dtype}")
+            raise ValueError(f"invalid arrays: tokens {tokens_T.shape}, ends {ends_T.shape} of {ends_T.dtype}")
         if int(lengths_D.sum()) != tokens_T.size:
-            raise ValueError(f"documents of {lengths_D.sum()} tokens together, and {tokens_T.size} tokens")
+            raise ValueError(f"lengths_D adds up to {lengths_D.sum()}, but there are {tokens_T.size} tokens")
         longest = int(lengths_D.max(initial=0))
         if longest > MAX_DOCUMENT_TOKENS:
             what = f"document {self.num_documents + int(np.argmax(lengths_D))} has {longest} tokens"
-            what = f"{what}; an index entry counts to {MAX_DOCUMENT_TOKENS}"
+            what = f"{what}; an index entry holds at most {MAX_DOCUMENT_TOKENS}"
             raise DataError(what, remedy="Split the document", location=self._path("idx"))
         data = np.ascontiguousarray(self._storable(tokens_T)).data
         self._bin.write(data)
         self._bin_sha256.update(data)
-        bits = np.concatenate([self._loose, ends_T])
+        bits = np.concatenate([self._partial_byte, ends_T])
         full = bits.size - bits.size % 8
         self._packed += np.packbits(bits[:full], bitorder="little").tobytes()
-        self._loose = bits[full:].copy()  # a view would keep all of `bits` alive
+        self._partial_byte = bits[full:].copy()  # a view would keep all of `bits` alive
         self._lengths.frombytes(lengths_D.astype(np.int32).tobytes())
         self._text_bytes += text_bytes
         self.num_tokens += tokens_T.size
         self.num_segments += int(np.count_nonzero(ends_T))
 
     def finish(self) -> ShardRecord:
-        """Write index and bits, force all to disk, then rename; the record is for the manifest."""
-        last = np.packbits(self._loose, bitorder="little").tobytes()  # fills up with zero bits
+        """Write index and segment-end bits, fsync all files, rename them, and return the record for the manifest."""
+        last = np.packbits(self._partial_byte, bitorder="little").tobytes()  # padded with zero bits
         contents: dict[Suffix, bytes] = {
             "idx": pack_idx(np.array(self._lengths, dtype=np.int64), self._dtype),
             "seg": pack_seg(self.num_tokens, bytes(self._packed) + last),
@@ -144,9 +139,9 @@ class ShardWriter:
         self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
     ) -> None:
         try:
-            self._bin.close()  # which writes what is buffered, and fails on a full disk
+            self._bin.close()  # flushes the buffer, which fails on a full disk
         finally:
-            for suffix in SUFFIXES:  # after `finish` there are none
+            for suffix in SUFFIXES:  # none are left after `finish`
                 self._partial(suffix).unlink(missing_ok=True)
 
     def _path(self, suffix: Suffix) -> Path:
@@ -156,7 +151,7 @@ class ShardWriter:
         return partial_path(self._path(suffix))
 
     def _storable(self, tokens_T: TokenArray) -> TokenArray:
-        """Tokens in the storage type, refusing ids that it cannot hold."""
+        """Return tokens in the storage dtype; raise an error if it cannot hold them."""
         bounds = np.iinfo(self._dtype)
         if tokens_T.dtype != self._dtype and tokens_T.size:
             low, high = int(tokens_T.min()), int(tokens_T.max())
@@ -164,21 +159,23 @@ class ShardWriter:
                 raise DataError(
                     f"document {self.num_documents} has token ids from {low} to {high}; {self._dtype.name} cannot "
                     "hold them",
-                    remedy="State the tokenizer's number of ids rightly: it decides the type",
+                    remedy="Choose the storage dtype from the tokenizer's actual number of ids",
                     location=self._path("bin"),
                 )
         return tokens_T.astype(self._dtype, copy=False)
 
 
 class Shard:
-    """Reads one shard. Opening reads two headers; files stay open from their first use on, the index is kept then.
+    """Reader of one shard.
+
+    Opening reads two headers. After their first use, files stay open, and the index stays in memory.
 
     Args:
-        folder: of the dataset.
-        record: from the manifest; or a bare name, to open three files without one.
+        folder: folder of the dataset.
+        record: record from the manifest, or only the shard's name.
 
     Raises:
-        DataError: a file is missing, damaged, foreign, of a newer format, or not the one of the record.
+        DataError: a file is missing, damaged, of another kind or a newer format, or does not match the record.
     """
 
     def __init__(self, folder: Path, record: ShardRecord | str) -> None:
@@ -199,54 +196,49 @@ class Shard:
         expected = self.num_tokens * self.dtype.itemsize
         if sizes["bin"] != expected:
             what = f"the file ends at byte {sizes['bin']}; {self.num_tokens} tokens (field tokens of the .seg file) of"
-            raise damaged(self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) make {expected}")
+            raise damaged(self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) need {expected}")
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, ShardRecord | str]]:
-        """Travel to another process as a path, not as open files."""
+        """Support pickling for other processes: they reopen the files."""
         return type(self), (self.folder, self.record or self.name)
 
     def is_open(self, suffix: Suffix) -> bool:
-        """Whether a file has been read from."""
+        """Return True if the file has been read from."""
         return suffix in self._open
 
     def path(self, suffix: Suffix) -> Path:
-        """One of the three files."""
         return shard_path(self.folder, self.name, suffix)
 
     def tokens(self, start: int, stop: int) -> TokenArray:
-        """Tokens [start, stop) in the storage type."""
+        """Read tokens [start, stop) in the storage dtype."""
         self._check_range(start, stop)
         tokens = np.empty(stop - start, dtype=self.dtype)
         self.read_tokens(start, tokens)
         return tokens
 
     def ends(self, start: int, stop: int) -> BoolArray:
-        """Segment ends of tokens [start, stop)."""
+        """Read the segment ends of tokens [start, stop)."""
         self._check_range(start, stop)
         bits = np.unpackbits(self.packed_ends(start // 8, packed_bytes(stop)), bitorder="little")
         return bits[start % 8 : start % 8 + stop - start].view(np.bool_)
 
     def packed_ends(self, start: int, stop: int) -> npt.NDArray[np.uint8]:
-        """Bytes [start, stop) of the segment-end bits, eight a byte from the lowest bit."""
+        """Read bytes [start, stop) of the segment-end bits; the lowest bit of a byte comes first."""
         packed = np.empty(stop - start, dtype=np.uint8)
         self.read_packed_ends(start, packed)
         return packed
 
     def read_tokens(self, start: int, into: TokenArray) -> None:
-        """Fill an array of the storage type with the tokens from `start` on."""
+        """Fill an array of the storage dtype with the tokens from `start` on."""
         self._read_into("bin", start * self.dtype.itemsize, into)
 
     def read_packed_ends(self, start: int, into: npt.NDArray[np.uint8]) -> None:
-        """Fill an array with the bytes of segment-end bits from byte `start` on."""
+        """Fill an array with the segment-end bits from byte `start` on."""
         self._read_into("seg", SEG_HEADER.size + start, into)
 
     @cached_property
     def document_bounds(self) -> IntArray:
-        """First token of each document and the end of the last, int64 [num_documents + 1].
-
-        Raises:
-            DataError: the index contradicts itself or the number of tokens.
-        """
+        """First token of each document and the end of the last, int64 [num_documents + 1]; validates the index."""
         head, count = self._idx, self.num_documents
         lengths = self._read("<i4", head.lengths_at, count)
         self._check_entries(lengths >= 0, head.lengths_at, 4, "sequence lengths", "is negative")
@@ -255,7 +247,7 @@ class Shard:
         at_length = self._read("<i8", head.offsets_at, count) == bounds[:-1] * self.dtype.itemsize
         self._check_entries(at_length, head.offsets_at, 8, "byte offsets", "is not the sum of the lengths before it")
         in_order = self._read("<i8", head.documents_at, count + 1) == np.arange(count + 1)
-        self._check_entries(in_order, head.documents_at, 8, "document indices", "is not one sequence a document")
+        self._check_entries(in_order, head.documents_at, 8, "document indices", "does not give a document one sequence")
         if bounds[-1] != self.num_tokens:
             what = f"field sequence lengths (byte {head.lengths_at}) adds up to {bounds[-1]} tokens"
             raise damaged(self.path("idx"), f"{what}; the .seg file has {self.num_tokens}")
@@ -289,18 +281,17 @@ class Shard:
             raise unreadable(self.path(suffix), error) from error
 
     def _read(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
-        """Part of the index."""
         found = np.empty(count, dtype=dtype)
         self._read_into("idx", offset, found)
         return found
 
     def _read_into(self, suffix: Suffix, offset: int, into: npt.NDArray[Any]) -> None:
-        """Fill a contiguous array from a file. Not mapped: a window's pages would bring their neighbours along."""
+        """Fill a contiguous array from a file, which is not memory-mapped: that would also read neighboring pages."""
         try:
             stream = self._open.get(suffix)
             if stream is None:
                 stream = self._open[suffix] = self.path(suffix).open("rb", buffering=0)
-            # A system call reads 2 GiB at most.
+            # A system call reads at most 2 GiB.
             view = into.data.cast("B") if into.size else memoryview(b"")
             while view and (count := os.preadv(stream.fileno(), [view], offset)):
                 view, offset = view[count:], offset + count
@@ -311,7 +302,7 @@ class Shard:
 
 
 def _sync(stream: BinaryIO, sha256: str) -> FileRecord:
-    """Force an open file to the disk; the record of what is in it."""
+    """Fsync an open file and return its record."""
     stream.flush()
     os.fsync(stream.fileno())
     return FileRecord(bytes=stream.tell(), sha256=sha256)

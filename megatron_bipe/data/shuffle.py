@@ -1,6 +1,6 @@
-"""The order of samples: computed, not stored, so that start-up and memory do not grow with the corpus.
+"""The shuffled order of samples, computed and not stored: start-up time and memory do not grow with the corpus.
 
-A sample number alone decides which window it is; ranks, workers and restarts have no say.
+The sample number alone decides which sequence a sample is, independent of ranks, workers and restarts.
 """
 
 import hashlib
@@ -12,28 +12,28 @@ from megatron_bipe.types import IntArray
 
 UintArray = npt.NDArray[np.uint64]
 
-ROUNDS = 8  # four are pseudo-random in theory (Luby and Rackoff 1988); narrow halves want more
+ROUNDS = 8  # four are pseudo-random in theory (Luby and Rackoff 1988); small halves need more
 MAX_SIZE = 2**62
 
 
 def permute(index: UintArray, size: int, key: int) -> UintArray:
-    """A keyed bijection on [0, size).
+    """Apply a keyed bijection on [0, size).
 
-    A Feistel network permutes the numbers of as many bits as `size` needs, fewer than 2 * size of them;
-    those that leave [0, size) go through it again until they are back ("cycle walking").
+    A Feistel network permutes the smallest range [0, 2 ** n) that contains [0, size). Numbers that leave [0, size) pass
+    through it again until they are back ("cycle walking").
+
+    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
 
     Args:
         index: any shape, each below `size`.
         size: 1 to 2 ** 62.
-        key: any integer; every key is another permutation.
-
-    Source: Black and Rogaway 2002, "Ciphers with arbitrary finite domains".
+        key: any integer; each key selects another permutation.
     """
     if not 1 <= size <= MAX_SIZE:
-        raise ValueError(f"a permutation of {size} numbers; 1 to {MAX_SIZE} can be")
+        raise ValueError(f"cannot permute {size} numbers; the size must be 1 to {MAX_SIZE}")
     index = np.asarray(index, dtype=np.uint64)
     if index.size and int(index.max()) >= size:
-        raise IndexError(f"index {index.max()} of a permutation of {size}")
+        raise IndexError(f"index {index.max()} is not in a permutation of {size} numbers")
     bits = (size - 1).bit_length()
     keys = _round_keys(key)
     flat = _feistel(index.ravel(), bits, keys)
@@ -45,23 +45,23 @@ def permute(index: UintArray, size: int, key: int) -> UintArray:
 
 
 class SampleOrder:
-    """Endless shuffled epochs over the windows of a dataset. Its whole state is the number of samples consumed.
+    """Endless shuffled epochs over the sequences of a dataset. The complete state is the number of consumed samples.
 
     Args:
-        num_samples: windows of an epoch.
-        seed: of the shuffle; each epoch has a permutation of its own.
+        num_samples: number of sequences in an epoch.
+        seed: seed of the shuffle; each epoch has its own permutation.
     """
 
     def __init__(self, num_samples: int, seed: int) -> None:
         if not 1 <= num_samples <= MAX_SIZE:
-            raise ValueError(f"an epoch of {num_samples} samples; 1 to {MAX_SIZE} can be")
+            raise ValueError(f"an epoch has {num_samples} samples; the number must be 1 to {MAX_SIZE}")
         self.num_samples = num_samples
         self.seed = seed
 
     def sequence_indices(self, first_sample: int, count: int) -> IntArray:
-        """Windows of samples [first_sample, first_sample + count), int64 [count]; the range may span epochs."""
+        """Return the sequence number of each sample in [first_sample, first_sample + count), int64 [count]."""
         if first_sample < 0 or count < 0:
-            raise ValueError(f"{count} samples from {first_sample}")
+            raise ValueError(f"cannot take {count} samples from {first_sample}: both must be at least 0")
         parts = []
         sample, stop = first_sample, first_sample + count
         while sample < stop:
@@ -78,7 +78,7 @@ class SampleOrder:
 
 
 def _feistel(value: UintArray, bits: int, keys: UintArray) -> UintArray:
-    """Bijection on [0, 2 ** bits): two halves take turns at being changed by a hash of the other."""
+    """Apply a bijection on [0, 2 ** bits): each half in turn is XORed with a hash of the other."""
     low_bits = np.uint64(bits // 2)
     low_mask = np.uint64((1 << (bits // 2)) - 1)
     high_mask = np.uint64((1 << (bits - bits // 2)) - 1)
@@ -90,7 +90,7 @@ def _feistel(value: UintArray, bits: int, keys: UintArray) -> UintArray:
 
 
 def _hash(value: UintArray) -> UintArray:
-    """The finaliser of SplitMix64 (Steele et al. 2014): all bits depend on all bits."""
+    """Apply the finalizer of SplitMix64 (Steele et al. 2014), in which every output bit depends on all input bits."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

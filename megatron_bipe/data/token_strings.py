@@ -1,7 +1,7 @@
-"""What text one token of a `tokenizer.json` adds inside a sequence, for the two kinds of vocabulary in use.
+"""The text of single tokens of a `tokenizer.json` inside a sequence, for the two common kinds of vocabulary.
 
-SentencePiece's kind writes a space as U+2581 and spells rare characters as byte tokens such as `<0x0A>`;
-byte-level BPE (GPT-2's) writes every byte as one printable character.
+SentencePiece vocabularies write a space as U+2581 and rare characters as byte tokens such as `<0x0A>`. Byte-level BPE
+(GPT-2) writes every byte as one printable character.
 """
 
 from pathlib import Path
@@ -15,16 +15,13 @@ SPACE_MARK = "\u2581"
 def json_token_texts(
     spec: dict[str, Any], vocabulary: dict[str, int], special: set[int], location: Path
 ) -> dict[int, str | None]:
-    """Text of every id in `vocabulary`; None for special tokens and for bytes that are no whole character.
+    """Return the text of every id in `vocabulary`; None for special tokens and incomplete UTF-8 characters.
 
     Args:
-        spec: the parsed tokenizer.json.
-        vocabulary: ids by token, added tokens included.
-        special: ids that stand for no text.
-        location: the file, for messages.
-
-    Raises:
-        DataError: neither kind of vocabulary.
+        spec: parsed tokenizer.json; raises DataError if its vocabulary is of neither kind.
+        vocabulary: ids by token, including added tokens.
+        special: ids without text.
+        location: path of the file, for messages.
     """
     steps = _decoder_steps(spec)
     kinds = {step.get("type") for step in steps}
@@ -35,7 +32,7 @@ def json_token_texts(
         fallback = "ByteFallback" in kinds
         return {i: None if i in special else _piece_text(t, fallback) for t, i in vocabulary.items()}
     raise DataError(
-        f"The text of single tokens is unknown for a decoder of kind {sorted(map(str, kinds)) or 'none'}; "
+        f"The text of single tokens is unknown for a decoder of type {sorted(map(str, kinds)) or 'none'}; "
         "SentencePiece and byte-level vocabularies are supported",
         remedy="Give the segment rule as fixed:N or as a list of token ids",
         location=location,
@@ -43,7 +40,7 @@ def json_token_texts(
 
 
 def byte_of(token: str) -> int | None:
-    """The byte that a token such as `<0x0A>` spells, or None."""
+    """Return the byte that a token such as `<0x0A>` stands for, or None."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
             return int(token[3:5], 16)
@@ -53,7 +50,7 @@ def byte_of(token: str) -> int | None:
 
 
 def byte_characters() -> dict[str, int]:
-    """Byte-level BPE's alphabet: printable Latin-1 stands for itself, the other bytes for U+0100 onwards."""
+    """Return the alphabet of byte-level BPE: printable Latin-1 is unchanged, other bytes are U+0100 and up."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(hidden)}
@@ -74,7 +71,7 @@ def _piece_text(token: str, byte_fallback: bool) -> str | None:
 def _byte_level_text(token: str, characters: dict[str, int]) -> str | None:
     try:
         content = bytes(characters[character] for character in token)
-    except KeyError:  # an added token, which is kept as it is
+    except KeyError:  # an added token, whose text is literal
         return token
     try:
         return content.decode()

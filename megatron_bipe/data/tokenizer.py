@@ -1,7 +1,7 @@
-"""Tokenizers, read from their own definition files: `tokenizer.json`, else `tokenizer.model`.
+"""Tokenizers, loaded from their own definition files: `tokenizer.json`, else `tokenizer.model`.
 
-`transformers` is left out on purpose: its `AutoTokenizer` replaces LLaMA's normaliser, and a few documents in a
-hundred then get other ids. `data.token_strings` tells what text each id stands for.
+`transformers` is avoided on purpose: its `AutoTokenizer` replaces LLaMA's normalizer, which changes the ids of a few
+percent of documents. `data.token_strings` gives the text of single ids.
 """
 
 import hashlib
@@ -27,18 +27,18 @@ DEFINITIONS = ("tokenizer.json", "tokenizer.model")  # in order of preference
 SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 COMPANIONS = (*DEFINITIONS, *SETTINGS, "added_tokens.json", "vocab.json", "merges.txt")
 ROLES = ("bos", "eos", "unk", "pad")
-USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")  # where no settings file names it
+USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")  # used if no settings file names one
 
 log = logging.getLogger(__name__)
 
 
 class Tokenizer(ABC):
-    """What the project needs of a tokenizer, whichever library runs it.
+    """Interface of a tokenizer, independent of the library that runs it.
 
     Attributes:
-        definition: the file that the ids follow from; `fingerprint` is the SHA-256 of its bytes, in hex.
-        files: the definition and the settings beside it: what `copy_to` lays beside a dataset or a model.
-        special_ids: ids by role: `bos`, and where they exist `eos`, `unk`, `pad`.
+        definition: file that defines the ids; `fingerprint` is the SHA-256 of its bytes, in hex.
+        files: the definition and its settings files; `copy_to` stores them with a dataset or a model.
+        special_ids: ids by role: always `bos`, and `eos`, `unk`, `pad` if they exist.
         vocab_size: largest id plus one.
     """
 
@@ -51,37 +51,37 @@ class Tokenizer(ABC):
 
     @property
     def bos_id(self) -> int:
-        """The token that opens a document."""
+        """Id of the token that starts a document."""
         return self.special_ids["bos"]
 
     @property
     def eos_id(self) -> int | None:
-        """The token that ends a text, or None."""
+        """Id of the token that ends a text, or None."""
         return self.special_ids.get("eos")
 
     @property
     def unk_id(self) -> int | None:
-        """The token for what the vocabulary cannot express, or None."""
+        """Id of the token for text that the vocabulary cannot express, or None."""
         return self.special_ids.get("unk")
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text, on one core; no BOS, no EOS."""
+        """Return the token ids of each text without BOS and EOS, using one core."""
 
     @abstractmethod
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a token sequence; special tokens give nothing."""
+        """Return the text of a token sequence, without special tokens."""
 
     @abstractmethod
     def text_of(self, token_id: int) -> str | None:
-        """Exact text that this token adds inside a sequence; None for special, unused and partial-character tokens."""
+        """Return the text of one token inside a sequence; None for special, unused and partial-character tokens."""
 
     @abstractmethod
     def to_json(self) -> bytes:
-        """Content of a `tokenizer.json` for this tokenizer; for a SentencePiece model a conversion, to be compared."""
+        """Return a `tokenizer.json`. It is converted from a SentencePiece model, whose ids the caller must compare."""
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the tokenizer's files into `folder`, named so that `load_tokenizer(folder)` finds the same one."""
+        """Copy the tokenizer's files into `folder`, where `load_tokenizer(folder)` then finds the same tokenizer."""
         folder.mkdir(parents=True, exist_ok=True)
         for file in self.files:
             is_definition = file == self.definition
@@ -96,9 +96,9 @@ class JsonTokenizer(Tokenizer):
         try:
             spec = json.loads(content)
             self._backend = tokenizers.Tokenizer.from_str(content.decode())
-        except Exception as error:  # the library raises bare Exception for whatever it cannot read
+        except Exception as error:  # the library raises a bare Exception for any invalid file
             raise _damaged(definition, error) from error
-        # Without this, the library cuts "<s>" out of raw text as the BOS token.
+        # By default, the library turns "<s>" in raw text into the BOS token.
         self._backend.encode_special_tokens = not special_in_text
         self._backend.no_truncation()
         self._backend.no_padding()
@@ -112,20 +112,14 @@ class JsonTokenizer(Tokenizer):
         self._texts: dict[int, str | None] | None = None
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text; one text a call, since the library would spread a batch over all cores."""
-        encode = self._backend.encode_batch_fast
+        encode = self._backend.encode_batch_fast  # one text per call: the library would spread a batch over all cores
         return [np.array(encode([text], add_special_tokens=False)[0].ids, dtype=np.int32) for text in texts]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a token sequence; special tokens give nothing."""
         return str(self._backend.decode([int(token) for token in ids], skip_special_tokens=True))
 
     def text_of(self, token_id: int) -> str | None:
-        """Exact text that this token adds inside a sequence; None for special, unused and partial-character tokens.
-
-        Raises:
-            DataError: the file's decoder is neither SentencePiece's nor byte-level.
-        """
+        """Return the text of one token; raise DataError if the decoder is neither SentencePiece's nor byte-level."""
         if self._texts is None:
             vocabulary = self._backend.get_vocab(with_added_tokens=True)
             special = {i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
@@ -134,19 +128,18 @@ class JsonTokenizer(Tokenizer):
         return self._texts.get(token_id)
 
     def to_json(self) -> bytes:
-        """The definition as it is."""
         return self.definition.read_bytes()
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A `tokenizer.model` alone, run by the `sentencepiece` library; control symbols in raw text are plain text."""
+    """A `tokenizer.model`, run by the `sentencepiece` library; control symbols in raw text are plain text."""
 
     def __init__(self, definition: Path, files: list[Path], name: str) -> None:
         content = definition.read_bytes()
         try:
             self._backend = sentencepiece.SentencePieceProcessor()
             self._backend.load_from_serialized_proto(content)
-        except Exception as error:  # RuntimeError for most damage, others for an empty file
+        except Exception as error:  # RuntimeError for most damaged files, other types for an empty file
             raise _damaged(definition, error) from error
         self.definition, self.files, self.name = definition, files, name
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -157,16 +150,13 @@ class SentencePieceTokenizer(Tokenizer):
         self.special_ids = _special_ids(files, vocabulary, named, definition)
 
     def encode_batch(self, texts: Sequence[str]) -> list[npt.NDArray[np.int32]]:
-        """Token ids of each text, on one core; no BOS, no EOS."""
         return [np.array(ids, dtype=np.int32) for ids in self._backend.encode(list(texts), num_threads=1)]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of a token sequence; special tokens give nothing."""
         special = set(self.special_ids.values())
         return str(self._backend.decode([int(token) for token in ids if token not in special]))
 
     def text_of(self, token_id: int) -> str | None:
-        """Exact text that this token adds inside a sequence; None for special, unused and partial-character tokens."""
         model = self._backend
         if not 0 <= token_id < self.vocab_size or token_id in self.special_ids.values():
             return None
@@ -179,19 +169,18 @@ class SentencePieceTokenizer(Tokenizer):
         return str(piece).replace("\u2581", " ")
 
     def to_json(self) -> bytes:
-        """The definition converted; whether it gives the same ids, the caller has to check."""
         return sentencepiece_to_json(self.definition.read_bytes())
 
 
 def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer:
-    """Load a tokenizer from a folder, a definition file, or by its name on the Hugging Face Hub.
+    """Load a tokenizer from a folder, a definition file, or the Hugging Face Hub.
 
     Args:
-        path: folder with `tokenizer.json` (preferred) or `tokenizer.model`; a file of either kind; else a Hub name.
-        special_in_text: let a literal "<s>" in raw text become the special token instead of plain characters.
+        path: folder with `tokenizer.json` (preferred) or `tokenizer.model`, one of these files, or a name on the Hub.
+        special_in_text: parse a literal "<s>" in raw text as the special token instead of plain characters.
 
     Raises:
-        DataError: nothing there, a damaged definition, no BOS token, or `special_in_text` without a tokenizer.json.
+        DataError: the definition is missing, damaged or without BOS, or `special_in_text` needs a tokenizer.json.
     """
     location = Path(path)
     name = (location.resolve().parent if location.name in DEFINITIONS else location.resolve()).name
@@ -210,7 +199,7 @@ def load_tokenizer(path: str | Path, special_in_text: bool = False) -> Tokenizer
 
 
 def _find_files(location: Path) -> tuple[Path, list[Path]]:
-    """The definition file, and all files that belong to it (the definition first)."""
+    """Return the definition file, and all files that belong to it (the definition first)."""
     folder = location if location.is_dir() else location.parent
     definition = (
         location if location.is_file() else next((folder / n for n in DEFINITIONS if (folder / n).is_file()), None)
@@ -221,7 +210,7 @@ def _find_files(location: Path) -> tuple[Path, list[Path]]:
             remedy="Give a tokenizer's folder, or make one with tools/train_tokenizer.py",
             location=location,
         )
-    # Beside a file that was named outright, another definition would win once both are copied: leave it out.
+    # For an explicit file, skip the other definition next to it, which could take precedence after copying.
     rivals = DEFINITIONS if location.is_file() else ()
     names = [n for n in COMPANIONS if n not in rivals and n != definition.name and (folder / n).is_file()]
     return definition, [definition, *(folder / n for n in names)]
@@ -232,12 +221,12 @@ def _canonical_name(definition: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    """Folder of a Hub repository's tokenizer files, fetched or from the local cache."""
+    """Return the folder of a Hub repository's tokenizer files, from the local cache or downloaded."""
     try:
         return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(COMPANIONS)))
-    except Exception as error:  # a dozen kinds: bad name, no such repository, gated, no network
+    except Exception as error:  # of many types: bad name, no such repository, gated, no network
         raise DataError(
-            f"There is no such file or folder, and no tokenizer could be had from the Hub under that name "
+            f"There is no such file or folder, and no tokenizer could be downloaded from the Hub under that name "
             f"({type(error).__name__})",
             remedy="Check the path, or make a tokenizer with tools/train_tokenizer.py",
             location=name,
@@ -247,7 +236,7 @@ def _download(name: str) -> Path:
 def _special_ids(
     files: list[Path], vocabulary: dict[str, int], built_in: dict[str, str], definition: Path
 ) -> dict[str, int]:
-    """Ids by role; a settings file beats what the definition says, a usual name for BOS comes last."""
+    """Return ids by role. Settings files override the definition; a usual BOS name is the last resort."""
     named = dict(built_in)
     for file in files:
         if file.name in SETTINGS:
@@ -257,15 +246,15 @@ def _special_ids(
     ids = {role: vocabulary[named[role]] for role in ROLES if named.get(role) in vocabulary}
     if "bos" not in ids:
         raise DataError(
-            "The tokenizer has no beginning-of-sequence token, which opens every document",
-            remedy='Name one as "bos_token" in the tokenizer_config.json beside it',
+            "The tokenizer has no beginning-of-sequence token, which must start every document",
+            remedy='Name one as "bos_token" in a tokenizer_config.json next to it',
             location=definition,
         )
     return ids
 
 
 def _roles_in(file: Path) -> dict[str, str]:
-    """Special tokens that a settings file names: {"bos": "<s>", ...}."""
+    """Return the special tokens that a settings file names: {"bos": "<s>", ...}."""
     try:
         settings: Any = json.loads(file.read_bytes())
         entries = {role: settings.get(f"{role}_token") for role in ROLES}
@@ -278,6 +267,6 @@ def _roles_in(file: Path) -> dict[str, str]:
 def _damaged(file: Path, error: Exception) -> DataError:
     return DataError(
         f"The tokenizer file cannot be read: {error or type(error).__name__}",
-        remedy="Fetch or make it again",
+        remedy="Download or make it again",
         location=file,
     )

@@ -1,4 +1,4 @@
-"""What both engines share: how layers are made, the optimizer, the gradient norm, and DeepSpeed's manners."""
+"""The common part of both engines: layers, optimizer, gradient norm, checkpoints, and DeepSpeed's setup."""
 
 import io
 import logging
@@ -44,25 +44,25 @@ from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.types import Batch
 
-_WATCHDOG_HEAD_START_S = 30
+_WATCHDOG_HEAD_START_S = 30  # a hang is first seen by the watchdog, then by the timeout of collectives
 
 
 def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
-    """Form the process group of all ranks, if there is none yet.
+    """Create the process group of all ranks, unless it exists.
 
-    Keeps DeepSpeed from probing its compiled operators, and so from compiling a collective that only inference uses: on
-    a CPU it would build that shared-memory operator at every first start on a machine, for about a minute.
+    DeepSpeed is kept from probing its compiled operators. On a CPU the probe would compile a shared-memory collective
+    that only inference uses, for about a minute at the first start on each machine.
 
     Args:
-        mesh: this process.
-        timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives get some more, so that the watchdog,
-            which can name the ranks, is the first to see it.
+        mesh: this process among the ranks.
+        timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives have a longer timeout, so that the
+            watchdog, which can name the ranks, detects a hang first.
 
     Raises:
-        ConfigError: another launch on this host has the port.
+        ConfigError: another launch on this host uses the port.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Every operator counts as not compiled; DeepSpeed would probe them all, with a warning for each that cannot be.
+    # Mark all operators as not compiled; DeepSpeed would probe each, and warn about those that cannot be compiled.
     setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # reading the attribute would already probe
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
     try:
@@ -71,17 +71,17 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         if "EADDRINUSE" not in str(error):
             raise
         raise ConfigError(
-            f"the port where the ranks meet is taken, by another launch on this host perhaps: {error}",
-            remedy="Give this launch another: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
+            f"the rendezvous port is in use, perhaps by another launch on this host: {error}",
+            remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
             location=f"MASTER_PORT of {rank_name(mesh)}",
         ) from error
 
 
 def check_precision(mesh: Mesh, run: RunConfig) -> None:
-    """Compare the settled precision of all ranks, which call this together; the process group stands.
+    """Compare the resolved precision of all ranks; they call this together, after the process group exists.
 
     Raises:
-        ConfigError: on all ranks: `train.precision=auto` came out differently on hosts of different kinds.
+        ConfigError: on all ranks, if `train.precision=auto` resolved differently on different hosts.
     """
     seen: list[Any] = [None] * mesh.num_ranks
     dist.all_gather_object(seen, (run.train.precision, rank_name(mesh)))
@@ -89,16 +89,16 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
     if len(first_by_precision) > 1:
         found = ", ".join(f"{precision} on {name}" for precision, name in sorted(first_by_precision.items()))
         raise ConfigError(
-            f"train.precision=auto is {found}: all ranks must compute in one precision, and these hosts differ",
-            remedy="Name the precision: --set train.precision=fp32, or bf16",
+            f"train.precision=auto resolves to {found}; all ranks must compute in the same precision",
+            remedy="Set the precision: --set train.precision=fp32, or bf16",
             location="train.precision",
         )
 
 
 def set_group_timeouts(timeout_s: float) -> None:
-    """Give all groups of this rank the timeout of `start_deepspeed`, DeepSpeed's own included.
+    """Set the timeout of `start_deepspeed` on all groups of this rank, including DeepSpeed's own.
 
-    A group is formed with torch's default, 10 or 30 minutes, whatever that of the group of all ranks is.
+    A new group has torch's default timeout, 10 or 30 minutes, whatever the timeout of the group of all ranks is.
     """
     for group in list(distributed_c10d._world.pg_map):
         if not distributed_c10d._rank_not_in_group(group):
@@ -110,7 +110,7 @@ def _collective_timeout(timeout_s: float) -> timedelta:
 
 
 def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
-    """The factory that this mesh asks for, and the ranks that share layers; every rank of the launch calls it."""
+    """Return the layer factory of this mesh and the tensor-parallel group, if any; all ranks must call this."""
     exchange = UlyssesExchange(context_group(mesh)) if mesh.context > 1 else None
     if mesh.tensor == 1:
         return LocalLayers(exchange), None
@@ -120,30 +120,31 @@ def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
 
 @contextmanager
 def suppress_stdout() -> Iterator[None]:
-    """Keep back what DeepSpeed prints as it starts; what goes wrong raises."""
+    """Discard what DeepSpeed prints during startup; failures raise."""
     with redirect_stdout(io.StringIO()):
         yield
 
 
 def make_topology(mesh: Mesh) -> PipeModelDataParallelTopology:
-    """The mesh in DeepSpeed's words; its order of ranks is the same.
+    """Return the mesh as DeepSpeed's topology, with the same order of ranks.
 
-    Ranks that share a window are data-parallel ones to it: their gradients, each of a loss over some of the tokens, are
-    averaged just as those of other windows are.
+    DeepSpeed treats context-parallel ranks as data-parallel: their gradients, each of a loss over some of the tokens,
+    are averaged just as those of other sequences.
     """
     return PipeModelDataParallelTopology(num_pp=mesh.pipeline, num_mp=mesh.tensor, num_dp=mesh.replica_ranks)
 
 
 def make_grid(mesh: Mesh) -> PipelineParallelGrid:
-    """DeepSpeed's groups of the mesh, for its engine."""
+    """Create DeepSpeed's process groups of the mesh."""
     with suppress_stdout():
         return PipelineParallelGrid(topology=make_topology(mesh))
 
 
 def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Optimizer:
-    """Fused AdamW; matrices and tables decay, norm weights do not.
+    """Make a fused AdamW with weight decay on matrices and embeddings, not on norm weights.
 
-    The learning rate is 0 until a step is to be taken: DeepSpeed's bf16 optimizer without ZeRO takes one as it starts.
+    The learning rate is 0 until the first step, because DeepSpeed's bf16 optimizer without ZeRO takes a step during
+    setup.
     """
     decayed = [p for p in model.parameters() if p.ndim > 1]
     plain = [p for p in model.parameters() if p.ndim == 1]
@@ -154,37 +155,37 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
 
 
 def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed keeps the gradient norm and clips by it: in all cases but fp32 without ZeRO."""
+    """Return True if DeepSpeed computes the gradient norm and clips: in all cases but fp32 without ZeRO."""
     return run.train.precision != "fp32" or zero_stage(ds_config) > 0
 
 
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
-    """A micro-batch where the model is."""
+    """Move a micro-batch to the model's device."""
     return Batch(*(field.to(device, non_blocking=True) for field in batch if field is not None))
 
 
 def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
-    """The mean over tokens; one that is not finite makes the whole gradient NaN, so that the update is left out.
+    """Return the mean over tokens; if it is not finite, the entire gradient becomes NaN, so that the update is skipped.
 
     Args:
-        losses_BT: in nats.
-        weights_BT: as `Batch` has them, of the same tokens.
+        losses_BT: losses in nats.
+        weights_BT: weights of the same tokens, as in `Batch`.
     """
     mean = (losses_BT if weights_BT is None else losses_BT * weights_BT).mean()
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
 
 
 class PlainGradients:
-    """Norm, clipping and the check for NaN where DeepSpeed keeps no norm, and counts that of stages wrongly.
+    """Norm, clipping and NaN check of gradients where DeepSpeed has no norm, or sums it over stages incorrectly.
 
-    An update whose norm is not finite is left out by the optimizer itself, on the device: nothing waits for the norm.
-    In all other cases DeepSpeed leaves it out, and gives infinity as the norm.
+    The optimizer itself skips an update whose norm is not finite, on the device, so that nothing waits for the norm. In
+    all other cases DeepSpeed skips the update and returns an infinite norm.
 
     Args:
-        optimizer: whose steps are to be preceded by this; DeepSpeed must not clip before.
-        clip: largest norm; 0: no clipping.
+        optimizer: optimizer that gets a step pre-hook; DeepSpeed must not clip before it.
+        clip: maximal norm; 0 disables clipping.
         mesh: this process among the ranks.
-        model_group: ranks that hold the parts of one model, over stages and tensor-parallel ranks; None if it is one.
+        model_group: ranks with parts of one model, over stages and tensor-parallel ranks; None if there is only one.
     """
 
     def __init__(
@@ -196,31 +197,31 @@ class PlainGradients:
 
     def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # What is whole on every tensor-parallel rank counts once, and so does what two stages have.
+        # Count parameters once that are replicated over tensor-parallel ranks or copied on two stages.
         whole_here = self._mesh.tensor_rank == 0
         counted = [p.grad for p in parameters if (whole_here or shard_of(p) is not None) and not copied(p)]
         squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
         self.norm = squares.sqrt()
-        optimizer.found_inf = 1 - self.norm.isfinite().float()  # type: ignore[attr-defined]  # torch's fused AdamW asks
+        optimizer.found_inf = 1 - self.norm.isfinite().float()  # type: ignore[attr-defined]  # read by fused AdamW
         if self._clip > 0:
             torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)
 
 
 class DeepSpeedEngine:
-    """What does not depend on how the plan is run; `__init__` of a kind of engine sets these attributes."""
+    """The part of an engine that is independent of how the plan runs; `__init__` of subclasses sets the attributes."""
 
     _mesh: Mesh
     _run: RunConfig
-    _data: DataRecord | None  # what it trains on, for checkpoints to remember
+    _data: DataRecord | None  # record of the training data, stored in checkpoints
     host: HostCollectives
     _saver: CheckpointWriter
-    _engine: Any  # DeepSpeed's
-    _optimizer: Any  # what DeepSpeed made of ours
+    _engine: Any  # DeepSpeed's engine
+    _optimizer: Any  # DeepSpeed's wrapper of the optimizer
     _plain: PlainGradients | None = None
     _own_time: ForwardTimer
-    _tensor_group: dist.ProcessGroup | None  # ranks that share this one's layers; None where none does
+    _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
 
     def _initialize(
         self,
@@ -230,14 +231,14 @@ class DeepSpeedEngine:
         model_group: dist.ProcessGroup | None,
         mpu: PipelineParallelGrid | None = None,
     ) -> None:
-        """Hand the model and its optimizer to DeepSpeed, and take over the gradient norm where it keeps none.
+        """Pass the model and its optimizer to DeepSpeed, and compute the gradient norm here if DeepSpeed does not.
 
         Args:
             model: this rank's part.
             run: the run configuration.
-            ds_config: see `ZeroEngine`.
-            model_group: as `PlainGradients` takes it.
-            mpu: DeepSpeed's groups, where the model does not bring them.
+            ds_config: see `start_engine`.
+            model_group: see `PlainGradients`.
+            mpu: DeepSpeed's groups, unless the model provides them.
         """
         optimizer = make_optimizer(model, run.optimizer)
         if not deepspeed_clips(run, ds_config):
@@ -248,7 +249,7 @@ class DeepSpeedEngine:
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
         if self._mesh.replica_ranks == 1 and hasattr(self._optimizer, "get_grads_for_reduction"):  # bf16 with ZeRO 1
-            # With no one to exchange them with, DeepSpeed would still copy all gradients together and back.
+            # With a single replica DeepSpeed would still copy all gradients into a flat buffer and back.
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
         reset_adam_state(self._optimizer)
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
@@ -260,17 +261,14 @@ class DeepSpeedEngine:
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
     def on_forward(self, to: Callable[[], None]) -> None:
-        """See `Engine.on_forward`."""
         self._engine.module.register_forward_pre_hook(lambda *_: to())
 
     def pop_forward_seconds(self) -> float:
-        """See `Engine.pop_forward_seconds`."""
         return self._own_time.take_s()
 
     def save(
         self, run_dir: Path, step: int, *, loop_state: Mapping[str, Any] | None = None, final: bool = True
     ) -> None:
-        """See `Engine.save`."""
         mesh, zero = self._mesh, self._engine.zero_optimization_stage()
         layout = {"ranks": mesh.num_ranks, "tensor": mesh.tensor, "pipeline": mesh.pipeline, "zero": zero}
         config = self._run.model_dump(mode="json")
@@ -280,14 +278,12 @@ class DeepSpeedEngine:
         self._saver.save(run_dir, info, self._fragments_to_write(), random_states(mesh.device), final=final)
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
-        """See `Engine.latest_valid_checkpoint`."""
         self._saver.finish()
         return latest_valid_checkpoint(
             run_dir, lambda index: belongs_to_another_run(index, self._run, self._data), self._mesh, self.host
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """See `Engine.load`."""
         self._saver.finish()
         reader = StateReader(folder)
         load_optimizer_state(self._engine.module, self._optimizer, reader)
@@ -295,7 +291,7 @@ class DeepSpeedEngine:
         return reader.index.loop_state
 
     def _fragments_to_write(self) -> list[Fragment]:
-        """What this rank has, without what another writes: of equal copies each rank writes a part."""
+        """Return the fragments that this rank writes; ranks with replicated fragments each write a part of them."""
         mesh = self._mesh
         held = [f for f in fragments(self._engine.module, self._optimizer) if not f.is_copy]
         mine = [fragment for fragment in held if fragment.shard is not None or mesh.tensor_rank == 0]
@@ -304,20 +300,18 @@ class DeepSpeedEngine:
         return [fragment.part(mesh.replica_rank, mesh.replica_ranks) for fragment in mine]
 
     def check_replicas(self, step: int) -> None:
-        """See `Engine.check_replicas`."""
         weights, checks = dict(self._engine.module.named_parameters()), []
         if self._tensor_group is not None:
             full = {name: p for name, p in weights.items() if shard_of(p) is None}
             held = [f for f in fragments(self._engine.module, self._optimizer) if f.shard is None]
-            alike = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in full.items()}
-            alike |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}
-            checks.append(Replicas("tensor-parallel ranks", self._tensor_group, alike))
-        if self._engine.zero_optimization_stage() < 3:  # which holds no weight whole
+            replicated = {f"{name} (compute weight)": getattr(p, "ds_tensor", p) for name, p in full.items()}
+            replicated |= {f"{f.name} ({kind})": tensor for f in held for kind, tensor in f.state.items()}
+            checks.append(Replicas("tensor-parallel ranks", self._tensor_group, replicated))
+        if self._engine.zero_optimization_stage() < 3:  # ZeRO 3 shards all weights
             checks.append(Replicas("copies of the weights on ranks", self._engine.data_parallel_group, weights))
         check_replicas(checks, step)
 
     def close(self) -> None:
-        """See `Engine.close`."""
         self._saver.finish()
         self._engine.destroy()
         dist.destroy_process_group()

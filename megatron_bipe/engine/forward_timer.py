@@ -1,7 +1,7 @@
-"""How long a rank computes by itself, by which a slow one is told from those that wait for it.
+"""Measures the compute time of a rank, to distinguish a slow rank from those that wait for it.
 
-Ranks leave a step together, whoever was slow. A forward pass of data-parallel ranks or of a stage waits for no one;
-that of tensor-parallel ranks and of ZeRO 3 waits within their group, which is then slow as a whole.
+All ranks finish a step together, whichever was slow. The forward pass of a data-parallel rank or of a stage waits for
+no other rank; with tensor parallelism or ZeRO 3 it waits within its group, which is then slow as a unit.
 """
 
 import time
@@ -12,24 +12,24 @@ from torch import nn
 
 
 class ForwardTimer:
-    """Adds up the time of a module's forward passes.
+    """Sum of the durations of a module's forward passes.
 
     Args:
-        module: whose; it gets hooks.
-        device: where it computes. On a GPU time is taken by events, so that nothing waits before `take_s`.
-        wanted: whether anyone will ask; otherwise nothing is kept.
+        module: module to time; it gets hooks.
+        device: device of the module. A GPU is timed by events, so that only `take_s` waits for it.
+        wanted: False disables the timer.
     """
 
     def __init__(self, module: nn.Module, device: torch.device, *, wanted: bool) -> None:
         self._on_gpu = device.type == "cuda"
-        self._passes: list[tuple[Any, Any]] = []  # begin and end: events, or seconds
+        self._passes: list[tuple[Any, Any]] = []  # begin and end, as events or seconds
         self._began: Any = None
         if wanted:
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end)
 
     def take_s(self) -> float:
-        """Seconds since the last call of this."""
+        """Return the seconds since the last call and reset the sum."""
         passes, self._passes = self._passes, []
         if not self._on_gpu:
             return float(sum(end - begin for begin, end in passes))

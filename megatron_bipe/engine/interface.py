@@ -1,4 +1,4 @@
-"""What the training loop may ask of an engine; the loop knows nothing else of DeepSpeed."""
+"""The interface between the training loop and an engine; the loop does not depend on DeepSpeed otherwise."""
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -12,65 +12,65 @@ from megatron_bipe.types import Batch
 
 
 class StepResult(NamedTuple):
-    """Outcome of one optimizer step; tensors, so that nothing waits for the device until someone looks."""
+    """Result of one optimizer step; values may be tensors, so that only reading them waits for the device."""
 
     loss_nats: Tensor | float  # mean over the tokens of the global batch, before the update
-    grad_norm: Tensor | float  # global L2 norm before clipping; not finite: nothing was updated
+    grad_norm: Tensor | float  # global L2 norm before clipping; if it is not finite, the update was skipped
 
 
 class Engine(Protocol):
-    """One model under training on all ranks of a launch; every rank calls each method together."""
+    """A model in training on all ranks of a launch; all ranks call each method together."""
 
     host: HostCollectives
-    """Of the hosts of its ranks."""
+    """Host-side (gloo) collectives over all ranks."""
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
-        """Run this rank's micro-batches of one global batch forward and backward, then update once.
+        """Run forward and backward on this rank's micro-batches of one global batch, then update once.
 
-        Where the loss or the gradient of any rank is not finite, no rank updates anything.
+        If the loss or gradient of any rank is not finite, all ranks skip the update.
         """
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        """Mean loss in nats a token over the batches of all ranks; each rank gives its own, equally many."""
+        """Return the mean loss in nats per token over the batches of all ranks, equally many on each."""
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
-        """The newest checkpoint of this run that is whole, every byte looked at; None if there is none at all.
+        """Return this run's newest checkpoint that passes verification of every byte, or None if it has no checkpoints.
 
         Raises:
-            CheckpointError: on all ranks, if none is whole.
+            CheckpointError: on all ranks, if there are checkpoints but none is valid.
         """
 
     def save(
         self, run_dir: Path, step: int, *, loop_state: Mapping[str, Any] | None = None, final: bool = True
     ) -> None:
-        """Write a checkpoint after `step` updates and point the run folder at it.
+        """Write a checkpoint after `step` updates and make it the newest of the run.
 
         Args:
-            run_dir: of the run.
+            run_dir: folder of the run.
             step: updates done.
-            loop_state: what `load` is to give back, as JSON holds it; the same on all ranks.
-            final: nothing comes after it: wait until it is on the disk, and raise what went wrong. Otherwise that is a
-                warning, and with `checkpoint.asynchronous` training may go on meanwhile.
+            loop_state: JSON-serializable state that `load` returns; the same on all ranks.
+            final: wait until the checkpoint is on the disk, and raise on failure. Otherwise a failure is logged as a
+                warning, and with `checkpoint.asynchronous` training continues during the write.
 
         Raises:
-            CheckpointError: on all ranks, where `final`: it could not be written.
+            CheckpointError: on all ranks, if `final` and the checkpoint could not be written.
         """
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Continue from a checkpoint of any layout; from one of the same layout bit for bit. Returns its loop state."""
+        """Load a checkpoint of any layout and return its loop state; in the same layout a resume is bit-identical."""
 
     def on_forward(self, to: Callable[[], None]) -> None:
-        """Call `to` at each forward pass of this rank's part: of a stage between others no one else hears."""
+        """Call `to` at each forward pass of this rank's part, including that of a middle pipeline stage."""
 
     def pop_forward_seconds(self) -> float:
-        """Seconds of this rank's own forward passes since the last call: without what it waits for other stages."""
+        """Return the seconds of this rank's forward passes since the last call, without waits for other stages."""
 
     def check_replicas(self, step: int) -> None:
-        """Compare the bits of what several ranks hold alike, after update `step`.
+        """Check after update `step` that replicated tensors are bit-identical on all ranks.
 
         Raises:
             DivergenceError: on all ranks, if any differ.
         """
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Finish a pending save and destroy the process group."""

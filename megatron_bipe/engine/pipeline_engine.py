@@ -1,4 +1,4 @@
-"""The plan cut into stages under DeepSpeed's pipeline engine: ZeRO 0 and 1."""
+"""The plan as pipeline stages under DeepSpeed's pipeline engine: ZeRO 0 and 1."""
 
 import itertools
 from collections.abc import Iterable, Iterator
@@ -30,14 +30,7 @@ from megatron_bipe.types import Batch
 
 
 class PipelineEngine(DeepSpeedEngine):
-    """Implements `engine.interface.Engine` with a `PipelineModule` over the plan.
-
-    Args:
-        run: the run configuration, validated.
-        ds_config: result of `config.deepspeed.engine_config`.
-        mesh: this process among the ranks.
-        data: what it trains on, for checkpoints to remember.
-    """
+    """An `engine.interface.Engine` with a `PipelineModule` over the plan; `start_engine` documents its arguments."""
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
         self._mesh, self._data = mesh, data
@@ -47,37 +40,35 @@ class PipelineEngine(DeepSpeedEngine):
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         bounds = cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline)
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)
-        if mesh.sequence:  # tensor-parallel ranks hold different positions: none can send a share of another's
+        if mesh.sequence:  # tensor-parallel ranks hold different positions, so DeepSpeed must not partition payloads
             ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
         self._initialize(module, run, ds_config, module.mpu().get_model_parallel_group())
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
-        """See `Engine.train_step`."""
         self._set_lr(lr)
         loss = self._engine.train_batch(self._payloads(micro_batches))
         return StepResult(loss, self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        """See `Engine.eval_loss`."""
         total, count = 0.0, 0
         for _, group in itertools.groupby(batches, key=lambda batch: batch.tokens_BT.shape):
-            alike = list(group)  # stages agree on one shape for as long as they are not told otherwise
+            same_shape = list(group)  # stages assume one shape until it is reset
             self._engine.reset_activation_shape()
-            mean = self._engine.eval_batch(self._payloads(alike), num_micro_batches=len(alike))
-            total, count = total + float(mean) * len(alike), count + len(alike)
+            mean = self._engine.eval_batch(self._payloads(same_shape), num_micro_batches=len(same_shape))
+            total, count = total + float(mean) * len(same_shape), count + len(same_shape)
         self._engine.reset_activation_shape()
         self._engine.module.train()
         return total / count
 
     def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
-        """What the first and the last stage take: (tokens, intra, inter), and labels with their weights, if any."""
+        """Yield the inputs of the first stage, (tokens, intra, inter), and of the last: labels and optional weights."""
         for batch in batches:
             tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
             yield (tokens, intra, inter), (labels,) if weights is None else (labels, weights)
 
 
 class _Stages(PipelineModule):
-    """The layers of this rank's stage; `bounds` has the first layer of each stage and the end of the last."""
+    """The layers of this rank's stage; `bounds` contains the first layer of each stage and the end of the last."""
 
     def __init__(
         self, plan: list[LayerPlan], bounds: list[int], layers: LayerFactory, mesh: Mesh, tied_output: bool
@@ -95,32 +86,31 @@ class _Stages(PipelineModule):
         group = end_stages_group(mesh) if tied_output else None
         self._tied = [(table, group) for table in tables if group is not None]
         for table in filter(copied, tables):
-            table.ds_pipe_replicated = True  # counts once in the gradient norm
+            table.ds_pipe_replicated = True  # counted once in the gradient norm
 
     def forward(self, payload: Any) -> Any:
-        """The layers of the stage, marked for the profiler."""
         with record_function("forward"):
             return super().forward(payload)
 
     def get_tied_weights_and_groups(self) -> list[tuple[Tensor, ProcessGroup]]:
-        """Whose gradients DeepSpeed sums over stages before it sums them over copies of the model."""
+        """Return the weights whose gradients DeepSpeed sums over stages before it reduces them over replicas."""
         return self._tied
 
     def _partition_layers(self, method: str = "") -> None:
-        """Where DeepSpeed would cut by itself; it would build every layer to count its parameters."""
+        """Replace DeepSpeed's partitioning, which would build every layer to count its parameters."""
         del method
         self.parts = self._bounds
         self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
 
 
 class _PlannedLayer(LayerSpec):
-    """A layer that the plan knows how to build."""
+    """A DeepSpeed layer specification that builds a layer of the plan."""
 
     def __init__(self, layer: LayerPlan) -> None:
         super().__init__(nn.Module)
         self._layer = layer
 
     def build(self, log: bool = False) -> nn.Module:
-        """Called on the ranks of its stage alone."""
+        """Build the layer; DeepSpeed calls this only on the ranks of its stage."""
         del log
         return self._layer.build()

@@ -1,4 +1,4 @@
-"""Which engine a layout needs."""
+"""Starts the engine that a layout requires."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from megatron_bipe.parallel.mesh import Mesh
 
 
 def start_engine(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> Engine:
-    """The engine of this rank; waits for all ranks.
+    """Start the engine of this rank; waits for all ranks.
 
     Args:
-        run: the run configuration, validated.
+        run: the validated run configuration.
         ds_config: result of `config.deepspeed.engine_config`.
-        mesh: this process, laid out.
-        data: what it will be trained on, for checkpoints to remember.
+        mesh: this process among the ranks.
+        data: record of the training data, stored in checkpoints.
     """
     kind = PipelineEngine if mesh.pipeline > 1 else ZeroEngine
     return kind(run, ds_config, mesh, data)

@@ -1,4 +1,4 @@
-"""The plan as one sequence under DeepSpeed's plain engine: ZeRO 0 to 3, one stage."""
+"""The plan as one sequential module under DeepSpeed's standard engine: ZeRO 0 to 3, no pipeline."""
 
 import logging
 from collections.abc import Iterable
@@ -30,21 +30,14 @@ _log = logging.getLogger(__name__)
 
 
 class ZeroEngine(DeepSpeedEngine):
-    """Implements `engine.interface.Engine` with `deepspeed.initialize` over the whole model.
-
-    Args:
-        run: the run configuration, validated.
-        ds_config: result of `config.deepspeed.engine_config`.
-        mesh: this process among the ranks.
-        data: what it trains on, for checkpoints to remember.
-    """
+    """An `engine.interface.Engine` over the full model in one stage; `start_engine` documents its arguments."""
 
     def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
         self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
         check_precision(mesh, run)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
-            _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; ds_configs/zero1.json uses fp32")
+            _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; with ds_configs/zero1.json it uses fp32")
         self._layers, self._tensor_group = make_layers(mesh)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
         self._initialize(self._build(run), run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
@@ -53,7 +46,6 @@ class ZeroEngine(DeepSpeedEngine):
         return build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
-        """See `Engine.train_step`."""
         self._set_lr(lr)
         losses = []
         for batch in micro_batches:
@@ -65,7 +57,6 @@ class ZeroEngine(DeepSpeedEngine):
         return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        """See `Engine.eval_loss`."""
         self._engine.eval()
         with torch.no_grad():
             losses = torch.stack([self._loss(batch) for batch in batches])

@@ -1,8 +1,8 @@
-"""What the ranks of a layout say to each other in one step: how often, and how many bytes each sends.
+"""Estimated communication of one optimizer step: the number of messages and the bytes that a rank sends.
 
-A ring is assumed: of n bytes that R ranks sum and share, each rank sends 2 n (R - 1) / R; a gather or a scatter of n
-bytes in all takes half of that, and of n bytes that a rank deals out to all, it keeps n / R. Sent means sent by the
-rank of the stage that sends most; what overlaps with computation is counted in full.
+Ring algorithms are assumed. For n bytes on R ranks, a rank sends 2 n (R - 1) / R in an all-reduce, and half of that in
+an all-gather or a reduce-scatter; in an all-to-all it sends all but 1 / R of its bytes. Figures are those of the stage
+that sends most; communication that overlaps with computation is counted in full.
 """
 
 import itertools
@@ -16,21 +16,21 @@ from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, tokens_here
 from megatron_bipe.parallel.pipeline_partition import cut_stages, layer_costs
 from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
 
-# By `communication_data_type`; without one DeepSpeed exchanges gradients in compute precision.
+# Bytes by `communication_data_type`; if it is not set, DeepSpeed exchanges gradients in compute precision.
 _EXCHANGED_BYTES = {"fp32": FP32_BYTES, "bf16": 2, "fp16": 2}
 
 
 class Traffic(NamedTuple):
-    """One kind of message of a rank."""
+    """One kind of communication of a rank."""
 
     axis: str  # tensor, context, pipeline or data
     what: str
-    times: int  # a step
-    bytes_sent: float  # a step
+    times: int  # per step
+    bytes_sent: float  # per step
 
 
 def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[Traffic]:
-    """All that a rank sends in one optimizer step, by axis; `ds_config` is what the engine is started with."""
+    """Return what a rank sends in one optimizer step, by axis; `ds_config` is the result of `engine_config`."""
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     return [
         *_tensor(run, micro_batches),
@@ -41,38 +41,38 @@ def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> l
 
 
 def bubble(run: RunConfig, num_ranks: int) -> float:
-    """Share of a step in which the average stage waits for others, communication not counted.
+    """Return the fraction of a step that the average pipeline stage is idle, communication not counted.
 
-    m micro-batches through p stages take as long as m + p - 1 turns of the most costly stage would.
+    With p stages, m micro-batches take m + p - 1 times as long as one micro-batch on the most expensive stage.
     Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, for stages of equal cost.
     """
     costs = layer_costs(run.model, run.train.seq_len_tokens)
     bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     stages = [sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds)]
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
-    turns = micro_batches + len(stages) - 1
-    return 1 - micro_batches * sum(stages) / (turns * max(stages) * len(stages))
+    slots = micro_batches + len(stages) - 1
+    return 1 - micro_batches * sum(stages) / (slots * max(stages) * len(stages))
 
 
 def _tensor(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
-    """Of the stage with most blocks, the embedding and the head counted with it where there is one stage."""
+    """Count the collectives of the stage with the most blocks, and of embedding and head if it is the only one."""
     parallel = run.parallel
     if parallel.tensor == 1:
         return
-    sums = 2 * _passes(run) * _most_blocks(run) * micro_batches
+    num_calls = 2 * _passes(run) * _most_blocks(run) * micro_batches
     if parallel.pipeline == 1:
-        sums += 2 * micro_batches
-    full = tokens_here(run) * run.model.hidden_size * compute_width(run)
+        num_calls += 2 * micro_batches
+    full_bytes = tokens_here(run) * run.model.hidden_size * compute_width(run)
     ring = (parallel.tensor - 1) / parallel.tensor
     if parallel.sequence:
-        yield Traffic("tensor", "gathers", sums, sums * full * ring)
-        yield Traffic("tensor", "reduce-scatters", sums, sums * full * ring)
+        yield Traffic("tensor", "gathers", num_calls, num_calls * full_bytes * ring)
+        yield Traffic("tensor", "reduce-scatters", num_calls, num_calls * full_bytes * ring)
     else:
-        yield Traffic("tensor", "all-reduces", sums, sums * full * 2 * ring)
+        yield Traffic("tensor", "all-reduces", num_calls, num_calls * full_bytes * 2 * ring)
 
 
 def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
-    """Of the stage with most blocks: each keeps a part of what it has, and sends the others theirs."""
+    """Count the all-to-alls of the stage with the most blocks: a rank keeps its own slice and sends the rest."""
     parallel, model = run.parallel, run.model
     if parallel.context == 1:
         return
@@ -84,7 +84,7 @@ def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
 
 
 def _passes(run: RunConfig) -> int:
-    """Forward, backward, and forward once more where all is computed again."""
+    """Return the number of passes: forward, backward, and a second forward pass with full recomputation."""
     return 3 if run.parallel.recompute == "full" else 2
 
 
@@ -94,7 +94,10 @@ def _most_blocks(run: RunConfig) -> int:
 
 
 def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
-    """Of a stage that has one on either side; DeepSpeed cuts what tensor-parallel ranks hold alike, and gathers it."""
+    """Count the messages of a stage with neighbours on both sides.
+
+    DeepSpeed partitions the activations that tensor-parallel ranks replicate, and gathers them at the receiver.
+    """
     parallel = run.parallel
     if parallel.pipeline == 1:
         return
@@ -106,15 +109,15 @@ def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
 
 
 def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
-    """Gradients are summed once a step, with ZeRO 2 and 3 once a micro-batch."""
+    """Count gradient reductions, once per step (ZeRO 2 and 3: once per micro-batch), and weight gathers."""
     replicas, zero = run.parallel.replica_ranks(num_ranks), zero_stage(ds_config)
     if replicas == 1:
         return
     bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     counts = parameters_of_rank(run.model, run.parallel.tensor)
-    most = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
-    weights, ring = most * compute_width(run), (replicas - 1) / replicas
-    gradients = most * _EXCHANGED_BYTES.get(ds_config.get("communication_data_type", ""), compute_width(run))
+    most_parameters = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
+    weights, ring = most_parameters * compute_width(run), (replicas - 1) / replicas
+    gradients = most_parameters * _EXCHANGED_BYTES.get(ds_config.get("communication_data_type", ""), compute_width(run))
     if zero < 2:
         yield Traffic("data", "gradients, all-reduced", 1, 2 * gradients * ring)
     else:

@@ -1,4 +1,4 @@
-"""What a run would be, without starting it, on any number of ranks: configuration, layers, layout, memory, length."""
+"""The text of `--dry-run`: configuration, layers, layout, memory, communication, length and data of a run."""
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -22,13 +22,13 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
     """Return the text that `--dry-run` prints.
 
     Args:
-        run: the run configuration, validated for `num_ranks`, its precision settled.
+        run: the run configuration, validated for `num_ranks`, its precision resolved.
         ds_config: result of `config.deepspeed.engine_config`.
-        num_ranks: of the launch that is described.
-        precision: the run's, with the reason for it.
+        num_ranks: ranks of the described launch.
+        precision: the chosen precision and its reason.
 
     Raises:
-        ConfigError: a dataset that is there does not fit the run.
+        ConfigError: an existing dataset does not fit the run.
     """
     stages = stage_memories(run, ds_config, num_ranks)
     parts = [
@@ -37,8 +37,8 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
         "# Layers\n" + layer_table(run.model),
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
-        "# Memory of a rank of each stage, GiB (estimate)\n" + _memory_table(stages),
-        "# Sent by a rank in a step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
+        "# Memory per rank of each stage, GiB (estimate)\n" + _memory_table(stages),
+        "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
         "# Length\n" + _length(run, num_ranks),
         "# Data\n" + _data(run),
     ]
@@ -47,12 +47,12 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
 
 def _precision(run: RunConfig, precision: PrecisionChoice) -> str:
     is_guess = precision.reason.startswith("auto")
-    hint = "decided on this machine; to plan for another one, set train.precision\n" if is_guess else ""
+    hint = "chosen for this machine; set train.precision to plan for another one\n" if is_guess else ""
     return f"{run.train.precision} ({precision.reason})\n{hint}"
 
 
 def layer_table(model: ModelConfig) -> str:
-    """Index, kind and parameters of every layer, equal neighbours on one line."""
+    """Return a table of the layers with kind and parameter count; identical neighbours share a row."""
     counts = count_parameters(model)
     kinds = [layer.kind for layer in make_plan(model, seed=0)]
     last = len(kinds) - 1
@@ -67,13 +67,13 @@ def _total(count: int) -> tuple[str, ...]:
 
 def _layout(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
     parallel = run.parallel
-    run_length, ranks_a_stage = parallel.tensor * parallel.context, num_ranks // parallel.pipeline
-    starts = range(0, num_ranks, ranks_a_stage)
-    first_copy = [f"{start}-{start + run_length - 1}" if run_length > 1 else str(start) for start in starts]
+    stage_ranks, stride = parallel.tensor * parallel.context, num_ranks // parallel.pipeline
+    starts = range(0, num_ranks, stride)
+    first_replica = [f"{start}-{start + stage_ranks - 1}" if stage_ranks > 1 else str(start) for start in starts]
     return (
         f"{num_ranks} ranks = {parallel.tensor} tensor x {parallel.context} context x {parallel.pipeline} pipeline x "
         f"{parallel.data_ranks(num_ranks)} data, ZeRO {zero_stage(ds_config)}\n"
-        f"the first copy of the model is on ranks {', '.join(first_copy)}: a run of {run_length} for each stage\n"
+        f"the first model replica is on ranks {', '.join(first_replica)}: {stage_ranks} for each stage\n"
     )
 
 
@@ -87,20 +87,20 @@ def _stage_table(stages: Sequence[StageMemory]) -> str:
         )
         for stage in stages
     ]
-    return _table([("stage", "layers", "parameters a rank", "share of the work"), *rows])
+    return _table([("stage", "layers", "parameters per rank", "fraction of the cost"), *rows])
 
 
 def _bubble(run: RunConfig, num_ranks: int) -> str:
     if run.parallel.pipeline == 1:
         return ""
-    waits = f"an average stage waits {bubble(run, num_ranks):.1%} of a step"
-    return f"{waits}: the pipeline fills and empties, and stages differ\n"
+    idle = f"an average stage waits {bubble(run, num_ranks):.1%} of a step"
+    return f"{idle}: the pipeline fills and drains, and stage costs differ\n"
 
 
 def _memory_table(stages: Sequence[StageMemory]) -> str:
     names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
     rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
-    return _table([("stage", *names[:-2], "in all", "on the host"), *rows])
+    return _table([("stage", *names[:-2], "total", "host"), *rows])
 
 
 def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
@@ -112,7 +112,7 @@ def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
 
 
 def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Columns as wide as they need to be; words to the left, numbers to the right."""
+    """Align the columns: text to the left, numbers to the right."""
     rows = list(rows)
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     numeric = [all(not cell or cell[0].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
@@ -131,11 +131,11 @@ def _length(run: RunConfig, num_ranks: int) -> str:
     tokens_per_step = train.global_batch * train.seq_len_tokens
     total = tokens_per_step * train.steps
     flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
-    copies = run.parallel.data_ranks(num_ranks)
+    replicas = run.parallel.data_ranks(num_ranks)
     return (
         f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
-        f"a step: {copies} copies of the model x {accumulation_steps(train, copies)} micro-batches x "
-        f"{train.micro_batch} windows of {train.seq_len_tokens} tokens\n"
+        f"a step: {replicas} model replicas x {accumulation_steps(train, replicas)} micro-batches x "
+        f"{train.micro_batch} sequences of {train.seq_len_tokens} tokens\n"
     )
 
 
@@ -154,9 +154,9 @@ def _data(run: RunConfig) -> str:
     return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
 
 
-def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, shard: float) -> str:
-    of_a_blend = f"{shard:.2%} of the windows; " if shard < 1 else ""
-    sequences = shard * run.train.steps * run.train.global_batch
+def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, fraction: float) -> str:
+    blend_part = f"{fraction:.2%} of the sequences; " if fraction < 1 else ""
+    sequences = fraction * run.train.steps * run.train.global_batch
     if manifest.examples:
         num_examples = manifest.num_documents // 2
         content, times = f"{num_examples:,} examples of {manifest.examples.task}", sequences / max(1, num_examples)
@@ -164,6 +164,6 @@ def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, shard: float
         content = f"{manifest.num_documents:,} documents"
         times = sequences * run.train.seq_len_tokens / max(1, manifest.num_tokens)
     return (
-        f"{folder}: {of_a_blend}{manifest.num_tokens:,} tokens in {content}, "
+        f"{folder}: {blend_part}{manifest.num_tokens:,} tokens in {content}, "
         f"segments {manifest.rule.spec}; the run reads it {times:.2f} times\n"
     )

@@ -1,4 +1,4 @@
-"""Perplexity curves and the layout decisions that every drawing of them shares: range, ticks, label positions.
+"""Perplexity curves and layout decisions common to all plots: range, ticks, label positions.
 
 Free of torch and matplotlib: `plot` draws them as PNG, `line_chart` as SVG.
 """
@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-# Okabe and Ito's palette, told apart with any colour vision; markers repeat the distinction without colour.
+# Okabe and Ito's palette, distinguishable with any colour vision; markers distinguish lines without colour.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-CLIP_FACTOR = 2.5  # perplexities beyond so many times the worst one at the training length leave the plot
+CLIP_FACTOR = 2.5  # upper limit of the plot, in multiples of the worst perplexity at the training length
 
 
 class Curve(NamedTuple):
@@ -19,11 +19,11 @@ class Curve(NamedTuple):
     name: str
     train_len_tokens: int
     points: Sequence[tuple[float, float]]
-    """(window length, perplexity), ascending."""
+    """(sequence length, perplexity), ascending."""
 
 
 def visible_range(curves: Sequence[Curve]) -> tuple[float, float]:
-    """Return limits of the perplexity axis: everything, unless a line explodes beyond what the others need."""
+    """Return limits of the perplexity axis: all values, unless a line far exceeds the others."""
     at_training = [min(c.points, key=lambda point: abs(point[0] - c.train_len_tokens))[1] for c in curves]
     values = [value for curve in curves for _, value in curve.points]
     low = min(values)
@@ -31,12 +31,12 @@ def visible_range(curves: Sequence[Curve]) -> tuple[float, float]:
         return 0.0, 1.0
     sensible = CLIP_FACTOR * max((value for value in at_training if math.isfinite(value)), default=low)
     top = max(values) if max(values) <= sensible else sensible
-    room = max(top - low, 0.3 * low)  # noise shall not look like an effect
+    room = max(top - low, 0.3 * low)  # noise must not look like an effect
     return max(0.0, low - 0.12 * room), top if top < max(values) else low + 1.08 * room
 
 
 def values_beyond(curves: Sequence[Curve], high: float) -> str:
-    """Describe the values that the plot cannot show, in words; empty where there are none."""
+    """Describe the values that the plot cannot show; empty if there are none."""
     parts = []
     for curve in curves:
         gone = [f"{_rounded(value)} at {length:,}" for length, value in curve.points if value > high]
@@ -51,13 +51,13 @@ def spread(wanted: Sequence[float], gap: float) -> list[float]:
     placed = list(wanted)
     for before, here in pairwise(order):
         placed[here] = max(placed[here], placed[before] + gap)
-    # Pushed upwards only; moving all back by the mean push keeps the labels around their lines.
+    # Labels were pushed upwards only; subtracting the mean push centres them on their lines.
     push = sum(p - w for p, w in zip(placed, wanted, strict=True)) / max(len(wanted), 1)
     return [height - push for height in placed]
 
 
 def thin_ticks(lengths: Sequence[float], always: Sequence[float], smallest_gap: float) -> list[float]:
-    """Return the lengths whose labels fit side by side; those in `always` come first, longer ones next."""
+    """Return the lengths whose labels fit next to each other; `always` has priority, then longer lengths."""
     kept: list[float] = []
     for length in [*sorted(always), *sorted(set(lengths), reverse=True)]:
         if all(abs(length - other) >= smallest_gap for other in kept):
@@ -66,7 +66,7 @@ def thin_ticks(lengths: Sequence[float], always: Sequence[float], smallest_gap: 
 
 
 def leaves_at(points: Sequence[tuple[float, float]], high: float) -> float:
-    """Return the x at which a line crosses `high` for the last time on its way out."""
+    """Return the x at which a line last rises above `high`."""
     for (x0, y0), (x1, y1) in reversed(list(pairwise(points))):
         if y0 <= high < y1:
             return x0 + (x1 - x0) * (high - y0) / (min(y1, 100 * high) - y0)

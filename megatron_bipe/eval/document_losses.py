@@ -1,6 +1,6 @@
-"""Losses of one window length, told apart by document and by place in the window; and what chance does to their means.
+"""Losses at one sequence length by document and by position in the sequence, with bootstrap intervals.
 
-D documents · P places: parts of the window · R resamples
+D documents · P equal parts of the sequence · R resamples
 """
 
 import math
@@ -22,23 +22,21 @@ LEAST_DOCUMENTS = 2
 
 
 class DocumentLosses(NamedTuple):
-    """Sums over all predictions at one window length."""
+    """Sums over all predictions at one sequence length."""
 
     length_tokens: int
-    """Window length."""
     nats_DP: FloatArray
-    """Losses by the predicted token's document and its place in the window."""
+    """Loss sums by document and sequence part of the predicted token."""
     counts_DP: IntArray
-    """Predictions, alike."""
+    """Number of predictions in each."""
 
     @property
     def perplexity(self) -> float:
-        """Of all predictions."""
         return _exp(self.nats_DP.sum() / self.counts_DP.sum())
 
     @property
     def by_place(self) -> list[tuple[float, float]]:
-        """(middle of the part of the window in tokens, perplexity there), for parts with predictions."""
+        """(middle of the sequence part in tokens, perplexity there), for parts with predictions."""
         nats_P, counts_P = self.nats_DP.sum(0), self.counts_DP.sum(0)
         width = self.length_tokens / NUM_PLACES
         return [
@@ -47,10 +45,10 @@ class DocumentLosses(NamedTuple):
         ]
 
     def interval(self) -> tuple[float, float] | None:
-        """Bounds between which the middle `INTERVAL` of the perplexities of resampled corpora lie.
+        """Return the central `INTERVAL` of the perplexities of resampled corpora.
 
-        A corpus is resampled by drawing as many of its documents as it has, with replacement: the same ones for every
-        model and length. None where there are too few documents to say anything.
+        Each resample draws as many documents as the corpus has, with replacement; the draws are the same for every
+        model and length. Return None if fewer than `LEAST_DOCUMENTS` have predictions.
 
         Source: Efron 1979, "Bootstrap methods: another look at the jackknife"; percentile interval.
         """
@@ -75,7 +73,7 @@ def evaluate_documents(
     settings: Settings,
     progress: Callable[[int], object] | None = None,
 ) -> DocumentLosses:
-    """Run the model over all windows of one length, as `evaluate_perplexity` does and with the same errors."""
+    """Run the model over all sequences of one length; arguments and errors as in `evaluate_perplexity`."""
     sequences = cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
     bounds = np.asarray(dataset.document_bounds())
     num_documents = len(bounds) - 1
@@ -85,8 +83,8 @@ def evaluate_documents(
         offsets = sequences.num_context[rows[0]] + np.arange(losses_BP.shape[1])
         predicted_BP = sequences.starts[rows][:, None] + offsets + 1
         document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
-        place_P = offsets * NUM_PLACES // length_tokens
-        cells = (document_BP * NUM_PLACES + place_P).ravel()
+        part_P = offsets * NUM_PLACES // length_tokens
+        cells = (document_BP * NUM_PLACES + part_P).ravel()
         nats += np.bincount(cells, losses_BP.ravel(), minlength=nats.size)
         counts += np.bincount(cells, minlength=counts.size)
     shape = (num_documents, NUM_PLACES)

@@ -1,4 +1,4 @@
-"""A model to be evaluated, with what it remembers of its training data; and whether a dataset suits it."""
+"""Model under evaluation, with the recorded facts about its training data, and checks against a dataset."""
 
 import logging
 from pathlib import Path
@@ -17,27 +17,25 @@ _log = logging.getLogger(__name__)
 
 
 class EvalModel(NamedTuple):
-    """One model under evaluation."""
+    """A model under evaluation."""
 
     name: str
-    """For tables and plots."""
     source: str
-    """What it was loaded from, for messages."""
+    """Path that the model was loaded from, for messages."""
     model: nn.Sequential
     """(tokens, intra, inter) int64 [B, T] -> logits [B, T, V]."""
     config: ModelConfig
-    """Its shape and encoding."""
     tokenizer_fingerprint: str | None
-    """Of the tokenizer its training data was made with; None: not recorded."""
+    """Fingerprint of the training data's tokenizer; None: not recorded."""
     rule: SegmentRule | None
-    """Where the segments of its training data ended; None: not recorded."""
+    """Segment rule of the training data; None: not recorded."""
 
 
 def load_exported_model(folder: Path) -> EvalModel:
-    """The model of an exported folder.
+    """Load an exported folder for evaluation.
 
     Raises:
-        CheckpointError: from `load_exported`, or an impossible segment rule.
+        CheckpointError: from `load_exported`, or for an invalid segment rule.
     """
     loaded = load_exported(folder)
     known = loaded.data or {}
@@ -46,8 +44,8 @@ def load_exported_model(folder: Path) -> EvalModel:
     except ValidationError as error:
         reason = error.errors(include_url=False)[0]["msg"]
         raise CheckpointError(
-            f"the segment rule is impossible: {reason}",
-            remedy='Correct "segments" in its config.json, or export the checkpoint again',
+            f"the segment rule is invalid: {reason}",
+            remedy='Fix "segments" in config.json, or export the checkpoint again',
             location=folder,
         ) from error
     fingerprint = known.get("tokenizer_fingerprint")
@@ -55,17 +53,16 @@ def load_exported_model(folder: Path) -> EvalModel:
 
 
 def check_suits(eval_model: EvalModel, dataset: TokenDataset) -> None:
-    """Refuse a dataset whose ids or segments mean something else than in the model's training.
+    """Refuse a dataset whose token ids or segments differ in meaning from the model's training data.
 
-    Models without segment encoding take any segment rule. What a model does not record cannot be checked,
-    and is warned about.
+    Models without a segment encoding accept any segment rule. If a model does not record a fact, a warning is logged.
 
     Raises:
         DataError: another tokenizer or another segment rule; the message names both.
-        CheckpointError: the model's token table is smaller than the dataset's vocabulary.
+        CheckpointError: the model's token embedding is smaller than the dataset's vocabulary.
     """
     if eval_model.tokenizer_fingerprint is None:
-        _log.warning("%s does not record its tokenizer: taking the dataset's on trust", eval_model.source)
+        _log.warning("%s does not record its tokenizer: using the dataset's unchecked", eval_model.source)
     else:
         dataset.check_tokenizer(eval_model.tokenizer_fingerprint, eval_model.source)
     vocab_size = dataset.manifest.tokenizer.vocab_size
@@ -78,22 +75,18 @@ def check_suits(eval_model: EvalModel, dataset: TokenDataset) -> None:
     if not eval_model.config.bilevel:
         return
     if eval_model.rule is None:
-        _log.warning("%s does not record its segment rule: taking the dataset's on trust", eval_model.source)
+        _log.warning("%s does not record its segment rule: using the dataset's unchecked", eval_model.source)
     else:
         dataset.check_rule(eval_model.rule, eval_model.source)
 
 
 def check_length(eval_model: EvalModel, length_tokens: int) -> None:
-    """Refuse windows that are longer than the model encodes, before any model is run.
-
-    Raises:
-        ConfigError: they are.
-    """
+    """Raise ConfigError if sequences of this length exceed what the model's encoding supports."""
     longest = eval_model.config.max_seq_len_tokens
     if longest is not None and length_tokens > longest:
         raise ConfigError(
-            f"a window of {length_tokens} tokens exceeds the {longest} that the model's encoding, "
-            f"{eval_model.config.encoding}, encodes",
-            remedy=f"Use --lengths of at most {longest}, or leave the model out",
+            f"a sequence of {length_tokens} tokens exceeds the {longest} that the model's encoding, "
+            f"{eval_model.config.encoding}, supports",
+            remedy=f"Use --lengths of at most {longest}, or remove the model",
             location=eval_model.source,
         )

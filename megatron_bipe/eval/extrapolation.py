@@ -1,4 +1,4 @@
-"""The extrapolation report: perplexity by window length and by place in the window, per subset, beside the paper's."""
+"""Extrapolation report: perplexity by sequence length and by position in the sequence, compared with the paper."""
 
 import base64
 import csv
@@ -25,7 +25,7 @@ NAMES = JSON_NAME, CSV_NAME, PNG_NAME, HTML_NAME = tuple(
 
 
 def write_extrapolation(folder: Path, settings: Settings, subsets: Sequence[Subset]) -> list[Path]:
-    """Write JSON, CSV, PNG and a page that needs no other file; existing ones are replaced, each in one step."""
+    """Write JSON, CSV, PNG and a self-contained page, each atomically; existing files are replaced."""
     picture = draw_extrapolation(subsets)
     contents = {
         JSON_NAME: json.dumps(as_json(settings, subsets), indent=2, allow_nan=False).encode() + b"\n",
@@ -39,7 +39,7 @@ def write_extrapolation(folder: Path, settings: Settings, subsets: Sequence[Subs
 
 
 def as_json(settings: Settings, subsets: Sequence[Subset]) -> dict[str, Any]:
-    """Everything about the evaluation; infinite perplexities are null."""
+    """Return all facts and results of the evaluation; infinite perplexities are null."""
     return {
         "format_version": FORMAT_VERSION,
         "protocol": settings.protocol,
@@ -80,7 +80,7 @@ def _result(losses: DocumentLosses) -> dict[str, Any]:
 
 
 def as_csv(subsets: Sequence[Subset]) -> str:
-    """One row a subset, model and length, the paper's after ours, with a header."""
+    """Return rows of the models and then of the paper for each subset, with a header."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("subset", "model", "encoding", "length_tokens", "perplexity", "low", "high"))
@@ -99,13 +99,12 @@ def as_csv(subsets: Sequence[Subset]) -> str:
 
 
 def as_html(settings: Settings, subsets: Sequence[Subset], picture: bytes) -> str:
-    """Return one page without links to other files."""
-    image = png(base64.b64encode(picture).decode(), "Perplexity by window length and by position in the window")
+    image = png(base64.b64encode(picture).decode(), "Perplexity by sequence length and by position in the sequence")
     note = (
-        f"* training length. Small figures: {INTERVAL:.0%} of {NUM_RESAMPLES:,} corpora that were drawn from "
-        f"the documents with replacement. Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}. The paper's "
-        "figures are read off its Figure 4 (models of 151M parameters, trained at 1,024 tokens on the Pile; about ±0.2 "
-        "on PG-19 and ±0.06 elsewhere)."
+        f"* training length. Small figures: {INTERVAL:.0%} bootstrap interval over documents ({NUM_RESAMPLES:,} "
+        f"resamples). Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}. The paper's values are digitised "
+        "from its Figure 4 (151M parameters, trained at 1,024 tokens on the Pile; about ±0.2 on PG-19 and ±0.06 "
+        "elsewhere)."
     )
     sections = [Section(subset.name, _table(subset)) for subset in subsets]
     lead = figure(image, escape(note))

@@ -1,4 +1,4 @@
-"""The picture of the extrapolation report: a column a subset; above by window length, below by place in the window."""
+"""Plot of the extrapolation report, a column per subset: top by sequence length, bottom by position in the sequence."""
 
 import io
 from collections.abc import Sequence
@@ -13,13 +13,12 @@ from megatron_bipe.eval.plot import GREY, line_style
 
 
 def draw_extrapolation(subsets: Sequence[Subset]) -> bytes:
-    """The picture as PNG."""
     figure = Figure(figsize=(1.2 + 4.6 * len(subsets), 8.0), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
     grid = figure.subplots(2, len(subsets), squeeze=False)
     for column, subset in enumerate(subsets):
         _draw_by_length(grid[0][column], subset)
-        _draw_by_place(grid[1][column], subset)
+        _draw_by_position(grid[1][column], subset)
     named = {label: handle for axes in grid[0] for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
     figure.legend(named.values(), named.keys(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     buffer = io.BytesIO()
@@ -48,10 +47,10 @@ def _draw_by_length(axes: Axes, subset: Subset) -> None:
             label = f"{curve.name}, the paper's"
             axes.plot(lengths, values, color=colour, label=label, linestyle=":", marker="x", linewidth=1.2)
             curves.append(Curve(label, curve.points[0][0], curve.points))
-    _finish(axes, curves, f"{subset.name}: by window length", "window length, tokens")
+    _style_axes(axes, curves, f"{subset.name}: by sequence length", "sequence length, tokens")
 
 
-def _draw_by_place(axes: Axes, subset: Subset) -> None:
+def _draw_by_position(axes: Axes, subset: Subset) -> None:
     curves = []
     for index, line in enumerate(subset.lines):
         points = line.losses[-1].by_place
@@ -60,10 +59,10 @@ def _draw_by_place(axes: Axes, subset: Subset) -> None:
         axes.plot(positions, values, color=COLOURS[index % len(COLOURS)], marker=".", linewidth=1.5)
         axes.axvline(line.train_len_tokens, color=GREY, linewidth=1, linestyle=(0, (4, 3)), zorder=0)
     longest = subset.lines[0].losses[-1].length_tokens
-    _finish(axes, curves, f"{subset.name}: inside windows of {longest:,}", "place in the window, tokens")
+    _style_axes(axes, curves, f"{subset.name}: in sequences of {longest:,}", "position in the sequence, tokens")
 
 
-def _finish(axes: Axes, curves: Sequence[Curve], title: str, label: str) -> None:
+def _style_axes(axes: Axes, curves: Sequence[Curve], title: str, label: str) -> None:
     low, high = visible_range(curves)
     axes.set_ylim(low, high)
     if beyond := values_beyond(curves, high):

@@ -1,4 +1,4 @@
-"""What an extrapolation run finds: every model on every subset at every length."""
+"""Results of an extrapolation run: every model on every subset at every length."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,38 +9,32 @@ from megatron_bipe.eval.paper import PAPER, PaperCurve, paper_subset
 
 
 class Line(NamedTuple):
-    """One model on one subset."""
+    """Results of one model on one subset."""
 
     model: str
-    """Its name, for people."""
     source: str
-    """What it was loaded from."""
     encoding: str
-    """As the configuration names it."""
     train_len_tokens: int
-    """Window length of its training."""
     losses: tuple[DocumentLosses, ...]
-    """At each length, ascending."""
+    """Losses at each length, ascending."""
 
 
 class Subset(NamedTuple):
-    """One dataset with all models on it."""
+    """Results of all models on one dataset."""
 
     name: str
-    """As `subset_names` has it."""
+    """Name from `subset_names`."""
     fingerprint: str
-    """Of its manifest."""
     lines: tuple[Line, ...]
-    """One a model."""
 
     @property
     def paper(self) -> tuple[PaperCurve, ...]:
-        """What the paper has of this subset; nothing where its name says nothing of it."""
+        """The paper's curves for this subset; empty if its name does not identify one."""
         return PAPER.get(paper_subset(self.name) or "", ())
 
 
 def subset_names(folders: Sequence[Path]) -> list[str]:
-    """Names of datasets: those of their folders, with as much of the path as tells all of them apart."""
+    """Return dataset names: folder names with as many parent folders as make all of them distinct."""
     paths = [folder.resolve() for folder in folders]
     different = len(set(paths))
     for count in range(1, max(len(path.parts) for path in paths) + 1):

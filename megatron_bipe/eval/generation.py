@@ -1,4 +1,4 @@
-"""Greedy continuations of many prompts by an exported model, with its cache, in batches of like length."""
+"""Greedy generation for many prompts with an exported model and its cache, in batches of similar length."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -18,28 +18,28 @@ from megatron_bipe.types import TokenArray
 
 
 class Generator(NamedTuple):
-    """An exported model, ready to go on with prompts."""
+    """An exported model with its tokenizer, ready to generate."""
 
-    model: Any  # transformers' types do not say what can be called
+    model: Any  # transformers' types do not cover generate()
     tokenizer: Tokenizer
     max_seq_len_tokens: int | None
-    """Beyond this its encoding has no positions; None: no such limit."""
+    """Longest sequence that the encoding supports; None: unlimited."""
 
 
 class Limits(NamedTuple):
-    """How much is generated, and how much at once."""
+    """Limits on the generated tokens and on the batch size."""
 
     new_tokens: int
-    """Most tokens of a continuation, EOS included."""
+    """Maximum tokens of a continuation, including EOS."""
     batch_tokens: int = PROMPT_BATCH_TOKENS
-    """Most tokens of a batch, padding and continuations included; one prompt is always taken."""
+    """Maximum tokens of a batch, including padding and continuations; a single prompt is always accepted."""
 
 
 def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
-    """The model and the tokenizer of an exported folder.
+    """Load the model and the tokenizer of an exported folder.
 
     Raises:
-        CheckpointError: there is no exported model, it is damaged, or it has no EOS token to end an answer with.
+        CheckpointError: the folder is not an exported model, is damaged, or its tokenizer has no EOS token.
         DataError: its tokenizer cannot be read.
     """
     config = model_config(read_settings(folder), folder)
@@ -47,7 +47,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_id is None:
         raise CheckpointError(
-            "its tokenizer has no end-of-sequence token, which ends every answer",
+            "the tokenizer has no end-of-sequence token, which every answer must end with",
             remedy="Fine-tune and evaluate a model whose tokenizer has one",
             location=folder,
         )
@@ -55,8 +55,8 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
         model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"transformers cannot load it: {' '.join(str(error).split())[:300]}",
-            remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
+            f"transformers cannot load the model: {' '.join(str(error).split())[:300]}",
+            remedy="Give a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
             location=folder,
         ) from error
     return Generator(model.to(device).eval(), tokenizer, config.max_seq_len_tokens)
@@ -65,19 +65,19 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
 def generate(
     generator: Generator, prompts: Sequence[TokenArray], limits: Limits, advance: Callable[[int], object] | None = None
 ) -> list[list[int]]:
-    """The most likely token after token, up to EOS, which is left out.
+    """Generate greedily up to EOS, which is not returned.
 
     Args:
-        generator: that goes on.
-        prompts: tokens of each, BOS first.
-        limits: see there.
-        advance: told the prompts that have been done.
+        generator: the model.
+        prompts: tokens of each prompt, BOS first.
+        limits: limits on the generated tokens and on the batch size.
+        advance: called with the number of completed prompts after each batch.
 
     Returns:
         New tokens of each prompt, in the order of the prompts.
 
     Raises:
-        ConfigError: the longest prompt, gone on with, exceeds the windows that the model can encode.
+        ConfigError: the longest prompt and its continuation exceed the sequence length that the model supports.
     """
     _check_room(generator, prompts, limits)
     found: list[list[int]] = [[] for _ in prompts]
@@ -93,15 +93,15 @@ def _check_room(generator: Generator, prompts: Sequence[TokenArray], limits: Lim
     longest, room = max(map(len, prompts), default=0), generator.max_seq_len_tokens
     if room is not None and longest + limits.new_tokens > room:
         raise ConfigError(
-            f"prompts of up to {longest} tokens and {limits.new_tokens} new ones exceed the {room} that the encoding "
-            "of the model has positions for",
-            remedy="Give shorter prompts, or train a model for longer windows",
+            f"prompts of up to {longest} tokens and {limits.new_tokens} new ones exceed the {room} positions of the "
+            "model's encoding",
+            remedy="Use shorter prompts, or a model trained on longer sequences",
             location=generator.model.name_or_path,
         )
 
 
 def batches(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
-    """Rows that are done together: the longest first, so that what does not fit the machine fails at once."""
+    """Group rows into batches, the longest first, so that out-of-memory errors occur at once."""
     batch: list[int] = []
     made = [batch]
     for row in sorted(range(len(lengths)), key=lambda row: -lengths[row]):
@@ -116,7 +116,7 @@ def batches(lengths: Sequence[int], limits: Limits) -> list[list[int]]:
 @torch.inference_mode()
 def _generate_batch(generator: Generator, prompts: Sequence[TokenArray], limits: Limits) -> list[list[int]]:
     model, eos_id = generator.model, generator.tokenizer.eos_id
-    assert eos_id is not None  # or it would not have been loaded
+    assert eos_id is not None  # load_generator refuses it
     tokens, mask = _pad_left(prompts, eos_id)
     output = model.generate(
         tokens.to(model.device),
@@ -132,7 +132,7 @@ def _generate_batch(generator: Generator, prompts: Sequence[TokenArray], limits:
 
 
 def _pad_left(prompts: Sequence[TokenArray], fill: int) -> tuple[Tensor, Tensor]:
-    """Tokens and mask, int64 [B, T] each."""
+    """Return tokens and attention mask, int64 [B, T] each."""
     longest = max(map(len, prompts))
     tokens = np.full((len(prompts), longest), fill, dtype=np.int64)
     mask = np.zeros_like(tokens)

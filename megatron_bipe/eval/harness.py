@@ -1,4 +1,4 @@
-"""Tasks of lm-evaluation-harness on an exported model; its package, `lm_eval`, is an extra.
+"""Evaluation of an exported model on tasks of lm-evaluation-harness; its package, `lm_eval`, is an extra.
 
 Source: Gao et al., "A framework for few-shot language model evaluation" (EleutherAI/lm-evaluation-harness).
 """
@@ -18,33 +18,31 @@ from megatron_bipe.hf.load import read_settings
 
 
 class HarnessSettings(NamedTuple):
-    """How tasks are run."""
+    """Settings for running tasks."""
 
     include_path: Path | None = None
-    """Folder of task files of one's own."""
+    """Folder with additional task files."""
     num_fewshot: int | None = None
-    """Examples before each question; None: what the task says."""
+    """Few-shot examples per question; None: the task's default."""
     limit: int | None = None
-    """Only the first so many samples of each task."""
+    """Evaluate only the first `limit` samples of each task."""
     batch_size: int = 8
-    """Requests a forward pass."""
+    """Requests per forward pass."""
     max_length_tokens: int | None = None
-    """Longest input, beyond which contexts are cut on the left and texts into windows; None: the training length."""
+    """Longest input; longer contexts are truncated on the left, texts are split. None: the training length."""
     device: str = "cpu"
-    """Where the model runs."""
     dtype: str = "float32"
-    """Precision it runs in, in torch's name."""
+    """Name of the torch dtype."""
 
 
 class OpeningOnce(HFLM):
-    """transformers' model, as the harness has it, but for one thing.
+    """The harness's transformers model with a single BOS in front of rolling texts.
 
-    The harness lets a text whose likelihood is asked for open with BOS, and has the tokenizer put another before it.
-    In training there was one.
+    For rolling log-likelihoods the harness prepends BOS and lets the tokenizer prepend another; training had one.
     """
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihoods of whole texts, in windows of the longest input, each token predicted once."""
+        """Return log-likelihoods of full texts, split at the longest input, each token predicted once."""
         before = vars(self)["add_bos_token"]
         self.add_bos_token = False
         try:
@@ -54,10 +52,10 @@ class OpeningOnce(HFLM):
 
 
 def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> dict[str, Any]:
-    """Evaluate the model of a folder; returns what `lm_eval.simple_evaluate` does, samples included.
+    """Evaluate an exported model on tasks; return the result of `lm_eval.simple_evaluate`, including samples.
 
     Raises:
-        CheckpointError: there is no exported model, or it cannot be loaded.
+        CheckpointError: the folder is not an exported model, or cannot be loaded.
         ConfigError: there is no such task.
     """
     read_settings(folder)
@@ -75,8 +73,8 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
         )
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(
-            f"the harness cannot load it: {' '.join(str(error).split())[:300]}",
-            remedy="Name a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
+            f"the harness cannot load the model: {' '.join(str(error).split())[:300]}",
+            remedy="Give a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
             location=folder,
         ) from error
     results: dict[str, Any] = simple_evaluate(
@@ -95,7 +93,7 @@ def _check_known(tasks: Sequence[str], manager: TaskManager) -> None:
         if not manager.match_tasks([task]):
             near = difflib.get_close_matches(task, manager.all_tasks, n=3)
             raise ConfigError(
-                f"there is no task {task!r}" + (f"; near it are {', '.join(near)}" if near else ""),
-                remedy="Name a task of lm-evaluation-harness, or the folder of your own with --include",
+                f"there is no task {task!r}" + (f"; similar names: {', '.join(near)}" if near else ""),
+                remedy="Use a task of lm-evaluation-harness, or add a folder of tasks with --include",
                 location="--tasks",
             )

@@ -1,8 +1,8 @@
-"""A line chart as inline SVG for a page: its colours are the page's, and so follow its light or dark scheme.
+"""Line charts as inline SVG; they use the page's colours and follow its light or dark scheme.
 
-Torch-free and matplotlib-free. Lines differ in colour, dashes and marker, and bear their names where they end. A chart
-is drawn twice, once for wide pages and once for phones, so that its text has the page's size on both; the page's style
-sheet (`page.css`) shows one of them.
+Torch-free and matplotlib-free. Lines differ in colour, dashes and marker, and are labelled at their ends. Each chart is
+drawn twice, for wide pages and for phones, so that its text matches the page's size on both; the style sheet
+(`page.css`) shows one of them.
 """
 
 import math
@@ -16,41 +16,41 @@ from megatron_bipe.eval.curves import COLOURS, leaves_at, spread, thin_ticks
 DASHES = ("", "9 4", "2.5 4", "12 4 2.5 4")
 MARKERS = ("circle", "square", "triangle", "diamond")
 NUM_STYLES = len(COLOURS)
-TICK_GAP, LABEL_GAP, LABEL_CHARACTER = 46, 17, 7.6  # pixels: between x ticks, between names, width of a name's letter
-TICK_CHARACTER = 7.6  # pixels: width of a digit on an axis
-MARKER_GAP = 22  # pixels between markers; lines whose points are closer have none
+TICK_GAP, LABEL_GAP, LABEL_CHARACTER = 46, 17, 7.6  # pixels: x tick distance, name distance, letter width of a name
+TICK_CHARACTER = 7.6  # pixels: digit width on an axis
+MARKER_GAP = 22  # pixels; lines with closer points have no markers
 
 
 class Line(NamedTuple):
     """One line of a chart."""
 
     name: str
-    """Shown where the line ends; empty for a line in the background, which is thin and has neither name nor markers."""
+    """Label at the line's end; empty for a background line, which is thin and has no label or markers."""
     style: int
-    """Number of its colour, dashes and marker; the palette repeats."""
+    """Index of its colour, dashes and marker; the palette repeats."""
     points: Sequence[tuple[float, float]]
-    """(x, y), x ascending. Values that are not a number leave a gap; infinite ones leave the chart."""
+    """(x, y), x ascending. NaN leaves a gap; infinite values leave the chart."""
 
 
 class Chart(NamedTuple):
-    """What `line_chart` draws."""
+    """Content of a chart."""
 
     summary: str
-    """Text alternative: what the chart shows, for readers who cannot see it."""
+    """Text alternative for screen readers."""
     x_label: str
     y_label: str
     lines: Sequence[Line]
     y_range: tuple[float, float]
-    """Limits of the vertical axis; lines are cut there."""
+    """Limits of the vertical axis; lines are clipped there."""
     x_ticks: Sequence[float] = ()
-    """Values to label, thinned where they do not fit; none: round numbers."""
+    """Values to label, thinned if they do not fit; empty: round numbers."""
     x_mark: tuple[float, str] | None = None
     """A vertical line at this x, and its label."""
     show_x: Callable[[float], str] = "{:,.0f}".format
 
 
 class _Frame(NamedTuple):
-    """Pixels of the plotting area and the values at its edges."""
+    """The plotting area in pixels and the values at its edges."""
 
     left: float
     top: float
@@ -74,7 +74,7 @@ def line_chart(chart: Chart) -> str:
 
 
 def nice_ticks(low: float, high: float, at_most: int) -> list[float]:
-    """Return the multiples of 1, 2 or 5 times a power of ten inside [low, high], at most `at_most` of them."""
+    """Return at most `at_most` multiples of 1, 2 or 5 times a power of ten inside [low, high]."""
     rough = (high - low) / at_most
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10, 20) if (high - low) / (factor * power) <= at_most - 1)
@@ -100,14 +100,14 @@ def _draw(chart: Chart, kind: str, width: int, height: int) -> str:
 
 
 def _y_numbers(y_range: tuple[float, float]) -> list[tuple[float, str]]:
-    """Values on the vertical axis, and how they are written: with the decimals that tell them apart."""
+    """Return tick values and their texts, with as many decimals as distinguish them."""
     ticks = nice_ticks(*y_range, at_most=7)
     decimals = max(0, -math.floor(math.log10(min(b - a for a, b in pairwise(ticks))) + 1e-9)) if ticks[1:] else 1
     return [(value, f"{value:,.{decimals}f}") for value in ticks]
 
 
 def _axes(chart: Chart, frame: _Frame, numbers: list[tuple[float, str]], height: int) -> list[str]:
-    """Grid lines with numbers, ticks, and the labels of both axes."""
+    """Return grid lines with numbers, ticks, and the labels of both axes."""
     bottom, right = frame.top + frame.height, frame.left + frame.width
     parts = []
     for value, shown in numbers:
@@ -140,15 +140,15 @@ def _mark(chart: Chart, frame: _Frame) -> list[str]:
 
 
 def _curves(chart: Chart, frame: _Frame) -> list[str]:
-    """All lines inside the frame; a nested svg cuts off what lies beyond."""
+    """Return all lines; a nested svg clips them to the frame."""
     inner = frame._replace(left=0, top=0)
     low, high = frame.y_range
     body, dots = [], []
-    for line in sorted(chart.lines, key=lambda line: bool(line.name)):  # those in the background first
+    for line in sorted(chart.lines, key=lambda line: bool(line.name)):  # background lines first
         style = f"s{line.style % NUM_STYLES}"
-        for stretch in _stretches(line.points):
-            # An infinite value is drawn far beyond the frame, so that its line is seen leaving.
-            positions = [(inner.x(x), inner.y(min(y, high + 20 * (high - low)))) for x, y in stretch]
+        for part in _split_at_nan(line.points):
+            # An infinite value is drawn far beyond the frame, to show the line leaving it.
+            positions = [(inner.x(x), inner.y(min(y, high + 20 * (high - low)))) for x, y in part]
             path = " ".join(f"{x:.1f},{y:.1f}" for x, y in positions)
             kind = "line" if line.name else "line behind"
             body.append(f'<polyline class="{kind} {style}"{_dashes(line)} points="{path}"/>')
@@ -163,7 +163,7 @@ def _curves(chart: Chart, frame: _Frame) -> list[str]:
 
 
 def _names(lines: Sequence[Line], frame: _Frame) -> list[str]:
-    """Names beside the ends of lines; a line that leaves the chart is named where it does."""
+    """Return labels at line ends; a line that leaves the chart is labelled where it leaves."""
     high = frame.y_range[1]
     ends = [(line, [point for point in line.points if not math.isnan(point[1])]) for line in lines]
     staying = [(line, points[-1]) for line, points in ends if points and points[-1][1] <= high]
@@ -182,15 +182,15 @@ def _names(lines: Sequence[Line], frame: _Frame) -> list[str]:
     return parts
 
 
-def _stretches(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
-    """Split a line where its values are not a number."""
-    stretches: list[list[tuple[float, float]]] = [[]]
+def _split_at_nan(points: Sequence[tuple[float, float]]) -> list[list[tuple[float, float]]]:
+    """Split a line at NaN values."""
+    parts: list[list[tuple[float, float]]] = [[]]
     for point in points:
         if math.isnan(point[1]):
-            stretches.append([])
+            parts.append([])
         else:
-            stretches[-1].append(point)
-    return [stretch for stretch in stretches if stretch]
+            parts[-1].append(point)
+    return [part for part in parts if part]
 
 
 def _dashes(line: Line) -> str:

@@ -1,4 +1,4 @@
-"""A model by what the user calls it: the folder of an exported model, or a run folder, `RUN_DIR[@STEP]`."""
+"""Loading of a model by the user's specification: an exported folder, or a run folder as `RUN_DIR[@STEP]`."""
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -17,34 +17,34 @@ from megatron_bipe.model.precision import DTYPES
 
 
 def load_eval_model(spec: str) -> EvalModel:
-    """Load the model that `spec` names.
+    """Load the model that `spec` names: an exported folder or `RUN_DIR[@STEP]`.
 
     Raises:
-        CheckpointError: there is none, or it is incomplete or damaged.
+        CheckpointError: there is no such model, or it is incomplete or damaged.
     """
     checkpoint = find_model(spec)
-    return load_exported_model(Path(spec)) if checkpoint is None else _checkpoint_subject(checkpoint, spec)
+    return load_exported_model(Path(spec)) if checkpoint is None else _load_checkpoint(checkpoint, spec)
 
 
 def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
-    """The model that `spec` names, and its weights: of a run the fp32 ones that the optimizer works on.
+    """Load the model that `spec` names, and its weights; for a run the optimizer's fp32 master weights.
 
     Raises:
-        CheckpointError: as `load_subject`.
+        CheckpointError: as for `load_eval_model`.
     """
     checkpoint = find_model(spec)
     if checkpoint is None:
         eval_model = load_exported_model(Path(spec))
         return eval_model, plan_weights(eval_model)
-    return _checkpoint_subject(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
+    return _load_checkpoint(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
 
 
 def plan_weights(eval_model: EvalModel) -> dict[str, Tensor]:
-    """Weights under the plan's names, as the model has them; a tied output is not named again."""
+    """Return the model's weights by the training model's names; a tied output is named once."""
     return {name: weight.detach() for name, weight in eval_model.model.named_parameters()}
 
 
-def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> EvalModel:
+def _load_checkpoint(checkpoint: Checkpoint, spec: str) -> EvalModel:
     config = load_run_config(checkpoint.run_dir / "config.yaml").model
     model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
     record = read_data_record(checkpoint.run_dir)
@@ -55,11 +55,11 @@ def _checkpoint_subject(checkpoint: Checkpoint, spec: str) -> EvalModel:
 
 
 class WeightsOnDisk(Mapping[str, Tensor]):
-    """The weights of a checkpoint, each read when it is asked for, and not kept.
+    """The weights of a checkpoint, read on access and not cached.
 
     Args:
-        checkpoint: which.
-        dtype: of the weights; None: as `read_weights` gives them, in the run's compute precision.
+        checkpoint: the checkpoint.
+        dtype: dtype of the weights; None: the run's compute precision, as in `read_weights`.
     """
 
     def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:

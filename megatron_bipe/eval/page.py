@@ -1,8 +1,7 @@
-"""A self-contained HTML page: one skeleton and one style sheet for every report of this project.
+"""Self-contained HTML pages: one skeleton and one style sheet for every report of this project.
 
-A page loads nothing: its content security policy forbids it. It reads well on wide screens, on phones, in light and
-dark schemes, and on paper. Arguments whose names end in `html` are HTML already; all others are text and are escaped
-here. Torch-free.
+A page loads nothing: its content security policy forbids it. It suits wide screens, phones, light and dark schemes, and
+paper. Arguments whose names end in `html` are HTML; all others are text and are escaped here. Torch-free.
 """
 
 from collections.abc import Iterable, Sequence
@@ -10,12 +9,12 @@ from html import escape
 from importlib import resources
 from typing import NamedTuple
 
-STYLE_NAME = "page.css"  # beside this module
-NUM_TINTS = 5  # of segments, in the style sheet
+STYLE_NAME = "page.css"  # in this package
+NUM_TINTS = 5  # segment colours in the style sheet
 
 
 class Section(NamedTuple):
-    """A part of a page under a heading of its own."""
+    """A part of a page with its own heading."""
 
     heading: str
     html: str
@@ -25,9 +24,9 @@ def page(title: str, lead_html: str, sections: Iterable[Section], eyebrow: str =
     """Return a complete HTML document.
 
     Args:
-        title: of the window and of the page.
-        lead_html: what follows the title, before the first section.
-        sections: in their order.
+        title: title of the browser window and of the page.
+        lead_html: content between the title and the first section.
+        sections: sections in order.
         eyebrow: small line above the title.
     """
     style = resources.files(__package__).joinpath(STYLE_NAME).read_text(encoding="utf-8")
@@ -45,27 +44,25 @@ def page(title: str, lead_html: str, sections: Iterable[Section], eyebrow: str =
 
 
 def paragraph(html: str, kind: str = "") -> str:
-    """Return a paragraph, of a class where one is given."""
     return f'<p class="{escape(kind)}">{html}</p>\n' if kind else f"<p>{html}</p>\n"
 
 
 def figure(html: str, caption_html: str) -> str:
-    """Return a figure with its caption beneath it."""
     return f"<figure>\n{html}<figcaption>{caption_html}</figcaption>\n</figure>\n"
 
 
 def details(summary: str, html: str) -> str:
-    """Return a part that unfolds when its summary is clicked."""
+    """Return a block that expands when its summary is clicked."""
     return f"<details>\n<summary>{escape(summary)}</summary>\n{html}</details>\n"
 
 
 def table(header_html: Sequence[str], rows_html: Iterable[Sequence[str]], row_kinds: Sequence[str] = ()) -> str:
-    """Return a table whose first column names the rows; one that is too wide scrolls by itself.
+    """Return a table whose first column names the rows; a table that is too wide scrolls.
 
     Args:
-        header_html: cells of the first row.
-        rows_html: cells of the others.
-        row_kinds: class of each of the others, where they have any.
+        header_html: cells of the header.
+        rows_html: cells of the other rows.
+        row_kinds: CSS class of each row, if any.
     """
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header_html)
     lines = []
@@ -78,19 +75,19 @@ def table(header_html: Sequence[str], rows_html: Iterable[Sequence[str]], row_ki
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:
-    """Return (figure, what it is) pairs as a row of large figures."""
+    """Return (value, label) pairs as a row of large figures."""
     tiles = "".join(f"<div><dd>{escape(value)}</dd><dt>{escape(label)}</dt></div>" for value, label in pairs)
     return f'<dl class="facts">{tiles}</dl>\n'
 
 
 def definitions(pairs_html: Iterable[tuple[str, str]]) -> str:
-    """Return (term, HTML) pairs as a list in two columns."""
+    """Return (term, HTML) pairs as a two-column list."""
     lines = "".join(f"<dt>{escape(term)}</dt><dd>{html}</dd>\n" for term, html in pairs_html)
     return f'<dl class="terms">\n{lines}</dl>\n'
 
 
 def bars(values: Sequence[tuple[str, float]], show: str = "{:,.1f}") -> str:
-    """Return (name, number) pairs as horizontal bars, in their order; `show` formats a number."""
+    """Return (name, number) pairs as horizontal bars in the given order; `show` formats a number."""
     most = max((value for _, value in values), default=0) or 1
     lines = "".join(
         f'<li><span>{escape(name)}</span><i style="--share:{max(value, 0) / most:.4f}"></i>'
@@ -101,7 +98,7 @@ def bars(values: Sequence[tuple[str, float]], show: str = "{:,.1f}") -> str:
 
 
 def commands(lines: str) -> str:
-    """Return commands to type; a line that does not fit is continued with an indent, and broken between words alone."""
+    """Return shell commands; long lines wrap between words, with an indent."""
     shown = "\n".join(
         f"<span>{' '.join(f'<i>{escape(word)}</i>' if word else '' for word in line.split(' '))}</span>"
         for line in lines.splitlines()
@@ -110,5 +107,5 @@ def commands(lines: str) -> str:
 
 
 def png(data_base64: str, description: str) -> str:
-    """Return a PNG that is part of the page."""
+    """Return a PNG embedded in the page."""
     return f'<img alt="{escape(description)}" src="data:image/png;base64,{data_base64}">\n'

@@ -1,4 +1,4 @@
-"""What the paper reports: perplexity against window length of models of 151M parameters, trained at 1,024 tokens.
+"""Results of the paper: perplexity against sequence length for models of 151M parameters, trained at 1,024 tokens.
 
 Source: He et al. 2024 (arXiv 2401.16421), Figure 4, digitised: about +-0.2 on PG-19, +-0.06 on the others.
 """
@@ -11,16 +11,16 @@ class PaperCurve(NamedTuple):
 
     name: str
     encoding: str
-    """In this project's words."""
+    """This project's name of the encoding."""
     points: tuple[tuple[int, float], ...]
-    """(window length in tokens, perplexity)."""
+    """(sequence length in tokens, perplexity)."""
 
 
 def _curve(name: str, encoding: str, **perplexities: float) -> PaperCurve:
     return PaperCurve(name, encoding, tuple((1024 * int(key[1:]), value) for key, value in perplexities.items()))
 
 
-# Values beyond the figure's top, 80, are left out.
+# Values beyond the figure's upper limit, 80, are omitted.
 PAPER: dict[str, tuple[PaperCurve, ...]] = {
     "PG-19": (
         _curve("BiPE-RoPE", "bipe_rope", k1=19, k2=18.5, k3=18.7, k4=19.8, k5=22.7, k6=28.6, k7=36.6, k8=45.8),
@@ -48,6 +48,6 @@ _WORDS = {"PG-19": ("pg-19", "pg19", "gutenberg"), "ArXiv": ("arxiv",), "GitHub"
 
 
 def paper_subset(data_name: str) -> str | None:
-    """The subset of the Pile that a dataset's name speaks of, where the paper has it: gutenberg-pg-19 -> PG-19."""
+    """Return the paper's subset that a dataset name identifies, e.g. PG-19 for gutenberg-pg-19; else None."""
     found = [subset for subset, words in _WORDS.items() if any(word in data_name.lower() for word in words)]
     return found[0] if len(found) == 1 else None

@@ -1,6 +1,6 @@
-"""Perplexity of a model at one window length.
+"""Perplexity of a model at one sequence length.
 
-B batch · T positions of a window · P predictions of a window · D width
+B batch · T positions of a sequence · P predictions of a sequence · D width
 """
 
 import math
@@ -23,45 +23,39 @@ from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray
 
 FloatArray = npt.NDArray[np.float64]
-HEAD_TOKENS = 2048  # logits that exist at a time: 260 MB in fp32 for LLaMA's vocabulary
+HEAD_TOKENS = 2048  # tokens per call of the head: 260 MB of fp32 logits for LLaMA's vocabulary
 
 
 class Settings(NamedTuple):
-    """What an evaluation is run with, besides model, dataset and length."""
+    """Settings of an evaluation besides model, dataset and length."""
 
     protocol: Protocol = DEFAULT_PROTOCOL
-    """How the corpus is cut."""
     max_tokens: int | None = None
-    """Evaluate on the dataset's first so many tokens, as if there were no more; None: on all."""
+    """Evaluate on the dataset's first `max_tokens` tokens only; None: on all."""
     batch_tokens: int = EVAL_BATCH_TOKENS
-    """Windows are batched up to so many tokens; a longer window goes alone."""
+    """Maximum tokens per batch; a longer sequence forms its own batch."""
     device: str = "cpu"
-    """Where the model runs."""
     dtype: torch.dtype = torch.float32
-    """Precision it runs in; losses are always computed in fp32 and added up in fp64."""
+    """Compute precision; losses are always computed in fp32 and summed in fp64."""
 
 
 class LengthResult(NamedTuple):
-    """The outcome at one window length."""
+    """Result at one sequence length."""
 
     length_tokens: int
-    """Window length asked for."""
     perplexity: float
-    """exp(nats_per_token); infinite where that overflows."""
+    """exp(nats_per_token); infinite on overflow."""
     nats_per_token: float
     """Mean loss by the protocol."""
     bits_per_byte: float | None
-    """All losses over the raw text's UTF-8 bytes; only where the protocol reads the whole dataset."""
+    """Total loss over the raw text's UTF-8 bytes; only if the protocol reads the full dataset."""
     num_sequences: int
-    """Windows, the last one of `full` possibly shorter."""
+    """Number of sequences; the last one of `full` may be shorter."""
     num_predictions: int
-    """Tokens predicted."""
     num_tokens_read: int
-    """Tokens that any window touches."""
     num_tokens_dropped: int
-    """Tokens that the protocol leaves out of those it is given."""
+    """Available tokens that the protocol does not use."""
     seconds: float
-    """Wall time."""
 
 
 def evaluate_perplexity(
@@ -71,21 +65,21 @@ def evaluate_perplexity(
     settings: Settings,
     progress: Callable[[int], object] | None = None,
 ) -> LengthResult:
-    """Run the model over all windows of one length.
+    """Run the model over all sequences of one length.
 
-    Memory: activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
+    Memory holds the activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
 
     Args:
         eval_model: moved to the device and precision of `settings`, in place.
-        dataset: one that `check_suits` lets pass.
-        length_tokens: L.
-        settings: see there.
+        dataset: a dataset accepted by `check_suits`.
+        length_tokens: sequence length.
+        settings: protocol, limits, device and precision.
         progress: called with the number of tokens after each batch.
 
     Raises:
         ConfigError: an impossible length or setting.
-        DataError: the dataset is shorter than a window, or damaged.
-        CheckpointError: the model's loss is not a number.
+        DataError: the dataset is shorter than a sequence, or damaged.
+        CheckpointError: the model's loss is not finite.
     """
     available = limit_tokens(dataset, settings.max_tokens)
     sequences = cut_sequences(dataset, available, length_tokens, settings.protocol)
@@ -103,26 +97,26 @@ def sequence_losses(
     settings: Settings,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[IntArray, FloatArray]]:
-    """Row numbers of windows [B] and the losses of their predictions in nats [B, P], batch by batch.
+    """Yield row numbers of sequences [B] and the losses of their predictions in nats [B, P], batch by batch.
 
-    Arguments and errors as `evaluate_perplexity`, which adds them up.
+    Arguments and errors are those of `evaluate_perplexity`, which sums the losses.
     """
     if settings.batch_tokens < 1:
         raise ConfigError(
-            f"batches of {settings.batch_tokens} tokens", remedy="Use 1 or more", location="--batch-tokens"
+            f"a batch has {settings.batch_tokens} tokens", remedy="Use 1 or more", location="--batch-tokens"
         )
     model = eval_model.model.to(device=settings.device, dtype=settings.dtype).eval()
     longest = int(sequences.num_inputs.max())
-    for rows in _batches(sequences, max(1, settings.batch_tokens // longest)):
-        batch = _read(dataset, sequences, rows, eval_model.config.intra_clip)
+    for rows in _group_rows(sequences, max(1, settings.batch_tokens // longest)):
+        batch = _read_batch(dataset, sequences, rows, eval_model.config.intra_clip)
         num_context = int(sequences.num_context[rows[0]])
         losses_BP = _losses(model, Batch(*(ids.to(settings.device) for ids in batch[:4])), num_context)
         total_nats = losses_BP.sum()
         if not math.isfinite(total_nats):
             raise CheckpointError(
-                f"the loss is {total_nats} in the batch of {longest}-token windows from token "
-                f"{sequences.starts[rows[0]]} on",
-                remedy="Evaluate with --dtype fp32, or another step: the weights may be damaged or have diverged",
+                f"the loss is {total_nats} in the batch of {longest}-token sequences that starts at token "
+                f"{sequences.starts[rows[0]]}",
+                remedy="Use --dtype fp32, or evaluate another step: the weights may be damaged or have diverged",
                 location=eval_model.source,
             )
         if progress:
@@ -131,7 +125,7 @@ def sequence_losses(
 
 
 def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
-    """Tokens of the dataset that an evaluation limited to `max_tokens` may look at.
+    """Return the number of tokens available to an evaluation limited to `max_tokens`.
 
     Raises:
         ConfigError: `max_tokens` is not positive.
@@ -139,20 +133,22 @@ def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
     if max_tokens is None:
         return dataset.num_tokens
     if max_tokens < 1:
-        raise ConfigError(f"--max-tokens {max_tokens} leaves nothing", remedy="Use 1 or more", location="--max-tokens")
+        raise ConfigError(
+            f"--max-tokens {max_tokens} selects no tokens", remedy="Use 1 or more", location="--max-tokens"
+        )
     return min(max_tokens, dataset.num_tokens)
 
 
-def _batches(sequences: EvalSequences, num_together: int) -> Iterator[IntArray]:
-    """Row numbers of windows of equal size and context, at most `num_together` at a time."""
+def _group_rows(sequences: EvalSequences, num_together: int) -> Iterator[IntArray]:
+    """Yield row numbers of sequences of equal size and context, at most `num_together` at a time."""
     kinds, kind_of = np.unique(np.stack([sequences.num_inputs, sequences.num_context]), axis=1, return_inverse=True)
     for kind in reversed(range(kinds.shape[1])):
         rows = np.flatnonzero(kind_of == kind)
         yield from np.split(rows, range(num_together, rows.size, num_together))
 
 
-def _read(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip: int) -> Batch[Tensor]:
-    """Windows of equal size with their ids; the labels are [B, P] with P <= T."""
+def _read_batch(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip: int) -> Batch[Tensor]:
+    """Read sequences of equal size with their ids; the labels are [B, P] with P <= T."""
     num_inputs, first_label = int(sequences.num_inputs[rows[0]]), int(sequences.num_context[rows[0]]) + 1
     end = first_label + int(sequences.num_predictions[rows[0]])
     reach = max(num_inputs, end)
@@ -161,8 +157,8 @@ def _read(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip:
     vocab_size = dataset.manifest.tokenizer.vocab_size
     if tokens.min() < 0 or tokens.max() >= vocab_size:
         raise DataError(
-            f"the tokens from {starts[0]} on hold an id outside the vocabulary of {vocab_size}",
-            remedy="Look for damage with tools/inspect_data.py verify",
+            f"the tokens from index {starts[0]} have an id outside the vocabulary of {vocab_size}",
+            remedy="Check the dataset with tools/inspect_data.py verify",
             location=dataset.path,
         )
     ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
@@ -173,9 +169,9 @@ def _read(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip:
 
 @torch.inference_mode()
 def _losses(model: nn.Sequential, batch: Batch[Tensor], num_context: int) -> FloatArray:
-    """Losses of all labels in nats [B, P], the first that of token `num_context`.
+    """Return losses in nats [B, P]; the first label is predicted at token `num_context`.
 
-    The head runs over parts, since logits dwarf everything else.
+    The head runs on slices, because full logits would exceed all other memory.
     """
     hidden_BTD, positions_BT = model[:-1]((batch.tokens_BT, batch.intra_BT, batch.inter_BT))
     num_predictions = batch.labels_BT.shape[1]
@@ -197,9 +193,9 @@ def _result(
     seconds: float,
 ) -> LengthResult:
     num_predictions = int(sequences.num_predictions.sum())
-    # `reference` asks for the mean over blocks of the block's mean: the same, its blocks being of one size. The
-    # authors count a batch's mean once for each of its blocks, also in the last, smaller batch (accelerate cuts
-    # their eight copies to the blocks there are), so on one process theirs is this mean too.
+    # `reference` defines the mean over blocks of the block means, which is the same because its blocks have one size.
+    # The authors weight a batch's mean by its blocks, also in the last, smaller batch (accelerate trims their eight
+    # replicas to the existing blocks), so on one process their result is this mean too.
     nats = total_nats / num_predictions
     complete = sequences.num_tokens == dataset.num_tokens
     text_bytes = dataset.manifest.text_bytes

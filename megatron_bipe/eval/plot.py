@@ -1,4 +1,4 @@
-"""Perplexity against window length: linear axes, lines labelled where they end, exploding ones cut and named."""
+"""Plot of perplexity against sequence length: linear axes, labelled line ends, clipped outliers listed in a note."""
 
 import io
 import textwrap
@@ -12,13 +12,13 @@ from matplotlib.figure import Figure
 from megatron_bipe.eval.curves import COLOURS, Curve, leaves_at, spread, thin_ticks, values_beyond, visible_range
 
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # for each row of the palette
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))  # per repetition of the palette
 GREY = "#666666"
-LABEL_GAP = 0.055  # of the plot's height, between labels
+LABEL_GAP = 0.055  # between labels, as a fraction of the plot's height
 
 
 def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
-    """The plot as PNG, about 1280 x 720 pixels; wider where names are long."""
+    """Return the plot as PNG, about 1280 x 720 pixels; wider if names are long."""
     figure = Figure(figsize=(8.0, 4.75), dpi=160, facecolor="white")
     FigureCanvasAgg(figure)
     axes = figure.add_axes((0.075, 0.15, 0.745, 0.70))
@@ -26,7 +26,7 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
     axes.set_ylim(low, high)
     for index, curve in enumerate(curves):
         lengths, values = zip(*curve.points, strict=True)
-        # Matplotlib draws no line towards infinity; this one is to be seen leaving.
+        # Matplotlib cannot draw to infinity; a finite value shows the line leaving the plot.
         drawn = [min(value, 100 * high) for value in values]
         axes.plot(lengths, drawn, linewidth=2, markersize=5, **line_style(index))
     _draw_frame(axes, curves, title)
@@ -41,7 +41,7 @@ def draw_perplexity(curves: Sequence[Curve], title: str) -> bytes:
 
 
 def line_style(index: int) -> dict[str, Any]:
-    """Colour, marker and dashes of the line with this number; the palette comes again with other markers and dashes."""
+    """Return colour, marker and dashes of a line; when the palette repeats, markers and dashes differ."""
     row, position = divmod(index, len(COLOURS))
     marker, dashes = MARKERS[(position + row) % len(MARKERS)], DASHES[row % len(DASHES)]
     return {"color": COLOURS[position], "marker": marker, "linestyle": dashes}
@@ -62,7 +62,7 @@ def _draw_frame(axes: Axes, curves: Sequence[Curve], title: str) -> None:
             length, 1.015, "training length", transform=axes.get_xaxis_transform(), ha=side, fontsize=8, color=GREY
         )
     axes.set_title(title, loc="left", fontsize=11, fontweight="bold", pad=20)
-    axes.set_xlabel("window length, tokens", fontsize=9)
+    axes.set_xlabel("sequence length, tokens", fontsize=9)
     axes.set_ylabel("perplexity (lower is better)", fontsize=9)
     axes.tick_params(labelsize=8.5, length=3)
     axes.grid(axis="y", color="#e6e6e6", linewidth=0.8)
@@ -71,7 +71,7 @@ def _draw_frame(axes: Axes, curves: Sequence[Curve], title: str) -> None:
 
 
 def _label_lines(axes: Axes, curves: Sequence[Curve]) -> None:
-    """Names beside the ends of lines; a line that leaves the plot is named where it does."""
+    """Write names at line ends; a line that leaves the plot is named where it leaves."""
     low, high = axes.get_ylim()
     staying = [(i, curve) for i, curve in enumerate(curves) if curve.points[-1][1] <= high]
     ends = [(curve.points[-1][1] - low) / (high - low) for _, curve in staying]

@@ -1,4 +1,4 @@
-"""The page that `make quickstart` ends with: what came out, how it was made, and where to go next. Torch-free."""
+"""Page that `make quickstart` ends with: results, how they were obtained, and next steps. Torch-free."""
 
 import math
 import os
@@ -21,19 +21,19 @@ PAPER = "https://arxiv.org/abs/2401.16421"
 ABOUT = {
     "bipe_rope": "The position inside the segment is a learned embedding; the number of the segment goes to RoPE.",
     "bipe_alibi": "The position inside the segment is a learned embedding; the number of the segment goes to ALiBi.",
-    "rope": "The baseline: the position of the token in the text goes to RoPE, and segments play no part.",
+    "rope": "The baseline: the position of the token in the text goes to RoPE; segments are not used.",
 }
 SEGMENT_ENDS = {
     "reference": "at line breaks and full stops that stand alone",
     "sentence": "at full stops and line breaks",
     "newline": "at line breaks",
 }
-# Title, text, commands; {folder} is the quickstart's.
+# Title, text, commands; {folder} is the quickstart's output folder.
 NEXT_STEPS = (
     (
-        "Use what you have",
-        "The exported models are Hugging Face models. Let one continue a text, count what is in the data, or watch the "
-        "curves of the runs:",
+        "Use the results",
+        "The exported models are Hugging Face models. Generate text with one, print statistics of the data, or view "
+        "the curves of the runs:",
         """
 python tools/generate.py --model {folder}/exported/bipe_rope --prompt 'The default value is'
 python tools/inspect_data.py stats {folder}/data/train
@@ -41,8 +41,8 @@ tensorboard --logdir {folder}/runs
 """,
     ),
     (
-        "Text of your own",
-        "Bring .jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, a folder of them, or a name on the Hub:",
+        "Use your own text",
+        "The input may be .jsonl, .jsonl.zst, .jsonl.gz, .txt or .parquet files, a folder of them, or a Hub name:",
         """
 python tools/train_tokenizer.py --input my.jsonl --vocab-size 8192 --output mine/tokenizer
 python tools/preprocess.py --input my.jsonl --tokenizer mine/tokenizer --output mine/data \\
@@ -54,9 +54,9 @@ python tools/export_hf.py --checkpoint mine/run --output mine/model
 """,
     ),
     (
-        "The Pile, at the size of the paper",
-        "151M parameters in windows of 1,024 tokens. The dry run says what a run would need before it begins. README "
-        "goes on with evaluation and export.",
+        "Train on the Pile at the paper's size",
+        "151M parameters, sequences of 1,024 tokens. The dry run estimates a run's resources before it starts. The "
+        "README continues with evaluation and export.",
         """
 python tools/download_data.py --output pile
 python tools/preprocess.py --input pile/train \\
@@ -70,9 +70,9 @@ deepspeed pretrain.py --ds_config ds_configs/zero2.json \\
 """,
     ),
     (
-        "A cluster",
-        "1.6B parameters on 64 GPUs, under SLURM or on the hosts that a file lists. The dry run shows what 64 ranks "
-        "would hold and send, without starting any.",
+        "Train on a cluster",
+        "1.6B parameters on 64 GPUs, under SLURM or on the hosts of a hostfile. The dry run estimates memory and "
+        "communication of 64 ranks without starting them.",
         """
 deepspeed pretrain.py --ds_config ds_configs/zero1.json \\
     --config examples/bipe_rope_1.6b.yaml --dry-run 64
@@ -87,26 +87,26 @@ def quickstart_page(folder: Path, verdict: str, prompts: Sequence[str] = (), mac
     """Return the page about a finished quickstart as HTML.
 
     Args:
-        folder: what the quickstart wrote to.
-        verdict: whether the effect shows, in a sentence or two; line breaks are kept.
-        prompts: what the generated texts begin with, in their order; they are set off.
-        machine: what it ran on; by default this machine's processor.
+        folder: output folder of the quickstart.
+        verdict: a sentence or two that say if the effect shows; line breaks are kept.
+        prompts: prompts of the generated texts, in order; they are highlighted.
+        machine: hardware description; by default this machine's processor.
 
     Raises:
-        BipeError: a file in the folder is missing or damaged; names it.
+        BipeError: a file in the folder is missing or damaged; the error names it.
     """
     found = read_quickstart(folder)
     machine = machine or _machine()
     sections = (
-        Section("Perplexity beyond the training length", _effect(found)),
-        Section("How they learned", _losses(found)),
-        Section("What the models see", _segments(found)),
-        Section("What a model writes", _generated(found.generated, prompts)),
+        Section("Perplexity beyond the training length", _perplexity_section(found)),
+        Section("Training and validation loss", _losses(found)),
+        Section("Segments and position ids", _segments(found)),
+        Section("Generated text", _generated(found.generated, prompts)),
         Section("Sizes and times", _sizes(found, machine)),
-        Section("Where to go next", _next_steps(folder)),
+        Section("Next steps", _next_steps(folder)),
     )
     return page(
-        f"{_count(found)} language models, one question",
+        f"{_number_of_models(found)} language models, one question",
         _lead(found, verdict),
         sections,
         "megatron_bipe quickstart",
@@ -124,33 +124,33 @@ def _lead(found: Quickstart, verdict: str) -> str:
     rate = sum(num_tokens) / max(sum(sum(losses.steps_s) for _, losses in found.runs), 1e-9)
     parameters = max(model.num_parameters for model in found.evaluation.models)
     lead = (
-        f"This machine trained {_count(found).lower()} small language models on the same text, in windows of "
-        f"{run.train.seq_len_tokens:,} tokens. They differ in their positional encoding alone. Which of them can "
-        "read windows longer than those they were trained on?"
+        f"This machine trained {_number_of_models(found).lower()} small language models on the same text, in sequences "
+        f"of {run.train.seq_len_tokens:,} tokens. They differ only in their positional encoding. Which of them works "
+        "on sequences that are longer than in training?"
     )
     tiles = [
-        (_short(parameters), "parameters a model"),
-        (_short(max(num_tokens)), "tokens of training a model"),
-        (f"{rate:,.0f}", f"tokens a second, in {run.train.precision}"),
+        (_with_prefix(parameters), "parameters per model"),
+        (_with_prefix(max(num_tokens)), "training tokens per model"),
+        (f"{rate:,.0f}", f"tokens per second, in {run.train.precision}"),
     ]
     if found.times.total_s:
         tiles.append((_duration(found.times.total_s), "from text to this page"))
     return paragraph(escape(lead), "lead") + f'<div class="verdict">{escape(verdict.strip())}</div>\n' + facts(tiles)
 
 
-def _effect(found: Quickstart) -> str:
+def _perplexity_section(found: Quickstart) -> str:
     models = found.evaluation.models
     curves = [model.curve for model in models]
     low, high = visible_range(curves)
     lengths = sorted({length for curve in curves for length, _ in curve.points})
     trained = models[0].train_len_tokens
-    told = "; ".join(
+    described = "; ".join(
         f"{curve.name}: " + ", ".join(f"{value:.1f} at {length:,}" for length, value in curve.points)
         for curve in curves
     )
     chart = Chart(
-        summary=f"Perplexity by window length in tokens. {told}. Training length: {trained:,}.",
-        x_label="window length, tokens",
+        summary=f"Perplexity by sequence length in tokens. {described}. Training length: {trained:,}.",
+        x_label="sequence length, tokens",
         y_label="perplexity (lower is better)",
         lines=[Line(curve.name, style, curve.points) for style, curve in enumerate(curves)],
         y_range=(low, high),
@@ -167,7 +167,7 @@ def _effect(found: Quickstart) -> str:
         for length in lengths
     ]
     kinds = ["trained" if length == trained else "" for length in lengths]
-    numbers = table(["window, tokens", *(escape(curve.name) for curve in curves)], rows, kinds)
+    numbers = table(["sequence length, tokens", *(escape(curve.name) for curve in curves)], rows, kinds)
     key = "".join(
         f'<li class="s{style}"><b>{escape(model.name)}</b>: {escape(ABOUT[model.name])}</li>\n'
         for style, model in enumerate(models)
@@ -190,22 +190,22 @@ def _losses(found: Quickstart) -> str:
     last = [
         (model.name, losses.valid[-1]) for model, (_, losses) in zip(models, found.runs, strict=True) if losses.valid
     ]
-    told = "; ".join(f"{name}: {loss:.3f} after {tokens:,.0f} tokens" for name, (tokens, loss) in last)
+    described = "; ".join(f"{name}: {loss:.3f} after {tokens:,.0f} tokens" for name, (tokens, loss) in last)
     low, high = _loss_range(lines)
     chart = Chart(
-        summary=f"Training and validation loss against tokens of training. Last validation losses: {told or 'none'}.",
-        x_label="tokens of training",
-        y_label="loss, nats a token",
+        summary=f"Training and validation loss against training tokens. Last validation losses: {described or 'none'}.",
+        x_label="training tokens",
+        y_label="loss, nats per token",
         lines=lines,
         y_range=(low, high),
-        show_x=_short,
+        show_x=_with_prefix,
     )
     cut = "; its first steps lie above the chart" if any(y > high for line in lines for _, y in line.points) else ""
     caption = (
         "Thick lines: validation loss, on held-out text. Thin lines: training loss, averaged over neighbouring "
-        f"steps{cut}. Both are of windows as long as those of training."
+        f"steps{cut}. Both use the sequence length of training."
     )
-    columns = ["tokens of training", *(escape(model.name) for model in models)]
+    columns = ["training tokens", *(escape(model.name) for model in models)]
     by_tokens = [dict(losses.valid) for _, losses in found.runs]
     rows = [
         [f"{tokens:,.0f}", *(f"{by[tokens]:.3f}" if tokens in by else "" for by in by_tokens)]
@@ -216,7 +216,7 @@ def _losses(found: Quickstart) -> str:
 
 
 def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:
-    """Return limits around the named lines; the first steps of training lie far above them."""
+    """Return limits around the named lines; the first training steps lie far above them."""
     named = [y for line in lines if line.name for _, y in line.points if math.isfinite(y)] or [0.0]
     everything = [y for line in lines for _, y in line.points if math.isfinite(y)] or [0.0]
     room = max(named) - min(named) or 1.0
@@ -228,32 +228,32 @@ def _segments(found: Quickstart) -> str:
     passage = readable_passage(valid, found.tokenizer, PASSAGE_TOKENS)
     rule = valid.rule.spec
     where = f", here {SEGMENT_ENDS[rule]}," if rule in SEGMENT_ENDS else ""
-    told = (
-        f"A bilevel encoding cuts text into segments{where} and gives every token two ids: the <b>inter id</b> is the "
-        "number of its segment, the <b>intra id</b> its position inside that segment."
+    described = (
+        f"A bilevel encoding splits text into segments{where} and gives every token two ids: the <b>inter id</b> is "
+        "the number of its segment, the <b>intra id</b> its position inside that segment."
     )
     legend = (
         f'<div class="legend t0" aria-hidden="true">{token_box("token", "intra id", "inter id")}'
-        f"<p>Above each token its inter id, below it its intra id. Every row is a segment.</p></div>\n"
+        f"<p>The inter id is above each token, the intra id below it. Each row is a segment.</p></div>\n"
     )
     source = (
-        f"The beginning of document {passage.document} of the held-out text, cut by the rule "
-        f"<code>{escape(valid.rule.spec)}</code>. A dot stands for a space, ↵ for a line break. To see others: "
+        f"The beginning of document {passage.document} of the held-out text, split by the rule "
+        f"<code>{escape(valid.rule.spec)}</code>. A dot stands for a space, ↵ for a line break. To show others: "
         f"<code>python tools/inspect_data.py show {escape(_quoted(valid.path))} --document N</code>"
     )
-    return paragraph(told) + legend + segments_view(passage) + paragraph(source, "note")
+    return paragraph(described) + legend + segments_view(passage) + paragraph(source, "note")
 
 
 def _generated(generated: str, prompts: Sequence[str]) -> str:
-    told = (
+    described = (
         "A model this small, trained for minutes, has learned what its corpus looks like, not what it means."
-        f"{' What it was given is in colour; the rest is its own.' if prompts else ''}"
+        f"{' Prompts are in colour; the model generated the rest.' if prompts else ''}"
     )
     texts = "".join(
-        f'<pre class="text">{f"<b>{_shown(prompt)}</b>" if prompt else ""}{_shown(rest)}</pre>\n'
+        f'<pre class="text">{f"<b>{_printable_html(prompt)}</b>" if prompt else ""}{_printable_html(rest)}</pre>\n'
         for prompt, rest in split_by_prompts(generated.strip("\n"), prompts)
     )
-    return paragraph(escape(told)) + texts
+    return paragraph(escape(described)) + texts
 
 
 def split_by_prompts(generated: str, prompts: Sequence[str]) -> list[tuple[str, str]]:
@@ -295,7 +295,7 @@ def _sizes(found: Quickstart, machine: str) -> str:
         ("Model", f"{model.num_layers} layers of width {model.hidden_size}, {model.num_heads} heads"),
         (
             "Training",
-            f"{settings.steps:,} steps of {settings.global_batch:,} windows of {settings.seq_len_tokens:,} tokens, "
+            f"{settings.steps:,} steps of {settings.global_batch:,} sequences of {settings.seq_len_tokens:,} tokens, "
             f"{seen / max(train.num_tokens, 1):.2g} epochs",
         ),
     ]
@@ -309,7 +309,7 @@ def _sizes(found: Quickstart, machine: str) -> str:
         ]
         for m, (_, losses) in zip(found.evaluation.models, found.runs, strict=True)
     ]
-    html = definitions(sizes) + table(["model", "parameters", "seconds a step", "tokens/s", "all steps"], rows)
+    html = definitions(sizes) + table(["model", "parameters", "seconds per step", "tokens/s", "all steps"], rows)
     if found.times.steps_s:
         html += "<h3>Steps of the command</h3>\n" + bars(list(found.times.steps_s.items()), "{:,.1f} s")
     return html
@@ -326,7 +326,7 @@ def _next_steps(folder: Path) -> str:
     return paragraph(paper + inside) + f'<div class="steps">\n{parts}</div>\n'
 
 
-def _count(found: Quickstart) -> str:
+def _number_of_models(found: Quickstart) -> str:
     words = {1: "One", 2: "Two", 3: "Three", 4: "Four", 5: "Five", 6: "Six"}
     number = len(found.evaluation.models)
     return words.get(number, str(number))
@@ -336,12 +336,12 @@ def _quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def _shown(text: str) -> str:
-    """Return text as HTML; characters that a browser would not show are escaped."""
+def _printable_html(text: str) -> str:
+    """Return text as HTML; unprintable characters are escaped."""
     return escape("".join(char if char in "\n\t" else printable(char) for char in text))
 
 
-def _short(number: float) -> str:
+def _with_prefix(number: float) -> str:
     for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.3g} {unit}"

@@ -1,4 +1,4 @@
-"""What a quickstart leaves in its folder, read for the page about it. Torch-free."""
+"""Reader of the files that a quickstart run writes, for its page. Torch-free."""
 
 import math
 from pathlib import Path
@@ -16,11 +16,11 @@ from megatron_bipe.eval.curves import Curve
 from megatron_bipe.eval.run_losses import RunLosses, read_losses
 
 T = TypeVar("T")
-REMEDY = "Remove what that step made and run tools/quickstart.py again: it makes what is missing"
+REMEDY = "Remove the output of that step and run tools/quickstart.py again; it repeats missing steps"
 
 
 class Result(BaseModel):
-    """Perplexity at one window length, as evaluation/perplexity.json has it."""
+    """Perplexity at one sequence length in evaluation/perplexity.json."""
 
     length_tokens: int
     perplexity: float | None
@@ -28,7 +28,7 @@ class Result(BaseModel):
 
 
 class Model(BaseModel):
-    """One model, as evaluation/perplexity.json has it."""
+    """A model in evaluation/perplexity.json."""
 
     name: str
     num_parameters: int
@@ -37,52 +37,52 @@ class Model(BaseModel):
 
     @property
     def curve(self) -> Curve:
-        """Perplexity against window length."""
+        """Perplexity against sequence length."""
         points = [(r.length_tokens, math.inf if r.perplexity is None else r.perplexity) for r in self.results]
         return Curve(self.name, self.train_len_tokens, points)
 
 
 class Evaluation(BaseModel):
-    """evaluation/perplexity.json, as far as the page needs it."""
+    """The fields of evaluation/perplexity.json that the page needs."""
 
     protocol_means: str
     models: list[Model]
 
 
 class Times(BaseModel):
-    """logs/times.json."""
+    """Content of logs/times.json."""
 
     steps_s: dict[str, float] = {}
-    """Seconds by title of step."""
+    """Seconds by title of the step."""
     total_s: float = 0.0
-    """Of all steps; those that ran side by side count once."""
+    """Wall time of all steps; parallel steps count once."""
 
 
 class Quickstart(NamedTuple):
-    """What a quickstart left in its folder."""
+    """Results of a quickstart run."""
 
     folder: Path
     evaluation: Evaluation
     runs: list[tuple[RunConfig, RunLosses]]
-    """Of each evaluated model, in the same order."""
+    """Configuration and losses of each evaluated model, in the order of the evaluation."""
     train: TokenDataset
     valid: TokenDataset
     tokenizer: Tokenizer
     generated: str
     times: Times
-    """Empty where they were not recorded."""
+    """Empty if they were not recorded."""
 
 
 def read_quickstart(folder: Path) -> Quickstart:
-    """Read what a quickstart left in its folder.
+    """Read the results of a quickstart run.
 
     Raises:
-        BipeError: a file is missing or damaged; names it.
+        BipeError: a file is missing or damaged; the error names it.
     """
     path = folder / "evaluation" / "perplexity.json"
     evaluation = _read_json(path, TypeAdapter(Evaluation))
     if not evaluation.models or not all(model.results for model in evaluation.models):
-        raise DataError("the evaluation holds no results", remedy=REMEDY, location=path)
+        raise DataError("the evaluation has no results", remedy=REMEDY, location=path)
     runs = []
     for model in evaluation.models:
         run_dir = folder / "runs" / model.name
@@ -108,4 +108,4 @@ def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
     except OSError as error:
-        raise DataError(f"cannot be read: {error.strerror}", remedy=REMEDY, location=path) from error
+        raise DataError(f"the file cannot be read: {error.strerror}", remedy=REMEDY, location=path) from error

@@ -1,4 +1,4 @@
-"""What an evaluation leaves behind: JSON with everything, CSV for spreadsheets, a plot, a table to read."""
+"""Report of a perplexity evaluation: JSON with all results, CSV for spreadsheets, a plot and a text table."""
 
 import csv
 import io
@@ -25,34 +25,34 @@ JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity
 
 
 class ModelResults(NamedTuple):
-    """One model at all its lengths, ascending."""
+    """Results of one model at all lengths, ascending."""
 
     eval_model: EvalModel
     results: tuple[LengthResult, ...]
 
 
 def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_NAME, CSV_NAME, PNG_NAME)) -> None:
-    """Make the output folder, before anything long is begun; `names` are what will be written.
+    """Create the output folder before a long evaluation starts; `names` are the files that will be written.
 
     Raises:
-        ConfigError: results are there already and may not be overwritten, or the folder cannot be made.
+        ConfigError: the folder has results and `overwrite` is False, or it cannot be created.
     """
     present = [name for name in names if (folder / name).exists()]
     if present and not overwrite:
         raise ConfigError(
-            f"there is already {', '.join(present)}",
-            remedy="Give --overwrite, or another --output",
+            f"the folder already has {', '.join(present)}",
+            remedy="Add --overwrite, or choose another --output",
             location=folder,
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        what = f"cannot make the folder: {error.strerror}"
-        raise ConfigError(what, remedy="Name another --output", location=folder) from error
+        what = f"the folder cannot be created: {error.strerror}"
+        raise ConfigError(what, remedy="Choose another --output", location=folder) from error
 
 
 def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> list[Path]:
-    """Write the three files; existing ones are replaced, each in one step."""
+    """Write the three files, each atomically; existing ones are replaced."""
     contents = {
         JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False).encode() + b"\n",
         CSV_NAME: as_csv(models).encode(),
@@ -61,7 +61,7 @@ def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models
                 Curve(name, eval_model.config.train_len_tokens, [(r.length_tokens, r.perplexity) for r in results])
                 for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
             ],
-            title=f"Perplexity by window length: {_data_name(dataset)}",
+            title=f"Perplexity by sequence length: {_data_name(dataset)}",
         ),
     }
     for name, data in contents.items():
@@ -70,7 +70,7 @@ def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models
 
 
 def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> dict[str, Any]:
-    """Everything about the evaluation; infinite perplexities are null."""
+    """Return all facts and results of the evaluation; infinite perplexities are null."""
     manifest = dataset.manifest
     return {
         "format_version": FORMAT_VERSION,
@@ -105,7 +105,6 @@ def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelRes
 
 
 def as_csv(models: Sequence[ModelResults]) -> str:
-    """One row a model and length, with a header."""
     text = io.StringIO()
     columns = ("model", "encoding", "train_len_tokens", *LengthResult._fields)
     writer = csv.writer(text, lineterminator="\n")
@@ -117,7 +116,7 @@ def as_csv(models: Sequence[ModelResults]) -> str:
 
 
 def as_table(models: Sequence[ModelResults]) -> str:
-    """Perplexities for a terminal: a row a model, a column a length; the training length is marked."""
+    """Return perplexities as text: one row per model, one column per length; the training length is marked."""
     lengths = [result.length_tokens for result in models[0].results]
     rows = [["perplexity at", *(f"{length:,}" for length in lengths)]]
     for name, (eval_model, results) in zip(unique_names(models), models, strict=True):
@@ -129,7 +128,7 @@ def as_table(models: Sequence[ModelResults]) -> str:
 
 
 def describe(dataset: TokenDataset, settings: Settings, results: Sequence[LengthResult]) -> str:
-    """What was read and what was left out, in one line a length."""
+    """Describe the tokens that were read and dropped, one line per length."""
     given = limit_tokens(dataset, settings.max_tokens)
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
     lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
@@ -142,7 +141,7 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
 
 
 def unique_names(models: Sequence[tuple[EvalModel, object]]) -> list[str]:
-    """Names for people; where two are the same, what they were loaded from instead."""
+    """Return the models' names; duplicates are replaced by their sources."""
     names = [eval_model.name for eval_model, _ in models]
     return [eval_model.source if names.count(eval_model.name) > 1 else eval_model.name for eval_model, _ in models]
 

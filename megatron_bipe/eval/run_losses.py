@@ -1,4 +1,4 @@
-"""The losses and rates of a training run, read from its metrics.jsonl. Torch-free."""
+"""Losses and throughput of a training run, read from its metrics.jsonl. Torch-free."""
 
 import json
 import math
@@ -13,36 +13,34 @@ METRICS_NAME = "metrics.jsonl"
 
 
 class RunLosses(NamedTuple):
-    """What a run wrote about its steps."""
+    """Metrics of a run's steps."""
 
     train: list[tuple[float, float]]
-    """(tokens seen, training loss in nats), a point a step; NaN where the loss was not finite."""
+    """(tokens seen, training loss in nats), one point per step; NaN where the loss was not finite."""
     valid: list[tuple[float, float]]
     """(tokens seen, validation loss in nats)."""
     steps_s: list[float]
-    """Seconds of each step."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens trained on."""
         return int(self.train[-1][0])
 
     @property
     def step_s(self) -> float:
-        """Seconds of a typical step."""
+        """Median seconds per step."""
         return median(self.steps_s)
 
     @property
     def tokens_per_s(self) -> float:
-        """Tokens a second over all steps, without the time of validation and saving."""
+        """Throughput over all steps, excluding validation and checkpointing."""
         return self.num_tokens / max(sum(self.steps_s), 1e-9)
 
 
 def read_losses(run_dir: Path) -> RunLosses:
-    """Read what a run wrote about its steps.
+    """Read the metrics of a run.
 
     Raises:
-        DataError: the file is missing, has a damaged line, or holds no step.
+        DataError: the file is missing, has a damaged line, or has no training step.
     """
     path = run_dir / METRICS_NAME
     losses = RunLosses([], [], [])
@@ -54,25 +52,24 @@ def read_losses(run_dir: Path) -> RunLosses:
         ) from error
     for number, line in enumerate(lines, 1):
         try:
-            _add(losses, json.loads(line))
+            _append_line(losses, json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"line {number} is damaged: {line[:60]!r}", remedy="Train the run again", location=path
             ) from error
     if not losses.train:
-        raise DataError("the file holds no training step", remedy="Train the run again", location=path)
+        raise DataError("the file has no training step", remedy="Train the run again", location=path)
     return losses
 
 
 def loss_lines(name: str, style: int, losses: RunLosses, max_points: int = 100) -> list[Line]:
-    """Return lines for a chart: validation loss with the run's name, training loss behind it.
+    """Return chart lines: validation loss with the run's name, training loss as a line in the background.
 
     Args:
-        name: of the run.
-        style: number of its colour.
-        losses: what it wrote.
-        max_points: the training loss is averaged over so many equal stretches of steps; without validations it bears
-            the name.
+        name: name of the run.
+        style: index of its colour.
+        losses: metrics of the run.
+        max_points: maximum points of the averaged training loss; without validations that line has the name.
     """
     averaged = average_steps(losses.train, max_points)
     if not losses.valid:
@@ -81,13 +78,13 @@ def loss_lines(name: str, style: int, losses: RunLosses, max_points: int = 100) 
 
 
 def average_steps(points: list[tuple[float, float]], max_points: int) -> list[tuple[float, float]]:
-    """Average neighbouring points in equal groups, so that at most `max_points` are left."""
+    """Average neighbouring points in equal groups, so that at most `max_points` remain."""
     size = math.ceil(len(points) / max_points)
     groups = (points[start : start + size] for start in range(0, len(points), size))
     return [(fmean(x for x, _ in group), fmean(y for _, y in group)) for group in groups]
 
 
-def _add(losses: RunLosses, values: dict[str, Any]) -> None:
+def _append_line(losses: RunLosses, values: dict[str, Any]) -> None:
     tokens = float(values["tokens"])
     if "loss/train_nats" in values:
         losses.train.append((tokens, _number(values["loss/train_nats"])))

@@ -1,4 +1,4 @@
-"""A document's tokens as coloured boxes, segment by segment, each with its inter id above and its intra id below."""
+"""HTML view of a document's tokens as coloured boxes, one row per segment, with inter ids above and intra ids below."""
 
 from html import escape
 from itertools import groupby
@@ -10,22 +10,22 @@ from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.eval.page import NUM_TINTS, details, table
 
-MAX_DOCUMENTS = 300  # looked at for a readable passage
+MAX_DOCUMENTS = 300  # searched for a readable passage
 MIN_SEGMENTS, MAX_SEGMENTS, MIN_SEGMENT_TOKENS = 3, 7, 4
 
 
 class Passage(NamedTuple):
-    """Tokens of a document from its first one, with both ids."""
+    """The first tokens of a document with both ids."""
 
     document: int
     texts: list[str]
-    """What each token looks like, blanks visible."""
+    """Printable form of each token, with visible white space."""
     intra: list[int]
     inter: list[int]
 
 
 def read_passage(dataset: TokenDataset, tokenizer: Tokenizer, document: int, max_tokens: int) -> Passage:
-    """Read a document's first tokens, up to the end of the last segment that is complete.
+    """Read a document's first tokens, up to the end of the last complete segment.
 
     Raises:
         DataError: the dataset has no such document, or is damaged.
@@ -40,7 +40,7 @@ def read_passage(dataset: TokenDataset, tokenizer: Tokenizer, document: int, max
 
 
 def readable_passage(dataset: TokenDataset, tokenizer: Tokenizer, max_tokens: int) -> Passage:
-    """Return the beginning of the document that shows segments best: a few of them, and many letters a token.
+    """Return the beginning of the document that shows segments best: several segments, many letters per token.
 
     Raises:
         DataError: the dataset has no documents, or is damaged.
@@ -51,7 +51,7 @@ def readable_passage(dataset: TokenDataset, tokenizer: Tokenizer, max_tokens: in
 
 
 def segments_view(passage: Passage) -> str:
-    """Return the boxes, and a table of the same numbers for readers who cannot see them."""
+    """Return the boxes, and a table of the same numbers for screen readers."""
     rows = list(zip(passage.texts, passage.intra, passage.inter, strict=True))
     segments = []
     for inter, tokens in groupby(rows, key=lambda row: row[2]):
@@ -64,7 +64,6 @@ def segments_view(passage: Passage) -> str:
 
 
 def token_box(text: str, intra: str, inter: str) -> str:
-    """Return one token's box."""
     shown = escape(text)
     for mark in VISIBLE.values():
         shown = shown.replace(mark, f"<i>{mark}</i>")

@@ -1,7 +1,7 @@
-"""The authors' published models: their folder layout -> weights with our names and a model configuration.
+"""Reader of the authors' published models: returns weights under our names and a model configuration.
 
-Their `config.json` says `model_type: llama` and `rpe_type`; names are LLaMA's, the intra table is
-`model.embeds.0.weight`, and the ALiBi models carry their slopes as a buffer in every layer.
+Their `config.json` has `model_type: llama` and `rpe_type`; weight names are LLaMA's, the intra-segment embedding is
+`model.embeds.0.weight`, and the ALiBi models store their slopes as a buffer in every layer.
 """
 
 import pickle
@@ -18,47 +18,45 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings, shard_names
 from megatron_bipe.hf.weight_mapping import INTRA_TABLE, from_llama
 
-# The ids that the authors' code compares tokens with, whatever the tokenizer: LLaMA's newline byte and its
-# period after a space. They are the rule of all published models, for folders that come without a tokenizer.
+# Separator ids that are fixed in the authors' code: LLaMA's newline byte and its period after a space. They are the
+# rule of all published models, for folders without a tokenizer.
 PUBLISHED_SEPARATORS = (13, 869)
 
 _ENCODINGS, _SCALINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi"), ("linear", "dynamic")
 _INTRA_TABLE = "model.embeds.0.weight"
 _BUFFERS = ("self_attn.alibi", "self_attn.rotary_emb.inv_freq")  # recomputed, not learned
 _BIN, _BIN_INDEX = "pytorch_model.bin", "pytorch_model.bin.index.json"
-_REMEDY = "Name a folder of the authors' layout, e.g. a download of hzy00/BiPE_RoPE-151M"
+_REMEDY = "Give a folder in the authors' layout, e.g. a download of hzy00/BiPE_RoPE-151M"
 
 
 class AuthorsModel(NamedTuple):
-    """What such a folder holds."""
+    """Content of a published model."""
 
     weights: dict[str, Tensor]
-    """Plan names, in the precision they were published in."""
+    """Weights under the training model's names, in the published precision."""
     config: ModelConfig
-    """Shape and encoding."""
     dtype: torch.dtype
-    """Of the weights."""
 
 
 def read_authors_checkpoint(folder: Path) -> AuthorsModel:
-    """Read a folder of the authors' layout.
+    """Read a folder in the authors' layout.
 
     Raises:
-        CheckpointError: not such a folder, incomplete, damaged, or with something that our model does not have.
+        CheckpointError: the layout differs, the folder is incomplete or damaged, or our model lacks a feature of it.
     """
     settings = read_settings(folder)
     if settings.get("model_type") != "llama" or "rpe_type" not in settings:
         what = f"model_type {settings.get('model_type')!r}, rpe_type {settings.get('rpe_type')!r}"
-        raise CheckpointError(f"{what}: not the authors' layout", remedy=_REMEDY, location=folder / CONFIG)
+        raise CheckpointError(f"{what} is not the authors' layout", remedy=_REMEDY, location=folder / CONFIG)
     raw = _read_weights(folder)
     weights = {name.replace(_INTRA_TABLE, INTRA_TABLE): t for name, t in raw.items() if not name.endswith(_BUFFERS)}
     config = _model_config(settings, weights, folder / CONFIG)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) != 1:
-        raise CheckpointError(f"weights of several types: {dtypes}", remedy=_REMEDY, location=folder)
+        raise CheckpointError(f"the weights have several dtypes: {dtypes}", remedy=_REMEDY, location=folder)
     try:
         renamed = from_llama(weights, config)
-    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
+    except RuntimeError as error:  # torch: rows cannot be split as the configuration requires
         what = f"the weights do not fit the configuration: {' '.join(str(error).split())}"
         raise CheckpointError(what, remedy=_REMEDY, location=folder / CONFIG) from error
     return AuthorsModel(renamed, config, dtypes.pop())
@@ -68,18 +66,16 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], lo
     encoding, train_len = settings["rpe_type"], settings.get("train_scale") or settings.get("max_position_embeddings")
     scaling = settings.get("rope_scaling")
     if scaling is not None and not isinstance(scaling, dict):
-        raise CheckpointError(f"rope_scaling is {scaling!r}, no object", remedy=_REMEDY, location=location)
+        raise CheckpointError(f"rope_scaling is {scaling!r}, not an object", remedy=_REMEDY, location=location)
     kinds = {"rpe_type": (encoding, _ENCODINGS), "rope_scaling": (scaling and scaling.get("type"), (None, *_SCALINGS))}
     if wrong := [f"{key} {found!r}" for key, (found, known) in kinds.items() if found not in known]:
-        raise CheckpointError(
-            f"a key has a value that no model here has: {', '.join(wrong)}", remedy=_REMEDY, location=location
-        )
+        raise CheckpointError(f"a key has an unsupported value: {', '.join(wrong)}", remedy=_REMEDY, location=location)
     if settings.get("tie_word_embeddings"):
         raise CheckpointError("tied embeddings are not supported", remedy=_REMEDY, location=location)
     if scaling and scaling.get("type") == "dynamic" and settings.get("max_position_embeddings") != train_len:
         raise CheckpointError(
-            f"dynamic RoPE scaling from {settings.get('max_position_embeddings')} tokens, trained at {train_len}: "
-            "here both are one number",
+            f"dynamic RoPE scaling starts at {settings.get('max_position_embeddings')} tokens, the training length is "
+            f"{train_len}: they must be equal",
             remedy="Set max_position_embeddings to train_scale, or remove rope_scaling",
             location=location,
         )
@@ -99,14 +95,12 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], lo
         raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, location=location) from error
     except (ValidationError, TypeError) as error:
         what = " ".join(str(error).split())
-        raise CheckpointError(
-            f"a key has a value that no model here has: {what}", remedy=_REMEDY, location=location
-        ) from error
+        raise CheckpointError(f"a key has an unsupported value: {what}", remedy=_REMEDY, location=location) from error
     return config
 
 
 def _read_weights(folder: Path) -> dict[str, Tensor]:
-    """Safetensors where there are any, else pickles, of which nothing but tensors is let in."""
+    """Read safetensors if there are any, else pickles restricted to tensors."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
         return read_safetensors(folder)
     names = [_BIN]

@@ -1,4 +1,4 @@
-"""ALiBi and T5's relative bias of BiPE models: what is added to scores.
+"""ALiBi and T5's relative bias of BiPE models.
 
 B batch · T new tokens · S keys that attention sees · N query heads
 """
@@ -26,16 +26,16 @@ from .positions_bipe import CachedPositions, key_positions
 def alibi(
     config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None, _attention_mask: Tensor | None
 ) -> dict[str, Any]:
-    """The bias slope x (key - last key) as channels of queries and keys, which come before those of the head.
+    """Return the bias slope x (key - last key) as channels that are prepended to queries and keys.
 
-    Softmax ignores what is constant along the keys, so the query's own position drops out. Slopes stand
-    in three parts, distances in two, each of which bf16 holds exactly. The second channel adds what makes scores near
+    Softmax ignores terms that are constant along the keys, so the query's own position cancels. Slopes are split into
+    three parts and distances into two, each exact in bf16. The second channel adds a term that keeps scores near
     the query small; kernels add in order, so that large numbers cancel before anything small is added. A zero follows
-    each channel: AMX adds even and odd channels up apart.
+    each channel because AMX accumulates even and odd channels separately.
     """
     position_BS = key_positions(config, new_BT, cached)
     if position_BS.shape[1] > MAX_ALIBI_POSITIONS:
-        raise ValueError(f"ALiBi is exact up to {MAX_ALIBI_POSITIONS} tokens; these are {position_BS.shape[1]}")
+        raise ValueError(f"ALiBi is exact up to {MAX_ALIBI_POSITIONS} tokens; the input has {position_BS.shape[1]}")
     factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
     slopes = torch.tensor(alibi_slopes(config.num_attention_heads), device=position_BS.device) * factor
     last_B1 = new_BT[:, -1:]
@@ -47,13 +47,13 @@ def alibi(
 def t5(
     config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None, _attention_mask: Tensor | None
 ) -> dict[str, Any]:
-    """Buckets of the distances from queries back to keys (Raffel et al. 2020): exact ones, then logarithmic ones."""
+    """Return T5 buckets of query-to-key distances (Raffel et al. 2020): exact ones, then logarithmic ones."""
     distance_BTS = new_BT[:, :, None] - key_positions(config, new_BT, cached)[:, None, :]
     return {"buckets": t5_buckets(distance_BTS)}
 
 
 def biased_mask(bias_BTSN: Tensor, mask: Tensor) -> Tensor:
-    """The bias of the scores where the mask [B, 1, T, S] lets them through, and next to minus infinity elsewhere."""
+    """Return the score bias where the mask [B, 1, T, S] admits a key, and near minus infinity elsewhere."""
     bias_BNTS = bias_BTSN.permute(0, 3, 1, 2)
     bias_BNTS = F.pad(bias_BNTS, (0, mask.shape[-1] - bias_BNTS.shape[-1]))  # a fresh static cache has empty slots
     if mask.dtype == torch.bool:

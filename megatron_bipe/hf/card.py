@@ -8,12 +8,12 @@ from torch import Tensor
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.hf.hf_config import DataFields, is_stock
 
-_ABSOLUTE = {"none": "", "learned": "learned table", "sinusoidal": "sines and cosines"}
+_ABSOLUTE = {"none": "", "learned": "learned embedding", "sinusoidal": "sines and cosines"}
 _RELATIVE = {"rope": "RoPE", "alibi": "ALiBi", "xpos": "XPOS", "t5": "T5's relative bias", "nope": ""}
 _POSITIONS = {
-    "segments": ("place in the segment", "segment counts"),
+    "segments": ("intra-segment positions", "segment numbers"),
     "tokens": ("token positions", "token positions"),
-    "drawn": ("", "token positions drawn at random in training"),
+    "drawn": ("", "token positions sampled at random in training"),
 }
 _HEAD = """---
 library_name: transformers
@@ -26,8 +26,8 @@ pipeline_tag: text-generation
 |---|---|
 {rows}
 {perplexity}
-Parity: on sample windows the largest difference between a logit of this folder, loaded through transformers, and
-of the training model is {figure:.1e} of the largest logit (both in fp32, from the weights stored here).
+Parity: on sample sequences, logits of this folder, loaded through transformers, differ from those of the training
+model by at most {figure:.1e} of the largest logit (both in fp32, from the weights stored here).
 
 ## Use
 
@@ -47,23 +47,23 @@ _PERPLEXITY = """
 {text}
 """
 _SEGMENTS = """
-A segment ends with a separator token, which belongs to it. Positions follow from the tokens of the input alone:
-`model.bilevel_ids(input_ids, attention_mask)` shows them. Batches may be padded on either side if the attention
-mask says so; generation takes the dynamic and the static cache.
+A segment ends with a separator token, which belongs to it. Positions are derived from the input tokens:
+`model.bilevel_ids(input_ids, attention_mask)` returns them. Batches may be padded on either side if the attention
+mask marks the padding; generation supports the dynamic and the static cache.
 """
 _SPECIAL = """
-The tokenizer opens a text with its BOS token, as in training, and reads special tokens written out in a text as
-plain characters; `split_special_tokens=False` changes that.
+As in training, the tokenizer prepends BOS to a text and encodes the names of special tokens in a text as plain
+characters; `split_special_tokens=False` changes that.
 """
 
 
 class PerplexityPlot(NamedTuple):
-    """An evaluation of the model."""
+    """Evaluation results of the model."""
 
     png: bytes
-    """Perplexity against window length."""
+    """Plot of perplexity against sequence length."""
     text: str
-    """The same as text, with the data and the protocol; Markdown."""
+    """The same results as Markdown, with the data and the protocol."""
 
 
 def model_card(
@@ -76,11 +76,11 @@ def model_card(
     facts: Mapping[str, str],
     perplexity: PerplexityPlot | None = None,
 ) -> str:
-    """README.md in Hugging Face's form; of `weights` shapes and dtype count."""
+    """Return README.md in Hugging Face's format; of `weights` only shapes and dtype are used."""
     shapes = list(weights)
     dtype = str(shapes[0].dtype).removeprefix("torch.")
     rows = {
-        "Positional encoding": _described(config),
+        "Positional encoding": _describe_encoding(config),
         "Parameters": f"{sum(t.numel() for t in shapes):,} ({dtype})",
         "Layers / width / heads / feed-forward": f"{config.num_layers} / {config.hidden_size} / {config.num_heads}"
         f" ({config.kv_heads} key/value) / {config.ffn_size}",
@@ -96,7 +96,7 @@ def model_card(
     return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
 
 
-def _described(config: ModelConfig) -> str:
+def _describe_encoding(config: ModelConfig) -> str:
     parts = config.parts
     position_ids, positions = _POSITIONS[parts.positions]
     named = (
@@ -114,5 +114,4 @@ def _ids(token_ids: Sequence[int]) -> str:
 
 
 def _cell(text: str) -> str:
-    """One cell of a Markdown table."""
     return text.replace("|", "\\|").replace("\n", "<br>")

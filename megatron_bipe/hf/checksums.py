@@ -1,4 +1,4 @@
-"""SHA256SUMS of an exported folder: the checksums of its weights, as `sha256sum --check` reads them."""
+"""SHA256SUMS of an exported folder: checksums of its weight files in the format of `sha256sum --check`."""
 
 import hashlib
 from collections.abc import Mapping
@@ -10,32 +10,32 @@ SUMS = "SHA256SUMS"
 
 
 def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write the file; `sums` has lower-case hex by the name of each weights file."""
+    """Write SHA256SUMS; `sums` maps each weight file's name to its lower-case hex digest."""
     (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
 
 
 def check_folder(folder: Path) -> None:
-    """Compare all files of a model folder that have a checksum.
+    """Verify all files of a model folder that have a checksum.
 
     Raises:
-        CheckpointError: one is gone or is not as it was written, or the checksums cannot be read.
+        CheckpointError: a file is missing or differs from its checksum, or the checksums cannot be read.
     """
-    for name, digest in _sums(folder).items():
-        _compare(folder / name, digest)
+    for name, digest in _read_checksums(folder).items():
+        _verify(folder / name, digest)
 
 
 def check_file(path: Path) -> None:
-    """Compare a file of a model folder with its checksum, where there is one: other tools write none.
+    """Verify a file of a model folder if it has a checksum; other tools do not write any.
 
     Raises:
-        CheckpointError: it is not as it was written, or the checksums cannot be read.
+        CheckpointError: the file differs from its checksum, or the checksums cannot be read.
     """
-    digest = _sums(path.parent).get(path.name)
+    digest = _read_checksums(path.parent).get(path.name)
     if digest is not None:
-        _compare(path, digest)
+        _verify(path, digest)
 
 
-def _compare(path: Path, digest: str) -> None:
+def _verify(path: Path, digest: str) -> None:
     try:
         with path.open("rb") as stream:
             found = hashlib.file_digest(stream, "sha256").hexdigest()
@@ -44,14 +44,14 @@ def _compare(path: Path, digest: str) -> None:
         raise CheckpointError(what, remedy="Copy or export the model again", location=path.parent) from error
     if found != digest:
         raise CheckpointError(
-            f"the weights are not as they were exported: their SHA-256 is {found}, and {SUMS} says {digest}",
+            f"the weights differ from the exported ones: their SHA-256 is {found}, {SUMS} lists {digest}",
             remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
             location=path,
         )
 
 
-def _sums(folder: Path) -> dict[str, str]:
-    """Checksums by the names of files; none where there is no list."""
+def _read_checksums(folder: Path) -> dict[str, str]:
+    """Return the checksums by file name; empty if the folder has none."""
     listing = folder / SUMS
     if not listing.is_file():
         return {}
@@ -59,5 +59,5 @@ def _sums(folder: Path) -> dict[str, str]:
         return {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
     except ValueError as error:
         raise CheckpointError(
-            "this is no list of checksums", remedy="Export the model again, or remove the file", location=listing
+            "the file is not a list of checksums", remedy="Export the model again, or remove the file", location=listing
         ) from error

@@ -1,18 +1,18 @@
-"""Configuration of an exported BiPE model; travels with the weights as remote code.
+"""Configuration of an exported BiPE model, distributed with the weights as remote code.
 
-Keys that LLaMA has keep LLaMA's names. `rope_parameters` is transformers 5's own form: `rope_theta`,
-`rope_type` (default, linear, dynamic or yarn) and what the scaled types need besides.
+Keys that LLaMA has keep LLaMA's names. `rope_parameters` has the form of transformers 5: `rope_theta`, `rope_type`
+(default, linear, dynamic or yarn) and the parameters of the scaled types.
 """
 
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
 
-ABSOLUTE = ("none", "learned", "sinusoidal")  # added to the embeddings
-RELATIVE = ("rope", "alibi", "xpos", "t5", "nope")  # in every attention layer
+ABSOLUTE = ("none", "learned", "sinusoidal")  # added to the token embeddings
+RELATIVE = ("rope", "alibi", "xpos", "t5", "nope")  # applied in every attention layer
 ROPE_TYPES = ("default", "linear", "dynamic", "yarn")
 
-# Absolute part, relative part, and what they go by: segments, tokens, or tokens whose positions training draws.
+# Absolute part, relative part, and source of the position ids: segments, tokens, or positions drawn in training.
 ENCODINGS = (
     {f"bipe_{name}": ("learned", name, "segments") for name in RELATIVE}
     | {name: ("none", name, "tokens") for name in RELATIVE}
@@ -22,11 +22,11 @@ ENCODINGS = (
 
 
 class BipeConfig(PreTrainedConfig):
-    """Shape, positional encoding, segment rule and tokenizer of one model."""
+    """Shape, positional encoding, segment rule and tokenizer of a model."""
 
     model_type = "bipe"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    # Programs that ask for the longest input get the training length; the encodings themselves have no limit.
+    # Other programs read the longest input from here; the encodings themselves are not limited to it.
     attribute_map: ClassVar[dict[str, str]] = {"max_position_embeddings": "train_len_tokens"}
 
     vocab_size: int = 32000
@@ -34,19 +34,19 @@ class BipeConfig(PreTrainedConfig):
     intermediate_size: int = 3072
     num_hidden_layers: int = 12
     num_attention_heads: int = 12
-    num_key_value_heads: int = 0  # 0: as many as query heads
+    num_key_value_heads: int = 0  # 0: equal to the query heads
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
     rope_parameters: dict[str, Any] | None = None
     encoding: str = "bipe_rope"
-    intra_encoding: str = "learned"  # absolute part of the bilevel encodings, by the place in the segment
-    intra_size: int = 1024  # rows of the intra-segment table; longer segments are clipped to the last row
-    train_len_tokens: int = 1024  # reference point of log_scale and RoPE scaling; rows of `learned`
-    position_range: int | None = None  # randomized_rope: below this positions are drawn; None: 4 x train_len_tokens
-    log_scale: bool = False  # queries times ln(position + 1) / ln(train_len_tokens)
-    zero_last_row: bool = False  # the last row of both tables is zero and untrained, as in the published models
+    intra_encoding: str = "learned"  # absolute part of the bilevel encodings, over intra ids
+    intra_size: int = 1024  # rows of the intra-segment embedding; larger intra ids are clipped to the last row
+    train_len_tokens: int = 1024  # reference length of log_scale and RoPE scaling; rows of `learned`
+    position_range: int | None = None  # randomized_rope: exclusive limit of drawn positions; None: 4 x train_len_tokens
+    log_scale: bool = False  # multiply queries by ln(position + 1) / ln(train_len_tokens)
+    zero_last_row: bool = False  # last row of both embeddings is zero and untrained, as published
     segments: dict[str, Any] | None = None  # {"spec": name of the rule, "token_ids": its separators}
-    tokenizer_fingerprint: str | None = None  # sha256 of the tokenizer that made the training data
+    tokenizer_fingerprint: str | None = None  # sha256 of the training data's tokenizer
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None
@@ -54,57 +54,56 @@ class BipeConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False
 
     def __post_init__(self, **kwargs: Any) -> None:
-        """Defaults that depend on other fields, then what transformers does."""
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
-        """Raise ValueError where the fields contradict each other; the model calls it when it is built."""
+        """Raise ValueError if the fields contradict each other; the model calls it when it is built."""
         if self.encoding not in ENCODINGS:
-            raise ValueError(f"encoding {self.encoding!r} is none of {', '.join(ENCODINGS)}")
+            raise ValueError(f"encoding {self.encoding!r} is not one of {', '.join(ENCODINGS)}")
         heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
         if self.hidden_size % heads or heads % kv_heads:
-            raise ValueError(f"hidden_size {self.hidden_size}, {heads} {kv_heads} key/value heads do not divide")
+            raise ValueError(
+                f"hidden_size {self.hidden_size}, {heads} heads, {kv_heads} key/value heads: not divisible"
+            )
         if self.intra_encoding not in ABSOLUTE:
-            raise ValueError(f"intra_encoding {self.intra_encoding!r} is none of {', '.join(ABSOLUTE)}")
+            raise ValueError(f"intra_encoding {self.intra_encoding!r} is not one of {', '.join(ABSOLUTE)}")
         rope_type = (self.rope_parameters or {}).get("rope_type", "default")
         if rope_type not in ROPE_TYPES:
             raise ValueError(f"rope_type {rope_type!r} is not implemented; known: {', '.join(ROPE_TYPES)}")
         if self.bilevel and not isinstance((self.segments or {}).get("spec"), str):
-            raise ValueError(f"encoding {self.encoding!r} needs the segment rule of the training data in `segments`")
+            raise ValueError(f"encoding {self.encoding!r} requires the segment rule of the training data in `segments`")
 
     @property
     def head_dim(self) -> int:
-        """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
 
     @property
     def bilevel(self) -> bool:
-        """True where positions come from segments."""
         return self.positions == "segments"
 
     @property
     def positions(self) -> str:
-        """What the encoding goes by: segments, tokens or drawn."""
+        """Source of the position ids: segments, tokens or drawn."""
         return ENCODINGS[self.encoding][2]
 
     @property
     def absolute(self) -> str:
-        """What is added to the embeddings."""
+        """Encoding that is added to the embeddings."""
         return self.intra_encoding if self.bilevel else ENCODINGS[self.encoding][0]
 
     @property
     def relative(self) -> str:
-        """What attention does."""
+        """Encoding that attention applies."""
         return ENCODINGS[self.encoding][1]
 
     @property
     def drawn_range(self) -> int:
-        """`position_range` after the default is applied."""
+        """`position_range` with its default applied."""
         return self.position_range or 4 * self.train_len_tokens
 
     @property
     def segment_length(self) -> int | None:
-        """N of the segment rule `fixed:N`; None for rules made of separator tokens."""
+        """N of the segment rule `fixed:N`; None for rules based on separator tokens."""
         name, _, length = str((self.segments or {}).get("spec")).partition(":")
         return int(length) if name == "fixed" else None

@@ -1,4 +1,4 @@
-"""What a BiPE model makes of places: once for all layers what attention needs, and what is added to the embeddings.
+"""Encodings of a BiPE model, computed once per forward pass for all layers.
 
 B batch · T new tokens · D width · H head width · S keys that attention sees · C channels
 """
@@ -16,13 +16,13 @@ from .rotary_bipe import Tables, rope, xpos
 
 
 class Encoding(NamedTuple):
-    """What all layers share in one forward pass."""
+    """Tensors that all layers use in one forward pass."""
 
-    rotation: tuple[Tables, Tables] | None = None  # RoPE, XPOS: cosines and sines of new queries, and of new keys
-    channels: tuple[Tensor, Tensor] | None = None  # ALiBi: of queries [B, N, T, 7] and of keys [B, 1, S, 7]
-    buckets: Tensor | None = None  # T5: rows of each layer's table [B, T, S]
-    growth: Tensor | None = None  # log_scale's factor on queries [B, 1, T, 1]
-    cached: Tensor | None = None  # what the cached keys of layer 0 are to remember [B, 1, T, C]
+    rotation: tuple[Tables, Tables] | None = None  # RoPE, XPOS: cosines and sines for new queries and new keys
+    channels: tuple[Tensor, Tensor] | None = None  # ALiBi: for queries [B, N, T, 7] and keys [B, 1, S, 7]
+    buckets: Tensor | None = None  # T5: rows of each layer's bias embedding [B, T, S]
+    growth: Tensor | None = None  # log_scale: factor on queries [B, 1, T, 1]
+    cached: Tensor | None = None  # positions to store with layer 0's cached keys [B, 1, T, C]
 
 
 def _nope(*_: Any) -> dict[str, Any]:
@@ -41,21 +41,21 @@ _RELATIVE: dict[str, Callable[..., dict[str, Any]]] = {
 def encode(
     config: BipeConfig, position_ids: PositionIds, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Encoding:
-    """What attention needs of the places, once for all layers."""
+    """Compute the tensors that attention needs in every layer."""
     new_BT = position_ids.inter if config.bilevel else position_ids.intra
     if config.positions == "drawn":
-        new_BT = _spread(config, new_BT, cached, attention_mask)
+        new_BT = _stretch_positions(config, new_BT, cached, attention_mask)
     growth = None
     if config.log_scale:
         growth = log_scale_factors(new_BT, config.train_len_tokens)
     return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, cached, attention_mask))
 
 
-def _spread(
+def _stretch_positions(
     config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Tensor:
-    """Places as far apart as those drawn in training are on average."""
-    counts = count_tokens(config, position_BT.shape[1], cached, attention_mask, "spread positions").to(
+    """Stretch positions to the average spacing of those drawn in training."""
+    counts = count_tokens(config, position_BT.shape[1], cached, attention_mask, "position stretching").to(
         position_BT.device
     )
     if int(counts.max()) > config.drawn_range:

@@ -1,7 +1,7 @@
-"""Weights of the training model -> a Hugging Face folder, published only once it has proved to be the same model.
+"""Export of training weights to a Hugging Face folder, which is published only after a parity check.
 
-Everything is written beside the target, loaded back the way users will, compared with the training model
-on sample windows, and renamed into place last: a folder under the final name is always a correct one.
+All files are written to a temporary folder next to the target, loaded back the way users load them, compared with the
+training model on sample sequences, and renamed last: a folder under the final name is always a correct one.
 """
 
 import hashlib
@@ -33,22 +33,21 @@ from megatron_bipe.model.positions import functional
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.tensor_file import write_tensors
 
-# Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest
-# mistakes tried (a slope factor of 95 for 96, a separator counted to the next segment), at initial weights of std
-# 0.02, give 1e-3 and more.
+# Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest mistakes
+# tried (slope factor 95 instead of 96, separator in the next segment) give at least 1e-3 at initial weights (std 0.02).
 TOLERANCE = 2e-5
-# Files of an exported folder, and what each is a copy of.
+# Files of an exported folder, and the source file of each.
 REMOTE_CODE = {
     f"{name}_bipe.py": Path(__file__).with_name(f"{name}_bipe.py")
     for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
 } | {"functional_bipe.py": Path(functional.__file__)}
 GENERATION, CARD = "generation_config.json", "README.md"
-_WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES, *REMOTE_CODE}  # and weights
+_WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES, *REMOTE_CODE}
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
 
 
 class ExportOptions(NamedTuple):
-    """How to write it."""
+    """Options of an export."""
 
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = 5 * 10**9
@@ -57,7 +56,7 @@ class ExportOptions(NamedTuple):
     facts: Mapping[str, str] = {}
     """Rows for the model card: recipe, data fingerprint, step, ..."""
     perplexity: PerplexityPlot | None = None
-    """What an evaluation found, for the model card."""
+    """Evaluation results for the model card."""
 
 
 def export_model(
@@ -69,30 +68,28 @@ def export_model(
     tokenizer: TokenizerSource | None = None,
     options: ExportOptions | None = None,
 ) -> float:
-    """Write an HF folder and return its parity figure.
+    """Write a Hugging Face folder and return the parity error.
 
-    Memory: one weight at a time, then one layer at a time and the logits of the windows; what `weights` reads when it
-    is asked is not held beyond that.
+    One weight is in memory at a time, then one layer and the logits of the sequences; `weights` may load lazily.
 
     Args:
-        weights: plan names, whole tensors.
-        config: the model they belong to.
+        weights: unsharded tensors by the training model's names.
+        config: configuration of the model.
         folder: target; its parent must be writable.
-        data: goes into config.json and the generation settings.
-        sequences: sample windows with the ids that training gave them; other ids of the exported model show
-            as a difference.
-        tokenizer: None only where none is known; the folder then has no tokenizer files.
+        data: facts about the training data, for config.json and the generation settings.
+        sequences: sample sequences with the position ids of training; the parity check detects other ids.
+        tokenizer: None only if none is known; the folder then has no tokenizer files.
         options: dtype, sharding, overwriting, model card.
 
     Returns:
         Largest difference of a logit over the largest logit, both models in fp32 from the exported weights.
 
     Raises:
-        CheckpointError: the folder exists, the weights do not fit, or the exported model is not the same one.
+        CheckpointError: the folder exists, the weights do not fit, or the exported model differs from the trained one.
     """
     options = options or ExportOptions()
-    with _published(Path(folder), options.overwrite) as draft:
-        shapes = _shapes(config, options.dtype)
+    with _publish_on_success(Path(folder), options.overwrite) as draft:
+        shapes = _stored_weights(config, options.dtype)
         files = _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
         write_checksums(draft, files)
         settings = hf_settings(config, data, options.dtype)
@@ -105,9 +102,9 @@ def export_model(
         figure = parity(weights, config, options.dtype, draft, sequences)
         if not figure <= TOLERANCE:
             raise CheckpointError(
-                f"the exported model is not the trained one: logits differ by {figure:.2e} of the largest, "
-                f"allowed are {TOLERANCE:.0e}",
-                remedy="Check that the segment rule is the training data's; else this is a defect, please report it",
+                f"the exported model differs from the trained one: logits differ by {figure:.2e} of the largest, "
+                f"the limit is {TOLERANCE:.0e}",
+                remedy="Use the segment rule of the training data; if it is the same, report this as a bug",
                 location=folder,
             )
         if options.perplexity is not None:
@@ -118,18 +115,18 @@ def export_model(
     return figure
 
 
-def _shapes(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
-    """The weights of such a model as they will be stored, without content."""
+def _stored_weights(config: ModelConfig, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Return the model's weights as they will be stored, on the meta device."""
     with torch.device("meta"):
-        weights = dict(build_model(config).named_parameters())  # a tied output is not named again
+        weights = dict(build_model(config).named_parameters())  # a tied output is named once
     return {name: weight.to(dtype) for name, weight in LlamaWeights(weights, config).items()}
 
 
 def _write_code(folder: Path) -> None:
-    """The remote code, its first file marked with the version of all.
+    """Write the remote code and append the version of all files to the first.
 
-    transformers goes by the configuration's class: within one process, another version of the model under an
-    unchanged configuration file would be taken for the version it has seen first.
+    transformers caches code by the configuration's class: within one process, another version of the model with an
+    unchanged configuration file would be taken for the version loaded first.
     """
     texts = {name: source.read_text("utf-8") for name, source in REMOTE_CODE.items()}
     version = hashlib.sha256("".join(texts.values()).encode()).hexdigest()[:16]
@@ -141,50 +138,50 @@ def _write_code(folder: Path) -> None:
 def _write_weights(
     weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], folder: Path, max_shard_bytes: int
 ) -> dict[str, str]:
-    """safetensors, in one file or in shards with an index; one weight is in memory at a time. Checksums by file."""
+    """Write safetensors, sharded with an index if large, one weight at a time; return checksums by file."""
     pattern = WEIGHTS.replace(".safetensors", "{suffix}.safetensors")
     split = split_torch_state_dict_into_shards(dict(shapes), filename_pattern=pattern, max_shard_size=max_shard_bytes)
-    sums, read = {}, partial(_as_stored, weights, shapes)
+    sums, read = {}, partial(_read_for_storage, weights, shapes)
     for file, names in split.filename_to_tensors.items():
-        held = {name: shapes[name] for name in names}
-        sums[file] = write_tensors(folder / file, held, {"format": "pt"}, read).sha256
+        meta = {name: shapes[name] for name in names}
+        sums[file] = write_tensors(folder / file, meta, {"format": "pt"}, read).sha256
     if split.is_sharded:
         _write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
     return sums
 
 
-def _as_stored(weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], name: str) -> Tensor:
-    """A weight as it goes into the files, cut and rounded when it is asked for."""
+def _read_for_storage(weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor], name: str) -> Tensor:
+    """Return a weight as it is stored: split and cast on access."""
     like = shapes[name]
     try:
         weight, problem = weights[name], ""
-    except RuntimeError as error:  # torch, where rows cannot be cut as the configuration says
+    except RuntimeError as error:  # torch: rows cannot be split as the configuration requires
         weight, problem = like, str(error)
     if problem or weight.shape != like.shape:
         raise CheckpointError(
             "the weights do not fit the configuration: "
-            + (problem or f"{name} is {list(weight.shape)} and would be {list(like.shape)}"),
+            + (problem or f"{name} is {list(weight.shape)}, expected {list(like.shape)}"),
             remedy="Check that the weights and the configuration belong to the same model",
         )
     return weight.to(like.dtype).contiguous()
 
 
 @contextmanager
-def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """A draft folder that takes `folder`'s place when the block succeeds, and vanishes when it fails.
+def _publish_on_success(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a draft folder that replaces `folder` if the block succeeds and is removed if it fails.
 
-    The draft has the final name inside a temporary parent: transformers names the module of remote code after it.
+    The draft has the final name inside a temporary parent: transformers names the remote code's module after it.
     """
     folder = folder.resolve()
     if folder.exists() and not overwrite:
-        raise CheckpointError("the output exists already", remedy="Choose another, or add --overwrite", location=folder)
+        raise CheckpointError("the output folder exists", remedy="Choose another, or add --overwrite", location=folder)
     if folder.exists():
         _check_replaceable(folder)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
     except OSError as error:
-        what = f"no folder can be made there: {error.strerror}"
+        what = f"the folder cannot be created: {error.strerror}"
         raise CheckpointError(what, remedy="Choose another", location=folder) from error
     try:
         draft = scratch / folder.name
@@ -192,25 +189,25 @@ def _published(folder: Path, overwrite: bool) -> Iterator[Path]:
         yield draft
         for file in draft.iterdir():
             sync(file)
-        _put_in_place(draft, folder, scratch / "replaced")
+        _replace_folder(draft, folder, scratch / "replaced")
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace what is no model folder, or has more in it than an export writes."""
+    """Refuse to replace anything but a model folder without foreign files."""
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
-        raise CheckpointError("the output exists and is no model folder", remedy="Choose another", location=folder)
+        raise CheckpointError("the output is not a model folder", remedy="Choose another one", location=folder)
     names = (path.name for path in folder.iterdir() if path.is_file())
     ours = {name for name in names if name in _WRITTEN or _WEIGHTS.fullmatch(name)}
     foreign = sorted({path.name for path in folder.iterdir()} - ours)
     if foreign:
-        what = f"the output holds what no export writes: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
-        raise CheckpointError(what, remedy="Move that away, or choose another output", location=folder)
+        what = f"the output has foreign files: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
+        raise CheckpointError(what, remedy="Move them, or choose another output", location=folder)
 
 
-def _put_in_place(draft: Path, folder: Path, replaced: Path) -> None:
-    """The draft takes the folder's name; whatever happens, one of both has it."""
+def _replace_folder(draft: Path, folder: Path, replaced: Path) -> None:
+    """Rename the draft to `folder`; if that fails, restore the earlier one."""
     try:
         if folder.exists():
             folder.rename(replaced)

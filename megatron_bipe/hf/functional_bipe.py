@@ -1,3 +1,3 @@
-"""In an exported folder this file is a copy of `model/positions/functional.py`."""
+"""Formulas of the encodings; an exported folder holds a copy of `model/positions/functional.py` here."""
 
 from megatron_bipe.model.positions.functional import *  # noqa: F403

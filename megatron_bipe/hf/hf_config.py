@@ -1,4 +1,4 @@
-"""What an exported model says of itself: config.json and generation_config.json."""
+"""Settings of an exported model: config.json and generation_config.json."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -10,29 +10,28 @@ from megatron_bipe.hf.rope_settings import rope_settings
 
 
 class DataFields(NamedTuple):
-    """What the exported model has to know of its training data."""
+    """Facts about the training data that an exported model records."""
 
     segments_spec: str
-    """Name of the segment rule."""
     token_ids: Sequence[int]
-    """The separators it was resolved to; empty for fixed:N."""
+    """Separator ids of the rule; empty for fixed:N."""
     tokenizer_fingerprint: str | None
-    """SHA-256 of the tokenizer's definition; None where no tokenizer is known."""
+    """SHA-256 of the tokenizer's definition; None if no tokenizer is known."""
     special_ids: Mapping[str, int]
-    """Token ids by role: bos, eos, unk, pad, as far as they exist."""
+    """Token ids by role (bos, eos, unk, pad), if they exist."""
 
 
 def is_stock(config: ModelConfig) -> bool:
-    """True where transformers' own `LlamaForCausalLM` is the model.
+    """Return True if transformers' own `LlamaForCausalLM` computes the same function.
 
-    Of dynamic scaling it is not: there one base serves a whole batch, and stays at the longest input that was seen.
+    It does not for dynamic scaling: it uses one base for a full batch and keeps that of the longest input seen.
     """
     dynamic = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
     return config.encoding == "rope" and not config.log_scale and not dynamic
 
 
 def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> dict[str, Any]:
-    """`config.json`; the keys that LLaMA does not know are the same for a stock model, which ignores them."""
+    """Return the content of `config.json`; a stock model has the same extra keys, which LLaMA ignores."""
     stock = is_stock(config)
     name = "Llama" if stock else "Bipe"
     settings: dict[str, Any] = {
@@ -61,25 +60,25 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
     }
     if stock:
-        more = {"max_position_embeddings": _reach_tokens(config), "hidden_act": "silu"}
+        more = {"max_position_embeddings": _max_position_embeddings(config), "hidden_act": "silu"}
         return settings | more | {"attention_bias": False, "mlp_bias": False}
     code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
     return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
 
 
 def generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]:
-    """`generation_config.json`."""
+    """Return the content of `generation_config.json`."""
     settings: dict[str, Any] = {
         f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
     }
     dynamic = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
     if dynamic or config.parts.positions == "drawn":
-        settings["use_cache"] = False  # beyond the training length each further token changes every cached key
+        settings["use_cache"] = False  # beyond the training length each new token changes every cached key
     return settings
 
 
-def _reach_tokens(config: ModelConfig) -> int:
-    """The longest input that programs are told of: of YaRN what it stretches to, as transformers takes the number."""
+def _max_position_embeddings(config: ModelConfig) -> int:
+    """Return the longest input to declare; for YaRN the scaled length, as transformers defines the field."""
     scaling = config.rope_scaling
     if scaling is None or scaling.type != "yarn":
         return config.train_len_tokens

@@ -1,4 +1,4 @@
-"""An exported model, read back as the training model: evaluation always runs the plan, whatever it is given."""
+"""Loading of an exported model as the training model, on which every evaluation runs."""
 
 import json
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.model.transformer import TOKEN_TABLE, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-_OURS = "Export the checkpoint again with tools/export_hf.py"
+_REMEDY = "Export the checkpoint again with tools/export_hf.py"
 
 
 class LoadedModel(NamedTuple):
@@ -27,18 +27,17 @@ class LoadedModel(NamedTuple):
     model: nn.Sequential
     """(tokens, intra, inter) int64 [B, T] -> logits [B, T, V]."""
     config: ModelConfig
-    """Its shape and encoding."""
     dtype: torch.dtype
-    """Of the stored weights, and of `model`."""
+    """Dtype of the stored weights and of `model`."""
     data: dict[str, Any] | None
     """tokenizer_fingerprint (may be None), segments_spec, token_ids of the training data; None: not recorded."""
 
 
 def load_exported(folder: str | Path) -> LoadedModel:
-    """Read a folder made by the export: remote code is not run, only its weights and settings are read.
+    """Load an exported folder; only its weights and settings are read, and no remote code runs.
 
     Raises:
-        CheckpointError: not such a folder, of another kind of model, incomplete or damaged.
+        CheckpointError: the folder is not an exported model, or is incomplete or damaged.
     """
     folder = Path(folder)
     settings = read_settings(folder)
@@ -49,32 +48,37 @@ def load_exported(folder: str | Path) -> LoadedModel:
 
 
 def read_settings(folder: Path) -> dict[str, Any]:
-    """`config.json` of a model folder, as it stands there."""
+    """Return the content of a model folder's `config.json`.
+
+    Raises:
+        CheckpointError: the file is missing or is not a JSON object.
+    """
     path = folder / CONFIG
     if not path.is_file():
-        raise CheckpointError(f"there is no {CONFIG}", remedy="Name the folder of an exported model", location=folder)
+        raise CheckpointError(f"there is no {CONFIG}", remedy="Give the folder of an exported model", location=folder)
     try:
         settings = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise CheckpointError(f"{CONFIG} is no JSON: {error}", remedy=_OURS, location=path) from error
+        raise CheckpointError(f"{CONFIG} is not JSON: {error}", remedy=_REMEDY, location=path) from error
     if not isinstance(settings, dict):
-        raise CheckpointError(f"{CONFIG} is a JSON {type(settings).__name__}, no object", remedy=_OURS, location=path)
+        what = f"{CONFIG} is a JSON {type(settings).__name__}, not an object"
+        raise CheckpointError(what, remedy=_REMEDY, location=path)
     return settings
 
 
 def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
-    """The model configuration that an exported `config.json` stands for.
+    """Return the model configuration that an exported `config.json` describes.
 
     Raises:
-        CheckpointError: of another kind of model, a key is missing or impossible, no segment rule.
+        CheckpointError: another kind of model, a missing key, an impossible value or no segment rule.
     """
     kind, encoding = settings.get("model_type"), settings.get("encoding")
     if kind not in ("bipe", "llama") or encoding is None or (kind == "llama" and encoding != "rope"):
         published = "rpe_type" in settings
         raise CheckpointError(
             f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
-            f"{settings.get('rpe_type') if published else encoding!r} is no model of this project's export",
-            remedy="Convert the authors' models with tools/import_hf.py" if published else _OURS,
+            f"{settings.get('rpe_type') if published else encoding!r} is not a model that this project exports",
+            remedy="Convert the authors' models with tools/import_hf.py" if published else _REMEDY,
             location=location,
         )
     try:
@@ -92,27 +96,27 @@ def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
             tied_output=settings.get("tie_word_embeddings", False),
         )
     except KeyError as error:
-        raise CheckpointError(f"key {error} is missing", remedy=_OURS, location=location) from error
+        raise CheckpointError(f"key {error} is missing", remedy=_REMEDY, location=location) from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
-        raise CheckpointError(f"impossible value for {what}", remedy=_OURS, location=location) from error
+        raise CheckpointError(f"impossible value for {what}", remedy=_REMEDY, location=location) from error
     except TypeError as error:
-        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_OURS, location=location) from error
+        raise CheckpointError(f"a key has the wrong form: {error}", remedy=_REMEDY, location=location) from error
     if config.bilevel and data_fields(settings, location) is None:
         raise CheckpointError(
-            f"encoding {encoding!r} without a segment rule: nothing tells where segments end",
-            remedy='Put the rule of the training data into "segments": {"spec": ..., "token_ids": [...]}',
+            f"encoding {encoding!r} requires a segment rule, and there is none",
+            remedy='Add the rule of the training data as "segments": {"spec": ..., "token_ids": [...]}',
             location=location,
         )
     return config
 
 
 def llama_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields of `ModelConfig` that stand under LLaMA's keys in every layout.
+    """Return the fields of `ModelConfig` that have LLaMA's keys in every layout.
 
     Raises:
-        KeyError: one is missing.
+        KeyError: a key is missing.
     """
     return {
         "num_layers": settings["num_hidden_layers"],
@@ -126,7 +130,7 @@ def llama_shape(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] | None:
-    """What `config.json` says of the training data; None where it has no segment rule."""
+    """Return the facts about the training data in `config.json`; None without a segment rule."""
     rule = settings.get("segments")
     if rule is None:
         return None
@@ -134,7 +138,7 @@ def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] |
         fields = {"segments_spec": str(rule["spec"]), "token_ids": tuple(int(token) for token in rule["token_ids"])}
     except (KeyError, TypeError, ValueError) as error:
         raise CheckpointError(
-            f"segments {rule!r} is no segment rule",
+            f"segments {rule!r} is not a segment rule",
             remedy='Write it as {"spec": name of the rule, "token_ids": [its separators]}',
             location=location,
         ) from error
@@ -142,7 +146,7 @@ def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] |
 
 
 def shard_names(index: Path, remedy: str) -> list[str]:
-    """The files that an index of shards names, sorted."""
+    """Return the sorted file names in an index of shards."""
     try:
         return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
@@ -150,30 +154,30 @@ def shard_names(index: Path, remedy: str) -> list[str]:
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """All weights of a model folder, from one file or from the shards that its index names."""
+    """Read all weights of a model folder, from one file or from the shards in its index."""
     files = [folder / WEIGHTS]
     if (folder / INDEX).is_file():
-        files = [folder / name for name in shard_names(folder / INDEX, _OURS)]
+        files = [folder / name for name in shard_names(folder / INDEX, _REMEDY)]
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"the weights {file.name} are missing", remedy=_OURS, location=folder)
+            raise CheckpointError(f"the weights {file.name} are missing", remedy=_REMEDY, location=folder)
         try:
             check_file(file)
             with safe_open(str(file), framework="pt") as shard:
                 weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"the weights cannot be read: {error}", remedy=_OURS, location=file) from error
+            raise CheckpointError(f"the weights cannot be read: {error}", remedy=_REMEDY, location=file) from error
     return weights
 
 
 def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, location: str | Path = "") -> nn.Sequential:
-    """The training model around weights with LLaMA names; they are not copied where the layout allows it.
+    """Build the training model from weights with LLaMA names, without copies where the layout allows it.
 
     Raises:
-        CheckpointError: a weight is missing, left over, or of another shape.
+        CheckpointError: a weight is missing, unexpected or of another shape.
     """
-    with torch.device("meta"):  # allocates nothing, draws nothing
+    with torch.device("meta"):  # no memory, no random numbers
         model = build_model(config)
     try:
         model.load_state_dict(from_llama(llama_weights, config), assign=True)
@@ -190,7 +194,7 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, locatio
 def fill_layer(
     layer: nn.Module, index: int, weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype
 ) -> nn.Module:
-    """Layer `index` of the plan, built on the meta device, with its plan weights rounded to `dtype`, in fp32."""
+    """Load weights, rounded to `dtype` and converted to fp32, into layer `index` built on the meta device."""
     own = {}
     for name in layer.state_dict():
         tied = config.tied_output and index == config.num_layers + 1 and name == "output.weight"

@@ -1,4 +1,4 @@
-"""BiPE language models for transformers 5; self-contained, so that it travels with the weights as remote code.
+"""BiPE language models for transformers 5; self-contained, because the weights are distributed with this code.
 
 B batch · T new tokens · D width · V vocabulary · N query heads · G key/value heads · H head width
 """
@@ -24,7 +24,7 @@ from .rotary_bipe import Tables
 
 
 class BipeRMSNorm(nn.Module):
-    """x / rms(x) * weight."""
+    """RMSNorm: x / rms(x) * weight."""
 
     def __init__(self, width: int, eps: float) -> None:
         super().__init__()
@@ -32,12 +32,11 @@ class BipeRMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Same shape and dtype as the input."""
         return F.rms_norm(hidden_BTD, self.weight.shape, self.weight, self.eps)
 
 
 class BipeMLP(nn.Module):
-    """down(silu(gate x) * up x)."""
+    """Gated feed-forward layer: down(silu(gate x) * up x)."""
 
     def __init__(self, config: BipeConfig) -> None:
         super().__init__()
@@ -46,12 +45,11 @@ class BipeMLP(nn.Module):
         self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Feed-forward output [B, T, D]."""
         return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
 
 
 class BipeAttention(nn.Module):
-    """Grouped-query attention through whichever implementation transformers is told to use."""
+    """Grouped-query attention through the implementation that transformers selects."""
 
     def __init__(self, config: BipeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -69,7 +67,7 @@ class BipeAttention(nn.Module):
     def forward(
         self, hidden_BTD: Tensor, encoding: Encoding, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
     ) -> Tensor:
-        """Attention output [B, T, D]."""
+        """Return the attention output [B, T, D]."""
         heads = (-1, self.head_dim)
         q_BNTH = self.q_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
         k_BGTH = self.k_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
@@ -78,19 +76,19 @@ class BipeAttention(nn.Module):
             q_BNTH = q_BNTH * encoding.growth.to(q_BNTH.dtype)
         if encoding.rotation is not None:
             for_queries, for_keys = encoding.rotation
-            q_BNTH, k_BGTH = _rotated(q_BNTH, for_queries), _rotated(k_BGTH, for_keys)
+            q_BNTH, k_BGTH = _rotate(q_BNTH, for_queries), _rotate(k_BGTH, for_keys)
         if past_key_values is not None:
             if self.layer_idx == 0 and encoding.cached is not None:
-                k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.cached)), dim=-1)
+                k_BGTH = torch.cat((k_BGTH, _expand_channels(k_BGTH, encoding.cached)), dim=-1)
             k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
             k_BGTH = k_BGTH[..., : self.head_dim]
         if encoding.channels is not None:
             queries, keys = encoding.channels
-            keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a fresh static cache has empty slots
+            keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a new static cache has empty slots
             pad = (0, -(self.head_dim + queries.shape[-1]) % 8)
-            q_BNTH = F.pad(torch.cat((_channels_of(q_BNTH, queries), q_BNTH), dim=-1), pad)
-            k_BGTH = F.pad(torch.cat((_channels_of(k_BGTH, keys), k_BGTH), dim=-1), pad)
-            v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels want one width
+            q_BNTH = F.pad(torch.cat((_expand_channels(q_BNTH, queries), q_BNTH), dim=-1), pad)
+            k_BGTH = F.pad(torch.cat((_expand_channels(k_BGTH, keys), k_BGTH), dim=-1), pad)
+            v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels require equal widths
         if encoding.buckets is not None and mask is not None:
             mask = biased_mask(self.relative_bias(encoding.buckets), mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
@@ -99,20 +97,20 @@ class BipeAttention(nn.Module):
         return self.o_proj(mixed_BTNH[..., : self.head_dim].flatten(2))
 
 
-def _rotated(x_BNTH: Tensor, tables: Tables) -> Tensor:
+def _rotate(x_BNTH: Tensor, tables: Tables) -> Tensor:
     cos_B1TH, sin_B1TH = tables
     return rotate(x_BNTH, cos_B1TH.to(x_BNTH.dtype), sin_B1TH.to(x_BNTH.dtype))
 
 
-def _channels_of(x_BNTH: Tensor, channels: Tensor) -> Tensor:
-    """The channels for every head, in its dtype."""
+def _expand_channels(x_BNTH: Tensor, channels: Tensor) -> Tensor:
+    """Expand the channels to all heads, in the dtype of `x_BNTH`."""
     return channels.to(x_BNTH.dtype).expand(*x_BNTH.shape[:3], -1)
 
 
 def _eager_attention(
     _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Plain matrix products, for looking at the weights; transformers always hands a mask to it."""
+    """Compute attention with plain matrix products and return its weights; transformers always passes a mask."""
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
     scores = q @ k.transpose(-1, -2) * scaling
@@ -121,7 +119,7 @@ def _eager_attention(
 
 
 class BipeDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm attention and feed-forward."""
+    """Transformer layer with pre-norm attention and feed-forward."""
 
     def __init__(self, config: BipeConfig, layer_idx: int) -> None:
         super().__init__()
@@ -138,14 +136,13 @@ class BipeDecoderLayer(GradientCheckpointingLayer):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """[B, T, D] -> [B, T, D]."""
         attended = self.self_attn(self.input_layernorm(hidden_BTD), encoding, mask, past_key_values, **kwargs)
         hidden_BTD = hidden_BTD + attended
         return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
 
 
 class BipePreTrainedModel(PreTrainedModel):
-    """Initialisation and loading; matrices from N(0, initializer_range), norms one, as transformers does by itself."""
+    """Base class; transformers initialises matrices from N(0, initializer_range) and norms to one."""
 
     config: BipeConfig
     config_class = BipeConfig
@@ -160,7 +157,7 @@ class BipePreTrainedModel(PreTrainedModel):
 
 
 class BipeModel(BipePreTrainedModel):
-    """Tables, blocks and final norm."""
+    """Embeddings, layers and final norm."""
 
     def __init__(self, config: BipeConfig) -> None:
         super().__init__(config)
@@ -186,18 +183,18 @@ class BipeModel(BipePreTrainedModel):
         output_hidden_states: bool | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """Final hidden states [B, T, D] of the new tokens.
+        """Return final hidden states [B, T, D] of the new tokens.
 
-        `input_ids` are only what is not in `past_key_values` yet; `attention_mask` [B, S] covers the cached
-        tokens too and is 0 at padding: left, right or both.
+        `input_ids` excludes the tokens in `past_key_values`; `attention_mask` [B, S] covers the cached tokens too and
+        is 0 at padding, which may be on the left, the right or both.
 
         Raises:
-            ValueError: the places of the tokens cannot be known from what was given.
+            ValueError: the arguments do not determine the positions of the tokens.
         """
         if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give exactly one of input_ids and inputs_embeds")
+            raise ValueError("pass exactly one of input_ids and inputs_embeds")
         if kwargs.get("position_ids") is not None:
-            raise ValueError("position_ids are not taken: positions follow from input_ids and attention_mask")
+            raise ValueError("position_ids are not accepted: positions are derived from input_ids and attention_mask")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
         recomputes = self.gradient_checkpointing and self.training
@@ -211,10 +208,10 @@ class BipeModel(BipePreTrainedModel):
         encoding = encode(self.config, position_ids, cached, attention_mask)
         if past_key_values is not None:
             encoding = encoding._replace(cached=write_cache_positions(position_ids))
-        hidden = self._placed(hidden, position_ids, real_BT)
+        hidden = self._add_absolute_encoding(hidden, position_ids, real_BT)
         fused = encoding.buckets is None
         if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
-            raise ValueError(f"{self.config.encoding} biases scores: use attn_implementation='sdpa' or 'eager'")
+            raise ValueError(f"{self.config.encoding} adds a score bias: use attn_implementation='sdpa' or 'eager'")
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, allow_is_causal_skip=fused)
         states = [hidden]
         for layer in self.layers:
@@ -227,8 +224,8 @@ class BipeModel(BipePreTrainedModel):
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
         )
 
-    def _placed(self, hidden_BTD: Tensor, position_ids: PositionIds, real_BT: Tensor) -> Tensor:
-        """The hidden states with the absolute part of the encoding added."""
+    def _add_absolute_encoding(self, hidden_BTD: Tensor, position_ids: PositionIds, real_BT: Tensor) -> Tensor:
+        """Add the absolute part of the encoding to the hidden states."""
         config, position_BT = self.config, position_ids.intra
         if config.absolute == "sinusoidal":
             added_BTD = sinusoids(position_BT, config.hidden_size) * config.initializer_range
@@ -239,14 +236,14 @@ class BipeModel(BipePreTrainedModel):
             return hidden_BTD + self.embed_intra(position_BT.clamp(max=config.intra_size - 1))
         rows, position_BT = config.train_len_tokens, position_BT.where(real_BT, 0)
         if not torch.compiler.is_compiling() and int(position_BT.max()) >= rows:
-            raise ValueError(f"{int(position_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
+            raise ValueError(f"{int(position_BT.max()) + 1} tokens exceed the {rows} rows of the learned embedding")
         return hidden_BTD + self.embed_positions(position_BT)
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
-    """The language model."""
+    """Language model with an output projection."""
 
-    # Where the configuration ties them.
+    # Applies only with tie_word_embeddings.
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (no ClassVar in its base)
 
     def __init__(self, config: BipeConfig) -> None:
@@ -257,21 +254,21 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **_: Any) -> Tensor | None:
-        """What `generate` passes on beside a static cache: the mask [B, S] itself, since places are read from it.
+        """Return the mask [B, S] for `generate` with a static cache, since position ids are derived from it.
 
-        It gets the width of the cache, so that compiled code meets one shape only.
+        It is padded to the width of the cache, so that compiled code sees only one shape.
         """
         if attention_mask is None:
             return None
         return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
 
     def _get_static_cache_init_shape(self) -> None:
-        """Let a static cache find its own shapes: the keys of layer 0 are wider than those of the others."""
+        """Return None, so that a static cache infers its shapes: layer 0's keys are wider than the others."""
 
     def bilevel_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Intra-segment ids (clipped to the table, where there is one) and inter-segment ids, int64 [B, T].
+        """Return intra-segment ids (clipped to the embedding, if there is one) and inter-segment ids, int64 [B, T].
 
-        The first real token of a row opens its first segment; what padding gets means nothing.
+        The first real token of a row starts its first segment; ids at padding are meaningless.
 
         Raises:
             ValueError: the encoding has no segments.
@@ -296,7 +293,7 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         logits_to_keep: int | Tensor = 0,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        """Logits [B, T, V]; with `labels` (int64 [B, T], -100: ignored) also the mean loss in nats a token."""
+        """Return logits [B, T, V]; with `labels` (int64 [B, T], -100: ignored) also the mean loss in nats per token."""
         loss_options = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
         return_dict = kwargs.pop("return_dict", None)
         if labels is not None and use_cache is None:

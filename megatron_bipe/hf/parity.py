@@ -1,4 +1,4 @@
-"""Whether an exported folder is the trained model: logits of both on the same windows, one layer in memory at a time.
+"""Parity check of an exported folder: compares its logits with the training model's, one layer in memory at a time.
 
 B batch · T positions · V vocabulary
 """
@@ -26,17 +26,17 @@ _AUTO = "AutoModelForCausalLM"
 def parity(
     weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, folder: Path, sequences: SampleBatch
 ) -> float:
-    """Largest difference of a logit over the largest logit, both models in fp32.
+    """Return the largest difference of a logit over the largest logit, both models in fp32.
 
     Args:
-        weights: of the training model, under the plan's names.
-        config: of the model.
-        dtype: what the weights are rounded to first, as in the folder.
+        weights: weights of the training model by its names.
+        config: configuration of the model.
+        dtype: dtype to which the weights are rounded first, as in the folder.
         folder: the exported model.
-        sequences: what to compare on.
+        sequences: sequences to compare on.
 
     Raises:
-        CheckpointError: the folder cannot be loaded and run by transformers.
+        CheckpointError: transformers cannot load or run the folder.
     """
     with torch.inference_mode():
         expected_BTV = trained_logits(weights, config, dtype, sequences)
@@ -48,7 +48,7 @@ def parity(
 def trained_logits(
     weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, sequences: SampleBatch
 ) -> Tensor:
-    """Logits fp32 [B, T, V] of the training model."""
+    """Return the training model's logits, fp32 [B, T, V]."""
     payload: Any = sequences
     for planned in make_plan(config, seed=0):
         with torch.device("meta"):
@@ -59,26 +59,26 @@ def trained_logits(
 
 
 def exported_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
-    """Logits fp32 [B, T, V] of a model folder, loaded as users load it: its own code, weights read layer by layer."""
+    """Return the logits, fp32 [B, T, V], of a folder with its own code, weights read layer by layer."""
     settings = read_settings(folder)
     try:
-        # The Auto class would take this package's code for that of the folder, once it is registered.
+        # Once this package's code is registered, the Auto class would use it instead of the folder's.
         code = settings.get("auto_map", {}).get(_AUTO)
         kind: Any = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
-        with _without_remark():
+        with _silence_accelerate():
             model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, device_map={"": "disk"})
         return model.eval()(tokens_BT, use_cache=False).logits
     except (ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"the exported model cannot be loaded and run: {error}",
-            remedy="This is a defect, please report it",
+            remedy="Report this as a bug",
             location=folder,
         ) from error
 
 
 @contextmanager
-def _without_remark() -> Iterator[None]:
-    """Keep accelerate from telling that weights are on the disk, where they are wanted."""
+def _silence_accelerate() -> Iterator[None]:
+    """Suppress accelerate's message that weights are on disk, which is intended here."""
     logger = logging.getLogger("accelerate.big_modeling")
     before, logger.disabled = logger.disabled, True
     try:

@@ -1,10 +1,10 @@
-"""Where the tokens of a BiPE model stand, and what a cache remembers of it.
+"""Position ids of a BiPE model's tokens, and their storage in a key/value cache.
 
-Places travel with the keys: those of layer 0 carry a few more channels, in which the cache remembers where
-in its segment every token stands. Whatever generation does to a cache (reorder, crop, repeat) keeps them
-right, and a cached continuation starts from them, for any split of the input into chunks.
+Position ids are stored with the keys: those of layer 0 have additional channels that hold the ids of each cached token.
+They stay correct under every cache operation of generation (reorder, crop, repeat), and a cached continuation starts
+from them, for any split of the input into chunks.
 
-B batch · T new tokens · C cached tokens, or all slots of a static cache · S keys that attention sees: C and T, or the
+B batch · T new tokens · C cached tokens, or all slots of a static cache · S keys that attention sees: C + T, or the
 slots
 """
 
@@ -17,40 +17,40 @@ from transformers.cache_utils import Cache, DynamicLayer, StaticLayer
 
 from .configuration_bipe import BipeConfig
 
-DIGIT = 256  # bf16, the coarsest dtype a cache may have, holds every integer up to here
-_DIGITS = 3  # of each of the two counts that a key carries: up to 16.7 million
+DIGIT = 256  # bf16, the coarsest cache dtype, represents all integers up to here
+_DIGITS = 3  # per count, two counts per key: up to 16.7 million
 
 
 class PositionIds(NamedTuple):
-    """Where tokens stand: int64, intra ids not clipped. Padding repeats the state before it."""
+    """Position ids, int64 [B, T], intra ids not clipped; at padding the state before it is repeated."""
 
-    intra: Tensor  # tokens of this segment before the token (of the sequence, for encodings without segments)
-    inter: Tensor  # segments closed before the token
-    next_intra: Tensor  # the same of the token that follows
+    intra: Tensor  # earlier tokens of its segment (of the sequence, for encodings without segments)
+    inter: Tensor  # segments that ended before the token
+    next_intra: Tensor  # the same for the following token
     next_inter: Tensor
 
 
 class CachedPositions(NamedTuple):
-    """What a cache knows of its tokens: int64 [B, C], as in `Places`; slots that are not filled yet hold zeros."""
+    """Position ids stored in a cache, int64 [B, C] as in `PositionIds`; unfilled slots hold zeros."""
 
     next_intra: Tensor
     next_inter: Tensor
-    num_filled: Tensor | None = None  # of the slots of a static cache, int64 []; None: all are
+    num_filled: Tensor | None = None  # filled slots of a static cache, int64 []; None: all
 
     @property
     def num_held(self) -> int:
-        """Tokens in the cache; of a static one this waits for the device."""
+        """Number of cached tokens; for a static cache this synchronizes with the device."""
         return self.next_intra.shape[1] if self.num_filled is None else int(self.num_filled)
 
     def last(self) -> tuple[Tensor, Tensor]:
-        """Both counts [B, 1] after the last token."""
+        """Return both counts [B, 1] after the last token."""
         if self.num_filled is None:
             return self.next_intra[:, -1:], self.next_inter[:, -1:]
-        slot = (self.num_filled - 1).clamp(min=0).view(1)  # an emptied cache holds zeros
+        slot = (self.num_filled - 1).clamp(min=0).view(1)  # a cleared cache holds zeros
         return self.next_intra.index_select(1, slot), self.next_inter.index_select(1, slot)
 
-    def own_places(self, in_segments: bool) -> Tensor:
-        """Inter ids of the tokens, or their places in the sequence for encodings without segments: [B, C]."""
+    def own_positions(self, in_segments: bool) -> Tensor:
+        """Return the tokens' inter ids, or sequence positions for encodings without segments: [B, C]."""
         if in_segments:
             closed = (self.next_intra == 0) & (self.next_inter > 0)
             return self.next_inter - closed.long()
@@ -60,53 +60,53 @@ class CachedPositions(NamedTuple):
 def find_position_ids(
     config: BipeConfig, input_ids: Tensor | None, real_BT: Tensor, cached: CachedPositions | None = None
 ) -> PositionIds:
-    """Places of new tokens [B, T], in segments for the bilevel encodings, else in the sequence.
+    """Return the position ids of new tokens [B, T]: within segments for bilevel encodings, else in the sequence.
 
     Args:
-        config: of the model.
-        input_ids: the new tokens; may be None where segments do not depend on them.
-        real_BT: False at padding, which has no place and closes nothing.
-        cached: of the tokens before; the first real token of a row opens its first segment.
+        config: configuration of the model.
+        input_ids: the new tokens; may be None if segments do not depend on them.
+        real_BT: False at padding, which has no position and does not end a segment.
+        cached: positions of earlier tokens; without it, the first real token of a row starts its first segment.
     """
     nothing = real_BT.new_zeros(1, 1, dtype=torch.int64)
     start = cached.last() if cached else (nothing, nothing)
-    seen_BT = start[0] + real_BT.cumsum(-1)  # real tokens since the segment that was open at the start began
-    ends_BT = _segment_ends(config, input_ids, seen_BT) & real_BT
+    seen_BT = start[0] + real_BT.cumsum(-1)  # real tokens since the initially open segment began
+    ends_BT = _find_segment_ends(config, input_ids, seen_BT) & real_BT
     closed_BT = start[1] + ends_BT.cumsum(-1)
-    opened_BT = torch.where(ends_BT, seen_BT, 0).cummax(-1).values  # where the segment of the next token begins
+    opened_BT = torch.where(ends_BT, seen_BT, 0).cummax(-1).values  # start of the next token's segment
     intra_BT = seen_BT - real_BT.long() - F.pad(opened_BT, (1, -1))
     return PositionIds(intra_BT, closed_BT - ends_BT.long(), seen_BT - opened_BT, closed_BT)
 
 
-def _segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor) -> Tensor:
-    """True where a token closes a segment."""
+def _find_segment_ends(config: BipeConfig, input_ids: Tensor | None, seen_BT: Tensor) -> Tensor:
+    """Return True where a token ends a segment."""
     if not config.bilevel:
         return torch.zeros_like(seen_BT, dtype=torch.bool)
     if config.segment_length is not None:
         return seen_BT % config.segment_length == 0
     if input_ids is None or config.segments is None:
-        raise ValueError("inputs_embeds alone do not tell where segments end: give input_ids")
+        raise ValueError("inputs_embeds do not determine segment ends: pass input_ids")
     return torch.isin(input_ids, torch.tensor(config.segments["token_ids"], device=input_ids.device))
 
 
 def write_cache_positions(position_ids: PositionIds) -> Tensor:
-    """The channels [B, 1, T, C] that the cached keys of layer 0 carry: both next counts, digit by digit."""
+    """Return the channels [B, 1, T, C] for layer 0's cached keys: the digits of both next counts."""
     counts_BT2 = torch.stack((position_ids.next_intra, position_ids.next_inter), dim=-1)
     digits = [counts_BT2 // DIGIT**power % DIGIT for power in range(_DIGITS)]
     return torch.cat(digits, dim=-1)[:, None].float()
 
 
 def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.device) -> CachedPositions | None:
-    """What the cache remembers; None when it has not seen a token.
+    """Return the position ids stored in the cache; None if it is empty.
 
     Raises:
-        ValueError: the cache was filled by something else, or is of a kind that may not keep the channels exact.
+        ValueError: this model did not fill the cache, or the cache type may not preserve the channels exactly.
     """
     if cache is None:
         return None
     if any(type(layer) not in (DynamicLayer, StaticLayer) for layer in getattr(cache, "layers", [None])):
         raise ValueError(
-            "of this cache it is not known that it keeps segment positions exact: use a DynamicCache or a StaticCache, "
+            "this cache type may not preserve segment positions exactly: use a DynamicCache or a StaticCache, "
             "in generate() cache_implementation='dynamic' or 'static'"
         )
     layer: Any = cache.layers[0] if cache.layers else None
@@ -116,7 +116,7 @@ def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.devic
     if keys is None or keys.shape[-1] != head_dim + 2 * _DIGITS:
         raise ValueError(
             "past_key_values do not hold the segment positions of their tokens: pass a cache that this model filled "
-            "from the first token on, or all tokens without a cache"
+            "from the first token, or all tokens without a cache"
         )
     if keys.shape[2] == 0:
         return None
@@ -130,7 +130,7 @@ def read_cache_positions(cache: Cache | None, head_dim: int, device: torch.devic
 def real_tokens(
     attention_mask: Tensor | None, hidden_BTD: Tensor, cached: CachedPositions | None, cache: Cache | None
 ) -> Tensor:
-    """Bool [B, T]: False at padding among the new tokens."""
+    """Return bool [B, T], False where a new token is padding."""
     rows, new = hidden_BTD.shape[:2]
     if attention_mask is None:
         return torch.ones(rows, new, dtype=torch.bool, device=hidden_BTD.device)
@@ -143,16 +143,16 @@ def real_tokens(
     if shape == (rows, slots) or shape == (rows, num_cached + new):
         return attention_mask[:, num_cached : num_cached + new].bool()
     raise ValueError(
-        f"attention_mask is {list(shape)}; positions need [{rows}, {num_cached + new}]: {num_cached} cached and {new} "
+        f"attention_mask is {list(shape)} but must be [{rows}, {num_cached + new}]: {num_cached} cached and {new} "
         "new tokens, 0 at padding"
     )
 
 
 def key_positions(config: BipeConfig, new_BT: Tensor, cached: CachedPositions | None) -> Tensor:
-    """What the relative encoding goes by, of cached keys and of new ones, int64 [B, S]."""
+    """Return the positions of cached and new keys for the relative encoding, int64 [B, S]."""
     if cached is None:
         return new_BT
-    old_BC = cached.own_places(config.bilevel)
+    old_BC = cached.own_positions(config.bilevel)
     if cached.num_filled is None:
         return torch.cat((old_BC, new_BT), dim=1)
     slots = cached.num_filled + torch.arange(new_BT.shape[1], device=new_BT.device)
@@ -160,7 +160,7 @@ def key_positions(config: BipeConfig, new_BT: Tensor, cached: CachedPositions | 
 
 
 def num_keys(num_new: int, cached: CachedPositions | None) -> int:
-    """Keys that attention sees: cached and new ones, or the slots of a static cache."""
+    """Return the number of keys that attention sees: cached and new ones, or the slots of a static cache."""
     if cached is None:
         return num_new
     num_cached = cached.next_intra.shape[1]
@@ -170,17 +170,17 @@ def num_keys(num_new: int, cached: CachedPositions | None) -> int:
 def count_tokens(
     config: BipeConfig, num_new: int, cached: CachedPositions | None, attention_mask: Tensor | None, what: str
 ) -> Tensor:
-    """Real tokens of each row, int64 [B, 1] or [1, 1], for encodings that every further token changes.
+    """Count the real tokens of each row, int64 [B, 1] or [1, 1], for encodings that depend on the length.
 
     Raises:
-        ValueError: a cache would have to be continued beyond the training length, up to which nothing changes.
+        ValueError: a cache would be continued beyond the training length, up to which earlier keys do not change.
     """
     num_cached = 0 if cached is None else cached.num_held
     trained, total = config.train_len_tokens, num_cached + num_new
     counts = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
     if num_cached and int(counts.max()) > trained:
         raise ValueError(
-            f"{total} tokens with {what}, trained at {trained}: every further token changes the "
-            "encoding of all earlier ones, so a cache cannot be continued. Use generate(..., use_cache=False)"
+            f"{total} tokens exceed the training length {trained}: {what} then changes the encoding of all earlier "
+            "tokens with each new one, so a cache cannot be continued. Use generate(..., use_cache=False)"
         )
     return counts

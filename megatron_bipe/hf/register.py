@@ -1,6 +1,6 @@
-"""Makes `bipe` models known to transformers' Auto classes, so that they load without remote code.
+"""Registration of `bipe` models with transformers' Auto classes, so that they load without remote code.
 
-Once this is imported, the Auto classes run this package's code, and no longer that of a model's folder.
+After this import the Auto classes run this package's code instead of the code in a model folder.
 """
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM

@@ -1,4 +1,4 @@
-"""RoPE's base and scaling in the form of transformers' `config.json`, there and back."""
+"""Conversion of RoPE's base and scaling to and from the form of transformers' `config.json`."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,13 +6,13 @@ from typing import Any
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.model.positions.functional import stretched_base
 
-# transformers has no such type: to it such a model is one with a raised base, and this key remembers the rest.
+# transformers has no NTK type: the model is stored with an increased base, and this key stores the original values.
 _NTK = "rope_ntk"
 _YARN_FIELDS = ("beta_fast", "beta_slow", "attention_factor")
 
 
 def rope_settings(config: ModelConfig) -> dict[str, Any]:
-    """The keys of `config.json` that tell base and scaling."""
+    """Return the keys of `config.json` for base and scaling."""
     scaling = config.rope_scaling
     if scaling is None:
         return {"rope_parameters": {"rope_type": "default", "rope_theta": config.rope_base}}
@@ -31,10 +31,10 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
 
 
 def rope_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of `ModelConfig` that such keys stand for.
+    """Return the fields of `ModelConfig` that the keys describe.
 
     Raises:
-        KeyError, TypeError, ValidationError: one is missing, has another form, or is impossible.
+        KeyError, TypeError, ValidationError: a key is missing, has the wrong type, or an impossible value.
     """
     rope = settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
     if (ntk := settings.get(_NTK)) is not None:

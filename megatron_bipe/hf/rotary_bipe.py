@@ -1,4 +1,4 @@
-"""RoPE and XPOS of BiPE models, with the stretched frequencies that transformers knows.
+"""RoPE and XPOS of BiPE models, with the frequency scaling types of transformers.
 
 B batch · T new tokens · H head width
 """
@@ -25,7 +25,6 @@ Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 def rope(
     config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
-    """The same cosines and sines for queries and keys."""
     tables = _tables(config, position_BT, cached, attention_mask)
     return {"rotation": (tables, tables)}
 
@@ -33,20 +32,20 @@ def rope(
 def xpos(
     config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> dict[str, Any]:
-    """Queries times zeta^(position/512), keys times its inverse; counted from the middle of the training length."""
+    """Scale queries by zeta^(position/512) and keys by its inverse, relative to the middle of the training length."""
     num_tokens = num_keys(position_BT.shape[1], cached)
     if num_tokens > MAX_XPOS_TOKENS:
-        raise ValueError(f"XPOS stays in range up to {MAX_XPOS_TOKENS} tokens; these are {num_tokens}")
+        raise ValueError(f"XPOS stays within range up to {MAX_XPOS_TOKENS} tokens; the input has {num_tokens}")
     cos_B1TH, sin_B1TH = _tables(config, position_BT, cached, attention_mask)
-    growing_B1TH, fading_B1TH = xpos_factors(position_BT, config.head_dim, config.train_len_tokens)
-    queries = cos_B1TH * growing_B1TH, sin_B1TH * growing_B1TH
-    return {"rotation": (queries, (cos_B1TH * fading_B1TH, sin_B1TH * fading_B1TH))}
+    scale_B1TH, inverse_B1TH = xpos_factors(position_BT, config.head_dim, config.train_len_tokens)
+    queries = cos_B1TH * scale_B1TH, sin_B1TH * scale_B1TH
+    return {"rotation": (queries, (cos_B1TH * inverse_B1TH, sin_B1TH * inverse_B1TH))}
 
 
 def _tables(
     config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Tables:
-    """In fp32; dynamic scaling looks at the number of real tokens of the row."""
+    """Return fp32 cosines and sines; dynamic scaling depends on the number of real tokens in each row."""
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
     base, kind = float(scaling.get("rope_theta", 10000.0)), scaling.get("rope_type", "default")
     if kind == "dynamic":

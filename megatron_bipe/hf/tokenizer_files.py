@@ -1,7 +1,7 @@
-"""Tokenizer files of an exported model, such that `AutoTokenizer` gives the ids the model was trained on.
+"""Tokenizer files of an exported model, for which `AutoTokenizer` returns the token ids of training.
 
-transformers 5 rebuilds LLaMA's tokenizer from its vocabulary with another normaliser unless the settings
-name the generic class; then it runs `tokenizer.json` as it is. Whatever it does, the ids are compared.
+transformers 5 rebuilds LLaMA's tokenizer from its vocabulary with a different normaliser, unless the settings name the
+generic class, which runs `tokenizer.json` unchanged. The ids are compared in any case.
 """
 
 import json
@@ -18,9 +18,9 @@ from megatron_bipe.errors import CheckpointError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _ROLES = ("bos", "eos", "unk", "pad")
-_SPACE = "\u2581"  # SentencePiece's sign for a space
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
 
-# Each of these comes out differently in some tokenizer class, normaliser or version.
+# Each text gets different ids in some tokenizer class, normaliser or version.
 HARD_TEXTS = (
     "",
     " ",
@@ -43,50 +43,49 @@ HARD_TEXTS = (
 
 
 class TokenizerSource(NamedTuple):
-    """The tokenizer that made the training data."""
+    """The tokenizer with which the training data was made."""
 
     definition: Path
-    """tokenizer.json or tokenizer.model."""
     json: bytes
-    """The same as a tokenizer.json, converted where it is a tokenizer.model."""
+    """Content as a tokenizer.json, converted if `definition` is a tokenizer.model."""
     special_ids: Mapping[str, int]
-    """Ids by role: bos, and where they exist eos, unk, pad."""
+    """Token ids by role: bos, and if they exist eos, unk and pad."""
     encode: Callable[[Sequence[str]], Sequence[Iterable[int]]]
-    """Training's own ids of plain texts, without special tokens."""
+    """Encodes plain texts as training does, without special tokens."""
 
 
 def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> None:
-    """Write the tokenizer into `folder` and check it there.
+    """Write the tokenizer files into `folder` and verify them.
 
     Args:
-        source: the tokenizer.
-        folder: must hold the model's config.json already.
-        num_rows: of the model's token table.
+        source: tokenizer to write.
+        folder: model folder that already holds config.json.
+        num_rows: rows of the model's token embedding.
 
     Raises:
-        CheckpointError: `AutoTokenizer` gives other ids than training had, or more than the model knows.
+        CheckpointError: `AutoTokenizer` returns other ids than training used, or ids outside the token embedding.
     """
     if source.definition.suffix == ".model":
         shutil.copyfile(source.definition, folder / source.definition.name)
     (folder / "tokenizer.json").write_bytes(source.json)
     backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
-    if "bos" in source.special_ids and not _opens_with(backend, source.special_ids["bos"]):
-        _open_with(backend, source.special_ids["bos"])
+    if "bos" in source.special_ids and not _prepends_bos(backend, source.special_ids["bos"]):
+        _prepend_bos(backend, source.special_ids["bos"])
         backend.save(str(folder / "tokenizer.json"))
     largest = max(backend.get_vocab(with_added_tokens=True).values())
     if largest >= num_rows:
         raise CheckpointError(
-            f"the tokenizer has ids up to {largest}, the model's token table {num_rows} rows",
+            f"the tokenizer has ids up to {largest}, but the model's token embedding has {num_rows} rows",
             remedy="Use the tokenizer that the model was trained with",
             location=source.definition,
         )
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # As in the training data: "<s>" within a text is three characters.
+        # As in the training data, "<s>" within a text is three plain characters.
         "split_special_tokens": True,
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
-        "model_input_names": ["input_ids", "attention_mask"],  # the class alone would add token_type_ids
+        "model_input_names": ["input_ids", "attention_mask"],  # the default adds token_type_ids
     }
     for role in _ROLES:
         if role in source.special_ids:
@@ -95,12 +94,12 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
     check_tokenizer(folder, source)
 
 
-def _opens_with(backend: tokenizers.Tokenizer, bos_id: int) -> bool:
+def _prepends_bos(backend: tokenizers.Tokenizer, bos_id: int) -> bool:
     return list(backend.encode("a").ids) == [bos_id, *backend.encode("a", add_special_tokens=False).ids]
 
 
-def _open_with(backend: tokenizers.Tokenizer, bos_id: int) -> None:
-    """Let the definition itself put BOS first: transformers ignores `add_bos_token` beside a tokenizer.json."""
+def _prepend_bos(backend: tokenizers.Tokenizer, bos_id: int) -> None:
+    """Add a post-processor that prepends BOS: transformers ignores `add_bos_token` if there is a tokenizer.json."""
     bos = backend.id_to_token(bos_id)
     template = processors.TemplateProcessing(
         single=[bos, "$A"], pair=[bos, "$A", f"{bos}:1", "$B:1"], special_tokens=[(bos, bos_id)]
@@ -111,7 +110,7 @@ def _open_with(backend: tokenizers.Tokenizer, bos_id: int) -> None:
 
 
 def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] = HARD_TEXTS) -> None:
-    """Compare `AutoTokenizer` with training on `texts`, with and without the token that opens a document."""
+    """Raise CheckpointError if `AutoTokenizer` encodes a text differently from training, with or without BOS."""
     loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
     opening = [source.special_ids["bos"]] if "bos" in source.special_ids else []
     for text, trained in zip(texts, source.encode(texts), strict=True):
@@ -121,8 +120,8 @@ def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] 
         if plain != expected or opened != opening + expected:
             shown = text if len(text) < 60 else text[:60] + "..."
             raise CheckpointError(
-                f"AutoTokenizer gives other ids than training for {shown!r}: {opened[:12]} instead of "
+                f"AutoTokenizer returns ids that differ from training's for {shown!r}: {opened[:12]} instead of "
                 f"{(opening + expected)[:12]}",
-                remedy="Check that the tokenizer files are those the data was made with",
+                remedy="Use the tokenizer files with which the data was made",
                 location=source.definition,
             )

@@ -1,7 +1,7 @@
-"""Names and layouts of weights: the training plan's on one side, LLaMA's (Hugging Face) on the other.
+"""Mapping between the weights of the training model and LLaMA's (Hugging Face): names and layouts.
 
-The plan fuses query, key and value rows group by group and stacks gate over up; LLaMA keeps them apart.
-Both directions only cut and join rows, so a round trip is exact bit for bit.
+The training model fuses query, key and value rows per key/value group and stacks gate on top of up; LLaMA stores them
+separately. Both directions only split and concatenate rows, so a round trip is bit-exact.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -15,8 +15,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 
 T = TypeVar("T")
-INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no names for these
-_PLACE_TABLE = "model.embed_positions.weight"
+INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no such embeddings
+_POSITION_EMBEDDING = "model.embed_positions.weight"
 
 _BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -24,38 +24,38 @@ _BLOCK_NAMES = {
     "mlp_norm.weight": "post_attention_layernorm.weight",
     "mlp.down.weight": "mlp.down_proj.weight",
 }
-_BIAS = {"attention.encoding.table.weight": "self_attn.relative_bias.weight"}  # of T5, in each block
+_BIAS = {"attention.encoding.table.weight": "self_attn.relative_bias.weight"}  # T5 only
 _QKV, _GATE_UP = "attention.qkv.weight", "mlp.gate_up.weight"
 _QKV_PARTS = tuple(f"self_attn.{part}_proj.weight" for part in "qkv")
 _GATE_UP_PARTS = ("mlp.gate_proj.weight", "mlp.up_proj.weight")
 
 
 class LlamaWeights(Mapping[str, Tensor]):
-    """Plan weights under LLaMA names, in LLaMA's order; each is cut out when it is asked for.
+    """Weights of the training model under LLaMA's names and in LLaMA's order, split on access.
 
-    Only the last plan weight looked at is kept, since neighbours are often cut from the same one.
+    Only the training weight accessed last is cached, because neighbours often come from the same one.
 
     Args:
-        weights: under the plan's names; may read them when asked.
-        config: of the model.
+        weights: weights by the training model's names; may load lazily.
+        config: configuration of the model.
 
     Raises:
         CheckpointError: a weight is missing or unexpected.
-        RuntimeError: on access, where a weight has a shape that the layout of `config` cannot be cut from.
+        RuntimeError: on access, a weight's shape does not fit the layout of `config`.
     """
 
     def __init__(self, weights: Mapping[str, Tensor], config: ModelConfig) -> None:
         self._weights, self._sources = weights, _sources(config)
         self._last: tuple[str, Tensor] | None = None
-        needed, rest = {source for source, _ in self._sources.values()}, dict.fromkeys(weights)
+        needed, remaining = {source for source, _ in self._sources.values()}, dict.fromkeys(weights)
         for name in sorted(needed):
-            _take(rest, name)
-        _refuse_rest(rest)
+            _take(remaining, name)
+        _refuse_remaining(remaining)
 
     def __getitem__(self, name: str) -> Tensor:
         source, cut = self._sources[name]
         if self._last is None or self._last[0] != source:
-            self._last = None  # before the next is read
+            self._last = None  # free it before the next is read
             self._last = (source, self._weights[source])
         return cut(self._last[1])
 
@@ -67,41 +67,41 @@ class LlamaWeights(Mapping[str, Tensor]):
 
 
 def to_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """Plan weights -> LLaMA names, in LLaMA's order, all at once. Raises what `LlamaWeights` does."""
+    """Return all weights under LLaMA's names and in LLaMA's order; raises as `LlamaWeights` does."""
     return dict(LlamaWeights(weights, config))
 
 
 def _sources(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Tensor]]]:
-    """For each LLaMA name the plan's, and how to cut the one out of the other."""
+    """Return for each LLaMA name the training model's name and the function that extracts the weight."""
     last = config.num_layers + 1
     result: dict[str, tuple[str, Callable[[Tensor], Tensor]]] = {
-        "model.embed_tokens.weight": ("0.token.weight", _whole)
+        "model.embed_tokens.weight": ("0.token.weight", _unchanged)
     }
-    result |= {theirs: (ours, _whole) for ours, theirs in _place_names(config).items()}
+    result |= {theirs: (ours, _unchanged) for ours, theirs in _position_names(config).items()}
     for layer in range(config.num_layers):
         ours, theirs = f"{layer + 1}.", f"model.layers.{layer}."
         for part, name in enumerate(_QKV_PARTS):
             result[theirs + name] = (ours + _QKV, partial(_part_of_qkv, config, part))
         for part, name in enumerate(_GATE_UP_PARTS):
             result[theirs + name] = (ours + _GATE_UP, partial(_half, part))
-        result |= {theirs + name: (ours + source, _whole) for source, name in _block_names(config).items()}
-    result["model.norm.weight"] = (f"{last}.norm.weight", _whole)
+        result |= {theirs + name: (ours + source, _unchanged) for source, name in _block_names(config).items()}
+    result["model.norm.weight"] = (f"{last}.norm.weight", _unchanged)
     if not config.tied_output:
-        result["lm_head.weight"] = (f"{last}.output.weight", _whole)
+        result["lm_head.weight"] = (f"{last}.output.weight", _unchanged)
     return result
 
 
-def _place_names(config: ModelConfig) -> dict[str, str]:
+def _position_names(config: ModelConfig) -> dict[str, str]:
     if config.table_rows is None:
         return {}
-    return {"0.intra.weight": INTRA_TABLE} if config.bilevel else {"0.place.weight": _PLACE_TABLE}
+    return {"0.intra.weight": INTRA_TABLE} if config.bilevel else {"0.place.weight": _POSITION_EMBEDDING}
 
 
 def _block_names(config: ModelConfig) -> dict[str, str]:
     return _BLOCK_NAMES | (_BIAS if config.parts.relative == "t5" else {})
 
 
-def _whole(weight: Tensor) -> Tensor:
+def _unchanged(weight: Tensor) -> Tensor:
     return weight
 
 
@@ -115,54 +115,54 @@ def _part_of_qkv(config: ModelConfig, part: int, qkv: Tensor) -> Tensor:
 
 
 def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
-    """LLaMA names -> plan weights; the inverse of `to_llama`.
+    """Return the training model's weights from those under LLaMA names; the inverse of `to_llama`.
 
     Raises:
         CheckpointError: a weight is missing or unexpected.
     """
     last = config.num_layers + 1
-    rest = dict(weights)
-    result = {"0.token.weight": _take(rest, "model.embed_tokens.weight")}
-    result |= {ours: _take(rest, theirs) for ours, theirs in _place_names(config).items()}
+    remaining = dict(weights)
+    result = {"0.token.weight": _take(remaining, "model.embed_tokens.weight")}
+    result |= {ours: _take(remaining, theirs) for ours, theirs in _position_names(config).items()}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         groups, _, width = _qkv_shape(config)
-        parts = [_take(rest, prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
+        parts = [_take(remaining, prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
         result[f"{layer + 1}.{_QKV}"] = torch.cat(parts, dim=1).flatten(0, 2)
-        result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([_take(rest, prefix + name) for name in _GATE_UP_PARTS])
+        result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([_take(remaining, prefix + name) for name in _GATE_UP_PARTS])
         for ours, theirs in _block_names(config).items():
-            result[f"{layer + 1}.{ours}"] = _take(rest, prefix + theirs)
-    result[f"{last}.norm.weight"] = _take(rest, "model.norm.weight")
+            result[f"{layer + 1}.{ours}"] = _take(remaining, prefix + theirs)
+    result[f"{last}.norm.weight"] = _take(remaining, "model.norm.weight")
     tied = config.tied_output
-    result[f"{last}.output.weight"] = result["0.token.weight"] if tied else _take(rest, "lm_head.weight")
-    _refuse_rest(rest)
+    result[f"{last}.output.weight"] = result["0.token.weight"] if tied else _take(remaining, "lm_head.weight")
+    _refuse_remaining(remaining)
     return result
 
 
 def _qkv_shape(config: ModelConfig) -> tuple[int, int, int]:
-    """Groups, heads in a group (queries, one key, one value), head width."""
+    """Return the number of groups, the heads per group (queries, one key, one value) and the head width."""
     return config.kv_heads, config.num_heads // config.kv_heads + 2, config.head_width
 
 
-def _take(rest: dict[str, T], name: str) -> T:
-    if name not in rest:
+def _take(remaining: dict[str, T], name: str) -> T:
+    if name not in remaining:
         raise CheckpointError(
             f"weight {name!r} is missing",
             remedy="Check that the weights and the configuration belong to the same model",
-            location=_some(rest),
+            location=_first_names(remaining),
         )
-    return rest.pop(name)
+    return remaining.pop(name)
 
 
-def _refuse_rest(rest: Mapping[str, object]) -> None:
-    if rest:
+def _refuse_remaining(remaining: Mapping[str, object]) -> None:
+    if remaining:
         raise CheckpointError(
-            f"{len(rest)} weights belong to no layer of the configured model",
+            f"{len(remaining)} weights do not belong to any layer of the configured model",
             remedy="Check that the weights and the configuration belong to the same model",
-            location=_some(rest),
+            location=_first_names(remaining),
         )
 
 
-def _some(names: Iterable[str]) -> str:
+def _first_names(names: Iterable[str]) -> str:
     listed = sorted(names)
     return ", ".join(listed[:5]) + (", ..." if len(listed) > 5 else "")

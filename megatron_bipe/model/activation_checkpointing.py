@@ -1,4 +1,4 @@
-"""Trading computation for memory: what backward computes again instead of keeping it."""
+"""Activation checkpointing: recompute activations in backward instead of storing them."""
 
 from collections.abc import Callable
 from functools import partial
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Recompute = Literal["none", "selective", "full"]
 
-# Kept by "selective": products of matrices, attention, and what came from other ranks. The rest costs little time.
+# "selective" keeps the outputs of matrix products, attention and collectives; the rest is cheap to recompute.
 _KEPT_NAMES = (
     "aten.mm",
     "aten.addmm",
@@ -27,7 +27,7 @@ _KEPT_NAMES = (
 
 
 def recomputing(function: Callable[..., Tensor], what: Recompute) -> Callable[..., Tensor]:
-    """The function, with `what` of it computed again in backward; its results and gradients are the same bits."""
+    """Wrap `function` so that backward recomputes the activations selected by `what`; results are bit-identical."""
     if what == "none":
         return function
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if what == "selective" else {}
@@ -37,7 +37,7 @@ def recomputing(function: Callable[..., Tensor], what: Recompute) -> Callable[..
 def _run(function: Callable[..., Tensor], contexts: dict[str, Any], *inputs: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return function(*inputs)
-    # Nothing in a block is random, so there is no generator to be set back.
+    # A block draws no random numbers, so there is no RNG state to restore.
     result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
     return result
 

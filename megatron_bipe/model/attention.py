@@ -1,9 +1,9 @@
-"""Causal attention for any relative encoding, by stock kernels.
+"""Causal attention for any relative encoding, computed by PyTorch's fused kernels.
 
-Scores are materialised only by an encoding that adds a bias of its own to them (T5).
+The score matrix is materialized only for an encoding that adds its own bias to it (T5).
 
-B batch · T positions · D width · N query heads · G key/value heads · R queries a group · H head width · E widened head
-C chunks of queries (lower case: this rank's shard)
+B batch · T positions · D width · N query heads · G key/value heads · R queries per group · H head width
+E widened head · C chunks of queries (lower case: this rank's shard)
 """
 
 import math
@@ -19,16 +19,16 @@ from megatron_bipe.model.positions.base import SharedTables
 from megatron_bipe.model.positions.functional import log_scale_factors
 from megatron_bipe.model.positions.make import make_relative
 
-MIN_WINDOWED_TOKENS = 2048  # tokens from which on leaving out pays
-CHUNK = 256  # queries that see the same keys
-_STEP = 64  # keys begin at multiples of this, so that heads of about the same reach go together
+MIN_WINDOWED_TOKENS = 2048  # shortest sequence for which `windowed_attention` is faster
+CHUNK = 256  # queries that attend to the same range of keys
+_STEP = 64  # key ranges start at multiples of this, so that heads of similar reach share a call
 
 
 class Attention(nn.Module):
     """Grouped-query attention over one fused projection.
 
-    The rows of `qkv` go group by group: R query heads, then the group's key head, then its value head, so
-    that a contiguous share of the rows is a whole number of groups.
+    The rows of `qkv` are ordered by group: R query heads, then the group's key head, then its value head. A contiguous
+    slice of the rows that tensor parallelism assigns to a rank therefore holds complete groups.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, tables: SharedTables | None = None) -> None:
@@ -44,7 +44,7 @@ class Attention(nn.Module):
         self.out = layers.row(config.num_heads * head_width, width)
 
     def forward(self, hidden_BtD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Attention output [B, t, D]; `positions_BT`, of whole windows, is what the encoding sees."""
+        """Return the attention output [B, t, D]; the encoding sees `positions_BT` of full sequences."""
         per_group = self.queries_per_group
         qkv_BtGRH = self.qkv(hidden_BtD).unflatten(-1, (-1, per_group + 2, self.head_width))
         qkv_BTgRH = self.exchange.to_heads(qkv_BtGRH)
@@ -54,7 +54,7 @@ class Attention(nn.Module):
         if self.log_scale_tokens is not None:
             q_BnTH = q_BnTH * log_scale_factors(positions_BT, self.log_scale_tokens).to(q_BnTH.dtype)
         prepared = self._tables.prepared(self.encoding, positions_BT, q_BnTH.dtype)
-        reach_n = self.encoding.reach(q_BnTH, k_BgTH) if leaving_out_pays(q_BnTH) else None
+        reach_n = self.encoding.reach(q_BnTH, k_BgTH) if prefers_windowed_attention(q_BnTH) else None
         q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)
         if reach_n is None:
             mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
@@ -64,16 +64,16 @@ class Attention(nn.Module):
 
 
 def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Stock attention; queries and keys may be wider than values (E >= H) by bias channels.
+    """Compute causal attention; queries and keys may be wider than values (E >= H) by bias channels.
 
-    Scores are scaled by 1/sqrt(H). Values are padded with zeros to the same width, because the fused kernels
-    want one width, and the padding is cut off again. Returns [B, N, T, H].
+    Scores are scaled by 1/sqrt(H). Values are zero-padded to width E, since the fused kernels require equal widths, and
+    the result [B, N, T, H] is cut back.
 
     Args:
         q_BNTE: queries.
         k_BGTE: keys; N is a multiple of G.
         v_BGTH: values.
-        mask: in place of the causal one, what is added to scores, or whether a query sees a key.
+        mask: replaces the causal mask: a bias that is added to the scores, or True where a query attends to a key.
     """
     head_width, extra = v_BGTH.shape[-1], q_BNTE.shape[-1] - v_BGTH.shape[-1]
     mixed_BNTE = F.scaled_dot_product_attention(
@@ -88,49 +88,43 @@ def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tenso
     return mixed_BNTE[..., :head_width]
 
 
-def leaving_out_pays(q_BNTH: Tensor) -> bool:
-    """Whether `windowed_attention` is to be preferred: for long windows on a CPU, where no gradients are wanted.
+def prefers_windowed_attention(q_BNTH: Tensor) -> bool:
+    """Return True for long sequences on a CPU without gradients.
 
-    Shorter windows are a few calls of whole chunks anyway; on a GPU it has not been measured.
+    Shorter sequences gain nothing, since they have few chunks; GPUs have not been measured.
     """
     return q_BNTH.shape[2] >= MIN_WINDOWED_TOKENS and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
 
 
 def windowed_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:
-    """`causal_attention` without the keys that a head does not reach.
+    """Compute `causal_attention` without the keys that are beyond the reach of a head.
 
-    The window is cut into chunks of queries. In each, heads that begin with about the same key are one call.
-
-    Args:
-        q_BNTE: queries.
-        k_BGTE: keys; N is a multiple of G.
-        v_BGTH: values.
-        positions_BT: in ascending order.
-        reach_N: how far back from its own position a query of each head looks, in positions.
+    Queries are processed in chunks; within a chunk, heads with the same first key share one call. Positions are
+    ascending; `reach_N` is how far back from its own position a query of each head attends, in positions.
     """
     num_tokens, per_group = q_BNTE.shape[2], q_BNTE.shape[1] // k_BGTE.shape[1]
     mixed_BNTH = v_BGTH.new_empty(*q_BNTE.shape[:3], v_BGTH.shape[-1])
     for number, first_keys in enumerate(_first_keys(positions_BT, reach_N)):
         queries = slice(number * CHUNK, min((number + 1) * CHUNK, num_tokens))
-        alike: dict[int, list[int]] = defaultdict(list)
+        heads_by_first_key: dict[int, list[int]] = defaultdict(list)
         for head, first_key in enumerate(first_keys):
-            alike[first_key].append(head)
-        for first_key, heads in alike.items():
-            keys, shared = slice(first_key, queries.stop), [head // per_group for head in heads]
+            heads_by_first_key[first_key].append(head)
+        for first_key, heads in heads_by_first_key.items():
+            keys, kv_heads = slice(first_key, queries.stop), [head // per_group for head in heads]
             earlier = queries.start - first_key
             num_queries = queries.stop - queries.start
             mask = torch.ones(num_queries, earlier + num_queries, dtype=torch.bool, device=q_BNTE.device).tril(earlier)
             mixed_BNTH[:, heads, queries] = causal_attention(
-                q_BNTE[:, heads, queries], k_BGTE[:, shared, keys], v_BGTH[:, shared, keys], mask
+                q_BNTE[:, heads, queries], k_BGTE[:, kv_heads, keys], v_BGTH[:, kv_heads, keys], mask
             )
     return mixed_BNTH
 
 
 def _first_keys(positions_BT: Tensor, reach_N: Tensor) -> list[list[int]]:
-    """Of each chunk, the first key that each head reaches in any window of the batch, rounded down: [C][N]."""
+    """Return for each chunk the first key that each head reaches in any sequence, rounded down to `_STEP`: [C][N]."""
     farthest_BCN = positions_BT[:, ::CHUNK, None] - reach_N
     first_BCN = torch.searchsorted(positions_BT.to(reach_N.dtype), farthest_BCN.flatten(1)).view_as(farthest_BCN)
     starts_C1 = torch.arange(first_BCN.shape[1], device=reach_N.device)[:, None] * CHUNK
-    # Scores that are no numbers give no bound; their chunks see themselves, so that results are none either.
+    # NaN scores give no bound; such a chunk then attends at least to itself, so that the NaN propagates.
     result: list[list[int]] = (first_BCN.amin(dim=0).minimum(starts_C1) // _STEP * _STEP).tolist()
     return result

@@ -1,9 +1,9 @@
-"""The loss over logits, without a second copy of them: they are read in parts, and their gradient takes their place.
+"""Cross-entropy without a second copy of the logits: they are read in parts, and backward overwrites them in place.
 
-`token_losses` is for whole rows of logits; `parallel.cross_entropy` puts the same two passes together over rows that
-are split over ranks.
+`token_losses` takes full rows of logits; `parallel.vocab_parallel_loss` uses the same two passes for rows that are
+sharded over ranks.
 
-K tokens · V vocabulary (lower case: this rank's share)
+K tokens · V vocabulary (lower case: this rank's shard)
 """
 
 from collections.abc import Iterator
@@ -12,12 +12,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-# Elements that are looked at together, in fp32: what stays in a core's cache, or what fills a GPU.
+# fp32 elements processed at a time: few enough for a core's cache, enough to fill a GPU.
 _PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Cross-entropy in nats of every token, fp32 [B, T]; evaluation adds these up by its own protocol.
+    """Return the cross-entropy in nats of every token, fp32 [B, T]; evaluation aggregates it by its own protocol.
 
     Backward overwrites the logits with their gradient.
     """
@@ -26,24 +26,23 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
 
 class RowSums(NamedTuple):
-    """What a row's loss and gradient need of all its logits, fp32 [K] each."""
+    """Per-row statistics from which loss and gradient follow, fp32 [K] each."""
 
     highest_K: Tensor
     exps_K: Tensor  # sum of exp(logit - highest)
-    labels_K: Tensor  # the label's logit - highest; 0 where it is not among these columns
+    labels_K: Tensor  # the label's logit - highest; 0 if the label is not among these columns
 
     def losses(self) -> Tensor:
-        """Cross-entropy in nats."""
         return self.exps_K.log() - self.labels_K
 
 
 def sum_rows(logits_Kv: Tensor, columns_K: Tensor, highest_K: Tensor) -> RowSums:
-    """The sums over the logits that are here.
+    """Compute the sums over this rank's logits.
 
     Args:
-        logits_Kv: in any precision; sums are in fp32.
-        columns_K: of the label; negative, or beyond the last one, where it is not here.
-        highest_K: at least nearly the largest logit of the whole row, fp32.
+        logits_Kv: logits in any precision; the sums are fp32.
+        columns_K: column of each label; out of range if the label is on another rank.
+        highest_K: approximate maximum of each full row, or more, fp32.
     """
     exps, labels = [], []
     for part_Kv, columns, highest in _parts(logits_Kv, columns_K, highest_K):
@@ -55,7 +54,7 @@ def sum_rows(logits_Kv: Tensor, columns_K: Tensor, highest_K: Tensor) -> RowSums
 
 
 def gradients_in_place(logits_Kv: Tensor, columns_K: Tensor, sums: RowSums, grad_K: Tensor) -> Tensor:
-    """The logits, overwritten with their gradient: of each row, softmax less one at the label, times `grad_K`."""
+    """Overwrite the logits with their gradient, (softmax - one-hot label) * `grad_K` for each row, and return them."""
     for part_Kv, columns, highest, exps, grad in _parts(logits_Kv, columns_K, sums.highest_K, sums.exps_K, grad_K):
         grad_Kv = (part_Kv.float() - highest[:, None]).exp_().mul_((grad / exps)[:, None])
         here = (columns >= 0) & (columns < grad_Kv.shape[1])
@@ -65,7 +64,7 @@ def gradients_in_place(logits_Kv: Tensor, columns_K: Tensor, sums: RowSums, grad
 
 
 def _parts(logits_Kv: Tensor, *vectors_K: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Runs of rows, small enough to be looked at together."""
+    """Yield contiguous slices of rows that are small enough to be processed at a time."""
     rows = max(1, _PART_ELEMENTS.get(logits_Kv.device.type, 2**20) // logits_Kv.shape[1])
     return zip(logits_Kv.split(rows), *(vector.split(rows) for vector in vectors_K), strict=True)
 

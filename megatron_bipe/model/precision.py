@@ -1,4 +1,4 @@
-"""The compute precisions of the run configuration as torch's types."""
+"""Maps `train.precision` of the run configuration to torch dtypes."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""The whole model as an ordered list of layers, which every engine runs.
+"""The model as an ordered list of layers, which every engine runs.
 
     tokens, intra ids, inter ids   int64 [B, T]
         |
@@ -10,9 +10,9 @@
         |
     logits   [B, T, V]
 
-A layer takes and returns one payload, so that the list runs as an `nn.Sequential` or cut into pipeline stages, and
-parameters are named `<layer index>.<name>` in both. The layers with parameters come from a `LayerFactory`, so that the
-model does not know whether they are sharded.
+A layer takes and returns one payload, so that the list runs as an `nn.Sequential` or as pipeline stages; parameters
+are named `<layer index>.<name>` in both. Layers with parameters come from a `LayerFactory`, so that the model does not
+depend on how they are sharded.
 
 B batch · T positions · D width · F feed-forward width · V vocabulary (lower case: this rank's shard)
 """
@@ -41,12 +41,12 @@ from megatron_bipe.model.positions.position_ids import (
     token_position_ids,
 )
 
-TOKEN_TABLE = "0.token.weight"  # its name in the plan
+TOKEN_TABLE = "0.token.weight"  # name of the token embedding in the plan
 
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """One layer: what it is, and how to make it with its initial weights."""
+    """One layer: its kind, and a function that builds it with its initial weights."""
 
     index: int
     kind: str
@@ -56,7 +56,7 @@ class LayerPlan:
 def make_plan(
     config: ModelConfig, seed: int, layers: LayerFactory | None = None, recompute: Recompute = "none"
 ) -> list[LayerPlan]:
-    """The layers of the model in order; nothing is allocated until a layer is built."""
+    """Return the layers of the model in order; nothing is allocated until a layer is built."""
     factory = layers or LocalLayers()
     block = partial(Block, config, factory, recompute, SharedTables())
     kinds: list[tuple[str, Callable[[], nn.Module]]] = [
@@ -78,7 +78,7 @@ def make_plan(
 def build_model(
     config: ModelConfig, seed: int = 0, layers: LayerFactory | None = None, recompute: Recompute = "none"
 ) -> nn.Sequential:
-    """The whole model in one process: (tokens, intra, inter) int64 [B, T] each -> logits [B, T, V]."""
+    """Build the full model in one process: (tokens, intra, inter) int64 [B, T] each -> logits [B, T, V]."""
     model = nn.Sequential(*(layer.build() for layer in make_plan(config, seed, layers, recompute)))
     if config.tied_output:
         tie(model[-1], embedding=model[0])
@@ -86,9 +86,9 @@ def build_model(
 
 
 def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) -> list[int]:
-    """Parameters of each layer of the plan, in order, on a rank whose layers come from `layers`.
+    """Return the number of parameters of each layer of the plan, in order, on a rank with the layers of `layers`.
 
-    A tied output counts with layer 0. No memory is allocated for them.
+    A tied output counts with layer 0. No memory is allocated.
     """
     with torch.device("meta"):
         built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
@@ -96,10 +96,10 @@ def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) ->
 
 
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:
-    """Floating-point operations of forward and backward for one token of a window; recomputation not counted.
+    """Return the FLOPs of forward and backward for one token of a sequence, without recomputation.
 
-    Two per weight of every matrix and token forward, twice that backward; attention scores and mixing count
-    the causal half only. Table look-ups, norms and softmax are left out.
+    Each matrix weight costs two per token in forward and four in backward; attention scores and mixing count only the
+    causal half. Embedding lookups, norms and softmax are not counted.
     """
     heads_width = config.num_heads * config.head_width
     attention_weights = config.hidden_size * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
@@ -110,12 +110,12 @@ def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:
 
 
 class Embedding(nn.Module):
-    """Token table, what the absolute part of the encoding adds, and the positions that attention encodes.
+    """Token embedding and the absolute part of the encoding; also returns the positions that attention encodes.
 
     Args:
-        config: of the model.
-        layers: what makes the tables.
-        seed: of the run, for positions that are drawn.
+        config: model configuration.
+        layers: factory of the embeddings.
+        seed: seed of the run, for randomized positions.
     """
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, seed: int = 0) -> None:
@@ -124,35 +124,35 @@ class Embedding(nn.Module):
         self.token = layers.table(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
         absolute = make_absolute(config, layers)
         self.intra = absolute if config.bilevel else None
-        self.position = None if config.bilevel else absolute
+        self.place = None if config.bilevel else absolute
 
     def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(tokens, intra ids, inter ids), each int64 [B, T] -> (hidden [B, t, D], positions int64 [B, T]).
+        """Map (tokens, intra ids, inter ids), each int64 [B, T], to (hidden [B, t, D], positions int64 [B, T]).
 
-        The positions are what attention encodes: inter-segment ids, or the token's place in the window. They are
-        those of whole windows, since attention sees these.
+        The positions, which attention encodes, are inter-segment ids or token positions. They are those of full
+        sequences, since attention sees full sequences.
 
         Raises:
-            ConfigError: the windows are longer than the encoding allows.
+            ConfigError: the sequences are longer than the encoding allows.
         """
         tokens_BT, intra_BT, inter_BT = ids
         self._check_length(tokens_BT.shape[1])
         hidden_BtD = self.token(self._own(tokens_BT))
         if self._config.bilevel:
             return _sum(hidden_BtD, self.intra, self._own(intra_BT)), inter_BT
-        places_BT = self._places(tokens_BT)
-        return _sum(hidden_BtD, self.position, self._own(places_BT)), places_BT
+        positions_BT = self._positions(tokens_BT)
+        return _sum(hidden_BtD, self.place, self._own(positions_BT)), positions_BT
 
     def _check_length(self, num_tokens: int) -> None:
         config, longest = self._config, self._config.max_seq_len_tokens
         if longest is not None and num_tokens > longest:
             raise ConfigError(
-                f"a window of {num_tokens} tokens exceeds the {longest} that model.encoding={config.encoding} encodes",
-                remedy="Use a shorter window",
+                f"a sequence of {num_tokens} tokens exceeds the limit of {longest} of model.encoding={config.encoding}",
+                remedy="Use a shorter sequence length",
                 location="train.seq_len_tokens or --lengths",
             )
 
-    def _places(self, tokens_BT: Tensor) -> Tensor:
+    def _positions(self, tokens_BT: Tensor) -> Tensor:
         config = self._config
         if config.parts.positions == "tokens":
             return token_position_ids(tokens_BT)
@@ -166,7 +166,7 @@ def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, positions_Bt: Tensor) -
 
 
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each added to the residual stream."""
+    """A pre-norm block: attention and feed-forward, each added to the residual stream."""
 
     def __init__(
         self,
@@ -183,7 +183,7 @@ class Block(nn.Module):
         self.mlp = SwiGLU(config, layers)
 
     def forward(self, payload: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """(hidden [B, T, D], positions int64 [B, T]) -> the same, positions untouched."""
+        """Map (hidden [B, T, D], positions int64 [B, T]) to the same, with positions unchanged."""
         hidden_BTD, positions_BT = payload
         return self._run(hidden_BTD, positions_BT), positions_BT
 
@@ -193,7 +193,7 @@ class Block(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate x) * up x), with gate and up in one matrix (gate rows first).
+    """Feed-forward down(silu(gate x) * up x), with gate and up fused in one matrix (gate rows first).
 
     Source: Shazeer 2020 (arXiv 2002.05202).
     """
@@ -204,12 +204,11 @@ class SwiGLU(nn.Module):
         self.down = layers.row(config.ffn_size, config.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Feed-forward output [B, T, D]."""
         return self.down(_Gate.apply(self.gate_up(hidden_BTD)))
 
 
 class _Gate(torch.autograd.Function):
-    """silu(gate) * up, the same bits as autograd's; keeps its input alone, and writes both gradients side by side."""
+    """silu(gate) * up, bit-identical to autograd; it saves only its input and writes both gradients into one tensor."""
 
     @staticmethod
     def forward(ctx: Any, gate_up_BTf: Tensor) -> Tensor:
@@ -229,7 +228,7 @@ class _Gate(torch.autograd.Function):
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * weight over the last dimension; no mean, no bias.
+    """Root-mean-square norm, x / rms(x) * weight over the last dimension; no mean, no bias.
 
     Source: Zhang and Sennrich 2019 (arXiv 1910.07467).
     """
@@ -240,15 +239,14 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Same shape and dtype as the input."""
         return rms_norm(hidden_BTD, self.weight, self.eps)
 
 
 def rms_norm(hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-    """Torch's norm, bit for bit; in fp32 inside.
+    """Compute the RMS norm in fp32, bit-identical to torch's.
 
-    On a GPU torch has one kernel for it. On a CPU it is a chain of operations, of which autograd would keep two fp32
-    copies of the input; here it keeps the input and one number a token.
+    On a GPU torch has one kernel for it. On a CPU it is a chain of operations for which autograd would save two fp32
+    copies of the input; this implementation saves the input and one number per token.
     """
     if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled():
         normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)
@@ -284,41 +282,41 @@ class Head(nn.Module):
         self.output = layers.output(config.hidden_size, config.vocab_size)
 
     def forward(self, payload: tuple[Tensor, Tensor]) -> Tensor:
-        """(hidden [B, T, D], positions) -> logits [B, T, V] in the model's dtype; this rank's, where they are split."""
+        """Map (hidden [B, T, D], positions) to logits [B, T, V] in the model's dtype, or to this rank's shard."""
         hidden_BTD, _ = payload
         return self.output(self.norm(hidden_BTD))
 
 
 # Tied output
 #
-# Where one rank has both layers there is one parameter. Where the head is on a pipeline stage of its own there is a
-# copy, which starts with the values of the embedding and gets the same gradient, the sum of both, at every update.
-# The copy is not a parameter of the model: checkpoints, the gradient norm and counts skip it.
+# If one rank has both layers, they share one parameter. If they are on different pipeline stages, the head has a copy,
+# which is initialized from the embedding and receives the same gradient, the sum of both, at every update.
+# The copy is not a parameter of the model: checkpoints, the gradient norm and parameter counts skip it.
 
 
 def tie(head: Any, embedding: Any) -> None:
-    """Let both layers have one parameter."""
+    """Make both layers use one parameter."""
     head.output.weight = embedding.token.weight
 
 
 def tie_to_copy(head: Any, embedding: Any) -> None:
-    """Let the head begin with a copy of the table."""
+    """Initialize the head from a copy of the embedding, and mark it as such."""
     with torch.no_grad():
         head.output.weight.copy_(embedding.token.weight)
     head.output.weight.copy_of = TOKEN_TABLE
 
 
 def copied(parameter: Tensor) -> str | None:
-    """Name in the plan of the parameter that this one is a copy of; None: it is one of the model's own."""
+    """Return the plan's name of the parameter that this one copies, or None if it is not a copy."""
     name: str | None = getattr(parameter, "copy_of", None)
     return name
 
 
 def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> None:
-    """Fill one layer of the plan in place: matrices from N(0, init_std), norm weights with ones.
+    """Initialize one layer of the plan in place: matrices from N(0, init_std), norm weights with ones.
 
-    Drawn whole, on the CPU, in fp32, parameter by parameter in definition order, so that neither the device nor the
-    number of layers on this rank nor how they are split matters. Layers on the meta device are left alone.
+    Full parameters are drawn in fp32 on the CPU, in definition order, so that the values depend neither on the device
+    nor on the layers of this rank nor on their sharding. Layers on the meta device are skipped.
     """
     generator = torch.Generator().manual_seed(layer_seed(seed, index))
     for parameter in layer.parameters():
@@ -339,13 +337,13 @@ def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
 
 
 def layer_seed(seed: int, index: int) -> int:
-    """Seed of layer `index`, 63 bits; a hash, so that neighbouring layers and runs share nothing."""
+    """Return the 63-bit seed of layer `index`: a hash, so that neighboring layers and runs are independent."""
     digest = hashlib.sha256(f"{seed}/{index}".encode()).digest()
     return int.from_bytes(digest[:8], "little") >> 1
 
 
 class LocalLayers:
-    """Plain torch layers: the whole model on one rank, for its part of the windows."""
+    """A `LayerFactory` of plain torch layers: the full model on one rank, for its shard of the sequences."""
 
     rank, ranks = 0, 1
 
@@ -353,38 +351,29 @@ class LocalLayers:
         self.exchange = exchange or NoExchange()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
-        """A whole matrix; `blocks` matters only where it is split."""
         del blocks
         return nn.Linear(width_in, width_out, bias=False)
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
-        """A whole matrix."""
         return nn.Linear(width_in, width_out, bias=False)
 
     def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """A whole embedding table."""
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
     def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
-        """All of them."""
         return ids_Bt
 
     def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
-        """A whole table."""
         return nn.Embedding(rows, num_heads)
 
     def norm(self, width: int, eps: float) -> nn.Module:
-        """A plain norm."""
         return RMSNorm(width, eps)
 
     def output(self, width_in: int, rows: int) -> nn.Module:
-        """A whole output projection."""
         return nn.Linear(width_in, rows, bias=False)
 
     def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy over whole rows of logits."""
         return token_losses(logits_BtV, self.exchange.own(labels_BT))

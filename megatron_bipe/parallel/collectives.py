@@ -1,17 +1,17 @@
-"""What ranks that share layers or windows tell each other, forward and backward.
+"""Differentiable collectives between ranks that shard layers or sequences.
 
-Each function is the adjoint of another, so that autograd gives every rank the gradient that one process would have.
+Each function is the adjoint of another, so that autograd gives every rank the gradient that one process would compute.
 
     forward                            backward
-    to_ranks    the tensor as it is    sum over ranks
-    from_ranks  sum over ranks         the gradient as it is
+    to_ranks    identity               sum over ranks
+    from_ranks  sum over ranks         identity
     scatter     own tokens of the sum  all ranks' tokens
     to_heads    all tokens, own heads  own tokens, all heads
     to_tokens   own tokens, all heads  all tokens, own heads
 
-and `split_linear` is a matrix product with `to_ranks`, or with a gather, before it.
+`split_linear` is a matrix product preceded by `to_ranks` or by an all-gather.
 
-B batch · T positions · D width · G head groups · X more (lower case: this rank's share)
+B batch · T positions · D width · G head groups · X remaining dimensions (lower case: this rank's shard)
 """
 
 from typing import Any
@@ -23,57 +23,57 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 TOKENS_DIM = 1
-# Names before and from torch 2.13 on.
+# torch 2.13 renamed these functions.
 _all_gather_op = getattr(functional, "all_gather_single", None) or functional.all_gather_tensor
 _reduce_scatter_op = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
 
 def to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """Hand a tensor that all ranks hold alike to layers that are split."""
+    """Pass a tensor that is replicated on all ranks to sharded layers."""
     return _ToRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def from_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
-    """The sum of what the ranks of a split layer give."""
+    """Sum the outputs of a sharded layer over its ranks."""
     return _FromRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
 def split_linear(hidden: Tensor, weight_fD: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
-    """This rank's share of y = x W^T, where all ranks see all of x.
+    """Return this rank's shard of y = x W^T, for which every rank needs all of x.
 
-    Backward, the ranks sum what each has of the gradient of x; meanwhile each computes that of its weight.
+    Backward sums the partial gradients of x over ranks, overlapped with the computation of the weight gradient.
 
     Args:
-        hidden: x [B, T, D]; where the positions are split [B, t, D], which is gathered, and its gradient scattered.
+        hidden: x [B, T, D]; if the positions are sharded, x [B, t, D] is gathered and its gradient reduce-scattered.
         weight_fD: this rank's rows of W.
-        group: the ranks that have the others.
-        sequence: whether the positions are split.
+        group: the ranks that shard W.
+        sequence: True if the positions are sharded.
     """
     return _SplitLinear.apply(hidden, weight_fD, group, sequence)  # type: ignore[no-untyped-call]
 
 
 def scatter(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's run of positions of the sum over ranks: [B, T, D] -> [B, t, D]."""
+    """Return this rank's contiguous slice of positions of the sum over ranks: [B, T, D] -> [B, t, D]."""
     return _Scatter.apply(x_BTD, group)  # type: ignore[no-untyped-call]
 
 
 def to_heads(x_BtGX: Tensor, group: ProcessGroup) -> Tensor:
-    """From own positions of all head groups to all positions of own ones: [B, t, G, ...] -> [B, T, g, ...]."""
+    """Exchange some positions of all head groups for all positions of some: [B, t, G, ...] -> [B, T, g, ...]."""
     return _ToHeads.apply(x_BtGX, group)  # type: ignore[no-untyped-call]
 
 
 def to_tokens(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
-    """From all positions of own head groups to own positions of all: [B, T, g, ...] -> [B, t, G, ...]."""
+    """Exchange all positions of some head groups for some positions of all: [B, T, g, ...] -> [B, t, G, ...]."""
     return _ToTokens.apply(x_BTgX, group)  # type: ignore[no-untyped-call]
 
 
 def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
-    """This rank's run of positions of something that all ranks hold alike; no gradient, no communication."""
+    """Return this rank's slice of positions of a replicated tensor, without gradient or communication."""
     return x_BT.chunk(group.size(), dim=TOKENS_DIM)[group.rank()]
 
 
 def all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
-    """The sum ("sum") or largest ("max") over ranks; `x` stays as it is."""
+    """Return the sum ("sum") or maximum ("max") over ranks; `x` is not modified."""
     return _waited(_start_all_reduce(x, op, group))
 
 
@@ -110,7 +110,7 @@ def _tokens_from_ranks(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
 
 
 def _all_to_all(x_RX: Tensor, group: ProcessGroup) -> Tensor:
-    """The r-th part of the result is from rank r, what it had for this rank."""
+    """Exchange parts: element r of the result is from rank r, which had it at this rank's index."""
     return _waited(functional.all_to_all_single(x_RX.contiguous(), None, None, group))
 
 
@@ -149,9 +149,9 @@ class _SplitLinear(torch.autograd.Function):
     def backward(ctx: Any, grad_BTf: Tensor) -> tuple[Tensor, Tensor, None, None]:
         hidden_BTD, weight_fD = ctx.saved_tensors
         start = _start_reduce_scatter if ctx.sequence else _start_all_reduce
-        under_way = start(grad_BTf @ weight_fD, "sum", ctx.group)
+        pending = start(grad_BTf @ weight_fD, "sum", ctx.group)
         grad_fD = grad_BTf.flatten(0, 1).T @ hidden_BTD.flatten(0, 1)
-        return _waited(under_way), grad_fD, None, None
+        return _waited(pending), grad_fD, None, None
 
 
 class _Scatter(torch.autograd.Function):

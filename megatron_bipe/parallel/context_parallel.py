@@ -1,11 +1,11 @@
-"""Windows that are split over ranks: context parallelism, for windows whose activations do not fit on one rank.
+"""Context parallelism (DeepSpeed-Ulysses), for sequences whose activations do not fit on one rank.
 
-Each rank has a run of the positions of a window, and does for them all that works token by token. Before attention
-ranks exchange that for whole windows of some heads, and afterwards back: one all-to-all for queries, keys and values
-together, one for the output. So attention is the same causal attention as on one rank, the ids that it encodes are
-those of whole windows, and ranks have equal work.
+Each rank holds a contiguous slice of a sequence's positions and performs all token-wise work for them. Before attention
+ranks exchange the slices for full sequences of some heads, and reverse this afterwards: one all-to-all for queries,
+keys and values together, one for the output. Attention is therefore the same causal attention as on one rank, encodes
+the ids of full sequences, and the load is equal on all ranks.
 
-B batch · T positions · G head groups · X more (lower case: this rank's share)
+B batch · T positions · G head groups · X remaining dimensions (lower case: this rank's shard)
 Source: Jacobs et al. 2023 (DeepSpeed-Ulysses, arXiv 2309.14509).
 """
 
@@ -16,20 +16,17 @@ from megatron_bipe.parallel.collectives import own_tokens, to_heads, to_tokens
 
 
 class UlyssesExchange:
-    """All-to-all exchange over the ranks of a group: the `HeadExchange` of context parallelism (DeepSpeed-Ulysses)."""
+    """The `HeadExchange` of context parallelism: an all-to-all over the ranks of a group."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self.rank, self.ranks = group.rank(), group.size()
 
     def own(self, ids_BT: Tensor) -> Tensor:
-        """This rank's run of positions."""
         return own_tokens(ids_BT, self._group)
 
     def to_heads(self, x_BtGX: Tensor) -> Tensor:
-        """[B, t, G, ...] -> [B, T, g, ...]."""
         return to_heads(x_BtGX, self._group)
 
     def to_tokens(self, x_BTgX: Tensor) -> Tensor:
-        """[B, T, g, ...] -> [B, t, G, ...]."""
         return to_tokens(x_BTgX, self._group)

@@ -1,4 +1,4 @@
-"""Who this process is among the ranks of a launch, and in which groups."""
+"""This process's coordinates in the parallel layout, and its process groups."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,11 +10,10 @@ from megatron_bipe.config.schema import ParallelConfig
 
 
 class Mesh(NamedTuple):
-    """This process among all of a launch.
+    """Coordinates of this process among all ranks of a launch.
 
-    Ranks are laid out in four axes, the tensor-parallel ones next to each other, since they speak most:
-    rank = ((stage x data-parallel ranks + data rank) x context-parallel ranks + context rank) x tensor-parallel ranks
-    + tensor rank.
+    Ranks are laid out along four axes; tensor-parallel ranks are adjacent, since they communicate most: rank = ((stage
+    x data-parallel ranks + data rank) x context-parallel ranks + context rank) x tensor-parallel ranks + tensor rank.
     """
 
     rank: int
@@ -22,13 +21,13 @@ class Mesh(NamedTuple):
     num_ranks: int
     num_local_ranks: int
     device: torch.device
-    tensor: int = 1  # ranks that share each layer
-    context: int = 1  # ranks that share each window
+    tensor: int = 1  # tensor-parallel ranks
+    context: int = 1  # context-parallel ranks
     pipeline: int = 1  # stages
-    sequence: bool = False  # whether tensor-parallel ranks share windows, too
+    sequence: bool = False  # sequence parallelism: tensor-parallel ranks shard the positions, too
 
     def with_layout(self, parallel: ParallelConfig) -> "Mesh":
-        """The same process in a layout."""
+        """Return the same process in the layout of `parallel`."""
         return self._replace(
             tensor=parallel.tensor,
             context=parallel.context,
@@ -38,37 +37,34 @@ class Mesh(NamedTuple):
 
     @property
     def data_ranks(self) -> int:
-        """Copies of the model."""
+        """Number of data-parallel replicas of the model."""
         return self.replica_ranks // self.context
 
     @property
     def tensor_rank(self) -> int:
-        """Place among those that share a layer."""
         return self.rank % self.tensor
 
     @property
     def data_rank(self) -> int:
-        """Which copy of the model this rank is part of."""
+        """Index of the data-parallel replica that this rank is part of."""
         return self.replica_rank // self.context
 
     @property
     def context_rank(self) -> int:
-        """Place among those that share a window."""
         return self.replica_rank % self.context
 
     @property
     def replica_ranks(self) -> int:
-        """Ranks that have the same part of the model, this one included: data- and context-parallel ones."""
+        """Number of ranks with the same weights as this one: data-parallel x context-parallel ranks."""
         return self.num_ranks // (self.tensor * self.pipeline)
 
     @property
     def replica_rank(self) -> int:
-        """Place among them."""
+        """Index among the ranks with the same weights."""
         return self.rank // self.tensor % self.replica_ranks
 
     @property
     def stage(self) -> int:
-        """Which part of the layers it has."""
         return self.rank // (self.tensor * self.replica_ranks)
 
     @property
@@ -78,7 +74,7 @@ class Mesh(NamedTuple):
 
 
 def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
-    """The ranks that share this rank's layers; every rank of the launch calls this, to form all such groups."""
+    """Return this rank's tensor-parallel group; every rank of the launch must call this to create all of them."""
     starts = range(0, mesh.num_ranks, mesh.tensor)
     own = _own_group(mesh, [range(start, start + mesh.tensor) for start in starts])
     assert own is not None
@@ -86,22 +82,25 @@ def tensor_group(mesh: Mesh) -> dist.ProcessGroup:
 
 
 def context_group(mesh: Mesh) -> dist.ProcessGroup:
-    """The ranks that share this rank's windows; every rank of the launch calls this, to form all such groups."""
-    together = mesh.tensor * mesh.context
-    firsts = [start + place for start in range(0, mesh.num_ranks, together) for place in range(mesh.tensor)]
-    own = _own_group(mesh, [range(first, first + together, mesh.tensor) for first in firsts])
+    """Return this rank's context-parallel group; every rank of the launch must call this to create all of them."""
+    block = mesh.tensor * mesh.context  # consecutive ranks with the same stage and data rank
+    firsts = [start + index for start in range(0, mesh.num_ranks, block) for index in range(mesh.tensor)]
+    own = _own_group(mesh, [range(first, first + block, mesh.tensor) for first in firsts])
     assert own is not None
     return own
 
 
 def end_stages_group(mesh: Mesh) -> dist.ProcessGroup | None:
-    """This rank and its like on the other end of the pipeline, None between them; every rank calls this."""
+    """Return the group of this rank and its counterpart on the other end stage, or None on middle stages.
+
+    Every rank of the launch must call this to create all of them.
+    """
     ranks_a_stage = mesh.num_ranks // mesh.pipeline
     return _own_group(mesh, [(rank, mesh.num_ranks - ranks_a_stage + rank) for rank in range(ranks_a_stage)])
 
 
 def _own_group(mesh: Mesh, all_ranks: Sequence[Sequence[int]]) -> dist.ProcessGroup | None:
-    """Forms groups of ranks; the one that this rank is in."""
+    """Create all groups and return the one that contains this rank."""
     own: dist.ProcessGroup | None = None
     for ranks in all_ranks:
         group = dist.new_group(list(ranks))

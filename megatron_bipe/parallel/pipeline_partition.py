@@ -1,14 +1,14 @@
-"""Where a pipeline cuts the plan of layers."""
+"""Partitioning of the plan of layers into pipeline stages."""
 
 from megatron_bipe.config.schema import ModelConfig
 
 
 def layer_costs(model: ModelConfig, seq_len_tokens: int) -> list[int]:
-    """Multiplications of each layer of the plan for one token, forward: what its stage spends its time on.
+    """Return the forward multiplications per token of each layer of the plan, which determine the time of its stage.
 
     Args:
-        model: its shape.
-        seq_len_tokens: of a window, half of which a token attends to.
+        model: model configuration.
+        seq_len_tokens: sequence length, half of which a token attends to on average.
     """
     heads_width = model.num_heads * model.head_width
     attention = model.hidden_size * (2 * model.num_heads + 2 * model.kv_heads) * model.head_width
@@ -17,12 +17,12 @@ def layer_costs(model: ModelConfig, seq_len_tokens: int) -> list[int]:
 
 
 def cut_stages(model: ModelConfig, seq_len_tokens: int, num_stages: int) -> list[int]:
-    """First layer of each stage, and the end of the last: the cut whose most costly stage costs least.
+    """Return the first layer of each stage and the end of the last, for the cut with the lowest maximal cost.
 
-    Among cuts of equal cost, the one whose costs are most even. Every stage has a layer.
+    Ties are resolved in favor of the most even costs. Every stage has at least one layer.
     """
     costs = layer_costs(model, seq_len_tokens)
-    # best[n]: (largest cost, sum of squares, cuts) of n layers in the stages so far
+    # best[n]: (maximal cost, sum of squared costs, cuts) of the first n layers in the stages so far
     best: list[tuple[int, int, list[int]] | None] = [(0, 0, [0]), *[None] * len(costs)]
     for _ in range(num_stages):
         following: list[tuple[int, int, list[int]] | None] = [None] * (len(costs) + 1)
@@ -35,5 +35,5 @@ def cut_stages(model: ModelConfig, seq_len_tokens: int, num_stages: int) -> list
                         following[stop] = found
         best = following
     chosen = best[-1]
-    assert chosen is not None  # validation has seen to there being layers enough
+    assert chosen is not None  # validated before: there are at least as many layers as stages
     return chosen[2]

@@ -1,10 +1,10 @@
-"""Layers that are split over ranks: the factory that tensor parallelism hands to the model.
+"""Tensor parallelism: the factory of layers that are sharded over ranks.
 
-With sequence parallelism the residual stream, and all that works on it token by token, is split along the positions:
-layers that are split by width gather them at their entrance and scatter them at their exit, in place of two sums. What
-is whole on every rank (norms, the intra table) then sees some of the tokens only, and its gradient is summed.
+With sequence parallelism the residual stream, and all token-wise work on it, is sharded along the positions: layers
+that are sharded by width all-gather their input and reduce-scatter their output, instead of two all-reduces. Replicated
+weights (norms, the intra-segment embedding) then see only some of the tokens, so their gradients are summed over ranks.
 
-B batch · T positions · D width · V vocabulary (lower case: this rank's share)
+B batch · T positions · D width · V vocabulary (lower case: this rank's shard)
 Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
@@ -24,27 +24,22 @@ from megatron_bipe.parallel.vocab_parallel_loss import token_losses
 
 @dataclass(frozen=True)
 class Split:
-    """How the layers of a model are split.
-
-    Args:
-        group: the ranks that share a layer.
-        sequence: whether the residual stream is split along the positions.
-    """
+    """Group over which layers are sharded; `sequence` shards the residual stream along the positions, too."""
 
     group: ProcessGroup
     sequence: bool = False
 
     def leave(self, partial: Tensor) -> Tensor:
-        """From what a split layer's ranks give to the residual stream."""
+        """Reduce the partial outputs of a sharded layer into the residual stream."""
         return scatter(partial, self.group) if self.sequence else from_ranks(partial, self.group)
 
     def replicated(self, weight: Tensor) -> Tensor:
-        """A weight that is whole on every rank, for use on this rank's part of the residual stream."""
+        """Prepare a replicated weight for use on this rank's shard of the residual stream."""
         return to_ranks(weight, self.group) if self.sequence else weight
 
 
 class TensorParallelLayers:
-    """A `LayerFactory` of layers that are split over a group."""
+    """A `LayerFactory` of layers that are sharded over a group."""
 
     def __init__(self, group: ProcessGroup, sequence: bool = False, exchange: HeadExchange | None = None) -> None:
         self._split = Split(group, sequence)
@@ -52,49 +47,40 @@ class TensorParallelLayers:
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
-        """Rows of the matrix are split."""
         return ColumnParallelLinear(width_in, width_out, blocks, self._split)
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
-        """Columns of the matrix are split."""
         return RowParallelLinear(width_in, width_out, self._split)
 
     def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """Rows of the table are split."""
         return VocabParallelEmbedding(rows, width, padding_row, self._split)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        """Whole, looked up for this rank's part of the residual stream."""
         return ReplicatedEmbedding(rows, width, padding_row, self._split)
 
     def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
-        """With sequence parallelism this rank's run of them."""
         return own_tokens(ids_Bt, self._split.group) if self._split.sequence else ids_Bt
 
     def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
-        """Columns of the table are split."""
         return PerHeadEmbedding(rows, num_heads, self._split)
 
     def norm(self, width: int, eps: float) -> nn.Module:
-        """Whole, over this rank's part of the residual stream."""
         return ReplicatedNorm(width, eps, self._split)
 
     def output(self, width_in: int, rows: int) -> nn.Module:
-        """As `column`; the logits stay split."""
         return ColumnParallelLinear(width_in, rows, 1, self._split)
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
-        """Cross-entropy over split logits."""
         return token_losses(logits_Btv, self.exchange.own(labels_BT), self._split.group)
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
-    """Parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
+    """Return the parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
     return count_parameters(config, TensorParallelLayers(cast(ProcessGroup, _NoGroup(ranks))))
 
 
 class _NoGroup(NamedTuple):
-    """What layers ask of a group when they are made, without any process behind it."""
+    """A stand-in, without processes, for the group that layers require when they are made."""
 
     ranks: int
 
@@ -106,7 +92,7 @@ class _NoGroup(NamedTuple):
 
 
 class ColumnParallelLinear(nn.Linear):
-    """y's share of y = x W^T: every rank sees all of x, and gives some of y."""
+    """A shard of y = x W^T: every rank has all of x and computes some of y."""
 
     def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
         super().__init__(width_in, width_out // split.group.size(), bias=False)
@@ -114,12 +100,12 @@ class ColumnParallelLinear(nn.Linear):
         mark_share(self.weight, Shard(0, blocks, split.group.rank(), split.group.size()))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """[B, T, D] or [B, t, D] -> [B, T, this rank's share of the output]."""
+        """Map [B, T, D] or [B, t, D] to this rank's shard of the output, [B, T, ...]."""
         return split_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
 
 
 class RowParallelLinear(nn.Linear):
-    """y = x W^T: every rank sees some of x, and what they give is summed."""
+    """y = x W^T with a sharded x: the partial outputs of the ranks are summed."""
 
     def __init__(self, width_in: int, width_out: int, split: Split) -> None:
         super().__init__(width_in // split.group.size(), width_out, bias=False)
@@ -127,12 +113,12 @@ class RowParallelLinear(nn.Linear):
         mark_share(self.weight, Shard(1, 1, split.group.rank(), split.group.size()))
 
     def forward(self, inner_BTf: Tensor) -> Tensor:
-        """[B, T, this rank's share of the input] -> [B, T, D] or [B, t, D]."""
+        """Map this rank's shard of the input, [B, T, ...], to [B, T, D] or [B, t, D]."""
         return self._split.leave(F.linear(inner_BTf, self.weight))
 
 
 class VocabParallelEmbedding(nn.Embedding):
-    """Token table split by rows: every rank looks up the ids that it has, and what they give is summed."""
+    """A token embedding sharded by rows: each rank looks up the ids in its shard, and the results are summed."""
 
     def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
         ranks, here = split.group.size(), rows // split.group.size()
@@ -143,7 +129,7 @@ class VocabParallelEmbedding(nn.Embedding):
         mark_share(self.weight, Shard(0, 1, split.group.rank(), ranks))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
-        """Ids of the whole vocabulary [B, T] -> [B, T, D] or [B, t, D]."""
+        """Map ids of the full vocabulary [B, T] to [B, T, D] or [B, t, D]."""
         local_BT = tokens_BT - self._first
         mine_BT = (local_BT >= 0) & (local_BT < self.num_embeddings)
         found_BTD = super().forward(local_BT.where(mine_BT, 0))
@@ -151,21 +137,21 @@ class VocabParallelEmbedding(nn.Embedding):
 
 
 class ReplicatedEmbedding(nn.Embedding):
-    """A table that every rank has whole."""
+    """An embedding that is replicated on every rank."""
 
     def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
         super().__init__(rows, width, padding_idx=padding_row)
         self._split = split
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        """[B, T] -> [B, T, D], or [B, t, D] for this rank's positions."""
+        """Map [B, T] to [B, T, D], or to [B, t, D] for this rank's positions."""
         if self._split.sequence:
             ids_BT = own_tokens(ids_BT, self._split.group)
         return F.embedding(ids_BT, self._split.replicated(self.weight), self.padding_idx)
 
 
 class PerHeadEmbedding(nn.Embedding):
-    """A table with a column for each head, of which every rank has those of its heads."""
+    """An embedding with one column per head, sharded by columns."""
 
     def __init__(self, rows: int, num_heads: int, split: Split) -> None:
         ranks = split.group.size()
@@ -174,18 +160,17 @@ class PerHeadEmbedding(nn.Embedding):
 
 
 class ReplicatedNorm(RMSNorm):
-    """A norm whose weight every rank has whole."""
+    """A norm whose weight is replicated on every rank."""
 
     def __init__(self, width: int, eps: float, split: Split) -> None:
         super().__init__(width, eps)
         self._split = split
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        """Same shape and dtype as the input."""
         return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
 
 
 def mark_share(weight: Tensor, shard: Shard) -> None:
-    """Say how a parameter is split, to our own code and (by DeepSpeed's name) to the gradient norm."""
+    """Record how a parameter is sharded, for this project and (under DeepSpeed's name) for its gradient norm."""
     weight.shard = shard  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]

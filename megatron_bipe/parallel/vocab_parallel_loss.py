@@ -1,6 +1,6 @@
-"""Cross-entropy over a vocabulary that is split over ranks; the logits are never gathered, nor copied.
+"""Cross-entropy over a vocabulary that is sharded over ranks, without gathering or copying the logits.
 
-B batch · T positions · K tokens · v this rank's share of the vocabulary
+B batch · T positions · K tokens · v this rank's shard of the vocabulary
 """
 
 from typing import Any
@@ -14,14 +14,14 @@ from megatron_bipe.parallel.collectives import all_reduce
 
 
 def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> Tensor:
-    """Cross-entropy in nats of every token, fp32 [B, T], the same on every rank.
+    """Return the cross-entropy in nats of every token, fp32 [B, T], the same on every rank.
 
     Backward overwrites the logits with their gradient.
 
     Args:
-        logits_BTv: of this rank's contiguous share of the vocabulary; shares are equal.
-        labels_BT: ids of the whole vocabulary.
-        group: ranks that share the vocabulary, in its order.
+        logits_BTv: logits of this rank's contiguous shard of the vocabulary; all shards have the same size.
+        labels_BT: ids of the full vocabulary.
+        group: ranks that shard the vocabulary, in its order.
     """
     columns_K = labels_BT.flatten() - group.rank() * logits_BTv.shape[-1]
     losses_K: Tensor = _TokenLosses.apply(logits_BTv.flatten(0, -2), columns_K, group)  # type: ignore[no-untyped-call]
@@ -29,7 +29,7 @@ def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> 
 
 
 class _TokenLosses(torch.autograd.Function):
-    """log(sum of exp) less the label's logit; each needs one number a token from every rank."""
+    """log(sum of exp) minus the label's logit; each of the two needs one number per token from every rank."""
 
     @staticmethod
     def forward(ctx: Any, logits_Kv: Tensor, columns_K: Tensor, group: ProcessGroup) -> Tensor:

@@ -1,1 +1,1 @@
-"""The process: what started it and what it starts, its environment variables, the device and its precision, its log."""
+"""The process: its launcher and child processes, environment variables, device and precision, logs, failures."""

@@ -1,9 +1,9 @@
-"""Starts commands that do not outlive this process.
+"""Child processes that do not outlive this process.
 
-A command gets a process group of its own, so that one signal reaches it and all that it starts. A second process, the
-guard, waits at a pipe from this one. When this process ends without having ended the group, even by SIGKILL, the pipe
-closes, and the guard ends the group. The kernel's parent-death signal (PR_SET_PDEATHSIG) could not do that: it reaches
-the command alone and not what the command starts, and it fires when the thread that forked ends, not the process.
+A command gets its own process group, so that one signal reaches it and everything it starts. A second process, the
+guard, reads a pipe from this process. If this process ends without having ended the group, even by SIGKILL, the pipe
+closes, and the guard ends the group. The kernel's parent-death signal (PR_SET_PDEATHSIG) is not enough: it reaches the
+command only, not what the command starts, and it fires when the forking thread ends, not the process.
 """
 
 import os
@@ -17,11 +17,11 @@ from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from typing import Any
 
-GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model, and all are gone within 10 seconds
-_LOOK_S = 0.05
+GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model, and all end within 10 seconds
+_POLL_S = 0.05
 
-# The first line is the group's number, the second one comes when the group has been ended. An end of file in place of
-# either means that the writer has died.
+# The first line is the id of the group; the second one is sent after the group has ended. End of file instead of a
+# line means that the writer has died.
 _GUARD = f"""
 read -r group || exit 0
 read -r ended && exit 0
@@ -32,11 +32,11 @@ kill -s KILL -- "-$group"
 
 
 class ChildProcess:
-    """A running command with its process group; leaving its block ends all that is left of them.
+    """A running command with its process group; leaving the context ends all processes of the group.
 
     Args:
         command: program and arguments.
-        env: variables in addition to those of this process.
+        env: environment variables in addition to those of this process.
         options: further arguments of `subprocess.Popen`.
 
     Raises:
@@ -55,7 +55,7 @@ class ChildProcess:
         except BaseException:
             self._guard.communicate()
             raise
-        self._tell_guard(str(self.process.pid))
+        self._write_to_guard(str(self.process.pid))
 
     def __enter__(self) -> "ChildProcess":
         return self
@@ -75,35 +75,35 @@ class ChildProcess:
         """Return True if neither the command nor any other process of its group is left."""
         if self.process.poll() is None:
             return False
-        with suppress(ChildProcessError):  # process 1 of a container inherits orphans, and has to reap them
+        with suppress(ChildProcessError):  # as process 1 of a container, reap orphans
             while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
                 pass
         return not self.send(0)
 
     def kill(self) -> None:
-        """Kill what is left, and dismiss the guard."""
+        """Kill the remaining processes, and end the guard."""
         self.send(signal.SIGKILL)
         self.process.wait()
         if self._guard.returncode is None:
-            self._tell_guard("ended")
+            self._write_to_guard("ended")
             self._guard.communicate()
 
-    def _tell_guard(self, line: str) -> None:
+    def _write_to_guard(self, line: str) -> None:
         assert self._guard.stdin is not None
-        with suppress(BrokenPipeError):  # somebody killed the guard
+        with suppress(BrokenPipeError):  # the guard was killed
             self._guard.stdin.write(f"{line}\n".encode())
             self._guard.stdin.flush()
 
 
 def end_all(children: Sequence[ChildProcess], grace_s: float = GRACE_S) -> None:
-    """Send SIGTERM to all groups; when `grace_s` is over, or this is interrupted, SIGKILL what is left of them."""
+    """Send SIGTERM to all groups, and SIGKILL after `grace_s` or when interrupted."""
     try:
         for child in children:
             if not child.is_over():
                 child.send(signal.SIGTERM)
         deadline_s = time.monotonic() + grace_s
         while not all(child.is_over() for child in children) and time.monotonic() < deadline_s:
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
     finally:
         for child in children:
             child.kill()
@@ -112,7 +112,7 @@ def end_all(children: Sequence[ChildProcess], grace_s: float = GRACE_S) -> None:
 def run_command(
     command: Sequence[str], *, stdin_text: str | None = None, check: bool = False, **options: Any
 ) -> "subprocess.CompletedProcess[str]":
-    """Run a command to its end as `subprocess.run` does, in text mode; it does not outlive this process."""
+    """Run a command like `subprocess.run` in text mode; it does not outlive this process."""
     if stdin_text is not None:
         options["stdin"] = subprocess.PIPE
     with ChildProcess(command, text=True, **options) as child:
@@ -125,9 +125,9 @@ def run_command(
 
 @contextmanager
 def raising_on_signals() -> Iterator[None]:
-    """Let SIGINT raise KeyboardInterrupt and SIGTERM SystemExit, so that `with` and `finally` end what was started.
+    """Raise KeyboardInterrupt on SIGINT and SystemExit on SIGTERM, so that `with` and `finally` end child processes.
 
-    A process that a script starts in the background would else ignore SIGINT, and die of SIGTERM at once.
+    By default, a process that a script starts in the background ignores SIGINT and dies of SIGTERM at once.
     """
     handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
     before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
@@ -139,7 +139,7 @@ def raising_on_signals() -> Iterator[None]:
 
 
 def leave_with_parent() -> None:
-    """Let this process, started by `multiprocessing`, end when its parent does."""
+    """End this process, which `multiprocessing` started, when its parent ends."""
     threading.Thread(target=_leave_with_parent, name="parent watch", daemon=True).start()
 
 

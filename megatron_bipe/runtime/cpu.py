@@ -1,23 +1,23 @@
-"""The processor: its name, and whether it multiplies bf16 natively, by its own flags; torch-free."""
+"""Name of the processor and its native support for bf16, without torch."""
 
 import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
-_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # products of bf16, as /proc/cpuinfo names them; the last: Arm
+_BF16_CPU_FLAGS = ("amx_bf16", "avx512_bf16", "bf16")  # flags of bf16 products in /proc/cpuinfo; the last: Arm
 _ISAS_WITH_BF16 = re.compile(r"(AVX512_CORE_(BF16|FP16|AMX)|AVX10|ALL|DEFAULT)", re.IGNORECASE)  # oneDNN's names
 
 
 class CpuFacts(NamedTuple):
-    """What the operating system says of the processor; empty where it says nothing."""
+    """Name and flags of the processor; empty if the operating system does not report them."""
 
     name: str
     flags: frozenset[str]
 
 
 def cpu_facts() -> CpuFacts:
-    """Read `/proc/cpuinfo`, on Linux alone."""
+    """Read `/proc/cpuinfo`, which exists on Linux only."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
@@ -28,7 +28,7 @@ def cpu_facts() -> CpuFacts:
 
 
 class Bf16Support(NamedTuple):
-    """Whether a device multiplies bf16 matrices in hardware."""
+    """Hardware support for bf16 matrix products."""
 
     is_native: bool
     reason: str  # such as "this CPU has amx_bf16"
@@ -37,12 +37,12 @@ class Bf16Support(NamedTuple):
 def cpu_bf16_support(flags: Collection[str], isa_limit: str) -> Bf16Support:
     """Return whether a processor multiplies bf16 natively.
 
-    Without such instructions torch's products of bf16 are 50 to 500 times slower than those of fp32 (AVX2) or several
-    times slower (AVX-512): https://github.com/pytorch/pytorch/issues/146508.
+    Without such instructions torch's bf16 products are 50 to 500 times slower than fp32 ones on AVX2, and several times
+    slower on AVX-512: https://github.com/pytorch/pytorch/issues/146508.
 
     Args:
         flags: as `/proc/cpuinfo` lists them.
-        isa_limit: value of `ONEDNN_MAX_CPU_ISA`; oneDNN multiplies torch's matrices.
+        isa_limit: value of `ONEDNN_MAX_CPU_ISA`; oneDNN computes torch's matrix products.
     """
     found = [flag for flag in _BF16_CPU_FLAGS if flag in flags]
     if not found:

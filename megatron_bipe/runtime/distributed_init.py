@@ -1,4 +1,4 @@
-"""Joining a launch: reads the variables of its launcher, and sets those that torch and DeepSpeed know."""
+"""Joining a launch: reads the variables of its launcher, and sets those of torch and DeepSpeed."""
 
 import os
 import socket
@@ -9,34 +9,34 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import DEVICE, prepare_environment
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
 
-if TYPE_CHECKING:  # torch is imported when the launch is joined; the configuration is checked before
+if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
 
     from megatron_bipe.parallel.mesh import Mesh
 
 
 def find_launch() -> Launch:
-    """Read the launch that this process belongs to; without a launcher it is one of one rank.
+    """Return the launch that this process belongs to; without a launcher, it has one rank.
 
-    Sets what torch and DeepSpeed read when they are imported (`prepare_environment`).
+    Also set the variables that torch and DeepSpeed read when they are imported (`prepare_environment`).
 
     Raises:
-        ConfigError: the launcher's variables do not fit together.
+        ConfigError: the launcher's variables are incomplete or contradict each other.
     """
     prepare_environment()
     return read_launch(os.environ, _agree_by_mpi, free_port)
 
 
 def join_launch(launch: Launch | None = None) -> "Mesh":
-    """Settle device and threads of a rank, and tell torch and DeepSpeed in the variables that they know.
+    """Select device and threads of this rank, and set the environment variables of torch and DeepSpeed.
 
-    On CPU the cores of the machine are shared evenly among its ranks, unless OMP_NUM_THREADS says otherwise.
+    On CPU, the cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set.
 
     Args:
-        launch: what `find_launch` returned; None: call it.
+        launch: result of `find_launch`; None: call it.
 
     Raises:
-        ConfigError: there is no GPU for this rank; or as `find_launch`.
+        ConfigError: there is no GPU for this rank, or as in `find_launch`.
     """
     import torch
 
@@ -64,47 +64,47 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
 
 
 def connect_store(timeout_s: float) -> "dist.Store":
-    """A connection of its own to the store that rank 0, or torchrun for it, opens for the launch joined.
+    """Return a new connection to the store of the joined launch, which rank 0 or torchrun hosts.
 
     Raises:
-        torch.distributed.DistError: it was not opened within the time.
+        torch.distributed.DistError: no connection within `timeout_s`.
     """
     import torch.distributed as dist
 
     env = os.environ
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
-    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store when it starts all ranks again
+    attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store when it restarts all ranks
     return dist.PrefixStore(f"attempt-{attempt}", store)
 
 
 def _own_gpu(launch: Launch, num_gpus: int) -> int:
     if launch.local_rank >= num_gpus:
         raise ConfigError(
-            f"a rank takes the GPU of its number on the host, and local rank {launch.local_rank} sees {num_gpus}",
-            remedy="Start at most as many ranks a host as it has GPUs, and let each rank see all of them (SLURM: "
-            f"--gpus-per-node, without --gpus-per-task or --gpu-bind). CPU ranks take {DEVICE}=cpu DS_ACCELERATOR=cpu",
+            f"a rank uses the GPU with its local rank, and local rank {launch.local_rank} sees {num_gpus} GPUs",
+            remedy="Start at most one rank per GPU of a host, and let each rank see all of them (SLURM: "
+            "--gpus-per-node, without --gpus-per-task or --gpu-bind). "
+            f"To run on CPU, set {DEVICE}=cpu DS_ACCELERATOR=cpu",
             location=f"rank {launch.rank} on {socket.gethostname()}",
         )
     return launch.local_rank
 
 
 def _agree_by_mpi(one_host: bool) -> Rendezvous:
-    """Rank 0's host and a free port there, told to all; MPI is not used any further."""
+    """Broadcast rank 0's host and a free port on it; MPI is not used for anything else."""
     try:
         from mpi4py import MPI
     except ImportError as error:
         raise ConfigError(
-            f"this process was started by MPI, but mpi4py, by which ranks tell each other where to meet, cannot be "
-            f"loaded: {error}",
-            remedy="pip install 'megatron-bipe[mpi]', or give all ranks MASTER_ADDR and MASTER_PORT",
+            f"MPI started this process, but mpi4py, which exchanges the rendezvous address, cannot be loaded: {error}",
+            remedy="Run pip install 'megatron-bipe[mpi]', or set MASTER_ADDR and MASTER_PORT on all ranks",
             location="mpiexec",
         ) from error
-    agreed: Rendezvous = MPI.COMM_WORLD.bcast(
+    rendezvous: Rendezvous = MPI.COMM_WORLD.bcast(
         Rendezvous("127.0.0.1" if one_host else socket.gethostname(), free_port())
     )
     MPI.Finalize()
-    return agreed
+    return rendezvous
 
 
 def free_port() -> int:

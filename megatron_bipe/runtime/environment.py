@@ -1,9 +1,9 @@
 """Environment variables that must be read or set before torch and DeepSpeed are imported.
 
-No torch here: libgomp and DeepSpeed read their variables once, while they are loaded.
+This module does not import torch: libgomp and DeepSpeed read their variables once, when they are loaded.
 
-    BIPE_DEVICE=cpu|cuda      where models run; unset: on the GPU if there is one
-    ONEDNN_MAX_CPU_ISA=AVX2   oneDNN's own limit, for example to emulate a processor without native bf16
+    BIPE_DEVICE=cpu|cuda      device of models; unset: the GPU if there is one
+    ONEDNN_MAX_CPU_ISA=AVX2   oneDNN's instruction set limit, for example to emulate a CPU without native bf16
 """
 
 import os
@@ -16,14 +16,14 @@ DeviceType = Literal["cpu", "cuda"]
 
 DEVICE = "BIPE_DEVICE"
 _DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda")
-_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # drivers of NVIDIA, of AMD, and of Windows' Linux subsystem
+_GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows Subsystem for Linux
 
 
 def requested_device() -> DeviceType | None:
-    """Return the device type that `BIPE_DEVICE` asks for, None where it leaves the choice to the machine.
+    """Return the device type that `BIPE_DEVICE` requests, or None if it is not set.
 
     Raises:
-        ConfigError: the variable holds something else than `cpu` or `cuda`.
+        ConfigError: the variable is neither `cpu` nor `cuda`.
     """
     value = os.environ.get(DEVICE, "")
     for device_type in _DEVICE_TYPES:
@@ -31,25 +31,24 @@ def requested_device() -> DeviceType | None:
             return device_type
     if value:
         raise ConfigError(
-            f"{DEVICE}={value!r}: a device type is cpu or cuda",
-            remedy="Set one of them, or unset the variable to use the GPU where there is one",
+            f"{DEVICE}={value!r}: the device type must be cpu or cuda",
+            remedy="Set one of them, or unset the variable to use the GPU if there is one",
             location=DEVICE,
         )
     return None
 
 
 def prepare_environment() -> None:
-    """Set what torch and DeepSpeed read while they are imported; call it before they are.
+    """Set the variables that torch and DeepSpeed read when they are imported; call it before.
 
-    DeepSpeed gets `DS_ACCELERATOR=cpu` with `BIPE_DEVICE=cpu`, so that it does not look for GPUs either, and where no
-    driver is loaded, so that it does not warn of that.
+    `DS_ACCELERATOR=cpu` is set with `BIPE_DEVICE=cpu`, so that DeepSpeed does not look for GPUs, and without a GPU
+    driver, so that it does not warn about that.
 
-    Where nothing runs on a GPU, `OMP_WAIT_POLICY=PASSIVE` unless it is set: by default a thread of libgomp that waits
-    for the others keeps its core busy, so on a machine with other work it takes the core from the thread that it waits
-    for (docs/performance.md has the measurement).
+    Without a GPU, `OMP_WAIT_POLICY` defaults to PASSIVE: by default a waiting libgomp thread keeps its core busy, so on
+    a machine with other load it takes the core from the thread that it waits for (measured in docs/performance.md).
 
     Raises:
-        ConfigError: as `requested_device`.
+        ConfigError: as in `requested_device`.
     """
     if requested_device() == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
@@ -59,10 +58,10 @@ def prepare_environment() -> None:
 
 
 def has_gpu_driver() -> bool:
-    """Return True if the driver of a GPU is loaded; torch may still find no GPU that it can use."""
+    """Return True if a GPU driver is loaded; torch may still find no usable GPU."""
     return any(Path(node).exists() for node in _GPU_NODES)
 
 
 def onednn_isa_limit() -> str:
-    """Return the instruction set that oneDNN is limited to, empty where it is not."""
+    """Return the instruction set that oneDNN is limited to; empty if it is not limited."""
     return os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or ""

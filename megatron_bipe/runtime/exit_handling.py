@@ -1,4 +1,4 @@
-"""How a rank leaves that cannot go on: at once, and with a word on who it is."""
+"""Exit of a rank after an error: at once, and with a message that names the rank."""
 
 import os
 import signal
@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 Arguments = TypeVar("Arguments")
 
 FAILED, USER_ERROR = 1, 2  # exit codes
-_HEAD_START_S = 3  # launchers kill all ranks when one leaves; the main one must have spoken by then
+_HEAD_START_S = 3  # launchers kill all ranks when one exits; the main rank must report first
 
 
 def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) -> None:
-    """Find the launch and do a rank's work; an error ends the process.
+    """Find the launch and run `main` on this rank; an error ends the process.
 
-    An error that the user can fix is most often one of all ranks. The main one tells it; another, if it still lives
-    after a while, had one of its own.
+    An error that the user can fix usually occurs on all ranks. The main rank reports it; another rank that is still
+    alive after a delay had an error of its own, and reports that.
     """
     watch_launcher(is_importing=True)
     launch = None
@@ -37,27 +37,27 @@ def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) ->
         main(arguments, launch)
     except Exception as error:
         if launch is not None and not launch.is_main and isinstance(error, BipeError):
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's end is welcome now
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # let the launcher end this rank now
             time.sleep(_HEAD_START_S)
         abort(describe(error, rank_name(launch) if launch else ""), exit_code(error))
 
 
 def rank_name(mesh: "Mesh | Launch") -> str:
-    """A rank and its host, for messages."""
+    """Return the rank and its host, for messages."""
     return f"rank {mesh.rank} of {mesh.num_ranks} on {socket.gethostname()}"
 
 
 def layout_coordinates(mesh: "Mesh") -> str:
-    """What a rank has of the model and of the data, for messages; of a mesh that is laid out."""
+    """Return the coordinates of a rank in the parallel layout, for messages."""
     return f"stage {mesh.stage}, data {mesh.data_rank}, context {mesh.context_rank}, tensor {mesh.tensor_rank}"
 
 
 def describe(error: BaseException, name: str) -> str:
-    """What is said of an error: a message where the user can fix it, else a traceback.
+    """Return the text that reports an error: its message if the user can fix it, else a traceback.
 
     Args:
-        error: what was raised.
-        name: of the rank, and where it was.
+        error: the exception.
+        name: name and location of the rank.
     """
     if isinstance(error, BipeError):
         return f"{type(error).__name__}: {error}" + (f"  ({name})" if name else "")
@@ -65,21 +65,21 @@ def describe(error: BaseException, name: str) -> str:
 
 
 def exit_code(error: BaseException) -> int:
-    """2 where the user can fix it, else 1."""
+    """Return 2 if the user can fix the error, else 1."""
     return USER_ERROR if isinstance(error, BipeError) else FAILED
 
 
 def write_stderr(text: str) -> None:
-    """Put a message on stderr in one piece, so that those of several ranks do not mix; a closed pipe is no error."""
+    """Write a message to stderr in one call, so that those of several ranks do not mix; ignore a closed pipe."""
     with suppress(BrokenPipeError):
         sys.stderr.write(text + "\n")
         sys.stderr.flush()
 
 
 def abort(text: str, code: int) -> NoReturn:
-    """Say something and end the process at once: Python's own end would wait for threads that wait for other ranks."""
+    """Print a message and end the process at once: a normal exit would wait for threads that wait for other ranks."""
     try:
         sys.stdout.flush()
         write_stderr(text)
-    finally:  # both fail where the output went through a pipe of a launcher that is gone
+    finally:  # both fail if the output was a pipe of a launcher that has ended
         os._exit(code)

@@ -1,4 +1,4 @@
-"""The device that models run on: what it is, whether it multiplies bf16 natively, its peak, its memory."""
+"""The device that models run on: type, name, bf16 support, peak FLOP/s and memory."""
 
 import ctypes
 import logging
@@ -16,9 +16,9 @@ from megatron_bipe.runtime.environment import DEVICE, DeviceType, onednn_isa_lim
 _log = logging.getLogger(__name__)
 
 # Dense bf16 tensor-core peaks with fp32 accumulation from the vendors' data sheets, FLOP/s.
-# The first pattern that is found in the device's name counts.
+# The first pattern that matches the device name applies.
 _BF16_PEAKS = {
-    r"\bMIG\b": None,  # a slice of a GPU, of which the name does not say how much can be used
+    r"\bMIG\b": None,  # a slice of a GPU; the name does not show its size
     r"\bGB300\b": 2500e12,
     r"\bB300\b": 2250e12,
     r"\bGB200\b": 2500e12,
@@ -39,7 +39,7 @@ _BF16_PEAKS = {
     r"\bL40\b": 181e12,
     r"\bL4\b": 121e12,
 }
-# glibc's malloc.h: never map large blocks by themselves, never trim the heap, grow it by 64 MiB.
+# Options of glibc's malloc.h: no mmap for large blocks, no trimming of the heap, growth by 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
 
@@ -52,9 +52,9 @@ class PrecisionChoice(NamedTuple):
 
 
 def device_type() -> DeviceType:
-    """Return where models run: what `BIPE_DEVICE` asks for, else `cuda` where there is a GPU, else `cpu`.
+    """Return the device type that `BIPE_DEVICE` requests, else `cuda` if there is a GPU, else `cpu`.
 
-    CUDA is not touched where `BIPE_DEVICE=cpu`.
+    CUDA is not initialized if `BIPE_DEVICE=cpu`.
 
     Raises:
         ConfigError: `BIPE_DEVICE=cuda` without a GPU that torch can use, or an unknown value.
@@ -67,54 +67,53 @@ def device_type() -> DeviceType:
     if requested == "cuda":
         raise ConfigError(
             f"{DEVICE}=cuda, but torch {torch.__version__} finds no GPU",
-            remedy="Check nvidia-smi and that torch is a build for CUDA, or unset the variable",
+            remedy="Check nvidia-smi and that torch is a CUDA build, or unset the variable",
             location=DEVICE,
         )
     return "cpu"
 
 
 def device_name(device: torch.device) -> str:
-    """Return the model of the GPU or of the processor, for people to read."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return cpu_facts().name
 
 
 def choose_precision(asked: Precision, device: torch.device, option: str) -> PrecisionChoice:
-    """Return the precision to compute in: `auto` is bf16 where the device multiplies it natively, else fp32.
+    """Return the compute precision: `auto` is bf16 if the device multiplies it natively, else fp32.
 
-    Warns where bf16 is asked for and is not native.
+    Log a warning if bf16 is requested and is not native.
 
     Args:
-        asked: as the configuration or the command line has it.
-        device: where the model will run.
-        option: what asked, for the messages: `train.precision` or `--dtype`.
+        asked: requested precision.
+        device: device of the model.
+        option: name of the setting, for messages: `train.precision` or `--dtype`.
     """
     support = bf16_support(device)
     if asked == AUTO:
         return PrecisionChoice("bf16" if support.is_native else "fp32", f"auto: {support.reason}")
     if asked == "bf16" and not support.is_native:
         _log.warning(
-            "%s=bf16, but %s: expect products of matrices to be many times slower than in fp32, which %s=auto chooses",
+            "%s=bf16, but %s: matrix products will be many times slower than in fp32, which %s=auto selects",
             *(option, support.reason, option),
         )
     return PrecisionChoice(asked, f"{option}={asked}")
 
 
 def bf16_support(device: torch.device) -> Bf16Support:
-    """Return whether the device multiplies bf16 in hardware, by its own flags; nothing is timed."""
+    """Return whether the device multiplies bf16 in hardware, according to its flags; nothing is timed."""
     if device.type == "cuda":
         major, minor = torch.cuda.get_device_capability(device)
-        what = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
+        gpu = f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor})"
         is_native = (major, minor) >= (8, 0)
-        return Bf16Support(is_native, f"{what} multiplies bf16 {'natively' if is_native else 'by emulation alone'}")
+        return Bf16Support(is_native, f"{gpu} multiplies bf16 {'natively' if is_native else 'by emulation only'}")
     return cpu_bf16_support(cpu_facts().flags, onednn_isa_limit())
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """Return the data sheet's dense bf16 peak of a GPU, FLOP/s; None for other precisions, unknown GPUs, CPUs.
 
-    A CPU's clock and with it its peak depend on the instructions and on its neighbours, so no figure is made up.
+    A CPU has no fixed peak: its clock depends on the instructions and on the load of other cores.
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
@@ -123,20 +122,20 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Most memory this process has used, GiB: device memory on a GPU, resident memory on a CPU."""
+    """Return the peak memory of this process in GiB: device memory on a GPU, resident memory on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def keep_freed_memory(device: torch.device) -> bool:
-    """Let glibc hand freed memory to the next tensor instead of returning it to the system; nothing but on a CPU.
+    """Let glibc reuse freed memory for the next tensors instead of returning it to the system; CPU only.
 
-    By default every large tensor is mapped anew and faulted in page by page, at every step. Measured on two cores
-    with the quickstart's model: 1.28 times the tokens a second. The process keeps its peak memory until it ends.
+    By default every large tensor is mapped anew and faulted in page by page, at every step. Measured on two cores with
+    the quickstart's model: 1.28 times the tokens per second. The process keeps its peak memory until it ends.
 
     Returns:
-        Whether the C library took the settings; others than glibc do not know them.
+        True if the C library accepted the settings; only glibc knows them.
     """
     if device.type != "cpu":
         return False

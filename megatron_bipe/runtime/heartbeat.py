@@ -1,4 +1,4 @@
-"""What ranks tell each other outside of collectives, and what it tells of one that does not go on."""
+"""Heartbeats that ranks exchange outside of collectives, and reports of ranks without progress."""
 
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -9,101 +9,100 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-ANSWER_S = 10.0  # a store that takes longer stands still
+ANSWER_S = 10.0  # a store that takes longer is stuck
 
-_LISTED = 4  # ranks named of those at one place
+_MAX_NAMES = 4  # ranks named per location
 
-Result = TypeVar("Result")
+T = TypeVar("T")
 
 
 class Heartbeat(NamedTuple):
-    """A rank's last sign of life."""
+    """The last heartbeat of a rank."""
 
     beats: int
     name: str
     location: str
 
 
-Heartbeats = Mapping[int, Heartbeat | None]  # by rank; None: there never was one
+Heartbeats = Mapping[int, Heartbeat | None]  # by rank; None: no heartbeat yet
 
 
 class Shutdown(NamedTuple):
-    """Why the launch ends."""
+    """The reason why the launch ends."""
 
     text: str
     code: int
-    stacks: bool = False  # whether each rank is to show where it is
+    stacks: bool = False  # True if each rank must print its stacks
 
 
 class HeartbeatStore:
-    """One rank's view of the store of a launch.
+    """Access of one rank to the store of a launch.
 
-    Rank 0's process may hold the store, and stop. So no call waits for it longer than `ANSWER_S`.
+    The store may be in the process of rank 0, which can hang, so no call waits for it longer than `ANSWER_S`.
 
     Args:
-        store: a connection for this object alone.
+        store: a connection that nothing else uses.
         rank: this rank.
-        num_ranks: of the launch.
+        num_ranks: ranks of the launch.
 
-    All methods raise `torch.distributed.DistError` if the store is gone, `TimeoutError` if it does not answer.
+    All methods raise `torch.distributed.DistError` if the store is gone, and `TimeoutError` if it does not answer.
     """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
         self._store, self._rank, self._num_ranks = store, rank, num_ranks
-        self._caller = ThreadPoolExecutor(1, "roll-call")
+        self._executor = ThreadPoolExecutor(1, "heartbeat-store")
 
-    def sign(self, sign: Heartbeat) -> None:
-        """Leave a sign of life."""
-        self._ask(lambda: self._store.set(f"rank-{self._rank}", json.dumps(sign)))
+    def sign(self, heartbeat: Heartbeat) -> None:
+        self._ask(lambda: self._store.set(f"rank-{self._rank}", json.dumps(heartbeat)))
 
     def signs(self) -> Heartbeats:
-        """The last sign of every rank."""
-        return {rank: self._ask(partial(self._sign_of, rank)) for rank in range(self._num_ranks)}
+        """Return the last heartbeat of every rank."""
+        return {rank: self._ask(partial(self._read_heartbeat, rank)) for rank in range(self._num_ranks)}
 
     def is_first_to_fail(self) -> bool:
-        """Claim to be the first rank that fails."""
+        """Register a failure; return True if it is the first one of the launch."""
         return self._ask(lambda: self._store.add("failures", 1)) == 1
 
     def end(self, end: Shutdown) -> None:
-        """Tell all ranks to leave."""
+        """Request all ranks to exit."""
         self._ask(lambda: self._store.set("end", json.dumps(end)))
 
     def ended(self) -> Shutdown | None:
-        """What all ranks were told."""
+        """Return the shutdown request, if there is one."""
         return self._ask(lambda: Shutdown(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
 
     def finish(self, timeout_s: float) -> None:
-        """Wait, on rank 0, whose store it may be, until every rank has called this."""
+        """Report the end; rank 0, which may host the store, waits until every rank has called this."""
         if self._ask(lambda: self._store.add("finished", 1)) == self._num_ranks:
             self._ask(lambda: self._store.set("all finished", ""))
         if self._rank == 0:
             self._store.wait(["all finished"], timedelta(seconds=timeout_s))
-        self._caller.shutdown()
+        self._executor.shutdown()
 
-    def _sign_of(self, rank: int) -> Heartbeat | None:
+    def _read_heartbeat(self, rank: int) -> Heartbeat | None:
         key = f"rank-{rank}"
         return Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
-    def _ask(self, question: Callable[[], Result]) -> Result:
-        return self._caller.submit(question).result(ANSWER_S)
+    def _ask(self, call: Callable[[], T]) -> T:
+        return self._executor.submit(call).result(ANSWER_S)
 
 
 def silent_ranks(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
-    """Ranks that gave no sign between two looks, with the place they were last at."""
-    for rank, sign in after.items():
-        if sign is None:
-            yield f"No sign of life, ever: rank {rank}"
-        elif rank != own_rank and sign == before[rank]:
-            yield f"No sign of life: {sign.name}, last at {sign.location}"
+    """Yield the ranks without a heartbeat between two observations, with their last location."""
+    for rank, heartbeat in after.items():
+        if heartbeat is None:
+            yield f"No heartbeat, ever: rank {rank}"
+        elif rank != own_rank and heartbeat == before[rank]:
+            yield f"No heartbeat: {heartbeat.name}, last at {heartbeat.location}"
 
 
 def where_ranks_are(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
-    """Silent ranks, then all places with the ranks there, the fewest first: one that all others wait for is alone."""
+    """Yield silent ranks, then ranks by location, smallest group first: a rank that all others wait for is alone."""
     yield from silent_ranks(before, after, own_rank)
     names: dict[str, list[str]] = {}
-    for sign in after.values():
-        if sign is not None:
-            names.setdefault(sign.location, []).append(sign.name)
+    for heartbeat in after.values():
+        if heartbeat is not None:
+            names.setdefault(heartbeat.location, []).append(heartbeat.name)
     for location, found in sorted(names.items(), key=lambda item: len(item[1])):
-        more = f" and {len(found) - _LISTED} more" if len(found) > _LISTED else ""
-        yield f"At {location}: {', '.join(found[:_LISTED])}{more}"
+        more = f" and {len(found) - _MAX_NAMES} more" if len(found) > _MAX_NAMES else ""
+        yield f"At {location}: {', '.join(found[:_MAX_NAMES])}{more}"

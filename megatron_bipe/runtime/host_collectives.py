@@ -1,7 +1,6 @@
-"""What the hosts of all ranks settle among themselves, without a device taking part.
+"""Collectives of a few bytes between the hosts of all ranks, over a gloo group.
 
-A device works through what its host has queued for it; to ask it something is to wait for it. So what concerns hosts
-alone goes from host to host, a few bytes at a time, over a group of its own.
+They do not involve the device: reading a value from it would wait for all the work that is queued there.
 """
 
 from typing import Any, TypeVar
@@ -16,10 +15,10 @@ T = TypeVar("T")
 
 
 class HostCollectives:
-    """All ranks call each method together; every rank of the launch makes one, once the process group stands.
+    """Host-side (gloo) collectives; all ranks create this object and call each method together.
 
     Args:
-        mesh: this process.
+        mesh: this rank; the process group must be initialized.
     """
 
     def __init__(self, mesh: Mesh) -> None:
@@ -28,29 +27,28 @@ class HostCollectives:
         self.names = self.all_gather_object(rank_name(mesh))  # with their hosts
 
     def any_rank(self, here: bool) -> bool:
-        """Whether it is so on any rank."""
-        return bool(self._reduced(int(here), dist.ReduceOp.MAX))
+        """Return True if `here` is true on any rank."""
+        return bool(self._all_reduce(int(here), dist.ReduceOp.MAX))
 
     def all_reduce_sum(self, number: int) -> int:
-        """The sum over ranks."""
-        return self._reduced(number, dist.ReduceOp.SUM)
+        return self._all_reduce(number, dist.ReduceOp.SUM)
 
     def broadcast_object(self, thing: T) -> T:
-        """What the main rank has; those of others are not looked at."""
+        """Return the main rank's object; those of other ranks are ignored."""
         things: list[Any] = [thing]
         if self._group is not None:
             dist.broadcast_object_list(things, src=0, group=self._group)
-        told: T = things[0]
-        return told
+        received: T = things[0]
+        return received
 
     def all_gather_object(self, thing: T) -> list[T]:
-        """What each rank has, by rank."""
+        """Return the objects of all ranks, by rank."""
         things: list[Any] = [thing] * self._num_ranks
         if self._group is not None:
             dist.all_gather_object(things, thing, group=self._group)
         return things
 
-    def _reduced(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
+    def _all_reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         numbers = torch.tensor(number)
         if self._group is not None:
             dist.all_reduce(numbers, operation, group=self._group)

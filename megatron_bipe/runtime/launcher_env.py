@@ -1,6 +1,6 @@
-"""What launchers tell their processes: the variables of each, and how they are read.
+"""Parsing of the environment variables that launchers set.
 
-Nothing here touches the environment; `distributed_init.py` does.
+This module does not access the environment itself; `distributed_init.py` does.
 """
 
 import logging
@@ -14,32 +14,31 @@ _log = logging.getLogger(__name__)
 
 
 class Rendezvous(NamedTuple):
-    """Where the ranks of a launch find each other: a port of rank 0's host."""
+    """Rendezvous of the ranks of a launch: a port on rank 0's host."""
 
     address: str
     port: int
 
 
 class Launch(NamedTuple):
-    """A process among all of a launch."""
+    """Coordinates of a process in its launch."""
 
     rank: int
-    local_rank: int  # among those of its host
+    local_rank: int  # on its host
     num_ranks: int
     num_local_ranks: int
     meeting: Rendezvous
 
     @property
     def is_main(self) -> bool:
-        """True on the rank that speaks for all."""
         return self.rank == 0
 
 
 class Launcher(NamedTuple):
-    """The variables that a launcher sets; of alternatives, the first one that is there counts.
+    """The variables that a launcher sets; of alternatives, the first one that is set applies.
 
-    The local rank is what a launcher is known by. Where launchers are nested, such as mpiexec in a SLURM job, and
-    where a batch system numbers hosts by RANK, only the one that started the process itself has told it that.
+    A launcher is recognized by the local rank: if launchers are nested, such as mpiexec in a SLURM job, or a batch
+    system numbers hosts by RANK, only the launcher that started the process itself has set it.
     """
 
     name: str
@@ -78,149 +77,150 @@ LAUNCHERS = (_TORCH, _OPEN_MPI, _HYDRA, _SLURM)
 _JOB, _STEP, _HOST = ("SLURM_JOB_ID",), ("SLURM_STEP_ID",), ("SLURM_NODEID",)
 _HOST_LIST = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
 _ADDRESS, _PORT = ("MASTER_ADDR",), ("MASTER_PORT",)
-_SPECIAL_STEPS = 0xFFFFFFF0  # SLURM numbers from here what no srun started: batch scripts, shells of salloc
-_FIRST_PORT, _NUM_PORTS, _PORTS_A_JOB = 15000, 10000, 16  # below those that Linux gives to outgoing connections
+_SPECIAL_STEPS = 0xFFFFFFF0  # first step id of processes not started by srun: batch scripts, salloc shells
+_FIRST_PORT, _NUM_PORTS, _PORTS_PER_JOB = 15000, 10000, 16  # below the ephemeral ports of Linux
 
 
 def read_launch(env: Mapping[str, str], agree: Callable[[bool], Rendezvous], free_port: Callable[[], int]) -> Launch:
-    """Which rank of which launch a process with this environment is; one of one without a launcher.
+    """Return the launch that an environment describes; without a launcher, it has one rank.
 
     Args:
         env: the environment.
-        agree: where MPI ranks meet, agreed on by all of them; takes whether they are all on one host.
-        free_port: finds a port of this host that nothing listens on.
+        agree: returns the rendezvous of MPI ranks, given whether they are all on one host; collective.
+        free_port: returns an unused port of this host.
 
     Raises:
         ConfigError: the launcher's variables are incomplete or contradict each other.
     """
-    seen = _seen(env)
-    if seen is None:
+    variables = _find_launcher(env)
+    if variables is None:
         return Launch(0, 0, 1, 1, Rendezvous("127.0.0.1", free_port()))
-    launcher = seen.launcher
-    rank, num_ranks, local_rank = map(seen.number, (launcher.rank, launcher.num_ranks, launcher.local_rank))
-    counts = seen.counts(launcher.num_local_ranks)
-    host = seen.number(_HOST) if len(counts) > 1 else 0
+    launcher = variables.launcher
+    rank, num_ranks, local_rank = map(variables.number, (launcher.rank, launcher.num_ranks, launcher.local_rank))
+    counts = variables.counts(launcher.num_local_ranks)
+    host = variables.number(_HOST) if len(counts) > 1 else 0
     num_local_ranks = counts[min(host, len(counts) - 1)]
     if not (rank < num_ranks and local_rank < num_local_ranks <= num_ranks):
-        raise seen.error(
-            f"ranks count from 0, and a host has at most as many as the launch; this would be rank {rank} of "
-            f"{num_ranks}, on its host {local_rank} of {num_local_ranks}"
+        raise variables.error(
+            f"ranks start at 0, and a host has at most as many as the launch; this would be rank {rank} of "
+            f"{num_ranks}, local rank {local_rank} of {num_local_ranks}"
         )
-    return Launch(rank, local_rank, num_ranks, num_local_ranks, _meeting(seen, num_local_ranks == num_ranks, agree))
+    meeting = _rendezvous(variables, num_local_ranks == num_ranks, agree)
+    return Launch(rank, local_rank, num_ranks, num_local_ranks, meeting)
 
 
 def first_host(hosts: str) -> str:
-    """The first of SLURM's list of hosts: `rack[1-2]n[07,09-12],login` begins with `rack1n07`."""
+    """Return the first host of a SLURM host list: `rack[1-2]n[07,09-12],login` begins with `rack1n07`."""
     first = re.match(r"(?:[^,\[]|\[[^\]]*\])*", hosts)
-    assert first is not None  # it matches an empty text, too
+    assert first is not None  # it also matches an empty string
     return re.sub(r"\[([^\],-]*)[^\]]*\]", r"\1", first[0])
 
 
 def tasks_by_host(counts: str) -> list[int] | None:
-    """SLURM's counts by host, one by one: `4(x2),3` is [4, 4, 3]; None if it is no such list."""
+    """Expand SLURM's task counts by host: `4(x2),3` is [4, 4, 3]; None if the text is not such a list."""
     found = [re.fullmatch(r"(\d+)(?:\(x(\d+)\))?", part) for part in counts.split(",")]
     if None in found:
         return None
     return [int(match[1]) for match in found if match for _ in range(int(match[2] or 1))]
 
 
-class _Seen(NamedTuple):
-    """A launcher and the environment that it left."""
+class _Variables(NamedTuple):
+    """A launcher and the environment that it set."""
 
     launcher: Launcher
     env: Mapping[str, str]
 
     def text(self, names: tuple[str, ...]) -> str | None:
-        """The value of the first of alternatives that is there and not empty."""
+        """Return the first value of `names` that is set and not empty."""
         return next((self.env[name] for name in names if self.env.get(name)), None)
 
     def number(self, names: tuple[str, ...]) -> int:
-        """The same as a number.
+        """Return the same as an integer.
 
         Raises:
-            ConfigError: it is missing, or no number from 0.
+            ConfigError: it is missing, or not an integer from 0.
         """
         text = self.text(names)
         if text is None or not text.isdecimal():
-            raise self.error(f"{' or '.join(names)} is {'missing' if text is None else 'no number from 0'}")
+            raise self.error(f"{' or '.join(names)} is {'missing' if text is None else 'not an integer from 0'}")
         return int(text)
 
     def counts(self, names: tuple[str, ...]) -> list[int]:
-        """Ranks of this host, or those of each host where the launcher tells.
+        """Return the number of ranks on this host, or on each host if the launcher lists them.
 
         Raises:
-            ConfigError: they are missing, or no counts.
+            ConfigError: they are missing, or not counts.
         """
         if self.launcher is not _SLURM or self.text(names) is None:
             return [self.number(names)]
         counts = tasks_by_host(self.text(names) or "")
         if counts is None:
-            raise self.error(f"{' or '.join(names)} is no list of counts such as 4(x2),3")
+            raise self.error(f"{' or '.join(names)} is not a list of counts such as 4(x2),3")
         return counts
 
     def error(self, rule: str) -> ConfigError:
-        """What is wrong, and all that was seen."""
+        """Return an error with the violated rule and the variables that are set."""
         more = (*_ADDRESS, *_PORT, *((*_JOB, *_STEP, *_HOST, *_HOST_LIST) if self.launcher is _SLURM else ()))
         names = (*(name for names in self.launcher[1:] for name in names), *more)
         listed = ", ".join(f"{name}={self.env[name]}" for name in names if name in self.env)
         return ConfigError(
-            f"the variables of {self.launcher.name} do not tell this process its place in the launch: {rule}. "
-            f"Those seen are {listed}",
+            f"the variables of {self.launcher.name} do not define the rank of this process: {rule}. "
+            f"Those set are {listed}",
             remedy="Start all ranks with one launcher, as examples/launch/ does, or unset these for a single rank",
             location=self.launcher.name,
         )
 
 
-def _seen(env: Mapping[str, str]) -> _Seen | None:
-    """The launcher that started the process; None: it was none.
+def _find_launcher(env: Mapping[str, str]) -> _Variables | None:
+    """Return the launcher that started the process, or None.
 
     Raises:
-        ConfigError: a launcher's variables are there without the local rank.
+        ConfigError: variables of a launcher are set, but not the local rank.
     """
-    views = [_Seen(launcher, env) for launcher in LAUNCHERS]
-    found = next(filter(_started, views), None)
+    candidates = [_Variables(launcher, env) for launcher in LAUNCHERS]
+    found = next(filter(_started_this_process, candidates), None)
     if found is not None:
         return found
-    for view in views:
-        if view.launcher is not _SLURM and any(map(view.text, view.launcher[1:])):
-            raise view.error(f"{' or '.join(view.launcher.local_rank)} is missing")
+    for candidate in candidates:
+        if candidate.launcher is not _SLURM and any(map(candidate.text, candidate.launcher[1:])):
+            raise candidate.error(f"{' or '.join(candidate.launcher.local_rank)} is missing")
     if env.get("SLURM_NTASKS", "1") != "1":
         _log.warning(
-            "SLURM job %s has %s tasks, but srun did not start this process: it is a launch of one rank",
+            "SLURM job %s has %s tasks, but srun did not start this process: it runs as a single rank",
             *(env.get("SLURM_JOB_ID"), env["SLURM_NTASKS"]),
         )
     return None
 
 
-def _started(seen: _Seen) -> bool:
-    """Whether this launcher started the process.
+def _started_this_process(variables: _Variables) -> bool:
+    """Return True if this launcher started the process.
 
-    SLURM sets task variables in a batch script and in the shell of an allocation, too, with the number of tasks of
-    the whole job, none of which runs. What srun starts has the number of an ordinary step as well.
+    SLURM also sets task variables, with the task count of the job, in batch scripts and allocation shells, where no
+    task runs. Only processes that srun started have an ordinary step id.
     """
-    step = seen.text(_STEP) or ""
+    step = variables.text(_STEP) or ""
     in_step = step.isdecimal() and int(step) < _SPECIAL_STEPS
-    return seen.text(seen.launcher.local_rank) is not None and (seen.launcher is not _SLURM or in_step)
+    return variables.text(variables.launcher.local_rank) is not None and (variables.launcher is not _SLURM or in_step)
 
 
-def _meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
-    """What the environment says goes before what can be found out."""
-    address, port = seen.text(_ADDRESS), seen.text(_PORT)
+def _rendezvous(variables: _Variables, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
+    """Return the rendezvous; MASTER_ADDR and MASTER_PORT take precedence over derived values."""
+    address, port = variables.text(_ADDRESS), variables.text(_PORT)
     if not address or not port:
-        found = _find_meeting(seen, one_host, agree)
+        found = _derive_rendezvous(variables, one_host, agree)
         address, port = address or found.address, port or str(found.port)
     if not port.isdecimal() or not 0 < int(port) < 2**16:
-        raise seen.error(f"MASTER_PORT is no port from 1 to {2**16 - 1}")
+        raise variables.error(f"MASTER_PORT is not a port from 1 to {2**16 - 1}")
     return Rendezvous(address, int(port))
 
 
-def _find_meeting(seen: _Seen, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
-    if seen.launcher is _TORCH:
-        raise seen.error("MASTER_ADDR and MASTER_PORT, where ranks meet, are not both there")
-    if seen.launcher is not _SLURM:
+def _derive_rendezvous(variables: _Variables, one_host: bool, agree: Callable[[bool], Rendezvous]) -> Rendezvous:
+    if variables.launcher is _TORCH:
+        raise variables.error("MASTER_ADDR and MASTER_PORT are not both set")
+    if variables.launcher is not _SLURM:
         return agree(one_host)
-    hosts = seen.text(_HOST_LIST)
+    hosts = variables.text(_HOST_LIST)
     if not hosts:
-        raise seen.error(f"none of {', '.join(_HOST_LIST)} names the hosts, and there is no MASTER_ADDR")
-    ports = seen.number(_JOB) * _PORTS_A_JOB + seen.number(_STEP) % _PORTS_A_JOB
+        raise variables.error(f"none of {', '.join(_HOST_LIST)} lists the hosts, and MASTER_ADDR is not set")
+    ports = variables.number(_JOB) * _PORTS_PER_JOB + variables.number(_STEP) % _PORTS_PER_JOB
     return Rendezvous(first_host(hosts), _FIRST_PORT + ports % _NUM_PORTS)

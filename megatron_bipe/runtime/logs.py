@@ -1,11 +1,11 @@
-"""Format of log lines: UTC time and rank first, so that lines of several ranks and files can be merged."""
+"""Log format: UTC time and rank first, so that lines of several ranks and files can be merged."""
 
 import logging
 import time
 
 
 class _RankFormatter(logging.Formatter):
-    """Formats `2026-11-28 16:40:07Z rank 0 message`; from WARNING on the level stands before the message."""
+    """Formatter for `2026-11-28 16:40:07Z rank 0 message`, with the level before the message from WARNING on."""
 
     def __init__(self, rank: int) -> None:
         super().__init__(f"%(asctime)sZ rank {rank} %(level)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S")

@@ -1,8 +1,8 @@
-"""Whether training goes well: losses and gradient norms that are not finite, and losses that jump.
+"""Detection of training anomalies: losses and gradient norms that are not finite, and loss spikes.
 
-A step whose loss or gradient is not finite updates nothing, on no rank; the engine sees to that. A spike is a loss far
-above the last good ones, in their standard deviations; that update has been made. Both are bad steps, and so many of
-them in a row are trouble: then the run goes back to its last checkpoint, and passes their samples over.
+A step whose loss or gradient is not finite updates nothing on any rank; the engine ensures that. A spike is a loss far
+above the last good losses, in units of their standard deviation; its update has been made. Both are bad steps. After
+`patience` bad steps in a row, the run rolls back to its last checkpoint and skips their samples.
 """
 
 import math
@@ -13,11 +13,11 @@ from typing import NamedTuple
 from megatron_bipe.config.schema import HealthConfig
 from megatron_bipe.train.train_state import Samples
 
-_LEAST_DEVIATION = 1e-3  # of the mean: losses that hardly vary make no spike of a small step
+_MIN_DEVIATION = 1e-3  # as a fraction of the mean: small changes of nearly constant losses are not spikes
 
 
 class Reading(NamedTuple):
-    """What is known of a step once the device has come so far; the same on all ranks."""
+    """The result of a step, read from the device; the same on all ranks."""
 
     step: int  # from 1
     samples: Samples
@@ -26,27 +26,27 @@ class Reading(NamedTuple):
 
 
 class BadStep(NamedTuple):
-    """A step that did not go well."""
+    """A bad step and the reason."""
 
     reading: Reading
     reason: str
 
 
 class AnomalyDetector:
-    """Judges the steps of a run in their order.
+    """Anomaly detection over consecutive steps of a run.
 
     Args:
-        config: what is bad, and how much of it is trouble.
-        good_losses: of the last good steps, in order; kept up to date.
+        config: thresholds of bad steps and of rollback.
+        good_losses: losses of the last good steps, in order; kept up to date.
     """
 
     def __init__(self, config: HealthConfig, good_losses: Iterable[float] = ()) -> None:
         self._config = config
         self.good_losses = list(good_losses)
-        self.streak: list[BadStep] = []  # bad steps up to the last one seen, without a good one among them
+        self.streak: list[BadStep] = []  # bad steps in a row, up to the last step checked
 
     def check_steps(self, readings: Iterable[Reading]) -> list[BadStep]:
-        """Take the next steps; those among them that are bad. Stops at trouble, for what follows will not last."""
+        """Check the next steps and return the bad ones; stop if a rollback is needed, which discards later steps."""
         found = []
         for reading in readings:
             reason = self._reason(reading)
@@ -62,7 +62,7 @@ class AnomalyDetector:
 
     @property
     def in_trouble(self) -> bool:
-        """Whether so many steps in a row were bad that the run must go back."""
+        """True if there are so many bad steps in a row that the run must roll back."""
         return len(self.streak) >= self._config.patience
 
     def _reason(self, reading: Reading) -> str:
@@ -73,8 +73,8 @@ class AnomalyDetector:
         return f"the loss is {score:.1f} standard deviations above the last good ones" if 0 < limit < score else ""
 
     def _score(self, loss: float) -> float:
-        """Standard deviations above the mean of the window; 0 until it is full."""
+        """Return the standard deviations above the mean of the good losses; 0 until there are enough of them."""
         if len(self.good_losses) < self._config.spike_window:
             return 0.0
         mean = statistics.fmean(self.good_losses)
-        return (loss - mean) / max(statistics.stdev(self.good_losses), abs(mean) * _LEAST_DEVIATION)
+        return (loss - mean) / max(statistics.stdev(self.good_losses), abs(mean) * _MIN_DEVIATION)

@@ -1,4 +1,4 @@
-"""Which windows a rank reads: a pure function of the samples consumed before, the rank and the datasets."""
+"""Batches of a rank: a pure function of the samples consumed before, the rank and the datasets."""
 
 import time
 from collections.abc import Iterator
@@ -26,7 +26,7 @@ class BatchLoader:
     """The training and validation batches of one rank.
 
     Raises:
-        DataError: a dataset is missing, damaged, or shorter than a window.
+        DataError: a dataset is missing, damaged, or shorter than a sequence.
         ConfigError: a dataset does not fit the run.
     """
 
@@ -44,85 +44,84 @@ class BatchLoader:
             self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
             if run.model.bilevel:
                 self._valid.check_rule(self.dataset.rule, "data.path")
-            self._valid_windows = self._choose_valid_windows(self._valid)
+            self._valid_sequences = self._choose_valid_sequences(self._valid)
         self._shard_check = BackgroundVerifier(self._own_shards() if run.data.verify else ())
 
     def checking_shards(self) -> BackgroundVerifier:
-        """While this is entered, shards that are read from are compared with the manifest.
+        """Return a context manager that verifies shards in the background against the manifest.
 
         Raises:
-            DataError: out of `train_batches` and `valid_batches`: a file is gone, has changed or is damaged.
+            DataError: from `train_batches` and `valid_batches`: a file is missing, has changed or is damaged.
         """
         return self._shard_check
 
     @property
     def record(self) -> DataRecord:
-        """What the model will remember of its training data."""
+        """Record of the training data that is stored with the model."""
         return self._blend.record
 
     @property
     def dataset(self) -> TokenDataset:
-        """The training set; of a blend its first, whose tokenizer is that of all."""
+        """The training set; the first one of a blend, whose datasets all have the same tokenizer."""
         return self._blend.datasets[0]
 
     @property
     def has_valid(self) -> bool:
-        """True where the run names a validation set."""
         return self._valid is not None
 
     def sequences(self, first_sample: int) -> IntArray:
-        """Windows of an update, in the order of samples."""
+        """Return the sequence indices of an update, in sample order."""
         return self._blend.sequence_indices(first_sample, self._train.global_batch)
 
     def train_batches(self, first_sample: int) -> Iterator[Batch[Tensor]]:
-        """This rank's micro-batches of an update.
+        """Yield this rank's micro-batches of an update.
 
-        The update holds samples [first_sample, first_sample + batch) of the order, whatever the number of ranks.
+        The update consists of samples [first_sample, first_sample + global_batch), whatever the number of ranks.
         """
         train, data_ranks = self._train, self._mesh.data_ranks
         shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
         sequences = self.sequences(first_sample)
         weight = label_weight(self._blend, sequences, train.seq_len_tokens)
-        for micro_windows in sequences.reshape(shape)[:, self._mesh.data_rank]:
+        for micro_batch in sequences.reshape(shape)[:, self._mesh.data_rank]:
             self._shard_check.raise_found()
             began_s = time.perf_counter()
             with record_function("data"):
-                batch = make_batch(self._blend, micro_windows, train.seq_len_tokens, self._clip, weight)
+                batch = make_batch(self._blend, micro_batch, train.seq_len_tokens, self._clip, weight)
             self._reading_s += time.perf_counter() - began_s
             yield batch
 
     def reading_time_s(self) -> float:
-        """Seconds that training batches took to read since the last call."""
+        """Return the seconds spent reading training batches since the last call."""
         reading_s, self._reading_s = self._reading_s, 0.0
         return reading_s
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
-        """This rank's share of the validation windows, always the same ones."""
+        """Yield this rank's shard of the validation sequences, always the same ones."""
         assert self._valid is not None
         seq_len_tokens = self._train.seq_len_tokens
-        weight = label_weight(self._valid, self._valid_windows, seq_len_tokens)
-        mine = self._valid_windows.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
-        for sequences in np.split(mine, range(self._train.micro_batch, mine.size, self._train.micro_batch)):
+        weight = label_weight(self._valid, self._valid_sequences, seq_len_tokens)
+        local = self._valid_sequences.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
+        for sequences in np.split(local, range(self._train.micro_batch, local.size, self._train.micro_batch)):
             self._shard_check.raise_found()
             yield make_batch(self._valid, sequences, seq_len_tokens, self._clip, weight)
 
     def _own_shards(self) -> list[Shard]:
-        """The part that this rank checks: ranks with the same windows leave it to one, the others share all shards."""
+        """Return the shards that this rank verifies: one rank of each model replica takes part."""
         mesh = self._mesh
         if mesh.tensor_rank or mesh.context_rank or mesh.stage:
             return []
         datasets = [*self._blend.datasets, *([self._valid] if self._valid else [])]
         return [shard for dataset in datasets for shard in dataset.shards][mesh.data_rank :: mesh.data_ranks]
 
-    def _choose_valid_windows(self, dataset: TokenDataset) -> IntArray:
-        """Windows spread evenly over the set, equally many whole micro-batches a copy of the model."""
+    def _choose_valid_sequences(self, dataset: TokenDataset) -> IntArray:
+        """Return sequences spread evenly over the set, the same number of full micro-batches for each model replica."""
         num_sequences, data_ranks = dataset.num_sequences(self._train.seq_len_tokens), self._mesh.data_ranks
         wanted = min(self._train.valid_samples, num_sequences)
         unit = data_ranks * (self._train.micro_batch if wanted >= data_ranks * self._train.micro_batch else 1)
         count = wanted // unit * unit
         if count == 0:
             raise DataError(
-                f"{wanted} validation windows cannot be shared by {data_ranks} data-parallel ranks",
+                f"{wanted} validation sequences cannot be sharded over {data_ranks} data-parallel ranks",
                 remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
                 location=dataset.path,
             )
@@ -130,10 +129,10 @@ class BatchLoader:
 
 
 def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:
-    """Check a run against a dataset that it names, by what its manifest says.
+    """Check a run against the manifest of a dataset that it names.
 
     Raises:
-        ConfigError: lists every disagreement at once.
+        ConfigError: lists every mismatch.
     """
     check_data(
         run,

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl (every step), TensorBoard, and a progress line now and then."""
+"""Metrics of a run: metrics.jsonl (every step), TensorBoard, and progress lines in the log."""
 
 import datetime
 import logging
@@ -21,23 +21,23 @@ _log = logging.getLogger(__name__)
 
 
 class Metrics:
-    """Collects steps and writes them when asked to; ranks other than the main one write nothing.
+    """Writer of metrics; only the main rank writes.
 
-    Reading a loss waits for the device, so results are kept as they are until they are asked for.
+    Reading a loss waits for the device, so step results are kept as tensors until `flush`.
 
     Args:
-        run: the run.
-        mesh: this process among the ranks.
-        start: how far the run is; what an earlier attempt wrote of what comes after is dropped.
-        peak_flops: FLOP/s that one rank could do, None where unknown.
-        began_at_s: when the run was first started, as `time.time` tells it; None: now.
+        run: the run configuration.
+        mesh: this rank.
+        start: training state at the start; later lines of an earlier attempt are dropped.
+        peak_flops: peak FLOP/s of one rank, None if unknown.
+        began_at_s: `time.time` of the first start of the run; None: now.
     """
 
     def __init__(
         self, run: RunConfig, mesh: Mesh, start: TrainState, peak_flops: float | None, began_at_s: float | None = None
     ) -> None:
         self._run, self._mesh = run, mesh
-        self._waiting: list[tuple[int, Samples, StepResult, float]] = []
+        self._pending: list[tuple[int, Samples, StepResult, float]] = []
         tokens = run.train.global_batch * run.train.seq_len_tokens
         self._tokens_per_step = tokens
         flops = train_flops_per_token(run.model, run.train.seq_len_tokens) * tokens
@@ -47,30 +47,30 @@ class Metrics:
         self._open(start)
 
     def step(self, step: int, samples: Samples, result: StepResult, lr: float) -> None:
-        """Take the result of update `step` (from 1)."""
-        self._waiting.append((step, samples, result, lr))
+        """Record the result of update `step` (from 1)."""
+        self._pending.append((step, samples, result, lr))
 
     def valid(self, step: int, loss_nats: float) -> None:
-        """Take the validation loss after update `step`; the time it took is not training time."""
-        perplexity = math.exp(min(loss_nats, 700))  # beyond which there is no float
+        """Write the validation loss after update `step`; its time does not count as training time."""
+        perplexity = math.exp(min(loss_nats, 700))  # larger values overflow a float
         self._write(step, {VALID_LOSS: loss_nats, "valid/perplexity": perplexity})
         if self._mesh.is_main:
             _log.info("step %d | validation loss %.4f | perplexity %.2f", step, loss_nats, perplexity)
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave what happened since the last step out of the step times."""
+        """Exclude the time since the last step from the step times."""
         self._since = time.perf_counter()
 
     def flush(self) -> list[Reading]:
-        """Write all steps taken so far, their time shared evenly; what this rank read of them."""
-        if not self._waiting:
+        """Write all pending steps, with their mean time, and return their readings."""
+        if not self._pending:
             return []
         readings = [
             Reading(step, samples, float(result.loss_nats), float(result.grad_norm))  # waits for the device
-            for step, samples, result, _ in self._waiting
+            for step, samples, result, _ in self._pending
         ]
-        step_s = (time.perf_counter() - self._since) / len(self._waiting)
+        step_s = (time.perf_counter() - self._since) / len(self._pending)
         shared = {
             STEP_TIME: step_s,
             "rate/tokens_per_s": self._tokens_per_step / step_s,
@@ -81,7 +81,7 @@ class Metrics:
             self._check_mfu(shared["util/mfu"])
         if self._mesh.is_main:
             shared["run/goodput"] = self.goodput(len(readings) * step_s)
-        for reading, (*_, lr) in zip(readings, self._waiting, strict=True):
+        for reading, (*_, lr) in zip(readings, self._pending, strict=True):
             own = {
                 "loss/train_nats": reading.loss_nats,
                 "optim/lr": lr,
@@ -90,35 +90,35 @@ class Metrics:
             }
             self._write(reading.step, own | shared)
         if self._mesh.is_main:
-            _log.info(self._line(readings, self._waiting[-1][-1], shared))
-        self._waiting.clear()
+            _log.info(self._progress_line(readings, self._pending[-1][-1], shared))
+        self._pending.clear()
         self.restart_clock()
         return readings
 
     def goodput(self, further_s: float = 0.0) -> float:
-        """Time of the steps that count, over the time since the run was first started; on the main rank.
+        """Return the time of all kept steps over the time since the first start of the run; main rank only.
 
         Args:
-            further_s: of steps that are not written yet.
+            further_s: seconds of steps that are not written yet.
         """
         return (self._file.step_time_s + further_s) / max(time.time() - self._began_at_s, 1e-9)
 
     def sync(self) -> None:
-        """Have the disk hold what was written: before a checkpoint after which it will not be written again."""
+        """Sync all lines to disk; call it before a checkpoint, after which its steps are not repeated."""
         if self._mesh.is_main:
             self._file.sync()
             self._board.flush()
 
     def go_back(self, start: TrainState) -> None:
-        """Forget all that comes after `start`; it will be done again, with other samples."""
-        self._waiting.clear()
+        """Drop all metrics after `start`; those steps are repeated with other samples."""
+        self._pending.clear()
         if self._mesh.is_main:
             self._file.close()
             self._board.close()
         self._open(start)
 
     def close(self) -> None:
-        """Write what is left."""
+        """Write pending steps and close the files."""
         self.flush()
         if self._mesh.is_main:
             self._file.close()
@@ -128,20 +128,20 @@ class Metrics:
         self.restart_clock()
         if self._mesh.is_main:
             self._file = MetricsFile(self._run.run_dir / "metrics.jsonl", start.step, start.valid_owed)
-            # Readers drop what an earlier attempt wrote from this step on; what stays of this step is written again.
+            # TensorBoard drops earlier events from this step on, so the lines kept for this step are added again.
             self._board = SummaryWriter(str(self._run.run_dir / "tensorboard"), purge_step=start.step)
             for line in self._file.last_lines:
                 if line["step"] == start.step:
-                    self._show(line)
+                    self._add_to_board(line)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._mesh.is_main:
             line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time()} | values
             self._file.add(line)
-            self._show(line)
+            self._add_to_board(line)
 
     def _check_mfu(self, mfu: float) -> None:
-        """Warn, once, of a figure that cannot be."""
+        """Warn once if the MFU exceeds 1, which is impossible."""
         if mfu > 1 and self._mesh.is_main and not self._warned_of_mfu:
             self._warned_of_mfu = True
             _log.warning(
@@ -149,11 +149,11 @@ class Metrics:
                 *(100 * mfu, device_name(self._mesh.device)),
             )
 
-    def _show(self, line: dict[str, Any]) -> None:
+    def _add_to_board(self, line: dict[str, Any]) -> None:
         for key in line.keys() - {"step", "tokens", TIME}:
             self._board.add_scalar(key, math.nan if line[key] is None else line[key], line["step"])
 
-    def _line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
+    def _progress_line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
         step, total = readings[-1].step, self._run.train.steps
         loss = sum(reading.loss_nats for reading in readings) / len(readings)
         left = datetime.timedelta(seconds=round((total - step) * shared[STEP_TIME]))

@@ -1,8 +1,8 @@
-"""`--profile`: what the time of a few updates went into, on this rank, as a table and as a trace of torch's profiler.
+"""`--profile`: the time of a few updates by part of the step, as a table and as a trace of torch's profiler.
 
-An operation belongs to the part of the step that it was called in. Backward is what autograd calls, recomputation
-included; the optimizer marks itself; collectives count by themselves wherever they are called. What is left is the
-engine's: casts, sums and the norm of gradients.
+An operation belongs to the part of the step that called it. Backward is what autograd calls, including recomputation;
+the optimizer marks itself; collectives are counted separately wherever they are called. The rest belongs to the engine:
+casts, sums and the gradient norm.
 """
 
 import logging
@@ -21,12 +21,12 @@ from megatron_bipe.parallel.mesh import Mesh
 
 _log = logging.getLogger(__name__)
 
-WARM_UP_STEPS = 2  # allocate, compile and choose kernels; they are left out
+WARM_UP_STEPS = 2  # allocate, compile and choose kernels; not profiled
 PARTS = ("data", "forward", "backward", "communication", "optimizer", "engine")
 
-# Beginnings of operations' names, and what they are part of; the innermost that is found decides.
+# Prefixes of operation names and their parts; the innermost match applies.
 _PART_OF = {
-    "data": "data",  # marked by the feed
+    "data": "data",  # marked by the batch loader
     "forward": "forward",  # marked by the engines
     "autograd::engine": "backward",
     "Optimizer.step": "optimizer",
@@ -39,21 +39,21 @@ _PART_OF = {
 
 
 class Profile:
-    """Watches some updates after the warm-up, and says where their time went.
+    """Profiler of the first updates after the warm-up.
 
     Args:
-        steps: updates to watch; 0: none.
-        run_dir: `profile/` in it gets a trace of every rank, for chrome://tracing or Perfetto.
-        mesh: this process among the ranks.
+        steps: number of updates to profile; 0: none.
+        run_dir: folder whose `profile/` receives a trace of every rank, for chrome://tracing or Perfetto.
+        mesh: this rank.
 
     Raises:
-        ConfigError: less than none are asked for.
+        ConfigError: `steps` is negative.
     """
 
     def __init__(self, steps: int, run_dir: Path, mesh: Mesh) -> None:
         if steps < 0:
             raise ConfigError(
-                f"{steps} updates cannot be watched", remedy="Give a number from 1 on", location="--profile"
+                f"{steps} updates cannot be profiled", remedy="Give a number from 1 on", location="--profile"
             )
         self._steps, self._folder, self._mesh = steps, run_dir / "profile", mesh
         self._done, self._began_s = 0, 0.0
@@ -68,14 +68,16 @@ class Profile:
             self._finish(self._profiler)
 
     def close(self) -> None:
-        """The run ends here: say what was seen of it."""
+        """Report the updates profiled so far, at the end of the run."""
         if self._profiler is not None and self._done > WARM_UP_STEPS:
             self._steps = self._done - WARM_UP_STEPS
             self._finish(self._profiler)
         elif self._steps and self._done <= WARM_UP_STEPS:
             if self._profiler is not None:
                 self._profiler.stop()
-            _log.warning("--profile: the run ended after %d updates, of which %d warm up", self._done, WARM_UP_STEPS)
+            _log.warning(
+                "--profile: the run ended after %d updates, and the first %d are warm-up", self._done, WARM_UP_STEPS
+            )
 
     def _start(self) -> None:
         activities = [ProfilerActivity.CPU]
@@ -104,7 +106,7 @@ class Profile:
 
 
 def seconds_by_part(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[str, float]:
-    """Time of the operations of each part: of their kernels on a GPU, of themselves on a CPU."""
+    """Return the seconds of the operations of each part: of their kernels on a GPU, of themselves on a CPU."""
     seconds: Counter[str] = Counter(dict.fromkeys(PARTS, 0.0))
     for event in events:
         if event.device_type == DeviceType.CPU and not event.is_async:
@@ -114,9 +116,9 @@ def seconds_by_part(events: Iterable[FunctionEvent], *, on_gpu: bool) -> dict[st
 
 
 def table(seconds: Mapping[str, float], wall_s: float, steps: int) -> str:
-    """A line for each part: seconds an update, and its share of the time on the clock."""
+    """Return a table with a line for each part: seconds per update, and their fraction of the wall time."""
     lines = [f"{steps} updates of {wall_s / steps:.4f} s under the profiler"]
-    rest = {"in no operation": max(0.0, wall_s - sum(seconds.values()))}  # Python, or waiting for other ranks
+    rest = {"in no operation": max(0.0, wall_s - sum(seconds.values()))}  # Python code, or waiting for other ranks
     lines += [f"  {part:16} {own / steps:9.4f} s {own / wall_s:7.1%}" for part, own in (dict(seconds) | rest).items()]
     return "\n".join(lines)
 

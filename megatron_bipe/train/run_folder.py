@@ -1,13 +1,13 @@
-"""The folder of a run: started once, continued ever after, never mixed with another run's.
+"""The folder of a run: created at its first start, resumed by later ones, and never shared with another run.
 
 RUN/config.yaml       the resolved configuration
 RUN/data.json         tokenizer, segment rule and fingerprint of the training data
 RUN/tokenizer/        the tokenizer's files, so that an export needs nothing else
-RUN/metrics.jsonl     one line a step
-RUN/events.jsonl      one line for each start, stop, bad step and the like
-RUN/tensorboard/      the same for TensorBoard
+RUN/metrics.jsonl     one line per step
+RUN/events.jsonl      one line for each start, stop, bad step etc.
+RUN/tensorboard/      the same metrics for TensorBoard
 RUN/checkpoints/      see checkpoint/find.py
-RUN/running/          while a launch is at work: holds its lock
+RUN/running/          exists while a launch is running: holds its lock
 """
 
 from collections.abc import Collection, Iterator, Sequence
@@ -28,13 +28,13 @@ from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision
 
-# What a continued run may change without becoming another run.
+# Fields that a resumed run may change freely.
 _FREE = {
     "run_dir",
-    "data.path",  # its content is compared through data.json
+    "data.path",  # its content is compared by data.json
     "data.valid_path",
     "data.segments",
-    "train.steps",  # the decay then ends at the new number, unless optimizer.decay_steps holds it
+    "train.steps",  # the decay then ends at the new number, unless optimizer.decay_steps is set
     "train.micro_batch",
     "train.log_every",
     "train.valid_every",
@@ -43,57 +43,57 @@ _FREE = {
     "train.check_replicas_every",
     "data.verify",
     "health",
-    "parallel",  # checkpoints say nothing of a layout
+    "parallel",  # checkpoints are independent of the layout
     "checkpoint",
 }
 
 
 class _Difference(NamedTuple):
-    """Something that is not as it was."""
+    """A difference between a run and its folder."""
 
-    key: str  # of the configuration; "data": of the training data; "": neither
+    key: str  # field of the configuration; "data": the training data; "": neither
     text: str
 
     @property
     def allowable(self) -> str:
-        """What `--allow` calls it; "" where nothing does."""
+        """Name for `--allow`; "" if it cannot be allowed."""
         return next((name for name in ALLOWABLE if self.key == name or self.key.startswith(f"{name}.")), "")
 
 
 def settle_precision(
     run: RunConfig, device: torch.device, allow: Collection[str] = ()
 ) -> tuple[RunConfig, PrecisionChoice]:
-    """Replace `train.precision=auto` by what this run computes in.
+    """Replace `train.precision=auto` by the compute precision of this run.
 
-    A run that has a checkpoint keeps the precision it has, on a machine of another kind, too, unless `allow` names
-    `train.precision`; else the hardware decides.
+    A run that has a checkpoint keeps its precision, also on different hardware, unless `allow` contains
+    `train.precision`; otherwise the hardware determines it.
 
     Args:
-        run: the run as it is asked for.
-        device: where this rank's part of the model will be.
-        allow: of `ALLOWABLE`, what may be other than before.
+        run: the requested run configuration.
+        device: device of this rank.
+        allow: names of `ALLOWABLE` that may differ from the existing run.
 
     Returns:
-        The run with `bf16` or `fp32`, and that choice with its reason.
+        The run with `bf16` or `fp32`, and the choice with its reason.
     """
     kept = _precision_to_keep(run, allow)
     choice = choose_precision(kept or run.train.precision, device, "train.precision")
     if kept:
-        choice = choice._replace(reason=f"auto: {run.run_dir} began in it")
+        choice = choice._replace(reason=f"auto: the precision of {run.run_dir}")
     train = run.train.model_copy(update={"precision": choice.precision})
     return run.model_copy(update={"train": train}), choice
 
 
 @contextmanager
 def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_main: bool) -> Iterator[None]:
-    """Keep other launches out of a run folder that holds this run, or nothing yet; every rank enters.
+    """Lock a run folder that is empty or holds this run; every rank enters.
 
-    The main rank's lock is the launch's: others write nothing there but files that it publishes. What a broken-off save
-    left is cleared away.
+    The main rank holds the lock for the launch: other ranks only write files there that it publishes. Remains of an
+    interrupted save are deleted.
 
     Raises:
-        DataError: another launch is at work there.
-        CheckpointError, ConfigError: as `check_same_run`.
+        DataError: another launch holds the lock.
+        CheckpointError, ConfigError: as in `check_same_run`.
     """
     with locked(run.run_dir / "running", partial(tidy, run.run_dir)) if is_main else nullcontext():
         check_same_run(run, record, allow)
@@ -101,21 +101,21 @@ def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_
 
 
 def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = ()) -> None:
-    """Refuse to continue a run folder as another run than it holds.
+    """Check that the run folder can be resumed with this configuration and data.
 
     Args:
-        run: the run as it is to go on.
-        record: of its training data.
-        allow: of `ALLOWABLE`, what may be other than before.
+        run: the requested run configuration.
+        record: record of its training data.
+        allow: names of `ALLOWABLE` that may differ from the existing run.
 
     Raises:
-        CheckpointError: the folder holds another run: every difference is named.
-        ConfigError: what is to be allowed is not allowable.
+        CheckpointError: the folder holds another run; lists every difference.
+        ConfigError: `allow` contains a name that is not allowable.
     """
     if unknown := sorted(set(allow) - set(ALLOWABLE)):
         raise ConfigError(
-            f"{', '.join(unknown)} cannot be allowed to change in a run; what can is {', '.join(ALLOWABLE)}",
-            remedy="Leave it out, or start anew with --set run_dir=OTHER",
+            f"{', '.join(unknown)} cannot be allowed to change in a run; only {', '.join(ALLOWABLE)} can",
+            remedy="Remove it, or start a new run with --set run_dir=OTHER",
             location="--allow",
         )
     if not list_steps(run.run_dir):
@@ -125,16 +125,16 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
     refused = [difference for difference in found if difference.allowable not in allow]
     if refused:
         names = sorted({difference.allowable for difference in refused if difference.allowable})
-        flags = f", let these go on changed with --allow {' '.join(names)}" if names else ""
+        flags = f", accept them with --allow {' '.join(names)}" if names else ""
         raise CheckpointError(
             f"the run folder holds another run: {'; '.join(difference.text for difference in refused)}",
-            remedy=f"Undo these changes to continue it{flags}, or start anew with --set run_dir=OTHER",
+            remedy=f"Undo these changes to resume it{flags}, or start a new run with --set run_dir=OTHER",
             location=run.run_dir,
         )
 
 
 def _precision_to_keep(run: RunConfig, allow: Collection[str]) -> ComputePrecision | None:
-    """Return the precision of the checkpoints that a run with `auto` would continue; None where it is free."""
+    """Return the precision of the checkpoints that a run with `auto` resumes; None if there is no constraint."""
     if run.train.precision != AUTO or "train.precision" in allow or not list_steps(run.run_dir):
         return None
     before = load_run_config(run.run_dir / "config.yaml").train.precision
@@ -142,11 +142,11 @@ def _precision_to_keep(run: RunConfig, allow: Collection[str]) -> ComputePrecisi
 
 
 def write_run_folder(run: RunConfig, record: DataRecord, tokenizer: Tokenizer) -> None:
-    """Write what describes the run; called on one rank, once all have read what an earlier start wrote."""
+    """Write configuration, data record and tokenizer; called on one rank after all have read the earlier files."""
     run.run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer.copy_to(run.run_dir / TOKENIZER_FOLDER)
-    described = record.model_dump_json(indent=2, exclude_defaults=True)
-    write_atomically(run.run_dir / "data.json", f"{described}\n".encode())
+    data_json = record.model_dump_json(indent=2, exclude_defaults=True)
+    write_atomically(run.run_dir / "data.json", f"{data_json}\n".encode())
     write_atomically(run.run_dir / "config.yaml", dump_yaml(run).encode())
 
 
@@ -159,16 +159,16 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[_Difference]:
 
 def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[_Difference]:
     if old.tokenizer.fingerprint != new.tokenizer.fingerprint:
-        what = f"tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
-        yield _Difference("", what)
+        text = f"the tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
+        yield _Difference("", text)
     if old.rule != new.rule:
-        yield _Difference("", f"segment rule was {old.rule.spec} and is now {new.rule.spec}")
+        yield _Difference("", f"the segment rule was {old.rule.spec} and is now {new.rule.spec}")
     if len(old.blend) != len(new.blend):
         yield _Difference("data", f"the training data was {_size(old)} and is now {_size(new)}")
     elif old.blend:
-        yield from (_Difference("data", what) for what in _member_differences(old.blend, new.blend))
+        yield from (_Difference("data", text) for text in _member_differences(old.blend, new.blend))
     elif old.fingerprint != new.fingerprint:
-        yield _Difference("data", f"dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}")
+        yield _Difference("data", f"the dataset was {old.fingerprint[:12]} and is now {new.fingerprint[:12]}")
 
 
 def _member_differences(old: Sequence[BlendMember], new: Sequence[BlendMember]) -> Iterator[str]:
@@ -178,7 +178,7 @@ def _member_differences(old: Sequence[BlendMember], new: Sequence[BlendMember]) 
             yield f"dataset {number} of the blend was {was} and is now {now}"
         if before.slots != after.slots:
             was, now = (f"{member.slots / PATTERN_SLOTS:.2%}" for member in (before, after))
-            yield f"the share of dataset {number} of the blend, {after.path}, was {was} and is now {now}"
+            yield f"the fraction of dataset {number} of the blend, {after.path}, was {was} and is now {now}"
 
 
 def _size(record: DataRecord) -> str:
@@ -188,7 +188,7 @@ def _size(record: DataRecord) -> str:
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     result: dict[str, Any] = {}
     for key, value in values.items():
-        if isinstance(value, dict) and prefix + key not in _FREE:  # sections that are free as a whole, blends
+        if isinstance(value, dict) and prefix + key not in _FREE:  # not in fully free sections and blends
             result |= _flat(value, f"{prefix}{key}.")
         else:
             result[prefix + key] = value

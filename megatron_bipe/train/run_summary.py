@@ -1,4 +1,4 @@
-"""What a run says at its start and at its end: what it is, where it runs, and what to do with what it made."""
+"""Summaries that a run logs at its start and end: configuration, hardware, results and next commands."""
 
 import shlex
 
@@ -13,27 +13,27 @@ from megatron_bipe.runtime.hardware import PrecisionChoice, device_name
 
 
 def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, precision: PrecisionChoice) -> str:
-    """Return the header of a run, a few lines.
+    """Return the summary at the start of a run, a few lines.
 
     Args:
         run: the run configuration, validated.
         ds_config: result of `config.deepspeed.engine_config`.
-        mesh: this process, laid out.
-        precision: what the run computes in, and why.
+        mesh: this rank, with the parallel layout.
+        precision: compute precision and its reason.
     """
-    train, copies = run.train, mesh.data_ranks
+    train, replicas = run.train, mesh.data_ranks
     tokens_per_step = train.global_batch * train.seq_len_tokens
     threads = torch.get_num_threads()
     per_rank = f"{threads} thread{'s' * (threads > 1)} each" if mesh.device.type == "cpu" else "one GPU each"
-    axes = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline, "data": copies}
-    layout = " x ".join(f"{size} {axis}" for axis, size in axes.items() if size > 1) or "one copy of the model"
+    axes = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline, "data": replicas}
+    layout = " x ".join(f"{size} {axis}" for axis, size in axes.items() if size > 1) or "one model replica"
     rows = {
         "model": f"{run.model.encoding}, {sum(count_parameters(run.model)):,} parameters",
         "device": f"{mesh.num_ranks} rank{'s' * (mesh.num_ranks > 1)}, {per_rank}: {device_name(mesh.device)}",
         "precision": f"{precision.precision} ({precision.reason})",
         "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
-        "batch": f"{tokens_per_step:,} tokens a step: {copies} x {accumulation_steps(train, copies)} micro-batches of "
-        f"{train.micro_batch} x {train.seq_len_tokens}",
+        "batch": f"{tokens_per_step:,} tokens a step: {replicas} x {accumulation_steps(train, replicas)} micro-batches "
+        f"of {train.micro_batch} x {train.seq_len_tokens}",
         "length": f"{train.steps:,} steps, {train.steps * tokens_per_step:,} tokens",
         "run folder": str(run.run_dir),
     }
@@ -41,13 +41,13 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
 
 
 def end_summary(run: RunConfig, step: int) -> str:
-    """Return where things are after `step` updates, and the commands that come next."""
+    """Return the summary after `step` updates: paths of the results and next commands."""
     run_dir = shlex.quote(str(run.run_dir))
     name = shlex.quote(run.run_dir.resolve().name)
     if step < run.train.steps:
         rows = {
-            "stopped": f"after step {step:,} of {run.train.steps:,}, as --stop-step asked",
-            "next": "the same command without --stop-step continues the run",
+            "stopped": f"after step {step:,} of {run.train.steps:,}, as requested by --stop-step",
+            "next": "the same command without --stop-step resumes the run",
         }
     else:
         lengths = ",".join(str(factor * run.train.seq_len_tokens) for factor in (1, 2, 4, 8))

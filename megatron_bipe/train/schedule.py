@@ -1,4 +1,4 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore."""
+"""Learning rate schedule: a pure function of the step, without state to save."""
 
 import math
 
@@ -6,15 +6,15 @@ from megatron_bipe.config.schema import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int, step: int) -> float:
-    """Learning rate of update `step` (the first is 0), equal to transformers' schedules of the same names.
+    """Return the learning rate of update `step` (from 0), equal to transformers' schedules of the same names.
 
     Args:
-        config: peak, floor, warm-up and shape.
-        total_steps: end of the decay where `config.decay_steps` does not say otherwise.
-        step: updates done so far.
+        config: peak and minimum rate, warm-up and shape.
+        total_steps: end of the decay if `config.decay_steps` is not set.
+        step: number of updates done so far.
 
     Returns:
-        The rate of the next update; 0 for the very first one of a run with warm-up, as in transformers.
+        The rate of the next update; 0 for the first one with warm-up, as in transformers.
     """
     if step < config.warmup_steps:
         return config.lr * step / config.warmup_steps

@@ -1,10 +1,10 @@
-"""What to do when a launch has ended: decisions of tools/supervise.py, without processes.
+"""Decisions of tools/supervise.py after a launch has ended, without processes.
 
-it reached the end of the run                      done
-it was asked to stop, and saved                    leave, to be continued later
-the user has to do something                       give up: starting it again would say the same
-anything else, and it got further than before      start it again
-anything else, so many times at the same place     give up
+it reached the end of the run                    done
+it received a stop request, and saved            exit, to be resumed later
+it ended with an error that the user must fix    give up: a restart would fail again
+it ended otherwise, with a new checkpoint        restart
+it ended otherwise, too often without one        give up
 """
 
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ USER_ERROR = 2
 
 
 class Next(Enum):
-    """What follows a launch."""
+    """Decision after a launch."""
 
     DONE = "done"
     LATER = "later"
@@ -33,44 +33,43 @@ class Next(Enum):
 
 
 class Mark(NamedTuple):
-    """What a run folder shows of how far a run is."""
+    """Progress of a run, from its folder."""
 
     num_events: int
-    newest_step: int  # of the checkpoint it would go on from; -1 where there is none
+    newest_step: int  # of the checkpoint to resume from; -1 if there is none
 
 
 class Patience(NamedTuple):
-    """How often to try, and how long to wait."""
+    """Limits of restarts: number of failures and waiting times."""
 
-    failures: int  # launches in a row without a new checkpoint, after which to give up
-    first_wait_s: float  # before the next launch; twice as long after each further one without a new checkpoint
+    failures: int  # give up after this many launches in a row without a new checkpoint
+    first_wait_s: float  # before the next launch; doubles after each further launch without a new checkpoint
     longest_wait_s: float
 
     def wait_s(self, fruitless: int) -> float:
-        """Seconds to wait after so many launches in a row without a new checkpoint."""
+        """Return the seconds to wait after `fruitless` launches in a row without a new checkpoint."""
         return float(min(self.longest_wait_s, self.first_wait_s * 2 ** max(0, fruitless - 1)))
 
 
 def mark(run_dir: Path) -> Mark:
-    """How far the run is."""
     newest = newest_first(run_dir)
     return Mark(len(read_events(run_dir)), newest[0].step if newest else -1)
 
 
 def was_stopped(run_dir: Path, before: Mark) -> bool:
-    """Whether the run was asked to stop since then, and did; launchers do not all pass its exit code on."""
+    """Return True if the run has stopped on request since `before`; some launchers do not forward its exit code."""
     return any(event["event"] == STOP for event in read_events(run_dir)[before.num_events :])
 
 
 def decide(code: int, stopped: bool, asked: bool, fruitless: int, patience: Patience) -> Next:
-    """What follows.
+    """Return the next action.
 
     Args:
         code: exit code of the launcher.
-        stopped: whether the run was asked to stop, and did.
-        asked: whether the supervisor itself was asked to.
-        fruitless: launches in a row without a new checkpoint, this one included.
-        patience: with failures.
+        stopped: True if the run stopped on request.
+        asked: True if the supervisor itself received a stop request.
+        fruitless: launches in a row without a new checkpoint, including this one.
+        patience: limits of restarts.
     """
     if code == 0:
         return Next.DONE
@@ -82,10 +81,10 @@ def decide(code: int, stopped: bool, asked: bool, fruitless: int, patience: Pati
 
 
 def usable_hosts(run_dir: Path, hosts: Sequence[str], ranks_per_host: int, least: int) -> Sequence[str]:
-    """As many of the hosts as the run can be laid out over, its global batch kept; all before it has begun.
+    """Return the largest prefix of `hosts` that fits the layout and global batch; all of them before the first start.
 
     Raises:
-        ConfigError: there are fewer than `least`, or no number of them from there on will do.
+        ConfigError: there are fewer than `least`, or no number of hosts from `least` on fits.
     """
     config = run_dir / "config.yaml"
     run = load_run_config(config) if config.is_file() else None
@@ -93,8 +92,8 @@ def usable_hosts(run_dir: Path, hosts: Sequence[str], ranks_per_host: int, least
         if run is None or _fits(run, num_hosts * ranks_per_host):
             return hosts[:num_hosts]
     raise ConfigError(
-        f"{len(hosts)} hosts are up ({', '.join(hosts)}); the run needs a number of them from {least} on whose ranks, "
-        f"{ranks_per_host} each, share train.global_batch evenly",
+        f"{len(hosts)} hosts are up ({', '.join(hosts)}); the run needs at least {least}, and train.global_batch must "
+        f"be divisible by the data-parallel ranks, with {ranks_per_host} ranks per host",
         remedy="Wait for more hosts, or lower --least-hosts",
         location=run_dir,
     )

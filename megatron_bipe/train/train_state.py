@@ -1,7 +1,7 @@
-"""How far the run is: what a checkpoint keeps for the loop, beside the training state.
+"""Training state of the loop that a checkpoint stores in addition to model and optimizer.
 
-The order of samples is fixed, so that the number of samples consumed says all that is to come. Steps and samples go
-together, batch by batch, until samples that did harm are passed over; so both are counted.
+The order of samples is fixed, so the number of consumed samples determines all later batches. It is counted separately
+from the steps, because samples that caused bad steps are skipped.
 """
 
 from collections.abc import Mapping
@@ -9,32 +9,32 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-Samples = tuple[int, int]  # the first, and the one after the last
+Samples = tuple[int, int]  # first, and last + 1
 
 
 class TrainState(BaseModel):
-    """Counts of the run."""
+    """Progress of a run, as stored in a checkpoint."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     step: int = 0
-    """Updates done, those left out for a gradient that was not finite included."""
+    """Updates done, including those skipped because of a gradient that was not finite."""
     samples: int = 0
-    """Samples consumed or passed over: the next one's number in the order."""
+    """Samples consumed or skipped: index of the next one in the order."""
     pass_over: list[Samples] = []
-    """Samples ahead that are not to be read."""
+    """Later samples that will be skipped."""
     valid_owed: bool = False
-    """Whether the validation after `step` is still to be done: the run was stopped before or in it."""
+    """True if the validation after `step` is pending, because the run was stopped before or in it."""
     good_losses: list[float] = []
-    """Losses of the last good steps, by which a spike is told."""
+    """Losses of the last good steps, for the detection of spikes."""
 
     @classmethod
     def at(cls, step: int, global_batch: int, loop_state: Mapping[str, Any]) -> "TrainState":
-        """As a checkpoint of `step` has it; one that says nothing is from a run that passed nothing over."""
+        """Return the state of a checkpoint of `step`; an empty `loop_state` means that no samples were skipped."""
         return cls.model_validate(loop_state or {"step": step, "samples": step * global_batch})
 
     def next_batch_range(self, global_batch: int) -> Samples:
-        """Begin a step: its samples."""
+        """Advance to the next step and return its samples."""
         while covering := [stop for first, stop in self.pass_over if first <= self.samples < stop]:
             self.samples = max(covering)
         self.pass_over = [part for part in self.pass_over if part[1] > self.samples]

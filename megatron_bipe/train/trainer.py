@@ -1,4 +1,4 @@
-"""Training from the newest valid checkpoint of a run up to a step; `Trainer.train` shows the order of one step."""
+"""Training loop: from the newest valid checkpoint of a run to a step; `Trainer.train` is the order of one step."""
 
 import logging
 from dataclasses import dataclass
@@ -24,16 +24,16 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Trainer:
-    """Trains one run; every rank makes one and calls its methods together.
+    """Trainer of one run; all ranks create this object and call its methods together.
 
     Args:
-        config: configuration of the run, whose folder exists.
+        config: run configuration; the run folder exists.
         mesh: this rank's coordinates.
-        engine: started for this run.
+        engine: engine that was started for this run.
         loader: source of training and validation batches.
-        watchdog: entered by the caller.
+        watchdog: watchdog that the caller has entered.
         stop_request: requests to stop; ranks agree on them from now on.
-        profile: traces some of the steps.
+        profile: profiler of some steps.
     """
 
     config: RunConfig
@@ -48,14 +48,14 @@ class Trainer:
         """Load the newest valid checkpoint, if there is one, and train until `stop_step` updates are done.
 
         Returns:
-            True if the run got there, False if it was asked to stop before. Nothing is done if it is further already.
+            True if the run reached `stop_step`, False if it was preempted. A run that is beyond it is not trained.
         """
         config, mesh, engine = self.config, self.mesh, self.engine
         engine.on_forward(self.watchdog.heartbeat)
         state = self._load_state()
         if state.step > stop_step:
-            _log.info("the run is at step %d already, past the %d that are asked for", state.step, stop_step)
-        keep_freed_memory(mesh.device)  # start-up and loading have returned theirs
+            _log.info("the run is already at step %d, beyond the requested %d", state.step, stop_step)
+        keep_freed_memory(mesh.device)  # start-up and loading have already returned their memory
         events = Events(config.run_dir, mesh.is_main)
         self.stop_request.agree_by(engine.host.any_rank)
         events.add(START, step=state.step, ranks=mesh.num_ranks)
@@ -69,7 +69,7 @@ class Trainer:
         goodput = metrics.goodput() if mesh.is_main else None
         events.add(DONE if finished else STOP, step=state.step, goodput=goodput)
         if self.stop_request.reason and not finished:
-            reason = f"{self.stop_request.reason}, after step {state.step}; the same command goes on"
+            reason = f"{self.stop_request.reason}, after step {state.step}; the same command resumes the run"
             write_stderr(f"{rank_name(mesh)}: {reason}")
         return finished
 
@@ -77,10 +77,10 @@ class Trainer:
         """Do updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.
 
         Args:
-            state: training state at the start; changed.
+            state: training state at the start; modified.
             metrics: receives every step.
-            rollback: checks the steps, and returns to a checkpoint when several in a row are bad.
-            stop_step: number of updates done at the end.
+            rollback: checks the steps, and loads a checkpoint after several bad ones in a row.
+            stop_step: number of updates at the end.
 
         Returns:
             The training state at the end.
@@ -89,7 +89,7 @@ class Trainer:
         optimizer, settings = self.config.optimizer, self.config.train
         if state.valid_owed:
             self._validate(state, metrics)
-        save_owed, stopping, first = False, stop_request.agreed(), state.step + 1
+        save_pending, stopping, first = False, stop_request.agreed(), state.step + 1
         while state.step < stop_step and not stopping:
             lr = learning_rate(optimizer, settings.steps, state.step)
             samples = state.next_batch_range(settings.global_batch)
@@ -101,27 +101,27 @@ class Trainer:
             if _is_due(step, settings.check_replicas_every):
                 engine.check_replicas(step)
             state.valid_owed = loader.has_valid and (_is_due(step, settings.valid_every) or step == settings.steps)
-            save_owed = save_owed or stopping or _is_due(step, settings.save_every) or step == stop_step
-            if not (step == first or _is_due(step, settings.log_every) or state.valid_owed or save_owed):
+            save_pending = save_pending or stopping or _is_due(step, settings.save_every) or step == stop_step
+            if not (step == first or _is_due(step, settings.log_every) or state.valid_owed or save_pending):
                 continue
             rollback.check_steps(metrics.flush())  # waits for the device
             last_is_bad = step == stop_step and not rollback.is_well
             if rollback.is_needed or (last_is_bad and rollback.can_go_back()):
-                state, save_owed = rollback.go_back(), False
+                state, save_pending = rollback.go_back(), False
                 metrics.go_back(state)
                 stopping = (state.valid_owed and self._validate(state, metrics)) or stopping
                 continue
             if state.valid_owed and not stopping:
                 stopping = self._validate(state, metrics)
-                save_owed = save_owed or stopping
-            if save_owed and (rollback.is_well or last_is_bad):
+                save_pending = save_pending or stopping
+            if save_pending and (rollback.is_well or last_is_bad):
                 state.good_losses = rollback.good_losses
                 metrics.sync()
                 self.watchdog.mark(f"checkpoint of step {step}")
                 is_last = stopping or step == stop_step
                 engine.save(self.config.run_dir, step, loop_state=state.model_dump(mode="json"), final=is_last)
                 metrics.restart_clock()
-                save_owed = False  # a stop requested meanwhile is seen after the next step, which is saved
+                save_pending = False  # a stop requested meanwhile is seen after the next step, which is saved
         return state
 
     def _load_state(self) -> TrainState:
@@ -136,7 +136,7 @@ class Trainer:
         return state
 
     def _validate(self, state: TrainState, metrics: Metrics) -> bool:
-        """Do the pending validation; return True, and leave it pending, if a stop is requested meanwhile."""
+        """Run the pending validation; if a stop is requested meanwhile, return True and keep it pending."""
         batches = self.stop_request.until(self.loader.valid_batches())
         loss = self.engine.eval_loss(self.watchdog.track_batches(f"validation after step {state.step}", batches))
         if not self.stop_request.granted:

@@ -1,4 +1,4 @@
-"""A run folder that begins with the weights of a model: checkpoint 0 of a run that `pretrain.py` then continues."""
+"""Warm start: writes the weights of a model as checkpoint 0 of a run, from which `pretrain.py` resumes."""
 
 import json
 import shlex
@@ -23,17 +23,17 @@ from megatron_bipe.eval.eval_model import EvalModel, check_suits
 from megatron_bipe.eval.model_loading import load_with_masters
 from megatron_bipe.train.run_folder import write_run_folder
 
-# What may differ between a model and the run that continues it; all else is built into the weights.
+# Fields that may differ between a model and the run that continues it; the weights depend on all others.
 _FREE = {"init_std", "train_len_tokens"}
-_ADDED = {"log_scale", "rope_scaling"}  # may be put on, or changed, but what a model learned with is not left off
+_ADDED = {"log_scale", "rope_scaling"}  # may be added or changed, but a model that was trained with one keeps it
 
 
 def begin_from_model(run: RunConfig) -> None:
-    """Give the run the weights of the model that `train.init_from` names, where it has no checkpoint yet.
+    """Initialize a run without checkpoints with the weights of the model `train.init_from`.
 
     Raises:
-        CheckpointError: there is no such model, or it is incomplete or damaged.
-        ConfigError, DataError: as `start_run`.
+        CheckpointError: the model does not exist, or is incomplete or damaged.
+        ConfigError, DataError: as in `start_run`.
     """
     source = run.train.init_from
     if source is not None and not list_steps(run.run_dir):
@@ -41,23 +41,23 @@ def begin_from_model(run: RunConfig) -> None:
 
 
 def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tensor]) -> Path:
-    """Write the run folder of `run` with a checkpoint of step 0 that holds `weights`; the optimizer begins anew.
+    """Write the run folder of `run` with a checkpoint of step 0 that holds `weights` and a new optimizer state.
 
     Args:
-        run: its data is read, its folder must have no checkpoints.
-        eval_model: the model that the weights belong to.
-        weights: under the plan's names.
+        run: run configuration; its data must exist, and its folder must not contain checkpoints.
+        eval_model: the model of the weights.
+        weights: weights by parameter name.
 
     Returns:
-        The checkpoint's folder.
+        The folder of the checkpoint.
 
     Raises:
-        ConfigError: the run is configured for another model; every difference is named.
-        CheckpointError: the folder has checkpoints, or the model does not suit the data.
-        DataError: the data is missing, or of another tokenizer or segment rule.
+        ConfigError: the run is configured for another model; lists every difference.
+        CheckpointError: the folder has checkpoints, or the model does not fit the data.
+        DataError: the data is missing, or has another tokenizer or segment rule.
     """
     if list_steps(run.run_dir):
-        raise CheckpointError("the run has checkpoints already", remedy="Name another folder", location=run.run_dir)
+        raise CheckpointError("the run already has checkpoints", remedy="Set another run_dir", location=run.run_dir)
     differences = list(_differences(eval_model.config, run.model))
     if differences:
         changes = " ".join(shlex.quote(f"--set=model.{key}={json.dumps(value)}") for key, value, _ in differences)
@@ -66,7 +66,7 @@ def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tenso
             + "; ".join(
                 f"{key} is {value!r} in the model and {other!r} in the run" for key, value, other in differences
             ),
-            remedy=f"Give {changes}",
+            remedy=f"Add {changes}",
             location=eval_model.source,
         )
     blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
@@ -84,7 +84,7 @@ def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str,
 
 
 def _built_in(model: ModelConfig) -> set[str]:
-    """What the encoding's positions or sizes are made of."""
+    """Return the fields that the positions or sizes of the encoding depend on."""
     sizes = {"init_std"} if model.parts.absolute == "sinusoidal" else set()
     return sizes | ({"train_len_tokens"} if model.num_positions else set())
 
@@ -94,9 +94,9 @@ def _flat(model: ModelConfig) -> dict[str, Any]:
 
 
 def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[str, Tensor]) -> Path:
-    """Checkpoint 0 of a run, as pretrain.py would have written it before its first update; returns its folder.
+    """Write checkpoint 0 of a run, as before the first update, and return its folder.
 
-    One file a layer, so that one layer with its optimizer state is in memory at a time.
+    Each layer has its own file, so that only one layer with its optimizer state is in memory at a time.
     """
     num_bytes = sum(weight.numel() for weight in weights.values()) * len(KINDS) * torch.float32.itemsize
     temporary = begin(run.run_dir, 0, "import", num_bytes)
@@ -105,8 +105,8 @@ def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[st
         rank_file(layer): write_fragments(temporary, layer, [_fragment(name, weights[name]) for name in names], {})
         for layer, names in by_layer
     }
-    about = CheckpointInfo(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
-    write_index(temporary, about, files)
+    info = CheckpointInfo(0, 0, {"ranks": 1}, run.model_dump(mode="json"), data, {})
+    write_index(temporary, info, files)
     return publish(temporary, run.run_dir, 0, files)
 
 

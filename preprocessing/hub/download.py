@@ -1,7 +1,7 @@
-"""A dataset repository of the Hugging Face Hub to a folder: goes on where it stopped, and checks what it got.
+"""Download a dataset repository of the Hugging Face Hub to a folder, with resume and verification.
 
-A file is written as NAME.partial, checked against the checksum that the Hub states, and only then given its name. The
-folder's receipt remembers which files were found whole, so that a later run reads none of them again unless asked.
+A file is written as NAME.partial, verified against the checksum that the Hub reports, and only then renamed. The
+folder's receipt records the verified files, so that a later run does not read them again unless asked to.
 """
 
 import logging
@@ -41,32 +41,32 @@ from preprocessing.hub.transfer import (
 from preprocessing.line_counts import require_at_least
 
 LOCK_WAIT_S = 1.0
-ATTEMPTS = 3  # to get a file's content as the Hub states it
-WAITS_S = (10.0, 20.0, 40.0, 80.0)  # while no byte comes: the network is down, or the Hub is busy
+ATTEMPTS = 3  # to get a file with the right checksum
+WAITS_S = (10.0, 20.0, 40.0, 80.0)  # while no byte arrives: the network is down, or the Hub is busy
 
 log = logging.getLogger(__name__)
 
 
 class Outcome(NamedTuple):
-    """What a download did: all files of the snapshot are whole now."""
+    """Result of a download, after which all files of the snapshot are complete."""
 
     snapshot: Snapshot
     num_fetched: int
 
 
 def download(options: DownloadOptions) -> Outcome:
-    """Bring the folder to hold the chosen files, each as the Hub states it.
+    """Fetch the selected files that the folder lacks, and verify all of them.
 
     Raises:
-        DataError: as `make_plan`; another run in the same folder, files in the way, too little space, or files that
-            do not arrive whole. What has arrived stays, and the next run goes on from it.
+        DataError: as `make_plan`; another run in the same folder, files of other origin, too little space, or files
+            that do not arrive intact. The next run resumes from what has arrived.
     """
     require_at_least("--workers", options.workers, 1)
     snapshot = find_snapshot(options)
     log.info("%s at commit %s; licence: %s", snapshot.repo, snapshot.commit, snapshot.licence)
     with _alone_in(options.output):
         receipt = receipt_for(options.output, snapshot)
-        receipt.save(options.output)  # before the first part, which belongs to this commit
+        receipt.save(options.output)  # before the first partial file, which belongs to this commit
         plan = _check(options, survey(options, snapshot, receipt), receipt)
         wanted = [item for item in plan.items if item.state != State.WHOLE]
         _require_ours(wanted, receipt, options)
@@ -77,18 +77,18 @@ def download(options: DownloadOptions) -> Outcome:
 
 
 def _check(options: DownloadOptions, plan: Plan, receipt: Receipt) -> Plan:
-    """Read the files that may be whole; each comes out whole, and in the receipt, or damaged."""
+    """Read the unchecked files; mark each as complete, also in the receipt, or as damaged."""
     unchecked = [item for item in plan.items if item.state == State.UNCHECKED]
     verdicts: dict[str, Item] = {}
 
     def look(item: Item) -> bool:
-        whole = is_complete(options.output / item.file.path, item.file)
+        is_intact = is_complete(options.output / item.file.path, item.file)
         meter.add(item.file.size_bytes)
-        return whole
+        return is_intact
 
-    def note(item: Item, whole: bool) -> None:
+    def note(item: Item, is_intact: bool) -> None:
         path = options.output / item.file.path
-        if whole:
+        if is_intact:
             receipt.add(item.file, path)
             verdicts[item.file.path] = item._replace(state=State.WHOLE)
         else:
@@ -102,24 +102,24 @@ def _check(options: DownloadOptions, plan: Plan, receipt: Receipt) -> Plan:
 
 
 def _require_ours(wanted: list[Item], receipt: Receipt, options: DownloadOptions) -> None:
-    """Refuse to replace what no earlier run put there."""
+    """Refuse to replace files that no earlier run wrote."""
     damaged = [item.file.path for item in wanted if item.state == State.DAMAGED]
     foreign = [path for path in damaged if path not in receipt.files]
     if foreign and not options.overwrite:
         raise DataError(
-            f"{len(foreign)} file(s) here are not as the Hub states them, nor from this tool: {some_of(foreign)}",
+            f"{len(foreign)} file(s) here differ from the Hub's and are not from this tool: {some_of(foreign)}",
             remedy="Name another folder, or add --overwrite to replace them",
             location=options.output,
         )
     for path in damaged:
-        log.warning("%s is not as the Hub states it; it is fetched again", options.output / path)
+        log.warning("%s differs from the Hub's file and is fetched again", options.output / path)
 
 
 def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item], receipt: Receipt) -> None:
     failed: list[str] = []
 
-    def note(item: Item, whole: bool) -> None:
-        if not whole:
+    def note(item: Item, is_intact: bool) -> None:
+        if not is_intact:
             failed.append(item.file.path)
             return
         receipt.add(item.file, options.output / item.file.path)
@@ -129,15 +129,14 @@ def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item],
         in_parallel(lambda item: _fetch(item, options, snapshot, meter), wanted, options.workers, note, meter)
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(wanted)} files did not arrive as the Hub states them, in {ATTEMPTS} attempts: "
-            f"{some_of(failed)}",
-            remedy=f"See whether a proxy alters them, and {GO_ON}",
+            f"{len(failed)} of {len(wanted)} files did not arrive intact in {ATTEMPTS} attempts: {some_of(failed)}",
+            remedy=f"Check whether a proxy alters them, and {GO_ON}",
             location=options.output,
         )
 
 
 def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: Meter) -> bool:
-    """Give a file its name once its content is right; False if it never is."""
+    """Fetch a file, and rename it once its content is verified; return False if it never is."""
     path = options.output / item.file.path
     part = partial_path(path)
     bar = FileBar(meter, item.file.size_bytes - item.fetch_bytes)
@@ -175,7 +174,7 @@ def _receive_patiently(snapshot: Snapshot, file: HubFile, endpoint: str | None, 
 
 @contextmanager
 def _alone_in(folder: Path) -> Iterator[None]:
-    """Make the folder, and keep other runs out of it: two that append to one part would spoil it."""
+    """Create the folder and lock it: two runs that append to one partial file would damage it."""
     with disk_errors(folder), ExitStack() as stack:
         folder.mkdir(parents=True, exist_ok=True)
         try:

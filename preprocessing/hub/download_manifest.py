@@ -1,4 +1,4 @@
-"""The receipt of a download: which repository and commit a folder holds, and which of its files were found whole."""
+"""Receipt of a download: the repository and commit that a folder holds, and the files that were verified."""
 
 from pathlib import Path
 
@@ -13,12 +13,12 @@ LOCK_NAME = ".download.lock"
 
 
 def is_own(path: str) -> bool:
-    """Whether a path in the folder is one of the download's own; a file of the repository cannot have it."""
+    """Return True if a path in the folder is reserved for the download; no file of the repository may have it."""
     return path in (RECEIPT_NAME, LOCK_NAME) or path.endswith(PARTIAL_SUFFIX)
 
 
 class Entry(BaseModel):
-    """A file as it lay on the disk when its content had been checked."""
+    """State of a file on disk when its content was verified."""
 
     checksum: str
     size_bytes: int
@@ -26,7 +26,7 @@ class Entry(BaseModel):
 
 
 class Receipt(BaseModel):
-    """What a folder holds; one repository at one commit."""
+    """Contents of a folder: one repository at one commit."""
 
     repo: str
     commit: str
@@ -34,10 +34,10 @@ class Receipt(BaseModel):
 
     @classmethod
     def load(cls, folder: Path) -> "Receipt | None":
-        """Read a folder's receipt; None if it has none.
+        """Read a folder's receipt; return None if it has none.
 
         Raises:
-            DataError: unreadable, or not as it was written.
+            DataError: the receipt is unreadable or damaged.
         """
         path = folder / RECEIPT_NAME
         try:
@@ -50,27 +50,27 @@ class Receipt(BaseModel):
             problem = error.errors(include_url=False)[0]
             raise DataError(
                 f"The receipt is damaged: {problem['msg']} at {'.'.join(map(str, problem['loc'])) or 'the start'}",
-                remedy="Remove it: the files beside it are then checked again, and kept where they are whole",
+                remedy="Remove it: the files in this folder are then checked again, and kept if they are complete",
                 location=path,
             ) from error
 
     def save(self, folder: Path) -> None:
-        """Put the receipt into its folder, all of it or nothing."""
+        """Write the receipt to its folder atomically."""
         with disk_errors(folder / RECEIPT_NAME):
             write_atomically(folder / RECEIPT_NAME, self.model_dump_json(indent=2).encode())
 
     def add(self, file: HubFile, path: Path) -> None:
-        """Record a file whose content has just been found whole."""
+        """Record a file whose content was just verified."""
         status = path.stat()
         entry = Entry(checksum=file.checksum, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
         self.files[file.path] = entry
 
     def vouches_for(self, file: HubFile, path: Path) -> bool:
-        """Whether the file was found whole and has not been written to since."""
+        """Return True if the file was verified and has not been written to since."""
         entry, status = self.files.get(file.path), path.stat()
         return entry == Entry(checksum=file.checksum, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
     def doubt(self, file: HubFile) -> None:
-        """Vouch no longer for a file that is not whole; that it came from here stays known."""
+        """Mark a damaged file as not verified; it stays listed as a file of this download."""
         if file.path in self.files:
             self.files[file.path].modified_ns = 0

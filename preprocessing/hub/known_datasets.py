@@ -1,4 +1,4 @@
-"""Datasets that have a short name here, and what is done with their files next."""
+"""Datasets with a short name, and the commands that process their files."""
 
 import shlex
 from collections.abc import Iterable
@@ -9,12 +9,12 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Known:
-    """A dataset repository on the Hub, or part of one.
+    """Dataset repository on the Hub, or part of one.
 
     Args:
         repo: OWNER/NAME.
-        include: patterns of the files meant; none: all.
-        next_commands: pattern of files, and the command that takes them; `{folder}` is where they are.
+        include: patterns of the files to fetch; empty: all.
+        next_commands: file patterns, each with the command that processes such files; `{folder}` is their folder.
     """
 
     repo: str
@@ -27,7 +27,7 @@ _PILE_REPO = "monology/pile-uncopyrighted"
 _PILE_NEXT = (
     ("train/*", _PREPROCESS + "train --output data/pile"),
     ("val.jsonl.zst", _PREPROCESS + "val.jsonl.zst --output data/pile-val"),
-    # The evaluation subsets of the paper come out as folders gutenberg-pg-19, arxiv and github.
+    # The evaluation subsets of the paper become the folders gutenberg-pg-19, arxiv and github.
     ("val.jsonl.zst", _PREPROCESS + "val.jsonl.zst --output data/pile-subsets --partition-by meta.pile_set_name"),
 )
 
@@ -39,12 +39,12 @@ DEFAULT = KNOWN["pile"].repo
 
 
 def find_known(name: str) -> Known:
-    """The dataset of a short name or of a repository's; any other repository is taken as it is."""
+    """Return the dataset with this short name or repository; any other name is taken as a repository."""
     return next((known for short, known in KNOWN.items() if name in (short, known.repo)), Known(name))
 
 
 def next_commands(known: Known, folder: Path, files: Iterable[str]) -> list[str]:
-    """Commands that go on from these files in a folder."""
+    """Return the commands that process these files of a folder."""
     there = list(files)
     wanted = [command for pattern, command in known.next_commands if any(fnmatchcase(file, pattern) for file in there)]
     return [command.format(folder=shlex.quote(str(folder))) for command in wanted]

@@ -1,4 +1,4 @@
-"""What a download would do: the chosen files of a repository, and what of them is in the folder already."""
+"""Plan of a download: the selected files of a repository, and their state in the folder."""
 
 import shutil
 from collections.abc import Sequence
@@ -18,11 +18,11 @@ from preprocessing.hub.transfer import HubFile, Snapshot, list_snapshot
 
 @dataclass(frozen=True)
 class DownloadOptions:
-    """What `tools/download_data.py` is asked to do; the fields are its options."""
+    """Options of `tools/download_data.py`."""
 
     output: Path
     repo: str
-    include: Sequence[str] = ()  # patterns of paths in the repository; none: all
+    include: Sequence[str] = ()  # patterns of paths in the repository; empty: all
     revision: str | None = None  # None: the commit that the folder holds, else the main branch
     workers: int = 4
     verify: bool = False
@@ -31,60 +31,60 @@ class DownloadOptions:
 
 
 class State(StrEnum):
-    """What is known of a file before its content is looked at."""
+    """State of a file before its content is read."""
 
-    WHOLE = "whole"  # the receipt says so
-    UNCHECKED = "to check"  # of the right size
-    DAMAGED = "damaged"  # of a wrong size
-    PARTIAL = "to go on with"
+    WHOLE = "complete"  # according to the receipt
+    UNCHECKED = "to check"  # has the right size
+    DAMAGED = "damaged"  # has a wrong size
+    PARTIAL = "to resume"
     MISSING = "to fetch"
 
 
 class Item(NamedTuple):
-    """A file of the plan."""
+    """File of a plan."""
 
     file: HubFile
     state: State
-    fetch_bytes: int  # 0 if there is a file, to be checked or not
+    fetch_bytes: int  # 0 if the file exists with the right size
 
 
 class Plan(NamedTuple):
-    """What a download would do."""
+    """Files of a download with their states, and the free disk space."""
 
-    snapshot: Snapshot  # with the chosen files only
+    snapshot: Snapshot  # of the selected files only
     items: tuple[Item, ...]
     free_bytes: int  # on the disk of the output folder
 
     @property
     def fetch_bytes(self) -> int:
-        """To come over the network, if what is to be checked is whole."""
+        """Bytes to fetch if all unchecked files are complete."""
         return sum(item.fetch_bytes for item in self.items)
 
     def require_space(self) -> None:
-        """Refuse what the disk cannot hold."""
+        """Raise `DataError` if the disk is too small for the download."""
         if self.fetch_bytes > self.free_bytes:
             raise DataError(
-                f"{in_bytes(self.fetch_bytes)} are to be fetched, and the disk has {in_bytes(self.free_bytes)} free",
-                remedy="Make room, choose fewer files with --include, or name a folder on another disk",
+                f"{in_bytes(self.fetch_bytes)} must be fetched, but the disk has {in_bytes(self.free_bytes)} free",
+                remedy="Free disk space, choose fewer files with --include, or name a folder on another disk",
                 location="--output",
             )
 
 
 def make_plan(options: DownloadOptions) -> Plan:
-    """What `download` would do; reads no content and writes nothing.
+    """Return what `download` would do; read no content and write nothing.
 
     Raises:
-        DataError: as `list_snapshot`; a pattern that no file matches, or a folder that holds another download.
+        DataError: as `list_snapshot`; or no file matches a pattern, or the folder holds another download.
     """
     snapshot = find_snapshot(options)
     return survey(options, snapshot, receipt_for(options.output, snapshot))
 
 
 def find_snapshot(options: DownloadOptions) -> Snapshot:
-    """The chosen files; of the commit that the folder holds already, if no other is asked for."""
+    """List the selected files, by default of the commit that the folder already holds."""
     if options.output.exists() and not options.output.is_dir():
         raise DataError(
-            "The output must be a folder, and this is a file", remedy="Name another", location=options.output
+            "The output must be a folder, but this is a file", remedy="Name another", location=options.output
         )
     held = Receipt.load(options.output)
     commit = held.commit if held is not None and held.repo == options.repo else None
@@ -94,7 +94,7 @@ def find_snapshot(options: DownloadOptions) -> Snapshot:
         if not any(filter_repo_objects(paths, allow_patterns=pattern)):
             raise DataError(
                 f"No file of {snapshot.repo} matches {pattern!r}; there are {len(paths)}, such as {some_of(paths)}",
-                remedy="Give patterns of whole paths, in quotes, e.g. 'train/0*'",
+                remedy="Give patterns of complete paths, in quotes, e.g. 'train/0*'",
                 location="--include",
             )
     chosen = set(filter_repo_objects(paths, allow_patterns=list(options.include) or None))
@@ -102,20 +102,20 @@ def find_snapshot(options: DownloadOptions) -> Snapshot:
 
 
 def receipt_for(folder: Path, snapshot: Snapshot) -> Receipt:
-    """The folder's receipt, or a new one; one folder holds one commit."""
+    """Return the folder's receipt, or a new one; a folder holds one commit."""
     receipt = Receipt.load(folder) or Receipt(repo=snapshot.repo, commit=snapshot.commit)
     if (receipt.repo, receipt.commit) != (snapshot.repo, snapshot.commit):
         raise DataError(
-            f"The folder holds {receipt.repo} at commit {receipt.commit}, and {snapshot.repo} at commit "
-            f"{snapshot.commit} is asked for",
-            remedy="Name another folder, or ask for what this one holds",
+            f"The folder holds {receipt.repo} at commit {receipt.commit}, but {snapshot.repo} at commit "
+            f"{snapshot.commit} is requested",
+            remedy="Name another folder, or request what this one holds",
             location=folder,
         )
     return receipt
 
 
 def survey(options: DownloadOptions, snapshot: Snapshot, receipt: Receipt) -> Plan:
-    """Compare the folder with the chosen files, by receipt, names and sizes."""
+    """Compare the folder with the selected files, by receipt, names and sizes."""
     items = tuple(_item(file, options, receipt) for file in snapshot.files)
     there = next(folder for folder in (options.output, *options.output.absolute().parents) if folder.exists())
     return Plan(snapshot, items, shutil.disk_usage(there).free)
@@ -135,17 +135,16 @@ def _item(file: HubFile, options: DownloadOptions, receipt: Receipt) -> Item:
 
 
 def rest_bytes(path: Path, file: HubFile) -> int:
-    """What a file's part on disk lacks."""
+    """Return the number of bytes that a file's partial download lacks."""
     part = partial_path(path)
     there = part.stat().st_size if part.exists() else 0
     return file.size_bytes - there if there <= file.size_bytes else file.size_bytes
 
 
 def in_bytes(size_bytes: int) -> str:
-    """A size as a person reads it: 353GB."""
+    """Format a size for people: 353GB."""
     return tqdm.format_sizeof(size_bytes, suffix="B")
 
 
 def some_of(paths: Sequence[str]) -> str:
-    """The first few, for a message."""
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")

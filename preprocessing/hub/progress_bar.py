@@ -1,4 +1,4 @@
-"""How far the workers of a download have come, and how they learn that it is over."""
+"""Progress and cancellation of the threads of a download."""
 
 import logging
 import sys
@@ -18,12 +18,12 @@ Result = TypeVar("Result")
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):  # noqa: N818 - no error: how a worker ends when another one, or the user, ended the run
-    """The run is over."""
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker when another one, or the user, ended the run
+    """Signal to a worker that the run has ended."""
 
 
 class Meter:
-    """Bytes of all workers: a bar on a terminal, a line every half minute elsewhere; and how workers learn to stop."""
+    """Bytes of all workers, as a bar on a terminal or a log line every half minute; also stops the workers."""
 
     def __init__(self, what: str, total_bytes: int) -> None:
         self._what, self._total_bytes, self._done_bytes = what, total_bytes, 0
@@ -39,11 +39,7 @@ class Meter:
         self._bar.close()
 
     def add(self, num_bytes: int) -> None:
-        """Count more bytes, or fewer where some were thrown away.
-
-        Raises:
-            Stopped: after `stop`.
-        """
+        """Count bytes, a negative number for discarded ones; raise `Stopped` after `stop`."""
         if self._stopped.is_set():
             raise Stopped
         with self._lock:
@@ -54,7 +50,7 @@ class Meter:
                 log.info(self.line())
 
     def line(self) -> str:
-        """One line for a log."""
+        """Return the progress as one log line."""
         return tqdm.format_meter(
             self._done_bytes,
             self._total_bytes,
@@ -66,24 +62,23 @@ class Meter:
         )
 
     def wait(self, seconds: float) -> None:
-        """Wait; raises `Stopped` at once when the run ends."""
+        """Wait; raise `Stopped` as soon as the run ends."""
         if self._stopped.wait(seconds):
             raise Stopped
 
     def stop(self) -> None:
-        """End the workers at their next `add`."""
         self._stopped.set()
 
 
 class FileBar:
-    """What `http_get` takes for the class `tqdm`: hands the bytes of one file to the meter of all."""
+    """Substitute for the class `tqdm` in `http_get`: adds the bytes of one file to the meter of all."""
 
     def __init__(self, meter: Meter, counted_bytes: int) -> None:
         self.meter = meter
         self._counted_bytes = counted_bytes
 
     def __call__(self, *, initial: int, **_: Any) -> Self:
-        """Open a bar for a transfer that starts with `initial` bytes: fewer than counted where a part was dropped."""
+        """Start a transfer at `initial` bytes, which are fewer than counted if a partial file was discarded."""
         self.update(initial - self._counted_bytes)
         return self
 
@@ -94,7 +89,6 @@ class FileBar:
         pass
 
     def update(self, num_bytes: int) -> None:
-        """Count bytes that arrived."""
         self._counted_bytes += num_bytes
         self.meter.add(num_bytes)
 
@@ -106,7 +100,7 @@ def in_parallel(
     note: Callable[[Item, Result], None],
     meter: Meter,
 ) -> None:
-    """Do `work` in threads and `note` each result in this one; the first error ends all."""
+    """Run `work` in threads, and `note` with each result in this one; the first error stops all."""
     with ThreadPoolExecutor(workers) as pool:
         try:
             futures = {pool.submit(work, item): item for item in items}

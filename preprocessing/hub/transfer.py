@@ -1,8 +1,8 @@
-"""The Hugging Face Hub's side of a download: what a dataset repository holds, and its bytes onto the disk.
+"""Access to the Hugging Face Hub: list the files of a dataset repository, and fetch their bytes to disk.
 
-`huggingface_hub` lists, authorises and transfers, and takes up a connection that broke. What it lacks for files of many
-gigabytes is here and in `download.py`: since its release 1.x a part that an ended process leaves is thrown away, and
-what arrives over HTTP is checked for its size alone.
+`huggingface_hub` lists, authorises, transfers, and resumes broken connections. This module and `download.py` add what
+files of many gigabytes need: since its release 1.x it discards the partial file of an earlier process, and checks only
+the size of what arrives over HTTP.
 """
 
 import errno
@@ -31,40 +31,40 @@ from huggingface_hub.utils.sha import git_hash
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import sha256_of
 
-BUSY = (429, 500, 502, 503, 504)  # status of a Hub that may answer the same request later
+BUSY = (429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed later
 LIST_TIMEOUT_S = 30.0
-GO_ON = "run the same command again: it goes on from what is there"
+GO_ON = "run the same command again: it resumes from the files that are there"
 
 log = logging.getLogger(__name__)
 
 
 class HubFile(NamedTuple):
-    """A file of a repository, as the Hub states it."""
+    """File of a repository, as the Hub reports it."""
 
-    path: str  # in the repository, "/" between folders
+    path: str  # within the repository, with "/"
     size_bytes: int
-    checksum: str  # "sha256:" of the content of a large file, "git-sha1:" as git hashes a small one
+    checksum: str  # "sha256:" and the content's hash for a large file, "git-sha1:" and git's hash for a small one
 
 
 class Snapshot(NamedTuple):
-    """A dataset repository at one commit."""
+    """Dataset repository at one commit."""
 
     repo: str
     commit: str
-    licence: str  # as the repository names it; "not stated" if it does not
+    licence: str  # as the repository states it, or "not stated"
     files: tuple[HubFile, ...]
 
 
 def list_snapshot(repo: str, revision: str | None, endpoint: str | None) -> Snapshot:
-    """What a dataset repository holds.
+    """List the files of a dataset repository.
 
     Args:
         repo: OWNER/NAME.
         revision: branch, tag or commit hash; None: the main branch.
-        endpoint: of the Hub or a mirror of it; None: as `huggingface_hub` has it.
+        endpoint: URL of the Hub or a mirror; None: the default of `huggingface_hub`.
 
     Raises:
-        DataError: no network, no such repository or revision, no access, or something that is no Hub.
+        DataError: no network, an unknown repository or revision, no access, or an endpoint that is not a Hub.
     """
     api = HfApi(endpoint=endpoint)
     try:
@@ -84,7 +84,7 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
     path = PurePosixPath(entry.path)
     if path.is_absolute() or ".." in path.parts:
         raise DataError(
-            f"The repository names a file {entry.path!r}, which would lie outside the output folder",
+            f"The repository lists a file {entry.path!r}, which would be outside the output folder",
             remedy="Do not use this repository",
             location=repo,
         )
@@ -94,7 +94,7 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
 
 
 def is_complete(path: Path, file: HubFile) -> bool:
-    """Whether the content on disk is the one that the Hub states; reads all of it."""
+    """Read a file, and return True if its content is the one that the Hub reports."""
     if path.stat().st_size != file.size_bytes:
         return False
     kind, _, stated = file.checksum.partition(":")
@@ -102,21 +102,16 @@ def is_complete(path: Path, file: HubFile) -> bool:
 
 
 def receive(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: Callable[..., Any]) -> None:
-    """Append to a part on disk what it lacks; connections that break are taken up again.
+    """Append the missing bytes to a partial file, which may not exist yet, and resume connections that break.
 
-    Args:
-        snapshot: whose file it is.
-        file: to fetch.
-        endpoint: as in `list_snapshot`.
-        part: may be there from an earlier run.
-        bar: called as `tqdm` is for each transfer, with the bytes that are there as `initial`.
+    `bar` is called like `tqdm` for each transfer, with the size of `part` as `initial`.
 
     Raises:
-        DataError: no access, or a disk that is full.
+        DataError: no access, or a full disk.
         TransportError: the network failed; see `may_pass`.
         HfHubHTTPError: the Hub is busy; see `may_pass`.
     """
-    # Redirects are followed from here each time: the places behind them are signed, and expire within a long transfer.
+    # Redirects are followed again each time: their targets are signed URLs, which expire during a long transfer.
     url = hf_hub_url(snapshot.repo, file.path, repo_type="dataset", revision=snapshot.commit, endpoint=endpoint)
     headers = build_hf_headers() | {"Accept-Encoding": "identity"}
     with disk_errors(part), part.open("ab") as stream:
@@ -137,29 +132,29 @@ def receive(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path,
         except OSError as error:
             if error.errno is not None or isinstance(error, HfHubHTTPError):
                 raise
-            log.warning("%s: another size than the Hub states arrived", file.path)  # the caller looks at what is there
+            log.warning("%s: the received size is not what the Hub reports", file.path)  # the caller checks the content
 
 
 def require_transferable(files: list[HubFile]) -> None:
-    """The Hub serves larger files through its own protocol alone, which cannot go on from a part."""
+    """Refuse files that the Hub serves only through its own protocol, which cannot resume a partial file."""
     large = next((file for file in files if file.size_bytes > MAX_HTTP_DOWNLOAD_SIZE), None)
     if large is not None:
         raise DataError(
             f"{large.path} has {large.size_bytes / 1e9:.0f} GB, and the Hub serves at most "
             f"{MAX_HTTP_DOWNLOAD_SIZE / 1e9:.0f} GB over HTTP",
-            remedy="Fetch it by `hf download --repo-type dataset --local-dir`, then run this again to check it",
+            remedy="Fetch it with `hf download --repo-type dataset --local-dir`, then run this again to check it",
             location=large.path,
         )
 
 
 class _Reason(NamedTuple):
     kind: type[Exception]
-    what: str
+    message: str
     remedy: str
     statuses: tuple[int, ...] = ()  # of HTTP; empty: any
 
 
-# The first that fits is told; `{error}` is what the exception says.
+# The first match is reported; `{error}` is the exception's text.
 _REASONS = (
     _Reason(
         GatedRepoError,
@@ -178,10 +173,10 @@ _REASONS = (
         "Log in with `hf auth login`, or check that the token (HF_TOKEN) is valid and may read this repository",
         statuses=(401, 403),
     ),
-    _Reason(HfHubHTTPError, "The Hub answered: {error}", f"If it does not say otherwise, {GO_ON}"),
-    _Reason(HFValidationError, "This is no repository name: {error}", "Name it as OWNER/NAME"),
-    _Reason(OfflineModeIsEnabled, "huggingface_hub is told to stay offline", "Unset HF_HUB_OFFLINE"),
-    _Reason(InvalidURL, "The endpoint is no address: {error}", "Give it as https://HOST"),
+    _Reason(HfHubHTTPError, "The Hub answered: {error}", f"Unless it says otherwise, {GO_ON}"),
+    _Reason(HFValidationError, "This is not a repository name: {error}", "Name it as OWNER/NAME"),
+    _Reason(OfflineModeIsEnabled, "huggingface_hub is in offline mode", "Unset HF_HUB_OFFLINE"),
+    _Reason(InvalidURL, "The endpoint is not a URL: {error}", "Give it as https://HOST"),
     _Reason(
         HTTPError,
         "The Hub cannot be reached: {error}",
@@ -191,7 +186,7 @@ _REASONS = (
 
 
 def may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
+    """Return True if the same request may succeed later."""
     return isinstance(error, TransportError) or _status(error) in BUSY
 
 
@@ -200,28 +195,28 @@ def _status(error: Exception) -> int:
 
 
 @contextmanager
-def hub_errors(place: str, leave: Callable[[Exception], bool] = lambda _: False) -> Iterator[None]:
-    """Turn what `huggingface_hub` raises, but for what is to be left as it is, into the one error that a user reads."""
+def hub_errors(location: str, leave: Callable[[Exception], bool] = lambda _: False) -> Iterator[None]:
+    """Turn exceptions of `huggingface_hub` into `DataError`, except those for which `leave` returns True."""
     try:
         yield
     except (HTTPError, InvalidURL, HFValidationError, OfflineModeIsEnabled) as error:
         if leave(error):
             raise
-        fits = (why for why in _REASONS if isinstance(error, why.kind))
-        why = next(why for why in fits if not why.statuses or _status(error) in why.statuses)
-        said = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(why.what.format(error=said), remedy=why.remedy, location=place) from error
+        matches = (reason for reason in _REASONS if isinstance(error, reason.kind))
+        reason = next(reason for reason in matches if not reason.statuses or _status(error) in reason.statuses)
+        text = " ".join(str(error).split()) or type(error).__name__
+        raise DataError(reason.message.format(error=text), remedy=reason.remedy, location=location) from error
 
 
 @contextmanager
-def disk_errors(place: Path) -> Iterator[None]:
-    """Turn what the disk refuses into the one error that a user reads."""
+def disk_errors(location: Path) -> Iterator[None]:
+    """Turn failures of the disk into `DataError`."""
     try:
         yield
     except OSError as error:
         if error.errno is None:
             raise
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        what = "The disk is full" if full else f"The disk refuses this: {error.strerror}"
-        remedy = "Make room" if full else "Check the place and its permissions"
-        raise DataError(what, remedy=f"{remedy}, and {GO_ON}", location=place) from error
+        message = "The disk is full" if full else f"The disk operation failed: {error.strerror}"
+        remedy = "Free disk space" if full else "Check the path and its permissions"
+        raise DataError(message, remedy=f"{remedy}, and {GO_ON}", location=location) from error

@@ -1,6 +1,6 @@
-"""Batches of Arrow tables -> documents: finds the columns in use, and never holds the text of more than a few rows.
+"""Convert batches of Arrow tables to documents, with the text of only a few rows in memory.
 
-Only what reads tables imports this module, and with it `pyarrow`, which is an optional package.
+Only readers of tables import this module, because it imports `pyarrow`, an optional package.
 """
 
 from collections.abc import Iterable, Iterator
@@ -17,16 +17,13 @@ from preprocessing.readers.parse import Keys, Parsed, parse_rows
 
 LONGEST_TYPE_NAMED = 60  # characters, in messages
 
-Record = dict[str, Any]  # what a row has at each of the keys
+Record = dict[str, Any]  # a row's value at each of the keys
 
 
 def parse_batches(name: str, batches: Iterable[tuple[pa.RecordBatch | None, int]], keys: Keys) -> Iterator[Parsed]:
-    """Documents of a table, in groups of about `BLOCK_BYTES` of text, or of one row.
+    """Yield the documents of a table, in groups of about `BLOCK_BYTES` of text, or of one row.
 
-    Args:
-        name: of the table, for messages.
-        batches: each (or none), and the bytes on disk that were read for it.
-        keys: where a row has its text; see `require_columns`.
+    Each batch comes with the bytes on disk that were read for it. The keys were checked by `require_columns`.
     """
     records: list[Record] = []
     first_row = 1
@@ -45,14 +42,14 @@ def parse_batches(name: str, batches: Iterable[tuple[pa.RecordBatch | None, int]
 
 
 def _records(batch: pa.RecordBatch, keys: Keys) -> Iterator[Record]:
-    """What each row has at the keys; rows that are still to come take no memory."""
+    """Yield each row's values at the keys; later rows take no memory."""
     columns = {key: _column(batch, key) for key in _wanted(keys)}
     for values in zip(*columns.values(), strict=True):
         yield {key: _value(scalar) for key, scalar in zip(columns, values, strict=True)}
 
 
 def _column(batch: pa.RecordBatch, key: str) -> pa.Array:
-    """Values at a key; strings as bytes, since Arrow does not promise that they are UTF-8."""
+    """Return the values at a key, strings as bytes because Arrow does not guarantee UTF-8."""
     first, *inner = _path(batch.schema, key)
     column = batch.column(first)
     column.validate()
@@ -63,7 +60,7 @@ def _column(batch: pa.RecordBatch, key: str) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = pa.DictionaryArray.from_arrays(column.indices, _as_bytes(column.dictionary), safe=False)
     column = _as_bytes(column)
-    column.validate(full=True)  # or, in a damaged file, offsets would lead anywhere in memory
+    column.validate(full=True)  # in a damaged file, offsets could point anywhere in memory
     return column
 
 
@@ -78,27 +75,27 @@ def _value(scalar: pa.Scalar) -> Any:
     try:
         return value.decode()
     except UnicodeDecodeError:
-        return value  # and the row is malformed: it holds bytes, not a string
+        return value  # the row is then malformed: it holds bytes, not a string
 
 
-def require_columns(schema: pa.Schema, keys: Keys, place: Path | str) -> None:
-    """Refuse a table that lacks a column, instead of naming each of its rows malformed.
+def require_columns(schema: pa.Schema, keys: Keys, location: Path | str) -> None:
+    """Refuse a table that lacks a column, instead of reporting each of its rows as malformed.
 
     Raises:
-        DataError: nothing at a key, or no strings; to partition by, integers will do as well.
+        DataError: there is nothing at a key, or no strings; to partition by, integers and booleans are also allowed.
     """
     for key in _wanted(keys):
         found = _type_at(schema, key)
         values = found.value_type if found is not None and pa.types.is_dictionary(found) else found
         if values is not None and any(fits(values) for fits in _FITTING[key == keys.text]):
             continue
-        what = f'There is nothing at "{key}"' if found is None else f'"{key}" holds {_named(found)}, not strings'
+        message = f'There is nothing at "{key}"' if found is None else f'"{key}" holds {_named(found)}, not strings'
         columns = ", ".join(f"{field.name} ({_named(field.type)})" for field in schema) or "none"
         option = "--text-key" if key == keys.text else "--partition-by"
         raise DataError(
-            f"{what}; the columns are: {columns}",
-            remedy=f"Name a column of strings, or a dotted path to one inside structs, by {option}",
-            location=place,
+            f"{message}; the columns are: {columns}",
+            remedy=f"Name a column of strings, or a dotted path to one inside structs, with {option}",
+            location=location,
         )
 
 
@@ -106,7 +103,7 @@ def _is_string(kind: pa.DataType) -> bool:
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
 
-# A column of nulls has no other type, and its rows are malformed one by one.
+# A column of nulls has no other type; each of its rows is malformed.
 _FITTING = {
     True: (_is_string, pa.types.is_null),
     False: (_is_string, pa.types.is_null, pa.types.is_integer, pa.types.is_boolean),
@@ -119,7 +116,7 @@ def _named(kind: pa.DataType) -> str:
 
 
 def _type_at(schema: pa.Schema, key: str) -> pa.DataType | None:
-    """Of the values at a key; None if the schema has no such place, or two."""
+    """Return the type of the values at a key; None if the schema has no such path, or two."""
     kind: Any = schema
     for name in _path(schema, key):
         if isinstance(kind, pa.DataType) and pa.types.is_null(kind):
@@ -133,23 +130,23 @@ def _type_at(schema: pa.Schema, key: str) -> pa.DataType | None:
 
 
 def top_columns(schema: pa.Schema, keys: Keys) -> list[str]:
-    """Names of the columns that hold what the keys lead to."""
+    """Return the names of the columns that contain the keys."""
     return list(dict.fromkeys(_path(schema, key)[0] for key in _wanted(keys)))
 
 
 def _wanted(keys: Keys) -> list[str]:
-    """The keys in use, each once."""
+    """Return the keys in use, each once."""
     return list(dict.fromkeys(key for key in keys if key is not None))
 
 
 def _path(schema: pa.Schema, key: str) -> list[str]:
-    """Names from a column inwards. A column that has the whole key for its name wins, as it does in `parse`."""
+    """Return the names from a column inwards. A column named like the full key has priority, as in `parse`."""
     return [key] if key in schema.names else key.split(".")
 
 
 @contextmanager
 def reading_table(file: Path) -> Iterator[None]:
-    """Turns what goes wrong while `pyarrow` reads a file into one `DataError` that names it."""
+    """Turn failures of `pyarrow` to read a file into a `DataError` that names it."""
     with reading(file):
         try:
             yield

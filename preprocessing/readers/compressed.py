@@ -1,8 +1,8 @@
-"""The content of a file by ranges of its bytes on disk: plain, `.gz` and `.zst` (several frames, or one).
+"""Content of a file by ranges of its bytes on disk: plain, `.gz` and `.zst` (one or several frames).
 
-A range of a compressed file stands for the content that comes out while its bytes go in. So a file can be shared out
-by its size alone, before anyone has decompressed it. To start inside a file costs nothing in a plain one, decompressing
-the frame before in a `.zst` file of many frames, and decompressing all that comes before in any other.
+A range of a compressed file stands for the content that comes out while its bytes go in, so a file can be divided by
+its size alone, before it is decompressed. Starting inside a plain file is free; a `.zst` file of many frames must be
+decompressed from the frame before, and any other file from its beginning.
 """
 
 import bisect
@@ -21,7 +21,7 @@ LONGEST_HEADER_BYTES = 18  # of a zstd frame
 
 
 class Content:
-    """A file's content, read forwards; `seek` goes anywhere.
+    """Content of a file, read forwards; `seek` goes anywhere.
 
     Args:
         file: `.gz` and `.zst` are decompressed.
@@ -36,7 +36,7 @@ class Content:
         self._raw: BinaryIO = file.open("rb")
         self._size = os.fstat(self._raw.fileno()).st_size
         self._last_byte: int | None = None  # of the content so far
-        self._frames = [0]  # where the .zst frames known so far start
+        self._frames = [0]  # starts of the .zst frames known so far
         self._restart(0)
 
     def __enter__(self) -> Self:
@@ -46,24 +46,20 @@ class Content:
         self._raw.close()
 
     def seek(self, start: int) -> bool:
-        """Go to where the content of byte `start` begins.
-
-        Returns:
-            Whether a line begins there.
-        """
-        # Only content tells whether a line begins, and a frame may have none: go back until there is some.
-        places = self._frames_before(start) if self._kind == ".zst" else [0 if self._kind else max(start - 1, 0)]
-        if not self._kind or not places[-1] <= self.position <= start:
-            self._restart(places[-1])
+        """Go to where the content of byte `start` begins; return True if a line begins there."""
+        # Only content shows whether a line begins, and a frame may have none: go back until there is some.
+        starts = self._frames_before(start) if self._kind == ".zst" else [0 if self._kind else max(start - 1, 0)]
+        if not self._kind or not starts[-1] <= self.position <= start:
+            self._restart(starts[-1])
         self._skip_to(start)
         while self._last_byte is None:
-            places.pop()
-            self._restart(places[-1])
+            starts.pop()
+            self._restart(starts[-1])
             self._skip_to(start)
         return self._last_byte == NEWLINE
 
     def advance(self, stop: int | None = None) -> Iterator[bytes]:
-        """Content from here up to what byte `stop` of the file begins with; to the end of the file without one.
+        """Yield content from here up to where the content of byte `stop` begins, by default to the end of the file.
 
         Raises:
             EOFError: the file ends before `stop`, or inside compressed data.
@@ -90,7 +86,7 @@ class Content:
 
     def _new_decoder(self) -> Any:
         if self._kind == ".zst":
-            # `zstandard.stream_reader` would end quietly in the middle of a frame cut short.
+            # `zstandard.stream_reader` would end silently inside a truncated frame.
             return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
         return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
 
@@ -111,7 +107,7 @@ class Content:
             pass
 
     def _frames_before(self, start: int) -> list[int]:
-        """Where the frames begin that begin before byte `start`; the first is 0."""
+        """Return the starts of the frames that begin before byte `start`; the first is 0."""
         while (known := self._frames[-1]) < start:
             following = _frame_end(self._raw.fileno(), known, start)
             if following is None or following >= self._size:
@@ -121,22 +117,22 @@ class Content:
 
 
 def _frame_end(descriptor: int, start: int, enough: int) -> int | None:
-    """Byte after the zstd frame at `start`, read from its block headers; None if it goes beyond `enough`.
+    """Return the byte after the zstd frame at `start`, read from its block headers; None if it is beyond `enough`.
 
     Source: RFC 8878, section 3.1.
     """
     head = os.pread(descriptor, LONGEST_HEADER_BYTES, start)
     if int.from_bytes(head[:4], "little") in SKIPPABLE_MAGIC:
         return start + 8 + int.from_bytes(head[4:8], "little")
-    place = start + zstandard.frame_header_size(head)
+    offset = start + zstandard.frame_header_size(head)
     checksum_bytes = 4 if zstandard.get_frame_parameters(head).has_checksum else 0
-    while place <= enough:
-        header = os.pread(descriptor, 3, place)
+    while offset <= enough:
+        header = os.pread(descriptor, 3, offset)
         if len(header) < 3:
-            return None  # cut short: whoever decompresses it will say so
+            return None  # truncated: decompression will report it
         word = int.from_bytes(header, "little")
         is_last, kind, size = word & 1, word >> 1 & 3, word >> 3
-        place += 3 + (1 if kind == 1 else size)  # one byte, repeated
+        offset += 3 + (1 if kind == 1 else size)  # kind 1 is one byte, repeated
         if is_last:
-            return place + checksum_bytes
+            return offset + checksum_bytes
     return None

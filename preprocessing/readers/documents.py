@@ -1,4 +1,4 @@
-"""Pieces of inputs -> documents, whatever the kind of input."""
+"""Read documents from pieces of inputs of any kind."""
 
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -13,28 +13,21 @@ from preprocessing.readers.parse import Keys, Parsed, parse_block
 
 
 class PieceEnd(NamedTuple):
-    """What remains to be known of a piece that has been read, to fit it to its neighbours."""
+    """Counts of a piece that has been read, to check that it fits its neighbours."""
 
     num_lines: int  # newlines, or rows
-    skipped_bytes: int  # of content: the end of a line that an earlier piece has
-    overrun_bytes: int  # of content beyond the piece, which belong to its last line
+    skipped_bytes: int  # of content at the start: the end of a line of an earlier piece
+    overrun_bytes: int  # of content beyond the piece that belong to its last line
 
 
 class DocumentReader:
-    """Reads pieces, and keeps the last file open: the piece that follows in it costs no seeking.
-
-    Args:
-        keys: where a record has its text.
-
-    Attributes:
-        end: of the piece read last.
-    """
+    """Reader of pieces that keeps the last file open, so that the next piece of it needs no seek."""
 
     def __init__(self, keys: Keys) -> None:
         self._keys = keys
         self._open: tuple[str, LineReader] | None = None
         self._close = ExitStack()
-        self.end = PieceEnd(0, 0, 0)
+        self.end = PieceEnd(0, 0, 0)  # of the piece read last
 
     def __enter__(self) -> Self:
         return self
@@ -45,22 +38,22 @@ class DocumentReader:
         self._close.close()
 
     def read(self, piece: Piece) -> Iterator[Parsed]:
-        """Documents that begin in the piece, in bounded batches.
+        """Yield the documents that begin in the piece, in bounded batches.
 
         Raises:
-            DataError: the input cannot be read, is damaged, or is not the one that was found.
+            DataError: the input cannot be read, is damaged, or has changed since it was found.
         """
         with reading(piece.input.name):
             require_unchanged(piece.input)
             yield from READERS[piece.input.kind.reader](self, piece)
-            require_unchanged(piece.input)  # while it was read, either
+            require_unchanged(piece.input)  # also not while it was read
 
     def _lines(self, piece: Piece) -> Iterator[Parsed]:
         if self._open is None or self._open[0] != piece.input.name:
             self._close.close()
             self._open = piece.input.name, self._close.enter_context(LineReader(Path(piece.input.name)))
         reader = self._open[1]
-        # How many lines come before a piece is not known until all is read: these count from its start.
+        # The number of lines before a piece is unknown until all is read: lines count from the piece's start.
         name = f"{piece.input.name}, from byte {piece.start}" if piece.start else piece.input.name
         for block in reader.blocks(piece.start, piece.stop):
             yield parse_block(block._replace(file=name), self._keys)
@@ -99,6 +92,5 @@ READERS = {
 
 
 def read_input(item: Input, keys: Keys) -> Iterator[Parsed]:
-    """All documents of one input."""
     with DocumentReader(keys) as reader:
         yield from reader.read(Piece(item, 0, item.size))

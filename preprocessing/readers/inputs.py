@@ -1,4 +1,4 @@
-"""What there is to read, and its division into ranges that depend on nothing but the inputs."""
+"""Find the inputs, and divide them into ranges that depend on nothing but the inputs."""
 
 import glob
 import itertools
@@ -16,11 +16,11 @@ from preprocessing.readers.tables import is_saved_dataset, open_hub, saved_files
 
 
 class Kind(NamedTuple):
-    """How a kind of input is read and shared out."""
+    """Kind of input: its reader, and how it is divided into ranges."""
 
     reader: str  # one of `documents.READERS`
-    is_divisible: bool  # may be read from any byte on (or any part, on the Hub)
-    text_share: float  # bytes of text for a byte on disk, about: ranges shall mean alike amounts of work
+    is_divisible: bool  # can be read from any byte (or any part, on the Hub)
+    text_share: float  # approximate bytes of text per byte on disk, so that ranges are equal amounts of work
 
 
 KINDS = {
@@ -32,28 +32,28 @@ KINDS = {
     ".arrow": Kind("arrow", False, 1.0),
 }
 HUB = Kind("hub", True, 1.0)
-SUFFIXES = tuple(suffix for suffix in KINDS if suffix != ".arrow")  # that alone comes with a folder around it
+SUFFIXES = tuple(suffix for suffix in KINDS if suffix != ".arrow")  # which is read only as part of a saved folder
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
-RANGE_TEXT_BYTES = 1 << 30  # at most: half a minute's work, and a shard of half a gigabyte
+RANGE_TEXT_BYTES = 1 << 30  # at most: half a minute of work, and a shard of half a gigabyte
 LEAST_RANGE_TEXT_BYTES = 1 << 23
 RANGES = 256  # of an input between those bounds: enough for as many workers
-BYTES_A_TOKEN = 4  # of text, about
+BYTES_A_TOKEN = 4  # of text, approximately
 
 log = logging.getLogger(__name__)
 
 
 class Input(NamedTuple):
-    """A file, or a dataset on the Hub."""
+    """File, or dataset on the Hub."""
 
     name: str
     kind: Kind
     size: int  # bytes on disk; parts of a Hub dataset
-    version: str  # time of modification, or commit: what another content has another of
+    version: str  # modification time, or commit: changes with the content
 
 
 class Piece(NamedTuple):
-    """What begins in [start, stop) of an input: bytes on disk, or parts."""
+    """Content that begins in [start, stop) of an input: bytes on disk, or parts."""
 
     input: Input
     start: int
@@ -61,18 +61,18 @@ class Piece(NamedTuple):
 
 
 def find_inputs(inputs: Sequence[str]) -> list[Input]:
-    """What is named by paths, folders (searched through), glob patterns and Hub names, in the order given, each once.
+    """Return the inputs named by paths, folders (with subfolders), glob patterns and Hub names, in order, each once.
 
     Raises:
-        DataError: an input that names nothing, or a file of a kind that is not read.
+        DataError: an entry names nothing, or a file of an unsupported kind.
     """
     found: dict[str, Input] = {}
     for entry in inputs:
         for item in _inputs_of(entry):
-            what = item.name if item.kind == HUB else str(Path(item.name).resolve())
-            if what in found:
+            key = item.name if item.kind == HUB else str(Path(item.name).resolve())
+            if key in found:
                 log.warning("%s is named twice among the inputs; it is read once", item.name)
-            found.setdefault(what, item)
+            found.setdefault(key, item)
     return list(found.values())
 
 
@@ -96,35 +96,31 @@ def _inputs_of(entry: str) -> list[Input]:
 
 
 def _files_below(folder: Path) -> Iterator[Path]:
-    """Files of the kinds that are read, except what belongs to the tokenizer of a dataset, such as `merges.txt`."""
+    """Yield the files of supported kinds, except those of a dataset's tokenizer, such as `merges.txt`."""
     for name, folders, files in os.walk(folder, onerror=_refuse):
-        place = Path(name)
-        for linked in filter(Path.is_symlink, (place / inner for inner in folders)):
-            log.warning("%s is a link to a folder and is not searched; name it as an input to have it read", linked)
-        not_texts = COMPANIONS if place.name == TOKENIZER_FOLDER else ()
+        parent = Path(name)
+        for linked in filter(Path.is_symlink, (parent / inner for inner in folders)):
+            log.warning("%s is a link to a folder and is not searched; name it as an input to read it", linked)
+        not_texts = COMPANIONS if parent.name == TOKENIZER_FOLDER else ()
         for file in files:
-            if file.endswith(SUFFIXES) and file not in not_texts and (place / file).is_file():
-                yield place / file
+            if file.endswith(SUFFIXES) and file not in not_texts and (parent / file).is_file():
+                yield parent / file
 
 
 def _refuse(error: OSError) -> None:
     raise DataError(
         f"The folder cannot be searched: {error.strerror}",
-        remedy="Mend its permissions, or name the files to read",
+        remedy="Fix its permissions, or name the files to read",
         location=error.filename,
     ) from error
 
 
 def require_unchanged(item: Input) -> None:
-    """Refuse a file that has another size or date than when it was found.
-
-    Raises:
-        DataError: it has.
-    """
+    """Raise `DataError` if a file's size or date has changed since it was found."""
     if item.kind.reader != HUB.reader and _file_input(Path(item.name)) != item:
         raise DataError(
-            "The file was changed after the run had begun",
-            remedy="Run again with --overwrite, and leave the inputs alone until the end",
+            "The file was changed after the run began",
+            remedy="Run again with --overwrite, and do not change the inputs until it ends",
             location=item.name,
         )
 
@@ -133,7 +129,7 @@ def _file_input(file: Path) -> Input:
     kind = next((KINDS[suffix] for suffix in KINDS if file.name.endswith(suffix)), None)
     if kind is None:
         raise DataError(
-            f"Files of this kind are not read; the kinds are {', '.join(SUFFIXES)}",
+            f"Files of this kind are not supported; the kinds are {', '.join(SUFFIXES)}",
             remedy="Convert or rename the file",
             location=file,
         )
@@ -142,11 +138,9 @@ def _file_input(file: Path) -> Input:
 
 
 def plan_ranges(inputs: Sequence[Input], shard_tokens: int) -> list[list[Piece]]:
-    """Divide the inputs, in order, into ranges of about equal work: parts of large files, runs of small ones.
+    """Divide the inputs, in order, into ranges of about equal work: parts of large files, groups of small ones.
 
-    Args:
-        inputs: their sizes alone decide.
-        shard_tokens: a range is not to be much more than a shard, so that little is lost when a run is killed.
+    A range is at most about one shard, so that little is lost when a run is killed.
     """
     total = sum(_text_bytes(item) for item in inputs)
     target = min(max(total / RANGES, LEAST_RANGE_TEXT_BYTES), RANGE_TEXT_BYTES)
@@ -164,7 +158,7 @@ def plan_ranges(inputs: Sequence[Input], shard_tokens: int) -> list[list[Piece]]
 
 
 def _pieces(inputs: Sequence[Input], target: float) -> Iterator[tuple[Piece, float]]:
-    """Whole inputs, or equal parts of at most `target` bytes of text; and how much text each has, about."""
+    """Yield complete inputs, or equal parts of at most `target` bytes of text, each with its approximate text size."""
     for item in inputs:
         text_bytes = _text_bytes(item)
         count = max(1, min(-int(-text_bytes // target), item.size)) if item.kind.is_divisible else 1
@@ -174,5 +168,5 @@ def _pieces(inputs: Sequence[Input], target: float) -> Iterator[tuple[Piece, flo
 
 
 def _text_bytes(item: Input) -> float:
-    """Of an input, about; nothing is known of a Hub dataset, whose parts become a range each."""
+    """Return the approximate text size; that of a Hub dataset is unknown, and each of its parts becomes a range."""
     return item.size * (RANGE_TEXT_BYTES if item.kind is HUB else item.kind.text_share)

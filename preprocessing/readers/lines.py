@@ -1,7 +1,7 @@
-"""Files -> blocks of bytes: the lines of a range of a `.jsonl` file, compressed or not, or the whole of a `.txt` file.
+"""Read blocks of bytes: the lines of a range of a `.jsonl` file, compressed or not, or a complete `.txt` file.
 
-A line belongs to the range in whose content it begins. So any way of cutting a file into ranges gives every line
-exactly once, and no two readers need to speak to each other.
+A line belongs to the range in whose content it begins. Any division of a file into ranges therefore gives every line
+exactly once, without communication between readers.
 """
 
 import zlib
@@ -15,30 +15,30 @@ import zstandard
 from megatron_bipe.errors import DataError
 from preprocessing.readers.compressed import Content
 
-BLOCK_BYTES = 1 << 21  # of text: enough to keep calls few, and little against the memory of a worker
+BLOCK_BYTES = 1 << 21  # of text: few calls, and little of a worker's memory
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 
 
 class Block(NamedTuple):
-    """Part of one file: whole JSON lines, or all of a text file."""
+    """Part of one file: complete JSON lines, or all of a text file."""
 
     file: str
-    first_line: int  # where `content` starts, from 1 at the start of the range
+    first_line: int  # number of the first line, from 1 at the start of the range
     content: bytes
     is_json: bool  # lines of JSON objects; else the text of one document
-    read_bytes: int  # of the file as it lies on disk, since the block before: for the time left
+    read_bytes: int  # of the file on disk, since the block before: for the time left
 
 
 class LineReader:
-    """Blocks of lines by ranges of one file. Ranges that follow each other are read without going back.
+    """Reader of the lines of one file by ranges; consecutive ranges are read without seeking back.
 
     Args:
-        file: to be opened; closed by leaving the `with` statement.
+        file: opened here, and closed at the end of the `with` statement.
 
     Attributes:
         num_lines: newlines in the lines of the last range.
-        skipped_bytes: of content, at the start of the last range: the end of a line that begins before it.
-        overrun_bytes: of content after the last range, which its last line took. It is what the next range skips.
+        skipped_bytes: content at the start of the last range: the end of a line that begins before it.
+        overrun_bytes: content after the last range that belongs to its last line; the next range skips it.
     """
 
     def __init__(self, file: Path) -> None:
@@ -46,7 +46,7 @@ class LineReader:
         self._content = Content(file)
         self._kept = b""  # content after the last line of the last range, from byte `_kept_at` of the file
         self._kept_at: int | None = None
-        self._told_bytes = self._stop = 0
+        self._reported_bytes = self._stop = 0
         self.num_lines = self.skipped_bytes = self.overrun_bytes = 0
 
     def __enter__(self) -> Self:
@@ -56,12 +56,12 @@ class LineReader:
         self._content.__exit__()
 
     def blocks(self, start: int, stop: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """Lines that begin in the content of bytes [start, stop), in blocks of about `block_bytes`, or of one line."""
+        """Yield the lines that begin in the content of bytes [start, stop), in blocks of about `block_bytes`."""
         self.num_lines = 0
-        self._told_bytes, self._stop = start, stop
+        self._reported_bytes, self._stop = start, stop
         pending = bytearray()
         for chunk in self._owned_content(start, stop):
-            searched = len(pending)  # beyond `block_bytes`, no newline lies before this place
+            searched = len(pending)  # beyond `block_bytes`, there is no newline before this offset
             pending += chunk
             while len(pending) >= block_bytes:
                 end = pending.rfind(b"\n", 0, block_bytes) + 1 or pending.find(b"\n", max(searched, block_bytes)) + 1
@@ -75,13 +75,13 @@ class LineReader:
             yield self._block(bytes(pending))
 
     def _block(self, content: bytes) -> Block:
-        first_line, told_bytes = self.num_lines + 1, self._told_bytes
+        first_line, reported_bytes = self.num_lines + 1, self._reported_bytes
         self.num_lines += content.count(b"\n")
-        self._told_bytes = min(self._content.position, self._stop)
-        return Block(str(self._file), first_line, content, True, self._told_bytes - told_bytes)
+        self._reported_bytes = min(self._content.position, self._stop)
+        return Block(str(self._file), first_line, content, True, self._reported_bytes - reported_bytes)
 
     def _owned_content(self, start: int, stop: int) -> Iterator[bytes]:
-        """From the first line that begins in the range to the end of the last one that does."""
+        """Yield content from the first line that begins in the range to the end of the last one that does."""
         last = yield from self._beginning(start, stop)
         for chunk in self._content.advance(stop):
             if last is None:  # still inside a line that began before the range
@@ -99,9 +99,9 @@ class LineReader:
             yield from self._rest_of_line()
 
     def _beginning(self, start: int, stop: int) -> Generator[bytes, None, bytes | None]:
-        """Go to the range's start. Returns None inside a line, else the last byte before (none at the file's start)."""
+        """Go to the range's start; return None inside a line, else the last byte before (b"" at the file's start)."""
         kept, kept_at = self._kept, self._kept_at
-        self._kept, self._kept_at = b"", None  # a range that is broken off leaves nothing to go on from
+        self._kept, self._kept_at = b"", None  # an interrupted range leaves nothing to continue from
         self.skipped_bytes = 0
         if kept_at == start and self._content.position <= stop:
             self.skipped_bytes = self.overrun_bytes
@@ -122,19 +122,18 @@ class LineReader:
 
 
 def read_text_file(file: Path) -> Block:
-    """A text file in one block."""
     content = file.read_bytes()
     return Block(str(file), 1, content.removeprefix(BYTE_ORDER_MARK), False, len(content))
 
 
 @contextmanager
 def reading(file: Path | str) -> Iterator[None]:
-    """Turns what goes wrong while a file is read into one `DataError` that names it."""
+    """Turn failures to read a file into a `DataError` that names it."""
     try:
         yield
     except (zstandard.ZstdError, zlib.error, EOFError) as error:
         raise DataError(
-            f"The data is damaged or cut short: {error}", remedy="Fetch or make the file again", location=file
+            f"The data is damaged or truncated: {error}", remedy="Fetch or make the file again", location=file
         ) from error
     except OSError as error:
         raise DataError(f"The file cannot be read: {error.strerror or error}", location=file) from error

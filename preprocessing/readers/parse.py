@@ -1,4 +1,4 @@
-"""Blocks of bytes, or rows of tables -> documents, and what has to be left out and why."""
+"""Parse blocks of bytes, or rows of tables, into documents and malformed lines."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,14 +10,14 @@ from preprocessing.readers.lines import Block
 
 
 class Keys(NamedTuple):
-    """Where a record has what is wanted: keys, or dotted paths."""
+    """Keys, or dotted paths, of the fields that are read from a record."""
 
     text: str = "text"
-    partition: str | None = None  # of the value by which the data is split; None to keep it whole
+    partition: str | None = None  # of the value by which the data is partitioned; None: not partitioned
 
 
 class Malformed(NamedTuple):
-    """A line (or a table's row) that is no document, and why."""
+    """Line (or row of a table) that is not a document, and the reason."""
 
     file: str
     line: int  # from 1, at the start of the file or range that was read
@@ -25,17 +25,17 @@ class Malformed(NamedTuple):
 
 
 class Parsed(NamedTuple):
-    """Usable documents in order, malformed lines in order, and how many texts were empty."""
+    """Usable documents and malformed lines, each in order, with counts."""
 
     documents: list[Document]
     malformed: list[Malformed]
-    num_lines: int  # that are not blank
+    num_lines: int  # lines that are not blank
     num_empty: int
-    read_bytes: int  # of the file as it lies on disk
+    read_bytes: int  # of the file on disk
 
 
 def parse_block(block: Block, keys: Keys) -> Parsed:
-    """Documents of a block, and the lines that hold none."""
+    """Return the documents of a block, and the lines that hold none."""
     if not block.is_json:
         return _parse_text_file(block, keys.partition)
     lines = ((number, line) for number, line in enumerate(block.content.split(b"\n"), start=block.first_line) if line)
@@ -44,7 +44,7 @@ def parse_block(block: Block, keys: Keys) -> Parsed:
 
 
 def parse_rows(file: str, first_row: int, records: Iterable[Any], keys: Keys, read_bytes: int) -> Parsed:
-    """Documents of a table's rows, each a dictionary; `first_row` is the number of the first, from 1."""
+    """Return the documents of a table's rows, each a dictionary; `first_row` is the number of the first, from 1."""
     found = ((number, _parse_record(record, keys)) for number, record in enumerate(records, start=first_row))
     return _collect(file, found, read_bytes)
 
@@ -65,10 +65,10 @@ def _collect(file: str, found: Iterable[tuple[int, tuple[str, str] | str]], read
 
 
 def _parse_line(line: bytes, keys: Keys) -> tuple[str, str] | str:
-    """(text, partition) of a JSON line, or why there is none."""
+    """Return (text, partition) of a JSON line, or the reason why there is none."""
     try:
         return _parse_record(orjson.loads(line), keys)
-    except orjson.JSONDecodeError as error:  # bad UTF-8 and lone surrogates among them
+    except orjson.JSONDecodeError as error:  # also for bad UTF-8 and lone surrogates
         return f"no JSON: {error.msg} (column {error.colno})"
 
 
@@ -87,7 +87,7 @@ def _parse_record(record: Any, keys: Keys) -> tuple[str, str] | str:
 
 
 def _look_up(record: Any, path: str) -> Any:
-    """Value at a key or, where there is no such key, at a dotted path; None where either leads nowhere."""
+    """Return the value at a key or, if there is no such key, at a dotted path; None if there is neither."""
     if isinstance(record, dict) and path in record:
         return record[path]
     for key in path.split("."):

@@ -1,9 +1,9 @@
 """Tables as inputs: parquet files, folders saved by `datasets`, and datasets on the Hugging Face Hub.
 
-A dataset on the Hub is named `ORG/NAME[/CONFIG][:SPLIT]`; without a split, it is `train`. Its parts are the shards that
-`datasets` sees, a file each as a rule. It is streamed: nothing of it is kept on disk, and no code of it is run.
+A dataset on the Hub is named `ORG/NAME[/CONFIG][:SPLIT]`; the default split is `train`. Its parts are the shards that
+`datasets` sees, usually one file each. It is streamed: nothing of it is kept on disk, and none of its code is run.
 
-`pyarrow` and `datasets` are optional packages, imported only where such an input is read.
+`pyarrow` and `datasets` are optional packages, imported only when such an input is read.
 """
 
 import gc
@@ -20,20 +20,20 @@ from megatron_bipe.errors import DataError
 from preprocessing.readers.lines import BLOCK_BYTES, reading
 from preprocessing.readers.parse import Keys, Parsed
 
-ROWS_AT_ONCE = 4  # out of a parquet file: few enough for rows of 50 MB, and still far faster than tokenizing
+ROWS_AT_ONCE = 4  # of a parquet file: few enough for rows of 50 MB, and still far faster than tokenizing
 HUB_ROWS_AT_ONCE = 1000
-BUFFER_BYTES = 1 << 20  # of a compressed column; without it, pyarrow holds all of a row group
+BUFFER_BYTES = 1 << 20  # per compressed column; without it, pyarrow holds all of a row group
 ARROW_FILE_START = b"ARROW1\0\0"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-LONGEST_REASON = 400  # characters of what `datasets` says
+LONGEST_REASON = 400  # characters of a message from `datasets`
 
 Batches = Iterator[tuple[Any, int]]  # a `pyarrow.RecordBatch`, or None, and the bytes on disk read for it
 
 
 def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Parsed]:
-    """Rows of the row groups that begin in bytes [start, stop) of the file, in batches of about `BLOCK_BYTES` of text.
+    """Yield the rows of the row groups that begin in bytes [start, stop) of the file, in batches of `BLOCK_BYTES`.
 
-    Any way of cutting a file into ranges gives every row exactly once. Rows are numbered from 1 at the first that is
+    Any division of a file into ranges gives every row exactly once. Rows are numbered from 1 at the first that is
     read here; `Parsed.read_bytes` add up to `stop - start`.
 
     Raises:
@@ -56,11 +56,11 @@ def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Pars
 def _row_group_batches(table: Any, size: int, start: int, stop: int, columns: list[str]) -> Batches:
     groups = {number: table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)}
     if (rows := sum(group.num_rows for group in groups.values())) != table.metadata.num_rows:
-        raise EOFError(f"its row groups announce {rows} rows, the file {table.metadata.num_rows}")
-    # Even a position that makes no sense lies in one range.
+        raise EOFError(f"its row groups declare {rows} rows, the file {table.metadata.num_rows}")
+    # Even an invalid position falls into exactly one range.
     mine = {number: group for number, group in groups.items() if start <= min(_position(group), size - 1) < stop}
     total = sum(group.num_rows for group in mine.values())
-    num_rows = told_bytes = 0
+    num_rows = reported_bytes = 0
     for number, group in mine.items():
         fitting_rows = BLOCK_BYTES * group.num_rows // max(group.total_byte_size, 1)
         at_once = max(min(fitting_rows, ROWS_AT_ONCE), 1)
@@ -69,31 +69,32 @@ def _row_group_batches(table: Any, size: int, start: int, stop: int, columns: li
             if num_rows > total:
                 break
             share_bytes = (stop - start) * num_rows // total
-            yield batch, share_bytes - told_bytes
-            told_bytes = share_bytes
+            yield batch, share_bytes - reported_bytes
+            reported_bytes = share_bytes
     if num_rows != total:
-        raise EOFError(f"{num_rows} rows were found where {total} are announced")
-    yield None, stop - start - told_bytes
+        raise EOFError(f"{num_rows} rows were found, but {total} are declared")
+    yield None, stop - start - reported_bytes
 
 
 def _position(group: Any) -> int:
-    """Byte of the file at which a row group begins: that of its first page.
+    """Return the byte of the file at which a row group begins: that of its first page.
 
-    Any one byte would do to share out groups; parquet-java, and so Spark, goes by the one in the group's middle.
+    Any byte of a group could assign it to a range; parquet-java, and so Spark, uses the one in its middle.
     """
     columns = [group.column(number) for number in range(group.num_columns)]
     pages = [page for column in columns for page in (column.data_page_offset, column.dictionary_page_offset)]
-    return min((page for page in pages if page and page > 0), default=0)  # none or, by some writers, 0: no dictionary
+    # A column without a dictionary has no such offset or, from some writers, 0.
+    return min((page for page in pages if page and page > 0), default=0)
 
 
 def is_saved_dataset(folder: Path) -> bool:
-    """Whether `datasets` saved a dataset, or one with several splits, in this folder."""
+    """Return True if `datasets` saved a dataset, or one with several splits, in this folder."""
     marks = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
     return any(all((folder / name).is_file() for name in names) for names in marks)
 
 
 def saved_files(folder: Path) -> list[Path]:
-    """The `.arrow` files of a folder made by `Dataset.save_to_disk`, in order.
+    """Return the `.arrow` files of a folder made by `Dataset.save_to_disk`, in order.
 
     Raises:
         DataError: the folder holds several splits, or is damaged or incomplete.
@@ -126,9 +127,9 @@ def saved_files(folder: Path) -> list[Path]:
 
 
 def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
-    """Rows of one Arrow file, stream or file format, in batches of about `BLOCK_BYTES` of text.
+    """Yield the rows of one Arrow file, in stream or file format, in batches of about `BLOCK_BYTES` of text.
 
-    The file is mapped, not read, into memory. `Parsed.read_bytes` add up to its size.
+    The file is memory-mapped. `Parsed.read_bytes` add up to its size.
 
     Raises:
         DataError: as `read_parquet`.
@@ -147,15 +148,15 @@ def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
 
 
 def _stream_batches(reader: Any, source: Any) -> Batches:
-    told_bytes = 0
+    reported_bytes = 0
     for batch in reader:
-        yield batch, source.tell() - told_bytes
-        told_bytes = source.tell()
-    # pyarrow takes a stream that was cut between two batches for a whole one.
+        yield batch, source.tell() - reported_bytes
+        reported_bytes = source.tell()
+    # pyarrow accepts a stream that was truncated between two batches as complete.
     source.seek(max(source.tell() - len(ARROW_STREAM_END), 0))
     if source.read() != ARROW_STREAM_END:
-        raise EOFError("it does not end with the mark of the end")
-    yield None, source.size() - told_bytes
+        raise EOFError("it does not end with the end-of-stream marker")
+    yield None, source.size() - reported_bytes
 
 
 def _file_batches(reader: Any, size: int) -> Batches:
@@ -167,32 +168,29 @@ def _file_batches(reader: Any, size: int) -> Batches:
 
 
 class HubTable(NamedTuple):
-    """A dataset on the Hub, as it is now."""
+    """Number of parts and current commit of a dataset on the Hub."""
 
     parts: int
     commit: str
 
 
 def open_hub(name: str) -> HubTable:
-    """Look a dataset up.
+    """Look up a dataset.
 
     Raises:
-        DataError: no network, no such dataset, configuration or split, no access, or data that only a script makes.
+        DataError: no network, an unknown dataset, configuration or split, no access, or data that needs a script.
     """
-    _hub_dataset(name, None)  # which explains best what may be wrong
+    _hub_dataset(name, None)  # first, because its errors explain most
     with _hub_errors(name, _OPENING):
         commit = str(huggingface_hub.HfApi().dataset_info(_parse_name(name)[0]).sha)
     return HubTable(int(_hub_dataset(name, commit).num_shards), commit)
 
 
 def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
-    """Rows of one part of a dataset on the Hub, in order, in batches of about `BLOCK_BYTES` of text.
+    """Yield the rows of one part of a dataset on the Hub, in order, in batches of about `BLOCK_BYTES` of text.
 
-    Args:
-        name: `ORG/NAME[/CONFIG][:SPLIT]`.
-        part: from 0.
-        commit: from `open_hub`: parts read at different times belong together.
-        keys: where a row has its text. `Parsed.read_bytes` is 1 for the last batch, else 0: parts are what is counted.
+    `Parsed.read_bytes` is 1 for the last batch, else 0: it counts parts. The commit is that of `open_hub`, so that
+    parts read at different times are of one version.
 
     Raises:
         DataError: as `open_hub` and `read_parquet`; or the dataset has no such part.
@@ -202,8 +200,8 @@ def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
     dataset = _hub_dataset(name, commit)
     if part >= dataset.num_shards:
         raise DataError(
-            f"Part {part} (from 0) is due, but the dataset has {dataset.num_shards} parts: another version of "
-            "`datasets` counts them otherwise",
+            f"Part {part} (from 0) was planned, but the dataset has {dataset.num_shards} parts: another version of "
+            "`datasets` counts them differently",
             remedy="Start over with --overwrite",
             location=name,
         )
@@ -226,7 +224,7 @@ def _hub_batches(name: str, tables: Iterator[Any], keys: Keys) -> Batches:
 
 
 def _parse_name(name: str) -> tuple[str, str | None, str]:
-    """Repository, configuration and split."""
+    """Return repository, configuration and split."""
     path, _, split = name.partition(":")
     names = path.split("/")
     return "/".join(names[:2]), "/".join(names[2:]) or None, split or "train"
@@ -236,17 +234,20 @@ def _hub_dataset(name: str, commit: str | None) -> Any:
     with _optional_packages(name):
         from datasets import load_dataset
     repo, config, split = _parse_name(name)
-    if Path(repo).exists():  # `datasets` would take that
-        raise DataError(f"There is {repo} on this disk", remedy="Name files in it, or rename it", location=name)
+    if Path(repo).exists():  # `datasets` would read that
+        raise DataError(f"{repo} is also a path on this disk", remedy="Name files in it, or rename it", location=name)
     with _hub_errors(name, _OPENING):
         return load_dataset(repo, config, split=split, revision=commit, streaming=True)
 
 
-_FETCH = "fetch its files by tools/download_data.py and name those as the input"
+_FETCH = "fetch its files with tools/download_data.py and name those as the input"
 
-# What to do about the first kind that an error is of.
+# Remedies by exception type; the first match applies.
 _OPENING = (
-    (FileNotFoundError, "Check the name; for a private or gated dataset, ask for access and log in by `hf auth login`"),
+    (
+        FileNotFoundError,
+        "Check the name; for a private or gated dataset, ask for access and run `hf auth login`",
+    ),
     (ValueError, "Name it as ORG/NAME[/CONFIG][:SPLIT], with a configuration and a split that it has"),
     (RuntimeError, f"If only a script can load it, use another version of the dataset; else {_FETCH}"),
     (Exception, f"Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or {_FETCH}"),
@@ -256,24 +257,24 @@ _READING = ((Exception, f"If it is the network, run the same command again; or {
 
 @contextmanager
 def _hub_errors(name: str, remedies: Sequence[tuple[type[Exception], str]]) -> Iterator[None]:
-    """Turns whatever `datasets` raises, which names no closed set of errors, into the one error that a user reads."""
+    """Turn any exception of `datasets`, which documents no fixed set of them, into a `DataError`."""
     try:
         yield
     except Exception as error:
         remedy = next(remedy for kind, remedy in remedies if isinstance(error, kind))
-        said = " ".join(str(error).split())[:LONGEST_REASON]
-        # A scanner of Parquet that the traceback or a cycle keeps until the end of the process aborts it:
+        text = " ".join(str(error).split())[:LONGEST_REASON]
+        # A Parquet scanner that the traceback or a cycle keeps alive until the end of the process aborts it:
         # https://github.com/apache/arrow/issues/45214
         traceback.clear_frames(error.__traceback__)
         gc.collect()
-        raise DataError(f"`datasets` says: {said or type(error).__name__}", remedy=remedy, location=name) from error
+        raise DataError(f"`datasets` failed: {text or type(error).__name__}", remedy=remedy, location=name) from error
 
 
 @contextmanager
-def _optional_packages(place: Path | str) -> Iterator[None]:
+def _optional_packages(location: Path | str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
         raise DataError(
-            f"To read this input, an optional package is needed: {error}", remedy="pip install datasets", location=place
+            f"This input needs an optional package: {error}", remedy="Run pip install datasets", location=location
         ) from error

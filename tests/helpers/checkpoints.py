@@ -28,10 +28,10 @@ def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragm
     """Put what ranks hold into the run folder as its newest checkpoint."""
     folder = begin(run_dir, step, "test", 0)
     files = {rank_file(rank): write_fragments(folder, rank, held, {}) for rank, held in enumerate(by_rank)}
-    write_index(folder, about(step), files)
+    write_index(folder, checkpoint_info(step), files)
     publish(folder, run_dir, step, files)
 
 
-def about(step: int) -> CheckpointInfo:
+def checkpoint_info(step: int) -> CheckpointInfo:
     """Of a run of the default configuration."""
     return CheckpointInfo(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})

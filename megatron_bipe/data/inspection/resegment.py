@@ -1,6 +1,6 @@
-"""A dataset again under another segment rule: new bits from the tokens that are there, nothing tokenized again.
+"""Conversion of a dataset to another segment rule, from its tokens, without tokenizing again.
 
-The new folder grows beside its place, under a temporary name, and is renamed once its manifest is written.
+The new dataset is written to a temporary folder next to the output, which is renamed after its manifest is written.
 """
 
 import fcntl
@@ -40,9 +40,9 @@ UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
 @dataclass(frozen=True)
 class _Job:
-    """What the shards of one run have in common."""
+    """Settings shared by all shards of one run."""
 
-    folder: Path  # that they are written to
+    folder: Path  # output folder
     rule: SegmentRule
     vocab_size: int
 
@@ -56,22 +56,22 @@ def resegment(
     overwrite: bool = False,
     advance: Advance = lambda _: None,
 ) -> Manifest:
-    """Make the dataset that tools/preprocess.py would have made with this rule, from the dataset it made with another.
+    """Make the dataset that tools/preprocess.py would have made with another rule.
 
-    `.bin` and `.idx` become hard links where the file system allows, else copies; their checksums are taken over from
-    the manifest of `source`.
+    `.bin` and `.idx` become hard links if the file system allows it, else copies; their checksums are taken from the
+    manifest of `source`.
 
     Args:
-        source: folder of a dataset.
-        spec: the rule, as `resolve_rule` reads it.
-        output: folder to make.
-        workers: shards that are done at once.
-        overwrite: replace a dataset that is there, once the new one is finished.
-        advance: told the tokens that have been done.
+        source: folder of the existing dataset.
+        spec: the new rule, in the form that `resolve_rule` reads.
+        output: folder to create.
+        workers: number of shards that are processed in parallel.
+        overwrite: replace an existing dataset after the new one is complete.
+        advance: called with the number of tokens processed.
 
     Raises:
-        DataError: no whole dataset there, a rule that its vocabulary has no token for, ids outside the vocabulary, an
-            output that may not be replaced, a full disk. Nothing of the new dataset is left then.
+        DataError: the dataset is incomplete or holds ids outside its vocabulary, the vocabulary has no token for the
+            rule, the output must not be replaced, or the disk is full. Nothing of the new dataset is left then.
     """
     dataset = TokenDataset(source)
     tokenizer = open_tokenizer(dataset)
@@ -109,15 +109,15 @@ def resegment(
 
 
 def work_path(output: Path) -> Path:
-    """Where the new dataset grows: on the same file system, so that renaming it is one step."""
+    """Return the temporary folder of a new dataset, on the same file system so that the final rename is atomic."""
     return output.with_name(f".{output.name}.unfinished")
 
 
 def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
     record = shard.record
-    assert record is not None  # the shards of a dataset have one
-    shard = Shard(shard.folder, record)  # whose index goes when it has been done
-    made = Segmenter(shard, job.rule, job.vocab_size)
+    assert record is not None  # shards of a dataset have one
+    shard = Shard(shard.folder, record)  # a new reader, whose index is freed after this shard
+    segmenter = Segmenter(shard, job.rule, job.vocab_size)
     path = shard_path(job.folder, shard.name, "seg")
     sha256, num_segments = hashlib.sha256(), 0
     with path.open("wb") as stream:
@@ -126,7 +126,7 @@ def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
         sha256.update(header)
         for start in range(0, shard.num_tokens, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, shard.num_tokens)
-            packed = made.packed_ends(shard.tokens(start, stop), start)
+            packed = segmenter.packed_ends(shard.tokens(start, stop), start)
             num_segments += int(np.bitwise_count(packed).sum())
             stream.write(packed.data)
             sha256.update(packed.data)
@@ -143,24 +143,24 @@ def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
 def _link_or_copy(origin: Path, target: Path) -> None:
     try:
         os.link(origin.resolve(), target)
-    except OSError:  # another file system, or one that has no hard links
+    except OSError:  # another file system, or no support for hard links
         shutil.copyfile(origin, target)
         sync(target)
 
 
 def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) -> None:
-    """Refuse what may not be replaced, before anything is written."""
+    """Raise an error if the output must not be replaced, before anything is written."""
     if output.is_relative_to(source) or work_path(output) == source:
         raise DataError(
-            "The output is the dataset itself, or lies in it", remedy="Name another folder", location=output
+            "The output is the dataset itself or is inside it", remedy="Name another folder", location=output
         )
     if not output.exists():
         return
     if not output.is_dir():
-        raise DataError("The output must be a folder, and this is a file", remedy="Name another", location=output)
+        raise DataError("The output is a file; it must be a folder", remedy="Name another", location=output)
     if output.is_mount():
-        what = "The output is where a file system is mounted, and cannot be replaced"
-        raise DataError(what, remedy="Name a folder in it", location=output)
+        what = "The output is a mount point, which cannot be replaced"
+        raise DataError(what, remedy="Name a folder inside it", location=output)
     _refuse_foreign(output, names | _names_in(output))
     if any(output.iterdir()) and not overwrite:
         raise DataError(
@@ -172,20 +172,20 @@ def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) 
 
 @contextmanager
 def _work_folder(folder: Path, names: set[str]) -> Iterator[Path]:
-    """An empty folder that no other run writes to, left by a killed one or new; removed if the work in it fails."""
+    """Lock an empty folder for the new dataset, clearing one left by a killed run; remove it if the work fails."""
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # ends with the process
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
         except BlockingIOError:
             raise DataError(
                 "Another run is writing this dataset", remedy="Wait for it, or name another folder", location=folder
             ) from None
-        except OSError:  # a file system that has no locks
+        except OSError:  # a file system without locks
             pass
         _refuse_foreign(folder, names)
-        _clear(folder, names, but_folder=True)
+        _clear(folder, names, keep_folder=True)
         try:
             yield folder
         except BaseException:
@@ -196,13 +196,13 @@ def _work_folder(folder: Path, names: set[str]) -> Iterator[Path]:
 
 
 def _file_names(manifest: Manifest) -> set[str]:
-    """Files of a dataset, but for its tokenizer's."""
+    """Return the file names of a dataset, without those of its tokenizer."""
     manifests = {MANIFEST_NAME, partial_path(Path(MANIFEST_NAME)).name}
     return manifests | {shard_path(Path(), shard.name, suffix).name for shard in manifest.shards for suffix in SUFFIXES}
 
 
 def _names_in(folder: Path) -> set[str]:
-    """Files of the dataset that a folder holds; none where it has no good manifest."""
+    """Return the file names of the dataset in a folder; none if it has no valid manifest."""
     try:
         return _file_names(Manifest.load(folder))
     except DataError:
@@ -216,17 +216,17 @@ def _refuse_foreign(folder: Path, names: set[str]) -> None:
         foreign += [path for path in (folder / TOKENIZER_FOLDER).iterdir() if path.name not in COMPANIONS]
     if foreign:
         raise DataError(
-            f"The folder holds something that is no part of this dataset: {min(foreign).relative_to(folder)}",
-            remedy="Name another folder, or move it away",
+            f"The folder holds something that is not part of this dataset: {min(foreign).relative_to(folder)}",
+            remedy="Name another folder, or move it elsewhere",
             location=folder,
         )
 
 
-def _clear(folder: Path, names: set[str], *, but_folder: bool = False) -> None:
-    """Remove a dataset, its manifest first so that what is left of it never looks finished."""
+def _clear(folder: Path, names: set[str], *, keep_folder: bool = False) -> None:
+    """Remove a dataset, starting with its manifest so that a partly removed one never looks complete."""
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     for name in sorted(names):
         (folder / name).unlink(missing_ok=True)
     shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-    if not but_folder:
+    if not keep_folder:
         folder.rmdir()

@@ -1,4 +1,4 @@
-"""Draws a document with its segments and both ids of every token. Torch-free."""
+"""Drawing of a document with its segments and both ids of every token. Torch-free."""
 
 import unicodedata
 from collections.abc import Iterator
@@ -13,25 +13,25 @@ from megatron_bipe.types import BoolArray, TokenArray
 
 BACKGROUNDS = ("\x1b[48;5;24m\x1b[38;5;231m", "\x1b[48;5;94m\x1b[38;5;231m")  # blue, ochre; white text on both
 FAINT, RESET = "\x1b[2m", "\x1b[0m"
-VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥"}  # what would otherwise leave no mark
-MARGIN = 8  # columns of the inter id
+VISIBLE = {" ": "·", "\n": "↵", "\t": "⇥"}  # marks for invisible characters
+MARGIN = 8  # width of the column of inter ids
 
 
 def show_document(
     dataset: TokenDataset, tokenizer: Tokenizer, document: int, max_tokens: int, *, color: bool, width: int
 ) -> str:
-    """A document as text: its inter id to the left of each segment, the intra id under each token.
+    """Draw a document as text, with the inter id to the left of each segment and the intra id under each token.
 
     Args:
-        dataset: an opened dataset.
-        tokenizer: the one it was made with.
-        document: its number in the dataset, from 0.
-        max_tokens: how much of it, from its first token.
+        dataset: dataset that holds the document.
+        tokenizer: tokenizer that the dataset was made with.
+        document: number of the document in the dataset, from 0.
+        max_tokens: number of tokens to draw, from the first one.
         color: mark segments by alternating ANSI backgrounds.
-        width: columns to fill.
+        width: line width in columns.
 
     Raises:
-        DataError: the dataset has no such document, or its index is damaged.
+        DataError: the document does not exist, or the index is damaged.
     """
     name, tokens_T, ends_T = read_document(dataset, document)
     shown_T, shown_ends_T = tokens_T[:max_tokens], ends_T[:max_tokens]
@@ -55,11 +55,7 @@ def show_document(
 
 
 def read_document(dataset: TokenDataset, document: int) -> tuple[str, TokenArray, BoolArray]:
-    """Return shard name, tokens and segment ends of a document; only the index of its shard is read.
-
-    Raises:
-        DataError: the dataset has no such document, or its index is damaged.
-    """
+    """Return shard name, tokens and segment ends of a document; raise DataError if it does not exist."""
     left = document
     for shard in dataset.shards:
         if 0 <= left < shard.num_documents:
@@ -67,13 +63,12 @@ def read_document(dataset: TokenDataset, document: int) -> tuple[str, TokenArray
             return shard.name, shard.tokens(start, stop), shard.ends(start, stop)
         left -= shard.num_documents
     count = dataset.manifest.num_documents
-    raise DataError(
-        f"there is no document {document} among {count}", remedy="Count from 0", location=f"{dataset.path}, --document"
-    )
+    what = f"document {document} does not exist; the dataset has {count} documents"
+    raise DataError(what, remedy="Number documents from 0", location=f"{dataset.path}, --document")
 
 
 def _draw_segment(inter: int, segment: list[tuple[str, int]], background: str, width: int) -> Iterator[str]:
-    """Two lines for each row of tokens that fits."""
+    """Yield two lines, tokens and their intra ids, for each row of tokens that fits the width."""
     margin = f"{inter:>{MARGIN - 2}}  "
     for row in _rows(segment, max(width - MARGIN, 1)):
         sizes = [max(_columns(text), len(str(intra))) for text, intra in row]
@@ -99,7 +94,7 @@ def _rows(segment: list[tuple[str, int]], width: int) -> Iterator[list[tuple[str
 
 
 def visible_text(tokenizer: Tokenizer, token: int) -> str:
-    """Return what a token looks like: its text with blanks marked, a special one's role, else its number."""
+    """Return a token's text with whitespace marked, else its role as a special token, else its number."""
     text = tokenizer.text_of(token)
     if text:
         return "".join(VISIBLE.get(char) or printable(char) for char in text)
@@ -108,12 +103,12 @@ def visible_text(tokenizer: Tokenizer, token: int) -> str:
 
 
 def printable(char: str) -> str:
-    """Return the character, or its escape where a terminal would obey instead of print it."""
+    """Return the character, or its escape sequence if it is a control character."""
     return char if char.isprintable() else char.encode("unicode_escape").decode()
 
 
 def _columns(text: str) -> int:
-    """Terminal columns that a text takes."""
+    """Return the number of terminal columns that a text occupies."""
     return sum(
         0 if unicodedata.combining(char) else 2 if unicodedata.east_asian_width(char) in "WF" else 1 for char in text
     )

@@ -1,4 +1,4 @@
-"""How long segments and documents are, and how many segments a window holds: exact counts, in little memory."""
+"""Exact distributions of segment and document lengths, and of segments per sequence, in little memory."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,31 +13,29 @@ from megatron_bipe.data.shard_layout import IdxHeader, damaged
 from megatron_bipe.io import unreadable
 from megatron_bipe.types import IntArray
 
-BLOCK_TOKENS = 1 << 20  # read together: a multiple of the window, and long against a segment
-SEQ_LEN_TOKENS = 1024  # that segments are counted in: the paper's training length
-SAMPLE_TOKENS = 1 << 28  # of a dataset, about a second's work
+BLOCK_TOKENS = 1 << 20  # tokens read at once: a multiple of the sequence length, and much longer than a segment
+SEQ_LEN_TOKENS = 1024  # sequence length in which segments are counted: that of the paper's training
+SAMPLE_TOKENS = 1 << 28  # tokens counted per dataset by default, which takes about a second
 
 
 @dataclass(frozen=True)
 class Distribution:
-    """How often each whole number occurs.
+    """Number of occurrences of each integer.
 
     Lengths that add up to T have at most sqrt(2 T) different values, so this stays small at any size of the data.
     """
 
     values_V: IntArray
-    """From 0, ascending, each once."""
+    """Distinct values, from 0, ascending."""
     counts_V: IntArray
 
     @classmethod
     def of(cls, numbers: IntArray) -> Self:
-        """Count some numbers."""
         values_V, counts_V = np.unique(numbers, return_counts=True)
         return cls(values_V.astype(np.int64), counts_V.astype(np.int64))
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
-        """One of all."""
         values = np.concatenate([np.zeros(0, np.int64), *(part.values_V for part in parts)])
         counts = np.concatenate([np.zeros(0, np.int64), *(part.counts_V for part in parts)])
         values_V, positions = np.unique(values, return_inverse=True)
@@ -47,57 +45,53 @@ class Distribution:
 
     @property
     def count(self) -> int:
-        """How many numbers were counted."""
         return int(self.counts_V.sum())
 
     @property
     def mean(self) -> float:
-        """Their mean, NaN of none."""
         return float(self.values_V @ self.counts_V) / self.count if self.count else float("nan")
 
     @property
     def maximum(self) -> int:
-        """The largest, 0 of none."""
         return int(self.values_V[-1]) if self.count else 0
 
     def quantile(self, share: float) -> int:
-        """The smallest number that this share of all numbers does not exceed; 0 of none."""
+        """Return the smallest value such that at least this share of the numbers does not exceed it; 0 if empty."""
         reached = np.searchsorted(np.cumsum(self.counts_V), share * self.count)
         return int(self.values_V[reached]) if self.count else 0
 
     def share_above(self, limit: int) -> float:
-        """Share of the numbers that are larger than `limit`, 0 of none."""
+        """Return the share of the numbers that are larger than `limit`; 0 if empty."""
         return float(self.counts_V[self.values_V > limit].sum() / max(self.count, 1))
 
     def sum_share_above(self, limit: int) -> float:
-        """Share that the numbers larger than `limit` have in the sum of all; 0 where that is 0."""
+        """Return the share of the total sum that comes from numbers larger than `limit`; 0 if the sum is 0."""
         sums_V = self.values_V * self.counts_V
         return float(sums_V[self.values_V > limit].sum() / max(int(sums_V.sum()), 1))
 
     def bins(self) -> dict[int, int]:
-        """Counts of 0, 1, 2-3, 4-7, ... up to the largest, empty ones too, by the lowest number of each."""
-        exponents = np.frexp(self.values_V)[1]  # 0 of 0, 1 of 1, 2 of 2 and 3, ...
+        """Return the counts of 0, 1, 2-3, 4-7, ... up to the maximum, by the lowest value of each bin."""
+        exponents = np.frexp(self.values_V)[1]  # 0 for 0, 1 for 1, 2 for 2 and 3, ...
         counts = np.bincount(exponents, self.counts_V).astype(np.int64).tolist()
         return {(1 << exponent) >> 1: count for exponent, count in enumerate(counts)}
 
 
 @dataclass(frozen=True)
 class Statistics:
-    """What was counted of a dataset or a part of it."""
+    """Counts of a dataset or a part of it."""
 
     tokens: int
-    """That were looked at."""
+    """Number of tokens that were counted."""
     segment_tokens: Distribution
-    """Lengths of segments, as stored: they run on over the ends of documents, start afresh with each shard, and what
-    follows a shard's last segment end is none."""
+    """Lengths of segments as stored: they continue across document ends and restart at each shard. Tokens after a
+    shard's last segment end are not counted."""
     segments_per_sequence: Distribution
-    """Segment ends in each window of `WINDOW_TOKENS`, counted from a shard's start, its shorter last one left out."""
+    """Segment ends in each sequence of `SEQ_LEN_TOKENS`, from the shard's start; its shorter last one is skipped."""
     document_tokens: Distribution
     """Lengths of documents."""
 
     @classmethod
     def merge(cls, parts: Sequence[Self]) -> Self:
-        """One of all."""
         return cls(
             tokens=sum(part.tokens for part in parts),
             segment_tokens=Distribution.merge([part.segment_tokens for part in parts]),
@@ -113,14 +107,15 @@ def count_dataset(
     workers: int = 1,
     advance: Advance = lambda _: None,
 ) -> Statistics:
-    """Count a dataset's segments and documents; reads bits and document lengths, no tokens.
+    """Count a dataset's segments and documents. It reads segment-end bits and document lengths, but no tokens.
 
     Args:
-        dataset: an opened dataset.
-        max_tokens: to look at: evenly spread blocks of `BLOCK_TOKENS`, always the same ones, and the same share of each
-            shard's documents. Segments that began before such a block are left out. None: all.
-        workers: shards that are read at once.
-        advance: told the tokens that have been looked at.
+        dataset: dataset to count.
+        max_tokens: number of tokens to count, in evenly spaced blocks of `BLOCK_TOKENS` that are the same in every
+            call, with the same share of each shard's documents. Segments that began before such a block are skipped.
+            None: count all.
+        workers: number of shards that are read in parallel.
+        advance: called with the number of tokens counted.
 
     Raises:
         DataError: a shard cannot be read.
@@ -137,13 +132,13 @@ def count_dataset(
 
 
 def blocks_of(shard: Shard) -> int:
-    """Blocks of a shard; one that has no tokens may still have documents."""
+    """Return the number of blocks of a shard, at least 1: a shard without tokens may still have documents."""
     return max(-(-shard.num_tokens // BLOCK_TOKENS), 1)
 
 
 def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
     shard, chosen = work
-    shard = Shard(shard.folder, shard.record or shard.name)  # whose files are closed when it has been counted
+    shard = Shard(shard.folder, shard.record or shard.name)  # a new reader, whose files are closed after this shard
     parts: list[Statistics] = []
     last_end: int | None = None
     for block in chosen:
@@ -152,7 +147,7 @@ def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
         if block == 0:
             last_end = -1
         elif chosen.step > 1:
-            last_end = None  # the block before has not been looked at
+            last_end = None  # the previous block was skipped
         positions = np.flatnonzero(shard.ends(start, stop)) + start
         known = positions if last_end is None else np.concatenate([[last_end], positions])
         sequences = (stop - start) // SEQ_LEN_TOKENS
@@ -174,7 +169,7 @@ def _count_shard(work: tuple[Shard, range], advance: Advance) -> Statistics:
 
 
 def _document_lengths(shard: Shard, start: int, stop: int) -> IntArray:
-    """Tokens of documents [start, stop), from the index alone, of which nothing else is read."""
+    """Return the number of tokens of documents [start, stop), reading only that part of the index."""
     path = shard.path("idx")
     offset = IdxHeader(shard.dtype, shard.num_documents).lengths_at + 4 * start
     try:

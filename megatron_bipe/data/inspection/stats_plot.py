@@ -1,4 +1,4 @@
-"""The distributions of `stats.py` as a picture: a panel each, a curve a dataset."""
+"""A plot of the distributions of `stats.py`, with one panel per quantity and one curve per dataset."""
 
 import io
 from collections.abc import Callable, Mapping
@@ -10,18 +10,14 @@ from matplotlib.figure import Figure
 from megatron_bipe.data.inspection.stats import Distribution, Statistics
 from megatron_bipe.data.inspection.stats_text import QUANTITIES
 
-STYLES = ("-", "--", ":", "-.")  # tell apart curves of the same colour, of which there are ten
+STYLES = ("-", "--", ":", "-.")  # distinguish curves of the same color, since there are ten colors
 LEGEND_ROWS = 12
 UNITS = {"Gi": 30, "Mi": 20, "Ki": 10}
 GRID = "#e6e6e6"
 
 
 def draw_stats(found: Mapping[str, Statistics]) -> bytes:
-    """A PNG: share of segments, windows and documents in each power of two.
-
-    Args:
-        found: by name of the dataset.
-    """
+    """Return a PNG with the share of segments, sequences and documents in each power of two, by dataset name."""
     columns = -(-len(found) // LEGEND_ROWS) if len(found) > 1 else 0
     figure = Figure(figsize=(13.5 + 2.2 * columns, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -46,7 +42,7 @@ def _draw_panel(
         distribution = quantity(statistics)
         bins = distribution.bins()
         shares = [100 * count / max(distribution.count, 1) for count in bins.values()]
-        edges = [*range(len(bins) + 1)]  # powers of two stand evenly: the axis is logarithmic, with a place for 0
+        edges = [*range(len(bins) + 1)]  # powers of two at equal distances: a logarithmic axis with a bin for 0
         highest = max(highest, len(bins))
         axes.stairs(
             shares,
@@ -69,7 +65,7 @@ def _draw_panel(
 
 
 def _short(number: int) -> str:
-    """1024 as 1Ki."""
+    """Abbreviate a number: 1024 as 1Ki."""
     for unit, exponent in UNITS.items():
         if number >> exponent:
             return f"{number >> exponent}{unit}"

@@ -1,4 +1,4 @@
-"""What is known of datasets as tables, and as JSON for scripts."""
+"""Statistics of datasets as text tables, and as JSON for scripts."""
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -12,11 +12,11 @@ QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
     "document length, tokens": lambda statistics: statistics.document_tokens,
 }
 _HEADINGS = ["shard", "documents", "tokens", "segments", "text bytes", "tokens/segment", "segments/1024 tokens"]
-CLIP = SEQ_LEN_TOKENS - 1  # of the paper: the largest intra id
+CLIP = SEQ_LEN_TOKENS - 1  # the paper's clip: the largest intra id
 
 
 def stats_table(manifest: Manifest) -> str:
-    """What a dataset is; counts and means: a line a shard and one for all."""
+    """Describe a dataset, with counts and means per shard and in total."""
     rows = [_stats_row(s.name, s.documents, s.tokens, s.segments, s.text_bytes) for s in manifest.shards]
     head = [
         *_made_with(manifest),
@@ -26,18 +26,14 @@ def stats_table(manifest: Manifest) -> str:
 
 
 def datasets_table(manifests: Mapping[str, Manifest]) -> str:
-    """The same of several datasets, by name: a line for each and one for all."""
+    """Describe several datasets, by name, with counts and means per dataset and in total."""
     head = dict.fromkeys(line for manifest in manifests.values() for line in _made_with(manifest))
     rows = [[name, *_total_row([manifest])[1:]] for name, manifest in manifests.items()]
     return "\n".join([*head, "", _align([["dataset", *_HEADINGS[1:]], *rows, _total_row([*manifests.values()])])])
 
 
 def distribution_tables(found: Mapping[str, tuple[Manifest, Statistics]]) -> str:
-    """Mean, quantiles and powers of two of each quantity: a line a dataset.
-
-    Args:
-        found: by name of the dataset.
-    """
+    """Return mean, quantiles and power-of-two histogram of each quantity, with one line per dataset, by name."""
     parts = []
     for title, quantity in QUANTITIES.items():
         by_name = {name: quantity(statistics) for name, (_, statistics) in found.items()}
@@ -52,7 +48,7 @@ def distribution_tables(found: Mapping[str, tuple[Manifest, Statistics]]) -> str
 
 
 def as_json(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
-    """The same of one dataset, for scripts; numbers that nothing was counted for are null."""
+    """Return the statistics of a dataset for scripts; statistics of an empty distribution are null."""
     return {
         "fingerprint": manifest.fingerprint,
         "rule": manifest.rule.spec,
@@ -72,32 +68,33 @@ def as_json(manifest: Manifest, statistics: Statistics) -> dict[str, Any]:
 
 
 def _as_json(distribution: Distribution) -> dict[str, Any]:
-    some = distribution.count > 0
+    has_counts = distribution.count > 0
     return {
         "count": distribution.count,
-        "mean": distribution.mean if some else None,
-        "median": distribution.quantile(0.5) if some else None,
-        "p95": distribution.quantile(0.95) if some else None,
-        "max": distribution.maximum if some else None,
+        "mean": distribution.mean if has_counts else None,
+        "median": distribution.quantile(0.5) if has_counts else None,
+        "p95": distribution.quantile(0.95) if has_counts else None,
+        "max": distribution.maximum if has_counts else None,
         "bins": {str(low): count for low, count in distribution.bins().items()},
     }
 
 
 def _notes(found: Mapping[str, tuple[Manifest, Statistics]]) -> list[str]:
-    """What the figures stand for."""
+    """Explain what was counted."""
     notes = []
     for name, (manifest, statistics) in found.items():
         share = f"{statistics.tokens:,} of {manifest.num_tokens:,} tokens"
-        spread = " in evenly spread blocks; --all counts all" if statistics.tokens < manifest.num_tokens else ""
+        spread = " in evenly spaced blocks; --all counts all" if statistics.tokens < manifest.num_tokens else ""
         notes.append(f"{name}: counted {share}{spread}.")
     notes.append(
-        "Segments are as stored: they run on over the ends of documents, and start afresh with each shard. Those of "
-        f"more than {CLIP + 1} tokens reach the paper's intra clip, {CLIP}."
+        "Segments are counted as stored: they continue across document ends, and restart at each shard. Those of more "
+        f"than {CLIP + 1} tokens reach the paper's intra clip, {CLIP}."
     )
     lengths = {manifest.rule.fixed_length for manifest, _ in found.values()}
     notes.extend(
-        f"fixed:{length} counts from each document's start on disk, so a document's rest adds to the next one's first "
-        f"segment; training counts from the start of its window, so each segment has {length} tokens there."
+        f"fixed:{length} counts from each document's start on disk, so a document's last tokens are added to the "
+        "next one's first segment; training counts from the start of its sequence, so each segment has "
+        f"{length} tokens there."
         for length in sorted(filter(None, lengths))
     )
     return notes
@@ -112,7 +109,7 @@ def _summary_row(item: tuple[str, Distribution]) -> list[str]:
 
 
 def _bin_rows(title: str, by_name: Mapping[str, Distribution]) -> list[list[str]]:
-    """Shares in powers of two; columns from the first to the last that any dataset needs."""
+    """Return shares per power of two, with columns from the first to the last that any dataset needs."""
     bins = {name: distribution.bins() for name, distribution in by_name.items()}
     used = {low for counts in bins.values() for low, count in counts.items() if count}
     columns = [
@@ -150,7 +147,7 @@ def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes
 
 
 def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Names to the left, figures to the right."""
+    """Align rows as a table, with names to the left and numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for first, *rest in rows:

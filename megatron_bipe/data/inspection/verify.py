@@ -1,4 +1,4 @@
-"""Is a dataset folder whole: tokens and bits are read once, for their checksum and for what they say."""
+"""Verification of complete datasets: tokens and segment-end bits are read once, hashed and checked."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
@@ -25,18 +25,18 @@ from megatron_bipe.io import sha256_of, unreadable
 def find_problems(
     datasets: Sequence[TokenDataset], *, workers: int = 1, sample: float = 1.0, advance: Advance = lambda _: None
 ) -> Iterator[DataError]:
-    """Everything that opening does not look at: tokenizer, checksums, indices, ids, bits.
+    """Check everything that opening a dataset does not: tokenizer, checksums, indices, ids and segment-end bits.
 
     Args:
-        datasets: opened, which is itself a check of sizes and headers.
-        workers: shards that are read at once. Each takes a few MB, and about 30 bytes a document of its shard.
+        datasets: open datasets, whose sizes and headers are therefore already checked.
+        workers: number of shards read in parallel. Each needs a few MB, plus about 30 bytes per document of its shard.
         sample: share of the tokens, in chunks chosen by a fixed hash, whose ids are checked and whose bits are compared
-            with a new segmentation. Checksums, indices and counts are of everything.
-        advance: told the bytes that have been read, for a progress bar.
+            with a new segmentation. Checksums, indices and counts always cover everything.
+        advance: called with the number of bytes read.
 
     Yields:
-        For each dataset what is wrong with its tokenizer or rule; then, in the order of the shards, one error for each
-        wrong file checksum and the first other problem of each shard.
+        An error for each dataset whose tokenizer or rule is wrong; then, in the order of the shards, one for each wrong
+        checksum and for the first other problem of each shard.
     """
     for dataset in datasets:
         yield from _tokenizer_problems(dataset)
@@ -53,7 +53,7 @@ def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:
         return
     if rule != dataset.rule:
         yield DataError(
-            f"field rule.token_ids lists {len(dataset.rule.token_ids)} ids; rule {rule.spec!r} comes out as "
+            f"field rule.token_ids lists {len(dataset.rule.token_ids)} ids; rule {rule.spec!r} resolves to "
             f"{len(rule.token_ids)} others with the dataset's own tokenizer",
             remedy="Make the dataset again",
             location=dataset.path / MANIFEST_NAME,
@@ -63,7 +63,7 @@ def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:
 def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sample: float) -> list[DataError]:
     dataset, record = work
     try:
-        shard = Shard(dataset.path, record)  # not the dataset's own, which would keep its index in memory
+        shard = Shard(dataset.path, record)  # a new reader, so that the dataset does not keep its index in memory
         found: dict[Suffix, str] = {"idx": sha256_of(shard.path("idx"))}
         advance(record.files["idx"].bytes)
         check = _ShardCheck(Segmenter(shard, dataset.rule, dataset.manifest.tokenizer.vocab_size), record, sample)
@@ -77,7 +77,7 @@ def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sa
                 check.chunk(start, tokens_T, packed)
                 advance(tokens_T.nbytes + packed.nbytes)
             found |= {"bin": tokens.hexdigest(), "seg": bits.hexdigest()}
-    except DataError as error:  # gone or cut short since it was opened, or the disk cannot read it
+    except DataError as error:  # removed or truncated since it was opened, or unreadable
         return [error]
     problems = [
         damaged(shard.path(suffix), f"its SHA-256 is {found[suffix]}; the manifest says {record.files[suffix].sha256}")
@@ -88,7 +88,7 @@ def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sa
 
 
 class _ShardCheck:
-    """What the bytes of a shard say; stops looking at the first thing that is wrong."""
+    """Check of a shard's content, which ends at the first problem."""
 
     def __init__(self, segmenter: Segmenter, record: ShardRecord, sample: float) -> None:
         self._segmenter, self._record, self._sample = segmenter, record, sample
@@ -101,7 +101,7 @@ class _ShardCheck:
             self._problem = error
 
     def chunk(self, start: int, tokens_T: npt.NDArray[np.generic], packed: npt.NDArray[np.uint8]) -> None:
-        """Look at tokens from `start` on, and at their bits as stored."""
+        """Check the tokens from `start` on and their stored bits."""
         if self._problem is None:
             try:
                 self._check_padding(start + tokens_T.size, int(packed[-1]))
@@ -112,7 +112,7 @@ class _ShardCheck:
         self._num_segments += int(np.bitwise_count(packed).sum())
 
     def finish(self) -> list[DataError]:
-        """The first problem, if there is one."""
+        """Return the first problem, if there is one."""
         if self._problem is None and self._num_segments != self._record.segments:
             what = f"{self._num_segments} bits are set; the manifest says {self._record.segments} segments"
             self._problem = damaged(self._shard.path("seg"), what)
@@ -129,19 +129,19 @@ class _ShardCheck:
             return
         wrong = int(np.flatnonzero(np.unpackbits(expected ^ packed, bitorder="little"))[0])
         position, bit = start + wrong, int(packed[wrong // 8]) >> wrong % 8 & 1
-        where = f"byte {SEG_HEADER.size + position // 8}, bit {position % 8} (token {position}, id {tokens_T[wrong]})"
-        what = f"{where} is {bit}; rule {self._segmenter.rule.spec!r} makes it {1 - bit}"
+        found = f"byte {SEG_HEADER.size + position // 8}, bit {position % 8} (token {position}, id {tokens_T[wrong]})"
+        what = f"{found} is {bit}; rule {self._segmenter.rule.spec!r} makes it {1 - bit}"
         raise damaged(self._shard.path("seg"), what)
 
 
 def _is_sampled(name: str, start: int, share: float) -> bool:
-    """Whether a chunk belongs to the sample: always the same ones, and those of a small share are in any larger."""
+    """Return True if a chunk is in the sample, which is always the same and contained in every larger sample."""
     digest = hashlib.blake2b(f"{name}:{start}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
 
 
 class _HashedFile:
-    """Reads a file from front to end, into memory that is used again, and takes its SHA-256."""
+    """A file that is read sequentially into a reused buffer while its SHA-256 is computed."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -161,11 +161,7 @@ class _HashedFile:
         self._stream.close()
 
     def read(self, num_bytes: int) -> npt.NDArray[np.uint8]:
-        """The next bytes; they stay until the next call.
-
-        Raises:
-            DataError: the file cannot be read, or ends before.
-        """
+        """Return the next bytes, valid until the next call; raise a DataError if there are fewer."""
         if len(self._buffer) < num_bytes:
             self._buffer = bytearray(num_bytes)
         view = memoryview(self._buffer)[:num_bytes]
@@ -180,5 +176,4 @@ class _HashedFile:
         return np.frombuffer(view, dtype=np.uint8)
 
     def hexdigest(self) -> str:
-        """SHA-256 of what has been read."""
         return self._sha256.hexdigest()

@@ -1,4 +1,4 @@
-"""Absolute parts of encodings: modules that turn places int64 [B, t] into what is added to the residual stream.
+"""Absolute parts of encodings: modules from positions int64 [B, t] to vectors added to the residual stream.
 
 B batch · t this rank's positions · D width
 """
@@ -11,16 +11,16 @@ from megatron_bipe.model.positions.functional import sinusoids
 
 
 def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:
-    """A learned row for each place: of the segment, as in BiPE, or of the window (Gehring et al. 2017)."""
+    """Make a learned embedding of positions: in the segment for BiPE, else in the sequence (Gehring et al. 2017)."""
     assert config.table_rows is not None
     return layers.replicated_embedding(config.table_rows, config.hidden_size, -1 if config.zero_last_row else None)
 
 
 class Sinusoidal(nn.Module):
-    """Sines and cosines of the place, at wavelengths from 2 pi to 10000 x 2 pi, for places of any size.
+    """Sines and cosines of positions of any size, at wavelengths from 2 pi to 10000 x 2 pi.
 
-    Times the initial standard deviation of the token table: its authors' token rows, of standard deviation 1 where they
-    are added, and their sines stand in the same proportion.
+    They are scaled by the initial standard deviation of the token embedding. This keeps the published proportion
+    between the two: the authors add sines to token embeddings of standard deviation 1.
 
     Source: Vaswani et al. 2017 (arXiv 1706.03762), section 3.5; sines in the first half of the width.
     """
@@ -30,5 +30,5 @@ class Sinusoidal(nn.Module):
         self._width, self._scale, self._own = config.hidden_size, config.init_std, layers.local_sequence_ids
 
     def forward(self, positions_Bt: Tensor) -> Tensor:
-        """[B, t] -> fp32 [B, t, D], computed in fp32."""
+        """Map positions [B, t] to fp32 [B, t, D], computed in fp32."""
         return sinusoids(self._own(positions_Bt), self._width) * self._scale

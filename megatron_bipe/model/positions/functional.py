@@ -1,7 +1,7 @@
-"""Formulas of the positional encodings, in torch alone: this file imports nothing else of the project.
+"""Formulas of the positional encodings. This file imports only torch, nothing else of the project.
 
-The model's encodings apply them to the positions of whole sequences. An exported model has a copy of this file,
-`functional_bipe.py`, and applies them to positions that its cache remembers.
+The model's encodings apply them to positions of full sequences. An exported model contains a copy of this file,
+`functional_bipe.py`, and applies them to the positions in its cache.
 
 B batch · T positions · S keys · N query heads · H head width · D width
 """
@@ -14,20 +14,20 @@ from torch import Tensor
 
 T = TypeVar("T", float, Tensor)
 
-BILEVEL_ALIBI_FACTOR = 96.0  # of slopes over segments, which are further apart than tokens (as in the paper)
-MAX_ALIBI_POSITIONS = 2**16  # up to here ALiBi's channels are exact
-MAX_XPOS_TOKENS = 2**14  # up to here xPos stays within the range of bf16 and fp32
+BILEVEL_ALIBI_FACTOR = 96.0  # multiplies slopes over segments, which are further apart than tokens (as in the paper)
+MAX_ALIBI_POSITIONS = 2**16  # ALiBi's channels are exact up to this position
+MAX_XPOS_TOKENS = 2**14  # xPos stays within the range of bf16 and fp32 up to this length
 NUM_T5_BUCKETS = 32
 _ALIBI_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
-_BF16_INTEGERS = 256  # bf16 and every wider float hold all integers up to here exactly
-_T5_MAX_DISTANCE = 128  # from here on, all distances share the last bucket
+_BF16_INTEGERS = 256  # bf16 and every wider float represent all integers up to this one exactly
+_T5_MAX_DISTANCE = 128  # this and all larger distances share the last bucket
 _XPOS_POSITIONS, _XPOS_GAMMA = 512, 0.4  # as published
 
 
 def alibi_slopes(num_heads: int) -> list[float]:
-    """Return one slope a head: a geometric row from 2^(-8/n); for other counts, padded from the next power of two.
+    """Return one slope per head: powers of 2^(-8/n); other counts are extended by slopes of the next power of two.
 
-    Source: Press et al. 2022 (arXiv 2108.12409); rows fixed by tests/golden/alibi_slopes.json.
+    Source: Press et al. 2022 (arXiv 2108.12409); values are fixed by tests/golden/alibi_slopes.json.
     """
     lower = 2 ** int(math.log2(num_heads))
     slopes = [2.0 ** (-8.0 * (i + 1) / lower) for i in range(lower)]
@@ -39,7 +39,7 @@ def alibi_key_channels(back_BS: Tensor) -> Tensor:
     """Return the 7 bias channels of keys, int64 [B, S, 7]; see `model.positions.alibi.KeyBias`.
 
     Args:
-        back_BS: how far each key is before the last one, int64, in positions.
+        back_BS: distance of each key to the last one, int64, in positions.
     """
     coarse_BS = back_BS // _BF16_INTEGERS * _BF16_INTEGERS
     fine_BS, unit_BS = back_BS - coarse_BS, torch.full_like(back_BS, -_ALIBI_UNIT)
@@ -50,8 +50,8 @@ def alibi_query_channels(slopes_N1: Tensor, back_B1T: Tensor) -> Tensor:
     """Return the 7 bias channels of queries, fp32 [B, N, T, 7].
 
     Args:
-        slopes_N1: fp32, times sqrt(H), by which attention divides scores.
-        back_B1T: how far each query is before the last key, in positions.
+        slopes_N1: slopes, fp32, multiplied by sqrt(H), by which attention divides scores.
+        back_B1T: distance of each query to the last key, in positions.
     """
     own_BNT = slopes_N1 / _ALIBI_UNIT * back_B1T
     high, middle, low = (part_N1.expand_as(own_BNT) for part_N1 in _bf16_parts(slopes_N1))
@@ -59,47 +59,47 @@ def alibi_query_channels(slopes_N1: Tensor, back_B1T: Tensor) -> Tensor:
 
 
 def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Three fp32 tensors that bf16 represents exactly and that sum to `x` within 2^-24."""
+    """Split `x` into three fp32 tensors that bf16 represents exactly and that sum to `x` within 2^-24."""
     high = x.bfloat16().float()
     middle = (x - high).bfloat16().float()
     return high, middle, (x - high - middle).bfloat16().float()
 
 
 def interleave_zeros(channels: Tensor) -> Tensor:
-    """Return the channels, each followed by a zero: AMX adds up even and odd channels apart."""
+    """Return the channels, each followed by a zero, since AMX sums even and odd channels separately."""
     return torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
 
 
 def rotary_frequencies(head_width: int, base: float | Tensor, device: torch.device | str = "cpu") -> Tensor:
-    """Return radians a position for each pair of channels, fp32 [..., H/2] (Su et al. 2021, arXiv 2104.09864).
+    """Return radians per position for each pair of channels, fp32 [..., H/2] (Su et al. 2021, arXiv 2104.09864).
 
     Args:
         head_width: H.
-        base: of the geometric row; a tensor [..., 1] gives a row for each base.
-        device: of the result.
+        base: base of the geometric sequence; a tensor [..., 1] gives one sequence per base.
+        device: device of the result.
     """
     exponents_H = torch.arange(0, head_width, 2, dtype=torch.float32, device=device) / head_width
     return 1.0 / base**exponents_H
 
 
 def stretched_base(base: float, head_width: int, factor: T) -> T:
-    """Return the base whose slowest pair turns `factor` times slower, and whose fastest turns as before (NTK)."""
+    """Return the NTK base: its slowest pair rotates `factor` times slower, its fastest as before."""
     return base * factor ** (head_width / (head_width - 2))
 
 
 def yarn_frequencies(
     frequencies_H: Tensor, base: float, factor: float, original_positions: int, betas: tuple[float, float]
 ) -> Tensor:
-    """Return YaRN's frequencies: fast pairs as before, slow ones `factor` times slower, a linear transition between.
+    """Return YaRN's frequencies: fast pairs unchanged, slow ones `factor` times slower, with a linear transition.
 
     Source: Peng et al. 2023 (arXiv 2309.00071).
 
     Args:
-        frequencies_H: of the plain encoding, fp32 [H/2].
-        base: of the plain encoding.
-        factor: by which the context is extended.
-        original_positions: length of training before the extension, in positions.
-        betas: turns over the original positions, from which on pairs are fast, and below which they are slow.
+        frequencies_H: frequencies of the plain encoding, fp32 [H/2].
+        base: base of the plain encoding.
+        factor: context extension factor.
+        original_positions: training length before the extension, in positions.
+        betas: rotations over the original positions above which a pair is fast, and below which it is slow.
     """
     head_width = 2 * len(frequencies_H)
 
@@ -115,7 +115,7 @@ def yarn_frequencies(
 
 
 def yarn_attention_factor(factor: float) -> float:
-    """Return what queries and keys are each multiplied with, so that softmax over more keys stays as sharp."""
+    """Return the factor of both queries and keys that keeps softmax over more keys as sharp."""
     return 0.1 * math.log(factor) + 1.0
 
 
@@ -134,8 +134,8 @@ def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
 def xpos_factors(positions_BT: Tensor, head_width: int, trained_tokens: int) -> tuple[Tensor, Tensor]:
     """Return xPos's factors of queries and of keys, zeta^(position/512) and its inverse, fp32 [B, 1, T, H/2].
 
-    Powers count from the middle of the training length, which cancels in every score. The zeta of pair i is
-    (2 i / H + gamma) / (1 + gamma), from 0.29 to almost 1.
+    Exponents are relative to the middle of the training length, an offset that cancels in every score. The zeta of pair
+    i is (2 i / H + gamma) / (1 + gamma), from 0.29 to almost 1.
 
     Source: Sun et al. 2022 (arXiv 2212.10554).
     """
@@ -147,7 +147,7 @@ def xpos_factors(positions_BT: Tensor, head_width: int, trained_tokens: int) -> 
 
 
 def t5_buckets(distances: Tensor) -> Tensor:
-    """Return the bucket of each distance from a query back to a key, int64: exact up to half, then logarithmic.
+    """Return the int64 bucket of each distance back to a key: exact in the first half of the buckets, then logarithmic.
 
     Source: Raffel et al. 2020 (arXiv 1910.10683), the buckets of its decoder.
     """

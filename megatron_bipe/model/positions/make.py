@@ -1,4 +1,4 @@
-"""Makes the parts of the encoding that a configuration names."""
+"""Builds the absolute and relative parts of the configured encoding."""
 
 import importlib
 from typing import Any
@@ -12,18 +12,17 @@ from megatron_bipe.model.positions.base import RelativeEncoding
 
 
 def relative_class(config: ModelConfig) -> type[RelativeEncoding]:
-    """The class of the relative part."""
     found: type[RelativeEncoding] = _named(config.relative.made_by)
     return found
 
 
 def make_relative(config: ModelConfig, layers: LayerFactory) -> RelativeEncoding:
-    """The relative part of a block, for the query heads of the rank that `layers` is for."""
+    """Make the relative part of one block, for the query heads of the rank of `layers`."""
     return relative_class(config)(config, layers)
 
 
 def make_absolute(config: ModelConfig, layers: LayerFactory) -> nn.Module | None:
-    """The absolute part: places int64 [B, t] -> what is added to the residual stream; None where there is none."""
+    """Make the absolute part: positions int64 [B, t] -> a term of the residual stream; None if there is none."""
     made_by = ABSOLUTE[config.parts.absolute]
     return None if made_by is None else _named(made_by)(config, layers)
 

@@ -1,4 +1,4 @@
-"""RoPE, as it is and stretched beyond the training length: the types of `model.rope_scaling`.
+"""RoPE, plain or extended beyond the training length by one of the types of `model.rope_scaling`.
 
 B batch · T positions · N heads · H head width
 """
@@ -15,7 +15,7 @@ Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
 
 class Rotary(RelativeEncoding):
-    """Pairs (i, i + H/2) of queries and keys are rotated by position x frequency i: the half-rotation layout.
+    """Rotation of pairs (i, i + H/2) of queries and keys by position x frequency i: the half-rotation layout.
 
     Source: Su et al. 2021 (arXiv 2104.09864).
     """
@@ -27,7 +27,7 @@ class Rotary(RelativeEncoding):
         self.config = config
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tables, Tables]:
-        """Return cosines and sines for queries, and for keys: here the same ones."""
+        """Return cosines and sines for queries and for keys, which are the same here."""
         cos_B1TH, sin_B1TH = self.angles(positions_BT)
         tables = cos_B1TH.to(dtype), sin_B1TH.to(dtype)
         return tables, tables
@@ -38,25 +38,23 @@ class Rotary(RelativeEncoding):
         return functional.rotary_tables(positions_BT, frequencies_H.to(positions_BT.device), factor)
 
     def encode(self, q_BNTH: Tensor, k_BNTH: Tensor, prepared: tuple[Tables, Tables]) -> tuple[Tensor, Tensor]:
-        """Return rotated queries and keys."""
         for_queries, for_keys = prepared
         return functional.rotate(q_BNTH, *for_queries), functional.rotate(k_BNTH, *for_keys)
 
     @staticmethod
     def table_width(head_width: int) -> int:
-        """A cosine and a sine for each pair."""
         return head_width
 
 
 def rotary_frequencies(config: ModelConfig, seq_len_tokens: int) -> tuple[Tensor, float]:
-    """Return radians a position for each pair of channels, fp32 [H/2], and the factor of queries and keys.
+    """Return radians per position for each pair of channels, fp32 [H/2], and the attention factor.
 
     Source: linear, Chen et al. 2023 (arXiv 2306.15595); ntk, dynamic, yarn, Peng et al. 2023 (arXiv 2309.00071). A test
-    compares all with transformers' functions.
+    compares all of them with transformers' functions.
 
     Args:
-        config: of the model.
-        seq_len_tokens: length of the sequences at hand, on which `dynamic` depends.
+        config: model configuration.
+        seq_len_tokens: length of the current sequences, on which `dynamic` depends.
     """
     scaling, base, width = config.rope_scaling, config.rope_base, config.head_width
     plain_H = functional.rotary_frequencies(width, base)

@@ -1,4 +1,4 @@
-"""How often a model's solution of an arithmetic problem ends with the right number, by the number of operators."""
+"""Accuracy of a model's final numbers on arithmetic problems, by the number of operators."""
 
 import csv
 import io
@@ -15,27 +15,27 @@ from megatron_bipe.io import write_atomically
 from megatron_bipe.tasks.arithmetic.problems import Problem, final_answer, problems
 
 JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"
-SPARE = 1.25  # how much longer than the longest right solution one may get; it may be right in another order
-TRIES = 20  # draws for each problem that is wanted: of few operators there are few problems
+SPARE = 1.25  # length limit relative to the longest correct solution: another order of steps may be longer
+TRIES = 20  # draws per requested problem: few operators allow few distinct problems
 
 
 class Accuracy(NamedTuple):
-    """Of problems with the same number of operators."""
+    """Result for problems with the same number of operators."""
 
     operators: int
     num_problems: int
     num_right: int
     num_tokens: int
-    """Of the longest problem with its solution."""
+    """Tokens of the longest problem with its solution."""
 
     @property
     def share(self) -> float:
-        """0 to 1."""
+        """Fraction of correct answers, 0 to 1."""
         return self.num_right / self.num_problems
 
 
 def held_out_problems(operators: int, count: int, seed: int) -> list[Problem]:
-    """Different held-out problems, or as many as were found."""
+    """Return distinct held-out problems, at most `count`."""
     drawn = problems(range(operators, operators + 1), TRIES * count, seed, held_out=True)
     return list({problem.prompt: problem for problem in drawn}.values())[:count]
 
@@ -46,16 +46,16 @@ def solve_all(
     batch_tokens: int,
     advance: Callable[[int], object] | None = None,
 ) -> Accuracy:
-    """Let the model solve problems of one number of operators, and compare the final numbers.
+    """Generate solutions to problems with one number of operators and compare the final numbers.
 
     Raises:
-        ConfigError: the longest problem and its solution exceed the windows that the model can encode.
+        ConfigError: the longest problem and its solution exceed the sequence length that the model supports.
     """
     encode, bos_id = generator.tokenizer.encode_batch, generator.tokenizer.bos_id
     prompts = [np.concatenate([[bos_id], ids]) for ids in encode([problem.prompt for problem in asked])]
     longest = max(ids.size for ids in encode([problem.answer for problem in asked])) + 1
     prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
-    if (room := generator.max_seq_len_tokens) is not None:  # for the right solution always, or it is refused
+    if (room := generator.max_seq_len_tokens) is not None:  # the correct solution must fit
         new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
     found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]
@@ -64,7 +64,6 @@ def solve_all(
 
 
 def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:
-    """Write accuracies by model as JSON and CSV."""
     models = [
         {"name": name, "results": [each._asdict() | {"accuracy": each.share} for each in results]}
         for name, results in found.items()
@@ -79,7 +78,7 @@ def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Se
 
 
 def as_table(found: Mapping[str, Sequence[Accuracy]]) -> str:
-    """A row a model, a column a number of operators, in percent."""
+    """Return accuracies in percent as text: one row per model, one column per number of operators."""
     first = next(iter(found.values()))
     rows = [["operators", *(str(each.operators) for each in first)]]
     rows.append(["problems", *(str(each.num_problems) for each in first)])

@@ -2,12 +2,12 @@
 
     7*5/(6+8-3*2)=2/(6+8-3*2)=2/(3-3*2)=2/(3-6)=2/8=3
 
-The prompt ends with the first `=`; the answer is all that follows. A rewrite does the first operation from the left
-that can be done, so that a problem has one solution.
+The prompt ends with the first `=`; the answer is the text after it. Each step applies the leftmost operation that is
+reducible, so that a problem has one solution.
 
-Source: the task is that of Feng et al. 2023, "Towards Revealing the Mystery behind Chain of Thought". Theirs as here:
-the field, the symbols, and that an expression grows by replacing random numbers in it by operations of the same value.
-Ours: which operation is done first, and that a test problem is told by a hash.
+Source: the task of Feng et al. 2023, "Towards Revealing the Mystery behind Chain of Thought". As in the paper: the
+field, the symbols, and the growth of an expression, which replaces random numbers by operations of the same value.
+Ours: the order of operations, and that a hash selects the test problems.
 """
 
 import hashlib
@@ -22,33 +22,33 @@ import tokenizers
 
 MODULUS = 11
 EQUALS = "="
-RANK = {"+": 0, "-": 0, "*": 1, "/": 1}  # of operators: the higher is done first
+RANK = {"+": 0, "-": 0, "*": 1, "/": 1}  # operator precedence: the higher is applied first
 SPECIAL = ("<pad>", "<s>", "</s>")
 SYMBOLS = (*SPECIAL, *map(str, range(MODULUS)), *RANK, "(", ")", EQUALS)
-HELD_OUT_ONE_IN = 10  # problems
+HELD_OUT_ONE_IN = 10  # one in this many problems is held out
 
 
 class Problem(NamedTuple):
     """An expression and its solution."""
 
-    prompt: str  # the expression and `=`
-    answer: str  # all rewrites, joined by `=`; the last is the value
+    prompt: str  # expression and `=`
+    answer: str  # all steps, joined by `=`; the last is the value
     operators: int
 
     @property
     def value(self) -> str:
-        """The number that it comes to."""
+        """Number at the end of the answer."""
         return final_answer(self.answer)
 
 
 def problems(operators: range, count: int, seed: int, *, held_out: bool) -> Iterator[Problem]:
-    """Random problems; the same for the same arguments. None is ever both held out and not.
+    """Generate random problems, the same for the same arguments. None is both held out and not.
 
     Args:
-        operators: how many a problem may have; those with k come up in proportion to k.
-        count: of problems; the same may come twice.
-        seed: of the choice.
-        held_out: problems for tests, else those for training.
+        operators: numbers of operators; problems with k operators occur in proportion to k.
+        count: number of problems; duplicates are possible.
+        seed: seed of the generator.
+        held_out: True: problems for tests; False: for training.
     """
     chooser = random.Random(f"{seed} {operators} {held_out}")
     weights = list(operators)
@@ -62,36 +62,36 @@ def problems(operators: range, count: int, seed: int, *, held_out: bool) -> Iter
 
 
 def is_held_out(prompt: str) -> bool:
-    """Whether a problem is one for tests."""
+    """Return True if a problem is reserved for tests."""
     digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") % HELD_OUT_ONE_IN == 0
 
 
 def final_answer(text: str) -> str:
-    """What stands behind the last `=`."""
+    """Return the text after the last `=`."""
     return text.rpartition(EQUALS)[2]
 
 
 def solve(tokens: list[str]) -> Iterator[list[str]]:
-    """The expressions that follow from one, each with an operator less, down to a number."""
+    """Yield the expression after each step, with one operator fewer, down to a number."""
     while len(tokens) > 1:
-        place = next(place for place in range(1, len(tokens) - 1) if _can_be_done(tokens, place))
-        left, operator, right = tokens[place - 1 : place + 2]
-        bracketed = tokens[place - 2 : place - 1] == ["("] and tokens[place + 2 : place + 3] == [")"]
-        first, stop = (place - 2, place + 3) if bracketed else (place - 1, place + 2)
+        index = next(index for index in range(1, len(tokens) - 1) if _is_reducible(tokens, index))
+        left, operator, right = tokens[index - 1 : index + 2]
+        bracketed = tokens[index - 2 : index - 1] == ["("] and tokens[index + 2 : index + 3] == [")"]
+        first, stop = (index - 2, index + 3) if bracketed else (index - 1, index + 2)
         tokens = [*tokens[:first], str(apply(operator, int(left), int(right))), *tokens[stop:]]
         yield tokens
 
 
 def apply(operator: str, left: int, right: int) -> int:
-    """One operation modulo 11; a division is a multiplication by the inverse, which 0 has not."""
+    """Apply one operation modulo 11; division multiplies by the inverse, which 0 does not have."""
     if operator == "/":
         return left * pow(right, -1, MODULUS) % MODULUS
     return {"+": left + right, "-": left - right, "*": left * right}[operator] % MODULUS
 
 
 def write_tokenizer(folder: Path) -> None:
-    """A tokenizer folder with one token a symbol; numbers have no spaces between them, and 10 is one of them."""
+    """Write a tokenizer folder with one token per symbol; numbers are not separated by spaces, and 10 is one symbol."""
     ids = {symbol: number for number, symbol in enumerate(SYMBOLS)}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=ids, merges=[("1", "0")]))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
@@ -105,7 +105,7 @@ def write_tokenizer(folder: Path) -> None:
 
 @dataclass
 class _Node:
-    """A number, or an operation with that value."""
+    """Node of an expression tree: a number, or an operation with that value."""
 
     value: int
     operator: str = ""
@@ -113,15 +113,15 @@ class _Node:
     right: "_Node | None" = None
 
     def grow(self, chooser: random.Random) -> tuple["_Node", "_Node"]:
-        """Become an operation of the same value on two numbers."""
+        """Turn a number into an operation of the same value on two numbers; return both."""
         self.operator = chooser.choice(list(RANK))
-        right = chooser.randrange(RANK[self.operator], MODULUS)  # of what has an inverse, or the next line needs one
+        right = chooser.randrange(RANK[self.operator], MODULUS)  # excludes 0 for `*` and `/`: division needs an inverse
         undo = {"+": "-", "-": "+", "*": "/", "/": "*"}[self.operator]
         self.left, self.right = _Node(apply(undo, self.value, right)), _Node(right)
         return self.left, self.right
 
     def tokens(self) -> list[str]:
-        """Written with the brackets that the value needs."""
+        """Return the expression with the brackets that its value requires."""
         if self.left is None or self.right is None:
             return [str(self.value)]
         rank, parts = RANK[self.operator], []
@@ -140,13 +140,13 @@ def _expression(chooser: random.Random, operators: int) -> list[str]:
     return root.tokens()
 
 
-def _can_be_done(tokens: list[str], place: int) -> bool:
-    """Whether a token is an operator between two numbers, the second of which no higher operator claims.
+def _is_reducible(tokens: list[str], index: int) -> bool:
+    """Return True for an operator between two numbers whose right number no higher operator claims.
 
-    Of the operators for which that holds the first is always free to go: one before it that could claim its first
-    number would be free itself, or follow a bracket in which another is.
+    The first such operator can always be applied: an operator before it that could claim its left number would be
+    reducible itself, or follow a bracket that contains a reducible one.
     """
-    rank = RANK.get(tokens[place])
-    if rank is None or not (tokens[place - 1].isdigit() and tokens[place + 1].isdigit()):
+    rank = RANK.get(tokens[index])
+    if rank is None or not (tokens[index - 1].isdigit() and tokens[index + 1].isdigit()):
         return False
-    return place + 2 == len(tokens) or RANK.get(tokens[place + 2], -1) <= rank
+    return index + 2 == len(tokens) or RANK.get(tokens[index + 2], -1) <= rank

@@ -1,9 +1,9 @@
-"""A model's answers to a split of a SCROLLS task, their scores, and a folder that gathers those of all tasks.
+"""Answers of a model to a split of a SCROLLS task, their scores, and a folder with the results of all tasks.
 
-DIR/TASK.json               scores and how they came about
-DIR/TASK.predictions.json   {id: answer}, as the benchmark's evaluator takes it
-DIR/scrolls.csv             Task, ID, Prediction of all tasks that are there of the split that was answered last: what
-                            is submitted once all seven are
+DIR/TASK.json               scores and settings of the evaluation
+DIR/TASK.predictions.json   {id: answer}, the format of the benchmark's evaluator
+DIR/scrolls.csv             Task, ID, Prediction of all tasks evaluated on the split of the latest evaluation; the
+                            submission file once it has all seven tasks
 """
 
 import csv
@@ -26,7 +26,6 @@ COLUMNS = ("Task", "ID", "Prediction")
 
 
 def result_names(task: Task) -> tuple[str, str]:
-    """Files of a task: scores, and predictions."""
     return f"{task.name}.json", f"{task.name}.predictions.json"
 
 
@@ -38,48 +37,48 @@ def answer(
     batch_tokens: int,
     advance: Callable[[int], object] | None = None,
 ) -> dict[str, str]:
-    """The model's answer to each question, by its id.
+    """Generate the model's answer to each question, by its id.
 
     Args:
-        generator: a model fine-tuned for the task.
-        task: that it is.
-        asked: inputs; whether they can be scored is found out before anything is generated.
-        length_tokens: window that prompts and answers share, as in training.
-        batch_tokens: as `Limits` has it.
-        advance: told the answers that have been given.
+        generator: model fine-tuned for the task.
+        task: the task.
+        asked: inputs; `have_outputs` checks them before anything is generated.
+        length_tokens: sequence length for prompt and answer together, as in training.
+        batch_tokens: as in `Limits`.
+        advance: called with the number of completed answers after each batch.
 
     Raises:
-        DataError: nothing is asked, the window is too short for any prompt, or as `have_outputs`.
+        DataError: there are no questions, the sequence is too short for any prompt, or as in `have_outputs`.
     """
     have_outputs(asked)
     if not asked:
-        raise DataError(f"the split has no examples of {task.name}", remedy="Name another", location="--data")
+        raise DataError(f"the split has no examples of {task.name}", remedy="Use another split", location="--data")
     prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
     found = generate(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), advance)
     return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
 
 
 def have_outputs(asked: Sequence[Question]) -> bool:
-    """Whether answers can be scored; in a test split they cannot.
+    """Return True if answers can be scored, False for a test split.
 
     Raises:
-        DataError: some inputs have outputs, and others not.
+        DataError: only some inputs have outputs.
     """
     without = [question.id for question in asked if not question.outputs]
     if 0 < len(without) < len(asked):
         raise DataError(
-            f"{len(without)} of {len(asked)} inputs have no output, {without[0]!r} the first",
-            remedy="Fetch the file again",
+            f"{len(without)} of {len(asked)} inputs have no output, the first is {without[0]!r}",
+            remedy="Download the file again",
             location="--data",
         )
     return not without
 
 
 def score_answers(task: Task, asked: Sequence[Question], answers: Mapping[str, str]) -> dict[str, float] | None:
-    """Scores in percent, the task's own as `score`; None where there are no outputs to compare with.
+    """Return scores in percent, the task's own as `score`; None without outputs to compare with.
 
     Raises:
-        DataError: as `have_outputs`.
+        DataError: as in `have_outputs`.
     """
     if not have_outputs(asked):
         return None
@@ -88,13 +87,13 @@ def score_answers(task: Task, asked: Sequence[Question], answers: Mapping[str, s
 
 
 def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: Mapping[str, str]) -> list[Path]:
-    """Write a task's two files, and the file of all tasks anew.
+    """Write a task's two files and rewrite the file of all tasks.
 
     Args:
-        folder: of the results; made by `prepare_output`.
-        task: whose they are.
-        about: JSON, `split`, `scores` and `limit` in it.
-        answers: by id.
+        folder: folder of results, created by `prepare_output`.
+        task: the task.
+        about: JSON fields that include `split`, `scores` and `limit`.
+        answers: answers by id.
     """
     results, predictions = (folder / name for name in result_names(task))
     write_atomically(predictions, _json(answers))
@@ -111,10 +110,10 @@ def write_results(folder: Path, task: Task, about: Mapping[str, Any], answers: M
 
 
 def results_table(folder: Path) -> str:
-    """A row for each task that the folder has results of; the benchmark's mean where it has all, of one whole split.
+    """Return a row per task with results; with the benchmark's mean if all tasks used one full split.
 
     Raises:
-        DataError: what is there are no results.
+        DataError: the folder's results cannot be read.
     """
     found = _results(folder)
     rows = [("task", "split", "examples", "metric", "score")]
@@ -150,7 +149,7 @@ def _results(folder: Path) -> dict[str, _Result]:
 
 
 def _read_all(folder: Path, kind: int) -> dict[str, Any]:
-    """What the folder has of each task, in the benchmark's order."""
+    """Return one file of every task in the folder, in the benchmark's order; `kind` 0: scores, 1: predictions."""
     paths = {name: folder / result_names(task)[kind] for name, task in TASKS.items()}
     found = {}
     for name, path in paths.items():
@@ -164,7 +163,7 @@ def _read_all(folder: Path, kind: int) -> dict[str, Any]:
 
 def _unreadable(folder: Path, why: str) -> DataError:
     what = f"results of an earlier evaluation cannot be read: {why}"
-    return DataError(what, remedy="Remove them, or name another --output", location=folder)
+    return DataError(what, remedy="Remove them, or choose another --output", location=folder)
 
 
 def _json(content: Mapping[str, Any]) -> bytes:

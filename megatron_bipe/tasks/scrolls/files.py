@@ -1,4 +1,4 @@
-"""SCROLLS's public files: one JSON object a line, in a file for each task and split, or a zip file for each task."""
+"""SCROLLS's public files: one JSON object per line, one file per task and split or one zip file per task."""
 
 import zipfile
 import zlib
@@ -17,11 +17,11 @@ FIELDS = ("id", "pid", "input", "output")
 class Row(NamedTuple):
     """An input with one of its outputs."""
 
-    id: str  # of the input: rows that share it differ in their output
+    id: str  # of the input; its rows differ in their outputs
     pid: str  # of the pair
     input: str
-    output: str | None  # None in test splits, and where it has no text
-    place: str  # for messages
+    output: str | None  # None in test splits and if it has no text
+    place: str  # location for messages
 
 
 class Question(NamedTuple):
@@ -29,19 +29,19 @@ class Question(NamedTuple):
 
     id: str
     input: str
-    outputs: tuple[str, ...]  # none in test splits
+    outputs: tuple[str, ...]  # empty in test splits
 
 
 def read_rows(folder: Path, task: str, split: str) -> Iterator[Row]:
-    """Rows of a split, in the order of the file.
+    """Read the rows of a split in the order of the file.
 
     Args:
-        folder: has TASK/SPLIT.jsonl, or TASK.zip with that in it, as the Hub has it.
-        task: name.
+        folder: contains TASK/SPLIT.jsonl, or TASK.zip with that file, as on the Hub.
+        task: name of the task.
         split: train, validation or test.
 
     Raises:
-        DataError: there is no such file, or a line is not a row; its place and field are named.
+        DataError: there is no such file, or a line is not a row; the error names its location and field.
     """
     with _opened(folder, task, split) as (stream, name):
         for number, line in enumerate(stream, start=1):
@@ -50,7 +50,7 @@ def read_rows(folder: Path, task: str, split: str) -> Iterator[Row]:
 
 
 def questions(rows: Iterable[Row]) -> list[Question]:
-    """Inputs in the order of their first rows, each with the outputs of all its rows."""
+    """Return the inputs in the order of their first rows, each with the outputs of all its rows."""
     inputs: dict[str, str] = {}
     outputs: dict[str, list[str]] = {}
     for row in rows:
@@ -59,31 +59,31 @@ def questions(rows: Iterable[Row]) -> list[Question]:
     return [Question(id_, text, tuple(outputs[id_])) for id_, text in inputs.items()]
 
 
-def _row(line: bytes, place: str) -> Row:
-    remedy = "Fetch the file again, or mend the line"
+def _row(line: bytes, location: str) -> Row:
+    remedy = "Download the file again, or fix the line"
     try:
         content = orjson.loads(line)
     except orjson.JSONDecodeError as error:
-        raise DataError(f"the line is no JSON: {error}", remedy=remedy, location=place) from error
+        raise DataError(f"the line is not JSON: {error}", remedy=remedy, location=location) from error
     if not isinstance(content, dict):
-        raise DataError(f"the line is a JSON {type(content).__name__}, not an object", remedy=remedy, location=place)
+        raise DataError(f"the line is a JSON {type(content).__name__}, not an object", remedy=remedy, location=location)
     missing = [field for field in FIELDS if field not in content]
     if missing:
         what = f"the object has no {', '.join(map(repr, missing))}; its fields must be {', '.join(FIELDS)}"
-        raise DataError(what, remedy=remedy, location=place)
+        raise DataError(what, remedy=remedy, location=location)
     for field in FIELDS:
         value = content[field]
         if not isinstance(value, str) and not (field == "output" and value is None):
-            raise DataError(f"{field!r} is {value!r:.60}, and must be a text", remedy=remedy, location=place)
+            raise DataError(f"{field!r} is {value!r:.60}, but must be a string", remedy=remedy, location=location)
     if not content["input"].strip():
-        raise DataError("'input' has no text", remedy=remedy, location=place)
+        raise DataError("'input' has no text", remedy=remedy, location=location)
     output = content["output"]
-    return Row(content["id"], content["pid"], content["input"], output if output and output.strip() else None, place)
+    return Row(content["id"], content["pid"], content["input"], output if output and output.strip() else None, location)
 
 
 @contextmanager
 def _opened(folder: Path, task: str, split: str) -> Iterator[tuple[BinaryIO, str]]:
-    """The lines of a split, and what to call them."""
+    """Yield the stream of a split and its name for messages."""
     member = f"{task}/{split}.jsonl"
     plain, packed = folder / member, folder / f"{task}.zip"
     try:
@@ -96,14 +96,14 @@ def _opened(folder: Path, task: str, split: str) -> Iterator[tuple[BinaryIO, str
         else:
             raise DataError(
                 f"there is neither {member} nor {packed.name}",
-                remedy=f"Fetch it: python tools/download_data.py --dataset tau/scrolls --include {packed.name} "
+                remedy=f"Download it: python tools/download_data.py --dataset tau/scrolls --include {packed.name} "
                 f"--output {folder}",
                 location=folder,
             )
     except KeyError as error:
         raise DataError(
-            f"it has no {member}", remedy="Name another split, or fetch it again", location=packed
+            f"the zip file has no {member}", remedy="Use another split, or download it again", location=packed
         ) from error
     except (OSError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         what = f"the file cannot be read: {error}"
-        raise DataError(what, remedy="Fetch it again", location=plain if plain.exists() else packed) from error
+        raise DataError(what, remedy="Download it again", location=plain if plain.exists() else packed) from error

@@ -1,6 +1,6 @@
-"""SCROLLS: its seven tasks, and how an input becomes the tokens of a prompt. Torch-free.
+"""SCROLLS: its seven tasks and the tokenization of their prompts. Torch-free.
 
-Training and evaluation both ask here, so that a model is evaluated on prompts like those it learned from.
+Training and evaluation both use this module, so that a model is evaluated on prompts like those of training.
 
 Source: Shaham et al. 2022, "SCROLLS: Standardized CompaRison Over Long Language Sequences"; prompts and limits are
 those of BiPE's authors.
@@ -18,17 +18,17 @@ from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenArray
 
-SEQ_LEN_TOKENS = 8192  # of prompt, answer and EOS together, the authors'
+SEQ_LEN_TOKENS = 8192  # prompt, answer and EOS together; the authors' value
 
 Metric = Literal["f1", "exact_match", "rouge"]
 Encode = Callable[[Sequence[str]], Sequence[TokenArray]]  # ids of each text, without special tokens
 
 
 class Form(NamedTuple):
-    """How a task asks, and how long the answer may be."""
+    """Prompt template of a task, and limits on input and answer."""
 
     head: str
-    tail: str  # of which every token is kept, whatever is cut
+    tail: str  # never truncated
     max_words: int | None  # of the input; None: all
     answer_tokens: int  # without EOS
 
@@ -38,7 +38,7 @@ SUMMARY = Form("Context:\n", "\n Please summarize this report:", None, 1000)
 
 
 class Task(NamedTuple):
-    """One of the benchmark's tasks."""
+    """A task of the benchmark."""
 
     name: str
     form: Form
@@ -60,32 +60,34 @@ TASKS = {
 
 
 def find_task(name: str) -> Task:
-    """A task by the benchmark's name for it.
+    """Return the task with this name in the benchmark.
 
     Raises:
-        DataError: there is none.
+        DataError: there is no such task.
     """
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1)
         remedy = f"Did you mean {near[0]}? " if near else ""
-        raise DataError(f"no SCROLLS task {name!r}", remedy=f"{remedy}Tasks are: {', '.join(TASKS)}", location="--task")
+        raise DataError(
+            f"there is no SCROLLS task {name!r}", remedy=f"{remedy}Tasks are: {', '.join(TASKS)}", location="--task"
+        )
     return TASKS[name]
 
 
 class Prompter:
-    """Makes the tokens of prompts and answers, cut so that both and EOS fit a window.
+    """Tokenizer of prompts and answers, truncated so that both and EOS fit a sequence.
 
     Args:
-        task: whose they are.
-        length_tokens: of the window.
-        tokenizer: of the model.
-        encode: the same ids, perhaps sooner; None: the tokenizer's own.
+        task: the task.
+        length_tokens: sequence length.
+        tokenizer: tokenizer of the model.
+        encode: a faster function that returns the same ids; None: the tokenizer's own.
 
     Attributes:
-        prompt_tokens: most tokens of a prompt, BOS included.
+        prompt_tokens: maximum tokens of a prompt, including BOS.
 
     Raises:
-        DataError: the tokenizer has no EOS, or the window is too short for any prompt.
+        DataError: the tokenizer has no EOS, or the sequence is too short for any prompt.
     """
 
     def __init__(self, task: Task, length_tokens: int, tokenizer: Tokenizer, encode: Encode | None = None) -> None:
@@ -93,34 +95,34 @@ class Prompter:
         self._bos_id = tokenizer.bos_id
         if tokenizer.eos_id is None:
             raise DataError(
-                "the tokenizer has no end-of-sequence token, which ends every answer",
-                remedy='Name one as "eos_token" in the tokenizer_config.json beside it',
+                "the tokenizer has no end-of-sequence token, which every answer must end with",
+                remedy='Add "eos_token" to the tokenizer_config.json in the same folder',
                 location=tokenizer.definition,
             )
         self._eos_id = tokenizer.eos_id
         with_tail, without = self._encode([f"{self._form.head}x{self._form.tail}", f"{self._form.head}x"])
         self._tail_tokens = with_tail.size - without.size
         self.prompt_tokens = length_tokens - self._form.answer_tokens - 1
-        if self.prompt_tokens < 2 + self._tail_tokens:  # BOS, and something of the input
+        if self.prompt_tokens < 2 + self._tail_tokens:  # BOS and at least one input token
             raise DataError(
-                f"windows of {length_tokens} tokens hold no prompt of {task.name} beside an answer of "
+                f"sequences of {length_tokens} tokens cannot hold a prompt of {task.name}, an answer of "
                 f"{self._form.answer_tokens} and EOS",
-                remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; authors: {SEQ_LEN_TOKENS}",
+                remedy=f"Use {self._form.answer_tokens + 3 + self._tail_tokens} or more; the authors: {SEQ_LEN_TOKENS}",
                 location="--length",
             )
 
     def prompts(self, inputs: Sequence[str]) -> list[TokenArray]:
-        """Tokens of each prompt, BOS first; of one that is too long, the beginning, and the task's own last words."""
+        """Return each prompt's tokens, BOS first; one that is too long keeps its beginning and the template's tail."""
         form = self._form
         texts = [f"{form.head}{first_words(text, form.max_words)}{form.tail}" for text in inputs]
-        return [self._cut(np.concatenate([[self._bos_id], ids])) for ids in self._encode(texts)]
+        return [self._truncate(np.concatenate([[self._bos_id], ids])) for ids in self._encode(texts)]
 
     def answers(self, outputs: Sequence[str]) -> list[TokenArray]:
-        """Tokens of each answer, as many as are allowed, and EOS."""
+        """Return each answer's tokens, truncated to the limit, and EOS."""
         most = self._form.answer_tokens
         return [np.concatenate([ids[:most], [self._eos_id]]) for ids in self._encode(outputs)]
 
-    def _cut(self, ids_T: TokenArray) -> TokenArray:
+    def _truncate(self, ids_T: TokenArray) -> TokenArray:
         if ids_T.size <= self.prompt_tokens:
             return ids_T
         kept = self.prompt_tokens - self._tail_tokens
@@ -128,9 +130,9 @@ class Prompter:
 
 
 def first_words(text: str, count: int | None) -> str:
-    """The text up to the end of its `count`-th word, all that stands between words as it is; None: all of it.
+    """Return the text up to the end of its `count`-th word, white space unchanged; None: the full text.
 
-    A word is what has no white space in it. White space is kept because newlines end segments.
+    A word contains no white space. White space is kept because newlines end segments.
     """
     if count is None:
         return text

@@ -23,7 +23,7 @@ from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layer_factory import Shard
-from tests.helpers.checkpoints import info, publish_fragments, write_checkpoint
+from tests.helpers.checkpoints import checkpoint_info, publish_fragments, write_checkpoint
 from tests.helpers.errors import raises
 
 # name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
@@ -66,7 +66,7 @@ def write(folder, tensor=1, replicas=1):
         rank_file(rank): write_fragments(folder, rank, held, random)
         for rank, held in enumerate(held_by_ranks(tensor, replicas))
     }
-    write_index(folder, info(7)._replace(optimizer_steps=6), files)
+    write_index(folder, checkpoint_info(7)._replace(optimizer_steps=6), files)
     return folder
 
 

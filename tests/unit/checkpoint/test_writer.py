@@ -13,7 +13,7 @@ from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
-from tests.helpers.checkpoints import info
+from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.errors import assert_warned, raises
 
 MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
@@ -49,7 +49,7 @@ def test_save_in_background_holds_the_state_of_its_moment(tmp_path, live, monkey
     state, fragments = live
     gate = Gate(monkeypatch, "write_fragments")
     saver = make_saver()
-    saver.save(tmp_path, info(10), fragments, {}, final=False)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
     saver.before_update()
     for tensor in state.values():
         tensor.add_(100.0)  # the optimizer's step
@@ -67,7 +67,7 @@ def test_save_update_waits_for_the_copy_and_for_nothing_else(tmp_path, live, mon
     saver = make_saver()
     take = saver._copy.take
     monkeypatch.setattr(saver._copy, "take", lambda *args: (copying.wait(20), take(*args))[1])
-    saver.save(tmp_path, info(10), fragments, {}, final=False)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
     update = threading.Thread(target=saver.before_update)
     update.start()
     update.join(0.2)
@@ -85,9 +85,11 @@ def test_save_waits_for_the_one_before(tmp_path, live, monkeypatch):
     _, fragments = live
     gate = Gate(monkeypatch, "write_fragments")
     saver = make_saver()
-    saver.save(tmp_path, info(10), fragments, {}, final=False)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
     assert gate.reached.wait(20)
-    later = threading.Thread(target=saver.save, args=(tmp_path, info(20), fragments, {}), kwargs={"final": True})
+    later = threading.Thread(
+        target=saver.save, args=(tmp_path, checkpoint_info(20), fragments, {}), kwargs={"final": True}
+    )
     later.start()
     later.join(0.2)
     assert later.is_alive()
@@ -98,9 +100,9 @@ def test_save_waits_for_the_one_before(tmp_path, live, monkeypatch):
 
 def test_save_final_or_synchronous_is_done_when_it_returns(tmp_path, live):
     _, fragments = live
-    make_saver().save(tmp_path, info(10), fragments, {}, final=True)
+    make_saver().save(tmp_path, checkpoint_info(10), fragments, {}, final=True)
     assert list_steps(tmp_path) == [10]
-    make_saver(asynchronous=False).save(tmp_path, info(20), fragments, {}, final=False)
+    make_saver(asynchronous=False).save(tmp_path, checkpoint_info(20), fragments, {}, final=False)
     assert list_steps(tmp_path) == [10, 20]
 
 
@@ -109,23 +111,23 @@ def test_save_final_or_synchronous_is_done_when_it_returns(tmp_path, live):
 def test_save_that_fails_is_a_warning_unless_it_is_the_last(tmp_path, live, monkeypatch, caplog, name, asynchronous):
     _, fragments = live
     saver = make_saver(asynchronous=asynchronous)
-    saver.save(tmp_path, info(10), fragments, {}, final=True)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=True)
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, fail)
-        saver.save(tmp_path, info(20), fragments, {}, final=False)
+        saver.save(tmp_path, checkpoint_info(20), fragments, {}, final=False)
         saver.before_update()
         saver.finish()
         [record] = [record for record in caplog.records if record.levelname == "WARNING"]
         assert "step 20" in record.message and "No space left on device" in record.message
         location, remedy = tmp_path / "checkpoints", "checkpoint.keep_last"
         with raises(CheckpointError, "No space left on device", location=location, remedy=remedy):
-            saver.save(tmp_path, info(30), fragments, {}, final=True)
+            saver.save(tmp_path, checkpoint_info(30), fragments, {}, final=True)
     assert sorted(path.name for path in (tmp_path / "checkpoints").iterdir()) == ["latest", "step-00000010"]
-    saver.save(tmp_path, info(40), fragments, {}, final=True)
+    saver.save(tmp_path, checkpoint_info(40), fragments, {}, final=True)
     assert list_steps(tmp_path) == [10, 40]
 
 
@@ -137,7 +139,7 @@ def test_save_without_memory_for_the_copy_is_a_warning_and_lets_training_go_on(t
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory")
 
     monkeypatch.setattr(saver._copy, "take", fail)
-    saver.save(tmp_path, info(10), fragments, {}, final=False)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
     saver.before_update()
     saver.finish()
     assert_warned(caplog, "step 10", "checkpoint.asynchronous=false")
@@ -148,7 +150,7 @@ def test_save_old_ones_go_once_the_new_one_is_there(tmp_path, live):
     _, fragments = live
     saver = make_saver(keep_last=2, keep_every=30)
     for step in (10, 20, 30, 40, 50, 60, 70):
-        saver.save(tmp_path, info(step), fragments, {}, final=False)
+        saver.save(tmp_path, checkpoint_info(step), fragments, {}, final=False)
     saver.finish()
     assert list_steps(tmp_path) == [30, 60, 70]
 
@@ -160,6 +162,6 @@ def test_save_old_ones_that_cannot_be_deleted_are_a_warning(tmp_path, live, monk
         raise OSError("no permission")
 
     monkeypatch.setattr(module, "retire", fail)
-    make_saver(keep_last=1).save(tmp_path, info(10), fragments, {}, final=True)
+    make_saver(keep_last=1).save(tmp_path, checkpoint_info(10), fragments, {}, final=True)
     assert_warned(caplog, "OSError: no permission")
     assert list_steps(tmp_path) == [10]

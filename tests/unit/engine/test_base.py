@@ -32,7 +32,7 @@ def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others
 def test_port_of_another_launch_is_one_clear_error(monkeypatch):
     with socket.socket() as other:
         other.bind(("", 0))
-        other.install_handlers()
+        other.listen()
         port = str(other.getsockname()[1])
         rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
         for name, value in (rank | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}).items():

@@ -214,7 +214,7 @@ def test_export_with_wrong_segment_rule_leaves_nothing(export, fields, tmp_path)
     [
         ("96.0", "95.0", "bipe_alibi"),
         ("closed_BT - ends_BT.long()", "closed_BT", "bipe_rope"),
-        ("places.inter if config.bilevel else places.intra", "places.inter", "alibi"),
+        ("position_ids.inter if config.bilevel else position_ids.intra", "position_ids.inter", "alibi"),
     ],
 )
 def test_export_of_small_mistake_at_initial_weights_is_caught(export, tmp_path, monkeypatch, mistake, tiny):

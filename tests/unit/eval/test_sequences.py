@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences
 
 from megatron_bipe.errors import ConfigError, DataError
+from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences
 from tests.helpers.errors import raises
 
 

@@ -1,6 +1,6 @@
-"""How a corpus is cut into evaluation windows: the protocols, and nothing of the model.
+"""Evaluation protocols: how a corpus is split into sequences, independently of the model.
 
-W windows
+W sequences
 """
 
 from itertools import pairwise
@@ -22,24 +22,24 @@ PROTOCOLS: dict[Protocol, str] = {
     "reference": "the authors' protocol: documents in groups of 1000, each group's tokens cut into blocks of L, its "
     "remainder and one whole block dropped; L - 1 predictions a block; mean over blocks",
 }
-GROUP_DOCUMENTS = 1000  # rows that one batched `datasets.map` call of the authors' script sees
+GROUP_DOCUMENTS = 1000  # batch size of `datasets.map` in the authors' script
 
 
 class EvalSequences(NamedTuple):
-    """Windows in the order of the corpus, int64 [W] each."""
+    """Evaluation sequences in corpus order, int64 [W] each."""
 
     starts: IntArray
-    """First token of the window in the corpus."""
+    """Corpus index of the sequence's first token."""
     num_inputs: IntArray
-    """Tokens that the model reads."""
+    """Number of tokens that the model reads."""
     num_context: IntArray
-    """Tokens at the start whose labels do not count."""
+    """Number of leading labels that do not count."""
     num_predictions: IntArray
-    """Labels that count: those of the tokens after that."""
+    """Number of labels that count, after the context."""
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the corpus that any window touches."""
+        """Number of corpus tokens in any sequence, labels included."""
         reach = np.maximum(self.num_inputs, self.num_context + self.num_predictions + 1)
         overlap = np.maximum(0, (self.starts + reach)[:-1] - self.starts[1:])
         return int(reach.sum() - overlap.sum())
@@ -49,19 +49,19 @@ _NONE = EvalSequences(*(np.zeros(0, dtype=np.int64) for _ in EvalSequences._fiel
 
 
 def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:
-    """Cut the first `num_tokens` tokens of a dataset, as if there were no more.
+    """Split the first `num_tokens` tokens of a dataset into sequences; the other tokens are ignored.
 
     Raises:
-        ConfigError: a length without a prediction.
-        DataError: there is not one whole window.
+        ConfigError: the length is too short for a prediction.
+        DataError: there is not one full sequence.
     """
     if length_tokens < 2:
         raise ConfigError(
-            f"a window of {length_tokens} token(s) has no context to predict from",
-            remedy="Use lengths of 2 and more",
+            f"a sequence of {length_tokens} token(s) has no context to predict from",
+            remedy="Use lengths of at least 2",
             location="--lengths",
         )
-    if num_tokens <= length_tokens:  # also lengths that no integer of numpy's holds
+    if num_tokens <= length_tokens:  # also excludes lengths beyond int64
         sequences = _NONE
     elif protocol == "full":
         sequences = _cut_all(num_tokens, length_tokens, stride_tokens=length_tokens)
@@ -73,12 +73,12 @@ def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, pr
     if not sequences.starts.size:
         limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
         rule = (
-            f"of {length_tokens} and its last label need {length_tokens + 1}"
+            f"of {length_tokens} tokens and its last label need {length_tokens + 1}"
             if protocol != "reference"
-            else f"of {length_tokens} that the reference protocol keeps needs a group of {2 * length_tokens}"
+            else f"of {length_tokens} tokens under the reference protocol needs a group of {2 * length_tokens}"
         )
         raise DataError(
-            f"there are {num_tokens} tokens{limited} to evaluate on; one window {rule}",
+            f"there are {num_tokens} tokens{limited} to evaluate on; one sequence {rule}",
             remedy="Use shorter --lengths, or more text",
             location=dataset.path,
         )
@@ -86,7 +86,7 @@ def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, pr
 
 
 def _cut_all(num_tokens: int, length_tokens: int, stride_tokens: int) -> EvalSequences:
-    """Windows a stride apart; of those after the first, what overlaps the one before is context."""
+    """Return sequences one stride apart; in all but the first, the overlap with the previous one is context."""
     num_labels, overlap = num_tokens - 1, length_tokens - stride_tokens
     starts = np.arange(0, max(num_labels - overlap, min(num_labels, 1)), stride_tokens, dtype=np.int64)
     num_inputs = np.minimum(length_tokens, num_labels - starts)
@@ -95,12 +95,12 @@ def _cut_all(num_tokens: int, length_tokens: int, stride_tokens: int) -> EvalSeq
 
 
 def _cut_in_groups(group_bounds: IntArray, length_tokens: int) -> EvalSequences:
-    """Blocks of each group but its last whole one, which the authors' arithmetic loses with the remainder."""
+    """Return the blocks of each group except its last full one, which the authors' code drops with the remainder."""
     starts = [np.zeros(0, dtype=np.int64)]
     for first, stop in pairwise(group_bounds.tolist()):
         num_blocks = max(0, (stop - first) // length_tokens - 1)
         starts.append(first + length_tokens * np.arange(num_blocks, dtype=np.int64))
     joined = np.concatenate(starts)
-    # The model reads the block's last token too, as the authors' does: dynamic RoPE scaling looks at the length.
+    # As in the authors' code, the model also reads the block's last token: dynamic RoPE scaling depends on the length.
     sizes = np.full_like(joined, length_tokens)
     return EvalSequences(joined, sizes, np.zeros_like(joined), sizes - 1)
