@@ -20,7 +20,7 @@ from megatron_bipe.runtime.exit_handling import run_rank
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.launcher_watch import watch_launcher
 from megatron_bipe.runtime.logs import log_to_stderr
-from megatron_bipe.runtime.preemption import CONTINUE_LATER, StopRequest, parse_duration
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
 
 _log = logging.getLogger("pretrain")
 
@@ -44,13 +44,13 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.run_folder import lock_run_dir, settle_precision, write_run_folder
+    from megatron_bipe.train.run_folder import lock_run_dir, resolve_precision, write_run_folder
     from megatron_bipe.train.run_summary import end_summary, start_summary
     from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
     mesh = join_launch(launch).with_layout(run.parallel)
-    run, precision = settle_precision(run, mesh.device, args.allow)
+    run, precision = resolve_precision(run, mesh.device, args.allow)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
     if args.dry_run is not None:
         if mesh.is_main:
@@ -78,7 +78,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     engine.close()
     stop_request.remove_handlers()
     if not finished:
-        sys.exit(CONTINUE_LATER)
+        sys.exit(EXIT_RESUMABLE)
     _log_lines(end_summary(run, stop_step))
 
 

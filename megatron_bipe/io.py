@@ -46,7 +46,7 @@ def sha256_of(path: Path) -> str:
     try:
         return sha256(path)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -76,7 +76,7 @@ def allow_open_files(count: int) -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (wanted if hard == resource.RLIM_INFINITY else min(wanted, hard), hard))
 
 
-def unreadable(path: Path, error: OSError) -> DataError:
+def unreadable_error(path: Path, error: OSError) -> DataError:
     """Return the error for a file that is missing or cannot be opened."""
     if isinstance(error, FileNotFoundError):
         what, remedy = "the file is missing", "Copy the complete dataset again, or make it again"

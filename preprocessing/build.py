@@ -18,7 +18,7 @@ from megatron_bipe.types import Document
 from preprocessing import duplicates
 from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
 from preprocessing.encode import Recipe
-from preprocessing.line_counts import Tally, printable, require_at_least
+from preprocessing.line_counts import LineCounts, printable, require_at_least
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
 from preprocessing.ranks import Ranks
@@ -29,7 +29,7 @@ from preprocessing.split import Split
 from preprocessing.tokenizer_backend import Choice, Name, choose_backend
 from preprocessing.totals import add_range, tally_of
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
-from preprocessing.workers import Task, do_ranges, range_weight, share_out
+from preprocessing.workers import Task, do_ranges, range_weight, split_evenly
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the full Pile, each small enough to copy again
 CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
@@ -234,23 +234,25 @@ def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildO
     """Run a task on the ranges for which it is due; this rank and its workers process one slice of them."""
     numbers = ranks.first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
     weights = [range_weight(job.ranges[n]) for n in numbers]
-    mine = share_out(numbers, weights, ranks.size)[ranks.rank]
+    mine = split_evenly(numbers, weights, ranks.size)[ranks.rank]
     if len(numbers) < len(job.ranges):
         log.info("Resuming: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
     total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
     # Stop early if one range, or with --max-malformed all ranges so far, have too many malformed lines.
-    tally = Tally(options.max_malformed, quiet=True)
+    tally = LineCounts(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
         for number in do_ranges(job, task, mine, options.workers, progress.update):
             if task == "tokenize":
                 record = WorkFolder(job.output).load_range(number)
-                add_range(Tally(quiet=True) if options.max_malformed is None else tally, record, record.first_malformed)
+                add_range(
+                    LineCounts(quiet=True) if options.max_malformed is None else tally, record, record.first_malformed
+                )
         if ranks.rank == 0 and mine:
             log.info(progress.line())
     ranks.wait()
 
 
-def _source(options: BuildOptions, inputs: list[Input], tally: Tally, num_duplicates: int) -> dict[str, Any]:
+def _source(options: BuildOptions, inputs: list[Input], tally: LineCounts, num_duplicates: int) -> dict[str, Any]:
     """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",

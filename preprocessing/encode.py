@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_bipe.data.segmenter import fixed_ends
+from megatron_bipe.data.segmenter import fixed_length_ends
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.shard import choose_dtype
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
@@ -104,4 +104,4 @@ def _ends(tokens_T: TokenArray, lengths_D: IntArray, rule: SegmentRule) -> BoolA
     if rule.fixed_length is None:
         return segment_ends(tokens_T, rule)
     bounds_D1 = np.concatenate([[0], np.cumsum(lengths_D)])
-    return fixed_ends(bounds_D1, rule.fixed_length, 0, tokens_T.size)
+    return fixed_length_ends(bounds_D1, rule.fixed_length, 0, tokens_T.size)

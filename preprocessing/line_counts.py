@@ -13,7 +13,7 @@ MALFORMED_SHARE = 0.01  # of the lines read so far; above it, the options probab
 log = logging.getLogger(__name__)
 
 
-class Tally:
+class LineCounts:
     """Running counts over the inputs.
 
     Args:

@@ -78,7 +78,7 @@ MAX_FIELD_SHARE = 0.25  # of a paragraph's lines that read "name (type): ...", a
 MIN_PROSE_CHARS = 300
 
 
-class Tally(NamedTuple):
+class SubsetSize(NamedTuple):
     """Size of one subset in one of the files."""
 
     documents: int
@@ -148,23 +148,23 @@ def corpus_files(folder: Path) -> list[Path]:
     return [folder / f"{split}.jsonl.zst" for split in SPLITS]
 
 
-class Written(NamedTuple):
+class CorpusSummary(NamedTuple):
     """Sizes and fingerprint of the two files."""
 
-    tallies: dict[tuple[str, str], Tally]
+    tallies: dict[tuple[str, str], SubsetSize]
     """Keyed by subset and "train" or "valid"."""
     fingerprint: str
     """SHA-256 of the uncompressed lines of both files in the order of collection."""
 
 
-def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> Written:
+def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> CorpusSummary:
     """Write the two files in the Pile's line format, under temporary names until both are complete.
 
     Raises:
         DataError: a subset is empty in one of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tallies = {(subset, split): Tally(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
+    tallies = {(subset, split): SubsetSize(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
     paths, fingerprint = corpus_files(folder), hashlib.sha256()
     try:
         with ExitStack() as stack:
@@ -174,14 +174,14 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> Written:
                 streams[valid].write(line)
                 fingerprint.update(b"%d" % valid + line)
                 old = tallies[subset, SPLITS[valid]]
-                tallies[subset, SPLITS[valid]] = Tally(old.documents + 1, old.text_bytes + len(text.encode()))
+                tallies[subset, SPLITS[valid]] = SubsetSize(old.documents + 1, old.text_bytes + len(text.encode()))
         _check_complete(tallies, folder)
         for path in paths:
             partial_path(path).replace(path)
     finally:
         for path in paths:
             partial_path(path).unlink(missing_ok=True)
-    return Written(tallies, fingerprint.hexdigest())
+    return CorpusSummary(tallies, fingerprint.hexdigest())
 
 
 def code_of(source: str) -> str | None:
@@ -218,7 +218,7 @@ def paragraphs_of(text: str) -> list[str]:
     return [block for block in unindented if _is_prose(block)]
 
 
-def _check_complete(tallies: dict[tuple[str, str], Tally], folder: Path) -> None:
+def _check_complete(tallies: dict[tuple[str, str], SubsetSize], folder: Path) -> None:
     empty = [f"{subset} in {split}.jsonl.zst" for (subset, split), tally in tallies.items() if not tally.documents]
     if empty:
         raise DataError(

@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from megatron_bipe.errors import DataError
-from preprocessing.line_counts import Tally, printable
+from preprocessing.line_counts import LineCounts, printable
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Malformed
 from preprocessing.work_dir import WORK_FOLDER, RangeRecord
 
 
-def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> Tally:
+def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_malformed: int | None) -> LineCounts:
     """Return the totals, with malformed lines numbered within their files.
 
     If `max_malformed` is None, the default limit applies to each range as well.
@@ -17,7 +17,7 @@ def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_
     Raises:
         DataError: more malformed lines than allowed, or pieces of a file that do not fit together.
     """
-    tally = Tally(max_malformed)
+    tally = LineCounts(max_malformed)
     lines: dict[str, int] = {}  # counted so far, by input
     pending: dict[str, int] = {}  # bytes that a line took beyond its piece, which the next pieces must skip
     for record, pieces in zip(records, ranges, strict=True):
@@ -36,11 +36,13 @@ def tally_of(records: Sequence[RangeRecord], ranges: Sequence[list[Piece]], max_
         ]
         add_range(tally, record, named)
         if max_malformed is None:
-            add_range(Tally(quiet=True), record, named)  # a range that ended a run also ends the next, which skips it
+            add_range(
+                LineCounts(quiet=True), record, named
+            )  # a range that ended a run also ends the next, which skips it
     return tally
 
 
-def add_range(tally: Tally, record: RangeRecord, named: Sequence[Malformed]) -> None:
+def add_range(tally: LineCounts, record: RangeRecord, named: Sequence[Malformed]) -> None:
     """Add a range's counts to a tally; `named` are its first malformed lines, numbered as they are reported."""
     tally.add(
         named,

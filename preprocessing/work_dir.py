@@ -18,7 +18,7 @@ from pydantic import ValidationError
 
 from megatron_bipe.data.manifest import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import LOCK_NAME, unreadable, write_atomically
+from megatron_bipe.io import LOCK_NAME, unreadable_error, write_atomically
 from preprocessing.encode import Destination
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
@@ -90,7 +90,7 @@ class WorkFolder:
         try:
             return RangeRecord.model_validate_json(path.read_bytes())
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
         except ValidationError as error:
             raise DataError(
                 f"The record of a finished range is damaged: {error.errors()[0]['msg']}",

@@ -39,11 +39,11 @@ def do_ranges(job: Job, task: Task, numbers: Sequence[int], workers: int, advanc
                 yield number
         return
     weights = [range_weight(job.ranges[number]) for number in numbers]
-    slices = share_out(list(numbers), weights, min(workers, len(numbers)))
+    slices = split_evenly(list(numbers), weights, min(workers, len(numbers)))
     yield from _Pool(job, task, slices, advance).results()
 
 
-def share_out(numbers: list[int], weights: list[float], count: int) -> list[list[int]]:
+def split_evenly(numbers: list[int], weights: list[float], count: int) -> list[list[int]]:
     """Split ranges into `count` contiguous slices of about equal weight; a slice may be empty."""
     slices: list[list[int]] = [[] for _ in range(count)]
     total, before = sum(weights), 0.0

@@ -41,15 +41,15 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def _show(plan: "Plan") -> None:
-    from preprocessing.hub.plan import in_bytes
+    from preprocessing.hub.plan import format_bytes
 
     print(f"{plan.snapshot.repo} at commit {plan.snapshot.commit}; licence: {plan.snapshot.licence}")
     for file, state, _ in plan.items:
-        print(f"  {in_bytes(file.size_bytes):>7}  {state:<13} {file.path}")
+        print(f"  {format_bytes(file.size_bytes):>7}  {state:<13} {file.path}")
     total_bytes = sum(file.size_bytes for file in plan.snapshot.files)
     print(
-        f"{len(plan.items)} file(s), {in_bytes(total_bytes)}; to fetch: {in_bytes(plan.fetch_bytes)}; "
-        f"free on the disk: {in_bytes(plan.free_bytes)}"
+        f"{len(plan.items)} file(s), {format_bytes(total_bytes)}; to fetch: {format_bytes(plan.fetch_bytes)}; "
+        f"free on the disk: {format_bytes(plan.free_bytes)}"
     )
     plan.require_space()
 

@@ -44,7 +44,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     dataset = open_text(arguments.data)
     for spec in arguments.model:
         find_model(spec)
-    from megatron_bipe.eval.eval_model import check_length, check_suits
+    from megatron_bipe.eval.eval_model import check_compatible, check_length
     from megatron_bipe.eval.model_loading import load_eval_model
     from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
 
@@ -52,7 +52,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     prepare_output(arguments.output, arguments.overwrite)
     subjects = [load_eval_model(spec) for spec in arguments.model]
     for eval_model in subjects:
-        check_suits(eval_model, dataset)
+        check_compatible(eval_model, dataset)
         check_length(eval_model, lengths[-1])
     models = [_evaluate(eval_model, dataset, lengths, settings) for eval_model in subjects]
     files = write_report(arguments.output, dataset, settings, models)
@@ -67,7 +67,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     datasets = [open_text(folder) for folder in arguments.data]
     for spec in arguments.model:
         find_model(spec)
-    from megatron_bipe.eval.eval_model import check_length, check_suits
+    from megatron_bipe.eval.eval_model import check_compatible, check_length
     from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
     from megatron_bipe.eval.extrapolation_results import subset_names
     from megatron_bipe.eval.model_loading import load_eval_model
@@ -78,7 +78,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     prepare_output(arguments.output, arguments.overwrite, NAMES)
     subjects = [load_eval_model(spec) for spec in arguments.model]
     for eval_model, dataset in product(subjects, datasets):
-        check_suits(eval_model, dataset)
+        check_compatible(eval_model, dataset)
         check_length(eval_model, lengths[-1])
         for length in lengths:  # a dataset that is too short fails before anything is run
             cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length, settings.protocol)

@@ -47,7 +47,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.checkpoint.find import read_data_record
-    from megatron_bipe.eval.model_loading import WeightsOnDisk
+    from megatron_bipe.eval.model_loading import LazyCheckpointWeights
     from megatron_bipe.hf.export import ExportOptions, export_model
     from megatron_bipe.hf.hf_config import DataFields
     from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -66,7 +66,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     }
     perplexity = _perplexity(arguments.evaluation, checkpoint) if arguments.evaluation else None
     figure = export_model(
-        WeightsOnDisk(checkpoint),
+        LazyCheckpointWeights(checkpoint),
         run.model,
         arguments.output,
         DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),

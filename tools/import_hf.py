@@ -86,14 +86,14 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
 
     from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
     from megatron_bipe.eval.model_loading import plan_weights
-    from megatron_bipe.hf.load import plan_model, read_settings
+    from megatron_bipe.hf.load import build_from_llama, read_settings
     from megatron_bipe.hf.weight_mapping import to_llama
     from megatron_bipe.train.warm_start import start_run
 
     disable_progress_bar()
     if "rpe_type" in read_settings(arguments.input):
         model, tokenizer, rule = _published(arguments)
-        full_model = plan_model(to_llama(model.weights, model.config), model.config, arguments.input)
+        full_model = build_from_llama(to_llama(model.weights, model.config), model.config, arguments.input)
         fingerprint = tokenizer.fingerprint if tokenizer else None
         eval_model = EvalModel(arguments.input.name, str(arguments.input), full_model, model.config, fingerprint, rule)
     else:

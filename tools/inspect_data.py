@@ -87,7 +87,7 @@ def show(arguments: argparse.Namespace) -> None:
     print(show_document(dataset, tokenizer, arguments.document, arguments.tokens, color=arguments.color, width=width))
 
 
-def make_again(arguments: argparse.Namespace) -> None:
+def resegment_dataset(arguments: argparse.Namespace) -> None:
     """Write the dataset under another segment rule."""
     _require_workers(arguments)
     total = Manifest.load(arguments.folder).num_tokens
@@ -181,7 +181,7 @@ def _add_resegment(command: argparse.ArgumentParser) -> None:
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
     _add_workers(command)
     add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
-    command.set_defaults(run=make_again)
+    command.set_defaults(run=resegment_dataset)
 
 
 def _add_folder(command: argparse.ArgumentParser, what: str) -> None:

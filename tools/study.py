@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.output
-    reach = reaches(arguments.encodings, arguments.set)
+    reach = supported_lengths(arguments.encodings, arguments.set)
     run_steps(plan(folder, reach, arguments.set), folder)
 
     from megatron_bipe.eval.plot import draw_perplexity
@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None) -> None:
     print(f"Written: {folder / 'table.md'} {folder / 'perplexity.png'}")
 
 
-def reaches(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, ...]]:
+def supported_lengths(encodings: list[str], settings: list[str]) -> dict[str, tuple[int, ...]]:
     """Return the lengths at which each encoding can be evaluated.
 
     Raises:

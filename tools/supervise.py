@@ -29,14 +29,14 @@ from typing import IO
 from _cli import command
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
-from megatron_bipe.runtime.preemption import CONTINUE_LATER, SIGNALS, parse_duration
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SIGNALS, parse_duration
 from megatron_bipe.train.events import read_events
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
 EXIT_WAIT_S = 60.0  # for the remaining processes of a launch to exit by themselves
 POLL_S = 0.2
 URGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they leave the run no more than the grace period
-CODES = {Next.DONE: 0, Next.LATER: CONTINUE_LATER}
+CODES = {Next.DONE: 0, Next.LATER: EXIT_RESUMABLE}
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bipe.checkpoint.find import POINTER, list_steps, step_folder
-from megatron_bipe.checkpoint.manifest import incomplete
+from megatron_bipe.checkpoint.manifest import unusable_checkpoint
 from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
@@ -70,7 +70,7 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
     for name, record in files.items():
         size = (temporary / name).stat().st_size
         if size != record.bytes:
-            raise incomplete(temporary, f"{name} has {size} bytes; {record.bytes} were written")
+            raise unusable_checkpoint(temporary, f"{name} has {size} bytes; {record.bytes} were written")
     sync(temporary)
     final = step_folder(run_dir, step)
     replaced = final.with_name(f"{_REPLACED}{final.name}")

@@ -18,7 +18,7 @@ from megatron_bipe.io import write_atomically
 from megatron_bipe.model.layer_factory import Shard
 
 FORMAT_VERSION = 2
-INDEX, SEAL = "state.json", "state.json.sha256"
+INDEX, CHECKSUM_NAME = "state.json", "state.json.sha256"
 
 
 class CheckpointInfo(NamedTuple):
@@ -77,7 +77,7 @@ def save_index(folder: Path, index: CheckpointManifest) -> None:
     """Write the index and its checksum, synced to the disk."""
     text = index.model_dump_json(indent=1).encode()
     write_atomically(folder / INDEX, text)
-    write_atomically(folder / SEAL, _seal(text))
+    write_atomically(folder / CHECKSUM_NAME, _seal(text))
 
 
 def load_index(folder: Path) -> CheckpointManifest:
@@ -87,23 +87,29 @@ def load_index(folder: Path) -> CheckpointManifest:
         CheckpointError: it is missing, was changed after it was written, or is of another version.
     """
     try:
-        text, seal = (folder / INDEX).read_bytes(), (folder / SEAL).read_bytes()
+        text, seal = (folder / INDEX).read_bytes(), (folder / CHECKSUM_NAME).read_bytes()
     except FileNotFoundError as error:
-        raise incomplete(folder, f"{Path(error.filename).name} is missing, which every checkpoint has") from None
+        raise unusable_checkpoint(
+            folder, f"{Path(error.filename).name} is missing, which every checkpoint has"
+        ) from None
     except OSError as error:
-        raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
+        raise unusable_checkpoint(folder, f"{INDEX} cannot be read: {error}") from error
     if seal != _seal(text):
-        raise incomplete(folder, f"{INDEX} does not match {SEAL}: one was changed after it was written")
+        raise unusable_checkpoint(
+            folder, f"{INDEX} does not match {CHECKSUM_NAME}: one was changed after it was written"
+        )
     try:
         index = CheckpointManifest.model_validate_json(text)
     except ValidationError as error:
-        raise incomplete(folder, f"{INDEX} cannot be read: {error}") from error
+        raise unusable_checkpoint(folder, f"{INDEX} cannot be read: {error}") from error
     if index.format_version != FORMAT_VERSION:
-        raise incomplete(folder, f"it has format version {index.format_version}; this code reads {FORMAT_VERSION}")
+        raise unusable_checkpoint(
+            folder, f"it has format version {index.format_version}; this code reads {FORMAT_VERSION}"
+        )
     return index
 
 
-def incomplete(folder: Path, seen: str) -> CheckpointError:
+def unusable_checkpoint(folder: Path, seen: str) -> CheckpointError:
     """Return the error for a checkpoint that cannot be used, with the reason `seen`."""
     return CheckpointError(
         f"the checkpoint cannot be used: {seen}",

@@ -23,9 +23,9 @@ from megatron_bipe.checkpoint.manifest import (
     CheckpointManifest,
     SavedParameter,
     SavedRun,
-    incomplete,
     load_index,
     save_index,
+    unusable_checkpoint,
 )
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
@@ -195,7 +195,7 @@ class StateReader:
                 raise self._error(f"shard {rank} of {name}, of shape {list(saved.shape)}, ends at element {reached}")
 
     def _error(self, seen: str) -> CheckpointError:
-        return incomplete(self.folder, seen)
+        return unusable_checkpoint(self.folder, seen)
 
 
 def _saved(fragment: Fragment, file: str) -> SavedParameter:

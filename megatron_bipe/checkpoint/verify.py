@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from megatron_bipe.checkpoint.find import Checkpoint, newest_first
-from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, incomplete, load_index
+from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
@@ -62,18 +62,18 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
     folder = checkpoint.folder
     index = load_index(folder)
     if index.step != checkpoint.step:
-        raise incomplete(folder, f"its {INDEX} is of step {index.step}")
+        raise unusable_checkpoint(folder, f"its {INDEX} is of step {index.step}")
     for name in sorted(index.files)[part::parts]:
         record = index.files[name]
         try:
             size = (folder / name).stat().st_size
             if size != record.bytes:
-                raise incomplete(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
+                raise unusable_checkpoint(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
             found = sha256(folder / name)
         except OSError as error:
-            raise incomplete(folder, f"{name} cannot be read: {error.strerror or error}") from error
+            raise unusable_checkpoint(folder, f"{name} cannot be read: {error.strerror or error}") from error
         if found != record.sha256:
-            raise incomplete(folder, f"the SHA-256 of {name} is {found}; {INDEX} says {record.sha256}")
+            raise unusable_checkpoint(folder, f"the SHA-256 of {name} is {found}; {INDEX} says {record.sha256}")
     return index
 
 

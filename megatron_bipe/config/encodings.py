@@ -14,7 +14,7 @@ NONE = "none"
 class Relative(NamedTuple):
     """A relative part: its class, and properties that are needed before it is created."""
 
-    made_by: str
+    class_path: str
     """MODULE:NAME under `megatron_bipe/model/positions/`."""
     rotates: bool = False
     """True if it rotates pairs of channels: head widths must be even, and `rope_scaling` stretches its positions."""

@@ -107,7 +107,7 @@ class ModelConfig(_Section):
         return self.parts.positions == "segments"
 
     @property
-    def table_rows(self) -> int | None:
+    def embedding_rows(self) -> int | None:
         """Rows of the learned position embedding; None if there is none."""
         if self.parts.absolute != "learned":
             return None
@@ -121,14 +121,14 @@ class ModelConfig(_Section):
     @property
     def intra_clip(self) -> int:
         """Largest distinct position in a segment: the last row of a learned embedding; sinusoids have no limit."""
-        return self.table_rows - 1 if self.bilevel and self.table_rows is not None else 2**31 - 1
+        return self.embedding_rows - 1 if self.bilevel and self.embedding_rows is not None else 2**31 - 1
 
     @property
     def num_positions(self) -> int | None:
         """Number of positions that the encoding has; None if it is unlimited or counts segments."""
         if self.parts.positions == "drawn":
             return self.drawn_range
-        return None if self.bilevel else self.table_rows
+        return None if self.bilevel else self.embedding_rows
 
     @property
     def max_seq_len_tokens(self) -> int | None:

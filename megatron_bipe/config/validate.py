@@ -82,7 +82,7 @@ def check_data(
         )
     longest = fixed_length or min(run.train.seq_len_tokens, model.train_len_tokens)  # clipped beyond, as in the paper
     # Examples usually have longer sequences than pretraining, and a pretrained embedding keeps its size.
-    rows = model.table_rows if model.bilevel and examples_len_tokens is None else None
+    rows = model.embedding_rows if model.bilevel and examples_len_tokens is None else None
     if rows is not None and rows < longest:
         problems.append(
             f"model.intra_size={model.intra_size} is smaller than the longest possible segment of {longest} tokens, "

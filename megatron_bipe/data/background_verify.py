@@ -13,9 +13,9 @@ from types import TracebackType
 from typing import NamedTuple, Self
 
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import Suffix, damaged
+from megatron_bipe.data.shard_layout import Suffix, damaged_error
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import unreadable
+from megatron_bipe.io import unreadable_error
 
 FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # delay before the first check, and interval between checks
 READ: tuple[Suffix, ...] = ("bin", "seg")  # the files that training reads
@@ -42,7 +42,7 @@ class BackgroundVerifier:
         self._error: DataError | None = None
         self._thread = threading.Thread(target=self._watch, name="shards", daemon=True)
 
-    def raise_found(self) -> None:
+    def raise_if_failed(self) -> None:
         """Raise DataError if the thread has found a wrong file. Call this after shards have been read."""
         if self._error is not None:
             raise self._error
@@ -82,12 +82,14 @@ class BackgroundVerifier:
         if self._verified.get(path) == stamp:
             return
         if stamp.num_bytes != expected.bytes:
-            raise damaged(path, f"the file ends at byte {stamp.num_bytes}; the manifest says {expected.bytes} bytes")
+            raise damaged_error(
+                path, f"the file ends at byte {stamp.num_bytes}; the manifest says {expected.bytes} bytes"
+            )
         found = self._sha256(path)
         if found is None:
             return
         if found != expected.sha256:
-            raise damaged(path, f"its SHA-256 is {found}; the manifest says {expected.sha256}")
+            raise damaged_error(path, f"its SHA-256 is {found}; the manifest says {expected.sha256}")
         self._verified[path] = stamp
 
     def _sha256(self, path: Path) -> str | None:
@@ -104,12 +106,12 @@ class BackgroundVerifier:
                     if self._stopping.wait((time.perf_counter() - began_s) * (1 / _WORK_SHARE - 1)):
                         return None
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
 
 
 def _stat(path: Path) -> _FileStamp:
     try:
         status = path.stat()
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     return _FileStamp(status.st_ino, status.st_size, status.st_mtime_ns)

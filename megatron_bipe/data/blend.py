@@ -55,7 +55,7 @@ class Blend:
         # seeds are larger than those of runs, so that equal datasets do not yield the same sequences at the same time.
         self._orders = [SampleOrder(count, seed + (member << 64)) for member, count in enumerate(counts)]
         weights = weights or [dataset.num_tokens for dataset in datasets]
-        self.slots = slot_counts(weights, [dataset.path for dataset in datasets])
+        self.slots = count_slots(weights, [dataset.path for dataset in datasets])
         self._member_S = spread(self.slots)
         self._rank_S = _ranks(self._member_S)
 
@@ -139,7 +139,7 @@ def open_blend(data: DataConfig, seq_len_tokens: int, seed: int) -> Blend:
     return Blend([open_dataset(folder) for folder in data.folders], data.weights, seq_len_tokens, seed)
 
 
-def slot_counts(weights: Sequence[float], names: Sequence[str | Path]) -> tuple[int, ...]:
+def count_slots(weights: Sequence[float], names: Sequence[str | Path]) -> tuple[int, ...]:
     """Return the number of pattern slots of each weight, `PATTERN_SLOTS` in total, rounded by largest remainder.
 
     Args:

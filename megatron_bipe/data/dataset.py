@@ -9,12 +9,12 @@ import numpy.typing as npt
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule, sequence_ends
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import damaged, packed_bytes
+from megatron_bipe.data.shard_layout import damaged_error, packed_bytes
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import allow_open_files
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
-FILES_A_SHARD = 2  # files per shard that stay open: tokens and segment ends
+FILES_PER_SHARD = 2  # files per shard that stay open: tokens and segment ends
 
 
 class TokenDataset:
@@ -30,12 +30,12 @@ class TokenDataset:
         self.path = Path(path)
         self.manifest = Manifest.load(self.path)
         self.dtype = np.dtype(self.manifest.dtype)
-        allow_open_files(FILES_A_SHARD * len(self.manifest.shards))
+        allow_open_files(FILES_PER_SHARD * len(self.manifest.shards))
         self.shards = [Shard(self.path, record) for record in self.manifest.shards]
         for shard in self.shards:
             if shard.dtype != self.dtype:
                 what = f"field dtype code (byte 17) means {shard.dtype.name}; the manifest says {self.dtype.name}"
-                raise damaged(shard.path("idx"), what)
+                raise damaged_error(shard.path("idx"), what)
         counts = [shard.num_tokens for shard in self.shards]
         self._starts = np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64)  # [shards + 1]
 
@@ -170,13 +170,13 @@ class TokenDataset:
         if tokens.size and int(unsigned.max()) >= vocab_size:
             row, column = np.argwhere(unsigned >= vocab_size)[0].tolist()
             [(shard, position, _)] = self._pieces(int(starts_B[row]) + column, int(starts_B[row]) + column + 1)
-            raise foreign_token(self.shards[shard], position, int(tokens[row, column]), vocab_size)
+            raise token_out_of_range_error(self.shards[shard], position, int(tokens[row, column]), vocab_size)
 
 
-def foreign_token(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
+def token_out_of_range_error(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
     """Return the error for a token outside the vocabulary, at `position` of a shard."""
     what = f"token {position} (byte {position * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
-    return damaged(shard.path("bin"), what)
+    return damaged_error(shard.path("bin"), what)
 
 
 def _unpack(packed_BK: npt.NDArray[np.uint8], shift_B: IntArray, count: int) -> BoolArray:

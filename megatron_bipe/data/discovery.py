@@ -7,7 +7,7 @@ from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 
-FOLDERS_NAMED = 8  # maximum number of folders named in one message
+MAX_FOLDERS_IN_MESSAGE = 8  # maximum number of folders named in one message
 
 
 def find_datasets(folder: Path) -> list[Path]:
@@ -26,8 +26,8 @@ def find_datasets(folder: Path) -> list[Path]:
     found = [path for path in below if (path / MANIFEST_NAME).exists()]
     unfinished = [path for path in below if path not in found and next(path.glob("*.seg"), None)]
     if unfinished:
-        names = ", ".join(str(path.relative_to(folder)) for path in unfinished[:FOLDERS_NAMED])
-        more = ", ..." if len(unfinished) > FOLDERS_NAMED else ""
+        names = ", ".join(str(path.relative_to(folder)) for path in unfinished[:MAX_FOLDERS_IN_MESSAGE])
+        more = ", ..." if len(unfinished) > MAX_FOLDERS_IN_MESSAGE else ""
         raise DataError(
             f"{len(unfinished)} subfolders hold shards but no {MANIFEST_NAME}, so they are unfinished: {names}{more}",
             remedy="Finish them with the command that created them, copy the complete folder, or name a finished one",

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard_layout import FORMAT_VERSION, SUFFIXES, Suffix
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import unreadable, write_atomically
+from megatron_bipe.io import unreadable_error, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"  # the tokenizer's files, next to the manifest and in a run folder
@@ -203,7 +203,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except FileNotFoundError as error:
         raise _no_dataset(path.parent) from error
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     try:
         content = json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:

@@ -10,7 +10,7 @@ import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import sequence_ends
-from megatron_bipe.data.shard_layout import damaged
+from megatron_bipe.data.shard_layout import damaged_error
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
@@ -80,12 +80,12 @@ class PromptAnswerDataset(TokenDataset):
         bounds = self.document_bounds()
         if (bounds.size - 1) % 2:
             what = f"{bounds.size - 1} documents do not form pairs of prompt and answer"
-            raise damaged(self.shards[-1].path("idx"), what)
+            raise damaged_error(self.shards[-1].path("idx"), what)
         lengths_D = np.diff(bounds)
         if not lengths_D.all():
             example, part = divmod(int(np.argmin(lengths_D)), 2)
             what = f"the {('prompt', 'answer')[part]} of example {example} of {self.path} has no tokens"
-            raise damaged(self.shards[-1].path("idx"), what)
+            raise damaged_error(self.shards[-1].path("idx"), what)
         return np.stack([bounds[:-1:2], bounds[1::2], bounds[2::2]], axis=1)
 
     def _checked(self, indices_B: IntArray) -> IntArray:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.dataset import foreign_token
+from megatron_bipe.data.dataset import token_out_of_range_error
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
@@ -34,16 +34,16 @@ class Segmenter:
         unsigned_T = tokens_T.view(f"u{tokens_T.dtype.itemsize}")
         if int(unsigned_T.max(initial=0)) >= self.vocab_size:
             position = int(np.argmax(unsigned_T >= self.vocab_size))
-            raise foreign_token(self.shard, start + position, int(tokens_T[position]), self.vocab_size)
+            raise token_out_of_range_error(self.shard, start + position, int(tokens_T[position]), self.vocab_size)
         length = self.rule.fixed_length
         if length is None:  # the rule depends on tokens alone, not on where documents start
             ends_T = segment_ends(tokens_T, self.rule)
         else:
-            ends_T = fixed_ends(self.shard.document_bounds, length, start, start + tokens_T.size)
+            ends_T = fixed_length_ends(self.shard.document_bounds, length, start, start + tokens_T.size)
         return np.packbits(ends_T, bitorder="little")
 
 
-def fixed_ends(bounds_D1: IntArray, length: int, start: int, stop: int) -> BoolArray:
+def fixed_length_ends(bounds_D1: IntArray, length: int, start: int, stop: int) -> BoolArray:
     """Mark every `length`-th token of each document, for tokens [start, stop); `bounds_D1` holds document bounds."""
     ends_T = np.zeros(stop - start, dtype=np.bool_)
     first = max(int(np.searchsorted(bounds_D1, start, side="right")) - 1, 0)

@@ -22,7 +22,7 @@ from megatron_bipe.data.shard_layout import (
     SUFFIXES,
     Suffix,
     choose_dtype,
-    damaged,
+    damaged_error,
     pack_idx,
     pack_seg,
     packed_bytes,
@@ -31,7 +31,7 @@ from megatron_bipe.data.shard_layout import (
     shard_path,
 )
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path, sync, unreadable
+from megatron_bipe.io import partial_path, sync, unreadable_error
 from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
 
 __all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]
@@ -189,14 +189,16 @@ class Shard:
         self.dtype, self.num_documents = self._idx
         if self.record and self.num_tokens != self.record.tokens:
             what = f"field tokens (byte 16) is {self.num_tokens}; the manifest says {self.record.tokens}"
-            raise damaged(self.path("seg"), what)
+            raise damaged_error(self.path("seg"), what)
         if self.record and self.num_documents != self.record.documents:
             what = f"field sequences (byte 18) is {self.num_documents}; the manifest says {self.record.documents}"
-            raise damaged(self.path("idx"), what)
+            raise damaged_error(self.path("idx"), what)
         expected = self.num_tokens * self.dtype.itemsize
         if sizes["bin"] != expected:
             what = f"the file ends at byte {sizes['bin']}; {self.num_tokens} tokens (field tokens of the .seg file) of"
-            raise damaged(self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) need {expected}")
+            raise damaged_error(
+                self.path("bin"), f"{what} {self.dtype.name} (dtype code of the .idx file) need {expected}"
+            )
 
     def __reduce__(self) -> tuple[type[Self], tuple[Path, ShardRecord | str]]:
         """Support pickling for other processes: they reopen the files."""
@@ -250,14 +252,14 @@ class Shard:
         self._check_entries(in_order, head.documents_at, 8, "document indices", "does not give a document one sequence")
         if bounds[-1] != self.num_tokens:
             what = f"field sequence lengths (byte {head.lengths_at}) adds up to {bounds[-1]} tokens"
-            raise damaged(self.path("idx"), f"{what}; the .seg file has {self.num_tokens}")
+            raise damaged_error(self.path("idx"), f"{what}; the .seg file has {self.num_tokens}")
         bounds.flags.writeable = False
         return bounds
 
     def _check_entries(self, good: BoolArray, at: int, width: int, field: str, what: str) -> None:
         if not good.all():
             wrong = int(np.argmin(good))
-            raise damaged(self.path("idx"), f"field {field}, entry {wrong} (byte {at + width * wrong}) {what}")
+            raise damaged_error(self.path("idx"), f"field {field}, entry {wrong} (byte {at + width * wrong}) {what}")
 
     def _check_range(self, start: int, stop: int) -> None:
         if not 0 <= start <= stop <= self.num_tokens:
@@ -267,10 +269,10 @@ class Shard:
         try:
             size = self.path(suffix).stat().st_size
         except OSError as error:
-            raise unreadable(self.path(suffix), error) from error
+            raise unreadable_error(self.path(suffix), error) from error
         expected = self.record.files[suffix].bytes if self.record else size
         if size != expected:
-            raise damaged(self.path(suffix), f"the file ends at byte {size}; the manifest says {expected} bytes")
+            raise damaged_error(self.path(suffix), f"the file ends at byte {size}; the manifest says {expected} bytes")
         return size
 
     def _head(self, suffix: Suffix, num_bytes: int) -> bytes:
@@ -278,7 +280,7 @@ class Shard:
             with self.path(suffix).open("rb") as stream:
                 return stream.read(num_bytes)
         except OSError as error:
-            raise unreadable(self.path(suffix), error) from error
+            raise unreadable_error(self.path(suffix), error) from error
 
     def _read(self, dtype: str, offset: int, count: int) -> npt.NDArray[Any]:
         found = np.empty(count, dtype=dtype)
@@ -296,9 +298,9 @@ class Shard:
             while view and (count := os.preadv(stream.fileno(), [view], offset)):
                 view, offset = view[count:], offset + count
         except OSError as error:
-            raise unreadable(self.path(suffix), error) from error
+            raise unreadable_error(self.path(suffix), error) from error
         if view:
-            raise damaged(self.path(suffix), f"the file ends at byte {offset}; it was longer when it was opened")
+            raise damaged_error(self.path(suffix), f"the file ends at byte {offset}; it was longer when it was opened")
 
 
 def _sync(stream: BinaryIO, sha256: str) -> FileRecord:

@@ -41,7 +41,7 @@ def shard_path(folder: Path, name: str, suffix: Suffix) -> Path:
     return folder / f"{name}.{suffix}"
 
 
-def damaged(path: Path, what: str) -> DataError:
+def damaged_error(path: Path, what: str) -> DataError:
     """Return the error for a file of a shard that is damaged."""
     return DataError(what, remedy="Copy the shard's three files again, or make the dataset again", location=path)
 
@@ -83,23 +83,23 @@ def pack_idx(lengths: IntArray, dtype: np.dtype[Any]) -> bytes:
 def parse_idx_header(head: bytes, file_bytes: int, path: Path) -> IdxHeader:
     """Return the header of an index; raise DataError, naming field and byte, if it or the file's length is wrong."""
     if len(head) < IDX_HEADER.size:
-        raise damaged(path, f"the file ends at byte {len(head)}, inside its header of {IDX_HEADER.size} bytes")
+        raise damaged_error(path, f"the file ends at byte {len(head)}, inside its header of {IDX_HEADER.size} bytes")
     magic, version, code, sequences, entries = IDX_HEADER.unpack(head)
     dtypes = {number: dtype for dtype, number in DTYPE_CODES.items()}
     if magic != IDX_MAGIC:
-        raise damaged(path, f"field magic (byte 0) is {magic!r}, not {IDX_MAGIC!r}: this is not a Megatron index")
+        raise damaged_error(path, f"field magic (byte 0) is {magic!r}, not {IDX_MAGIC!r}: this is not a Megatron index")
     if version != IDX_VERSION:
-        raise damaged(path, f"field version (byte 9) is {version}; Megatron's index has version {IDX_VERSION}")
+        raise damaged_error(path, f"field version (byte 9) is {version}; Megatron's index has version {IDX_VERSION}")
     if code not in dtypes:
         known = " and ".join(f"{number} ({dtype.name})" for number, dtype in dtypes.items())
-        raise damaged(path, f"field dtype code (byte 17) is {code}; codes of tokens are {known}")
+        raise damaged_error(path, f"field dtype code (byte 17) is {code}; codes of tokens are {known}")
     if entries != sequences + 1:
         what = f"field document entries (byte 26) is {entries}; {sequences} sequences (byte 18), one a document, need"
-        raise damaged(path, f"{what} {sequences + 1}")
+        raise damaged_error(path, f"{what} {sequences + 1}")
     header = IdxHeader(dtypes[code], sequences)
     if file_bytes != header.file_bytes:
         what = f"the file ends at byte {file_bytes}; field sequences (byte 18), {sequences}, requires"
-        raise damaged(path, f"{what} {header.file_bytes} bytes")
+        raise damaged_error(path, f"{what} {header.file_bytes} bytes")
     return header
 
 
@@ -111,19 +111,21 @@ def pack_seg(num_tokens: int, packed_ends: bytes) -> bytes:
 def parse_seg_header(head: bytes, file_bytes: int, path: Path) -> int:
     """Return the number of tokens from the header of a segment file; raise DataError as `parse_idx_header` does."""
     if len(head) < SEG_HEADER.size:
-        raise damaged(path, f"the file ends at byte {len(head)}, inside its header of {SEG_HEADER.size} bytes")
+        raise damaged_error(path, f"the file ends at byte {len(head)}, inside its header of {SEG_HEADER.size} bytes")
     magic, version, tokens = SEG_HEADER.unpack(head)
     if magic != SEG_MAGIC:
-        raise damaged(path, f"field magic (byte 0) is {magic!r}, not {SEG_MAGIC!r}: this is not a segment file")
+        raise damaged_error(path, f"field magic (byte 0) is {magic!r}, not {SEG_MAGIC!r}: this is not a segment file")
     if version > FORMAT_VERSION:
         what = f"field version (byte 8) is {version}; this version of megatron_bipe reads up to {FORMAT_VERSION}"
         remedy = "Update megatron_bipe, or make the dataset again with this version"
         raise DataError(what, remedy=remedy, location=path)
     if version != FORMAT_VERSION:
-        raise damaged(path, f"field version (byte 8) is {version}; that version does not exist")
+        raise damaged_error(path, f"field version (byte 8) is {version}; that version does not exist")
     expected = SEG_HEADER.size + packed_bytes(tokens)
     if file_bytes != expected:
-        raise damaged(path, f"the file ends at byte {file_bytes}; field tokens (byte 16), {tokens}, needs {expected}")
+        raise damaged_error(
+            path, f"the file ends at byte {file_bytes}; field tokens (byte 16), {tokens}, needs {expected}"
+        )
     return int(tokens)
 
 

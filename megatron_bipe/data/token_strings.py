@@ -39,7 +39,7 @@ def json_token_texts(
     )
 
 
-def byte_of(token: str) -> int | None:
+def parse_byte_token(token: str) -> int | None:
     """Return the byte that a token such as `<0x0A>` stands for, or None."""
     if len(token) == 6 and token.startswith("<0x") and token.endswith(">"):
         try:
@@ -62,7 +62,7 @@ def _decoder_steps(spec: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _piece_text(token: str, byte_fallback: bool) -> str | None:
-    byte = byte_of(token) if byte_fallback else None
+    byte = parse_byte_token(token) if byte_fallback else None
     if byte is not None:
         return chr(byte) if byte < 0x80 else None
     return token.replace(SPACE_MARK, " ")

@@ -20,7 +20,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
-from megatron_bipe.data.token_strings import byte_of, json_token_texts
+from megatron_bipe.data.token_strings import json_token_texts, parse_byte_token
 from megatron_bipe.errors import DataError
 
 DEFINITIONS = ("tokenizer.json", "tokenizer.model")  # in order of preference
@@ -164,7 +164,7 @@ class SentencePieceTokenizer(Tokenizer):
             return None
         piece = model.id_to_piece(token_id)
         if model.is_byte(token_id):
-            byte = byte_of(piece)
+            byte = parse_byte_token(piece)
             return chr(byte) if byte is not None and byte < 0x80 else None
         return str(piece).replace("\u2581", " ")
 

@@ -34,7 +34,7 @@ from megatron_bipe.engine.optimizer_state import (
 )
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layer_factory import LayerFactory, shard_of
-from megatron_bipe.model.transformer import LocalLayers, copied
+from megatron_bipe.model.transformer import LocalLayers, copy_source
 from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
 from megatron_bipe.parallel.replica_check import Replicas, check_replicas
@@ -175,7 +175,7 @@ def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
 
 
-class PlainGradients:
+class GradientClipper:
     """Norm, clipping and NaN check of gradients where DeepSpeed has no norm, or sums it over stages incorrectly.
 
     The optimizer itself skips an update whose norm is not finite, on the device, so that nothing waits for the norm. In
@@ -199,7 +199,7 @@ class PlainGradients:
         parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
         # Count parameters once that are replicated over tensor-parallel ranks or copied on two stages.
         whole_here = self._mesh.tensor_rank == 0
-        counted = [p.grad for p in parameters if (whole_here or shard_of(p) is not None) and not copied(p)]
+        counted = [p.grad for p in parameters if (whole_here or shard_of(p) is not None) and not copy_source(p)]
         squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
         if self._group is not None:
             dist.all_reduce(squares, group=self._group)
@@ -219,7 +219,7 @@ class DeepSpeedEngine:
     _saver: CheckpointWriter
     _engine: Any  # DeepSpeed's engine
     _optimizer: Any  # DeepSpeed's wrapper of the optimizer
-    _plain: PlainGradients | None = None
+    _plain: GradientClipper | None = None
     _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
 
@@ -242,7 +242,7 @@ class DeepSpeedEngine:
         """
         optimizer = make_optimizer(model, run.optimizer)
         if not deepspeed_clips(run, ds_config):
-            self._plain = PlainGradients(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
+            self._plain = GradientClipper(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
         with suppress_stdout():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
@@ -264,7 +264,7 @@ class DeepSpeedEngine:
         self._engine.module.register_forward_pre_hook(lambda *_: to())
 
     def pop_forward_seconds(self) -> float:
-        return self._own_time.take_s()
+        return self._own_time.pop_seconds()
 
     def save(
         self, run_dir: Path, step: int, *, loop_state: Mapping[str, Any] | None = None, final: bool = True

@@ -28,7 +28,7 @@ class ForwardTimer:
             module.register_forward_pre_hook(self._begin)
             module.register_forward_hook(self._end)
 
-    def take_s(self) -> float:
+    def pop_seconds(self) -> float:
         """Return the seconds since the last call and reset the sum."""
         passes, self._passes = self._passes, []
         if not self._on_gpu:

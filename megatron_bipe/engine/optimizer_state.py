@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
 from megatron_bipe.model.layer_factory import shard_of
-from megatron_bipe.model.transformer import copied
+from megatron_bipe.model.transformer import copy_source
 
 _STEP = "step"  # key of the number of updates in torch's Adam state
 
@@ -48,7 +48,7 @@ def fragments(module: nn.Module, optimizer: Any) -> list[Fragment]:
     adam = _torch_optimizer(optimizer)
     found = []
     for own_name, parameter in module.named_parameters():
-        name = copied(parameter) or own_name
+        name = copy_source(parameter) or own_name
         for location in _locations(parameter, optimizer):
             state = {
                 WEIGHT: location.master.detach(),

@@ -23,9 +23,9 @@ from megatron_bipe.engine.base import (
 )
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.transformer import TOKEN_TABLE, LayerPlan, copied, make_plan
+from megatron_bipe.model.transformer import TOKEN_EMBEDDING, LayerPlan, copy_source, make_plan
 from megatron_bipe.parallel.mesh import Mesh, end_stages_group
-from megatron_bipe.parallel.pipeline_partition import cut_stages
+from megatron_bipe.parallel.pipeline_partition import partition_layers
 from megatron_bipe.types import Batch
 
 
@@ -38,7 +38,7 @@ class PipelineEngine(DeepSpeedEngine):
         check_precision(mesh, run)
         layers, self._tensor_group = make_layers(mesh)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
-        bounds = cut_stages(run.model, run.train.seq_len_tokens, mesh.pipeline)
+        bounds = partition_layers(run.model, run.train.seq_len_tokens, mesh.pipeline)
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)
         if mesh.sequence:  # tensor-parallel ranks hold different positions, so DeepSpeed must not partition payloads
             ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
@@ -82,10 +82,10 @@ class _Stages(PipelineModule):
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
-        tables = [p for name, p in self.named_parameters() if TOKEN_TABLE in (name, copied(p))]
+        tables = [p for name, p in self.named_parameters() if TOKEN_EMBEDDING in (name, copy_source(p))]
         group = end_stages_group(mesh) if tied_output else None
         self._tied = [(table, group) for table in tables if group is not None]
-        for table in filter(copied, tables):
+        for table in filter(copy_source, tables):
             table.ds_pipe_replicated = True  # counted once in the gradient norm
 
     def forward(self, payload: Any) -> Any:

@@ -13,7 +13,7 @@ from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, tokens_here
-from megatron_bipe.parallel.pipeline_partition import cut_stages, layer_costs
+from megatron_bipe.parallel.pipeline_partition import layer_costs, partition_layers
 from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
 
 # Bytes by `communication_data_type`; if it is not set, DeepSpeed exchanges gradients in compute precision.
@@ -47,7 +47,7 @@ def bubble(run: RunConfig, num_ranks: int) -> float:
     Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, for stages of equal cost.
     """
     costs = layer_costs(run.model, run.train.seq_len_tokens)
-    bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     stages = [sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds)]
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     slots = micro_batches + len(stages) - 1
@@ -89,7 +89,7 @@ def _passes(run: RunConfig) -> int:
 
 
 def _most_blocks(run: RunConfig) -> int:
-    bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     return max(min(stop, run.model.num_layers + 1) - max(start, 1) for start, stop in itertools.pairwise(bounds))
 
 
@@ -113,7 +113,7 @@ def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, micro_batch
     replicas, zero = run.parallel.replica_ranks(num_ranks), zero_stage(ds_config)
     if replicas == 1:
         return
-    bounds = cut_stages(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     counts = parameters_of_rank(run.model, run.parallel.tensor)
     most_parameters = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
     weights, ring = most_parameters * compute_width(run), (replicas - 1) / replicas

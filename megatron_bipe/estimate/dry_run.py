@@ -8,7 +8,7 @@ from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
-from megatron_bipe.data.blend import PATTERN_SLOTS, slot_counts
+from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.estimate.communication import bubble, step_traffic
@@ -149,7 +149,7 @@ def _data(run: RunConfig) -> str:
         check_manifest(run, manifest, folder)
     manifests = [found[folder] for folder in run.data.folders]
     weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
-    slots = slot_counts(weights, run.data.folders)
+    slots = count_slots(weights, run.data.folders)
     rows = zip(run.data.folders, manifests, slots, strict=True)
     return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
 

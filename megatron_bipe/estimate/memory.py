@@ -14,7 +14,7 @@ from megatron_bipe.config.deepspeed import offloads, zero_stage
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.model.positions.make import relative_class
-from megatron_bipe.parallel.pipeline_partition import cut_stages, layer_costs
+from megatron_bipe.parallel.pipeline_partition import layer_costs, partition_layers
 from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
 
 FP32_BYTES = 4
@@ -49,7 +49,7 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
         num_ranks: ranks of the launch.
     """
     parallel, model = run.parallel, run.model
-    bounds = cut_stages(model, run.train.seq_len_tokens, parallel.pipeline)
+    bounds = partition_layers(model, run.train.seq_len_tokens, parallel.pipeline)
     counts = parameters_of_rank(model, parallel.tensor)
     costs = layer_costs(model, run.train.seq_len_tokens)
     stages = []
@@ -81,7 +81,7 @@ def table_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: i
     """Return the bytes per token of tables that all blocks of a stage share; arguments: see `block_bytes_per_token`."""
     relative = relative_class(model)
     buckets = 8 * seq_len_tokens if relative.biases_scores else 0
-    return (relative.table_width(model.head_width) * width + buckets) * parallel.context
+    return (relative.prepared_width(model.head_width) * width + buckets) * parallel.context
 
 
 def block_bytes_per_token(
@@ -105,7 +105,7 @@ def block_bytes_per_token(
     queries, keys = model.num_heads * model.head_width / split, model.kv_heads * model.head_width / split
     ffn, head_sums = model.ffn_size / split, model.num_heads / split * FP32_BYTES
     relative = relative_class(model)
-    channels = relative.widening(model.head_width)
+    channels = relative.num_extra_channels(model.head_width)
     scores = seq_len_tokens * head_sums if relative.biases_scores else 0  # in fp32
     biased = 1 + channels / model.head_width  # queries, keys, values and output are wider
     attention_output = queries * biased * width + head_sums

@@ -52,7 +52,7 @@ def load_exported_model(folder: Path) -> EvalModel:
     return EvalModel(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
 
 
-def check_suits(eval_model: EvalModel, dataset: TokenDataset) -> None:
+def check_compatible(eval_model: EvalModel, dataset: TokenDataset) -> None:
     """Refuse a dataset whose token ids or segments differ in meaning from the model's training data.
 
     Models without a segment encoding accept any segment rule. If a model does not record a fact, a warning is logged.

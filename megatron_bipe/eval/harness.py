@@ -35,7 +35,7 @@ class HarnessSettings(NamedTuple):
     """Name of the torch dtype."""
 
 
-class OpeningOnce(HFLM):
+class SingleBosHFLM(HFLM):
     """The harness's transformers model with a single BOS in front of rolling texts.
 
     For rolling log-likelihoods the harness prepends BOS and lets the tokenizer prepend another; training had one.
@@ -63,7 +63,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
     manager = TaskManager(include_path=settings.include_path)
     _check_known(tasks, manager)
     try:
-        model = OpeningOnce(
+        model = SingleBosHFLM(
             pretrained=str(folder),
             trust_remote_code=True,
             device=settings.device,

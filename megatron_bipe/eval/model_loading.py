@@ -11,7 +11,7 @@ from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.checkpoint.weights import read_weights
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
-from megatron_bipe.hf.load import plan_model
+from megatron_bipe.hf.load import build_from_llama
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.precision import DTYPES
 
@@ -26,7 +26,7 @@ def load_eval_model(spec: str) -> EvalModel:
     return load_exported_model(Path(spec)) if checkpoint is None else _load_checkpoint(checkpoint, spec)
 
 
-def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
+def load_with_master_weights(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
     """Load the model that `spec` names, and its weights; for a run the optimizer's fp32 master weights.
 
     Raises:
@@ -36,7 +36,7 @@ def load_with_masters(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]]:
     if checkpoint is None:
         eval_model = load_exported_model(Path(spec))
         return eval_model, plan_weights(eval_model)
-    return _load_checkpoint(checkpoint, spec), WeightsOnDisk(checkpoint, torch.float32)
+    return _load_checkpoint(checkpoint, spec), LazyCheckpointWeights(checkpoint, torch.float32)
 
 
 def plan_weights(eval_model: EvalModel) -> dict[str, Tensor]:
@@ -46,7 +46,7 @@ def plan_weights(eval_model: EvalModel) -> dict[str, Tensor]:
 
 def _load_checkpoint(checkpoint: Checkpoint, spec: str) -> EvalModel:
     config = load_run_config(checkpoint.run_dir / "config.yaml").model
-    model = plan_model(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
+    model = build_from_llama(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
     record = read_data_record(checkpoint.run_dir)
     run_name = checkpoint.run_dir.resolve().name
     name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
@@ -54,7 +54,7 @@ def _load_checkpoint(checkpoint: Checkpoint, spec: str) -> EvalModel:
     return EvalModel(name, source, model, config, record.tokenizer.fingerprint, record.rule)
 
 
-class WeightsOnDisk(Mapping[str, Tensor]):
+class LazyCheckpointWeights(Mapping[str, Tensor]):
     """The weights of a checkpoint, read on access and not cached.
 
     Args:

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings, shard_names
-from megatron_bipe.hf.weight_mapping import INTRA_TABLE, from_llama
+from megatron_bipe.hf.weight_mapping import INTRA_EMBEDDING, from_llama
 
 # Separator ids that are fixed in the authors' code: LLaMA's newline byte and its period after a space. They are the
 # rule of all published models, for folders without a tokenizer.
@@ -49,7 +49,7 @@ def read_authors_checkpoint(folder: Path) -> AuthorsModel:
         what = f"model_type {settings.get('model_type')!r}, rpe_type {settings.get('rpe_type')!r}"
         raise CheckpointError(f"{what} is not the authors' layout", remedy=_REMEDY, location=folder / CONFIG)
     raw = _read_weights(folder)
-    weights = {name.replace(_INTRA_TABLE, INTRA_TABLE): t for name, t in raw.items() if not name.endswith(_BUFFERS)}
+    weights = {name.replace(_INTRA_TABLE, INTRA_EMBEDDING): t for name, t in raw.items() if not name.endswith(_BUFFERS)}
     config = _model_config(settings, weights, folder / CONFIG)
     dtypes = {tensor.dtype for tensor in weights.values()}
     if len(dtypes) != 1:
@@ -83,7 +83,7 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], lo
         config = ModelConfig(
             encoding=encoding,
             **llama_shape(settings),
-            intra_size=len(weights[INTRA_TABLE]) if INTRA_TABLE in weights else 1024,
+            intra_size=len(weights[INTRA_EMBEDDING]) if INTRA_EMBEDDING in weights else 1024,
             train_len_tokens=train_len,
             init_std=settings.get("initializer_range", 0.02),
             rope_base=settings.get("rope_theta", 10000.0),

@@ -21,7 +21,7 @@ class Encoding(NamedTuple):
     rotation: tuple[Tables, Tables] | None = None  # RoPE, XPOS: cosines and sines for new queries and new keys
     channels: tuple[Tensor, Tensor] | None = None  # ALiBi: for queries [B, N, T, 7] and keys [B, 1, S, 7]
     buckets: Tensor | None = None  # T5: rows of each layer's bias embedding [B, T, S]
-    growth: Tensor | None = None  # log_scale: factor on queries [B, 1, T, 1]
+    query_scale: Tensor | None = None  # log_scale: factor on queries [B, 1, T, 1]
     cached: Tensor | None = None  # positions to store with layer 0's cached keys [B, 1, T, C]
 
 
@@ -45,10 +45,10 @@ def encode(
     new_BT = position_ids.inter if config.bilevel else position_ids.intra
     if config.positions == "drawn":
         new_BT = _stretch_positions(config, new_BT, cached, attention_mask)
-    growth = None
+    query_scale = None
     if config.log_scale:
-        growth = log_scale_factors(new_BT, config.train_len_tokens)
-    return Encoding(growth=growth, **_RELATIVE[config.relative](config, new_BT, cached, attention_mask))
+        query_scale = log_scale_factors(new_BT, config.train_len_tokens)
+    return Encoding(query_scale=query_scale, **_RELATIVE[config.relative](config, new_BT, cached, attention_mask))
 
 
 def _stretch_positions(

@@ -15,7 +15,7 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.checksums import check_file
 from megatron_bipe.hf.rope_settings import rope_fields
 from megatron_bipe.hf.weight_mapping import from_llama
-from megatron_bipe.model.transformer import TOKEN_TABLE, build_model
+from megatron_bipe.model.transformer import TOKEN_EMBEDDING, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"
@@ -43,7 +43,7 @@ def load_exported(folder: str | Path) -> LoadedModel:
     settings = read_settings(folder)
     config = model_config(settings, folder / CONFIG)
     weights = read_safetensors(folder)
-    model = plan_model(weights, config, folder)
+    model = build_from_llama(weights, config, folder)
     return LoadedModel(model, config, next(model.parameters()).dtype, data_fields(settings, folder / CONFIG))
 
 
@@ -171,7 +171,9 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     return weights
 
 
-def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, location: str | Path = "") -> nn.Sequential:
+def build_from_llama(
+    llama_weights: Mapping[str, Tensor], config: ModelConfig, location: str | Path = ""
+) -> nn.Sequential:
     """Build the training model from weights with LLaMA names, without copies where the layout allows it.
 
     Raises:
@@ -191,13 +193,13 @@ def plan_model(llama_weights: Mapping[str, Tensor], config: ModelConfig, locatio
     return model.eval()
 
 
-def fill_layer(
+def load_layer(
     layer: nn.Module, index: int, weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype
 ) -> nn.Module:
     """Load weights, rounded to `dtype` and converted to fp32, into layer `index` built on the meta device."""
     own = {}
     for name in layer.state_dict():
         tied = config.tied_output and index == config.num_layers + 1 and name == "output.weight"
-        own[name] = weights[TOKEN_TABLE if tied else f"{index}.{name}"].to(dtype).float()
+        own[name] = weights[TOKEN_EMBEDDING if tied else f"{index}.{name}"].to(dtype).float()
     layer.load_state_dict(own, assign=True)
     return layer.eval()

@@ -72,8 +72,8 @@ class BipeAttention(nn.Module):
         q_BNTH = self.q_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
         k_BGTH = self.k_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
         v_BGTH = self.v_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
-        if encoding.growth is not None:
-            q_BNTH = q_BNTH * encoding.growth.to(q_BNTH.dtype)
+        if encoding.query_scale is not None:
+            q_BNTH = q_BNTH * encoding.query_scale.to(q_BNTH.dtype)
         if encoding.rotation is not None:
             for_queries, for_keys = encoding.rotation
             q_BNTH, k_BGTH = _rotate(q_BNTH, for_queries), _rotate(k_BGTH, for_keys)

@@ -16,7 +16,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.load import fill_layer, read_settings
+from megatron_bipe.hf.load import load_layer, read_settings
 from megatron_bipe.model.transformer import make_plan
 
 SampleBatch = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
@@ -53,7 +53,7 @@ def trained_logits(
     for planned in make_plan(config, seed=0):
         with torch.device("meta"):
             layer = planned.build()
-        payload = fill_layer(layer, planned.index, weights, config, dtype)(payload)
+        payload = load_layer(layer, planned.index, weights, config, dtype)(payload)
     logits_BTV: Tensor = payload
     return logits_BTV
 

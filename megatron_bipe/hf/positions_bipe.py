@@ -38,7 +38,7 @@ class CachedPositions(NamedTuple):
     num_filled: Tensor | None = None  # filled slots of a static cache, int64 []; None: all
 
     @property
-    def num_held(self) -> int:
+    def num_cached(self) -> int:
         """Number of cached tokens; for a static cache this synchronizes with the device."""
         return self.next_intra.shape[1] if self.num_filled is None else int(self.num_filled)
 
@@ -139,7 +139,7 @@ def real_tokens(
     if cached is not None and cached.num_filled is not None and shape == (rows, slots):
         position_ids = cached.num_filled + torch.arange(new, device=hidden_BTD.device)
         return attention_mask.index_select(1, position_ids).bool()
-    num_cached = 0 if cached is None else cached.num_held
+    num_cached = 0 if cached is None else cached.num_cached
     if shape == (rows, slots) or shape == (rows, num_cached + new):
         return attention_mask[:, num_cached : num_cached + new].bool()
     raise ValueError(
@@ -175,7 +175,7 @@ def count_tokens(
     Raises:
         ValueError: a cache would be continued beyond the training length, up to which earlier keys do not change.
     """
-    num_cached = 0 if cached is None else cached.num_held
+    num_cached = 0 if cached is None else cached.num_cached
     trained, total = config.train_len_tokens, num_cached + num_new
     counts = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
     if num_cached and int(counts.max()) > trained:

@@ -15,7 +15,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 
 T = TypeVar("T")
-INTRA_TABLE = "model.embed_intra.weight"  # LLaMA has no such embeddings
+INTRA_EMBEDDING = "model.embed_intra.weight"  # LLaMA has no such embeddings
 _POSITION_EMBEDDING = "model.embed_positions.weight"
 
 _BLOCK_NAMES = {
@@ -92,9 +92,9 @@ def _sources(config: ModelConfig) -> dict[str, tuple[str, Callable[[Tensor], Ten
 
 
 def _position_names(config: ModelConfig) -> dict[str, str]:
-    if config.table_rows is None:
+    if config.embedding_rows is None:
         return {}
-    return {"0.intra.weight": INTRA_TABLE} if config.bilevel else {"0.place.weight": _POSITION_EMBEDDING}
+    return {"0.intra.weight": INTRA_EMBEDDING} if config.bilevel else {"0.place.weight": _POSITION_EMBEDDING}
 
 
 def _block_names(config: ModelConfig) -> dict[str, str]:

@@ -26,7 +26,7 @@ _KEPT_NAMES = (
 )
 
 
-def recomputing(function: Callable[..., Tensor], what: Recompute) -> Callable[..., Tensor]:
+def checkpoint_activations(function: Callable[..., Tensor], what: Recompute) -> Callable[..., Tensor]:
     """Wrap `function` so that backward recomputes the activations selected by `what`; results are bit-identical."""
     if what == "none":
         return function

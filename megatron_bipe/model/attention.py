@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.positions.base import SharedTables
+from megatron_bipe.model.positions.base import PreparedPositions
 from megatron_bipe.model.positions.functional import log_scale_factors
 from megatron_bipe.model.positions.make import make_relative
 
@@ -31,7 +31,7 @@ class Attention(nn.Module):
     slice of the rows that tensor parallelism assigns to a rank therefore holds complete groups.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, tables: SharedTables | None = None) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory, tables: PreparedPositions | None = None) -> None:
         super().__init__()
         width, head_width = config.hidden_size, config.head_width
         self.head_width = head_width
@@ -39,7 +39,7 @@ class Attention(nn.Module):
         self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
         self.exchange = layers.exchange
         self.encoding = make_relative(config, layers)
-        self._tables = tables or SharedTables()
+        self._tables = tables or PreparedPositions()
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 

@@ -29,11 +29,11 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.activation_checkpointing import Recompute, recomputing
+from megatron_bipe.model.activation_checkpointing import Recompute, checkpoint_activations
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, shard_of
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.positions.base import SharedTables
+from megatron_bipe.model.positions.base import PreparedPositions
 from megatron_bipe.model.positions.make import make_absolute
 from megatron_bipe.model.positions.position_ids import (
     evenly_spaced_position_ids,
@@ -41,7 +41,7 @@ from megatron_bipe.model.positions.position_ids import (
     token_position_ids,
 )
 
-TOKEN_TABLE = "0.token.weight"  # name of the token embedding in the plan
+TOKEN_EMBEDDING = "0.token.weight"  # name of the token embedding in the plan
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ def make_plan(
 ) -> list[LayerPlan]:
     """Return the layers of the model in order; nothing is allocated until a layer is built."""
     factory = layers or LocalLayers()
-    block = partial(Block, config, factory, recompute, SharedTables())
+    block = partial(Block, config, factory, recompute, PreparedPositions())
     kinds: list[tuple[str, Callable[[], nn.Module]]] = [
         ("Embedding", partial(Embedding, config, factory, seed)),
         *[("Block", block)] * config.num_layers,
@@ -69,7 +69,7 @@ def make_plan(
         layer = kinds[index][1]()
         init_layer(layer, index, config, seed)
         if config.tied_output and isinstance(layer, Head):
-            tie_to_copy(layer, embedding=build(0))
+            init_tied_copy(layer, embedding=build(0))
         return layer
 
     return [LayerPlan(index, kind, partial(build, index)) for index, (kind, _) in enumerate(kinds)]
@@ -92,7 +92,7 @@ def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) ->
     """
     with torch.device("meta"):
         built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
-    return [sum(p.numel() for p in layer.parameters() if not copied(p)) for layer in built]
+    return [sum(p.numel() for p in layer.parameters() if not copy_source(p)) for layer in built]
 
 
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:
@@ -173,10 +173,10 @@ class Block(nn.Module):
         config: ModelConfig,
         layers: LayerFactory,
         recompute: Recompute = "none",
-        tables: SharedTables | None = None,
+        tables: PreparedPositions | None = None,
     ) -> None:
         super().__init__()
-        self._run = recomputing(self._residuals, recompute)
+        self._run = checkpoint_activations(self._residuals, recompute)
         self.attention_norm = layers.norm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config, layers, tables)
         self.mlp_norm = layers.norm(config.hidden_size, config.norm_eps)
@@ -299,14 +299,14 @@ def tie(head: Any, embedding: Any) -> None:
     head.output.weight = embedding.token.weight
 
 
-def tie_to_copy(head: Any, embedding: Any) -> None:
+def init_tied_copy(head: Any, embedding: Any) -> None:
     """Initialize the head from a copy of the embedding, and mark it as such."""
     with torch.no_grad():
         head.output.weight.copy_(embedding.token.weight)
-    head.output.weight.copy_of = TOKEN_TABLE
+    head.output.weight.copy_of = TOKEN_EMBEDDING
 
 
-def copied(parameter: Tensor) -> str | None:
+def copy_source(parameter: Tensor) -> str | None:
     """Return the plan's name of the parameter that this one copies, or None if it is not a copy."""
     name: str | None = getattr(parameter, "copy_of", None)
     return name

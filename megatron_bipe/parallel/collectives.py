@@ -28,17 +28,17 @@ _all_gather_op = getattr(functional, "all_gather_single", None) or functional.al
 _reduce_scatter_op = getattr(functional, "reduce_scatter_single", None) or functional.reduce_scatter_tensor
 
 
-def to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+def copy_to_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
     """Pass a tensor that is replicated on all ranks to sharded layers."""
     return _ToRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def from_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
+def reduce_from_ranks(x: Tensor, group: ProcessGroup) -> Tensor:
     """Sum the outputs of a sharded layer over its ranks."""
     return _FromRanks.apply(x, group)  # type: ignore[no-untyped-call]
 
 
-def split_linear(hidden: Tensor, weight_fD: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
+def column_parallel_linear(hidden: Tensor, weight_fD: Tensor, group: ProcessGroup, sequence: bool) -> Tensor:
     """Return this rank's shard of y = x W^T, for which every rank needs all of x.
 
     Backward sums the partial gradients of x over ranks, overlapped with the computation of the weight gradient.

@@ -16,7 +16,7 @@ def layer_costs(model: ModelConfig, seq_len_tokens: int) -> list[int]:
     return [0, *[block] * model.num_layers, model.hidden_size * model.vocab_size]
 
 
-def cut_stages(model: ModelConfig, seq_len_tokens: int, num_stages: int) -> list[int]:
+def partition_layers(model: ModelConfig, seq_len_tokens: int, num_stages: int) -> list[int]:
     """Return the first layer of each stage and the end of the last, for the cut with the lowest maximal cost.
 
     Ties are resolved in favor of the most even costs. Every stage has at least one layer.

@@ -18,7 +18,13 @@ from torch.distributed import ProcessGroup
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import HeadExchange, NoExchange, Shard
 from megatron_bipe.model.transformer import RMSNorm, count_parameters, rms_norm
-from megatron_bipe.parallel.collectives import from_ranks, own_tokens, scatter, split_linear, to_ranks
+from megatron_bipe.parallel.collectives import (
+    column_parallel_linear,
+    copy_to_ranks,
+    own_tokens,
+    reduce_from_ranks,
+    scatter,
+)
 from megatron_bipe.parallel.vocab_parallel_loss import token_losses
 
 
@@ -31,11 +37,11 @@ class Split:
 
     def leave(self, partial: Tensor) -> Tensor:
         """Reduce the partial outputs of a sharded layer into the residual stream."""
-        return scatter(partial, self.group) if self.sequence else from_ranks(partial, self.group)
+        return scatter(partial, self.group) if self.sequence else reduce_from_ranks(partial, self.group)
 
     def replicated(self, weight: Tensor) -> Tensor:
         """Prepare a replicated weight for use on this rank's shard of the residual stream."""
-        return to_ranks(weight, self.group) if self.sequence else weight
+        return copy_to_ranks(weight, self.group) if self.sequence else weight
 
 
 class TensorParallelLayers:
@@ -97,11 +103,11 @@ class ColumnParallelLinear(nn.Linear):
     def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
         super().__init__(width_in, width_out // split.group.size(), bias=False)
         self._split = split
-        mark_share(self.weight, Shard(0, blocks, split.group.rank(), split.group.size()))
+        mark_shard(self.weight, Shard(0, blocks, split.group.rank(), split.group.size()))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Map [B, T, D] or [B, t, D] to this rank's shard of the output, [B, T, ...]."""
-        return split_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
+        return column_parallel_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
 
 
 class RowParallelLinear(nn.Linear):
@@ -110,7 +116,7 @@ class RowParallelLinear(nn.Linear):
     def __init__(self, width_in: int, width_out: int, split: Split) -> None:
         super().__init__(width_in // split.group.size(), width_out, bias=False)
         self._split = split
-        mark_share(self.weight, Shard(1, 1, split.group.rank(), split.group.size()))
+        mark_shard(self.weight, Shard(1, 1, split.group.rank(), split.group.size()))
 
     def forward(self, inner_BTf: Tensor) -> Tensor:
         """Map this rank's shard of the input, [B, T, ...], to [B, T, D] or [B, t, D]."""
@@ -126,7 +132,7 @@ class VocabParallelEmbedding(nn.Embedding):
         padding = None if padding_row is None else padding_row % rows - self._first
         super().__init__(here, width, padding_idx=padding if padding is not None and 0 <= padding < here else None)
         self._split = split
-        mark_share(self.weight, Shard(0, 1, split.group.rank(), ranks))
+        mark_shard(self.weight, Shard(0, 1, split.group.rank(), ranks))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Map ids of the full vocabulary [B, T] to [B, T, D] or [B, t, D]."""
@@ -156,7 +162,7 @@ class PerHeadEmbedding(nn.Embedding):
     def __init__(self, rows: int, num_heads: int, split: Split) -> None:
         ranks = split.group.size()
         super().__init__(rows, num_heads // ranks)
-        mark_share(self.weight, Shard(1, 1, split.group.rank(), ranks))
+        mark_shard(self.weight, Shard(1, 1, split.group.rank(), ranks))
 
 
 class ReplicatedNorm(RMSNorm):
@@ -170,7 +176,7 @@ class ReplicatedNorm(RMSNorm):
         return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
 
 
-def mark_share(weight: Tensor, shard: Shard) -> None:
+def mark_shard(weight: Tensor, shard: Shard) -> None:
     """Record how a parameter is sharded, for this project and (under DeepSpeed's name) for its gradient norm."""
     weight.shard = shard  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]

@@ -50,8 +50,8 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
         LOCAL_RANK=str(launch.local_rank),
         WORLD_SIZE=str(launch.num_ranks),
         LOCAL_WORLD_SIZE=str(launch.num_local_ranks),
-        MASTER_ADDR=launch.meeting.address,
-        MASTER_PORT=str(launch.meeting.port),
+        MASTER_ADDR=launch.rendezvous.address,
+        MASTER_PORT=str(launch.rendezvous.port),
     )
     if device_type() == "cuda":
         device = torch.device("cuda", _own_gpu(launch, torch.cuda.device_count()))

@@ -96,7 +96,7 @@ def silent_ranks(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterat
             yield f"No heartbeat: {heartbeat.name}, last at {heartbeat.location}"
 
 
-def where_ranks_are(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
+def group_ranks_by_location(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
     """Yield silent ranks, then ranks by location, smallest group first: a rank that all others wait for is alone."""
     yield from silent_ranks(before, after, own_rank)
     names: dict[str, list[str]] = {}

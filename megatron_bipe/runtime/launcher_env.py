@@ -27,7 +27,7 @@ class Launch(NamedTuple):
     local_rank: int  # on its host
     num_ranks: int
     num_local_ranks: int
-    meeting: Rendezvous
+    rendezvous: Rendezvous
 
     @property
     def is_main(self) -> bool:
@@ -105,8 +105,8 @@ def read_launch(env: Mapping[str, str], agree: Callable[[bool], Rendezvous], fre
             f"ranks start at 0, and a host has at most as many as the launch; this would be rank {rank} of "
             f"{num_ranks}, local rank {local_rank} of {num_local_ranks}"
         )
-    meeting = _rendezvous(variables, num_local_ranks == num_ranks, agree)
-    return Launch(rank, local_rank, num_ranks, num_local_ranks, meeting)
+    rendezvous = _rendezvous(variables, num_local_ranks == num_ranks, agree)
+    return Launch(rank, local_rank, num_ranks, num_local_ranks, rendezvous)
 
 
 def first_host(hosts: str) -> str:

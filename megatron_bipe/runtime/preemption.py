@@ -18,7 +18,7 @@ from typing import TypeVar
 
 from megatron_bipe.errors import ConfigError
 
-CONTINUE_LATER = 75  # exit code of a saved run that can be resumed; EX_TEMPFAIL of sysexits.h
+EXIT_RESUMABLE = 75  # exit code of a saved run that can be resumed; EX_TEMPFAIL of sysexits.h
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}

@@ -34,16 +34,16 @@ from megatron_bipe.runtime.heartbeat import (
     Heartbeats,
     HeartbeatStore,
     Shutdown,
+    group_ranks_by_location,
     silent_ranks,
-    where_ranks_are,
 )
 
 BEAT_S = 1.0  # between heartbeats
 LOOK_S = 2.5  # between the two observations that show which ranks send none
 _THREAD_FRAMES = 4  # innermost frames shown of threads other than the training thread
-LAST_WORDS_S = 15.0  # a failed rank waits this long for the report of the first one
+REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the first one
 
-LOST = (dist.DistError, TimeoutError)  # exceptions of HeartbeatStore without a working store
+STORE_ERRORS = (dist.DistError, TimeoutError)  # exceptions of HeartbeatStore without a working store
 T = TypeVar("T")
 Observe = Callable[[Heartbeats, Heartbeats, int], Iterable[str]]
 
@@ -71,7 +71,7 @@ class Watchdog:
 
     def mark(self, location: str) -> None:
         """Record the location of this rank, as progress."""
-        self._place, self._since_s = location, self._clock_s
+        self._location, self._since_s = location, self._clock_s
 
     def heartbeat(self) -> None:
         """Record progress at the current location."""
@@ -99,7 +99,7 @@ class Watchdog:
             # The launcher ends the remaining ranks when one has died; report the error first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
             self._fail(describe(error, self._label()), type(error).__name__, exit_code(error), silent_ranks)
-            self._thread.join(LAST_WORDS_S)  # it ends this process once the first failed rank has reported why
+            self._thread.join(REPORT_WAIT_S)  # it ends this process once the first failed rank has reported why
             abort(f"{self._label()} leaves", exit_code(error))
         self._over.set()
         self._thread.join()
@@ -122,8 +122,10 @@ class Watchdog:
                     abort(f"{self._no_progress()}\n{_state_of_store(error)}", FAILED)
             if is_stuck and failed_at_s == math.inf:
                 failed_at_s = self._clock_s
-                self._fail(self._no_progress(), f"no progress for {self._timeout_s:g} s", FAILED, where_ranks_are)
-            if self._clock_s - failed_at_s > LAST_WORDS_S:
+                self._fail(
+                    self._no_progress(), f"no progress for {self._timeout_s:g} s", FAILED, group_ranks_by_location
+                )
+            if self._clock_s - failed_at_s > REPORT_WAIT_S:
                 abort(f"{self._label()} leaves", FAILED)
 
     def _beat(self, beats: int) -> None:
@@ -151,7 +153,7 @@ class Watchdog:
             if not store.is_first_to_fail():
                 write_stderr(f"{self._label()} failed, too: {reason}")
                 return
-        except LOST as error:
+        except STORE_ERRORS as error:
             abort(f"{text}\n{_state_of_store(error)}", code)
         write_stderr(text)
         try:
@@ -159,11 +161,11 @@ class Watchdog:
             time.sleep(LOOK_S)
             seen = "\n".join(observe(before, store.signs(), self._mesh.rank))
             self._over.set()
-            stacks = observe is where_ranks_are  # if ranks wait for one that is stuck, all stacks are needed
+            stacks = observe is group_ranks_by_location  # if ranks wait for one that is stuck, all stacks are needed
             store.end(Shutdown(f"{self._label()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others check every beat; when this rank exits, their collectives fail
-        except LOST as error:
+        except STORE_ERRORS as error:
             seen = _state_of_store(error)
         abort(seen or f"{self._label()} leaves", code)
 

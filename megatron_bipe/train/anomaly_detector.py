@@ -43,7 +43,7 @@ class AnomalyDetector:
     def __init__(self, config: HealthConfig, good_losses: Iterable[float] = ()) -> None:
         self._config = config
         self.good_losses = list(good_losses)
-        self.streak: list[BadStep] = []  # bad steps in a row, up to the last step checked
+        self.bad_steps: list[BadStep] = []  # bad steps in a row, up to the last step checked
 
     def check_steps(self, readings: Iterable[Reading]) -> list[BadStep]:
         """Check the next steps and return the bad ones; stop if a rollback is needed, which discards later steps."""
@@ -52,18 +52,18 @@ class AnomalyDetector:
             reason = self._reason(reading)
             if reason:
                 found.append(BadStep(reading, reason))
-                self.streak.append(found[-1])
-                if self.in_trouble:
+                self.bad_steps.append(found[-1])
+                if self.needs_rollback:
                     break
             else:
-                self.streak.clear()
+                self.bad_steps.clear()
                 self.good_losses = [*self.good_losses, reading.loss_nats][-self._config.spike_window :]
         return found
 
     @property
-    def in_trouble(self) -> bool:
+    def needs_rollback(self) -> bool:
         """True if there are so many bad steps in a row that the run must roll back."""
-        return len(self.streak) >= self._config.patience
+        return len(self.bad_steps) >= self._config.patience
 
     def _reason(self, reading: Reading) -> str:
         if not (math.isfinite(reading.loss_nats) and math.isfinite(reading.grad_norm)):

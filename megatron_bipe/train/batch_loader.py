@@ -83,7 +83,7 @@ class BatchLoader:
         sequences = self.sequences(first_sample)
         weight = label_weight(self._blend, sequences, train.seq_len_tokens)
         for micro_batch in sequences.reshape(shape)[:, self._mesh.data_rank]:
-            self._shard_check.raise_found()
+            self._shard_check.raise_if_failed()
             began_s = time.perf_counter()
             with record_function("data"):
                 batch = make_batch(self._blend, micro_batch, train.seq_len_tokens, self._clip, weight)
@@ -102,7 +102,7 @@ class BatchLoader:
         weight = label_weight(self._valid, self._valid_sequences, seq_len_tokens)
         local = self._valid_sequences.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
         for sequences in np.split(local, range(self._train.micro_batch, local.size, self._train.micro_batch)):
-            self._shard_check.raise_found()
+            self._shard_check.raise_if_failed()
             yield make_batch(self._valid, sequences, seq_len_tokens, self._clip, weight)
 
     def _own_shards(self) -> list[Shard]:

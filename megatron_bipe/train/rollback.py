@@ -47,13 +47,13 @@ class Rollback:
         return self._detector.good_losses
 
     @property
-    def is_well(self) -> bool:
+    def last_step_is_good(self) -> bool:
         """True if the last checked step was good, so that a checkpoint is worth keeping."""
-        return not self._detector.streak
+        return not self._detector.bad_steps
 
     @property
     def is_needed(self) -> bool:
-        return self._detector.in_trouble
+        return self._detector.needs_rollback
 
     def check_steps(self, readings: Sequence[Reading]) -> None:
         """Check the next steps, with the readings of the main rank."""
@@ -64,11 +64,11 @@ class Rollback:
             self._report_slow_ranks(readings[-1].step)
             self._steps_compared = 0
 
-    def can_go_back(self) -> bool:
+    def has_checkpoint(self) -> bool:
         """Return True if there is a checkpoint; if there is none, warn that the bad last step is kept."""
         found = self._engine.latest_valid_checkpoint(self._run.run_dir) is not None
         if not found:
-            last = self._detector.streak[-1]
+            last = self._detector.bad_steps[-1]
             step = last.reading.step
             self._warn(f"step {step} | {last.reason} in the last step, and there is no checkpoint to load: it is kept")
         return found
@@ -79,7 +79,7 @@ class Rollback:
         Raises:
             HealthError: there is no checkpoint, or the run has returned to it too often.
         """
-        bad = self._detector.streak
+        bad = self._detector.bad_steps
         newest = self._engine.latest_valid_checkpoint(self._run.run_dir)
         if newest is None:
             raise self._error("there is no checkpoint to roll back to")
@@ -100,7 +100,7 @@ class Rollback:
         return state
 
     def _error(self, why: str) -> HealthError:
-        last = self._detector.streak[-1]
+        last = self._detector.bad_steps[-1]
         return HealthError(
             f"{len(self._detector.streak)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
             remedy="Inspect the samples that events.jsonl lists; lower optimizer.lr, or lengthen the warm-up",

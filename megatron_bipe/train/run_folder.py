@@ -60,7 +60,7 @@ class _Difference(NamedTuple):
         return next((name for name in ALLOWABLE if self.key == name or self.key.startswith(f"{name}.")), "")
 
 
-def settle_precision(
+def resolve_precision(
     run: RunConfig, device: torch.device, allow: Collection[str] = ()
 ) -> tuple[RunConfig, PrecisionChoice]:
     """Replace `train.precision=auto` by the compute precision of this run.

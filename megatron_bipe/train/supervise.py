@@ -17,7 +17,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.preemption import CONTINUE_LATER
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.events import STOP, read_events
 
 USER_ERROR = 2
@@ -73,7 +73,7 @@ def decide(code: int, stopped: bool, asked: bool, fruitless: int, patience: Pati
     """
     if code == 0:
         return Next.DONE
-    if stopped or asked or code == CONTINUE_LATER:
+    if stopped or asked or code == EXIT_RESUMABLE:
         return Next.LATER
     if code == USER_ERROR or fruitless >= patience.failures:
         return Next.GIVE_UP

@@ -105,8 +105,8 @@ class Trainer:
             if not (step == first or _is_due(step, settings.log_every) or state.valid_owed or save_pending):
                 continue
             rollback.check_steps(metrics.flush())  # waits for the device
-            last_is_bad = step == stop_step and not rollback.is_well
-            if rollback.is_needed or (last_is_bad and rollback.can_go_back()):
+            last_is_bad = step == stop_step and not rollback.last_step_is_good
+            if rollback.is_needed or (last_is_bad and rollback.has_checkpoint()):
                 state, save_pending = rollback.go_back(), False
                 metrics.go_back(state)
                 stopping = (state.valid_owed and self._validate(state, metrics)) or stopping
@@ -114,7 +114,7 @@ class Trainer:
             if state.valid_owed and not stopping:
                 stopping = self._validate(state, metrics)
                 save_pending = save_pending or stopping
-            if save_pending and (rollback.is_well or last_is_bad):
+            if save_pending and (rollback.last_step_is_good or last_is_bad):
                 state.good_losses = rollback.good_losses
                 metrics.sync()
                 self.watchdog.mark(f"checkpoint of step {step}")

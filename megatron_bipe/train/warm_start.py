@@ -19,8 +19,8 @@ from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.discovery import open_tokenizer
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.eval_model import EvalModel, check_suits
-from megatron_bipe.eval.model_loading import load_with_masters
+from megatron_bipe.eval.eval_model import EvalModel, check_compatible
+from megatron_bipe.eval.model_loading import load_with_master_weights
 from megatron_bipe.train.run_folder import write_run_folder
 
 # Fields that may differ between a model and the run that continues it; the weights depend on all others.
@@ -37,7 +37,7 @@ def begin_from_model(run: RunConfig) -> None:
     """
     source = run.train.init_from
     if source is not None and not list_steps(run.run_dir):
-        start_run(run, *load_with_masters(source))
+        start_run(run, *load_with_master_weights(source))
 
 
 def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tensor]) -> Path:
@@ -71,7 +71,7 @@ def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tenso
         )
     blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
     for dataset in blend.datasets:
-        check_suits(eval_model, dataset)
+        check_compatible(eval_model, dataset)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
     return write_step_zero(run, blend.record, weights)
 

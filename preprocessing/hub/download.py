@@ -22,14 +22,14 @@ from preprocessing.hub.plan import (
     Plan,
     State,
     find_snapshot,
+    format_paths,
     receipt_for,
     rest_bytes,
-    some_of,
     survey,
 )
-from preprocessing.hub.progress_bar import FileBar, Meter, in_parallel
+from preprocessing.hub.progress_bar import FileBar, Meter, run_in_threads
 from preprocessing.hub.transfer import (
-    GO_ON,
+    RESUME_HINT,
     HubFile,
     Snapshot,
     disk_errors,
@@ -68,7 +68,7 @@ def download(options: DownloadOptions) -> Outcome:
         receipt = receipt_for(options.output, snapshot)
         receipt.save(options.output)  # before the first partial file, which belongs to this commit
         plan = _check(options, survey(options, snapshot, receipt), receipt)
-        wanted = [item for item in plan.items if item.state != State.WHOLE]
+        wanted = [item for item in plan.items if item.state != State.COMPLETE]
         _require_ours(wanted, receipt, options)
         require_transferable([item.file for item in wanted])
         plan.require_space()
@@ -90,14 +90,14 @@ def _check(options: DownloadOptions, plan: Plan, receipt: Receipt) -> Plan:
         path = options.output / item.file.path
         if is_intact:
             receipt.add(item.file, path)
-            verdicts[item.file.path] = item._replace(state=State.WHOLE)
+            verdicts[item.file.path] = item._replace(state=State.COMPLETE)
         else:
-            receipt.doubt(item.file)
+            receipt.mark_unverified(item.file)
             verdicts[item.file.path] = Item(item.file, State.DAMAGED, rest_bytes(path, item.file))
         receipt.save(options.output)
 
     with Meter("Checking", sum(item.file.size_bytes for item in unchecked)) as meter:
-        in_parallel(look, unchecked, options.workers, note, meter)
+        run_in_threads(look, unchecked, options.workers, note, meter)
     return plan._replace(items=tuple(verdicts.get(item.file.path, item) for item in plan.items))
 
 
@@ -107,7 +107,7 @@ def _require_ours(wanted: list[Item], receipt: Receipt, options: DownloadOptions
     foreign = [path for path in damaged if path not in receipt.files]
     if foreign and not options.overwrite:
         raise DataError(
-            f"{len(foreign)} file(s) here differ from the Hub's and are not from this tool: {some_of(foreign)}",
+            f"{len(foreign)} file(s) here differ from the Hub's and are not from this tool: {format_paths(foreign)}",
             remedy="Name another folder, or add --overwrite to replace them",
             location=options.output,
         )
@@ -126,11 +126,11 @@ def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item],
         receipt.save(options.output)
 
     with Meter("Downloading", sum(item.fetch_bytes for item in wanted)) as meter:
-        in_parallel(lambda item: _fetch(item, options, snapshot, meter), wanted, options.workers, note, meter)
+        run_in_threads(lambda item: _fetch(item, options, snapshot, meter), wanted, options.workers, note, meter)
     if failed:
         raise DataError(
-            f"{len(failed)} of {len(wanted)} files did not arrive intact in {ATTEMPTS} attempts: {some_of(failed)}",
-            remedy=f"Check whether a proxy alters them, and {GO_ON}",
+            f"{len(failed)} of {len(wanted)} files did not arrive in {ATTEMPTS} attempts: {format_paths(failed)}",
+            remedy=f"Check whether a proxy alters them, and {RESUME_HINT}",
             location=options.output,
         )
 

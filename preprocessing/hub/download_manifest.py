@@ -5,7 +5,7 @@ from pathlib import Path
 from pydantic import BaseModel, ValidationError
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import PARTIAL_SUFFIX, unreadable, write_atomically
+from megatron_bipe.io import PARTIAL_SUFFIX, unreadable_error, write_atomically
 from preprocessing.hub.transfer import HubFile, disk_errors
 
 RECEIPT_NAME = "download-receipt.json"
@@ -45,7 +45,7 @@ class Receipt(BaseModel):
         except (FileNotFoundError, NotADirectoryError):
             return None
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
         except ValidationError as error:
             problem = error.errors(include_url=False)[0]
             raise DataError(
@@ -65,12 +65,12 @@ class Receipt(BaseModel):
         entry = Entry(checksum=file.checksum, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
         self.files[file.path] = entry
 
-    def vouches_for(self, file: HubFile, path: Path) -> bool:
+    def is_verified(self, file: HubFile, path: Path) -> bool:
         """Return True if the file was verified and has not been written to since."""
         entry, status = self.files.get(file.path), path.stat()
         return entry == Entry(checksum=file.checksum, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
-    def doubt(self, file: HubFile) -> None:
+    def mark_unverified(self, file: HubFile) -> None:
         """Mark a damaged file as not verified; it stays listed as a file of this download."""
         if file.path in self.files:
             self.files[file.path].modified_ns = 0

@@ -33,7 +33,7 @@ class DownloadOptions:
 class State(StrEnum):
     """State of a file before its content is read."""
 
-    WHOLE = "complete"  # according to the receipt
+    COMPLETE = "complete"  # according to the receipt
     UNCHECKED = "to check"  # has the right size
     DAMAGED = "damaged"  # has a wrong size
     PARTIAL = "to resume"
@@ -64,7 +64,7 @@ class Plan(NamedTuple):
         """Raise `DataError` if the disk is too small for the download."""
         if self.fetch_bytes > self.free_bytes:
             raise DataError(
-                f"{in_bytes(self.fetch_bytes)} must be fetched, but the disk has {in_bytes(self.free_bytes)} free",
+                f"{format_bytes(self.fetch_bytes)} must be fetched, and {format_bytes(self.free_bytes)} are free",
                 remedy="Free disk space, choose fewer files with --include, or name a folder on another disk",
                 location="--output",
             )
@@ -93,7 +93,7 @@ def find_snapshot(options: DownloadOptions) -> Snapshot:
     for pattern in options.include:
         if not any(filter_repo_objects(paths, allow_patterns=pattern)):
             raise DataError(
-                f"No file of {snapshot.repo} matches {pattern!r}; there are {len(paths)}, such as {some_of(paths)}",
+                f"No file of {snapshot.repo} matches {pattern!r}; it has {len(paths)}, such as {format_paths(paths)}",
                 remedy="Give patterns of complete paths, in quotes, e.g. 'train/0*'",
                 location="--include",
             )
@@ -130,8 +130,8 @@ def _item(file: HubFile, options: DownloadOptions, receipt: Receipt) -> Item:
         raise DataError("A folder has the name of a file that is to be fetched", remedy="Move it away", location=path)
     if path.stat().st_size != file.size_bytes:
         return Item(file, State.DAMAGED, rest_bytes(path, file))
-    known = not options.verify and receipt.vouches_for(file, path)
-    return Item(file, State.WHOLE if known else State.UNCHECKED, 0)
+    known = not options.verify and receipt.is_verified(file, path)
+    return Item(file, State.COMPLETE if known else State.UNCHECKED, 0)
 
 
 def rest_bytes(path: Path, file: HubFile) -> int:
@@ -141,10 +141,10 @@ def rest_bytes(path: Path, file: HubFile) -> int:
     return file.size_bytes - there if there <= file.size_bytes else file.size_bytes
 
 
-def in_bytes(size_bytes: int) -> str:
+def format_bytes(size_bytes: int) -> str:
     """Format a size for people: 353GB."""
     return tqdm.format_sizeof(size_bytes, suffix="B")
 
 
-def some_of(paths: Sequence[str]) -> str:
+def format_paths(paths: Sequence[str]) -> str:
     return ", ".join(paths[:3]) + (", ..." if len(paths) > 3 else "")

@@ -93,7 +93,7 @@ class FileBar:
         self.meter.add(num_bytes)
 
 
-def in_parallel(
+def run_in_threads(
     work: Callable[[Item], Result],
     items: Iterable[Item],
     workers: int,

@@ -33,7 +33,7 @@ from megatron_bipe.io import sha256_of
 
 BUSY = (429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed later
 LIST_TIMEOUT_S = 30.0
-GO_ON = "run the same command again: it resumes from the files that are there"
+RESUME_HINT = "run the same command again: it resumes from the files that are there"
 
 log = logging.getLogger(__name__)
 
@@ -119,7 +119,7 @@ def receive(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path,
             stream.seek(0)
             stream.truncate()
         try:
-            with hub_errors(snapshot.repo, leave=may_pass):
+            with hub_errors(snapshot.repo, leave=is_transient):
                 http_get(
                     url,
                     stream,
@@ -173,19 +173,19 @@ _REASONS = (
         "Log in with `hf auth login`, or check that the token (HF_TOKEN) is valid and may read this repository",
         statuses=(401, 403),
     ),
-    _Reason(HfHubHTTPError, "The Hub answered: {error}", f"Unless it says otherwise, {GO_ON}"),
+    _Reason(HfHubHTTPError, "The Hub answered: {error}", f"Unless it says otherwise, {RESUME_HINT}"),
     _Reason(HFValidationError, "This is not a repository name: {error}", "Name it as OWNER/NAME"),
     _Reason(OfflineModeIsEnabled, "huggingface_hub is in offline mode", "Unset HF_HUB_OFFLINE"),
     _Reason(InvalidURL, "The endpoint is not a URL: {error}", "Give it as https://HOST"),
     _Reason(
         HTTPError,
         "The Hub cannot be reached: {error}",
-        f"Check the network, the proxy settings and --endpoint, and {GO_ON}",
+        f"Check the network, the proxy settings and --endpoint, and {RESUME_HINT}",
     ),
 )
 
 
-def may_pass(error: Exception) -> bool:
+def is_transient(error: Exception) -> bool:
     """Return True if the same request may succeed later."""
     return isinstance(error, TransportError) or _status(error) in BUSY
 
@@ -219,4 +219,4 @@ def disk_errors(location: Path) -> Iterator[None]:
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         message = "The disk is full" if full else f"The disk operation failed: {error.strerror}"
         remedy = "Free disk space" if full else "Check the path and its permissions"
-        raise DataError(message, remedy=f"{remedy}, and {GO_ON}", location=location) from error
+        raise DataError(message, remedy=f"{remedy}, and {RESUME_HINT}", location=location) from error

@@ -13,7 +13,7 @@ import torch
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.model.transformer import TOKEN_TABLE
+from megatron_bipe.model.transformer import TOKEN_EMBEDDING
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import STEPS, Layout, Placed, run_config, run_placed, start_engine_of, train_steps
 from tests.helpers.tiers import selected, slow
@@ -98,5 +98,5 @@ def test_tied_output_checkpoint_has_the_table_once(found: dict[Placed, list[Trai
     assert written.index.parameters.keys() == expected.index.parameters.keys()
     assert not any("output" in name for name in written.index.parameters)
     if placed.layout.precision == "fp32":
-        tables = [reader.full(WEIGHT, TOKEN_TABLE) for reader in (written, expected)]
+        tables = [reader.full(WEIGHT, TOKEN_EMBEDDING) for reader in (written, expected)]
         torch.testing.assert_close(*tables, rtol=0, atol=WEIGHT_TOLERANCE)

@@ -52,9 +52,9 @@ def _ip(*words):
 
 def torchrun(num_hosts, host, ranks, port, program):
     """The launcher of one host."""
-    meeting = ["--master-addr", ADDRESSES[0] if num_hosts > 1 else "127.0.0.1", "--master-port", str(port)]
+    rendezvous = ["--master-addr", ADDRESSES[0] if num_hosts > 1 else "127.0.0.1", "--master-port", str(port)]
     layout = ["--nnodes", str(num_hosts), "--node-rank", str(host), "--nproc-per-node", str(ranks)]
-    return ["torchrun", *layout, *meeting, *program, "--ds_config", "ds_configs/zero1.json"]
+    return ["torchrun", *layout, *rendezvous, *program, "--ds_config", "ds_configs/zero1.json"]
 
 
 @pytest.mark.slow

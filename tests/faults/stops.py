@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from megatron_bipe.runtime.preemption import CONTINUE_LATER
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.events import read_events
 from tests.helpers.commands import EndedCommand, run
 from tests.helpers.datasets import write_train_and_valid
@@ -69,7 +69,7 @@ def _problems(stop: Stop, ended: EndedCommand, last_event: str) -> Iterator[str]
     if last_event != "stop" or (step is not None and stop.saved_step - int(step[0]) not in (0, 1)):
         yield f"{stop}: {ended.output}"
     codes = re.findall(r"exitcode *: (-?\d+)", ended.output)  # of the ranks, as torchrun tells them
-    if ended.code == 0 or not codes or set(codes) != {str(CONTINUE_LATER)} or ended.left:
+    if ended.code == 0 or not codes or set(codes) != {str(EXIT_RESUMABLE)} or ended.left:
         yield f"{stop}: exit codes {codes}: {ended.output}"
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bipe.runtime.preemption import CONTINUE_LATER
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.events import read_events
 from tests.faults.kills import survive
 from tests.faults.stops import stop_and_go_on
@@ -63,7 +63,7 @@ def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
     for number, name in STOPPED_AT:
         fault = random_fault(chance, name, number, NUM_RANKS, record)
         ranks = launch(train_and_valid, run_dir, fault)
-        assert [rank.code for rank in ranks] == [CONTINUE_LATER] * NUM_RANKS, ranks
+        assert [rank.code for rank in ranks] == [EXIT_RESUMABLE] * NUM_RANKS, ranks
         assert read_events(run_dir)[-1]["event"] == "stop"
     assert len(signals_sent(record)) == len(STOPPED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
@@ -97,5 +97,5 @@ def test_stop_before_the_first_step_leaves_with_a_code_that_launchers_pass_on(
     if shutil.which(prefix[0], path=f"{BIN}{os.pathsep}{os.environ['PATH']}") is None:
         pytest.skip(reason=f"there is no {prefix[0]}")
     ended = run(*prefix, "pretrain.py", "--stop-at", "0s", *arguments(train_and_valid, tmp_path, steps=4))
-    assert ended.code == CONTINUE_LATER and not ended.left, ended.output
+    assert ended.code == EXIT_RESUMABLE and not ended.left, ended.output
     assert [(event["event"], event["step"]) for event in read_events(tmp_path)] == [("start", 0), ("stop", 0)]

@@ -153,7 +153,7 @@ class FaultyWatchdog(watchdog.Watchdog):
     def _send(self, fault: ProcessFault) -> None:
         if fault.record:
             with Path(fault.record).open("a") as file:
-                sent = {"signal": fault.kind, "location": fault.location, "in": self._place, "rank": fault.rank}
+                sent = {"signal": fault.kind, "location": fault.location, "in": self._location, "rank": fault.rank}
                 file.write(json.dumps(sent) + "\n")
         os.kill(os.getpid(), signal.Signals[fault.kind])
 

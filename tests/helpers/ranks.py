@@ -132,9 +132,9 @@ def launch_variables(num_ranks: int) -> list[dict[str, str]]:
     """Return what a launcher tells each of its ranks, as environment variables."""
     port = str(free_port())
     ranks = [str(rank) for rank in range(num_ranks)]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     sizes = {"WORLD_SIZE": str(num_ranks), "LOCAL_WORLD_SIZE": str(num_ranks)}
-    return [meeting | sizes | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
+    return [rendezvous | sizes | {"RANK": rank, "LOCAL_RANK": rank} for rank in ranks]
 
 
 def free_port() -> int:

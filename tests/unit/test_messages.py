@@ -20,7 +20,7 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.config.validate import validate_run
-from megatron_bipe.data.blend import Blend, slot_counts
+from megatron_bipe.data.blend import Blend, count_slots
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
@@ -28,7 +28,7 @@ from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import BipeError
-from megatron_bipe.eval.eval_model import EvalModel, check_suits
+from megatron_bipe.eval.eval_model import EvalModel, check_compatible
 from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.eval.run_losses import read_losses
@@ -218,7 +218,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "warm-up beyond the steps": lambda _: check("train.steps=100"),
         "a batch that ranks cannot share": lambda _: check("train.global_batch=20"),
         "validation on the training set": lambda _: check("data.path=a", "data.valid_path=a"),
-        "a blend with a weight too small": lambda _: slot_counts([1, 1e-9], ["data/a", "data/b"]),
+        "a blend with a weight too small": lambda _: count_slots([1, 1e-9], ["data/a", "data/b"]),
         "a blend that names a dataset twice": lambda _: check("data.path=[a, b, a/]"),
     },
     "DeepSpeed configuration": {
@@ -342,10 +342,10 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a window longer than the text": lambda given: evaluated(given, 100),
         "a limit of no tokens": lambda given: evaluated(given, 4, max_tokens=0),
         "weights that are not numbers": diverged,
-        "a dataset of another rule": lambda given: check_suits(
+        "a dataset of another rule": lambda given: check_compatible(
             given.subject(), given.opened(rule=SegmentRule(spec="fixed:3", token_ids=()))
         ),
-        "a dataset with more ids": lambda given: check_suits(given.subject(), given.opened(vocab_size=17)),
+        "a dataset with more ids": lambda given: check_compatible(given.subject(), given.opened(vocab_size=17)),
         "results that are there already": lambda given: prepare_output(given.file("perplexity.json").parent, False),
         "a run without metrics": lambda given: read_losses(given.folder),
         "metrics cut off": lambda given: read_losses(given.file("metrics.jsonl", '{"step": 1, "tok').parent),

@@ -18,7 +18,7 @@ from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.eval.model_loading import WeightsOnDisk
+from megatron_bipe.eval.model_loading import LazyCheckpointWeights
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.transformer import build_model
@@ -77,7 +77,7 @@ def _export(run_dir: Path, config: ModelConfig, shard_mb: int, ready: object, go
     options = ExportOptions(torch.float32, max_shard_bytes=shard_mb * 10**6, overwrite=True)
     ready.set()  # type: ignore[attr-defined]
     go.wait()  # type: ignore[attr-defined]
-    weights = WeightsOnDisk(find_checkpoint(run_dir))
+    weights = LazyCheckpointWeights(find_checkpoint(run_dir))
     export_model(weights, config, run_dir / "model", DataFields("[3,5]", (3, 5), None, {}), sequences, None, options)
 
 

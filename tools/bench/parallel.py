@@ -33,7 +33,7 @@ from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.base import start_deepspeed
 from megatron_bipe.engine.start import start_engine
-from megatron_bipe.parallel.collectives import split_linear, to_ranks
+from megatron_bipe.parallel.collectives import column_parallel_linear, copy_to_ranks
 from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.distributed_init import join_launch
@@ -92,8 +92,8 @@ def split_matrix(ranks: int) -> dict[str, Callable[[], None]]:
     weight = torch.randn(WIDTH_OUT // ranks, WIDTH, requires_grad=True)
     grad = torch.randn(1, TOKENS, WIDTH_OUT // ranks)
     return {
-        "sum beside the product": lambda: split_linear(hidden, weight, group, False).backward(grad),
-        "sum, then the product": lambda: F.linear(to_ranks(hidden, group), weight).backward(grad),
+        "sum beside the product": lambda: column_parallel_linear(hidden, weight, group, False).backward(grad),
+        "sum, then the product": lambda: F.linear(copy_to_ranks(hidden, group), weight).backward(grad),
     }
 
 

@@ -9,8 +9,8 @@ import numpy as np
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import IdxHeader, damaged
-from megatron_bipe.io import unreadable
+from megatron_bipe.data.shard_layout import IdxHeader, damaged_error
+from megatron_bipe.io import unreadable_error
 from megatron_bipe.types import IntArray
 
 BLOCK_TOKENS = 1 << 20  # tokens read at once: a multiple of the sequence length, and much longer than a segment
@@ -175,10 +175,12 @@ def _document_lengths(shard: Shard, start: int, stop: int) -> IntArray:
     try:
         lengths = np.fromfile(path, dtype="<i4", count=stop - start, offset=offset)
     except OSError as error:
-        raise unreadable(path, error) from error
+        raise unreadable_error(path, error) from error
     if lengths.size != stop - start:
-        raise damaged(path, f"the file ends inside field sequence lengths, after byte {offset}")
+        raise damaged_error(path, f"the file ends inside field sequence lengths, after byte {offset}")
     if lengths.min(initial=0) < 0:
         wrong = int(np.argmax(lengths < 0))
-        raise damaged(path, f"field sequence lengths, entry {start + wrong} (byte {offset + 4 * wrong}) is negative")
+        raise damaged_error(
+            path, f"field sequence lengths, entry {start + wrong} (byte {offset + 4 * wrong}) is negative"
+        )
     return lengths.astype(np.int64)

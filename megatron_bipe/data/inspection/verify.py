@@ -17,9 +17,9 @@ from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged, packed_bytes
+from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged_error, packed_bytes
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import sha256_of, unreadable
+from megatron_bipe.io import sha256_of, unreadable_error
 
 
 def find_problems(
@@ -80,7 +80,9 @@ def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sa
     except DataError as error:  # removed or truncated since it was opened, or unreadable
         return [error]
     problems = [
-        damaged(shard.path(suffix), f"its SHA-256 is {found[suffix]}; the manifest says {record.files[suffix].sha256}")
+        damaged_error(
+            shard.path(suffix), f"its SHA-256 is {found[suffix]}; the manifest says {record.files[suffix].sha256}"
+        )
         for suffix in SUFFIXES
         if found[suffix] != record.files[suffix].sha256
     ]
@@ -115,13 +117,15 @@ class _ShardCheck:
         """Return the first problem, if there is one."""
         if self._problem is None and self._num_segments != self._record.segments:
             what = f"{self._num_segments} bits are set; the manifest says {self._record.segments} segments"
-            self._problem = damaged(self._shard.path("seg"), what)
+            self._problem = damaged_error(self._shard.path("seg"), what)
         return [self._problem] if self._problem else []
 
     def _check_padding(self, stop: int, last_byte: int) -> None:
         if stop % 8 and last_byte >> stop % 8:
             last = SEG_HEADER.size + stop // 8
-            raise damaged(self._shard.path("seg"), f"byte {last}, the last, has bits set beyond the {stop} tokens")
+            raise damaged_error(
+                self._shard.path("seg"), f"byte {last}, the last, has bits set beyond the {stop} tokens"
+            )
 
     def _compare(self, start: int, tokens_T: npt.NDArray[np.generic], packed: npt.NDArray[np.uint8]) -> None:
         expected = self._segmenter.packed_ends(tokens_T, start)
@@ -131,7 +135,7 @@ class _ShardCheck:
         position, bit = start + wrong, int(packed[wrong // 8]) >> wrong % 8 & 1
         found = f"byte {SEG_HEADER.size + position // 8}, bit {position % 8} (token {position}, id {tokens_T[wrong]})"
         what = f"{found} is {bit}; rule {self._segmenter.rule.spec!r} makes it {1 - bit}"
-        raise damaged(self._shard.path("seg"), what)
+        raise damaged_error(self._shard.path("seg"), what)
 
 
 def _is_sampled(name: str, start: int, share: float) -> bool:
@@ -150,7 +154,7 @@ class _HashedFile:
         try:
             self._stream = path.open("rb")
         except OSError as error:
-            raise unreadable(path, error) from error
+            raise unreadable_error(path, error) from error
 
     def __enter__(self) -> Self:
         return self
@@ -169,9 +173,9 @@ class _HashedFile:
             count = self._stream.readinto(view)
             position = self._stream.tell()
         except OSError as error:
-            raise unreadable(self._path, error) from error
+            raise unreadable_error(self._path, error) from error
         if count != num_bytes:
-            raise damaged(self._path, f"the file ends at byte {position}; it was longer when it was opened")
+            raise damaged_error(self._path, f"the file ends at byte {position}; it was longer when it was opened")
         self._sha256.update(view)
         return np.frombuffer(view, dtype=np.uint8)
 

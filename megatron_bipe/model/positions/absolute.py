@@ -12,8 +12,8 @@ from megatron_bipe.model.positions.functional import sinusoids
 
 def learned(config: ModelConfig, layers: LayerFactory) -> nn.Module:
     """Make a learned embedding of positions: in the segment for BiPE, else in the sequence (Gehring et al. 2017)."""
-    assert config.table_rows is not None
-    return layers.replicated_embedding(config.table_rows, config.hidden_size, -1 if config.zero_last_row else None)
+    assert config.embedding_rows is not None
+    return layers.replicated_embedding(config.embedding_rows, config.hidden_size, -1 if config.zero_last_row else None)
 
 
 class Sinusoidal(nn.Module):

@@ -52,7 +52,7 @@ class KeyBias(RelativeEncoding):
         slopes_N1 = self.slopes_N.to(q_BNTH.device)[:, None]
         back_B1T = -(prepared[..., 0].float() + prepared[..., 2].float())
         q_BNT7 = alibi_query_channels(slopes_N1, back_B1T)
-        pad = self.widening(q_BNTH.shape[-1]) - 2 * _CHANNELS
+        pad = self.num_extra_channels(q_BNTH.shape[-1]) - 2 * _CHANNELS
         return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
 
     def reach(self, q_BNTH: Tensor, k_BGTH: Tensor) -> Tensor:
@@ -70,12 +70,12 @@ class KeyBias(RelativeEncoding):
         return (higher_N + 24 * math.log(2) + math.log(num_tokens) + 1) * root / self.slopes_N.to(q_BNTH.device)
 
     @staticmethod
-    def widening(head_width: int) -> int:
+    def num_extra_channels(head_width: int) -> int:
         """Return the width of the channels with their zeros, padded so that the head width is a multiple of 8."""
         return 2 * _CHANNELS + -(head_width + 2 * _CHANNELS) % 8
 
     @staticmethod
-    def table_width(head_width: int) -> int:
+    def prepared_width(head_width: int) -> int:
         """Return the number of key channels, which all heads share."""
         del head_width
         return _CHANNELS

@@ -57,19 +57,19 @@ class RelativeEncoding:
         return None
 
     @staticmethod
-    def widening(head_width: int) -> int:
+    def num_extra_channels(head_width: int) -> int:
         """Return the number of channels by which `encode` widens heads."""
         del head_width
         return 0
 
     @staticmethod
-    def table_width(head_width: int) -> int:
+    def prepared_width(head_width: int) -> int:
         """Return how many numbers in compute precision `prepare` stores per position."""
         del head_width
         return 0
 
 
-class SharedTables:
+class PreparedPositions:
     """A cache of `RelativeEncoding.prepare` that lives as long as the positions tensor.
 
     All blocks of a stage receive the same positions tensor, also during recomputation in backward.

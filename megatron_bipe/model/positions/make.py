@@ -12,7 +12,7 @@ from megatron_bipe.model.positions.base import RelativeEncoding
 
 
 def relative_class(config: ModelConfig) -> type[RelativeEncoding]:
-    found: type[RelativeEncoding] = _named(config.relative.made_by)
+    found: type[RelativeEncoding] = _named(config.relative.class_path)
     return found
 
 
@@ -23,10 +23,10 @@ def make_relative(config: ModelConfig, layers: LayerFactory) -> RelativeEncoding
 
 def make_absolute(config: ModelConfig, layers: LayerFactory) -> nn.Module | None:
     """Make the absolute part: positions int64 [B, t] -> a term of the residual stream; None if there is none."""
-    made_by = ABSOLUTE[config.parts.absolute]
-    return None if made_by is None else _named(made_by)(config, layers)
+    class_path = ABSOLUTE[config.parts.absolute]
+    return None if class_path is None else _named(class_path)(config, layers)
 
 
-def _named(made_by: str) -> Any:
-    module, _, name = made_by.partition(":")
+def _named(class_path: str) -> Any:
+    module, _, name = class_path.partition(":")
     return getattr(importlib.import_module(f"{__package__}.{module}"), name)

@@ -42,7 +42,7 @@ class Rotary(RelativeEncoding):
         return functional.rotate(q_BNTH, *for_queries), functional.rotate(k_BNTH, *for_keys)
 
     @staticmethod
-    def table_width(head_width: int) -> int:
+    def prepared_width(head_width: int) -> int:
         return head_width
 
 

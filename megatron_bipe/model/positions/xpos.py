@@ -30,6 +30,6 @@ class Xpos(Rotary):
         return for_queries, ((cos_B1TH * fading_B1TH).to(dtype), (sin_B1TH * fading_B1TH).to(dtype))
 
     @staticmethod
-    def table_width(head_width: int) -> int:
+    def prepared_width(head_width: int) -> int:
         """Return a cosine and a sine per pair, for queries and for keys."""
         return 2 * head_width

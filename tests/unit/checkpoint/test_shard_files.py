@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.checkpoint.find import find_checkpoint
-from megatron_bipe.checkpoint.manifest import INDEX, SEAL, load_index
+from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX, load_index
 from megatron_bipe.checkpoint.shard_files import (
     KINDS,
     Fragment,
@@ -111,7 +111,7 @@ def rewrite(folder, change):
     change(index)
     text = json.dumps(index)
     (folder / INDEX).write_text(text)
-    (folder / SEAL).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {INDEX}\n")
+    (folder / CHECKSUM_NAME).write_text(f"{hashlib.sha256(text.encode()).hexdigest()}  {INDEX}\n")
 
 
 def read_everything(folder):
@@ -130,8 +130,8 @@ def shift(index):
 
 DAMAGES = {
     "no index": (lambda folder: (folder / INDEX).unlink(), (INDEX,)),
-    "no checksum of it": (lambda folder: (folder / SEAL).unlink(), (SEAL,)),
-    "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), (INDEX, SEAL)),
+    "no checksum of it": (lambda folder: (folder / CHECKSUM_NAME).unlink(), (CHECKSUM_NAME,)),
+    "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), (INDEX, CHECKSUM_NAME)),
     "unknown field": (lambda folder: rewrite(folder, lambda index: index.update(more=1)), (INDEX, "more")),
     "later version": (lambda folder: rewrite(folder, lambda index: index.update(format_version=9)), ("version 9", 2)),
     "share missing": (lambda folder: rewrite(folder, drop_rank), ("0.token.weight", "[4, 6]")),
@@ -149,7 +149,7 @@ def test_reader_damage_is_one_error_that_names_it(tmp_path, damage):
     harm(folder)
     with raises(CheckpointError, *observed, location=folder, remedy="RUN_DIR@STEP") as error:
         read_everything(folder)
-    assert (SEAL in error.value.message) == (SEAL in observed)
+    assert (CHECKSUM_NAME in error.value.message) == (CHECKSUM_NAME in observed)
 
 
 def test_reader_file_of_another_checkpoint_is_an_error(tmp_path):
@@ -189,7 +189,7 @@ def test_reader_gives_each_rank_its_random_states_and_others_none(tmp_path):
     assert reader.random(2) == {}
 
 
-@pytest.mark.parametrize("name", [INDEX, SEAL])
+@pytest.mark.parametrize("name", [INDEX, CHECKSUM_NAME])
 def test_index_any_byte_changed_is_an_error(tmp_path, name):
     folder = write(tmp_path)
     path = folder / name
@@ -198,7 +198,7 @@ def test_index_any_byte_changed_is_an_error(tmp_path, name):
     for place in range(len(content)):
         for changed in (content[place] ^ 1, content[place] ^ 0x80, 0x20 if content[place] == 0x0A else 0x0A):
             path.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
-            with raises(CheckpointError, INDEX, SEAL, location=folder):
+            with raises(CheckpointError, INDEX, CHECKSUM_NAME, location=folder):
                 load_index(folder)
     path.write_bytes(content)
     load_index(folder)

@@ -40,14 +40,14 @@ def read(dataset: TokenDataset) -> None:
 def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
     until_s = time.monotonic() + seconds
     while time.monotonic() < until_s:
-        check.raise_found()
+        check.raise_if_failed()
         time.sleep(0.01)
 
 
 def until_good(check: BackgroundVerifier, files: int) -> None:
     until_s = time.monotonic() + 20.0
     while len(check._good) < files:
-        check.raise_found()
+        check.raise_if_failed()
         assert time.monotonic() < until_s
         time.sleep(0.01)
 
@@ -82,7 +82,7 @@ def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) 
         until_good(check, files=6)
         flip(dataset.path / "part-00001.bin", keep_time=True)  # unseen: it would have to be read again
         time.sleep(0.2)
-        check.raise_found()
+        check.raise_if_failed()
 
 
 def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
@@ -91,7 +91,7 @@ def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
         dataset.sequences(np.array([0]), 100)
         until_good(check, files=2)
         time.sleep(0.2)
-        check.raise_found()
+        check.raise_if_failed()
 
 
 def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
@@ -135,7 +135,7 @@ def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenData
         path.with_suffix(".copy").replace(path)
         until_s = time.monotonic() + 20.0
         while check._good[path] == seen:
-            check.raise_found()
+            check.raise_if_failed()
             assert time.monotonic() < until_s
 
 
@@ -151,5 +151,5 @@ def test_shard_check_leaves_at_once_whatever_there_is_to_read(
 
 def test_shard_check_of_nothing_starts_nothing() -> None:
     with BackgroundVerifier(()) as check:
-        check.raise_found()
+        check.raise_if_failed()
         assert not check._thread.is_alive()

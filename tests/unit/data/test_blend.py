@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.config.schema import DataConfig
-from megatron_bipe.data.blend import PATTERN_SLOTS, Blend, open_blend, slot_counts, spread
+from megatron_bipe.data.blend import PATTERN_SLOTS, Blend, count_slots, open_blend, spread
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
@@ -51,7 +51,7 @@ def _split(blend: Blend, sequences):
 def test_slot_counts_are_the_shares_rounded_to_a_slot(weights):
     quotas = np.array(weights) / np.sum(weights) * PATTERN_SLOTS
     try:
-        counts = slot_counts(weights, range(len(weights)))
+        counts = count_slots(weights, range(len(weights)))
     except ConfigError:
         assert quotas.min() < 1
         return
@@ -60,17 +60,17 @@ def test_slot_counts_are_the_shares_rounded_to_a_slot(weights):
 
 
 def test_slot_counts_of_whole_hundredths_of_a_percent_are_exact():
-    assert slot_counts([0.3, 0.6986, 0.0014], "abc") == (3000, 6986, 14)
-    assert slot_counts([30, 69.86, 0.14], "abc") == (3000, 6986, 14)
-    assert slot_counts([1, 1, 1], "abc") == (3334, 3333, 3333)
-    assert slot_counts([1e308, 1e308], "ab") == (5000, 5000)
-    assert slot_counts([1e-300], "a") == (PATTERN_SLOTS,)
+    assert count_slots([0.3, 0.6986, 0.0014], "abc") == (3000, 6986, 14)
+    assert count_slots([30, 69.86, 0.14], "abc") == (3000, 6986, 14)
+    assert count_slots([1, 1, 1], "abc") == (3334, 3333, 3333)
+    assert count_slots([1e308, 1e308], "ab") == (5000, 5000)
+    assert count_slots([1e-300], "a") == (PATTERN_SLOTS,)
 
 
 def test_slot_counts_too_small_a_weight_names_it_its_share_and_the_least():
     too_small = ("data/b", "1e-05", "5e-06", "data/d", "1e-09", "5e-10")
     with raises(ConfigError, *too_small, "0.0001", location="data.path") as error:
-        slot_counts([1, 1e-5, 1, 1e-9], ["data/a", "data/b", "data/c", "data/d"])
+        count_slots([1, 1e-5, 1, 1e-9], ["data/a", "data/b", "data/c", "data/d"])
     assert "data/a" not in str(error.value) and "data/c" not in str(error.value)
 
 
@@ -113,7 +113,7 @@ def test_spread_of_known_input_never_changes():
 def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, first):
     blend = Blend(datasets, weights, SEQ, SEED)
     member, _ = _split(blend, blend.sequence_indices(first, PATTERN_SLOTS))
-    assert tuple(np.bincount(member, minlength=3)) == blend.slots == slot_counts(weights, "abc")
+    assert tuple(np.bincount(member, minlength=3)) == blend.slots == count_slots(weights, "abc")
 
 
 @settings(deadline=None, max_examples=25)
@@ -180,7 +180,7 @@ def test_blend_far_into_training_is_immediate(datasets):
 
 def test_blend_without_weights_follows_the_tokens(datasets):
     blend = Blend(datasets, None, SEQ, SEED)
-    assert blend.slots == slot_counts([dataset.num_tokens for dataset in datasets], "abc")
+    assert blend.slots == count_slots([dataset.num_tokens for dataset in datasets], "abc")
     assert blend.slots[2] > 8 * blend.slots[1] * 0.9
 
 
@@ -248,7 +248,7 @@ def test_blend_with_a_dataset_shorter_than_a_window_names_it(datasets, tmp_path,
 def test_open_blend_takes_each_form_of_data_path(datasets):
     folders = [str(dataset.path) for dataset in datasets]
     forms = {(10_000,): folders[0], (2000, 3000, 5000): dict(zip(folders, (2, 3, 5), strict=True))}
-    forms[slot_counts([dataset.num_tokens for dataset in datasets], folders)] = folders
+    forms[count_slots([dataset.num_tokens for dataset in datasets], folders)] = folders
     for slots, path in forms.items():
         blend = open_blend(DataConfig(path=path), SEQ, SEED)
         assert blend.slots == slots

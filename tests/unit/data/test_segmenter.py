@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.data.segmenter import Segmenter, fixed_ends
+from megatron_bipe.data.segmenter import Segmenter, fixed_length_ends
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import DataError
 from tests.helpers.errors import raises
@@ -26,7 +26,7 @@ def test_fixed_ends_of_any_part_are_those_of_the_documents(
     expected = np.array([(position + 1) % length == 0 for size in lengths for position in range(size)], dtype=np.bool_)
     start = data.draw(st.integers(0, expected.size))
     stop = data.draw(st.integers(start, expected.size))
-    np.testing.assert_array_equal(fixed_ends(bounds, length, start, stop), expected[start:stop])
+    np.testing.assert_array_equal(fixed_length_ends(bounds, length, start, stop), expected[start:stop])
 
 
 @pytest.mark.parametrize("vocab_size", [100, 70000])

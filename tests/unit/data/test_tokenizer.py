@@ -14,7 +14,7 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from megatron_bipe.data.token_strings import byte_characters, byte_of
+from megatron_bipe.data.token_strings import byte_characters, parse_byte_token
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from tests.helpers.errors import raises
@@ -191,8 +191,8 @@ def test_text_of_unknown_kind_of_vocabulary_is_an_error(tmp_path: Path) -> None:
 
 
 def test_byte_names_and_byte_characters_cover_every_byte_once() -> None:
-    assert [byte_of(f"<0x{byte:02X}>") for byte in range(256)] == list(range(256))
-    assert [byte_of(token) for token in ("<0x0>", "<0xZZ>", "0x0A", "<s>")] == [None] * 4
+    assert [parse_byte_token(f"<0x{byte:02X}>") for byte in range(256)] == list(range(256))
+    assert [parse_byte_token(token) for token in ("<0x0>", "<0xZZ>", "0x0A", "<s>")] == [None] * 4
     assert sorted(byte_characters().values()) == list(range(256))
     assert byte_characters().keys() == set(pre_tokenizers.ByteLevel.alphabet())
 

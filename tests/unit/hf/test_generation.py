@@ -146,7 +146,7 @@ def test_cache_in_bf16_remembers_places_exactly(counts, static):
     found = read_cache_positions(cache, 8, keys.device)
     assert torch.equal(found.next_intra[:, : len(counts)], next_intra)
     assert torch.equal(found.next_inter[:, : len(counts)], next_inter)
-    assert found.num_held == len(counts)
+    assert found.num_cached == len(counts)
     assert [int(count) for count in found.last()] == list(counts[-1])
 
 

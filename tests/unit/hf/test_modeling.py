@@ -9,7 +9,7 @@ from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.configuration_bipe import BipeConfig
-from megatron_bipe.hf.load import plan_model
+from megatron_bipe.hf.load import build_from_llama
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.loss import token_losses
@@ -20,7 +20,7 @@ PUBLISHED = SegmentRule(spec="reference", token_ids=(13, 869))
 
 def published(folder, hf_of, fields):
     found = read_authors_checkpoint(folder)
-    plan = plan_model(to_llama(found.weights, found.config), found.config)
+    plan = build_from_llama(to_llama(found.weights, found.config), found.config)
     return hf_of(plan, found.config, fields._replace(token_ids=PUBLISHED.token_ids))
 
 

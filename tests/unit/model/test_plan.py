@@ -7,7 +7,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.transformer import build_model, copied, count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.model.transformer import build_model, copy_source, count_parameters, make_plan, train_flops_per_token
 
 
 def small_config(**changes):
@@ -66,8 +66,8 @@ def test_tied_output_built_alone_begins_as_the_table_and_is_marked_a_copy():
     plan = make_plan(config, seed=1)
     embedding, head = plan[0].build(), plan[-1].build()
     assert torch.equal(head.output.weight, embedding.token.weight)
-    assert copied(head.output.weight) == "0.token.weight"
-    assert copied(embedding.token.weight) is None
+    assert copy_source(head.output.weight) == "0.token.weight"
+    assert copy_source(embedding.token.weight) is None
 
 
 def test_count_parameters_allocates_no_weights():

@@ -402,7 +402,7 @@ def test_build_lines_longer_than_ranges_are_whole_whoever_reads_them(
     file.write_bytes(pack(lines.encode()))
     options = options_for(tmp_path, tokenizer_folder, file, shard_tokens=1)
     for order in (1, -1):  # backwards: no range goes on from the one before
-        monkeypatch.setattr(build_module, "share_out", lambda numbers, weights, count: [numbers[::order]])  # noqa: B023
+        monkeypatch.setattr(build_module, "split_evenly", lambda numbers, weights, count: [numbers[::order]])  # noqa: B023
         output = tmp_path / str(order)
         build(replace(options, output=output))
         assert decoded(output) == texts

@@ -20,7 +20,7 @@ from preprocessing import workers
 from preprocessing.build import BuildOptions, build
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.inputs import KINDS, Input, Piece
-from preprocessing.workers import _Pool, share_out
+from preprocessing.workers import _Pool, split_evenly
 from tests.helpers.commands import MARK, left_after, marked
 from tests.helpers.errors import raises
 from tests.helpers.paths import ROOT
@@ -58,7 +58,7 @@ def handed_out(pool: _Pool, connection: mock.Mock) -> int | None:
     ],
 )
 def test_share_out_gives_neighbours_and_like_weights(weights: list[float], count: int, runs: list[list[int]]) -> None:
-    assert share_out(list(range(len(weights))), weights, count) == runs
+    assert split_evenly(list(range(len(weights))), weights, count) == runs
 
 
 def test_pool_worker_that_has_finished_takes_the_second_half_of_the_longest_run() -> None:

@@ -6,7 +6,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bipe.runtime import heartbeat
-from megatron_bipe.runtime.heartbeat import Heartbeat, HeartbeatStore, Shutdown, silent_ranks, where_ranks_are
+from megatron_bipe.runtime.heartbeat import Heartbeat, HeartbeatStore, Shutdown, group_ranks_by_location, silent_ranks
 
 
 @pytest.fixture
@@ -74,7 +74,7 @@ def test_silent_ranks_are_those_without_a_new_sign():
 
 def test_where_ranks_are_begins_with_the_one_that_is_alone():
     after = signs("wait", "wait", "loop", "wait", "wait", "wait", beats=2)
-    found = list(where_ranks_are(signs(*["wait"] * 6), after, 0))
+    found = list(group_ranks_by_location(signs(*["wait"] * 6), after, 0))
     assert found[0] == "At loop: rank 2 on h2"
     assert found[1].startswith("At wait: rank 0 on h0, rank 1") and found[1].endswith("rank 4 on h4 and 1 more")
     assert len(found) == 2

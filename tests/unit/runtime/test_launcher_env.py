@@ -62,20 +62,20 @@ def test_read_launch_lets_mpi_ranks_agree_where_to_meet(env):
         asked.append(one_host)
         return Rendezvous("found", 77)
 
-    assert read(env, agree).meeting == Rendezvous("found", 77)
-    assert read(env | {"MASTER_ADDR": "head"}, agree).meeting == Rendezvous("head", 77)
+    assert read(env, agree).rendezvous == Rendezvous("found", 77)
+    assert read(env | {"MASTER_ADDR": "head"}, agree).rendezvous == Rendezvous("head", 77)
     on_one = {name: "8" if value == "4" else value for name, value in env.items()}
     assert read(on_one, agree).num_local_ranks == 8
     assert asked == [False, False, True]
 
 
 def test_read_launch_by_srun_meets_at_the_first_host_on_a_port_of_the_step():
-    meeting = read(SRUN).meeting
-    assert meeting.address == "gpu07" and 15000 <= meeting.port < 25000
+    rendezvous = read(SRUN).rendezvous
+    assert rendezvous.address == "gpu07" and 15000 <= rendezvous.port < 25000
     others = [SRUN | {"SLURM_STEP_ID": "1"}, SRUN | {"SLURM_JOB_ID": "1234568"}]
-    assert len({meeting.port, *(read(other).meeting.port for other in others)}) == 3
-    assert read(SRUN | {"SLURM_STEP_NODELIST": "gpu08"}).meeting.address == "gpu08"
-    assert read(SRUN | {"MASTER_PORT": "99"}).meeting == Rendezvous("gpu07", 99)
+    assert len({rendezvous.port, *(read(other).rendezvous.port for other in others)}) == 3
+    assert read(SRUN | {"SLURM_STEP_NODELIST": "gpu08"}).rendezvous.address == "gpu08"
+    assert read(SRUN | {"MASTER_PORT": "99"}).rendezvous == Rendezvous("gpu07", 99)
 
 
 def test_read_launch_by_srun_counts_the_tasks_of_its_own_host():

@@ -18,27 +18,27 @@ def study():
 
 
 def test_reaches_end_where_an_encoding_does(study):
-    reach = study.reaches(list(ENCODINGS), [])
+    reach = study.supported_lengths(list(ENCODINGS), [])
     assert reach["rope"] == (256, 512, 768, 1024, 1536, 2048)
     assert reach["learned"] == (256,)
     assert reach["randomized_rope"] == (256, 512, 768, 1024)
-    assert study.reaches(["learned"], ["model.train_len_tokens=600"])["learned"] == (256, 512)
+    assert study.supported_lengths(["learned"], ["model.train_len_tokens=600"])["learned"] == (256, 512)
 
 
 def test_reaches_of_an_encoding_that_ends_before_the_first_length_is_one_error(study):
     with raises(ConfigError, "learned", 128, 256, location="--set"):
-        study.reaches(["rope", "learned"], ["model.train_len_tokens=128"])
+        study.supported_lengths(["rope", "learned"], ["model.train_len_tokens=128"])
 
 
 def test_reaches_of_wrong_names_is_one_error(study):
     with raises(ConfigError, "ropes"):
-        study.reaches(["ropes"], [])
+        study.supported_lengths(["ropes"], [])
     with raises(ConfigError, location="--encodings"):
-        study.reaches(["rope", "rope"], [])
+        study.supported_lengths(["rope", "rope"], [])
 
 
 def test_plan_trains_each_and_evaluates_each_up_to_its_reach(study):
-    reach = study.reaches(["rope", "learned", "bipe_rope"], [])
+    reach = study.supported_lengths(["rope", "learned", "bipe_rope"], [])
     steps = [step for stage in study.plan(Path("some where"), reach, ["train.steps=7"]) for step in stage]
     assert [step.title for step in steps[4:]] == [
         "Train rope",

@@ -23,15 +23,18 @@ def test_health_what_is_not_finite_is_bad(loss, norm):
     detector = _health()
     bad = detector.check_steps(_readings([loss], norm=norm))
     assert [step.reading.step for step in bad] == [1] and "nothing was updated" in bad[0].reason
-    assert detector.good_losses == [] and not detector.in_trouble
+    assert detector.good_losses == [] and not detector.needs_rollback
 
 
 def test_health_bad_steps_in_a_row_are_trouble_and_others_are_not():
     detector = _health()
     detector.check_steps(_readings([math.nan, 3.0, math.nan]))
-    assert not detector.in_trouble and [step.reading.step for step in detector.streak] == [3]
+    assert not detector.needs_rollback and [step.reading.step for step in detector.bad_steps] == [3]
     detector.check_steps(_readings([math.nan, 3.0], first=4))
-    assert detector.in_trouble and [step.reading.step for step in detector.streak] == [3, 4]  # step 5 was not looked at
+    assert detector.needs_rollback and [step.reading.step for step in detector.bad_steps] == [
+        3,
+        4,
+    ]  # step 5 was not looked at
 
 
 def test_health_spike_is_told_by_the_deviations_of_the_window():

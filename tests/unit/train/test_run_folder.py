@@ -18,7 +18,7 @@ from megatron_bipe.runtime.cpu import Bf16Support
 from megatron_bipe.train.run_folder import (
     check_same_run,
     lock_run_dir,
-    settle_precision,
+    resolve_precision,
     write_run_folder,
 )
 from tests.helpers.errors import raises
@@ -62,7 +62,7 @@ def test_settle_precision_of_auto_is_the_hardwares_until_there_is_a_checkpoint(
     if has_checkpoint:
         _checkpoint(run, 10)
     same = load_run_config(None, [f"run_dir={run.run_dir}", f"train.precision={asked}"])
-    settled, choice = settle_precision(same, torch.device("cpu"), allow)
+    settled, choice = resolve_precision(same, torch.device("cpu"), allow)
     assert settled.train.precision == choice.precision == precision
     assert settled == same.model_copy(update={"train": same.train.model_copy(update={"precision": precision})})
     assert (str(run.run_dir) in choice.reason) == (asked == "auto" and has_checkpoint and not allow)
@@ -71,7 +71,7 @@ def test_settle_precision_of_auto_is_the_hardwares_until_there_is_a_checkpoint(
 
 def test_settled_precision_is_what_the_run_folder_keeps(run, record, monkeypatch):
     monkeypatch.setattr(hardware, "bf16_support", lambda _: Bf16Support(True, ""))
-    settled, _ = settle_precision(load_run_config(None, [f"run_dir={run.run_dir}"]), torch.device("cpu"))
+    settled, _ = resolve_precision(load_run_config(None, [f"run_dir={run.run_dir}"]), torch.device("cpu"))
     _checkpoint(run, 10)
     check_same_run(settled, record)
     assert load_run_config(run.run_dir / "config.yaml").train.precision == "bf16"

@@ -228,10 +228,10 @@ def test_resegment_that_fails_leaves_nothing_and_the_old_output_as_it_was(
 
 def test_resegment_of_a_token_outside_the_vocabulary_names_it_and_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     tokens = folder / "part-00002.bin"
-    damaged = bytearray(tokens.read_bytes())
-    damaged[5] ^= 0x80
-    tokens.write_bytes(damaged)
-    token = int(np.frombuffer(damaged, "<u2")[2])
+    damaged_error = bytearray(tokens.read_bytes())
+    damaged_error[5] ^= 0x80
+    tokens.write_bytes(damaged_error)
+    token = int(np.frombuffer(damaged_error, "<u2")[2])
     with raises(DataError, 2, 4, token, 288, location=tokens):
         resegment(folder, "sentence", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
@@ -239,9 +239,9 @@ def test_resegment_of_a_token_outside_the_vocabulary_names_it_and_leaves_nothing
 
 def test_resegment_with_fixed_length_of_a_damaged_index_names_it(folder: Path, tmp_path: Path) -> None:
     index = folder / "part-00000.idx"
-    damaged = bytearray(index.read_bytes())
-    damaged[34] ^= 1
-    index.write_bytes(damaged)
+    damaged_error = bytearray(index.read_bytes())
+    damaged_error[34] ^= 1
+    index.write_bytes(damaged_error)
     with raises(DataError, "byte offsets", 1, location=index):
         resegment(folder, "fixed:3", tmp_path / "new")
 

@@ -19,7 +19,7 @@ from preprocessing.hub import download as library
 from preprocessing.hub.download import download
 from preprocessing.hub.download_manifest import LOCK_NAME, RECEIPT_NAME
 from preprocessing.hub.plan import DownloadOptions, State, make_plan
-from preprocessing.hub.progress_bar import Meter, Stopped, in_parallel
+from preprocessing.hub.progress_bar import Meter, Stopped, run_in_threads
 from tests.helpers.errors import raises
 from tests.helpers.hub import Fault, Hub, serve
 
@@ -378,7 +378,7 @@ def test_download_without_its_receipt_keeps_the_files_that_are_whole(options: Do
     hub.requests.clear()
     assert download(options).num_fetched == 0
     assert hub.downloads("*") == []
-    assert [item.state for item in make_plan(options).items] == [State.WHOLE] * 4
+    assert [item.state for item in make_plan(options).items] == [State.COMPLETE] * 4
 
 
 @pytest.mark.parametrize("path", ["../out.txt", "/etc/out.txt", "a/../../out.txt"])
@@ -421,7 +421,7 @@ def test_make_plan_tells_each_files_state_and_writes_nothing(options: DownloadOp
     before = content(options.output)
     plan = make_plan(options)
     assert [(item.file.path, item.state, item.fetch_bytes) for item in plan.items] == [
-        (SMALL, State.WHOLE, 0),
+        (SMALL, State.COMPLETE, 0),
         (FIRST, State.DAMAGED, NUM_BYTES),
         (SECOND, State.UNCHECKED, 0),
         (VAL, State.PARTIAL, 20_000),
@@ -465,6 +465,6 @@ def test_in_parallel_first_error_ends_the_others() -> None:
             raise
 
     with Meter("", 1) as meter, raises(DataError, "the first"):
-        in_parallel(work, range(5), 2, lambda number, result: None, meter)
+        run_in_threads(work, range(5), 2, lambda number, result: None, meter)
     assert 1 in ended
     assert set(ended) <= {1, 2}  # 2 where it was taken up before the error was seen; the rest never began
