@@ -20,8 +20,8 @@ from typing import Any
 GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model, and all end within 10 seconds
 _POLL_S = 0.05
 
-# The first line is the id of the group; the second one is sent after the group has ended. End of file instead of a
-# line means that the writer has died.
+# The first line is the id of the group, written by the command's process before it executes the command; the second one
+# is sent after the group has ended. End of file instead of a line means that the writer has died.
 _GUARD = f"""
 read -r group || exit 0
 read -r ended && exit 0
@@ -48,14 +48,19 @@ class ChildProcess:
         self._guard = subprocess.Popen(
             ["/bin/sh", "-c", _GUARD], stdin=subprocess.PIPE, stdout=null, stderr=null, start_new_session=True
         )
+        assert self._guard.stdin is not None
+        pipe = self._guard.stdin.fileno()
+
+        def name_group() -> None:  # in the command's process: this one may be killed before it could do so
+            os.write(pipe, f"{os.getpid()}\n".encode())
+
         try:
             self.process: subprocess.Popen[Any] = subprocess.Popen(
-                command, env=os.environ | (env or {}), start_new_session=True, **options
+                command, env=os.environ | (env or {}), start_new_session=True, preexec_fn=name_group, **options
             )
         except BaseException:
             self._guard.communicate()
             raise
-        self._write_to_guard(str(self.process.pid))
 
     def __enter__(self) -> "ChildProcess":
         return self
@@ -85,14 +90,11 @@ class ChildProcess:
         self.send(signal.SIGKILL)
         self.process.wait()
         if self._guard.returncode is None:
-            self._write_to_guard("ended")
+            assert self._guard.stdin is not None
+            with suppress(BrokenPipeError):  # the guard was killed
+                self._guard.stdin.write(b"ended\n")
+                self._guard.stdin.flush()
             self._guard.communicate()
-
-    def _write_to_guard(self, line: str) -> None:
-        assert self._guard.stdin is not None
-        with suppress(BrokenPipeError):  # the guard was killed
-            self._guard.stdin.write(f"{line}\n".encode())
-            self._guard.stdin.flush()
 
 
 def end_all(children: Sequence[ChildProcess], grace_s: float = GRACE_S) -> None:

@@ -11,8 +11,7 @@ from megatron_bipe.data.manifest import PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.transformer import build_model
-from tests.helpers.layouts import FP32, LR, Layout, run_config, start
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import FP32, LR, Layout, Placed, run_config, run_placed, start
 from tests.helpers.tiers import selected, slow
 
 SEQ, GLOBAL, STEPS = 16, 16, 4  # as layouts.py has them
@@ -26,8 +25,8 @@ def train(mesh, layouts, data, work_dir):
     from megatron_bipe.train.batch_loader import BatchLoader
 
     found = {}
-    for number, layout in enumerate(sorted(layouts, key=lambda layout: layout.tensor * layout.pipeline)):
-        run_dir = Path(work_dir) / f"{mesh.num_ranks}-{number}"
+    for number, layout in enumerate(layouts):
+        run_dir = Path(work_dir) / str(number)
         engine, mesh_here = start(layout, mesh, run_dir)
         loader = BatchLoader(_run(layout, data, run_dir), mesh_here)
         results = [engine.train_step(loader.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
@@ -62,27 +61,20 @@ def data(tmp_path_factory, write_dataset):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("alone")
-    return run_ranks(train, 1, folder, layouts=[ONE], data=str(data), work_dir=str(folder))[0][ONE]
+def found(request, tmp_path_factory, data):
+    placed = [Placed(1, ONE), *(Placed(2, layout) for layout in selected(request, "layout"))]
+    return run_placed(train, placed, tmp_path_factory.mktemp("trained"), data=str(data))
 
 
-@pytest.fixture(scope="module")
-def ranks(request, tmp_path_factory, data):
-    folder, layouts = tmp_path_factory.mktemp("ranks"), selected(request, "layout")
-    return run_ranks(train, 2, folder, layouts=layouts, data=str(data), work_dir=str(folder))
-
-
-def test_loss_over_answers_is_their_exact_mean(alone, data, tmp_path):
-    losses, _, _ = alone
+def test_loss_over_answers_is_their_exact_mean(found, data, tmp_path):
+    [(losses, _, _)] = found[Placed(1, ONE)]
     assert losses[0] == pytest.approx(_expected(data, tmp_path), rel=FP32.loss)
 
 
 @pytest.mark.parametrize("layout", [*FAST, *slow(SLOW)], ids=str)
-def test_loss_over_answers_is_that_of_one_process_in_every_layout(alone, ranks, layout):
-    losses, norms, held_out = alone
-    for found in ranks:
-        its_losses, its_norms, its_held_out = found[layout]
+def test_loss_over_answers_is_that_of_one_process_in_every_layout(found, layout):
+    [(losses, norms, held_out)] = found[Placed(1, ONE)]
+    for its_losses, its_norms, its_held_out in found[Placed(2, layout)]:
         assert its_losses == pytest.approx(losses, rel=FP32.loss)
         assert its_norms == pytest.approx(norms, rel=FP32.norm)
         assert its_held_out == pytest.approx(held_out, rel=FP32.loss)

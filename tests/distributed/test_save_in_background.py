@@ -14,8 +14,7 @@ import torch
 from megatron_bipe.checkpoint.find import find_checkpoint, list_steps
 from megatron_bipe.checkpoint.shard_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import Layout, start, train_steps
-from tests.helpers.ranks import run_ranks
+from tests.helpers.layouts import Layout, Placed, run_placed, start, train_steps
 from tests.helpers.tiers import selected, slow
 
 COPY_S, NEVER_S = 0.3, 5.0
@@ -68,13 +67,13 @@ def save_both_ways(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Lay
 
 @pytest.fixture(scope="module")
 def ranks(request, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("in-background")
-    return run_ranks(save_both_ways, 2, folder, layouts=selected(request, "layout"), work_dir=str(folder))
+    placed = [Placed(2, layout) for layout in selected(request, "layout")]
+    return run_placed(save_both_ways, placed, tmp_path_factory.mktemp("in-background"))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_save_in_background_holds_the_bits_of_its_moment(ranks, layout):
-    waiting, beside = ranks[0][layout]["folders"]
+    waiting, beside = ranks[Placed(2, layout)][0]["folders"]
     assert list_steps(beside) == [2, 4]
     expected, found, later = (
         StateReader(find_checkpoint(spec).folder) for spec in (waiting, f"{beside}@2", f"{beside}@4")
@@ -91,5 +90,5 @@ def test_save_in_background_holds_the_bits_of_its_moment(ranks, layout):
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 def test_load_continues_losses_and_random_generators(ranks, layout):
-    for rank in ranks:
-        assert rank[layout]["losses again"] and rank[layout]["drawn again"]
+    for rank in ranks[Placed(2, layout)]:
+        assert rank["losses again"] and rank["drawn again"]

@@ -53,6 +53,30 @@ def test_child_process_ends_with_its_parent_however_that_ends(tmp_path):
     assert codes == {"SIGINT": -signal.SIGINT, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL, "fail": 1}
 
 
+AT_ONCE = """
+import os, signal, subprocess
+from megatron_bipe.runtime.child_processes import ChildProcess
+
+start = subprocess.Popen
+
+def die_after(command, **options):
+    process = start(command, **options)
+    if command[0] == "sleep":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return process
+
+subprocess.Popen = die_after
+ChildProcess(["sleep", "300"])
+"""
+
+
+def test_child_process_ends_with_a_parent_that_dies_as_soon_as_it_has_started_it():
+    mark = uuid.uuid4().hex
+    parent = subprocess.run([sys.executable, "-c", AT_ONCE], env=os.environ | {MARK: mark}, cwd=ROOT, check=False)
+    assert parent.returncode == -signal.SIGKILL
+    assert not left_after([mark], LIMIT_S)
+
+
 def test_run_command_ends_what_the_command_leaves():
     mark = uuid.uuid4().hex
     done = run_command(["bash", "-c", "sleep 300 & exit 3"], env={MARK: mark})

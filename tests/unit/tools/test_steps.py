@@ -94,14 +94,22 @@ def _is_running(pid_file):
     return Path(f"/proc/{pid_file.read_text()}/exe").exists()
 
 
-SLEEP = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid())); time.sleep(300)"
+PID = "import os, pathlib, time; pathlib.Path({!r}).write_text(str(os.getpid()))"
+SLEEP = f"{PID}; time.sleep(300)"
+# A process is a zombie, and in /proc, until who started it has seen its end.
+FAIL = """
+import os, pathlib, time
+long, done = map(pathlib.Path, ({!r}, {!r}))
+while not (long.exists() and done.exists() and done.read_text()) or os.path.exists(f"/proc/{{done.read_text()}}"):
+    time.sleep(0.01)
+1 / 0
+"""
 
 
 def test_run_stage_one_that_fails_ends_the_others(steps, python, tmp_path):
-    pid = tmp_path / "pid"
-    fail = f"import os, time\nwhile not os.path.exists({str(pid)!r}): time.sleep(0.01)\ntime.sleep(0.2); 1/0"
-    stage = [python("long", SLEEP.format(str(pid))), python("short", fail)]
-    stage.append(python("done", ""))
+    pid, pid_of_done = tmp_path / "pid", tmp_path / "pid of done"
+    stage = [python("long", SLEEP.format(str(pid))), python("short", FAIL.format(str(pid), str(pid_of_done)))]
+    stage.append(python("done", PID.format(str(pid_of_done))))
     begin_s = time.monotonic()
     with raises(BipeError, "exit code 1", location="short.log"):
         steps.run_stage(stage, tmp_path, times := {})
