@@ -57,7 +57,7 @@ class BuildOptions:
     backend: Choice = "auto"
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
-    max_malformed: int | None = None  # None: the default of `Tally`
+    max_malformed: int | None = None  # None: the default of `LineCounts`
     overwrite: bool = False
 
 

@@ -16,7 +16,7 @@ from sentencepiece import sentencepiece_model_pb2 as proto
 from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
-from preprocessing.line_counts import Tally, require_at_least
+from preprocessing.line_counts import LineCounts, require_at_least
 from preprocessing.llama_layout import STOP_PIECE, Model, ensure_stop_piece, settings_files
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, find_inputs
@@ -40,7 +40,7 @@ class TrainOptions:
     output: Path
     sample_bytes: int = SAMPLE_BYTES
     text_key: str = "text"
-    max_malformed: int | None = None  # None: the default of `Tally`
+    max_malformed: int | None = None  # None: the default of `LineCounts`
     overwrite: bool = False
 
 
@@ -67,8 +67,8 @@ def train_tokenizer(options: TrainOptions) -> Path:
             location=options.output,
         )
     sample = CheckSample()
-    tally = Tally(options.max_malformed)
-    lines = _lines(sample.tapped(_texts(files, options, tally)))
+    counts = LineCounts(options.max_malformed)
+    lines = _lines(sample.tapped(_texts(files, options, counts)))
     model = _train(lines, options)
     definition = sentencepiece_to_json(model.SerializeToString())
     check_agreement(model.SerializeToString(), definition, sample.texts)
@@ -79,7 +79,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
     return options.output
 
 
-def _texts(inputs: list[Input], options: TrainOptions, tally: Tally) -> Iterator[str]:
+def _texts(inputs: list[Input], options: TrainOptions, counts: LineCounts) -> Iterator[str]:
     """Yield texts up to `sample_bytes`, from the start of every file in proportion to its size on disk."""
     total = sum(item.size for item in inputs)
     taken = passed = 0
@@ -88,14 +88,18 @@ def _texts(inputs: list[Input], options: TrainOptions, tally: Tally) -> Iterator
         quota = options.sample_bytes * passed // max(total, 1)
         parts = read_input(item, Keys(options.text_key))
         while taken < quota and (parsed := next(parts, None)) is not None:
-            counts = {"num_lines": parsed.num_lines, "num_empty": parsed.num_empty}
-            tally.add(parsed.malformed, num_documents=len(parsed.documents), **counts)
+            counts.add(
+                parsed.malformed,
+                num_lines=parsed.num_lines,
+                num_documents=len(parsed.documents),
+                num_empty=parsed.num_empty,
+            )
             for document in parsed.documents:
                 if taken >= quota:
                     break
                 taken += len(document.text.encode())
                 yield document.text
-    tally.finish(options.inputs)
+    counts.finish(options.inputs)
     log.info("Training on %.1f MB of text", taken / 1e6)
 
 

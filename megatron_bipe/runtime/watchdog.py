@@ -131,7 +131,8 @@ class Watchdog:
     def _beat(self, beats: int) -> None:
         store = self._connected()
         frame = sys._current_frames()[self._training_thread]
-        location = f"{self._place}, in {frame.f_code.co_name} ({Path(frame.f_code.co_filename).name}:{frame.f_lineno})"
+        code = frame.f_code
+        location = f"{self._location}, in {code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
         store.sign(Heartbeat(beats, self._name, location))
         end = store.ended()
         if end is not None:
@@ -185,7 +186,7 @@ class Watchdog:
         return "".join([*others, *traceback.format_stack(frames[self._training_thread])]).rstrip()
 
     def _label(self) -> str:
-        return f"{self._name}, at {self._place},"
+        return f"{self._name}, at {self._location},"
 
 
 def _state_of_store(error: Exception) -> str:

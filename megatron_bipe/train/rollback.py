@@ -102,7 +102,7 @@ class Rollback:
     def _error(self, why: str) -> HealthError:
         last = self._detector.bad_steps[-1]
         return HealthError(
-            f"{len(self._detector.streak)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
+            f"{len(self._detector.bad_steps)} bad steps in a row up to step {last.reading.step}: {last.reason}; {why}",
             remedy="Inspect the samples that events.jsonl lists; lower optimizer.lr, or lengthen the warm-up",
             location=self._run.run_dir,
         )

@@ -1,4 +1,4 @@
-"""What a run would be, in words and numbers."""
+"""Tests of the description that --dry-run prints."""
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
@@ -25,7 +25,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "Block x 12",
         "gradients, all-reduced",
         "131,072,000,000 tokens",
-        "8 copies of the model x 4 micro-batches x 8 windows",
+        "8 model replicas x 4 micro-batches x 8 sequences",
         "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",
         "tools/preprocess.py",
     ):
@@ -44,8 +44,8 @@ def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_da
     length = [*BF16, "train.steps=2", "train.seq_len_tokens=100"]  # 51,200 tokens
     small, big = str(tmp_path / "small"), str(tmp_path / "big")
     weighted = described(load_run_config(None, [f"data.path={{{small}: 1, {big}: 3}}", *length]), {}, num_ranks=1)
-    assert f"{small}: 25.00% of the windows; 1,000 tokens" in weighted and "reads it 12.80 times" in weighted
-    assert f"{big}: 75.00% of the windows; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
+    assert f"{small}: 25.00% of the sequences; 1,000 tokens" in weighted and "reads it 12.80 times" in weighted
+    assert f"{big}: 75.00% of the sequences; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
     by_tokens = described(load_run_config(None, [f"data.path=[{small}, {big}]", *length]), {}, num_ranks=1)
     assert by_tokens.count("reads it 10.24 times") == 2
 
@@ -67,16 +67,16 @@ def test_describe_empty_dataset_is_described(tmp_path, write_dataset):
     assert f"{tmp_path / 'empty'}: 0 tokens" in described(run, {}, num_ranks=1)
 
 
-def test_describe_copies_of_the_model_share_a_batch():
+def test_describe_model_replicas_share_a_batch():
     run = load_run_config(None, [*BF16, "parallel={tensor: 2, pipeline: 2}"])
-    assert "8 copies of the model x 4 micro-batches" in described(run, {}, num_ranks=32)
+    assert "8 model replicas x 4 micro-batches" in described(run, {}, num_ranks=32)
 
 
 def test_describe_stages_names_layers_ranks_and_bubble():
     run = load_run_config(None, [*BF16, "parallel={tensor: 2, pipeline: 4}", "train.micro_batch=4"])
     text = described(run, {"zero_optimization": {"stage": 1}}, num_ranks=32)
     assert "32 ranks = 2 tensor x 1 context x 4 pipeline x 4 data" in text
-    assert "first copy of the model is on ranks 0-1, 8-9, 16-17, 24-25" in text
+    assert "first model replica is on ranks 0-1, 8-9, 16-17, 24-25" in text
     for stage, layers in enumerate(("0-3", "4-7", "8-11", "12-13")):
         assert f"{stage}  {layers.rjust(6)}" in text
     assert "an average stage waits" in text

@@ -93,5 +93,5 @@ def test_tally_of_first_malformed_lines_of_all_are_named(caplog: pytest.LogCaptu
     records = [record(PieceEnd(9, 0, 0), malformed=tuple((0, line) for line in range(1, 8))) for _ in QUARTERS]
     tally = tally_of(records, [[piece] for piece in QUARTERS], 100)
     assert [bad.line for bad in tally.first_malformed] == [1, 2, 3, 4, 5, 6, 7, 10, 11, 12]
-    assert caplog.text.count("Left out") == 10
+    assert caplog.text.count("Skipped") == 10
     assert tally.num_malformed == 28

@@ -65,10 +65,10 @@ def test_silent_ranks_are_those_without_a_new_sign():
     before, after = signs("a", "a", "a", None), signs("b", "b", "b", None, beats=2)
     after[1] = before[1]
     assert list(silent_ranks(before, after, 0)) == [
-        "No sign of life: rank 1 on h1, last at a",
-        "No sign of life, ever: rank 3",
+        "No heartbeat: rank 1 on h1, last at a",
+        "No heartbeat, ever: rank 3",
     ]
-    assert next(silent_ranks(before, before, 0)).startswith("No sign of life: rank 1")  # not of the one that looks
+    assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the one that looks
     assert list(silent_ranks(signs("a", "a"), signs("a", "a", beats=2), 0)) == []
 
 
