@@ -16,10 +16,9 @@ from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.distributed_init import connect_store, join_launch
-from megatron_bipe.runtime.exit_handling import run_rank
+from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.launcher_watch import watch_launcher
-from megatron_bipe.runtime.logs import log_to_stderr
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
 
 _log = logging.getLogger("pretrain")
@@ -38,14 +37,19 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     validate_run(run, num_ranks, Sources(args.config, args.set))
     ds_values = read_ds_config(args.ds_config)
 
-    from megatron_bipe.data.discovery import open_tokenizer
-    from megatron_bipe.engine.start import start_engine
+    from megatron_bipe.data.dataset import open_tokenizer
+    from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.run_folder import lock_run_dir, resolve_precision, write_run_folder
-    from megatron_bipe.train.run_summary import end_summary, start_summary
+    from megatron_bipe.train.run_folder import (
+        end_summary,
+        lock_run_dir,
+        resolve_precision,
+        start_summary,
+        write_run_folder,
+    )
     from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()

@@ -3,7 +3,7 @@
 import json
 from typing import Any
 
-from megatron_bipe.data.sentencepiece_json import SPACE_MARK
+from megatron_bipe.data.token_strings import SPACE_MARK
 from megatron_bipe.errors import DataError
 
 STOP_PIECE = SPACE_MARK + "."  # a full stop after a space: half of the segment rule `reference`

@@ -13,7 +13,7 @@ from pathlib import Path
 import sentencepiece
 from sentencepiece import sentencepiece_model_pb2 as proto
 
-from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
+from megatron_bipe.data.token_strings import sentencepiece_to_json
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
 from preprocessing.line_counts import LineCounts, require_at_least

@@ -38,7 +38,7 @@ def generate(arguments: argparse.Namespace) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from megatron_bipe.hf.checksums import check_folder
+    from megatron_bipe.hf.load import check_folder
 
     check_folder(arguments.model)
     disable_progress_bar()

@@ -14,8 +14,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from _cli import check_output_file, command
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import find_datasets, open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, find_datasets, open_tokenizer
 from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.show import show_document
 from megatron_bipe.data.inspection.stats import SAMPLE_TOKENS, Statistics, count_dataset
@@ -73,7 +72,7 @@ def stats(arguments: argparse.Namespace) -> None:
         content = {name: as_json(*counted) for name, counted in found.items()}
         write_atomically(arguments.json, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
     if arguments.png:
-        from megatron_bipe.data.inspection.stats_plot import draw_stats  # matplotlib takes a second to import
+        from megatron_bipe.data.inspection.stats_text import draw_stats  # matplotlib takes a second to import
 
         write_atomically(arguments.png, draw_stats({name: counted for name, (_, counted) in found.items()}))
 

@@ -30,7 +30,7 @@ from _cli import command
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S, ChildProcess
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SIGNALS, parse_duration
-from megatron_bipe.train.events import read_events
+from megatron_bipe.train.metrics_file import read_events
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 
 EXIT_WAIT_S = 60.0  # for the remaining processes of a launch to exit by themselves

@@ -208,3 +208,17 @@ def _saved(fragment: Fragment, file: str) -> SavedParameter:
 def _plan_order(name: str) -> tuple[int, str]:
     layer, _, rest = name.partition(".")
     return int(layer), rest
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Return torch's RNG states of the CPU and of the device, uint8 [bytes]; training draws no random numbers yet."""
+    states = {"cpu": torch.get_rng_state()}
+    return states | {"cuda": torch.cuda.get_rng_state(device)} if device.type == "cuda" else states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Restore saved RNG states; a generator without a saved state is not changed."""
+    if "cpu" in states:
+        torch.set_rng_state(states["cpu"])
+    if "cuda" in states and device.type == "cuda":
+        torch.cuda.set_rng_state(states["cuda"], device)

@@ -5,13 +5,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pydantic import ValidationError
+from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint, newest_first
 from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
+from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
+from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import sha256
+from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
 
@@ -101,3 +105,15 @@ def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str
         return foreign(check_complete(checkpoint, part, parts))
     except CheckpointError as error:
         return error.message
+
+
+def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """Return all weights by the plan's names, in the run's compute precision, on the CPU.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    check_complete(checkpoint)
+    dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
+    reader = StateReader(checkpoint.folder)
+    return {name: reader.full(WEIGHT, name).to(dtype) for name in reader.index.parameters}

@@ -19,8 +19,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
-from megatron_bipe.data.token_strings import json_token_texts, parse_byte_token
+from megatron_bipe.data.token_strings import json_token_texts, parse_byte_token, sentencepiece_to_json
 from megatron_bipe.errors import DataError
 
 DEFINITIONS = ("tokenizer.json", "tokenizer.model")  # in order of preference

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -13,24 +14,24 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
-from torch.distributed import distributed_c10d
 
 from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
-from megatron_bipe.checkpoint.rng_state import random_states, set_random_states
-from megatron_bipe.checkpoint.shard_files import Fragment, StateReader
+from megatron_bipe.checkpoint.shard_files import Fragment, StateReader, random_states, set_random_states
 from megatron_bipe.checkpoint.verify import belongs_to_another_run, latest_valid_checkpoint
 from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import OptimizerConfig, RunConfig
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.engine.forward_timer import ForwardTimer
-from megatron_bipe.engine.optimizer_state import (
+from megatron_bipe.engine.deepspeed_internals import (
     fragments,
     is_sharded,
     load_optimizer_state,
     optimizer_steps,
     reset_adam_state,
+    set_group_timeouts,
+    skip_operator_probe,
+    warn_of_unknown_versions,
 )
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.layer_factory import LayerFactory, shard_of
@@ -50,9 +51,6 @@ _WATCHDOG_HEAD_START_S = 30  # a hang is first seen by the watchdog, then by the
 def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
     """Create the process group of all ranks, unless it exists.
 
-    DeepSpeed is kept from probing its compiled operators. On a CPU the probe would compile a shared-memory collective
-    that only inference uses, for about a minute at the first start on each machine.
-
     Args:
         mesh: this process among the ranks.
         timeout_s: longest wait for other ranks, `parallel.timeout_s`. Collectives have a longer timeout, so that the
@@ -62,8 +60,9 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         ConfigError: another launch on this host uses the port.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Mark all operators as not compiled; DeepSpeed would probe each, and warn about those that cannot be compiled.
-    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # reading the attribute would already probe
+    if mesh.is_main:
+        warn_of_unknown_versions()
+    skip_operator_probe()
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
@@ -93,16 +92,6 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
             remedy="Set the precision: --set train.precision=fp32, or bf16",
             location="train.precision",
         )
-
-
-def set_group_timeouts(timeout_s: float) -> None:
-    """Set the timeout of `start_deepspeed` on all groups of this rank, including DeepSpeed's own.
-
-    A new group has torch's default timeout, 10 or 30 minutes, whatever the timeout of the group of all ranks is.
-    """
-    for group in list(distributed_c10d._world.pg_map):
-        if not distributed_c10d._rank_not_in_group(group):
-            distributed_c10d._set_pg_timeout(_collective_timeout(timeout_s), group)
 
 
 def _collective_timeout(timeout_s: float) -> timedelta:
@@ -173,6 +162,48 @@ def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
     """
     mean = (losses_BT if weights_BT is None else losses_BT * weights_BT).mean()
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
+
+
+class ForwardTimer:
+    """Sum of the durations of a module's forward passes, to distinguish a slow rank from those that wait for it.
+
+    All ranks finish a step together, whichever was slow. The forward pass of a data-parallel rank or of a stage waits
+    for no other rank; with tensor parallelism or ZeRO 3 it waits within its group, which is then slow as a unit.
+
+    Args:
+        module: module to time; it gets hooks.
+        device: device of the module. A GPU is timed by events, so that only `take_s` waits for it.
+        wanted: False disables the timer.
+    """
+
+    def __init__(self, module: nn.Module, device: torch.device, *, wanted: bool) -> None:
+        self._on_gpu = device.type == "cuda"
+        self._passes: list[tuple[Any, Any]] = []  # begin and end, as events or seconds
+        self._began: Any = None
+        if wanted:
+            module.register_forward_pre_hook(self._begin)
+            module.register_forward_hook(self._end)
+
+    def pop_seconds(self) -> float:
+        """Return the seconds since the last call and reset the sum."""
+        passes, self._passes = self._passes, []
+        if not self._on_gpu:
+            return float(sum(end - begin for begin, end in passes))
+        torch.cuda.synchronize()
+        return float(sum(begin.elapsed_time(end) for begin, end in passes)) / 1000
+
+    def _begin(self, *_: Any) -> None:
+        self._began = self._now()
+
+    def _end(self, *_: Any) -> None:
+        self._passes.append((self._began, self._now()))
+
+    def _now(self) -> Any:
+        if not self._on_gpu:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
 
 class GradientClipper:
@@ -254,7 +285,7 @@ class DeepSpeedEngine:
         reset_adam_state(self._optimizer)
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.host = run, HostCollectives(self._mesh)
-        set_group_timeouts(run.parallel.timeout_s)
+        set_group_timeouts(_collective_timeout(run.parallel.timeout_s))
         self._saver = CheckpointWriter(
             run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s)
         )

@@ -12,8 +12,7 @@ from transformers import AutoModelForCausalLM
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
-from megatron_bipe.hf.checksums import check_folder
-from megatron_bipe.hf.load import model_config, read_settings
+from megatron_bipe.hf.load import check_folder, model_config, read_settings
 from megatron_bipe.types import TokenArray
 
 

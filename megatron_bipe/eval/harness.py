@@ -13,8 +13,7 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.hf.checksums import check_folder
-from megatron_bipe.hf.load import read_settings
+from megatron_bipe.hf.load import check_folder, read_settings
 
 
 class HarnessSettings(NamedTuple):

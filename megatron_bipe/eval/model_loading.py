@@ -8,7 +8,7 @@ from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_record
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
-from megatron_bipe.checkpoint.weights import read_weights
+from megatron_bipe.checkpoint.verify import read_weights
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
 from megatron_bipe.hf.load import build_from_llama

@@ -14,7 +14,7 @@ from megatron_bipe.eval.page import Section, bars, commands, definitions, detail
 from megatron_bipe.eval.quickstart_results import Quickstart, read_quickstart
 from megatron_bipe.eval.run_losses import loss_lines
 from megatron_bipe.eval.segments_view import readable_passage, segments_view, token_box
-from megatron_bipe.runtime.cpu import cpu_facts
+from megatron_bipe.runtime.environment import cpu_facts
 
 PASSAGE_TOKENS = 128
 PAPER = "https://arxiv.org/abs/2401.16421"

@@ -8,8 +8,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.curves import Curve

@@ -1,11 +1,15 @@
 """Export of training weights to a Hugging Face folder, which is published only after a parity check.
 
 All files are written to a temporary folder next to the target, loaded back the way users load them, compared with the
-training model on sample sequences, and renamed last: a folder under the final name is always a correct one.
+training model on sample sequences, and renamed last: a folder under the final name is always a correct one. The
+comparison holds one layer in memory at a time.
+
+B batch · T positions · V vocabulary
 """
 
 import hashlib
 import json
+import logging
 import re
 import shutil
 import tempfile
@@ -18,19 +22,19 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
+from transformers import AutoModelForCausalLM
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
-from megatron_bipe.hf.checksums import SUMS, write_checksums
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
-from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS
-from megatron_bipe.hf.parity import SampleBatch, parity
+from megatron_bipe.hf.load import CONFIG, INDEX, SUMS, WEIGHTS, load_layer, read_settings, write_checksums
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.io import sync
 from megatron_bipe.model.positions import functional
-from megatron_bipe.model.transformer import build_model
+from megatron_bipe.model.transformer import build_model, make_plan
 from megatron_bipe.tensor_file import write_tensors
 
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest mistakes
@@ -39,11 +43,17 @@ TOLERANCE = 2e-5
 # Files of an exported folder, and the source file of each.
 REMOTE_CODE = {
     f"{name}_bipe.py": Path(__file__).with_name(f"{name}_bipe.py")
-    for name in ("configuration", "modeling", "positions", "encodings", "rotary", "bias")
+    for name in ("configuration", "modeling", "positions", "encodings")
 } | {"functional_bipe.py": Path(functional.__file__)}
 GENERATION, CARD = "generation_config.json", "README.md"
-_WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES, *REMOTE_CODE}
-_WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors")
+_WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES}
+_WEIGHTS_OR_CODE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|\w+_bipe\.py")  # code files of all versions
+
+
+SampleBatch = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
+
+
+_AUTO = "AutoModelForCausalLM"
 
 
 class ExportOptions(NamedTuple):
@@ -199,7 +209,7 @@ def _check_replaceable(folder: Path) -> None:
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
         raise CheckpointError("the output is not a model folder", remedy="Choose another one", location=folder)
     names = (path.name for path in folder.iterdir() if path.is_file())
-    ours = {name for name in names if name in _WRITTEN or _WEIGHTS.fullmatch(name)}
+    ours = {name for name in names if name in _WRITTEN or _WEIGHTS_OR_CODE.fullmatch(name)}
     foreign = sorted({path.name for path in folder.iterdir()} - ours)
     if foreign:
         what = f"the output has foreign files: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
@@ -220,3 +230,67 @@ def _replace_folder(draft: Path, folder: Path, replaced: Path) -> None:
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def parity(
+    weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, folder: Path, sequences: SampleBatch
+) -> float:
+    """Return the largest difference of a logit over the largest logit, both models in fp32.
+
+    Args:
+        weights: weights of the training model by its names.
+        config: configuration of the model.
+        dtype: dtype to which the weights are rounded first, as in the folder.
+        folder: the exported model.
+        sequences: sequences to compare on.
+
+    Raises:
+        CheckpointError: transformers cannot load or run the folder.
+    """
+    with torch.inference_mode():
+        expected_BTV = trained_logits(weights, config, dtype, sequences)
+        found_BTV = exported_logits(folder, sequences[0])
+        scale = float(expected_BTV.abs().max())
+        return float(found_BTV.sub_(expected_BTV).abs_().max()) / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def trained_logits(
+    weights: Mapping[str, Tensor], config: ModelConfig, dtype: torch.dtype, sequences: SampleBatch
+) -> Tensor:
+    """Return the training model's logits, fp32 [B, T, V]."""
+    payload: Any = sequences
+    for planned in make_plan(config, seed=0):
+        with torch.device("meta"):
+            layer = planned.build()
+        payload = load_layer(layer, planned.index, weights, config, dtype)(payload)
+    logits_BTV: Tensor = payload
+    return logits_BTV
+
+
+def exported_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
+    """Return the logits, fp32 [B, T, V], of a folder with its own code, weights read layer by layer."""
+    settings = read_settings(folder)
+    try:
+        # Once this package's code is registered, the Auto class would use it instead of the folder's.
+        code = settings.get("auto_map", {}).get(_AUTO)
+        kind: Any = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
+        with _silence_accelerate():
+            model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, device_map={"": "disk"})
+        return model.eval()(tokens_BT, use_cache=False).logits
+    except (ValueError, RuntimeError, OSError) as error:
+        raise CheckpointError(
+            f"the exported model cannot be loaded and run: {error}",
+            remedy="Report this as a bug",
+            location=folder,
+        ) from error
+
+
+@contextmanager
+def _silence_accelerate() -> Iterator[None]:
+    """Suppress accelerate's message that weights are on disk, which is intended here."""
+    logger = logging.getLogger("accelerate.big_modeling")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before

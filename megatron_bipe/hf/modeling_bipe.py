@@ -15,12 +15,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .bias_bipe import biased_mask
 from .configuration_bipe import BipeConfig
-from .encodings_bipe import Encoding, encode
+from .encodings_bipe import Encoding, Tables, biased_mask, encode
 from .functional_bipe import NUM_T5_BUCKETS, rotate, sinusoids
 from .positions_bipe import PositionIds, find_position_ids, read_cache_positions, real_tokens, write_cache_positions
-from .rotary_bipe import Tables
 
 
 class BipeRMSNorm(nn.Module):

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.positions.base import PreparedPositions
+from megatron_bipe.model.positions.base import PreparedPositions, make_relative
 from megatron_bipe.model.positions.functional import log_scale_factors
-from megatron_bipe.model.positions.make import make_relative
 
 MIN_WINDOWED_TOKENS = 2048  # shortest sequence for which `windowed_attention` is faster
 CHUNK = 256  # queries that attend to the same range of keys

@@ -33,13 +33,12 @@ from megatron_bipe.model.activation_checkpointing import Recompute, checkpoint_a
 from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, shard_of
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.positions.base import PreparedPositions
-from megatron_bipe.model.positions.make import make_absolute
-from megatron_bipe.model.positions.position_ids import (
+from megatron_bipe.model.positions.absolute import (
     evenly_spaced_position_ids,
     random_position_ids,
     token_position_ids,
 )
+from megatron_bipe.model.positions.base import PreparedPositions, make_absolute
 
 TOKEN_EMBEDDING = "0.token.weight"  # name of the token embedding in the plan
 

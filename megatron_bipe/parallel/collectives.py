@@ -6,12 +6,10 @@ Each function is the adjoint of another, so that autograd gives every rank the g
     to_ranks    identity               sum over ranks
     from_ranks  sum over ranks         identity
     scatter     own tokens of the sum  all ranks' tokens
-    to_heads    all tokens, own heads  own tokens, all heads
-    to_tokens   own tokens, all heads  all tokens, own heads
 
 `split_linear` is a matrix product preceded by `to_ranks` or by an all-gather.
 
-B batch · T positions · D width · G head groups · X remaining dimensions (lower case: this rank's shard)
+B batch · T positions · D width · R ranks · X remaining dimensions (lower case: this rank's shard)
 """
 
 from typing import Any
@@ -57,16 +55,6 @@ def scatter(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
     return _Scatter.apply(x_BTD, group)  # type: ignore[no-untyped-call]
 
 
-def to_heads(x_BtGX: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchange some positions of all head groups for all positions of some: [B, t, G, ...] -> [B, T, g, ...]."""
-    return _ToHeads.apply(x_BtGX, group)  # type: ignore[no-untyped-call]
-
-
-def to_tokens(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchange all positions of some head groups for some positions of all: [B, T, g, ...] -> [B, t, G, ...]."""
-    return _ToTokens.apply(x_BTgX, group)  # type: ignore[no-untyped-call]
-
-
 def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
     """Return this rank's slice of positions of a replicated tensor, without gradient or communication."""
     return x_BT.chunk(group.size(), dim=TOKENS_DIM)[group.rank()]
@@ -75,6 +63,11 @@ def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
 def all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
     """Return the sum ("sum") or maximum ("max") over ranks; `x` is not modified."""
     return _waited(_start_all_reduce(x, op, group))
+
+
+def all_to_all(x_RX: Tensor, group: ProcessGroup) -> Tensor:
+    """Exchange parts: element r of the result is from rank r, which had it at this rank's index."""
+    return _waited(functional.all_to_all_single(x_RX.contiguous(), None, None, group))
 
 
 def _start_all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
@@ -97,21 +90,6 @@ def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
 
 def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
     return _waited(_start_reduce_scatter(x, "sum", group))
-
-
-def _heads_from_ranks(x_BtGX: Tensor, group: ProcessGroup) -> Tensor:
-    by_rank_RBtgX = torch.stack(x_BtGX.chunk(group.size(), dim=2))
-    return _all_to_all(by_rank_RBtgX, group).movedim(0, 1).flatten(1, 2)
-
-
-def _tokens_from_ranks(x_BTgX: Tensor, group: ProcessGroup) -> Tensor:
-    by_rank_RBtgX = torch.stack(x_BTgX.chunk(group.size(), dim=TOKENS_DIM))
-    return _all_to_all(by_rank_RBtgX, group).movedim(0, 2).flatten(2, 3)
-
-
-def _all_to_all(x_RX: Tensor, group: ProcessGroup) -> Tensor:
-    """Exchange parts: element r of the result is from rank r, which had it at this rank's index."""
-    return _waited(functional.all_to_all_single(x_RX.contiguous(), None, None, group))
 
 
 class _ToRanks(torch.autograd.Function):
@@ -163,25 +141,3 @@ class _Scatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         return _all_gather(grad, ctx.group), None
-
-
-class _ToHeads(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _heads_from_ranks(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _tokens_from_ranks(grad, ctx.group), None
-
-
-class _ToTokens(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
-        ctx.group = group
-        return _tokens_from_ranks(x, group)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return _heads_from_ranks(grad, ctx.group), None

@@ -1,31 +1,33 @@
-"""Tensor parallelism: the factory of layers that are sharded over ranks.
+"""Tensor parallelism: the factory of layers that are sharded over ranks, and the loss over a sharded vocabulary.
 
 With sequence parallelism the residual stream, and all token-wise work on it, is sharded along the positions: layers
 that are sharded by width all-gather their input and reduce-scatter their output, instead of two all-reduces. Replicated
 weights (norms, the intra-segment embedding) then see only some of the tokens, so their gradients are summed over ranks.
 
-B batch · T positions · D width · V vocabulary (lower case: this rank's shard)
+B batch · T positions · K tokens · D width · V vocabulary (lower case: this rank's shard)
 Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
 from dataclasses import dataclass
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import HeadExchange, NoExchange, Shard
+from megatron_bipe.model.loss import RowSums, gradients_in_place, sum_rows
 from megatron_bipe.model.transformer import RMSNorm, count_parameters, rms_norm
 from megatron_bipe.parallel.collectives import (
+    all_reduce,
     column_parallel_linear,
     copy_to_ranks,
     own_tokens,
     reduce_from_ranks,
     scatter,
 )
-from megatron_bipe.parallel.vocab_parallel_loss import token_losses
 
 
 @dataclass(frozen=True)
@@ -180,3 +182,36 @@ def mark_shard(weight: Tensor, shard: Shard) -> None:
     """Record how a parameter is sharded, for this project and (under DeepSpeed's name) for its gradient norm."""
     weight.shard = shard  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
+
+
+def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the cross-entropy in nats of every token, fp32 [B, T], the same on every rank.
+
+    Backward overwrites the logits with their gradient.
+
+    Args:
+        logits_BTv: logits of this rank's contiguous shard of the vocabulary; all shards have the same size.
+        labels_BT: ids of the full vocabulary.
+        group: ranks that shard the vocabulary, in its order.
+    """
+    columns_K = labels_BT.flatten() - group.rank() * logits_BTv.shape[-1]
+    losses_K: Tensor = _TokenLosses.apply(logits_BTv.flatten(0, -2), columns_K, group)  # type: ignore[no-untyped-call]
+    return losses_K.view_as(labels_BT)
+
+
+class _TokenLosses(torch.autograd.Function):
+    """log(sum of exp) minus the label's logit; each of the two needs one number per token from every rank."""
+
+    @staticmethod
+    def forward(ctx: Any, logits_Kv: Tensor, columns_K: Tensor, group: ProcessGroup) -> Tensor:
+        highest_K = all_reduce(logits_Kv.amax(dim=-1).float(), "max", group)
+        here = sum_rows(logits_Kv, columns_K, highest_K)
+        exps_K, labels_K = all_reduce(torch.stack([here.exps_K, here.labels_K]), "sum", group)
+        sums = RowSums(highest_K, exps_K, labels_K)
+        ctx.save_for_backward(logits_Kv, columns_K, *sums)
+        return sums.losses()
+
+    @staticmethod
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
+        logits_Kv, columns_K, *sums = ctx.saved_tensors
+        return gradients_in_place(logits_Kv, columns_K, RowSums(*sums), grad_K), None, None

@@ -1,4 +1,4 @@
-"""Exit of a rank after an error: at once, and with a message that names the rank."""
+"""Messages of a rank: its log, and its exit after an error, at once and with a message that names the rank."""
 
 import os
 import signal
@@ -17,6 +17,8 @@ from megatron_bipe.runtime.launcher_watch import watch_launcher
 
 if TYPE_CHECKING:
     from megatron_bipe.parallel.mesh import Mesh
+
+import logging
 
 Arguments = TypeVar("Arguments")
 
@@ -83,3 +85,22 @@ def abort(text: str, code: int) -> NoReturn:
         write_stderr(text)
     finally:  # both fail if the output was a pipe of a launcher that has ended
         os._exit(code)
+
+
+class _RankFormatter(logging.Formatter):
+    """Formatter for `2026-11-28 16:40:07Z rank 0 message`, with the level before the message from WARNING on."""
+
+    def __init__(self, rank: int) -> None:
+        super().__init__(f"%(asctime)sZ rank {rank} %(level)s%(message)s", datefmt="%Y-%m-%d %H:%M:%S")
+        self.converter = time.gmtime
+
+    def format(self, record: logging.LogRecord) -> str:
+        record.level = f"{record.levelname}: " if record.levelno >= logging.WARNING else ""
+        return super().format(record)
+
+
+def log_to_stderr(rank: int) -> None:
+    """Send this process's log to stderr: INFO on rank 0, WARNING on the others."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(_RankFormatter(rank))
+    logging.basicConfig(level=logging.INFO if rank == 0 else logging.WARNING, handlers=[handler])

@@ -10,8 +10,15 @@ import torch
 
 from megatron_bipe.config.schema import AUTO, ComputePrecision, Precision
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.cpu import Bf16Support, cpu_bf16_support, cpu_facts
-from megatron_bipe.runtime.environment import DEVICE, DeviceType, onednn_isa_limit, requested_device
+from megatron_bipe.runtime.environment import (
+    DEVICE,
+    Bf16Support,
+    DeviceType,
+    cpu_bf16_support,
+    cpu_facts,
+    onednn_isa_limit,
+    requested_device,
+)
 
 _log = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model.transformer import train_flops_per_token
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.anomaly_detector import Reading
 from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)

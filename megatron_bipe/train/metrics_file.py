@@ -1,21 +1,32 @@
-"""metrics.jsonl: one JSON line for each step and each validation, in order, without duplicates.
+"""The two logs of a run, in JSON lines.
 
-A run that resumes from a checkpoint repeats the steps after it, so opening the file truncates it at the checkpoint; a
-kill comes either before or after this single system call. The lines of a checkpoint's steps are on disk before the
-checkpoint is (`sync`), so none are missing.
+    RUN/metrics.jsonl    one line for each step and each validation, in order, without duplicates
+    RUN/events.jsonl     {"time": seconds since 1970, "event": "start" | "stop" | ..., and the fields of the event}
+
+A run that resumes from a checkpoint repeats the steps after it, so opening metrics.jsonl truncates it at the
+checkpoint; a kill comes either before or after this single system call. The lines of a checkpoint's steps are on disk
+before the checkpoint is (`sync`), so none are missing.
+
+Lines of events.jsonl are only appended. All starts of a run append to one file: its first line shows when the run
+began, and its last line how it ended.
 """
 
 import json
 import logging
 import os
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
+from megatron_bipe.io import sync
+
 _log = logging.getLogger(__name__)
 
+EVENTS = "events.jsonl"
+START, STOP, DONE = "start", "stop", "done"
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
@@ -77,7 +88,36 @@ def scan(path: Path, last_step: int, valid_owed: bool = False) -> Kept:
     return Kept(size_bytes, step_time_s, last_lines)
 
 
+class Events:
+    """Writer of the event log; only the main rank writes.
+
+    Args:
+        run_dir: folder of the run.
+        is_main: True on the main rank.
+    """
+
+    def __init__(self, run_dir: Path, is_main: bool) -> None:
+        self._path, self.is_main = run_dir / EVENTS, is_main
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Append an event and sync it to disk; numbers that are not finite become null, as JSON has none."""
+        if not self.is_main:
+            return
+        is_truncated = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
+        with self._path.open("ab") as file:
+            file.write(b"\n" * is_truncated + orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n")
+        sync(self._path)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """Return the events of a run in order, empty if it never started; truncated or damaged lines are skipped."""
+    path = run_dir / EVENTS
+    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    return [event for event in map(_parsed, lines) if {"time", "event"} <= event.keys()]
+
+
 def _parsed(line: bytes) -> dict[str, Any]:
+    """Return the object on a complete line; empty if the line is truncated or damaged."""
     try:
         values = json.loads(line) if line.endswith(b"\n") else {}
     except ValueError:

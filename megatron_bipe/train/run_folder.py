@@ -8,8 +8,11 @@ RUN/events.jsonl      one line for each start, stop, bad step etc.
 RUN/tensorboard/      the same metrics for TensorBoard
 RUN/checkpoints/      see checkpoint/find.py
 RUN/running/          exists while a launch is running: holds its lock
+
+Also the summaries that a run logs at its start and end.
 """
 
+import shlex
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -19,14 +22,18 @@ import torch
 
 from megatron_bipe.checkpoint.commit import tidy
 from megatron_bipe.checkpoint.find import list_steps, read_data_record
+from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
+from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
-from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision
+from megatron_bipe.model.transformer import count_parameters
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
 
 # Fields that a resumed run may change freely.
 _FREE = {
@@ -193,3 +200,59 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             result[prefix + key] = value
     return result
+
+
+def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, precision: PrecisionChoice) -> str:
+    """Return the summary at the start of a run, a few lines.
+
+    Args:
+        run: the run configuration, validated.
+        ds_config: result of `config.deepspeed.engine_config`.
+        mesh: this rank, with the parallel layout.
+        precision: compute precision and its reason.
+    """
+    train, replicas = run.train, mesh.data_ranks
+    tokens_per_step = train.global_batch * train.seq_len_tokens
+    threads = torch.get_num_threads()
+    per_rank = f"{threads} thread{'s' * (threads > 1)} each" if mesh.device.type == "cpu" else "one GPU each"
+    axes = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline, "data": replicas}
+    layout = " x ".join(f"{size} {axis}" for axis, size in axes.items() if size > 1) or "one model replica"
+    rows = {
+        "model": f"{run.model.encoding}, {sum(count_parameters(run.model)):,} parameters",
+        "device": f"{mesh.num_ranks} rank{'s' * (mesh.num_ranks > 1)}, {per_rank}: {device_name(mesh.device)}",
+        "precision": f"{precision.precision} ({precision.reason})",
+        "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
+        "batch": f"{tokens_per_step:,} tokens a step: {replicas} x {accumulation_steps(train, replicas)} micro-batches "
+        f"of {train.micro_batch} x {train.seq_len_tokens}",
+        "length": f"{train.steps:,} steps, {train.steps * tokens_per_step:,} tokens",
+        "run folder": str(run.run_dir),
+    }
+    return _aligned(rows)
+
+
+def end_summary(run: RunConfig, step: int) -> str:
+    """Return the summary after `step` updates: paths of the results and next commands."""
+    run_dir = shlex.quote(str(run.run_dir))
+    name = shlex.quote(run.run_dir.resolve().name)
+    if step < run.train.steps:
+        rows = {
+            "stopped": f"after step {step:,} of {run.train.steps:,}, as requested by --stop-step",
+            "next": "the same command without --stop-step resumes the run",
+        }
+    else:
+        lengths = ",".join(str(factor * run.train.seq_len_tokens) for factor in (1, 2, 4, 8))
+        data = shlex.quote(str(run.data.valid_path or "DIR"))
+        rows = {
+            "done": f"{step:,} steps",
+            "checkpoint": f"{run_dir}/checkpoints/step-{step:08d}",
+            "metrics": f"{run_dir}/metrics.jsonl, or: tensorboard --logdir {run_dir}/tensorboard",
+            "next": f"python tools/evaluate.py perplexity --model {run_dir} --data {data} --lengths {lengths} "
+            f"--output results/{name}",
+            "and": f"python tools/export_hf.py --checkpoint {run_dir} --output exported/{name}",
+        }
+    return _aligned(rows)
+
+
+def _aligned(rows: dict[str, str]) -> str:
+    width = max(map(len, rows))
+    return "\n".join(f"{key:{width}}  {text}" for key, text in rows.items())

@@ -18,7 +18,7 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
-from megatron_bipe.train.events import STOP, read_events
+from megatron_bipe.train.metrics_file import STOP, read_events
 
 USER_ERROR = 2
 

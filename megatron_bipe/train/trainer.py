@@ -12,8 +12,8 @@ from megatron_bipe.runtime.hardware import keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
 from megatron_bipe.train.batch_loader import BatchLoader
-from megatron_bipe.train.events import DONE, START, STOP, Events, read_events
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.metrics_file import DONE, START, STOP, Events, read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate

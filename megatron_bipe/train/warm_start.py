@@ -16,7 +16,7 @@ from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config.schema import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible

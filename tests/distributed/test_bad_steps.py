@@ -55,7 +55,7 @@ def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, 
 
 
 def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
-    from megatron_bipe.engine.optimizer_state import optimizer_steps
+    from megatron_bipe.engine.deepspeed_internals import optimizer_steps
     from tests.helpers.faults import Arithmetic, expose
 
     calm, mesh_here = start(layout, mesh, run_dir)
@@ -84,7 +84,7 @@ def _losses(engine: Any, mesh: Mesh, steps: range) -> list[float]:
 
 
 def _state(engine: Any) -> dict[tuple[str, str], bytes]:
-    from megatron_bipe.engine.optimizer_state import fragments
+    from megatron_bipe.engine.deepspeed_internals import fragments
 
     held = fragments(engine._engine.module, engine._optimizer)
     return {(f.name, kind): tensor.numpy().tobytes() for f in held for kind, tensor in f.state.items()}

@@ -41,7 +41,7 @@ def split_losses(mesh: Mesh) -> dict[str, Any]:
     """Losses and gradients of each case, where the logits are split, and how many elements were sent."""
     import torch.distributed as dist
 
-    from megatron_bipe.parallel.vocab_parallel_loss import token_losses
+    from megatron_bipe.parallel.tensor_parallel import token_losses
 
     dist.init_process_group("gloo")
     results = {}

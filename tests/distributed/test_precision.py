@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from megatron_bipe.runtime.cpu import cpu_bf16_support, cpu_facts
+from megatron_bipe.runtime.environment import cpu_bf16_support, cpu_facts
 from tests.helpers.commands import options
 from tests.helpers.tools import run_pretrain
 

@@ -81,7 +81,7 @@ def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
 
 
 def flip(engine: Any, name: str, kind: str) -> None:
-    from megatron_bipe.engine.optimizer_state import fragments
+    from megatron_bipe.engine.deepspeed_internals import fragments
 
     tensor = dict(engine._engine.module.named_parameters())[name].detach()
     if kind != "weight":

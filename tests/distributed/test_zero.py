@@ -58,8 +58,8 @@ def outcomes_of(engine, mesh, steps):
 def _train(mesh: Mesh, cases: list[Case], work_dir: str) -> dict[Case, dict[str, Any]]:
     """Train every stage and precision, then once more from the checkpoint of half of the steps."""
     from megatron_bipe.checkpoint.find import find_checkpoint
-    from megatron_bipe.checkpoint.weights import read_weights
-    from megatron_bipe.engine.zero_engine import ZeroEngine
+    from megatron_bipe.checkpoint.verify import read_weights
+    from megatron_bipe.engine.engines import ZeroEngine
 
     results = {}
     for stage, precision in cases:
@@ -156,7 +156,7 @@ def test_zero_resumed_run_equals_the_undisturbed_one_bit_for_bit(one, two, case)
 
 def _gradients_at_the_update(mesh: Mesh, work_dir: str) -> tuple[float, bool]:
     """Of the gradients that AdamW gets, the share that bf16 does not hold; and whether bf16 ones are left beside."""
-    from megatron_bipe.engine.zero_engine import ZeroEngine
+    from megatron_bipe.engine.engines import ZeroEngine
 
     run = _run(Path(work_dir), "bf16")
     run = run.model_copy(update={"optimizer": run.optimizer.model_copy(update={"grad_clip": 0.0})})

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.events import read_events
+from megatron_bipe.train.metrics_file import read_events
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import metrics, state, train_in_rank

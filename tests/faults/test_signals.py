@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
-from megatron_bipe.train.events import read_events
+from megatron_bipe.train.metrics_file import read_events
 from tests.faults.kills import survive
 from tests.faults.stops import stop_and_go_on
 from tests.helpers.commands import run

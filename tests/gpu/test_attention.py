@@ -7,8 +7,8 @@ import torch
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import causal_attention
-from megatron_bipe.model.positions.alibi import KeyBias
-from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.positions.base import make_relative
+from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.transformer import LocalLayers
 
 pytestmark = [

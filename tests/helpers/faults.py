@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 import pretrain
-from megatron_bipe.engine import pipeline_engine, zero_engine
+from megatron_bipe.engine import engines
 from megatron_bipe.runtime import watchdog
 from megatron_bipe.runtime.exit_handling import run_rank
 from megatron_bipe.train.batch_loader import BatchLoader
@@ -41,10 +41,10 @@ class Arithmetic:
 
 def expose(engine: Any) -> None:
     """Let `Arithmetic` change the loss and the gradient of this rank's part of the model, from now on."""
-    if not hasattr(zero_engine.mean_loss, "is_exposed"):
-        zero_engine.mean_loss, pipeline_engine.mean_loss = (
-            _exposed(zero_engine.mean_loss),
-            _exposed(pipeline_engine.mean_loss),
+    if not hasattr(engines.mean_loss, "is_exposed"):
+        engines.mean_loss, engines.mean_loss = (
+            _exposed(engines.mean_loss),
+            _exposed(engines.mean_loss),
         )
     last = list(engine._engine.module.children())[-1]
     last.register_forward_hook(_hook_output)

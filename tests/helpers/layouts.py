@@ -121,7 +121,7 @@ def start(layout: Layout, mesh: Mesh, run_dir: Path) -> Any:
 
 def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, Mesh]:
     """Return the engine of a run on this rank, and the mesh laid out."""
-    from megatron_bipe.engine.start import start_engine
+    from megatron_bipe.engine.engines import start_engine
 
     mesh, path = mesh.with_layout(run.parallel), DS_CONFIGS / f"zero{zero}.json"
     validate_run(run, mesh.num_ranks)
@@ -168,7 +168,7 @@ def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int =
 def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outcome:
     """Train a layout for some updates; return what this rank saw, and what its checkpoint then holds."""
     from megatron_bipe.checkpoint.find import find_checkpoint
-    from megatron_bipe.checkpoint.weights import read_weights
+    from megatron_bipe.checkpoint.verify import read_weights
     from megatron_bipe.config.load import dump_yaml
 
     engine, mesh_here = start(layout, mesh, run_dir)

@@ -26,7 +26,7 @@ from tests.helpers.paths import ROOT
 
 PRELOADED = [
     *("deepspeed", "transformers", "torch._inductor.compile_fx", "deepspeed.runtime.zero.muon.muon_optimizer"),
-    *("megatron_bipe.engine.start", "megatron_bipe.train.trainer"),
+    *("megatron_bipe.engine.engines", "megatron_bipe.train.trainer"),
 ]
 # Limits for an idle machine with two cores; `patience` scales them.
 TIME_LIMIT_S = 300  # of a launch

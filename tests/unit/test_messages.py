@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from megatron_bipe.checkpoint.find import find_checkpoint, read_data_record
-from megatron_bipe.checkpoint.weights import read_weights
+from megatron_bipe.checkpoint.verify import read_weights
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.schema import ModelConfig

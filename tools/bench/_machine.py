@@ -4,7 +4,7 @@ import importlib.metadata
 import os
 import platform
 
-from megatron_bipe.runtime.cpu import cpu_facts
+from megatron_bipe.runtime.environment import cpu_facts
 
 
 def describe_machine(*packages: str) -> str:

@@ -32,7 +32,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.loss import token_losses
-from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import Block, build_model

@@ -32,7 +32,7 @@ from bench._machine import describe_machine
 from megatron_bipe.config.deepspeed import engine_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.base import start_deepspeed
-from megatron_bipe.engine.start import start_engine
+from megatron_bipe.engine.engines import start_engine
 from megatron_bipe.parallel.collectives import column_parallel_linear, copy_to_ranks
 from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import Mesh

@@ -73,9 +73,9 @@ def main(argv: Sequence[str] | None) -> None:
 def be_rank(folder: Path) -> None:
     """Train as pretrain.py does, with clocks; the main rank writes down what they showed."""
     import pretrain
-    from megatron_bipe.data import discovery
+    from megatron_bipe.data import dataset
     from megatron_bipe.engine.base import DeepSpeedEngine
-    from megatron_bipe.engine.zero_engine import ZeroEngine
+    from megatron_bipe.engine.engines import ZeroEngine
     from megatron_bipe.runtime.exit_handling import run_rank
     from megatron_bipe.runtime.preemption import StopRequest
     from megatron_bipe.runtime.watchdog import Watchdog
@@ -96,7 +96,7 @@ def be_rank(folder: Path) -> None:
 
     # Random tokens have no tokenizer.
     without: list[tuple[Any, str, Any]] = [
-        (discovery, "open_tokenizer", lambda _: None),
+        (dataset, "open_tokenizer", lambda _: None),
         (run_folder, "write_run_folder", lambda run, *_: run.run_dir.mkdir(parents=True, exist_ok=True)),
     ]
     for module, name, replacement in without:

@@ -31,9 +31,8 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.base import make_optimizer
+from megatron_bipe.engine.engines import ZeroEngine, start_engine
 from megatron_bipe.engine.interface import Engine
-from megatron_bipe.engine.start import start_engine
-from megatron_bipe.engine.zero_engine import ZeroEngine
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import LocalLayers, build_model, train_flops_per_token
 from megatron_bipe.runtime.distributed_init import join_launch

@@ -15,8 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
     SUFFIXES,

@@ -10,8 +10,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.manifest import MANIFEST_NAME, ShardRecord
 from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter

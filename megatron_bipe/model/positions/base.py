@@ -1,14 +1,16 @@
-"""Interface of relative encodings to attention, and the cache of values derived from positions, shared by all blocks.
+"""The interface of relative encodings, and the construction of the configured encoding.
 
 B batch · T positions · N query heads · G key/value heads · H head width · E widened head
 """
 
+import importlib
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from megatron_bipe.config.encodings import ABSOLUTE
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 
@@ -84,3 +86,24 @@ class PreparedPositions:
         if dtype not in by_dtype:
             by_dtype[dtype] = encoding.prepare(positions_BT, dtype)
         return by_dtype[dtype]
+
+
+def relative_class(config: ModelConfig) -> type[RelativeEncoding]:
+    found: type[RelativeEncoding] = _named(config.relative.class_path)
+    return found
+
+
+def make_relative(config: ModelConfig, layers: LayerFactory) -> RelativeEncoding:
+    """Make the relative part of one block, for the query heads of the rank of `layers`."""
+    return relative_class(config)(config, layers)
+
+
+def make_absolute(config: ModelConfig, layers: LayerFactory) -> nn.Module | None:
+    """Make the absolute part: positions int64 [B, t] -> a term of the residual stream; None if there is none."""
+    class_path = ABSOLUTE[config.parts.absolute]
+    return None if class_path is None else _named(class_path)(config, layers)
+
+
+def _named(class_path: str) -> Any:
+    module, _, name = class_path.partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name)

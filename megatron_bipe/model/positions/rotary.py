@@ -1,4 +1,4 @@
-"""RoPE, plain or extended beyond the training length by one of the types of `model.rope_scaling`.
+"""RoPE, plain or extended by one of the types of `model.rope_scaling`, and xPos, whose scores decay with distance.
 
 B batch · T positions · N heads · H head width
 """
@@ -10,6 +10,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions import functional
 from megatron_bipe.model.positions.base import RelativeEncoding
+from megatron_bipe.model.positions.functional import xpos_factors
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
 
@@ -75,3 +76,28 @@ def rotary_frequencies(config: ModelConfig, seq_len_tokens: int) -> tuple[Tensor
             betas = scaling.beta_fast, scaling.beta_slow
             attention_factor = scaling.attention_factor or functional.yarn_attention_factor(factor)
             return functional.yarn_frequencies(plain_H, base, factor, original, betas), attention_factor
+
+
+class Xpos(Rotary):
+    """Rotary queries times zeta^(position/512), keys times its inverse: scores decay by zeta^(distance/512).
+
+    Exponents are relative to the middle of the training length, an offset that cancels in every score; a fixed offset
+    keeps cached keys valid. In sequences of up to 16,384 tokens (the limit in config/encodings.py) the factors are
+    between e^-40 and e^40, which leaves room in bf16 and fp32 (e^88) for queries, keys and gradients. fp16 (e^11)
+    overflows about 4,500 positions from the middle. Blockwise attention, which its authors evaluate with, is not
+    implemented.
+
+    Source: Sun et al. 2022 (arXiv 2212.10554).
+    """
+
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tables, Tables]:
+        """Return cosines and sines times the factor of queries, and times that of keys."""
+        growing_B1TH, fading_B1TH = xpos_factors(positions_BT, self.config.head_width, self.config.train_len_tokens)
+        cos_B1TH, sin_B1TH = self.angles(positions_BT)
+        for_queries = (cos_B1TH * growing_B1TH).to(dtype), (sin_B1TH * growing_B1TH).to(dtype)
+        return for_queries, ((cos_B1TH * fading_B1TH).to(dtype), (sin_B1TH * fading_B1TH).to(dtype))
+
+    @staticmethod
+    def prepared_width(head_width: int) -> int:
+        """Return a cosine and a sine per pair, for queries and for keys."""
+        return 2 * head_width

@@ -19,7 +19,7 @@ from megatron_bipe.checkpoint.shard_files import (
     write_fragments,
     write_index,
 )
-from megatron_bipe.checkpoint.weights import read_weights
+from megatron_bipe.checkpoint.verify import read_weights
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.model.layer_factory import Shard

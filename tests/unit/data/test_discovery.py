@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import find_datasets, open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, find_datasets, open_tokenizer
 from megatron_bipe.data.inspection.show import show_document
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError

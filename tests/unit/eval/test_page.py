@@ -7,8 +7,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.curves import COLOURS

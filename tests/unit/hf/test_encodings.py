@@ -6,9 +6,9 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS, RELATIVE
 from megatron_bipe.config.schema import RopeScaling
-from megatron_bipe.hf.bias_bipe import alibi
 from megatron_bipe.hf.configuration_bipe import ABSOLUTE as REMOTE_ABSOLUTE
 from megatron_bipe.hf.configuration_bipe import ENCODINGS as REMOTE_ENCODINGS
+from megatron_bipe.hf.encodings_bipe import alibi
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.hf_config import generation_settings, hf_settings
 from megatron_bipe.hf.load import load_exported

@@ -10,7 +10,7 @@ from torch.utils._pytree import tree_leaves
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention, causal_attention
-from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import alibi_slopes
 from megatron_bipe.model.transformer import LocalLayers, build_model
 

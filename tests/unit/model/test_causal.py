@@ -8,7 +8,7 @@ import torch
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
 from megatron_bipe.model.attention import Attention, causal_attention, windowed_attention
-from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
 from megatron_bipe.model.transformer import LocalLayers

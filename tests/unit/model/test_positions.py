@@ -6,9 +6,9 @@ from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
-from megatron_bipe.model.positions.alibi import KeyBias
+from megatron_bipe.model.positions.base import make_relative
+from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import alibi_slopes
-from megatron_bipe.model.positions.make import make_relative
 from megatron_bipe.model.positions.rotary import Rotary, rotary_frequencies
 from megatron_bipe.model.transformer import LocalLayers
 

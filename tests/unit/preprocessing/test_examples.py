@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset

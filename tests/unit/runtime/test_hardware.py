@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from megatron_bipe.runtime import hardware
-from megatron_bipe.runtime.cpu import Bf16Support, cpu_bf16_support
+from megatron_bipe.runtime.environment import Bf16Support, cpu_bf16_support
 from megatron_bipe.runtime.hardware import bf16_support, choose_precision, peak_flops, peak_memory_gib
 from tests.helpers.ranks import run_programs
 

@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-from megatron_bipe.runtime.logs import log_to_stderr
+from megatron_bipe.runtime.exit_handling import log_to_stderr
 from tests.helpers.tools import own_logging
 
 START = r"20\d\d-\d\d-\d\d \d\d:\d\d:\d\dZ rank {rank} "

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from megatron_bipe.config.schema import HealthConfig
-from megatron_bipe.train.anomaly_detector import AnomalyDetector, Reading
+from megatron_bipe.train.rollback import AnomalyDetector, Reading
 
 CALM = [3.0 + 0.01 * (-1) ** number for number in range(10)]
 

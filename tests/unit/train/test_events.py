@@ -2,7 +2,7 @@
 
 import orjson
 
-from megatron_bipe.train.events import EVENTS, Events, read_events
+from megatron_bipe.train.metrics_file import EVENTS, Events, read_events
 
 
 def test_events_are_read_back_in_order_over_several_starts(tmp_path):

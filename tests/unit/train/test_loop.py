@@ -10,8 +10,8 @@ from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import HealthError
 from megatron_bipe.runtime.preemption import SIGNALS, StopRequest
-from megatron_bipe.train.events import Events, read_events
 from megatron_bipe.train.metrics import Metrics
+from megatron_bipe.train.metrics_file import Events, read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate

@@ -14,7 +14,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime import hardware
-from megatron_bipe.runtime.cpu import Bf16Support
+from megatron_bipe.runtime.environment import Bf16Support
 from megatron_bipe.train.run_folder import (
     check_same_run,
     lock_run_dir,

@@ -6,7 +6,7 @@ import torch
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
-from megatron_bipe.train.run_summary import end_summary, start_summary
+from megatron_bipe.train.run_folder import end_summary, start_summary
 
 CHOICE = PrecisionChoice("fp32", "auto: no native bf16")
 

@@ -5,7 +5,7 @@ import pytest
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.train.events import Events
+from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
 from tests.helpers.errors import raises
 

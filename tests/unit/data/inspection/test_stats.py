@@ -13,8 +13,13 @@ from hypothesis import strategies as st
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.inspection import stats
 from megatron_bipe.data.inspection.stats import Distribution, Statistics, count_dataset
-from megatron_bipe.data.inspection.stats_plot import draw_stats
-from megatron_bipe.data.inspection.stats_text import as_json, datasets_table, distribution_tables, stats_table
+from megatron_bipe.data.inspection.stats_text import (
+    as_json,
+    datasets_table,
+    distribution_tables,
+    draw_stats,
+    stats_table,
+)
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import DataError

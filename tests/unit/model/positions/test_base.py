@@ -9,8 +9,7 @@ import torch
 from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention, causal_attention
-from megatron_bipe.model.positions.base import RelativeEncoding
-from megatron_bipe.model.positions.make import make_relative
+from megatron_bipe.model.positions.base import RelativeEncoding, make_relative
 from megatron_bipe.model.transformer import LocalLayers, build_model
 
 HEADS, WIDTH, TRAINED = 2, 8, 64

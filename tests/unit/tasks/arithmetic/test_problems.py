@@ -6,7 +6,7 @@ import operator
 import numpy as np
 import pytest
 
-from megatron_bipe.data.discovery import open_tokenizer
+from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer

@@ -1,19 +1,28 @@
-"""The plan as pipeline stages under DeepSpeed's pipeline engine: ZeRO 0 and 1."""
+"""The two engines, and the choice between them.
+
+ZeroEngine       the plan as one sequential module under DeepSpeed's standard engine: ZeRO 0 to 3, no pipeline
+PipelineEngine   the plan as pipeline stages under DeepSpeed's pipeline engine: ZeRO 0 and 1
+"""
 
 import itertools
+import logging
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from deepspeed.pipe import LayerSpec, PipelineModule
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
+from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.base import (
     DeepSpeedEngine,
     check_precision,
+    make_grid,
     make_layers,
     make_topology,
     mean_loss,
@@ -21,12 +30,71 @@ from megatron_bipe.engine.base import (
     start_deepspeed,
     suppress_stdout,
 )
-from megatron_bipe.engine.interface import StepResult
+from megatron_bipe.engine.interface import Engine, StepResult
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.transformer import TOKEN_EMBEDDING, LayerPlan, copy_source, make_plan
+from megatron_bipe.model.transformer import TOKEN_EMBEDDING, LayerPlan, build_model, copy_source, make_plan
 from megatron_bipe.parallel.mesh import Mesh, end_stages_group
 from megatron_bipe.parallel.pipeline_partition import partition_layers
 from megatron_bipe.types import Batch
+
+_log = logging.getLogger(__name__)
+
+
+def start_engine(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> Engine:
+    """Start the engine of this rank; waits for all ranks.
+
+    Args:
+        run: the validated run configuration.
+        ds_config: result of `config.deepspeed.engine_config`.
+        mesh: this process among the ranks.
+        data: record of the training data, stored in checkpoints.
+    """
+    kind = PipelineEngine if mesh.pipeline > 1 else ZeroEngine
+    return kind(run, ds_config, mesh, data)
+
+
+class ZeroEngine(DeepSpeedEngine):
+    """An `engine.interface.Engine` over the full model in one stage; `start_engine` documents its arguments."""
+
+    def __init__(self, run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: DataRecord | None = None) -> None:
+        self._mesh, self._data = mesh, data
+        start_deepspeed(mesh, run.parallel.timeout_s)
+        check_precision(mesh, run)
+        if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
+            _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; with ds_configs/zero1.json it uses fp32")
+        self._layers, self._tensor_group = make_layers(mesh)
+        grid = make_grid(mesh) if mesh.tensor > 1 else None
+        self._initialize(self._build(run), run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
+
+    def _build(self, run: RunConfig) -> nn.Module:
+        return build_model(run.model, run.train.seed, self._layers, run.parallel.recompute)
+
+    def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
+        self._set_lr(lr)
+        losses = []
+        for batch in micro_batches:
+            with record_function("forward"):
+                loss = self._loss(batch)
+            self._engine.backward(loss)
+            losses.append(loss.detach())
+            self._engine.step()
+        return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), self._grad_norm())
+
+    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
+        self._engine.eval()
+        with torch.no_grad():
+            losses = torch.stack([self._loss(batch) for batch in batches])
+        self._engine.train()
+        return float(self._mean_over_ranks(losses.mean()))
+
+    def _loss(self, batch: Batch[Tensor]) -> Tensor:
+        tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
+        losses = self._layers.token_losses(self._engine((tokens, intra, inter)), labels)
+        return mean_loss(losses, None if weights is None else self._layers.exchange.own(weights))
+
+    def _mean_over_ranks(self, value: Tensor) -> Tensor:
+        dist.all_reduce(value)
+        return value / self._mesh.num_ranks
 
 
 class PipelineEngine(DeepSpeedEngine):

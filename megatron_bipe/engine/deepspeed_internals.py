@@ -1,6 +1,7 @@
-"""Access to the training state of each DeepSpeed optimizer as a list of fragments.
+"""Every use of private parts of DeepSpeed and torch; the rest of the package uses documented interfaces only.
 
-DeepSpeed's optimizers store the fp32 weights, and with them Adam's state, in different tensors:
+The largest use is access to the training state of each DeepSpeed optimizer as a list of fragments. DeepSpeed's
+optimizers store the fp32 weights, and with them Adam's state, in different tensors:
 
     fp32, no ZeRO             the parameters themselves
     bf16, no ZeRO             an fp32 copy of each parameter
@@ -11,9 +12,12 @@ Such a tensor is called a master here. Fragments are views of masters and of the
 loads a checkpoint.
 """
 
+import logging
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any, NamedTuple
 
+import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
@@ -21,12 +25,44 @@ from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor, nn
+from torch.distributed import distributed_c10d
 
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
 from megatron_bipe.model.layer_factory import shard_of
 from megatron_bipe.model.transformer import copy_source
 
+_KNOWN_VERSIONS = {"torch": ("2.11", "2.12", "2.13"), "deepspeed": ("0.19",)}  # their private parts are as used here
 _STEP = "step"  # key of the number of updates in torch's Adam state
+
+
+_log = logging.getLogger(__name__)
+
+
+def warn_of_unknown_versions() -> None:
+    """Log a warning if the installed torch or DeepSpeed is not one whose private parts this module was written for."""
+    for name, version in (("torch", torch.__version__), ("deepspeed", deepspeed.__version__)):
+        if version.rsplit(".", 1)[0] not in _KNOWN_VERSIONS[name]:
+            known = ", ".join(_KNOWN_VERSIONS[name])
+            _log.warning("%s %s was not tested with this code (known: %s)", name, version, known)
+
+
+def skip_operator_probe() -> None:
+    """Mark all of DeepSpeed's operators as not compiled, so that it does not probe them.
+
+    On a CPU the probe would compile a shared-memory collective that only inference uses, for about a minute at the
+    first start on each machine, and it would warn about every operator that cannot be compiled.
+    """
+    setattr(deepspeed.ops, "__compatible_ops__", {})  # noqa: B010  # reading the attribute would already probe
+
+
+def set_group_timeouts(timeout: timedelta) -> None:
+    """Set the timeout of all groups of this rank, including those that DeepSpeed has created.
+
+    A new group has torch's default timeout, 10 or 30 minutes, whatever the timeout of the group of all ranks is.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        if not distributed_c10d._rank_not_in_group(group):
+            distributed_c10d._set_pg_timeout(timeout, group)
 
 
 class _Location(NamedTuple):
