@@ -77,7 +77,7 @@ def save_index(folder: Path, index: CheckpointManifest) -> None:
     """Write the index and its checksum, synced to the disk."""
     text = index.model_dump_json(indent=1).encode()
     write_atomically(folder / INDEX, text)
-    write_atomically(folder / CHECKSUM_NAME, _seal(text))
+    write_atomically(folder / CHECKSUM_NAME, _checksum_line(text))
 
 
 def load_index(folder: Path) -> CheckpointManifest:
@@ -87,14 +87,14 @@ def load_index(folder: Path) -> CheckpointManifest:
         CheckpointError: it is missing, was changed after it was written, or is of another version.
     """
     try:
-        text, seal = (folder / INDEX).read_bytes(), (folder / CHECKSUM_NAME).read_bytes()
+        text, checksum = (folder / INDEX).read_bytes(), (folder / CHECKSUM_NAME).read_bytes()
     except FileNotFoundError as error:
         raise unusable_checkpoint(
             folder, f"{Path(error.filename).name} is missing, which every checkpoint has"
         ) from None
     except OSError as error:
         raise unusable_checkpoint(folder, f"{INDEX} cannot be read: {error}") from error
-    if seal != _seal(text):
+    if checksum != _checksum_line(text):
         raise unusable_checkpoint(
             folder, f"{INDEX} does not match {CHECKSUM_NAME}: one was changed after it was written"
         )
@@ -118,5 +118,5 @@ def unusable_checkpoint(folder: Path, seen: str) -> CheckpointError:
     )
 
 
-def _seal(text: bytes) -> bytes:
+def _checksum_line(text: bytes) -> bytes:
     return f"{hashlib.sha256(text).hexdigest()}  {INDEX}\n".encode()

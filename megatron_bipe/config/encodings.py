@@ -42,9 +42,9 @@ ABSOLUTE: Mapping[str, str | None] = {
 }
 RELATIVE: Mapping[str, Relative] = {
     "rope": Relative("rotary:Rotary", rotates=True),
-    "alibi": Relative("alibi:Alibi", max_seq_len_tokens=2**16),
-    "xpos": Relative("xpos:Xpos", rotates=True, max_seq_len_tokens=2**14),
-    "t5": Relative("t5:T5Bias"),
+    "alibi": Relative("bias:Alibi", max_seq_len_tokens=2**16),
+    "xpos": Relative("rotary:Xpos", rotates=True, max_seq_len_tokens=2**14),
+    "t5": Relative("bias:T5Bias"),
     "nope": Relative("base:RelativeEncoding"),
 }
 ENCODINGS: Mapping[str, Encoding] = {

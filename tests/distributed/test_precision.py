@@ -42,7 +42,7 @@ def test_auto_trains_in_fp32_where_bf16_is_not_native(begun):
 def test_auto_keeps_the_precision_of_the_run_on_a_machine_of_another_kind(begun, train):
     run_dir, output = train("weak", precision="auto", steps=3, env={})
     assert run_dir == begun[0]
-    assert f"fp32 (auto: {run_dir}" in output and "step 3/3" in output
+    assert f"fp32 (auto: the precision of {run_dir}" in output and "step 3/3" in output
     assert recorded(run_dir) == "fp32"
 
 

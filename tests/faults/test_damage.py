@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_bipe.checkpoint.find import step_folder
-from megatron_bipe.checkpoint.manifest import INDEX, SEAL
+from megatron_bipe.checkpoint.manifest import INDEX, CHECKSUM_NAME
 from megatron_bipe.checkpoint.shard_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
@@ -18,7 +18,7 @@ from tests.helpers.logs import RecordedLog
 from tests.helpers.ranks import run_ranks
 
 OLD, NEW = 10, 20
-FILES = (rank_file(0), rank_file(1), INDEX, SEAL)
+FILES = (rank_file(0), rank_file(1), INDEX, CHECKSUM_NAME)
 
 
 def flipped(at):
@@ -121,7 +121,7 @@ def test_damage_of_any_file_is_seen_by_all_ranks_and_the_one_before_is_taken(ran
     assert others == []
     [line] = warnings
     assert line.startswith(f"falling back to the checkpoint of step {OLD}: that of step {NEW}:")
-    named = file if file not in (INDEX, SEAL) else INDEX
+    named = file if file not in (INDEX, CHECKSUM_NAME) else INDEX
     assert named in line
 
 

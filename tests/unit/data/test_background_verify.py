@@ -46,7 +46,7 @@ def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
 
 def until_good(check: BackgroundVerifier, files: int) -> None:
     until_s = time.monotonic() + 20.0
-    while len(check._good) < files:
+    while len(check._verified) < files:
         check.raise_if_failed()
         assert time.monotonic() < until_s
         time.sleep(0.01)
@@ -129,12 +129,12 @@ def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenData
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
-        seen = check._good[path]
+        seen = check._verified[path]
         content = path.read_bytes()
         path.with_suffix(".copy").write_bytes(content)
         path.with_suffix(".copy").replace(path)
         until_s = time.monotonic() + 20.0
-        while check._good[path] == seen:
+        while check._verified[path] == seen:
             check.raise_if_failed()
             assert time.monotonic() < until_s
 
@@ -146,7 +146,7 @@ def test_shard_check_leaves_at_once_whatever_there_is_to_read(
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         time.sleep(0.1)
-    assert not check._thread.is_alive() and not check._good
+    assert not check._thread.is_alive() and not check._verified
 
 
 def test_shard_check_of_nothing_starts_nothing() -> None:

@@ -253,9 +253,9 @@ def test_shard_every_byte_of_the_index_arrays_is_checked(tmp_path: Path) -> None
                 _ = shard.document_bounds
             path.write_bytes(whole)
             (found,) = (name for name in names.values() if name in caught.value.message)
-            position = names[max(at for at in names if at <= position)]
+            expected = names[max(at for at in names if at <= position)]
             # A wrong length may only show in the offset that should be its sum.
-            assert found in {position, "byte offsets" if position == "sequence lengths" else position}
+            assert found in {expected, "byte offsets" if expected == "sequence lengths" else expected}
 
 
 def test_shard_length_entry_negative_names_its_byte(tmp_path: Path) -> None:

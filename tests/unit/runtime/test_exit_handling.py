@@ -1,4 +1,4 @@
-"""How a rank leaves that cannot go on: codes and words, in a process of its own."""
+"""Tests of the exit of a rank that fails: code and message, in a process of its own."""
 
 import os
 import sys
@@ -20,7 +20,7 @@ def _main(error, _launch):
         raise error
 
 
-def _leave(error, take_output):
+def _run(error, take_output):
     if not take_output:
         reader, writer = os.pipe()
         os.dup2(writer, 1)
@@ -31,39 +31,39 @@ def _leave(error, take_output):
 
 
 @pytest.fixture
-def abort(tmp_path):
+def exit_of(tmp_path):
     """A function that lets a rank's work raise an error, in a process of its own; returns how that ended."""
 
     def run(error, take_output=True, **env):
-        return run_programs(_leave, [error, take_output], tmp_path, env=env)[0]
+        return run_programs(_run, [error, take_output], tmp_path, env=env)[0]
 
     return run
 
 
-def test_run_rank_that_fails_leaves_with_code_1_and_names_itself(leave):
-    code, output = abort(ValueError("broken"))
+def test_run_rank_that_fails_runs_with_code_1_and_names_itself(exit_of):
+    code, output = exit_of(ValueError("broken"))
     assert code == 1 and "before" in output
     assert "rank 0 of 1 on " in output and "ValueError: broken" in output and ", in _main" in output
 
 
-def test_run_rank_that_fails_leaves_though_its_launcher_took_the_pipe_of_its_output_along(leave):
-    assert abort(ValueError("broken"), take_output=False).code == 1
+def test_run_rank_that_fails_runs_though_its_launcher_took_the_pipe_of_its_output_along(exit_of):
+    assert exit_of(ValueError("broken"), take_output=False).code == 1
 
 
-def test_run_rank_with_a_user_error_leaves_with_code_2_and_one_message(leave):
-    code, output = abort(DataError("no data", remedy="Make some", location="there"))
+def test_run_rank_with_a_user_error_runs_with_code_2_and_one_message(exit_of):
+    code, output = exit_of(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in output
 
 
-def test_run_rank_of_half_a_launch_leaves_with_code_2(leave):
-    code, output = abort(None, RANK="1")
+def test_run_rank_of_half_a_launch_runs_with_code_2(exit_of):
+    code, output = exit_of(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
 
 
-def test_run_rank_that_succeeds_returns(leave):
-    assert abort(None).code == 7
+def test_run_rank_that_succeeds_returns(exit_of):
+    assert exit_of(None).code == 7
 
 
 def test_watchdog_hands_on_every_micro_batch(monkeypatch):
