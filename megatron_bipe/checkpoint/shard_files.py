@@ -126,7 +126,7 @@ class StateReader:
         if ranks == saved.ranks:
             return self._elements(kind, fragment.name, rank, fragment.start, stop)
         full = self.full(kind, fragment.name)
-        return (fragment.shard.of(full) if fragment.shard else full).flatten()[fragment.start : stop]
+        return (fragment.shard.select(full) if fragment.shard else full).flatten()[fragment.start : stop]
 
     def full(self, kind: str, name: str) -> Tensor:
         """Return the state of one kind of an unsharded parameter in its own shape, fp32 on the CPU."""

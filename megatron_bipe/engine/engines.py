@@ -90,7 +90,7 @@ class ZeroEngine(DeepSpeedEngine):
     def _loss(self, batch: Batch[Tensor]) -> Tensor:
         tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
         losses = self._layers.token_losses(self._engine((tokens, intra, inter)), labels)
-        return mean_loss(losses, None if weights is None else self._layers.exchange.own(weights))
+        return mean_loss(losses, None if weights is None else self._layers.exchange.local_positions(weights))
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
@@ -146,7 +146,9 @@ class _Stages(PipelineModule):
         def loss(logits_BTv: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
             labels_BT, *weights = labels
             with record_function("forward"):
-                return mean_loss(layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.own, weights))
+                return mean_loss(
+                    layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.local_positions, weights)
+                )
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)

@@ -25,7 +25,7 @@ class HeadExchange(Protocol):
     ranks: int
     """Size of that group."""
 
-    def own(self, ids_BT: Tensor) -> Tensor:
+    def local_positions(self, ids_BT: Tensor) -> Tensor:
         """Return this rank's positions of ids that are replicated on all ranks."""
 
     def to_heads(self, x_BtGX: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ class NoExchange:
 
     rank, ranks = 0, 1
 
-    def own(self, ids_BT: Tensor) -> Tensor:
+    def local_positions(self, ids_BT: Tensor) -> Tensor:
         return ids_BT
 
     def to_heads(self, x_BTGX: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ class LayerFactory(Protocol):
     def row(self, width_in: int, width_out: int) -> nn.Module:
         """Make a bias-free linear layer with sharded input; the outputs are summed into the residual stream."""
 
-    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def vocab_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         """Make a token embedding sharded by rows; the gradient of `padding_row` is zero."""
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
@@ -108,7 +108,7 @@ class Shard:
         """Return the shape of the full parameter whose shard has the shape `part`."""
         return [size * self.ranks if dim == self.dim else size for dim, size in enumerate(part)]
 
-    def of(self, full: Tensor) -> Tensor:
+    def select(self, full: Tensor) -> Tensor:
         """Return this rank's shard of a full parameter."""
         split = full.unflatten(self.dim, (self.blocks, self.ranks, -1))
         return split.select(self.dim + 1, self.rank).flatten(self.dim, self.dim + 1)

@@ -119,8 +119,8 @@ class Embedding(nn.Module):
 
     def __init__(self, config: ModelConfig, layers: LayerFactory, seed: int = 0) -> None:
         super().__init__()
-        self._config, self._own, self._seed = config, layers.exchange.own, seed
-        self.token = layers.table(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
+        self._config, self._own, self._seed = config, layers.exchange.local_positions, seed
+        self.token = layers.vocab_embedding(config.vocab_size, config.hidden_size, -1 if config.zero_last_row else None)
         absolute = make_absolute(config, layers)
         self.intra = absolute if config.bilevel else None
         self.place = None if config.bilevel else absolute
@@ -288,7 +288,7 @@ class Head(nn.Module):
 
 # Tied output
 #
-# If one rank has both layers, they share one parameter. If they are on different pipeline stages, the head has a copy,
+# If one rank has both layers, they shard one parameter. If they are on different pipeline stages, the head has a copy,
 # which is initialized from the embedding and receives the same gradient, the sum of both, at every update.
 # The copy is not a parameter of the model: checkpoints, the gradient norm and parameter counts skip it.
 
@@ -328,7 +328,7 @@ def init_layer(layer: nn.Module, index: int, config: ModelConfig, seed: int) -> 
                 shard = shard_of(parameter)
                 shape = shard.full_shape(parameter.shape) if shard else parameter.shape
                 full = torch.randn(shape, generator=generator) * config.init_std
-                parameter.copy_(shard.of(full) if shard else full)
+                parameter.copy_(shard.select(full) if shard else full)
     for module in layer.modules():
         if isinstance(module, nn.Embedding) and module.padding_idx is not None and not module.weight.is_meta:
             with torch.no_grad():
@@ -356,7 +356,7 @@ class LocalLayers:
     def row(self, width_in: int, width_out: int) -> nn.Module:
         return nn.Linear(width_in, width_out, bias=False)
 
-    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def vocab_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         return nn.Embedding(rows, width, padding_idx=padding_row)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
@@ -375,4 +375,4 @@ class LocalLayers:
         return nn.Linear(width_in, rows, bias=False)
 
     def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
-        return token_losses(logits_BtV, self.exchange.own(labels_BT))
+        return token_losses(logits_BtV, self.exchange.local_positions(labels_BT))

@@ -25,7 +25,7 @@ class UlyssesExchange:
         self._group = group
         self.rank, self.ranks = group.rank(), group.size()
 
-    def own(self, ids_BT: Tensor) -> Tensor:
+    def local_positions(self, ids_BT: Tensor) -> Tensor:
         return own_tokens(ids_BT, self._group)
 
     def to_heads(self, x_BtGX: Tensor) -> Tensor:

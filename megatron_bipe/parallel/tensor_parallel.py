@@ -60,7 +60,7 @@ class TensorParallelLayers:
     def row(self, width_in: int, width_out: int) -> nn.Module:
         return RowParallelLinear(width_in, width_out, self._split)
 
-    def table(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
+    def vocab_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
         return VocabParallelEmbedding(rows, width, padding_row, self._split)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
@@ -79,7 +79,7 @@ class TensorParallelLayers:
         return ColumnParallelLinear(width_in, rows, 1, self._split)
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
-        return token_losses(logits_Btv, self.exchange.own(labels_BT), self._split.group)
+        return token_losses(logits_Btv, self.exchange.local_positions(labels_BT), self._split.group)
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:

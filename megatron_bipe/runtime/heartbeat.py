@@ -52,10 +52,10 @@ class HeartbeatStore:
         self._store, self._rank, self._num_ranks = store, rank, num_ranks
         self._executor = ThreadPoolExecutor(1, "heartbeat-store")
 
-    def sign(self, heartbeat: Heartbeat) -> None:
+    def send(self, heartbeat: Heartbeat) -> None:
         self._ask(lambda: self._store.set(f"rank-{self._rank}", json.dumps(heartbeat)))
 
-    def signs(self) -> Heartbeats:
+    def read_all(self) -> Heartbeats:
         """Return the last heartbeat of every rank."""
         return {rank: self._ask(partial(self._read_heartbeat, rank)) for rank in range(self._num_ranks)}
 
@@ -63,11 +63,11 @@ class HeartbeatStore:
         """Register a failure; return True if it is the first one of the launch."""
         return self._ask(lambda: self._store.add("failures", 1)) == 1
 
-    def end(self, end: Shutdown) -> None:
+    def request_shutdown(self, end: Shutdown) -> None:
         """Request all ranks to exit."""
         self._ask(lambda: self._store.set("end", json.dumps(end)))
 
-    def ended(self) -> Shutdown | None:
+    def shutdown_request(self) -> Shutdown | None:
         """Return the shutdown request, if there is one."""
         return self._ask(lambda: Shutdown(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
 

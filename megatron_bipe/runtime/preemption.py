@@ -39,7 +39,7 @@ class StopRequest:
         self._clock, self._stop_at_s = clock, clock() + after_s
         self._signal: signal.Signals | None = None
         self._any_rank: Callable[[bool], bool] = bool
-        self._is_granted = False
+        self._is_agreed = False
 
     def install_handlers(self) -> None:
         """Install handlers that record SIGTERM and SIGUSR1 instead of exiting."""
@@ -56,9 +56,9 @@ class StopRequest:
         self._any_rank = any_rank
 
     @property
-    def granted(self) -> bool:
+    def is_agreed(self) -> bool:
         """True if all ranks have agreed to stop."""
-        return self._is_granted
+        return self._is_agreed
 
     @property
     def reason(self) -> str:
@@ -67,15 +67,15 @@ class StopRequest:
             return self._signal.name
         return "--stop-at" if self._clock() >= self._stop_at_s else ""
 
-    def agreed(self) -> bool:
+    def poll(self) -> bool:
         """Return True if any rank has a request; all ranks call this together, and the result stays true."""
-        self._is_granted = self._is_granted or self._any_rank(bool(self.reason))
-        return self._is_granted
+        self._is_agreed = self._is_agreed or self._any_rank(bool(self.reason))
+        return self._is_agreed
 
     def until(self, items: Iterable[T]) -> Iterator[T]:
         """Yield items, at least one, until a rank has a request; all ranks must have the same number of items."""
         for number, item in enumerate(items):
-            if number and self.agreed():
+            if number and self.poll():
                 return
             yield item
 

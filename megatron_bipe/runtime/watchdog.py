@@ -133,8 +133,8 @@ class Watchdog:
         frame = sys._current_frames()[self._training_thread]
         code = frame.f_code
         location = f"{self._location}, in {code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
-        store.sign(Heartbeat(beats, self._name, location))
-        end = store.ended()
+        store.send(Heartbeat(beats, self._name, location))
+        end = store.shutdown_request()
         if end is not None:
             stack = f"\n{self._label()} is in\n{self._stack()}" if end.stacks else ""
             abort(f"{self._label()} leaves: {end.text}{stack}", end.code)
@@ -158,12 +158,12 @@ class Watchdog:
             abort(f"{text}\n{_state_of_store(error)}", code)
         write_stderr(text)
         try:
-            before = store.signs()
+            before = store.read_all()
             time.sleep(LOOK_S)
-            seen = "\n".join(observe(before, store.signs(), self._mesh.rank))
+            seen = "\n".join(observe(before, store.read_all(), self._mesh.rank))
             self._over.set()
             stacks = observe is group_ranks_by_location  # if ranks wait for one that is stuck, all stacks are needed
-            store.end(Shutdown(f"{self._label()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
+            store.request_shutdown(Shutdown(f"{self._label()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others check every beat; when this rank exits, their collectives fail
         except STORE_ERRORS as error:

@@ -109,7 +109,7 @@ class Metrics:
             self._file.sync()
             self._board.flush()
 
-    def go_back(self, start: TrainState) -> None:
+    def drop_after(self, start: TrainState) -> None:
         """Drop all metrics after `start`; those steps are repeated with other samples."""
         self._pending.clear()
         if self._mesh.is_main:

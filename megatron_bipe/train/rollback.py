@@ -146,7 +146,7 @@ class Rollback:
             self._warn(f"step {step} | {last.reason} in the last step, and there is no checkpoint to load: it is kept")
         return found
 
-    def go_back(self) -> TrainState:
+    def load_last_checkpoint(self) -> TrainState:
         """Load the newest checkpoint, and skip the samples of the bad steps from now on.
 
         Raises:

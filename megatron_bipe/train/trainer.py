@@ -65,7 +65,7 @@ class Trainer:
         state = self.train(state, metrics, rollback, stop_step)
         self.profile.close()
         metrics.close()
-        finished = state.step >= stop_step and not (self.stop_request.granted and state.valid_owed)
+        finished = state.step >= stop_step and not (self.stop_request.is_agreed and state.valid_owed)
         goodput = metrics.goodput() if mesh.is_main else None
         events.add(DONE if finished else STOP, step=state.step, goodput=goodput)
         if self.stop_request.reason and not finished:
@@ -89,7 +89,7 @@ class Trainer:
         optimizer, settings = self.config.optimizer, self.config.train
         if state.valid_owed:
             self._validate(state, metrics)
-        save_pending, stopping, first = False, stop_request.agreed(), state.step + 1
+        save_pending, stopping, first = False, stop_request.poll(), state.step + 1
         while state.step < stop_step and not stopping:
             lr = learning_rate(optimizer, settings.steps, state.step)
             samples = state.next_batch_range(settings.global_batch)
@@ -97,7 +97,7 @@ class Trainer:
             batches = self.watchdog.track_batches(f"step {step}", loader.train_batches(samples[0]))
             metrics.step(step, samples, engine.train_step(batches, lr), lr)
             self.profile.step_done()
-            stopping = stop_request.agreed()
+            stopping = stop_request.poll()
             if _is_due(step, settings.check_replicas_every):
                 engine.check_replicas(step)
             state.valid_owed = loader.has_valid and (_is_due(step, settings.valid_every) or step == settings.steps)
@@ -107,8 +107,8 @@ class Trainer:
             rollback.check_steps(metrics.flush())  # waits for the device
             last_is_bad = step == stop_step and not rollback.last_step_is_good
             if rollback.is_needed or (last_is_bad and rollback.has_checkpoint()):
-                state, save_pending = rollback.go_back(), False
-                metrics.go_back(state)
+                state, save_pending = rollback.load_last_checkpoint(), False
+                metrics.drop_after(state)
                 stopping = (state.valid_owed and self._validate(state, metrics)) or stopping
                 continue
             if state.valid_owed and not stopping:
@@ -139,10 +139,10 @@ class Trainer:
         """Run the pending validation; if a stop is requested meanwhile, return True and keep it pending."""
         batches = self.stop_request.until(self.loader.valid_batches())
         loss = self.engine.eval_loss(self.watchdog.track_batches(f"validation after step {state.step}", batches))
-        if not self.stop_request.granted:
+        if not self.stop_request.is_agreed:
             state.valid_owed = False
             metrics.valid(state.step, loss)
-        return self.stop_request.granted
+        return self.stop_request.is_agreed
 
 
 def _is_due(step: int, every: int) -> bool:

@@ -85,8 +85,8 @@ def split_sequences(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
                 dist.all_reduce(value, group=layers.exchange._group)
                 value /= parallel.context
             for key, parameter in model.named_parameters():
-                share = shard_of(parameter)
-                wanted = share.of(expected[key]) if share else expected[key]
+                shard = shard_of(parameter)
+                wanted = shard.select(expected[key]) if shard else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
             counts = {str(kind): count for kind, count in communicated.get_comm_counts().items()}
             results[layout, name] = (abs(float(loss / expected_loss) - 1), worst, counts)

@@ -68,9 +68,9 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for key, parameter in model.named_parameters():
-                share, target = shard_of(parameter), dict(whole.named_parameters())[key]
-                torch.testing.assert_close(parameter, share.of(target) if share else target, rtol=0, atol=0)
-                wanted = share.of(expected[key]) if share else expected[key]
+                shard, target = shard_of(parameter), dict(whole.named_parameters())[key]
+                torch.testing.assert_close(parameter, shard.select(target) if shard else target, rtol=0, atol=0)
+                wanted = shard.select(expected[key]) if shard else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
             results[name, sequence] = {
                 "loss": abs(loss / expected_loss - 1),

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_bipe.checkpoint.find import step_folder
-from megatron_bipe.checkpoint.manifest import INDEX, CHECKSUM_NAME
+from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX
 from megatron_bipe.checkpoint.shard_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh

@@ -44,14 +44,14 @@ def whole_state(name):
 def fragment(name, tensor_rank, tensor, part=0, parts=1):
     split = PARAMETERS[name][1]
     shard = Shard(*split, tensor_rank, tensor) if split and tensor > 1 else None
-    state = {kind: shard.of(x) if shard else x for kind, x in whole_state(name).items()}
+    state = {kind: shard.select(x) if shard else x for kind, x in whole_state(name).items()}
     shape = tuple(state["weight"].shape)
     flat = {kind: x.flatten() for kind, x in state.items()}
     return Fragment(name, shape, shard, 0, flat).part(part, parts)
 
 
 def held_by_ranks(tensor=1, replicas=1):
-    """What ranks of a layout write: each a part of its share; the first of a tensor-parallel group what is whole."""
+    """What ranks of a layout write: each a part of its shard; the first of a tensor-parallel group what is whole."""
     held = []
     for rank in range(tensor * replicas):
         names = [name for name, (_, split) in PARAMETERS.items() if split or rank % tensor == 0]
@@ -134,7 +134,7 @@ DAMAGES = {
     "index cut off": (lambda folder: os.truncate(folder / INDEX, 100), (INDEX, CHECKSUM_NAME)),
     "unknown field": (lambda folder: rewrite(folder, lambda index: index.update(more=1)), (INDEX, "more")),
     "later version": (lambda folder: rewrite(folder, lambda index: index.update(format_version=9)), ("version 9", 2)),
-    "share missing": (lambda folder: rewrite(folder, drop_rank), ("0.token.weight", "[4, 6]")),
+    "shard missing": (lambda folder: rewrite(folder, drop_rank), ("0.token.weight", "[4, 6]")),
     "gap": (lambda folder: rewrite(folder, shift), ("1.mlp.down.weight", "[6, 4]")),
     "file missing": (lambda folder: (folder / rank_file(1)).unlink(), (rank_file(1), "No such file")),
     "file cut off": (lambda folder: os.truncate(folder / rank_file(1), 900), (rank_file(1),)),

@@ -16,7 +16,7 @@ def ranks():
     return HeartbeatStore(store, 0, 3), HeartbeatStore(store, 1, 3)
 
 
-def signs(*places, beats=1):
+def heartbeats(*places, beats=1):
     return {
         rank: None if location is None else Heartbeat(beats, f"rank {rank} on h{rank}", location)
         for rank, location in enumerate(places)
@@ -25,15 +25,15 @@ def signs(*places, beats=1):
 
 def test_roll_call_shows_the_last_sign_of_each_rank_and_none_of_one_that_never_came(ranks):
     for beats in (1, 2):
-        ranks[1].sign(Heartbeat(beats, "one", "step 3"))
-    assert ranks[0].signs() == {0: None, 1: Heartbeat(2, "one", "step 3"), 2: None}
+        ranks[1].send(Heartbeat(beats, "one", "step 3"))
+    assert ranks[0].read_all() == {0: None, 1: Heartbeat(2, "one", "step 3"), 2: None}
 
 
 def test_roll_call_has_one_first_failure_and_all_hear_of_the_end(ranks):
     assert [rank.is_first_to_fail() for rank in (ranks[1], ranks[0], ranks[1])] == [True, False, False]
-    assert ranks[0].ended() is None
-    ranks[1].end(Shutdown("rank 1 failed", 2))
-    assert ranks[0].ended() == Shutdown("rank 1 failed", 2)
+    assert ranks[0].shutdown_request() is None
+    ranks[1].request_shutdown(Shutdown("rank 1 failed", 2))
+    assert ranks[0].shutdown_request() == Shutdown("rank 1 failed", 2)
 
 
 def test_roll_call_keeps_rank_0_until_all_have_finished(ranks):
@@ -62,19 +62,19 @@ def test_roll_call_does_not_wait_for_a_store_that_stands_still(monkeypatch):
 
 
 def test_silent_ranks_are_those_without_a_new_sign():
-    before, after = signs("a", "a", "a", None), signs("b", "b", "b", None, beats=2)
+    before, after = heartbeats("a", "a", "a", None), heartbeats("b", "b", "b", None, beats=2)
     after[1] = before[1]
     assert list(silent_ranks(before, after, 0)) == [
         "No heartbeat: rank 1 on h1, last at a",
         "No heartbeat, ever: rank 3",
     ]
     assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the one that looks
-    assert list(silent_ranks(signs("a", "a"), signs("a", "a", beats=2), 0)) == []
+    assert list(silent_ranks(heartbeats("a", "a"), heartbeats("a", "a", beats=2), 0)) == []
 
 
 def test_where_ranks_are_begins_with_the_one_that_is_alone():
-    after = signs("wait", "wait", "loop", "wait", "wait", "wait", beats=2)
-    found = list(group_ranks_by_location(signs(*["wait"] * 6), after, 0))
+    after = heartbeats("wait", "wait", "loop", "wait", "wait", "wait", beats=2)
+    found = list(group_ranks_by_location(heartbeats(*["wait"] * 6), after, 0))
     assert found[0] == "At loop: rank 2 on h2"
     assert found[1].startswith("At wait: rank 0 on h0, rank 1") and found[1].endswith("rank 4 on h4 and 1 more")
     assert len(found) == 2

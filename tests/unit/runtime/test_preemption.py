@@ -22,9 +22,9 @@ def handlers():
 def test_stop_request_takes_a_signal(handlers, number):
     request = StopRequest()
     request.install_handlers()
-    assert not request.agreed() and request.reason == ""
+    assert not request.poll() and request.reason == ""
     os.kill(os.getpid(), number)
-    assert request.reason == number.name and request.agreed() and request.granted
+    assert request.reason == number.name and request.poll() and request.is_agreed
 
 
 def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
@@ -39,16 +39,16 @@ def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
 def test_stop_request_takes_a_time_limit():
     now = [0.0]
     request = StopRequest(10.0, lambda: now[0])
-    assert not request.agreed()
+    assert not request.poll()
     now[0] = 10.0
-    assert request.agreed() and request.reason == "--stop-at"
+    assert request.poll() and request.reason == "--stop-at"
 
 
-def test_stop_request_of_another_rank_is_granted_and_stays_so():
+def test_stop_request_of_another_rank_is_agreed_and_stays_so():
     answers = iter([False, True])
     request = StopRequest()
     request.agree_by(lambda here: next(answers) or here)
-    assert [request.agreed() for _ in range(3)] == [False, True, True]
+    assert [request.poll() for _ in range(3)] == [False, True, True]
     assert request.reason == ""
 
 

@@ -95,7 +95,7 @@ def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_
     notes.in_save = lambda: signal.raise_signal(signal.SIGTERM)
     done = start("train.save_every=2", "train.valid_every=0", stop_request=stop_request, notes=notes)
     assert [call for call in notes.calls if call[0] == "save"] == [("save", 2, False), ("save", 3, True)]
-    assert done.end.step == 3 and stop_request.granted
+    assert done.end.step == 3 and stop_request.is_agreed
 
 
 def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start, stop_request):

@@ -161,7 +161,7 @@ def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_owed(run,
 def test_metrics_reach_tensorboard_once_over_a_restart_and_a_return(run):
     _do(run, [1, 2, 3]).close()
     metrics = _do(run, [3, 4, 5], start=2)
-    metrics.go_back(TrainState(step=4))
+    metrics.drop_after(TrainState(step=4))
     metrics.step(5, (32, 40), StepResult(torch.tensor(50.0), 0.5), lr=1e-4)
     metrics.close()
     expected = [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.0), (5, 50.0)]
