@@ -8,8 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from megatron_bipe.data.segmenter import fixed_length_ends
-from megatron_bipe.data.segments import SegmentRule, segment_ends
+from megatron_bipe.data.segments import SegmentRule, fixed_length_ends, segment_ends
 from megatron_bipe.data.shard import choose_dtype
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.types import BoolArray, Document, IntArray, TokenArray

@@ -235,3 +235,17 @@ def _has_newline(text: str) -> bool:
 def _closes_sentence(text: str) -> bool:
     closing = all(char in FULL_STOPS or char in CLOSERS or char.isspace() for char in text)
     return closing and any(char in FULL_STOPS or char == "\n" for char in text)
+
+
+def fixed_length_ends(bounds_D1: IntArray, length: int, start: int, stop: int) -> BoolArray:
+    """Mark every `length`-th token of each document, for tokens [start, stop); `bounds_D1` holds document bounds."""
+    ends_T = np.zeros(stop - start, dtype=np.bool_)
+    first = max(int(np.searchsorted(bounds_D1, start, side="right")) - 1, 0)
+    last = int(np.searchsorted(bounds_D1, stop, side="left"))
+    begins_D, limits_D = bounds_D1[first:last], np.minimum(bounds_D1[first + 1 : last + 1], stop)
+    closed_D = np.maximum(start - begins_D, 0) // length  # segments that end before `start`
+    first_ends_D = begins_D + (closed_D + 1) * length - 1
+    counts_D = np.maximum((limits_D - first_ends_D - 1) // length + 1, 0)
+    nth = np.arange(int(counts_D.sum())) - np.repeat(np.cumsum(counts_D) - counts_D, counts_D)
+    ends_T[np.repeat(first_ends_D, counts_D) + nth * length - start] = True
+    return ends_T

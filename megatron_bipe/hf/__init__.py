@@ -1,3 +1,15 @@
-from megatron_bipe.hf.register import BipeConfig, BipeForCausalLM, BipeModel
+"""Registration of `bipe` models with transformers' Auto classes, so that they load without remote code.
+
+After this import the Auto classes run this package's code instead of the code in a model folder.
+"""
+
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+
+from megatron_bipe.hf.configuration_bipe import BipeConfig
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeModel
+
+AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
+AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
+AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)
 
 __all__ = ["BipeConfig", "BipeForCausalLM", "BipeModel"]

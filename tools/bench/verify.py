@@ -24,9 +24,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import command
 from bench._machine import describe_machine
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.inspection.shard_scan import Advance, run_in_order
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
-from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.data.shard_layout import SUFFIXES

@@ -16,6 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
+from megatron_bipe.data.inspection.shard_scan import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
     SUFFIXES,
@@ -25,8 +26,6 @@ from megatron_bipe.data.manifest import (
     ShardRecord,
     Suffix,
 )
-from megatron_bipe.data.parallel_map import Advance, run_in_order
-from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import pack_seg, shard_path

@@ -11,9 +11,8 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
+from megatron_bipe.data.inspection.shard_scan import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import MANIFEST_NAME, ShardRecord
-from megatron_bipe.data.parallel_map import Advance, run_in_order
-from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged_error, packed_bytes
