@@ -1,10 +1,10 @@
 """SHA256SUMS of an exported folder: checksums of its weight files in the format of `sha256sum --check`."""
 
-import hashlib
 from collections.abc import Mapping
 from pathlib import Path
 
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.io import sha256_of
 
 SUMS = "SHA256SUMS"
 
@@ -37,8 +37,7 @@ def check_file(path: Path) -> None:
 
 def _verify(path: Path, digest: str) -> None:
     try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as error:
         what = f"the weights {path.name} cannot be read: {error.strerror}"
         raise CheckpointError(what, remedy="Copy or export the model again", location=path.parent) from error

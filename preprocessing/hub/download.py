@@ -18,7 +18,7 @@ from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path, sync
+from megatron_bipe.io import fsync_path, partial_path
 from preprocessing.hub.plan import (
     LOCK_NAME,
     DownloadOptions,
@@ -154,9 +154,9 @@ def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: "Met
         _receive_patiently(snapshot, item.file, options.endpoint, part, bar)
         if is_complete(part, item.file):
             with disk_errors(path):
-                sync(part)
+                fsync_path(part)
                 part.replace(path)
-                sync(path.parent)
+                fsync_path(path.parent)
             return True
         if part.stat().st_size >= item.file.size_bytes:
             log.warning("%s arrived with a wrong checksum", item.file.path)

@@ -95,10 +95,11 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
 
 def is_complete(path: Path, file: HubFile) -> bool:
     """Read a file, and return True if its content is the one that the Hub reports."""
-    if path.stat().st_size != file.size_bytes:
-        return False
     kind, _, stated = file.checksum.partition(":")
-    return (sha256_of(path) if kind == "sha256" else git_hash(path.read_bytes())) == stated
+    with disk_errors(path):
+        if path.stat().st_size != file.size_bytes:
+            return False
+        return (sha256_of(path) if kind == "sha256" else git_hash(path.read_bytes())) == stated
 
 
 def receive(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: Callable[..., Any]) -> None:
