@@ -78,7 +78,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     File systems that cannot exchange two names, such as NFS, need two renames; if a process is killed between them, the
     next call restores the old folder. The draft has the name of `path`, since some files depend on it.
 
-    Checkpoints and preprocessing do not use this: the one is written by many processes, the other is resumable.
+    Checkpoints and preprocessing have their own commit: many processes write a checkpoint, and work of preprocessing
+    that was interrupted is kept and resumed.
 
     Args:
         path: folder to make. Its parent is created.
@@ -86,7 +87,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
 
     Raises:
         DataError: the folder is not empty and must not be replaced, or another process is making it.
-        OSError: the disk operation failed; an existing folder is then unchanged.
+        OSError: a disk operation failed.
     """
     path = path.resolve()
     work = unfinished_path(path)
