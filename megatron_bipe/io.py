@@ -1,15 +1,17 @@
 """Files and folders: atomic writes, fsync, checksums, locks, and the limit on open files."""
 
+import ctypes
 import errno
 import fcntl
 import hashlib
 import os
 import resource
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, BinaryIO
 
 from megatron_bipe.errors import DataError
 
@@ -18,7 +20,7 @@ LOCK_NAME = "lock"
 LOCK_WAIT_S = 10.0  # time for the processes of a killed run to exit
 
 
-def sync(path: Path) -> None:
+def fsync_path(path: Path) -> None:
     """Fsync a file or a folder. Without it, a power failure may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -27,7 +29,8 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def sha256(path: Path) -> str:
+def sha256_of(path: Path) -> str:
+    """Return the SHA-256 of a file's bytes, in hex; raise `OSError` if it is missing or unreadable."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -37,31 +40,98 @@ def partial_path(path: Path) -> Path:
     return path.with_name(path.name + PARTIAL_SUFFIX)
 
 
-def sha256_of(path: Path) -> str:
-    """Return the SHA-256 of a file's bytes, in hex.
+@contextmanager
+def atomic_file(path: Path) -> Iterator[BinaryIO]:
+    """Yield a file that becomes `path` if the block succeeds and is removed if it fails.
 
-    Raises:
-        DataError: the file is missing or unreadable.
+    A reader of `path` sees all of the old file or all of the new one, even after a crash.
     """
-    try:
-        return sha256(path)
-    except OSError as error:
-        raise unreadable_error(path, error) from error
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees all of it or none, even after a crash."""
     partial = partial_path(path)
     try:
         with partial.open("wb") as stream:
-            stream.write(data)
+            yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
         raise
-    sync(path.parent)
+    fsync_path(path.parent)
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Write `data` to `path` as `atomic_file` does."""
+    with atomic_file(path) as stream:
+        stream.write(data)
+
+
+def unfinished_path(path: Path) -> Path:
+    """Return the folder in which `atomic_directory` works, on the same file system so that a rename is atomic."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+@contextmanager
+def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty draft folder that becomes `path` if the block succeeds and is removed if it fails.
+
+    A process that is killed leaves the complete old folder or the complete new one; the next call removes its draft.
+    File systems that cannot exchange two names, such as NFS, need two renames; if a process is killed between them, the
+    next call restores the old folder. The draft has the name of `path`, since some files depend on it.
+
+    Checkpoints and preprocessing have their own commit: many processes write a checkpoint, and work of preprocessing
+    that was interrupted is kept and resumed.
+
+    Args:
+        path: folder to make. Its parent is created.
+        overwrite: replace a folder that is not empty, with all that it holds.
+
+    Raises:
+        DataError: the folder is not empty and must not be replaced, or another process is making it.
+        OSError: a disk operation failed.
+    """
+    path = path.resolve()
+    work = unfinished_path(path)
+    draft = work / "draft" / path.name
+
+    def begin() -> None:
+        _tidy(work, path)
+        if path.exists() and not path.is_dir():
+            raise DataError("The output is a file; it must be a folder", remedy="Name another", location=path)
+        if path.exists() and any(path.iterdir()) and not overwrite:
+            raise DataError("The output folder is not empty", remedy="Name another, or overwrite it", location=path)
+
+    with locked(work, begin, output=path):
+        try:
+            draft.mkdir(parents=True)
+            yield draft
+            for file in (*draft.rglob("*"), draft):
+                fsync_path(file)
+            if not overwrite or not path.exists():
+                draft.rename(path)  # fails if the folder is no longer empty
+            elif not _exchange(draft, path):
+                path.rename(work / "replaced")
+                draft.rename(path)
+            fsync_path(path.parent)
+        finally:
+            _tidy(work, path)
+
+
+def _tidy(work: Path, path: Path) -> None:
+    """Restore a folder whose replacement was interrupted, and remove drafts and replaced folders."""
+    replaced = work / "replaced"
+    if replaced.exists() and not path.exists():
+        replaced.rename(path)
+    for leftover in (replaced, work / "draft"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Exchange the names of two folders in one step, by renameat2(2); return False if it cannot be done."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "renameat2"):
+        return False
+    at_cwd, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(libc.renameat2(at_cwd, os.fsencode(one), at_cwd, os.fsencode(other), exchange) == 0)
 
 
 def allow_open_files(count: int) -> None:
@@ -88,25 +158,29 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 
 @contextmanager
-def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[None]:
+def locked(folder: Path, begin: Callable[[], None] | None = None, *, output: Path | None = None) -> Iterator[None]:
     """Hold a lock on a folder that all processes of this run share; the last one to leave removes an empty folder.
 
     The lock is released when its processes end. Over NFS, the kernel turns it into a lock on the server, which holds
     for all hosts (flock(2), since Linux 2.6.12). On file systems without locks, nothing is locked.
+    `filelock` does not replace it: its file lock cannot be shared, its shared lock is a SQLite database, and where
+    there are no locks it takes a lock file that a killed process leaves behind.
 
     Args:
         folder: folder to lock; created if it does not exist.
         begin: called first, while no other process holds the lock.
+        output: location of errors; None: the parent of `folder`.
 
     Raises:
         DataError: another run holds the lock, or the folder cannot be created.
     """
-    stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH)
+    output = output or folder.parent
+    stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH, output)
     try:
         if begin:
             begin()
             if not _lock(stream, fcntl.LOCK_SH):
-                raise _busy(folder)
+                raise _busy(output)
         yield
     finally:
         with suppress(OSError):  # other processes may be leaving at the same time
@@ -117,7 +191,7 @@ def locked(folder: Path, begin: Callable[[], None] | None = None) -> Iterator[No
             folder.rmdir()  # succeeds only if it is empty
 
 
-def _open(folder: Path, kind: int) -> IO[str]:
+def _open(folder: Path, kind: int, output: Path) -> IO[str]:
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
@@ -125,14 +199,14 @@ def _open(folder: Path, kind: int) -> IO[str]:
         except (FileExistsError, NotADirectoryError) as error:
             what = f"The output cannot be written: {error.strerror}"
             remedy = "Remove the file that prevents creating a folder here"
-            raise DataError(what, remedy=remedy, location=folder.parent) from error
+            raise DataError(what, remedy=remedy, location=output) from error
         with suppress(FileNotFoundError):  # a run that has just ended removed the folder
             stream = (folder / LOCK_NAME).open("a+")  # over NFS, a shared lock needs read access
             if _lock(stream, kind) and os.fstat(stream.fileno()).st_nlink:  # else that run removed the lock file
                 return stream
             stream.close()
         if time.monotonic() > deadline_s:
-            raise _busy(folder)
+            raise _busy(output)
         time.sleep(0.1)
 
 
@@ -147,9 +221,9 @@ def _lock(stream: IO[str], kind: int) -> bool:
     return True
 
 
-def _busy(folder: Path) -> DataError:
+def _busy(output: Path) -> DataError:
     return DataError(
         "Another run is writing to this folder",
         remedy="Wait for it to end, stop it, or name another folder",
-        location=folder.parent,
+        location=output,
     )

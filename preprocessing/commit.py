@@ -25,7 +25,7 @@ from megatron_bipe.data.shard import choose_dtype
 from megatron_bipe.data.shard_layout import shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import PARTIAL_SUFFIX, sync
+from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path
 from preprocessing.encode import Destination
 from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
 
@@ -63,7 +63,7 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
         for destination, folder in dataset_folders(work.output, list(shards)).items()
     }
     for folder in {work.output, *(folder.parent for folder in made)}:
-        sync(folder)
+        fsync_path(folder)
     work.mark(PUBLISHED_NAME)
     work.remove()
     return made
@@ -87,11 +87,11 @@ def publish_dataset(
         for suffix in SUFFIXES:
             _move(shard_path(origin, record.name, suffix), shard_path(folder, name, suffix))
         renamed.append(record.model_copy(update={"name": name}))
-    sync(folder)
+    fsync_path(folder)
     tokenizer = contents.tokenizer
     tokenizer.copy_to(folder / TOKENIZER_FOLDER)
     for path in (*(folder / TOKENIZER_FOLDER).iterdir(), folder / TOKENIZER_FOLDER):
-        sync(path)
+        fsync_path(path)
     chosen = {key: value for key, value in destination._asdict().items() if value}
     manifest = Manifest(
         tokenizer=TokenizerRecord(

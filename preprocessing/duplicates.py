@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.io import partial_path, sync
+from megatron_bipe.io import atomic_file
 from preprocessing.encode import HASH_BYTES, text_hash
 
 ROWS_A_ROUND = 1 << 26  # 1 GiB of hashes, and about three times that while they are sorted
@@ -70,8 +70,5 @@ def _repeats(rows: HashRows) -> npt.NDArray[np.bool_]:
 
 
 def _save(path: Path, array: npt.NDArray[np.generic]) -> None:
-    partial = partial_path(path)
-    with partial.open("wb") as stream:
+    with atomic_file(path) as stream:
         np.save(stream, array)
-    sync(partial)
-    partial.replace(path)

@@ -32,7 +32,7 @@ import orjson
 import zstandard
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path
+from megatron_bipe.io import atomic_file
 
 CODE, PROSE = "Code", "Prose"
 SPLITS = ("train", "valid")
@@ -166,21 +166,16 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> CorpusSum
     folder.mkdir(parents=True, exist_ok=True)
     tallies = {(subset, split): SubsetSize(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
     paths, fingerprint = corpus_files(folder), hashlib.sha256()
-    try:
-        with ExitStack() as stack:
-            streams = [stack.enter_context(zstandard.open(partial_path(path), "wb")) for path in paths]
-            for text, subset, valid in documents:
-                line = orjson.dumps({"text": text, "meta": {"pile_set_name": subset}}) + b"\n"
-                streams[valid].write(line)
-                fingerprint.update(b"%d" % valid + line)
-                old = tallies[subset, SPLITS[valid]]
-                tallies[subset, SPLITS[valid]] = SubsetSize(old.documents + 1, old.text_bytes + len(text.encode()))
+    with ExitStack() as stack:
+        files = [stack.enter_context(atomic_file(path)) for path in paths]
+        streams = [stack.enter_context(zstandard.open(file, "wb")) for file in files]
+        for text, subset, valid in documents:
+            line = orjson.dumps({"text": text, "meta": {"pile_set_name": subset}}) + b"\n"
+            streams[valid].write(line)
+            fingerprint.update(b"%d" % valid + line)
+            old = tallies[subset, SPLITS[valid]]
+            tallies[subset, SPLITS[valid]] = SubsetSize(old.documents + 1, old.text_bytes + len(text.encode()))
         _check_complete(tallies, folder)
-        for path in paths:
-            partial_path(path).replace(path)
-    finally:
-        for path in paths:
-            partial_path(path).unlink(missing_ok=True)
     return CorpusSummary(tallies, fingerprint.hexdigest())
 
 

@@ -16,7 +16,7 @@ from megatron_bipe.checkpoint.manifest import unusable_checkpoint
 from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import sync, write_atomically
+from megatron_bipe.io import fsync_path, write_atomically
 
 FREE_SPACE = "Free space there, or keep fewer checkpoints with checkpoint.keep_last"
 
@@ -71,13 +71,13 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
         size = (temporary / name).stat().st_size
         if size != record.bytes:
             raise unusable_checkpoint(temporary, f"{name} has {size} bytes; {record.bytes} were written")
-    sync(temporary)
+    fsync_path(temporary)
     final = step_folder(run_dir, step)
     replaced = final.with_name(f"{_REPLACED}{final.name}")
     if final.exists():  # after a rollback, the run reached this step again
         final.rename(replaced)
     temporary.rename(final)
-    sync(final.parent)
+    fsync_path(final.parent)
     write_atomically(final.with_name(POINTER), f"{final.name}\n".encode())
     return final
 

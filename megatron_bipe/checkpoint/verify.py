@@ -14,7 +14,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import sha256
+from megatron_bipe.io import sha256_of
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
@@ -73,7 +73,7 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
             size = (folder / name).stat().st_size
             if size != record.bytes:
                 raise unusable_checkpoint(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
-            found = sha256(folder / name)
+            found = sha256_of(folder / name)
         except OSError as error:
             raise unusable_checkpoint(folder, f"{name} cannot be read: {error.strerror or error}") from error
         if found != record.sha256:

@@ -31,7 +31,7 @@ from megatron_bipe.data.shard_layout import (
     shard_path,
 )
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path, sync, unreadable_error
+from megatron_bipe.io import fsync_path, partial_path, unreadable_error
 from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
 
 __all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]
@@ -122,7 +122,7 @@ class ShardWriter:
                 files[suffix] = _sync(stream, hashlib.sha256(data).hexdigest())
         for suffix in SUFFIXES:
             self._partial(suffix).replace(self._path(suffix))
-        sync(self._folder)
+        fsync_path(self._folder)
         return ShardRecord(
             name=self.name,
             documents=self.num_documents,

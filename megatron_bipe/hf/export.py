@@ -11,10 +11,8 @@ import hashlib
 import json
 import logging
 import re
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -32,7 +30,7 @@ from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_setti
 from megatron_bipe.hf.load import CONFIG, INDEX, SUMS, WEIGHTS, load_layer, read_settings, write_checksums
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
-from megatron_bipe.io import sync
+from megatron_bipe.io import atomic_directory
 from megatron_bipe.model.positions import functional
 from megatron_bipe.model.transformer import build_model, make_plan
 from megatron_bipe.tensor_file import write_tensors
@@ -98,7 +96,7 @@ def export_model(
         CheckpointError: the folder exists, the weights do not fit, or the exported model differs from the trained one.
     """
     options = options or ExportOptions()
-    with _publish_on_success(Path(folder), options.overwrite) as draft:
+    with _draft(Path(folder), options.overwrite) as draft:
         shapes = _stored_weights(config, options.dtype)
         files = _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
         write_checksums(draft, files)
@@ -177,31 +175,21 @@ def _read_for_storage(weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor
 
 
 @contextmanager
-def _publish_on_success(folder: Path, overwrite: bool) -> Iterator[Path]:
-    """Yield a draft folder that replaces `folder` if the block succeeds and is removed if it fails.
-
-    The draft has the final name inside a temporary parent: transformers names the remote code's module after it.
-    """
+def _draft(folder: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield a draft of an exported folder; it has the final name, after which transformers names the remote code."""
     folder = folder.resolve()
     if folder.exists() and not overwrite:
         raise CheckpointError("the output folder exists", remedy="Choose another, or add --overwrite", location=folder)
     if folder.exists():
         _check_replaceable(folder)
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        scratch = Path(tempfile.mkdtemp(prefix=f".{folder.name}.export-", dir=folder.parent))
-    except OSError as error:
-        what = f"the folder cannot be created: {error.strerror}"
-        raise CheckpointError(what, remedy="Choose another", location=folder) from error
-    try:
-        draft = scratch / folder.name
-        draft.mkdir()
+    with ExitStack() as stack:
+        try:
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            draft = stack.enter_context(atomic_directory(folder, overwrite=overwrite))
+        except OSError as error:
+            what = f"the folder cannot be created: {error.strerror}"
+            raise CheckpointError(what, remedy="Choose another", location=folder) from error
         yield draft
-        for file in draft.iterdir():
-            sync(file)
-        _replace_folder(draft, folder, scratch / "replaced")
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _check_replaceable(folder: Path) -> None:
@@ -214,18 +202,6 @@ def _check_replaceable(folder: Path) -> None:
     if foreign:
         what = f"the output has foreign files: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
         raise CheckpointError(what, remedy="Move them, or choose another output", location=folder)
-
-
-def _replace_folder(draft: Path, folder: Path, replaced: Path) -> None:
-    """Rename the draft to `folder`; if that fails, restore the earlier one."""
-    try:
-        if folder.exists():
-            folder.rename(replaced)
-        draft.rename(folder)
-        sync(folder.parent)
-    finally:
-        if replaced.exists() and not folder.exists():
-            replaced.rename(folder)
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -3,7 +3,6 @@
 SHA256SUMS holds the checksums of the weight files in the format of `sha256sum --check`.
 """
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,6 +17,7 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.hf_config import rope_fields
 from megatron_bipe.hf.weight_mapping import from_llama
+from megatron_bipe.io import sha256_of
 from megatron_bipe.model.transformer import TOKEN_EMBEDDING, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -239,8 +239,7 @@ def check_file(path: Path) -> None:
 
 def _verify(path: Path, digest: str) -> None:
     try:
-        with path.open("rb") as stream:
-            found = hashlib.file_digest(stream, "sha256").hexdigest()
+        found = sha256_of(path)
     except OSError as error:
         what = f"the weights {path.name} cannot be read: {error.strerror}"
         raise CheckpointError(what, remedy="Copy or export the model again", location=path.parent) from error

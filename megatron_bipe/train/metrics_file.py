@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
-from megatron_bipe.io import sync
+from megatron_bipe.io import fsync_path
 
 _log = logging.getLogger(__name__)
 
@@ -106,7 +106,7 @@ class Events:
         is_truncated = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
         with self._path.open("ab") as file:
             file.write(b"\n" * is_truncated + orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n")
-        sync(self._path)
+        fsync_path(self._path)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

@@ -5,21 +5,26 @@ folder's receipt records the verified files, so that a later run does not read t
 """
 
 import logging
-from collections.abc import Iterator
+import sys
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self, TypeVar
 
 from httpx2 import HTTPError
 from huggingface_hub.utils import WeakFileLock
+from tqdm import tqdm
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path, sync
-from preprocessing.hub.download_manifest import LOCK_NAME, Receipt
+from megatron_bipe.io import fsync_path, partial_path
 from preprocessing.hub.plan import (
+    LOCK_NAME,
     DownloadOptions,
     Item,
     Plan,
+    Receipt,
     State,
     find_snapshot,
     format_paths,
@@ -27,7 +32,6 @@ from preprocessing.hub.plan import (
     rest_bytes,
     survey,
 )
-from preprocessing.hub.progress_bar import FileBar, Meter, run_in_threads
 from preprocessing.hub.transfer import (
     RESUME_HINT,
     HubFile,
@@ -39,10 +43,14 @@ from preprocessing.hub.transfer import (
     require_transferable,
 )
 from preprocessing.line_counts import require_at_least
+from preprocessing.progress import LINE_EVERY_S
 
 LOCK_WAIT_S = 1.0
 ATTEMPTS = 3  # to get a file with the right checksum
 WAITS_S = (10.0, 20.0, 40.0, 80.0)  # while no byte arrives: the network is down, or the Hub is busy
+
+T = TypeVar("T")
+Result = TypeVar("Result")
 
 log = logging.getLogger(__name__)
 
@@ -135,20 +143,20 @@ def _fetch_all(options: DownloadOptions, snapshot: Snapshot, wanted: list[Item],
         )
 
 
-def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: Meter) -> bool:
+def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: "Meter") -> bool:
     """Fetch a file, and rename it once its content is verified; return False if it never is."""
     path = options.output / item.file.path
     part = partial_path(path)
-    bar = FileBar(meter, item.file.size_bytes - item.fetch_bytes)
+    bar = _FileBar(meter, item.file.size_bytes - item.fetch_bytes)
     with disk_errors(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     for _ in range(ATTEMPTS):
         _receive_patiently(snapshot, item.file, options.endpoint, part, bar)
         if is_complete(part, item.file):
             with disk_errors(path):
-                sync(part)
+                fsync_path(part)
                 part.replace(path)
-                sync(path.parent)
+                fsync_path(path.parent)
             return True
         if part.stat().st_size >= item.file.size_bytes:
             log.warning("%s arrived with a wrong checksum", item.file.path)
@@ -156,7 +164,7 @@ def _fetch(item: Item, options: DownloadOptions, snapshot: Snapshot, meter: Mete
     return False
 
 
-def _receive_patiently(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: FileBar) -> None:
+def _receive_patiently(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: "_FileBar") -> None:
     waits, there_bytes = iter(WAITS_S), -1
     with hub_errors(snapshot.repo):
         while True:
@@ -184,3 +192,96 @@ def _alone_in(folder: Path) -> Iterator[None]:
                 "Another run is downloading into this folder", remedy="Wait for it, or name another", location=folder
             ) from error
         yield
+
+
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker when another one, or the user, ended the run
+    """Signal to a worker that the run has ended."""
+
+
+class _LogWriter:
+    """Output of a bar where there is no terminal: each update becomes a log line."""
+
+    def write(self, text: str) -> None:
+        if text := text.strip():
+            log.info(text)
+
+    def flush(self) -> None:
+        pass
+
+
+class Meter:
+    """Bytes of all workers, as a bar on a terminal or a log line every half minute; also stops the workers."""
+
+    def __init__(self, what: str, total_bytes: int) -> None:
+        self._lock, self._stopped = threading.Lock(), threading.Event()
+        self.bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=not total_bytes, **_style())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.bar.close()
+
+    def add(self, num_bytes: int) -> None:
+        """Count bytes, a negative number for discarded ones; raise `Stopped` after `stop`."""
+        if self._stopped.is_set():
+            raise Stopped
+        with self._lock:
+            self.bar.update(num_bytes)
+
+    def wait(self, seconds: float) -> None:
+        """Wait; raise `Stopped` as soon as the run ends."""
+        if self._stopped.wait(seconds):
+            raise Stopped
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def _style() -> dict[str, Any]:
+    if sys.stderr.isatty():
+        return {}
+    text = "{desc}: {percentage:.1f}%, {n_fmt}B of {total_fmt}B at {rate_fmt}, {remaining} left"
+    return {"file": _LogWriter(), "bar_format": text, "delay": LINE_EVERY_S, "mininterval": LINE_EVERY_S, "miniters": 1}
+
+
+class _FileBar:
+    """Substitute for the class `tqdm` in `http_get`: adds the bytes of one file to the meter of all."""
+
+    def __init__(self, meter: Meter, counted_bytes: int) -> None:
+        self.meter = meter
+        self._counted_bytes = counted_bytes
+
+    def __call__(self, *, initial: int, **_: Any) -> Self:
+        """Start a transfer at `initial` bytes, which are fewer than counted if a partial file was discarded."""
+        self.update(initial - self._counted_bytes)
+        return self
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def update(self, num_bytes: int) -> None:
+        self._counted_bytes += num_bytes
+        self.meter.add(num_bytes)
+
+
+def run_in_threads(
+    work: Callable[[T], Result],
+    items: Iterable[T],
+    workers: int,
+    note: Callable[[T, Result], None],
+    meter: Meter,
+) -> None:
+    """Run `work` in threads, and `note` with each result in this one; the first error stops all."""
+    with ThreadPoolExecutor(workers) as pool:
+        try:
+            futures = {pool.submit(work, item): item for item in items}
+            for future in as_completed(futures):
+                note(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            meter.stop()
+            raise

@@ -9,17 +9,11 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class Known:
-    """Dataset repository on the Hub, or part of one.
+    """Dataset repository on the Hub, or part of one."""
 
-    Args:
-        repo: OWNER/NAME.
-        include: patterns of the files to fetch; empty: all.
-        next_commands: file patterns, each with the command that processes such files; `{folder}` is their folder.
-    """
-
-    repo: str
-    include: tuple[str, ...] = ()
-    next_commands: tuple[tuple[str, str], ...] = ()
+    repo: str  # OWNER/NAME
+    include: tuple[str, ...] = ()  # patterns of the files to fetch; empty: all
+    next_commands: tuple[tuple[str, str], ...] = ()  # file pattern, and the command for such files in `{folder}`
 
 
 _PREPROCESS = "python tools/preprocess.py --tokenizer TOKENIZER --workers 8 --input {folder}/"

@@ -1,4 +1,8 @@
-"""Plan of a download: the selected files of a repository, and their state in the folder."""
+"""Plan of a download: the selected files of a repository, and their state in the folder.
+
+The folder's receipt records its repository and commit, and the files that were verified. A file that the receipt names,
+with the same size and modification time, is not read again.
+"""
 
 import shutil
 from collections.abc import Sequence
@@ -8,12 +12,81 @@ from pathlib import Path
 from typing import NamedTuple
 
 from huggingface_hub.utils import filter_repo_objects
+from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path
-from preprocessing.hub.download_manifest import Receipt, is_own
-from preprocessing.hub.transfer import HubFile, Snapshot, list_snapshot
+from megatron_bipe.io import PARTIAL_SUFFIX, partial_path, unreadable_error, write_atomically
+from preprocessing.hub.transfer import HubFile, Snapshot, disk_errors, list_snapshot
+
+RECEIPT_NAME = "download-receipt.json"
+LOCK_NAME = ".download.lock"
+
+
+def is_own(path: str) -> bool:
+    """Return True if a path in the folder is reserved for the download; no file of the repository may have it."""
+    return path in (RECEIPT_NAME, LOCK_NAME) or path.endswith(PARTIAL_SUFFIX)
+
+
+class Entry(BaseModel):
+    """State of a file on disk when its content was verified."""
+
+    checksum: str
+    size_bytes: int
+    modified_ns: int
+
+
+class Receipt(BaseModel):
+    """Contents of a folder: one repository at one commit."""
+
+    repo: str
+    commit: str
+    files: dict[str, Entry] = {}
+
+    @classmethod
+    def load(cls, folder: Path) -> "Receipt | None":
+        """Read a folder's receipt; return None if it has none.
+
+        Raises:
+            DataError: the receipt is unreadable or damaged.
+        """
+        path = folder / RECEIPT_NAME
+        try:
+            return cls.model_validate_json(path.read_bytes(), strict=True)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+        except OSError as error:
+            raise unreadable_error(path, error) from error
+        except ValidationError as error:
+            problem = error.errors(include_url=False)[0]
+            raise DataError(
+                f"The receipt is damaged: {problem['msg']} at {'.'.join(map(str, problem['loc'])) or 'the start'}",
+                remedy="Remove it: the files in this folder are then checked again, and kept if they are complete",
+                location=path,
+            ) from error
+
+    def save(self, folder: Path) -> None:
+        """Write the receipt to its folder atomically."""
+        with disk_errors(folder / RECEIPT_NAME):
+            write_atomically(folder / RECEIPT_NAME, self.model_dump_json(indent=2).encode())
+
+    def add(self, file: HubFile, path: Path) -> None:
+        """Record a file whose content was just verified."""
+        self.files[file.path] = _entry(file, path)
+
+    def is_verified(self, file: HubFile, path: Path) -> bool:
+        """Return True if the file was verified and has not been written to since."""
+        return self.files.get(file.path) == _entry(file, path)
+
+    def mark_unverified(self, file: HubFile) -> None:
+        """Mark a damaged file as not verified; it stays listed as a file of this download."""
+        if file.path in self.files:
+            self.files[file.path].modified_ns = 0
+
+
+def _entry(file: HubFile, path: Path) -> Entry:
+    status = path.stat()
+    return Entry(checksum=file.checksum, size_bytes=status.st_size, modified_ns=status.st_mtime_ns)
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Access to the Hugging Face Hub: list the files of a dataset repository, and fetch their bytes to disk.
 
-`huggingface_hub` lists, authorises, transfers, and resumes broken connections. This module and `download.py` add what
-files of many gigabytes need: since its release 1.x it discards the partial file of an earlier process, and checks only
-the size of what arrives over HTTP.
+`huggingface_hub` lists, authorizes, transfers, and resumes broken connections. This package adds what files of many
+gigabytes need (decision 0010): the library discards the partial file of an earlier process, and checks only the size
+of what arrives over HTTP.
 """
 
 import errno
@@ -95,10 +95,11 @@ def _hub_file(repo: str, entry: RepoFile) -> HubFile:
 
 def is_complete(path: Path, file: HubFile) -> bool:
     """Read a file, and return True if its content is the one that the Hub reports."""
-    if path.stat().st_size != file.size_bytes:
-        return False
     kind, _, stated = file.checksum.partition(":")
-    return (sha256_of(path) if kind == "sha256" else git_hash(path.read_bytes())) == stated
+    with disk_errors(path):
+        if path.stat().st_size != file.size_bytes:
+            return False
+        return (sha256_of(path) if kind == "sha256" else git_hash(path.read_bytes())) == stated
 
 
 def receive(snapshot: Snapshot, file: HubFile, endpoint: str | None, part: Path, bar: Callable[..., Any]) -> None:
@@ -147,51 +148,10 @@ def require_transferable(files: list[HubFile]) -> None:
         )
 
 
-class _Reason(NamedTuple):
-    kind: type[Exception]
-    message: str
-    remedy: str
-    statuses: tuple[int, ...] = ()  # of HTTP; empty: any
-
-
-# The first match is reported; `{error}` is the exception's text.
-_REASONS = (
-    _Reason(
-        GatedRepoError,
-        "Access to this repository is granted on request, and has not been granted",
-        "Ask for it on the repository's page, log in with `hf auth login`, and run again",
-    ),
-    _Reason(
-        RepositoryNotFoundError,
-        "The Hub has no such dataset repository, or it is private",
-        "Check the name (OWNER/NAME); for a private one, log in with `hf auth login`",
-    ),
-    _Reason(RevisionNotFoundError, "The repository has no such revision", "Name a branch, a tag or a commit hash"),
-    _Reason(
-        HfHubHTTPError,
-        "The Hub refuses access: {error}",
-        "Log in with `hf auth login`, or check that the token (HF_TOKEN) is valid and may read this repository",
-        statuses=(401, 403),
-    ),
-    _Reason(HfHubHTTPError, "The Hub answered: {error}", f"Unless it says otherwise, {RESUME_HINT}"),
-    _Reason(HFValidationError, "This is not a repository name: {error}", "Name it as OWNER/NAME"),
-    _Reason(OfflineModeIsEnabled, "huggingface_hub is in offline mode", "Unset HF_HUB_OFFLINE"),
-    _Reason(InvalidURL, "The endpoint is not a URL: {error}", "Give it as https://HOST"),
-    _Reason(
-        HTTPError,
-        "The Hub cannot be reached: {error}",
-        f"Check the network, the proxy settings and --endpoint, and {RESUME_HINT}",
-    ),
-)
-
-
 def is_transient(error: Exception) -> bool:
     """Return True if the same request may succeed later."""
-    return isinstance(error, TransportError) or _status(error) in BUSY
-
-
-def _status(error: Exception) -> int:
-    return error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+    is_busy = isinstance(error, HfHubHTTPError) and error.response.status_code in BUSY
+    return is_busy or isinstance(error, TransportError)
 
 
 @contextmanager
@@ -202,10 +162,37 @@ def hub_errors(location: str, leave: Callable[[Exception], bool] = lambda _: Fal
     except (HTTPError, InvalidURL, HFValidationError, OfflineModeIsEnabled) as error:
         if leave(error):
             raise
-        matches = (reason for reason in _REASONS if isinstance(error, reason.kind))
-        reason = next(reason for reason in matches if not reason.statuses or _status(error) in reason.statuses)
-        text = " ".join(str(error).split()) or type(error).__name__
-        raise DataError(reason.message.format(error=text), remedy=reason.remedy, location=location) from error
+        what, remedy = _explain(error)
+        raise DataError(what, remedy=remedy, location=location) from error
+
+
+def _explain(error: Exception) -> tuple[str, str]:
+    """Return what went wrong and its remedy."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    match error:
+        case GatedRepoError():
+            what = "Access to this repository is granted on request, and has not been granted"
+            return what, "Ask for it on the repository's page, log in with `hf auth login`, and run again"
+        case RepositoryNotFoundError():
+            what = "The Hub has no such dataset repository, or it is private"
+            return what, "Check the name (OWNER/NAME); for a private one, log in with `hf auth login`"
+        case RevisionNotFoundError():
+            return "The repository has no such revision", "Name a branch, a tag or a commit hash"
+        case HfHubHTTPError() if error.response.status_code in (401, 403):
+            remedy = (
+                "Log in with `hf auth login`, or check that the token (HF_TOKEN) is valid and may read this repository"
+            )
+            return f"The Hub refuses access: {text}", remedy
+        case HfHubHTTPError():
+            return f"The Hub answered: {text}", f"Unless it says otherwise, {RESUME_HINT}"
+        case HFValidationError():
+            return f"This is not a repository name: {text}", "Name it as OWNER/NAME"
+        case OfflineModeIsEnabled():
+            return "huggingface_hub is in offline mode", "Unset HF_HUB_OFFLINE"
+        case InvalidURL():
+            return f"The endpoint is not a URL: {text}", "Give it as https://HOST"
+    remedy = f"Check the network, the proxy settings and --endpoint, and {RESUME_HINT}"
+    return f"The Hub cannot be reached: {text}", remedy
 
 
 @contextmanager

@@ -1,17 +1,20 @@
-"""The lock of an output: one run at a time, from before it looks until after it has left."""
+"""Files and folders that appear in one step or not at all; the lock of an output, which one run holds at a time."""
 
+import errno
 import fcntl
 import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
 
 from megatron_bipe import io
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import LOCK_NAME, locked
+from megatron_bipe.io import LOCK_NAME, atomic_directory, locked, unfinished_path
 from tests.helpers.errors import raises
 
 
@@ -135,3 +138,207 @@ def test_locked_folder_with_a_file_in_the_way_is_refused(tmp_path: Path) -> None
     for folder, observed in ((tmp_path / "file", "File exists"), (tmp_path / "file" / "work", "Not a directory")):
         with raises(DataError, observed, location=folder.parent):
             enter(folder, begin)
+
+
+OLD, NEW = {"kept.txt": "old", "only-old.txt": "x"}, {"kept.txt": "new", "deeper/only-new.txt": "y"}
+
+
+def write(folder: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {file.relative_to(folder).as_posix(): file.read_text() for file in folder.rglob("*") if file.is_file()}
+
+
+def make(path: Path, *, overwrite: bool = False, then: Callable[[], object] = lambda: None) -> None:
+    with atomic_directory(path, overwrite=overwrite) as draft:
+        write(draft, NEW)
+        then()
+
+
+@pytest.fixture
+def old(tmp_path: Path) -> Path:
+    """A folder that exists."""
+    write(tmp_path / "made", OLD)
+    return tmp_path / "made"
+
+
+@pytest.fixture(params=["exchange", "two renames"])
+def each_way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to replace a folder."""
+    if request.param == "two renames":
+        monkeypatch.setattr(io, "_exchange", lambda *_: False)
+    else:
+        for name in "ab":
+            (tmp_path / name).mkdir()
+        can = io._exchange(tmp_path / "a", tmp_path / "b")
+        for name in "ab":
+            (tmp_path / name).rmdir()
+        if not can:
+            pytest.skip("this file system cannot exchange names")
+    return request.param
+
+
+def test_atomic_directory_appears_complete_and_nothing_else_does(tmp_path: Path) -> None:
+    path = tmp_path / "parent" / "made"
+    with atomic_directory(path) as draft:
+        assert draft.name == path.name and list(draft.iterdir()) == []
+        write(draft, NEW)
+        assert not path.exists()
+    assert content(path) == NEW
+    assert list(path.parent.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("error", [OSError("inside"), KeyboardInterrupt()])
+@pytest.mark.parametrize("exists", [False, True])
+def test_atomic_directory_of_a_failing_block_is_removed(tmp_path: Path, error: BaseException, exists: bool) -> None:
+    path = tmp_path / "made"
+    write(path, OLD if exists else {})
+
+    def fail() -> None:
+        raise error
+
+    with pytest.raises(type(error)):
+        make(path, overwrite=exists, then=fail)
+    assert content(path) == (OLD if exists else {})
+    assert list(tmp_path.iterdir()) == [path] * exists
+
+
+def test_atomic_directory_replaces_all_of_a_folder_only_when_told(old: Path, each_way: str) -> None:
+    with raises(DataError, location=old):
+        make(old)
+    assert content(old) == OLD
+    make(old, overwrite=True)
+    assert content(old) == NEW
+    assert list(old.parent.iterdir()) == [old]
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_atomic_directory_takes_the_place_of_an_empty_folder_and_never_of_a_file(
+    tmp_path: Path, overwrite: bool
+) -> None:
+    (tmp_path / "empty").mkdir()
+    make(tmp_path / "empty", overwrite=overwrite)
+    assert content(tmp_path / "empty") == NEW
+    (tmp_path / "file").write_text("mine")
+    with raises(DataError, "a file", location=tmp_path / "file"):
+        make(tmp_path / "file", overwrite=overwrite)
+    assert (tmp_path / "file").read_text() == "mine"
+    assert {path.name for path in tmp_path.iterdir()} == {"empty", "file"}
+
+
+def test_atomic_directory_does_not_replace_what_appeared_while_it_was_made(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    with pytest.raises(OSError, match=os.strerror(errno.ENOTEMPTY)):
+        make(path, then=partial(write, path, OLD))
+    assert content(path) == OLD
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_atomic_directory_is_made_by_one_at_a_time(old: Path) -> None:
+    with atomic_directory(old, overwrite=True) as draft:
+        with raises(DataError, "Another run", location=old):
+            make(old, overwrite=True)
+        write(draft, NEW)
+    assert content(old) == NEW
+
+
+def test_atomic_directory_of_a_link_replaces_its_target(old: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(old)
+    make(tmp_path / "link", overwrite=True)
+    assert (tmp_path / "link").is_symlink() and content(old) == NEW
+
+
+def test_atomic_directory_leaves_foreign_files_beside_its_draft(old: Path) -> None:
+    write(unfinished_path(old), {"notes.txt": "mine"})
+    make(old, overwrite=True)
+    assert content(old) == NEW
+    assert content(unfinished_path(old))["notes.txt"] == "mine"
+
+
+def test_atomic_directory_is_on_the_disk_before_it_appears(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced, fsync = tmp_path / "made", [], os.fsync
+
+    def note(descriptor: int) -> None:
+        synced.append((Path(f"/proc/self/fd/{descriptor}").readlink(), path.exists()))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    make(path)
+    draft = unfinished_path(path) / "draft" / path.name
+    expected = {draft, draft / "deeper", *(draft / name for name in NEW)}
+    assert {file for file, appeared in synced if not appeared} == expected
+    assert synced[-1] == (tmp_path, True)
+
+
+@pytest.mark.parametrize("failing", [1, 2])
+def test_atomic_directory_that_cannot_be_renamed_leaves_the_old_one(
+    old: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+) -> None:
+    calls, rename = [], os.rename
+
+    def fail(*names: Path) -> None:
+        calls.append(names)
+        if len(calls) == failing:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        rename(*names)
+
+    monkeypatch.setattr(io, "_exchange", lambda *_: False)
+    monkeypatch.setattr(os, "rename", fail)
+    with pytest.raises(OSError, match="No space left"):
+        make(old, overwrite=True)
+    assert content(old) == OLD
+    assert list(old.parent.iterdir()) == [old]
+
+
+def killed_before_step(work: Callable[[], None], step: int) -> bool:
+    """Do the work in a process that is killed before its `step`-th change of the disk; False if there are fewer."""
+    process = os.fork()
+    if process == 0:
+        left = [step]
+
+        def counted(change: Callable[..., object], *arguments: object, **options: object) -> object:
+            left[0] -= 1
+            if left[0] == 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return change(*arguments, **options)
+
+        for name in ("mkdir", "rename", "unlink", "rmdir", "fsync"):
+            setattr(os, name, partial(counted, getattr(os, name)))
+        io._exchange = partial(counted, io._exchange)
+        try:
+            work()
+        except BaseException:
+            os._exit(1)
+        os._exit(0)
+    status = os.waitpid(process, 0)[1]
+    assert status in (0, signal.SIGKILL)
+    return status != 0
+
+
+@pytest.mark.parametrize("exists", [False, True])
+def test_atomic_directory_killed_at_any_step_leaves_the_old_or_the_new_folder(
+    tmp_path: Path, each_way: str, exists: bool
+) -> None:
+    before, seen = OLD if exists else {}, []
+    for step in range(1, 100):
+        path = tmp_path / str(step) / "made"
+        write(path, before)
+        killed = killed_before_step(partial(make, path, overwrite=True), step)
+        found = content(path)
+        if each_way == "two renames" and exists and not path.exists():
+            seen.append("between the renames")
+        else:
+            assert found in (before, NEW)
+            seen.append("new" if found == NEW else "old")
+        if not killed:
+            break
+        with pytest.raises(RuntimeError), atomic_directory(path, overwrite=True):  # restores, and tidies up
+            raise RuntimeError
+        assert content(path) in ([OLD, NEW] if exists else [{}, NEW])
+        assert list(path.parent.iterdir()) == [path] * path.exists()
+    states = ["old", "between the renames", "new"] if exists and each_way == "two renames" else ["old", "new"]
+    assert list(dict.fromkeys(seen)) == states and not killed

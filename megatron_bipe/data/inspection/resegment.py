@@ -1,14 +1,11 @@
 """Conversion of a dataset to another segment rule, from its tokens, without tokenizing again.
 
-The new dataset is written to a temporary folder next to the output, which is renamed after its manifest is written.
+The new dataset becomes the output in one step, after its manifest is written.
 """
 
-import fcntl
 import hashlib
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -31,7 +28,7 @@ from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import pack_seg, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import partial_path, sync
+from megatron_bipe.io import atomic_directory, partial_path, unfinished_path
 
 UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
@@ -79,7 +76,7 @@ def resegment(
     names = _file_names(old)
     _check_output(output, dataset.path.resolve(), names, overwrite)
     try:
-        with _work_folder(work_path(output), names) as folder:
+        with atomic_directory(output, overwrite=overwrite) as folder:
             job = _Job(folder, rule, old.tokenizer.vocab_size)
             shards = run_in_order(partial(_resegment_shard, job), dataset.shards, workers, advance)
             new = Manifest(
@@ -91,12 +88,8 @@ def resegment(
                 source=old.source | {"resegmented_from": {"rule": old.rule.spec, "fingerprint": old.fingerprint}},
             )
             tokenizer.copy_to(folder / TOKENIZER_FOLDER)
-            sync(folder / TOKENIZER_FOLDER)
             new.save(folder)
-            if output.exists():
-                _clear(output, names | _names_in(output))
-            folder.rename(output)
-        sync(output.parent)
+            _check_output(output, dataset.path.resolve(), names, overwrite)  # it may have changed meanwhile
     except OSError as error:
         raise DataError(
             f"The new dataset cannot be written: {error.strerror or error}",
@@ -104,11 +97,6 @@ def resegment(
             location=error.filename or output,
         ) from error
     return new
-
-
-def work_path(output: Path) -> Path:
-    """Return the temporary folder of a new dataset, on the same file system so that the final rename is atomic."""
-    return output.with_name(f".{output.name}.unfinished")
 
 
 def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
@@ -129,8 +117,6 @@ def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
             stream.write(packed.data)
             sha256.update(packed.data)
             advance(stop - start)
-        stream.flush()
-        os.fsync(stream.fileno())
         size = stream.tell()
     for suffix in UNCHANGED:
         _link_or_copy(shard.path(suffix), shard_path(job.folder, shard.name, suffix))
@@ -143,12 +129,11 @@ def _link_or_copy(origin: Path, target: Path) -> None:
         os.link(origin.resolve(), target)
     except OSError:  # another file system, or no support for hard links
         shutil.copyfile(origin, target)
-        sync(target)
 
 
 def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) -> None:
     """Raise an error if the output must not be replaced, before anything is written."""
-    if output.is_relative_to(source) or work_path(output) == source:
+    if output.is_relative_to(source) or source.is_relative_to(unfinished_path(output)):
         raise DataError(
             "The output is the dataset itself or is inside it", remedy="Name another folder", location=output
         )
@@ -166,31 +151,6 @@ def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) 
             remedy="Name another folder, or add --overwrite to replace it",
             location=output,
         )
-
-
-@contextmanager
-def _work_folder(folder: Path, names: set[str]) -> Iterator[Path]:
-    """Lock an empty folder for the new dataset, clearing one left by a killed run; remove it if the work fails."""
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # released when the process ends
-        except BlockingIOError:
-            raise DataError(
-                "Another run is writing this dataset", remedy="Wait for it, or name another folder", location=folder
-            ) from None
-        except OSError:  # a file system without locks
-            pass
-        _refuse_foreign(folder, names)
-        _clear(folder, names, keep_folder=True)
-        try:
-            yield folder
-        except BaseException:
-            _clear(folder, names)
-            raise
-    finally:
-        os.close(descriptor)
 
 
 def _file_names(manifest: Manifest) -> set[str]:
@@ -218,13 +178,3 @@ def _refuse_foreign(folder: Path, names: set[str]) -> None:
             remedy="Name another folder, or move it elsewhere",
             location=folder,
         )
-
-
-def _clear(folder: Path, names: set[str], *, keep_folder: bool = False) -> None:
-    """Remove a dataset, starting with its manifest so that a partly removed one never looks complete."""
-    (folder / MANIFEST_NAME).unlink(missing_ok=True)
-    for name in sorted(names):
-        (folder / name).unlink(missing_ok=True)
-    shutil.rmtree(folder / TOKENIZER_FOLDER, ignore_errors=True)
-    if not keep_folder:
-        folder.rmdir()

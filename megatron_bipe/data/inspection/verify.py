@@ -62,7 +62,7 @@ def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sa
     dataset, record = work
     try:
         shard = Shard(dataset.path, record)  # a new reader, so that the dataset does not keep its index in memory
-        found: dict[Suffix, str] = {"idx": sha256_of(shard.path("idx"))}
+        found: dict[Suffix, str] = {"idx": _checksum(shard.path("idx"))}
         advance(record.files["idx"].bytes)
         check = _ShardCheck(Segmenter(shard, dataset.rule, dataset.manifest.tokenizer.vocab_size), record, sample)
         with _HashedFile(shard.path("bin")) as tokens, _HashedFile(shard.path("seg")) as bits:
@@ -140,6 +140,13 @@ def _is_sampled(name: str, start: int, share: float) -> bool:
     """Return True if a chunk is in the sample, which is always the same and contained in every larger sample."""
     digest = hashlib.blake2b(f"{name}:{start}".encode(), digest_size=8).digest()
     return int.from_bytes(digest) < share * 2**64
+
+
+def _checksum(path: Path) -> str:
+    try:
+        return sha256_of(path)
+    except OSError as error:
+        raise unreadable_error(path, error) from error
 
 
 class _HashedFile:

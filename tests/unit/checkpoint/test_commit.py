@@ -97,7 +97,7 @@ def test_publish_death_at_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path, m
             return call
 
         with monkeypatch.context() as patch:
-            for kind, name in ((module.Path, "rename"), (module.Path, "replace"), (module, "sync")):
+            for kind, name in ((module.Path, "rename"), (module.Path, "replace"), (module, "fsync_path")):
                 patch.setattr(kind, name, maybe_die(getattr(kind, name)))
             try:
                 publish(folder, run_dir, step, files)

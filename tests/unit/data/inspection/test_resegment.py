@@ -1,9 +1,9 @@
 """A dataset under another rule: equal to one made from the text, or nothing; nothing else is touched."""
 
 import errno
-import fcntl
 import json
 import os
+import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +12,11 @@ import pytest
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.inspection import resegment as module
-from megatron_bipe.data.inspection.resegment import resegment, work_path
+from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import unfinished_path
 from preprocessing.build import BuildOptions, build
 from tests.helpers.errors import assert_error, raises
 
@@ -137,14 +138,13 @@ def test_resegment_into_an_empty_folder_is_done(folder: Path, tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub/tokens-00000.bin", "tokenizer/notes.txt", "other-00000.bin"])
-@pytest.mark.parametrize("position", ["new", ".new.unfinished"])
 def test_resegment_onto_what_is_no_dataset_is_refused_even_when_told_to_overwrite(
-    folder: Path, tmp_path: Path, name: str, position: str
+    folder: Path, tmp_path: Path, name: str
 ) -> None:
-    file = tmp_path / position / name
+    file = tmp_path / "new" / name
     file.parent.mkdir(parents=True)
     file.write_text("mine")
-    with raises(DataError, "sub" if name.startswith("sub/") else name, location=tmp_path / position):
+    with raises(DataError, "sub" if name.startswith("sub/") else name, location=tmp_path / "new"):
         resegment(folder, "sentence", tmp_path / "new", overwrite=True)
     assert file.read_text() == "mine"
 
@@ -158,8 +158,27 @@ def test_resegment_onto_itself_is_refused_and_harmless(folder: Path, tmp_path: P
     assert content(folder) == before
 
 
-def test_resegment_of_the_folder_it_would_work_in_is_refused(folder: Path, tmp_path: Path) -> None:
-    source = folder.rename(work_path(tmp_path / "new"))
+def test_resegment_onto_a_dataset_that_gets_a_foreign_file_meanwhile_is_refused(
+    folder: Path, write_text_dataset: Write, tmp_path: Path
+) -> None:
+    write_text_dataset(tmp_path / "new", [["q"]])
+    before = content(tmp_path / "new")
+    with raises(DataError, "notes.txt", location=tmp_path / "new"):
+        resegment(
+            folder,
+            "sentence",
+            tmp_path / "new",
+            overwrite=True,
+            advance=lambda _: (tmp_path / "new" / "notes.txt").write_text("mine"),
+        )
+    assert content(tmp_path / "new") == before | {"notes.txt": b"mine"}
+
+
+@pytest.mark.parametrize("inside", ["", "draft/new"])
+def test_resegment_of_the_folder_it_would_work_in_is_refused(folder: Path, tmp_path: Path, inside: str) -> None:
+    source = unfinished_path(tmp_path / "new") / inside
+    source.parent.mkdir(parents=True, exist_ok=True)
+    source = folder.rename(source)
     before = content(source)
     with raises(DataError, location=tmp_path / "new"):
         resegment(source, "sentence", tmp_path / "new", overwrite=True)
@@ -174,30 +193,16 @@ def test_resegment_onto_a_file_is_refused(folder: Path, tmp_path: Path) -> None:
 
 
 def test_resegment_after_a_killed_run_starts_anew(folder: Path, tmp_path: Path) -> None:
-    left = work_path(tmp_path / "new")
-    left.mkdir()
-    (left / "part-00000.seg").write_bytes(b"half")
-    os.link(folder / "part-00001.bin", left / "part-00001.bin")
+    left = unfinished_path(tmp_path / "new")
+    (left / "draft" / "new").mkdir(parents=True)
+    (left / "draft" / "new" / "part-00000.seg").write_bytes(b"half")
+    os.link(folder / "part-00001.bin", left / "draft" / "new" / "part-00001.bin")
     resegment(folder, "sentence", tmp_path / "new")
     assert list(find_problems([TokenDataset(tmp_path / "new")])) == []
     assert not left.exists()
 
 
-def test_resegment_while_another_run_writes_there_is_refused(folder: Path, tmp_path: Path) -> None:
-    left = work_path(tmp_path / "new")
-    left.mkdir()
-    (left / "part-00000.seg").write_bytes(b"half")
-    descriptor = os.open(left, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        with raises(DataError, "Another run", location=left):
-            resegment(folder, "sentence", tmp_path / "new")
-    finally:
-        os.close(descriptor)
-    assert (left / "part-00000.seg").read_bytes() == b"half"
-
-
-@pytest.mark.parametrize("function", ["_link_or_copy", "_clear", "sync"])
+@pytest.mark.parametrize("function", ["data.inspection.resegment._link_or_copy", "io.fsync_path", "io.os.rename"])
 @pytest.mark.parametrize("fault", [OSError(errno.ENOSPC, "No space left on device"), KeyboardInterrupt()])
 def test_resegment_that_fails_leaves_nothing_and_the_old_output_as_it_was(
     folder: Path,
@@ -209,15 +214,16 @@ def test_resegment_that_fails_leaves_nothing_and_the_old_output_as_it_was(
 ) -> None:
     write_text_dataset(tmp_path / "new", [["q"]])
     before = content(tmp_path / "new")
-    original, failed = getattr(module, function), []
+    original, failed = pkgutil.resolve_name(f"megatron_bipe.{function}"), []
 
-    def fail_once(*arguments: object, **options: object) -> None:
-        if failed or (function == "_clear" and options):  # the clearing before the work
-            return original(*arguments, **options)
+    def fail_once(*arguments: object) -> None:
+        if failed:
+            return original(*arguments)
         failed.append(True)
         raise fault
 
-    monkeypatch.setattr(module, function, fail_once)
+    monkeypatch.setattr(f"megatron_bipe.{function}", fail_once)
+    monkeypatch.setattr("megatron_bipe.io._exchange", lambda *_: False)  # so that the folders are renamed
     with pytest.raises(DataError if isinstance(fault, OSError) else KeyboardInterrupt) as caught:
         resegment(folder, "sentence", tmp_path / "new", overwrite=True, workers=2)
     if isinstance(fault, OSError):

@@ -8,18 +8,18 @@ import shutil
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
 import pytest
+from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import WeakFileLock
 
 from megatron_bipe.errors import DataError
 from preprocessing.hub import download as library
-from preprocessing.hub.download import download
-from preprocessing.hub.download_manifest import LOCK_NAME, RECEIPT_NAME
-from preprocessing.hub.plan import DownloadOptions, State, make_plan
-from preprocessing.hub.progress_bar import Meter, Stopped, run_in_threads
+from preprocessing.hub.download import Meter, Stopped, download, run_in_threads
+from preprocessing.hub.plan import LOCK_NAME, RECEIPT_NAME, DownloadOptions, State, make_plan
 from tests.helpers.errors import raises
 from tests.helpers.hub import Fault, Hub, serve
 
@@ -446,7 +446,30 @@ def test_download_meter_ends_at_its_total_whatever_was_fetched_twice(
         Fault(f"/cdn/*/{VAL}", flip_at=0),
     ]
     download(options)
-    assert "Downloading: 100.0%, 170kB of 170kB at " in made[-1].line()
+    bar = made[-1].bar
+    assert bar.n == bar.total == 3 * NUM_BYTES + NUM_BYTES - 30_000
+
+
+def test_huggingface_hub_alone_neither_resumes_a_failed_file_nor_checks_its_content(
+    options: DownloadOptions, hub: Hub, source: Path
+) -> None:
+    """The reason for a download of our own (decision 0010). When this fails, the library may be able to replace it."""
+    fetch = partial(
+        huggingface_hub.hf_hub_download,
+        REPO,
+        FIRST,
+        repo_type="dataset",
+        local_dir=options.output,
+        endpoint=hub.endpoint,
+    )
+    hub.faults += [Fault("/cdn/*", cut_after=20_500), Fault("/cdn/*", status=404)]
+    with pytest.raises(HfHubHTTPError):
+        fetch()
+    hub.requests.clear()
+    hub.faults.append(Fault("/cdn/*", flip_at=40_000))
+    fetch()
+    assert hub.downloads("*") == [None]
+    assert (options.output / FIRST).read_bytes() != (source / FIRST).read_bytes()
 
 
 def test_in_parallel_first_error_ends_the_others() -> None:
