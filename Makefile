@@ -33,7 +33,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-all test-parallel test-faults lint bench clean anew
+.PHONY: help setup quickstart test test-slow test-all test-parallel test-faults lint docs bench clean anew
 
 help:
 	@echo 'make quickstart   from raw text to trained, evaluated and exported models, on this machine'
@@ -42,6 +42,7 @@ help:
 	@echo 'make test-parallel  every layout of up to 8 ranks against one process; writes the table of docs/parallelism.md'
 	@echo 'make test-faults  50 killed ranks and 10 stops of a small run, against one that is left alone'
 	@echo 'make lint         ruff, mypy, import-linter'
+	@echo 'make docs         write docs/configuration.md from the schema of the run configuration'
 	@echo 'make bench        the benchmarks of tools/bench, at small sizes'
 	@echo 'make setup        create or update .venv for all targets; each does it by itself (the quickstart: what running needs)'
 	@echo 'make clean        remove .venv and caches; data, runs and results stay'
@@ -105,6 +106,9 @@ lint: $(DEV)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(DEV)
+	$(BIN)/python tools/_docs.py
 
 bench: $(DEV)
 	@for script in tools/bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit; done
