@@ -54,7 +54,7 @@ def join_ranks() -> Iterator[Ranks]:
     except ImportError as error:
         raise DataError(
             f"This process was started by MPI, but mpi4py cannot be loaded: {error}",
-            remedy="Run pip install 'megatron-bipe[mpi]', or start this without mpiexec and with --workers",
+            remedy="Run pip install -e '.[mpi]', or start this without mpiexec and with --workers",
             location="mpiexec",
         ) from error
     ranks = Ranks(MPI.COMM_WORLD)

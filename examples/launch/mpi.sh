@@ -3,7 +3,7 @@
 #
 #   RANKS=16 MPI_OPTIONS="--hostfile my_hosts" examples/launch/mpi.sh [FURTHER OPTIONS OF pretrain.py]
 #
-# MPI starts the ranks, and tells them where to meet (mpi4py: pip install 'megatron-bipe[mpi]'); after that it is not
+# MPI starts the ranks, and tells them where to meet (mpi4py: pip install -e '.[mpi]'); after that it is not
 # used. With MASTER_ADDR and MASTER_PORT set for all ranks mpi4py is not needed. A rank that fails ends the others.
 #
 # Written for Open MPI. MPICH and Intel MPI: MPI_OPTIONS="-f my_hosts -ppn 8", BIND="-bind-to none".
