@@ -1,7 +1,7 @@
 """MPI ranks of preprocessing: `mpiexec -n N python tools/preprocess.py ...`.
 
-Only this module uses MPI. Ranks share a file system: each processes its own ranges, and they synchronize at barriers.
-A rank that fails ends the others; finished ranges are kept.
+Ranks share a file system: each processes its own ranges, and they synchronize at barriers. A rank that fails ends the
+others; finished ranges are kept. No other module of preprocessing uses MPI.
 """
 
 import os
