@@ -37,7 +37,7 @@ def test_troubleshooting_quotes_lines_that_the_code_writes():
     errors = (ROOT / "megatron_bipe" / "errors.py").read_text("utf-8")
     rows = [row for row in (DOCS / "troubleshooting.md").read_text("utf-8").splitlines() if row.startswith("| ")]
     rows = [row for row in rows if not row.startswith("| line |")]
-    assert len(rows) > 50
+    assert len(rows) >= 40
     missing = []
     for row in rows:
         quoted = row.split(" | ")[0]
