@@ -2,6 +2,7 @@
 
 import ast
 import re
+from pathlib import Path
 
 from tests.helpers.paths import ROOT
 from tests.helpers.tools import script
@@ -49,3 +50,20 @@ def test_troubleshooting_quotes_lines_that_the_code_writes():
             if part and (len(part) < 6 or not any(part in text for text in texts)):
                 missing.append(part)
     assert not missing
+
+
+def test_links_between_pages_lead_to_files_and_headings():
+    broken = set()
+    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md", *DOCS.rglob("*.md")]
+    for page in pages:
+        for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", page.read_text("utf-8")):
+            target = page.parent / path if path else page
+            if not target.exists() or (anchor and anchor not in _anchors(target)):
+                broken.add(f"{page.relative_to(ROOT)} -> {path}#{anchor}")
+    assert not broken
+
+
+def _anchors(page: Path) -> set[str]:
+    """Return the anchors that GitHub gives to the headings of a page."""
+    headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
