@@ -530,7 +530,7 @@ def test_read_hub_name_chooses_config_and_split(answers: dict[Question, Any]) ->
         (("org/none", 0, "text"), ["doesn't exist", "Check the name"]),
         (("org/gated", None, "text"), ["gated", "ask for access", "hf auth login"]),
         (("org/script", None, "text"), ["scripts are no longer supported", "tools/download_data.py"]),
-        (("org/damaged", 1, "text"), ["`datasets` says", "tools/download_data.py"]),
+        (("org/damaged", 1, "text"), ["`datasets` failed", "tools/download_data.py"]),
     ],
     ids=lambda value: ":".join(map(str, value)) if isinstance(value, tuple) else "",
 )

@@ -12,8 +12,7 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.tasks.scrolls.files import read_rows
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter
 from preprocessing.commit import Contents
-from preprocessing.examples import Example, write_examples
-from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
+from preprocessing.task_examples import Example, ScrollsOptions, prepare_scrolls, write_examples
 from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark
 from tests.helpers.tools import assert_refuses, call_tool
@@ -27,8 +26,8 @@ def contents(letters):
     return Contents(letters, rule, {"by": "test"}, PromptAnswerRecord(task="letters", seq_len_tokens=LENGTH))
 
 
-def example(prompt, answer, place="somewhere"):
-    return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), place)
+def example(prompt, answer, location="somewhere"):
+    return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), location)
 
 
 GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the window
@@ -61,7 +60,7 @@ def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
     ],
 )
 def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, bad, observed, remedy):
-    bad = bad._replace(place="file, line 7")
+    bad = bad._replace(location="file, line 7")
     with raises(DataError, *observed, location="file, line 7", remedy=remedy):
         write_examples(tmp_path / "new", contents, [*GOOD, bad], overwrite=False)
     assert not (tmp_path / "new").exists()
