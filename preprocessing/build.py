@@ -18,7 +18,7 @@ from megatron_bipe.types import Document
 from preprocessing import duplicates
 from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
 from preprocessing.encode import Recipe
-from preprocessing.line_counts import LineCounts, printable, require_at_least
+from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
 from preprocessing.ranks import Ranks
@@ -27,7 +27,6 @@ from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.readers.parse import Keys
 from preprocessing.split import Split
 from preprocessing.tokenizer_backend import Choice, Name, choose_backend
-from preprocessing.totals import add_range, tally_of
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Task, do_ranges, range_weight, split_evenly
 
@@ -208,10 +207,10 @@ def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dic
     if ranks.rank != 0:
         return {}
     records = [work.load_range(n) for n in range(len(plan.ranges))]
-    tally = tally_of(records, plan.ranges, options.max_malformed)
-    tally.finish(options.inputs)
+    counts = sum_ranges(records, plan.ranges, options.max_malformed)
+    counts.finish(options.inputs)
     duplicates_found = sum(record.duplicates for record in records)
-    source = _source(options, plan.inputs, tally, duplicates_found)
+    source = _source(options, plan.inputs, counts, duplicates_found)
     return publish(work, records, Contents(plan.tokenizer, plan.recipe.rule, source))
 
 
@@ -239,20 +238,19 @@ def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildO
         log.info("Resuming: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
     total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
     # Stop early if one range, or with --max-malformed all ranges so far, have too many malformed lines.
-    tally = LineCounts(options.max_malformed, quiet=True)
+    counts = LineCounts(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
         for number in do_ranges(job, task, mine, options.workers, progress.update):
             if task == "tokenize":
                 record = WorkFolder(job.output).load_range(number)
-                add_range(
-                    LineCounts(quiet=True) if options.max_malformed is None else tally, record, record.first_malformed
-                )
+                limit = LineCounts(quiet=True) if options.max_malformed is None else counts
+                limit.add_range(record, record.first_malformed)
         if ranks.rank == 0 and mine:
             log.info(progress.line())
     ranks.wait()
 
 
-def _source(options: BuildOptions, inputs: list[Input], tally: LineCounts, num_duplicates: int) -> dict[str, Any]:
+def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_duplicates: int) -> dict[str, Any]:
     """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
@@ -263,10 +261,10 @@ def _source(options: BuildOptions, inputs: list[Input], tally: LineCounts, num_d
         "special_in_text": options.special_in_text,
         "document_starts_with": "bos",
         "document_ends_with": "eos" if options.append_eos else None,
-        "lines": tally.num_lines,
-        "documents": tally.num_documents,
-        "empty_texts": tally.num_empty,
+        "lines": counts.num_lines,
+        "documents": counts.num_documents,
+        "empty_texts": counts.num_empty,
         "duplicate_texts": num_duplicates if options.deduplicate else None,
-        "malformed_lines": tally.num_malformed,
-        "first_malformed": [line._asdict() for line in tally.first_malformed],
+        "malformed_lines": counts.num_malformed,
+        "first_malformed": [line._asdict() for line in counts.first_malformed],
     }

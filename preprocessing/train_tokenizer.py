@@ -88,12 +88,7 @@ def _texts(inputs: list[Input], options: TrainOptions, counts: LineCounts) -> It
         quota = options.sample_bytes * passed // max(total, 1)
         parts = read_input(item, Keys(options.text_key))
         while taken < quota and (parsed := next(parts, None)) is not None:
-            counts.add(
-                parsed.malformed,
-                num_lines=parsed.num_lines,
-                num_documents=len(parsed.documents),
-                num_empty=parsed.num_empty,
-            )
+            counts.add_parsed(parsed)
             for document in parsed.documents:
                 if taken >= quota:
                     break

@@ -246,7 +246,7 @@ def test_write_corpus_lines_are_the_piles_and_the_same_each_time(tmp_path: Path)
         lines = [json.loads(line) for line in zstandard.open(path, "rt", encoding="utf-8")]
         wanted = [document for document in documents if document.valid == (split == "valid")]
         assert lines == [{"text": text, "meta": {"pile_set_name": subset}} for text, subset, _ in wanted]
-        assert sum(written.tallies[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
+        assert sum(written.sizes[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.jsonl.zst", "valid.jsonl.zst"]
 
