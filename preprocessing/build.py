@@ -15,9 +15,10 @@ from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import locked
 from megatron_bipe.types import Document
-from preprocessing import duplicates
+from preprocessing import destinations
 from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
-from preprocessing.encode import Recipe
+from preprocessing.destinations import Split
+from preprocessing.document_tokenizer import BackendChoice, BackendName, Recipe, choose_backend
 from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
@@ -25,8 +26,6 @@ from preprocessing.ranks import Ranks
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.readers.parse import Keys
-from preprocessing.split import Split
-from preprocessing.tokenizer_backend import Choice, Name, choose_backend
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Task, do_ranges, range_weight, split_evenly
 
@@ -53,7 +52,7 @@ class BuildOptions:
     special_in_text: bool = False
     append_eos: bool = False
     deduplicate: bool = False
-    backend: Choice = "auto"
+    backend: BackendChoice = "auto"
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
     max_malformed: int | None = None  # None: the default of `LineCounts`
@@ -167,7 +166,7 @@ def _has_begun(work: WorkFolder, num_ranges: int) -> bool:
     return work.has(STOCK_NAME) or any(work.has_documents(n) for n in range(num_ranges))
 
 
-def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
+def _choose_backend(plan: _Plan, options: BuildOptions) -> BackendName:
     documents: list[Document] = []
     parts = (parsed.documents for item in plan.inputs for parsed in read_input(item, plan.keys))
     total = 0
@@ -179,7 +178,7 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
     return choose_backend(plan.tokenizer, options.backend, options.special_in_text, documents)
 
 
-def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dict[Path, Manifest]:
+def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks) -> dict[Path, Manifest]:
     work = WorkFolder(options.output)
     # One rank reads the state on disk, because others may see a change earlier or later.
     if ranks.first(partial(work.has, PUBLISHED_NAME)):
@@ -224,9 +223,9 @@ def _known_to_differ(work: WorkFolder) -> DataError:
 
 def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:
     folders = [work.range_folder(n) for n in range(len(job.ranges))]
-    _do_all(job, "hash_texts", lambda n: not duplicates.has_hashes(folders[n]), options, ranks)
-    if ranks.rank == 0 and not all(map(duplicates.has_dropped, folders)):
-        log.info("Skipping %d texts that equal an earlier one", duplicates.mark_duplicates(folders))
+    _do_all(job, "hash_texts", lambda n: not destinations.has_hashes(folders[n]), options, ranks)
+    if ranks.rank == 0 and not all(map(destinations.are_duplicates_marked, folders)):
+        log.info("Skipping %d texts that equal an earlier one", destinations.mark_duplicates(folders))
 
 
 def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:

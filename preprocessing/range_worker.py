@@ -14,13 +14,18 @@ import numpy.typing as npt
 from megatron_bipe.data.shard import ShardWriter
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import Document
-from preprocessing.duplicates import hash_rows, load_dropped, save_hashes
-from preprocessing.encode import Destination, DocumentTokenizer, Recipe, TokenizedDocuments
+from preprocessing.destinations import Destination, hash_rows, load_duplicates, save_hashes
+from preprocessing.document_tokenizer import (
+    BackendName,
+    DocumentTokenizer,
+    Recipe,
+    TokenizedDocuments,
+    TokenizerDifferenceError,
+)
 from preprocessing.line_counts import MALFORMED_NAMED, printable
 from preprocessing.readers.documents import DocumentReader, PieceEnd
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Keys, Malformed, Parsed
-from preprocessing.tokenizer_backend import Name, TokenizerDifferenceError
 from preprocessing.work_dir import STOCK_NAME, RangeRecord, RangeShard, WorkFolder
 
 MAX_DATASETS = 1000  # each keeps a file open; a key with more values is probably a mistake
@@ -91,7 +96,7 @@ class RangeWorker:
 
     def _tokenize(self, number: int, tokenizer: DocumentTokenizer) -> None:
         folder = self._work.range_folder(number)
-        dropped = load_dropped(folder) if self._job.drop_duplicates else None
+        dropped = load_duplicates(folder) if self._job.drop_duplicates else None
         counts = _Counts()
         with self._work.writing(), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
             for index, piece in enumerate(self._job.ranges[number]):
@@ -138,7 +143,7 @@ class _Counts:
         self.documents += len(documents)
         return documents
 
-    def record(self, shards: list[RangeShard], backend: Name) -> RangeRecord:
+    def record(self, shards: list[RangeShard], backend: BackendName) -> RangeRecord:
         return RangeRecord(
             shards=tuple(shards),
             ends=tuple(self.ends),

@@ -33,8 +33,7 @@ from preprocessing.commit import (
     remove_if_empty,
     require_own,
 )
-from preprocessing.encode import Destination
-from preprocessing.tokenizer_backend import choose_backend, open_backend
+from preprocessing.document_tokenizer import Destination, choose_backend, open_backend
 from preprocessing.work_dir import WorkFolder
 
 ARITHMETIC_SEGMENTS = f'["{EQUALS}"]'

@@ -7,9 +7,8 @@ SentencePiece vocabularies write a space as U+2581 and rare characters as byte t
 from pathlib import Path
 from typing import Any
 
+from megatron_bipe.data.sentencepiece_json import SPACE_MARK
 from megatron_bipe.errors import DataError
-
-SPACE_MARK = "\u2581"
 
 
 def json_token_texts(

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from megatron_bipe.data.sentencepiece_json import sentencepiece_to_json
+from megatron_bipe.data.sentencepiece_json import SPACE_MARK, sentencepiece_to_json
 from megatron_bipe.data.token_strings import json_token_texts, parse_byte_token
 from megatron_bipe.errors import DataError
 
@@ -166,7 +166,7 @@ class SentencePieceTokenizer(Tokenizer):
         if model.is_byte(token_id):
             byte = parse_byte_token(piece)
             return chr(byte) if byte is not None and byte < 0x80 else None
-        return str(piece).replace("\u2581", " ")
+        return str(piece).replace(SPACE_MARK, " ")
 
     def to_json(self) -> bytes:
         return sentencepiece_to_json(self.definition.read_bytes())

@@ -16,7 +16,7 @@ import pytest
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
-from preprocessing import duplicates, ranks
+from preprocessing import destinations, ranks
 from preprocessing.build import BuildOptions, build
 from preprocessing.range_worker import RangeWorker
 from preprocessing.ranks import Ranks, join_ranks
@@ -158,7 +158,7 @@ def test_build_any_number_of_ranks_gives_the_bytes_of_one_process(
 def test_build_ranks_take_the_word_of_the_first_for_what_is_done(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenize, is_done, has_hashes = RangeWorker.tokenize, WorkFolder.is_done, duplicates.has_hashes
+    tokenize, is_done, has_hashes = RangeWorker.tokenize, WorkFolder.is_done, destinations.has_hashes
     numbers = []
 
     def failing(self: RangeWorker, number: int) -> None:
@@ -176,7 +176,7 @@ def test_build_ranks_take_the_word_of_the_first_for_what_is_done(
 
     monkeypatch.setattr(RangeWorker, "tokenize", lambda self, number: numbers.append(number) or tokenize(self, number))
     monkeypatch.setattr(WorkFolder, "is_done", lambda self, number: here() and is_done(self, number))
-    monkeypatch.setattr(duplicates, "has_hashes", lambda folder: here() and has_hashes(folder))
+    monkeypatch.setattr(destinations, "has_hashes", lambda folder: here() and has_hashes(folder))
     build_together(options, 3)
     assert sorted(numbers) == [3, 4]
     assert content(options.output) == expected

@@ -26,10 +26,10 @@ from megatron_bipe.io import locked
 from preprocessing import build as build_module
 from preprocessing import commit, range_worker
 from preprocessing.build import BuildOptions, build
+from preprocessing.document_tokenizer import CheckedBackend, StockBackend, TokenizerDifferenceError
 from preprocessing.range_worker import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader
-from preprocessing.tokenizer_backend import CheckedBackend, StockBackend, TokenizerDifferenceError
 from preprocessing.work_dir import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
 from tests.helpers.backends import Wrong
 from tests.helpers.errors import raises
@@ -379,14 +379,14 @@ def test_build_wrong_fast_tokenizer_stops_until_told_to_go_on(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, way_out: dict[str, str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
+        patch.setattr("preprocessing.document_tokenizer.open_backend", _open_wrong_backend)
         with raises(TokenizerDifferenceError, "'261 words", remedy="--backend stock") as error:
             build(replace(options, check_share=1.0))
         assert re.search(r"/0\.jsonl, from byte \d+, line \d+$", error.value.location)
         with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
             build(replace(options, check_share=0.0))  # would not see it
         assert no_dataset_in(options.output)
-        with mock.patch("preprocessing.encode.open_backend", side_effect=_open_wrong_backend) as opened:
+        with mock.patch("preprocessing.document_tokenizer.open_backend", side_effect=_open_wrong_backend) as opened:
             build(replace(options, check_share=0.0, **way_out))
     assert {call.args[1] for call in opened.call_args_list} == {"stock"}
     assert content(options.output) == expected
@@ -413,7 +413,7 @@ def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options
 def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
+    monkeypatch.setattr("preprocessing.document_tokenizer.open_backend", _open_wrong_backend)
     with mock.patch.object(RangeWorker, "tokenize", autospec=True, side_effect=RangeWorker.tokenize) as tokenize:
         build(replace(options, check_share=1.0, on_difference="fall-back"))
     numbers = [call.args[1] for call in tokenize.call_args_list]

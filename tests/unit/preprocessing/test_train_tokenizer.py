@@ -12,9 +12,15 @@ from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from preprocessing import train_tokenizer as module
-from preprocessing.llama_layout import STOP_PIECE
-from preprocessing.tokenizer_check import HARD_TEXTS, CheckSample, check_agreement
-from preprocessing.train_tokenizer import TrainOptions, cut_line, train_tokenizer
+from preprocessing.document_tokenizer import HARD_TEXTS
+from preprocessing.train_tokenizer import (
+    STOP_PIECE,
+    CheckSample,
+    TrainOptions,
+    check_agreement,
+    cut_line,
+    train_tokenizer,
+)
 from tests.helpers.errors import raises
 
 
@@ -160,10 +166,10 @@ def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> Non
 def test_check_sample_takes_all_of_little_text_and_a_share_of_much() -> None:
     sample = CheckSample()
     texts = ["x" * 1000] * 100
-    assert list(sample.tapped(iter(texts))) == texts
+    assert list(sample.collect(iter(texts))) == texts
     assert len(sample.texts) == 100
     sample = CheckSample()
-    for _ in sample.tapped("y" * 50_000 for _ in range(1000)):
+    for _ in sample.collect("y" * 50_000 for _ in range(1000)):
         pass
     assert 490_000 <= sum(map(len, sample.texts)) <= 600_000
 
