@@ -15,6 +15,10 @@ class Keys(NamedTuple):
     text: str = "text"
     partition: str | None = None  # of the value by which the data is partitioned; None: not partitioned
 
+    def in_use(self) -> list[str]:
+        """Return the keys that are given, each once."""
+        return list(dict.fromkeys(key for key in self if key is not None))
+
 
 class Malformed(NamedTuple):
     """Line (or row of a table) that is not a document, and the reason."""

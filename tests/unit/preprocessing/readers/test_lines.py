@@ -15,10 +15,9 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers import compressed
-from preprocessing.readers.compressed import Content
+from preprocessing.readers import lines as lines_module
 from preprocessing.readers.inputs import find_inputs
-from preprocessing.readers.lines import BLOCK_BYTES, Block, LineReader, read_text_file, reading
+from preprocessing.readers.lines import BLOCK_BYTES, Block, Content, LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, parse_block
 from tests.helpers.errors import raises
 
@@ -63,7 +62,7 @@ def test_read_blocks_any_block_size_keeps_bytes_and_line_numbers(
     file = tmp_path_factory.mktemp("blocks") / "x.jsonl"
     whole = b"\n".join([b"{}", *lines]) + (b"\n" if ends_with_newline else b"")
     file.write_bytes(whole)
-    with mock.patch.object(compressed, "READ_BYTES", read_bytes):
+    with mock.patch.object(lines_module, "READ_BYTES", read_bytes):
         blocks = list(read_blocks(file, block_bytes))
     assert b"".join(block.content for block in blocks) == whole
     assert sum(block.read_bytes for block in blocks) == len(whole)
@@ -92,7 +91,7 @@ def test_read_blocks_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_read_blocks_byte_order_mark_further_on_is_kept(tmp_path: Path) -> None:
     lines = b'{"text": "a"}\n\xef\xbb\xbfb\n'
     (tmp_path / "a.jsonl").write_bytes(lines)
-    with mock.patch.object(compressed, "READ_BYTES", 14), LineReader(tmp_path / "a.jsonl") as reader:
+    with mock.patch.object(lines_module, "READ_BYTES", 14), LineReader(tmp_path / "a.jsonl") as reader:
         assert b"".join(block.content for block in reader.blocks(0, len(lines))) == lines
         assert b"".join(block.content for block in reader.blocks(14, len(lines))) == lines[14:]
 
@@ -158,7 +157,7 @@ def test_line_reader_any_ranges_in_any_order_give_every_line_once(
     ranges = list(itertools.pairwise(bounds))
     found, ends = {}, {}
     with (
-        mock.patch.object(compressed, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
+        mock.patch.object(lines_module, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
         LineReader(file) as reader,
     ):
         for number in data.draw(st.permutations(range(len(ranges)))):
@@ -197,7 +196,7 @@ def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp
     lines = [b"a" * 5 + b"\n", b"b" * 20 + b"\n", b"c" * 3 + b"\n"]
     file.write_bytes(b"".join(lines))
     # The second range is all in memory after the first, and ends inside a line.
-    with mock.patch.object(compressed, "READ_BYTES", 10), LineReader(file) as reader:
+    with mock.patch.object(lines_module, "READ_BYTES", 10), LineReader(file) as reader:
         found = [
             b"".join(block.content for block in reader.blocks(*bounds))
             for bounds in itertools.pairwise([0, 3, 13, file.stat().st_size])

@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.hub_dataset import open_hub, read_hub
+from preprocessing.readers.inputs import find_inputs, is_saved_dataset, saved_files
 from preprocessing.readers.lines import BLOCK_BYTES
 from preprocessing.readers.parse import Keys, Parsed
-from preprocessing.readers.tables import is_saved_dataset, open_hub, read_arrow, read_hub, read_parquet, saved_files
+from preprocessing.readers.tables import read_arrow, read_parquet
 from tests.helpers.errors import raises
 from tests.helpers.hub import Fault, serve
 
@@ -330,21 +333,24 @@ def iter_all_of_gone(file: Path) -> Iterator[Parsed]:
     return read_parquet(file, 0, 10, TEXT) if file.suffix == ".parquet" else read_arrow(file, TEXT)
 
 
-@pytest.mark.parametrize(
-    ("package", "location", "read"),
-    [
-        ("pyarrow.parquet", "t.parquet", lambda: list(read_parquet(Path("t.parquet"), 0, 1, TEXT))),
-        ("pyarrow", "t.arrow", lambda: list(read_arrow(Path("t.arrow"), TEXT))),
-        ("datasets", "org/name", lambda: open_hub("org/name")),
-        ("datasets", "org/name", lambda: list(read_hub("org/name", 0, "c0ffee", TEXT))),
-    ],
-)
-def test_read_rows_missing_package_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, package: str, location: str, read: Callable[[], object]
+@pytest.mark.parametrize(("package", "name"), [("pyarrow.parquet", "t.parquet"), ("pyarrow", "t.arrow")])
+def test_read_input_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
+    file = tmp_path / name
+    write_stream(file, a_table(1))  # no parquet file, but it is not read
+    (found,) = find_inputs([str(file)])
+    monkeypatch.delitem(sys.modules, "preprocessing.readers.tables")
     monkeypatch.setitem(sys.modules, package, None)
-    with raises(DataError, package, location=location, remedy="pip install datasets"):
-        read()
+    with raises(DataError, package, location=file, remedy="pip install datasets"):
+        list(read_input(found, TEXT))
+
+
+def test_hub_dataset_without_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for read in (lambda: open_hub("org/name"), lambda: list(read_hub("org/name", 0, "c0ffee", TEXT))):
+        with raises(DataError, "datasets", location="org/name", remedy="pip install datasets"):
+            read()
 
 
 # Folders saved by `datasets`
@@ -407,7 +413,7 @@ ASK = f"""
 import json, sys
 from megatron_bipe.errors import DataError
 from preprocessing.readers.parse import Keys
-from preprocessing.readers.tables import open_hub, read_hub
+from preprocessing.readers.hub_dataset import open_hub, read_hub
 
 def answer(name, part, text):
     try:
