@@ -22,12 +22,11 @@ from preprocessing.document_tokenizer import BackendChoice, BackendName, Recipe,
 from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
-from preprocessing.ranks import Ranks
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.readers.parse import Keys
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
-from preprocessing.workers import Task, do_ranges, range_weight, split_evenly
+from preprocessing.workers import Ranks, Task, process_ranges, range_weight, split_evenly
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the full Pile, each small enough to copy again
 CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
@@ -82,11 +81,11 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
             if ranks.rank == 0:
                 require_own(options.output)
                 held.enter_context(locked(work.path, partial(_begin, work, plan, options)))
-            ranks.wait()
+            ranks.wait_for_all()
             if ranks.rank > 0:
                 held.enter_context(locked(work.path))
             try:
-                backend = ranks.first(partial(_choose_backend, plan, options))
+                backend = ranks.run_on_first(partial(_choose_backend, plan, options))
                 return _run(plan, options, backend, ranks)
             except DataError:
                 if ranks.size == 1 and not _has_begun(work, len(plan.ranges)):
@@ -181,10 +180,10 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> BackendName:
 def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks) -> dict[Path, Manifest]:
     work = WorkFolder(options.output)
     # One rank reads the state on disk, because others may see a change earlier or later.
-    if ranks.first(partial(work.has, PUBLISHED_NAME)):
+    if ranks.run_on_first(partial(work.has, PUBLISHED_NAME)):
         return finish_publishing(work) if ranks.rank == 0 else {}
     fall_back = options.on_difference == "fall-back"
-    if ranks.first(partial(work.has, STOCK_NAME)):
+    if ranks.run_on_first(partial(work.has, STOCK_NAME)):
         if backend != "stock" and not fall_back:
             raise _known_to_differ(work)
         backend = "stock"
@@ -199,10 +198,10 @@ def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks)
     )
     if options.deduplicate:
         _mark_duplicates(job, work, options, ranks)
-    _do_all(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
-    if ranks.first(partial(work.has, STOCK_NAME)):  # gigatoken's earlier ids are not trusted
+    _process_due(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
+    if ranks.run_on_first(partial(work.has, STOCK_NAME)):  # gigatoken's earlier ids are not trusted
         stock = replace(job, recipe=replace(plan.recipe, backend="stock"))
-        _do_all(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
+        _process_due(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
     if ranks.rank != 0:
         return {}
     records = [work.load_range(n) for n in range(len(plan.ranges))]
@@ -223,14 +222,14 @@ def _known_to_differ(work: WorkFolder) -> DataError:
 
 def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:
     folders = [work.range_folder(n) for n in range(len(job.ranges))]
-    _do_all(job, "hash_texts", lambda n: not destinations.has_hashes(folders[n]), options, ranks)
+    _process_due(job, "hash_texts", lambda n: not destinations.has_hashes(folders[n]), options, ranks)
     if ranks.rank == 0 and not all(map(destinations.are_duplicates_marked, folders)):
         log.info("Skipping %d texts that equal an earlier one", destinations.mark_duplicates(folders))
 
 
-def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
+def _process_due(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
     """Run a task on the ranges for which it is due; this rank and its workers process one slice of them."""
-    numbers = ranks.first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
+    numbers = ranks.run_on_first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
     weights = [range_weight(job.ranges[n]) for n in numbers]
     mine = split_evenly(numbers, weights, ranks.size)[ranks.rank]
     if len(numbers) < len(job.ranges):
@@ -239,14 +238,14 @@ def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildO
     # Stop early if one range, or with --max-malformed all ranges so far, have too many malformed lines.
     counts = LineCounts(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
-        for number in do_ranges(job, task, mine, options.workers, progress.update):
+        for number in process_ranges(job, task, mine, options.workers, progress.update):
             if task == "tokenize":
                 record = WorkFolder(job.output).load_range(number)
                 limit = LineCounts(quiet=True) if options.max_malformed is None else counts
                 limit.add_range(record, record.first_malformed)
         if ranks.rank == 0 and mine:
             log.info(progress.line())
-    ranks.wait()
+    ranks.wait_for_all()
 
 
 def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_duplicates: int) -> dict[str, Any]:

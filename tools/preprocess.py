@@ -12,8 +12,8 @@ from pathlib import Path
 from _cli import add_max_malformed, command
 from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
 from preprocessing.destinations import SPLIT_EXAMPLE
-from preprocessing.ranks import join_ranks
 from preprocessing.readers.inputs import SUFFIXES
+from preprocessing.workers import join_ranks
 
 
 @command

@@ -16,12 +16,12 @@ import pytest
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
-from preprocessing import destinations, ranks
+from preprocessing import destinations, workers
 from preprocessing.build import BuildOptions, build
 from preprocessing.range_worker import RangeWorker
-from preprocessing.ranks import Ranks, join_ranks
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.work_dir import PUBLISHED_NAME, WorkFolder
+from preprocessing.workers import Ranks, join_ranks
 from tests.helpers.errors import raises
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
@@ -219,7 +219,7 @@ def test_build_rank_that_fails_leaves_what_is_done(options: BuildOptions, expect
 
 
 def test_join_ranks_without_mpi_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ranks.LAUNCH_VARIABLES:
+    for name in workers.LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with join_ranks() as found:
         assert (found.rank, found.size) == (0, 1)
@@ -272,5 +272,5 @@ def test_ranks_first_is_done_by_the_first_and_told_to_all() -> None:
             assert value is None
             return "from rank 0"
 
-    assert Ranks(Communicator()).first(lambda: pytest.fail("rank 1 is not the first")) == "from rank 0"
-    assert Ranks().first(lambda: 3) == 3
+    assert Ranks(Communicator()).run_on_first(lambda: pytest.fail("rank 1 is not the first")) == "from rank 0"
+    assert Ranks().run_on_first(lambda: 3) == 3
