@@ -185,7 +185,11 @@ def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks)
     fall_back = options.on_difference == "fall-back"
     if ranks.run_on_first(partial(work.has, STOCK_NAME)):
         if backend != "stock" and not fall_back:
-            raise _known_to_differ(work)
+            raise DataError(
+                "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
+                remedy="Add --backend stock, or --on-difference fall-back",
+                location=work.output,
+            )
         backend = "stock"
     job = Job(
         output=options.output,
@@ -207,17 +211,8 @@ def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks)
     records = [work.load_range(n) for n in range(len(plan.ranges))]
     counts = sum_ranges(records, plan.ranges, options.max_malformed)
     counts.finish(options.inputs)
-    duplicates_found = sum(record.duplicates for record in records)
-    source = _source(options, plan.inputs, counts, duplicates_found)
+    source = _source(options, plan.inputs, counts, sum(record.duplicates for record in records))
     return publish(work, records, Contents(plan.tokenizer, plan.recipe.rule, source))
-
-
-def _known_to_differ(work: WorkFolder) -> DataError:
-    return DataError(
-        "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
-        remedy="Add --backend stock, or --on-difference fall-back",
-        location=work.output,
-    )
 
 
 def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:

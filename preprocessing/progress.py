@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from types import TracebackType
+from typing import Self
 
 from tqdm import tqdm
 
@@ -24,12 +24,10 @@ class Progress:
         show_bar = sys.stderr.isatty() and not quiet
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=not show_bar)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def update(self, done_bytes: int, text_bytes: int) -> None:
