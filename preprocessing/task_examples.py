@@ -200,12 +200,7 @@ def write_examples(
 
 
 def _begin(work: WorkFolder, overwrite: bool) -> None:
-    if has_output(work.output) and not overwrite:
-        raise DataError(
-            "The output folder holds a dataset",
-            remedy="Name another folder, or add --overwrite to replace it",
-            location=work.output,
-        )
+    work.require_replaceable(has_output(work.output), overwrite)
     work.remove()
 
 

@@ -116,16 +116,19 @@ class WorkFolder:
             self.remove()
         if old == job:
             return
+        self.require_replaceable(has_output, overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not has_output:
+            self.mark(CLEARED_NAME)
+        write_atomically(self.path / JOB_NAME, json.dumps(job, indent=1).encode())
+
+    def require_replaceable(self, has_output: bool, overwrite: bool) -> None:
         if has_output and not overwrite:
             raise DataError(
                 "The output folder holds a dataset",
                 remedy="Name another folder, or add --overwrite to replace it",
                 location=self.output,
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not has_output:
-            self.mark(CLEARED_NAME)
-        write_atomically(self.path / JOB_NAME, json.dumps(job, indent=1).encode())
 
     def _old_job(self) -> Any:
         path = self.path / JOB_NAME

@@ -1,7 +1,7 @@
 """Read the rows of parquet and Arrow files as documents, with the text of only a few rows in memory.
 
 `pyarrow` loads slowly, so other modules import this one only when a table is read. Its dataset scanner is not used: it
-loads complete row groups, has no ranges by position in the file, and checks neither row counts nor a stream's end.
+holds more of a row group in memory, accepts row counts that disagree, and does not read Arrow streams.
 """
 
 from collections.abc import Iterable, Iterator
