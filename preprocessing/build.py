@@ -239,7 +239,7 @@ def _process_due(job: Job, task: Task, is_due: Callable[[int], bool], options: B
                 limit = LineCounts(quiet=True) if options.max_malformed is None else counts
                 limit.add_range(record, record.first_malformed)
         if ranks.rank == 0 and mine:
-            log.info(progress.line())
+            log.info(progress.summarize())
     ranks.wait_for_all()
 
 

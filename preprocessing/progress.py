@@ -39,13 +39,13 @@ class Progress:
             self._bar.update(done_bytes)
         elif not self._quiet and time.monotonic() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.monotonic()
-            log.info(self.line())
+            log.info(self.summarize())
 
     @property
     def text_mb_per_s(self) -> float:
         return self._text_bytes / 1e6 / max(time.monotonic() - self._began_s, 1e-9)
 
-    def line(self) -> str:
+    def summarize(self) -> str:
         """Return the progress as one log line."""
         share = self._done_bytes / max(self._total_bytes, 1)
         passed_s = time.monotonic() - self._began_s

@@ -29,7 +29,7 @@ def test_split_shares_are_kept() -> None:
     assert shares == pytest.approx([0.9, 0.06, 0.04], abs=0.007)  # four standard deviations of the largest
 
 
-def test_split_ends_of_the_range_have_a_place() -> None:
+def test_split_smallest_and_largest_hash_have_a_split() -> None:
     split = Split.parse(SPLIT_EXAMPLE)
     assert split.choose(bytes(16)) == "train"
     assert split.choose(b"\xff" * 16) == "test"
@@ -37,7 +37,7 @@ def test_split_ends_of_the_range_have_a_place() -> None:
     assert [half.choose(number.to_bytes(8, "little") + bytes(8)) for number in (2**63 - 2**11, 2**63)] == ["a", "b"]
 
 
-def test_split_is_fixed_for_ever() -> None:
+def test_split_never_changes() -> None:
     split = Split.parse("a=0.5,b=0.5")
     assert "".join(split.choose(text_hash(str(n))) for n in range(12)) == "aababbbbaaab"
 
@@ -59,7 +59,7 @@ def test_split_is_fixed_for_ever() -> None:
         ("unfinished=1", "unfinished"),
     ],
 )
-def test_split_that_is_none_is_an_error(text: str, observed: str) -> None:
+def test_split_invalid_text_is_an_error(text: str, observed: str) -> None:
     with raises(DataError, observed, location="--split", remedy="train=0.99"):
         Split.parse(text)
 

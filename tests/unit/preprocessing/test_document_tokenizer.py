@@ -1,4 +1,4 @@
-"""Documents as ids, ends and destinations; the fast tokenizer gives the stock one's ids, or the difference is found."""
+"""Documents become ids, ends and destinations; the fast tokenizer gives the stock ids, or the difference is found."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -108,7 +108,7 @@ def test_gigatoken_special_in_text_gives_the_stock_ids(tokenizer_folder: Path) -
 
 
 def test_gigatoken_document_of_50_megabytes_gets_the_stock_ids(tokenizer_folder: Path) -> None:
-    """The stock library takes minutes for it: what it gives two, three and four copies tells what it gives many."""
+    """The stock library takes minutes for this; its ids for two, three and four copies determine those for many."""
     tokenizer = load_tokenizer(tokenizer_folder)
     passage = "".join(f"{n} words of a long text .\n\tand 'code' {n * n}\r\n" for n in range(2000))
     few = ids(StockBackend(tokenizer).encode([passage * count for count in (2, 3, 4)]))
@@ -120,12 +120,12 @@ def test_gigatoken_document_of_50_megabytes_gets_the_stock_ids(tokenizer_folder:
     np.testing.assert_array_equal(fast, np.concatenate([head, np.tile(copy, count - 1)]))
 
 
-def test_choose_backend_takes_gigatoken_where_it_agrees(tokenizer: Tokenizer) -> None:
+def test_choose_backend_uses_gigatoken_if_it_agrees(tokenizer: Tokenizer) -> None:
     assert choose_backend(tokenizer, "auto", False, documents_of("some text")) == "gigatoken"
     assert choose_backend(tokenizer, "stock", False, []) == "stock"
 
 
-def test_choose_backend_one_that_disagrees_is_left_or_refused(
+def test_choose_backend_that_disagrees_is_replaced_or_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(document_tokenizer, "GigatokenBackend", lambda tokenizer, special: Wrong(tokenizer))
@@ -136,7 +136,7 @@ def test_choose_backend_one_that_disagrees_is_left_or_refused(
         choose_backend(tokenizer, "gigatoken", False, documents_of("wrong here"))
 
 
-def test_choose_backend_tokenizer_that_gigatoken_does_not_know_is_stock(
+def test_choose_backend_unsupported_tokenizer_is_stock(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tokenizer, "to_json", lambda: b'{"model": {"type": "Unheard"}}')
@@ -166,7 +166,7 @@ def test_checked_backend_compares_the_share_and_names_the_document(tokenizer: To
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 0.0).encode_documents(documents_of(*texts[200:]))
 
 
-def test_checked_backend_leaves_out_texts_that_the_stock_one_takes_for_ever(tokenizer: Tokenizer) -> None:
+def test_checked_backend_skips_texts_that_are_slow_in_the_stock_library(tokenizer: Tokenizer) -> None:
     long = documents_of("wrong " * document_tokenizer.MOST_COMPARED_CHARS)
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 1.0).encode_documents(long)
 

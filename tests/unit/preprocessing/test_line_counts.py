@@ -16,7 +16,7 @@ QUARTERS = [Piece(FILE, start, start + 100) for start in range(0, 400, 100)]
 
 
 def record(*ends: PieceEnd, lines: int = 100, malformed: tuple[tuple[int, int], ...] = ()) -> RangeRecord:
-    """Of a range of these pieces; `malformed` are a piece and a line each."""
+    """Return the record of a range of these pieces; `malformed` are pairs of a piece and a line."""
     return RangeRecord(
         shards=(),
         ends=ends,
@@ -32,7 +32,7 @@ def record(*ends: PieceEnd, lines: int = 100, malformed: tuple[tuple[int, int], 
 
 
 def fits(*ends: tuple[int, int, int]) -> bool:
-    """Whether pieces of one file that end so fit together, a range each."""
+    """Return True if pieces of one file that end like this fit together, one range each."""
     try:
         sum_ranges([record(PieceEnd(*end)) for end in ends], [[piece] for piece in QUARTERS], None)
     except DataError as error:
@@ -40,7 +40,7 @@ def fits(*ends: tuple[int, int, int]) -> bool:
     return True
 
 
-def test_sum_ranges_pieces_that_skip_what_was_taken_fit() -> None:
+def test_sum_ranges_accepts_pieces_that_skip_the_overrun_of_the_previous() -> None:
     assert fits((3, 0, 5), (2, 5, 0), (2, 0, 9), (1, 9, 0))
     assert fits((3, 0, 250), (0, 100, 0), (0, 100, 0), (1, 50, 0))  # one line over three pieces
     assert fits((3, 0, 300), (0, 100, 0), (0, 100, 0), (0, 100, 0))
@@ -54,7 +54,7 @@ def test_sum_ranges_pieces_that_skip_what_was_taken_fit() -> None:
         ((3, 0, 5), (2, 0, 0), (2, 5, 0), (1, 0, 0)),
         ((3, 0, 0), (2, 5, 0), (2, 0, 0), (1, 0, 0)),
         ((3, 0, 5), (0, 0, 7), (2, 12, 0), (1, 0, 0)),
-        ((3, 0, 5), (0, 0, 0), (0, 0, 0), (0, 0, 0)),  # nobody skipped it
+        ((3, 0, 5), (0, 0, 0), (0, 0, 0), (0, 0, 0)),  # no piece skipped it
         ((3, 0, 0), (2, 0, 0), (2, 0, 5), (0, 4, 0)),
     ],
 )
@@ -77,7 +77,7 @@ def test_sum_ranges_malformed_lines_are_counted_from_the_start_of_their_file() -
 
 
 @pytest.mark.parametrize("max_malformed", [None, 10, 11])
-def test_sum_ranges_range_with_too_much_is_refused_as_when_it_was_done(max_malformed: int | None) -> None:
+def test_sum_ranges_range_with_too_many_malformed_lines_is_refused_again(max_malformed: int | None) -> None:
     ranges = [[QUARTERS[0]], [QUARTERS[1]]]
     records = [record(PieceEnd(9, 0, 0), lines=10**6), record(PieceEnd(9, 0, 0), malformed=((0, 1),) * 11)]
     if max_malformed == 11:

@@ -1,4 +1,4 @@
-"""Datasets of examples as they are written: whole or not at all."""
+"""Datasets of examples are written completely or not at all."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def example(prompt, answer, location="somewhere"):
 GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the window
 
 
-def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
+def test_write_examples_makes_a_dataset_that_verifies(tmp_path, contents):
     made = write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
     dataset = open_dataset(tmp_path / "out")
     assert dataset.manifest == made and dataset.num_sequences(LENGTH) == 2
@@ -119,7 +119,7 @@ def test_split_without_outputs_has_nothing_to_learn_from(tmp_path, letters, benc
     assert not (tmp_path / "out").exists()
 
 
-def test_prepare_task_command_says_what_was_made_and_leaves_with_2_on_bad_input(tmp_path, letters, benchmark):
+def test_prepare_task_reports_its_output_and_exits_2_on_bad_input(tmp_path, letters, benchmark):
     command = ["scrolls", "--data", benchmark, "--segments", "newline", "--tokenizer", letters.definition.parent]
     command += ["--output", tmp_path / "out", "--length", 1300]
     made = call_tool("prepare_task", *command, "--task", "qasper").output

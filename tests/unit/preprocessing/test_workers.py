@@ -29,7 +29,7 @@ PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
 
 
 def workers_of(*slices: list[int]) -> list[_Worker]:
-    """Workers without processes; each is at work on range 0."""
+    """Make workers without processes; each is processing range 0."""
     workers = [object.__new__(_Worker) for _ in slices]
     for worker, numbers in zip(workers, slices, strict=True):
         worker.job, worker.current = mock.Mock(ranges=[[PIECE]] * 10), 0
@@ -94,7 +94,7 @@ def options(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPa
     return BuildOptions([str(tmp_path / "in.jsonl")], str(tokenizer_folder), tmp_path / "out", workers=2)
 
 
-def test_process_ranges_worker_that_dies_ends_the_others_and_the_work_is_done_later(options: BuildOptions) -> None:
+def test_process_ranges_worker_that_dies_ends_the_others_and_the_next_run_resumes(options: BuildOptions) -> None:
     terminate = BaseProcess.terminate
     with (
         mock.patch.object(workers, "_work", _die),

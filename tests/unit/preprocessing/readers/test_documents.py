@@ -1,4 +1,4 @@
-"""Reading pieces of inputs: only of those that are still what they were when the run began."""
+"""Pieces of inputs are read, unless the input changed after the run began."""
 
 import errno
 import os
@@ -17,7 +17,7 @@ from tests.helpers.errors import raises
 
 
 def touch(file: Path) -> None:
-    """A later date, and the same size."""
+    """Change the date of a file, but not its size."""
     status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 

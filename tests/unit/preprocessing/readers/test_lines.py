@@ -1,4 +1,4 @@
-"""Readers: which blocks, whole files and ranges of them, and what is wrong with the rest."""
+"""Lines of complete files and of any ranges of them, compressed or not; damage is reported."""
 
 import errno
 import gzip
@@ -23,7 +23,7 @@ from tests.helpers.errors import raises
 
 
 def read_blocks(file: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All of a file in blocks."""
+    """Yield the complete file in blocks."""
     with reading(file):
         if file.name.endswith(".txt"):
             yield read_text_file(file)
@@ -73,7 +73,7 @@ def test_read_blocks_any_block_size_keeps_bytes_and_line_numbers(
         before += block.content
 
 
-def test_read_blocks_large_file_comes_in_bounded_blocks_of_whole_lines(tmp_path: Path) -> None:
+def test_read_blocks_large_file_comes_in_bounded_blocks_of_complete_lines(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl.zst"
     file.write_bytes(zstandard.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(100_000))))
     blocks = list(read_blocks(file, block_bytes=100_000))
@@ -82,7 +82,7 @@ def test_read_blocks_large_file_comes_in_bounded_blocks_of_whole_lines(tmp_path:
     assert texts_in(file, 100_000) == [str(n) for n in range(100_000)]
 
 
-def test_read_blocks_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_read_blocks_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa")
     assert texts_in(tmp_path / "a.jsonl") == texts_in(tmp_path / "b.txt") == ["a"]
@@ -96,7 +96,7 @@ def test_read_blocks_byte_order_mark_further_on_is_kept(tmp_path: Path) -> None:
         assert b"".join(block.content for block in reader.blocks(14, len(lines))) == lines[14:]
 
 
-def test_read_blocks_carriage_returns_are_no_text_and_blank_lines_none(tmp_path: Path) -> None:
+def test_read_blocks_carriage_returns_and_blank_lines_are_not_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n \t\r\n{"text": "b\\r"}\r\n')
     assert texts_in(tmp_path / "a.jsonl") == ["a", "b\r"]
 
@@ -205,7 +205,7 @@ def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
-def test_line_reader_range_that_was_broken_off_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
+def test_line_reader_interrupted_range_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"x.jsonl{suffix}"
     content = random_lines(9000)
     file.write_bytes({"": bytes, ".zst": zstandard.compress, ".gz": gzip.compress}[suffix](content))

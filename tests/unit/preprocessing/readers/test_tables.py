@@ -1,4 +1,4 @@
-"""Tables: each row once however a file is cut, text where a key leads, bounded memory, and what is wrong named once."""
+"""Tables: every row once for any division of a file, text at any key, bounded memory, one error for what is wrong."""
 
 import errno
 import json
@@ -71,7 +71,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, pa.Table], None]]] = {
 
 @pytest.fixture(params=WRITERS)
 def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[pa.Table], Path]:
-    """Writes a table as each kind of file."""
+    """Function that writes a table as one kind of file."""
     name, writer = WRITERS[request.param]
 
     def to_file(table: pa.Table) -> Path:
@@ -324,7 +324,7 @@ def test_read_parquet_counts_that_disagree_lose_no_rows_quietly(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
-def test_read_rows_file_that_is_gone_is_named(tmp_path: Path, name: str) -> None:
+def test_read_rows_missing_file_is_named(tmp_path: Path, name: str) -> None:
     with raises(DataError, os.strerror(errno.ENOENT), location=tmp_path / name):
         list(iter_all_of_gone(tmp_path / name))
 
@@ -384,7 +384,7 @@ def test_saved_files_several_splits_asks_for_one(tmp_path: Path) -> None:
     assert len(saved_files(tmp_path / "saved" / "train")) == 1
 
 
-def test_is_saved_dataset_other_folders_are_none(tmp_path: Path) -> None:
+def test_is_saved_dataset_rejects_other_folders(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{}")
     assert not is_saved_dataset(tmp_path)
     assert not is_saved_dataset(tmp_path / "gone")
@@ -432,7 +432,7 @@ Question = tuple[str, int | None, str]
 
 
 def ask(questions: list[Question], script: str = ASK, **environment: str) -> dict[Question, Any]:
-    """What `open_hub` and, where a part is named, `read_hub` answer with such an environment."""
+    """Return the results of `open_hub` or, if a part is named, `read_hub` in a process with this environment."""
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(questions)],
@@ -550,9 +550,7 @@ def test_read_hub_what_cannot_be_read_is_one_error(
     assert "\n" not in message
 
 
-def test_open_hub_name_of_a_folder_here_is_not_read_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_hub_name_that_is_also_a_local_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org/name").mkdir(parents=True)
     (tmp_path / "org/name/train.jsonl").write_text('{"text": "a"}\n')
     monkeypatch.chdir(tmp_path)
