@@ -15,21 +15,18 @@ from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import locked
 from megatron_bipe.types import Document
-from preprocessing import duplicates
+from preprocessing import destinations
 from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
-from preprocessing.encode import Recipe
-from preprocessing.line_counts import LineCounts, printable, require_at_least
+from preprocessing.destinations import Split
+from preprocessing.document_tokenizer import BackendChoice, BackendName, Recipe, choose_backend
+from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
-from preprocessing.ranks import Ranks
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
 from preprocessing.readers.parse import Keys
-from preprocessing.split import Split
-from preprocessing.tokenizer_backend import Choice, Name, choose_backend
-from preprocessing.totals import add_range, tally_of
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
-from preprocessing.workers import Task, do_ranges, range_weight, split_evenly
+from preprocessing.workers import Ranks, Task, process_ranges, range_weight, split_evenly
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the full Pile, each small enough to copy again
 CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
@@ -54,7 +51,7 @@ class BuildOptions:
     special_in_text: bool = False
     append_eos: bool = False
     deduplicate: bool = False
-    backend: Choice = "auto"
+    backend: BackendChoice = "auto"
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
     max_malformed: int | None = None  # None: the default of `LineCounts`
@@ -84,11 +81,11 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
             if ranks.rank == 0:
                 require_own(options.output)
                 held.enter_context(locked(work.path, partial(_begin, work, plan, options)))
-            ranks.wait()
+            ranks.wait_for_all()
             if ranks.rank > 0:
                 held.enter_context(locked(work.path))
             try:
-                backend = ranks.first(partial(_choose_backend, plan, options))
+                backend = ranks.run_on_first(partial(_choose_backend, plan, options))
                 return _run(plan, options, backend, ranks)
             except DataError:
                 if ranks.size == 1 and not _has_begun(work, len(plan.ranges)):
@@ -168,7 +165,7 @@ def _has_begun(work: WorkFolder, num_ranges: int) -> bool:
     return work.has(STOCK_NAME) or any(work.has_documents(n) for n in range(num_ranges))
 
 
-def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
+def _choose_backend(plan: _Plan, options: BuildOptions) -> BackendName:
     documents: list[Document] = []
     parts = (parsed.documents for item in plan.inputs for parsed in read_input(item, plan.keys))
     total = 0
@@ -180,15 +177,19 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> Name:
     return choose_backend(plan.tokenizer, options.backend, options.special_in_text, documents)
 
 
-def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dict[Path, Manifest]:
+def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks) -> dict[Path, Manifest]:
     work = WorkFolder(options.output)
     # One rank reads the state on disk, because others may see a change earlier or later.
-    if ranks.first(partial(work.has, PUBLISHED_NAME)):
+    if ranks.run_on_first(partial(work.has, PUBLISHED_NAME)):
         return finish_publishing(work) if ranks.rank == 0 else {}
     fall_back = options.on_difference == "fall-back"
-    if ranks.first(partial(work.has, STOCK_NAME)):
+    if ranks.run_on_first(partial(work.has, STOCK_NAME)):
         if backend != "stock" and not fall_back:
-            raise _known_to_differ(work)
+            raise DataError(
+                "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
+                remedy="Add --backend stock, or --on-difference fall-back",
+                location=work.output,
+            )
         backend = "stock"
     job = Job(
         output=options.output,
@@ -201,58 +202,48 @@ def _run(plan: _Plan, options: BuildOptions, backend: Name, ranks: Ranks) -> dic
     )
     if options.deduplicate:
         _mark_duplicates(job, work, options, ranks)
-    _do_all(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
-    if ranks.first(partial(work.has, STOCK_NAME)):  # gigatoken's earlier ids are not trusted
+    _process_due(job, "tokenize", lambda n: not work.is_done(n), options, ranks)
+    if ranks.run_on_first(partial(work.has, STOCK_NAME)):  # gigatoken's earlier ids are not trusted
         stock = replace(job, recipe=replace(plan.recipe, backend="stock"))
-        _do_all(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
+        _process_due(stock, "tokenize", lambda n: work.load_range(n).backend != "stock", options, ranks)
     if ranks.rank != 0:
         return {}
     records = [work.load_range(n) for n in range(len(plan.ranges))]
-    tally = tally_of(records, plan.ranges, options.max_malformed)
-    tally.finish(options.inputs)
-    duplicates_found = sum(record.duplicates for record in records)
-    source = _source(options, plan.inputs, tally, duplicates_found)
+    counts = sum_ranges(records, plan.ranges, options.max_malformed)
+    counts.finish(options.inputs)
+    source = _source(options, plan.inputs, counts, sum(record.duplicates for record in records))
     return publish(work, records, Contents(plan.tokenizer, plan.recipe.rule, source))
-
-
-def _known_to_differ(work: WorkFolder) -> DataError:
-    return DataError(
-        "In an earlier run of this job, gigatoken and the stock tokenizer disagreed",
-        remedy="Add --backend stock, or --on-difference fall-back",
-        location=work.output,
-    )
 
 
 def _mark_duplicates(job: Job, work: WorkFolder, options: BuildOptions, ranks: Ranks) -> None:
     folders = [work.range_folder(n) for n in range(len(job.ranges))]
-    _do_all(job, "hash_texts", lambda n: not duplicates.has_hashes(folders[n]), options, ranks)
-    if ranks.rank == 0 and not all(map(duplicates.has_dropped, folders)):
-        log.info("Skipping %d texts that equal an earlier one", duplicates.mark_duplicates(folders))
+    _process_due(job, "hash_texts", lambda n: not destinations.has_hashes(folders[n]), options, ranks)
+    if ranks.rank == 0 and not all(map(destinations.are_duplicates_marked, folders)):
+        log.info("Skipping %d texts that equal an earlier one", destinations.mark_duplicates(folders))
 
 
-def _do_all(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
+def _process_due(job: Job, task: Task, is_due: Callable[[int], bool], options: BuildOptions, ranks: Ranks) -> None:
     """Run a task on the ranges for which it is due; this rank and its workers process one slice of them."""
-    numbers = ranks.first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
+    numbers = ranks.run_on_first(lambda: [n for n in range(len(job.ranges)) if is_due(n)])
     weights = [range_weight(job.ranges[n]) for n in numbers]
     mine = split_evenly(numbers, weights, ranks.size)[ranks.rank]
     if len(numbers) < len(job.ranges):
         log.info("Resuming: %d of %d ranges are done", len(job.ranges) - len(numbers), len(job.ranges))
     total = sum(piece.stop - piece.start for n in mine for piece in job.ranges[n])
     # Stop early if one range, or with --max-malformed all ranges so far, have too many malformed lines.
-    tally = LineCounts(options.max_malformed, quiet=True)
+    counts = LineCounts(options.max_malformed, quiet=True)
     with Progress(total, "Tokenizing" if task == "tokenize" else "Hashing", quiet=ranks.rank > 0) as progress:
-        for number in do_ranges(job, task, mine, options.workers, progress.update):
+        for number in process_ranges(job, task, mine, options.workers, progress.update):
             if task == "tokenize":
                 record = WorkFolder(job.output).load_range(number)
-                add_range(
-                    LineCounts(quiet=True) if options.max_malformed is None else tally, record, record.first_malformed
-                )
+                limit = LineCounts(quiet=True) if options.max_malformed is None else counts
+                limit.add_range(record, record.first_malformed)
         if ranks.rank == 0 and mine:
-            log.info(progress.line())
-    ranks.wait()
+            log.info(progress.summarize())
+    ranks.wait_for_all()
 
 
-def _source(options: BuildOptions, inputs: list[Input], tally: LineCounts, num_duplicates: int) -> dict[str, Any]:
+def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_duplicates: int) -> dict[str, Any]:
     """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
@@ -263,10 +254,10 @@ def _source(options: BuildOptions, inputs: list[Input], tally: LineCounts, num_d
         "special_in_text": options.special_in_text,
         "document_starts_with": "bos",
         "document_ends_with": "eos" if options.append_eos else None,
-        "lines": tally.num_lines,
-        "documents": tally.num_documents,
-        "empty_texts": tally.num_empty,
+        "lines": counts.num_lines,
+        "documents": counts.num_documents,
+        "empty_texts": counts.num_empty,
         "duplicate_texts": num_duplicates if options.deduplicate else None,
-        "malformed_lines": tally.num_malformed,
-        "first_malformed": [line._asdict() for line in tally.first_malformed],
+        "malformed_lines": counts.num_malformed,
+        "first_malformed": [line._asdict() for line in counts.first_malformed],
     }

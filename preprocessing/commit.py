@@ -26,7 +26,7 @@ from megatron_bipe.data.shard_layout import shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path
-from preprocessing.encode import Destination
+from preprocessing.destinations import Destination
 from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
 
 SHARD_PREFIX = "tokens"

@@ -151,7 +151,7 @@ def corpus_files(folder: Path) -> list[Path]:
 class CorpusSummary(NamedTuple):
     """Sizes and fingerprint of the two files."""
 
-    tallies: dict[tuple[str, str], SubsetSize]
+    sizes: dict[tuple[str, str], SubsetSize]
     """Keyed by subset and "train" or "valid"."""
     fingerprint: str
     """SHA-256 of the uncompressed lines of both files in the order of collection."""
@@ -164,7 +164,7 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> CorpusSum
         DataError: a subset is empty in one of the files.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    tallies = {(subset, split): SubsetSize(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
+    sizes = {(subset, split): SubsetSize(0, 0) for subset in (CODE, PROSE) for split in SPLITS}
     paths, fingerprint = corpus_files(folder), hashlib.sha256()
     with ExitStack() as stack:
         files = [stack.enter_context(atomic_file(path)) for path in paths]
@@ -173,10 +173,10 @@ def write_corpus(documents: Iterable[CorpusDocument], folder: Path) -> CorpusSum
             line = orjson.dumps({"text": text, "meta": {"pile_set_name": subset}}) + b"\n"
             streams[valid].write(line)
             fingerprint.update(b"%d" % valid + line)
-            old = tallies[subset, SPLITS[valid]]
-            tallies[subset, SPLITS[valid]] = SubsetSize(old.documents + 1, old.text_bytes + len(text.encode()))
-        _check_complete(tallies, folder)
-    return CorpusSummary(tallies, fingerprint.hexdigest())
+            old = sizes[subset, SPLITS[valid]]
+            sizes[subset, SPLITS[valid]] = SubsetSize(old.documents + 1, old.text_bytes + len(text.encode()))
+        _check_complete(sizes, folder)
+    return CorpusSummary(sizes, fingerprint.hexdigest())
 
 
 def code_of(source: str) -> str | None:
@@ -213,8 +213,8 @@ def paragraphs_of(text: str) -> list[str]:
     return [block for block in unindented if _is_prose(block)]
 
 
-def _check_complete(tallies: dict[tuple[str, str], SubsetSize], folder: Path) -> None:
-    empty = [f"{subset} in {split}.jsonl.zst" for (subset, split), tally in tallies.items() if not tally.documents]
+def _check_complete(sizes: dict[tuple[str, str], SubsetSize], folder: Path) -> None:
+    empty = [f"{subset} in {split}.jsonl.zst" for (subset, split), size in sizes.items() if not size.documents]
     if empty:
         raise DataError(
             f"no documents of {', '.join(empty)}: every subset must be in both files",

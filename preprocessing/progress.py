@@ -3,7 +3,7 @@
 import logging
 import sys
 import time
-from types import TracebackType
+from typing import Self
 
 from tqdm import tqdm
 
@@ -24,12 +24,10 @@ class Progress:
         show_bar = sys.stderr.isatty() and not quiet
         self._bar = tqdm(total=total_bytes, unit="B", unit_scale=True, desc=what, disable=not show_bar)
 
-    def __enter__(self) -> "Progress":
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._bar.close()
 
     def update(self, done_bytes: int, text_bytes: int) -> None:
@@ -41,13 +39,13 @@ class Progress:
             self._bar.update(done_bytes)
         elif not self._quiet and time.monotonic() - self._last_line_s >= LINE_EVERY_S:
             self._last_line_s = time.monotonic()
-            log.info(self.line())
+            log.info(self.summarize())
 
     @property
     def text_mb_per_s(self) -> float:
         return self._text_bytes / 1e6 / max(time.monotonic() - self._began_s, 1e-9)
 
-    def line(self) -> str:
+    def summarize(self) -> str:
         """Return the progress as one log line."""
         share = self._done_bytes / max(self._total_bytes, 1)
         passed_s = time.monotonic() - self._began_s

@@ -5,25 +5,32 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_bipe.data.shard import ShardWriter
 from megatron_bipe.errors import DataError
-from megatron_bipe.types import Document
-from preprocessing.duplicates import hash_rows, load_dropped, save_hashes
-from preprocessing.encode import Destination, DocumentTokenizer, Recipe, TokenizedDocuments
+from megatron_bipe.types import BoolArray, Document, IntArray
+from preprocessing.destinations import Destination, HashRows, hash_rows, load_duplicates, save_hashes
+from preprocessing.document_tokenizer import (
+    BackendName,
+    DocumentTokenizer,
+    Recipe,
+    TokenizedDocuments,
+    TokenizerDifferenceError,
+)
 from preprocessing.line_counts import MALFORMED_NAMED, printable
 from preprocessing.readers.documents import DocumentReader, PieceEnd
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Keys, Malformed, Parsed
-from preprocessing.tokenizer_backend import Name, TokenizerDifferenceError
 from preprocessing.work_dir import STOCK_NAME, RangeRecord, RangeShard, WorkFolder
 
 MAX_DATASETS = 1000  # each keeps a file open; a key with more values is probably a mistake
+
+Advance = Callable[[int, int], object]  # called with bytes read from disk and bytes of text, for the time left
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -39,11 +46,6 @@ class Job:
     fall_back: bool  # to the stock tokenizer, if the fast one gives wrong ids
 
 
-log = logging.getLogger(__name__)
-
-Advance = Callable[[int, int], object]  # called with bytes read from disk and bytes of text, for the time left
-
-
 class RangeWorker:
     """Worker that processes ranges one after the other, in one process."""
 
@@ -56,14 +58,12 @@ class RangeWorker:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._reader.__exit__(kind, error, trace)
+    def __exit__(self, *_: object) -> None:
+        self._reader.__exit__()
 
     def hash_texts(self, number: int) -> None:
         """Save the hashes of a range's texts: the first pass if duplicates are dropped."""
-        hashes: list[npt.NDArray[np.uint64]] = []
+        hashes: list[HashRows] = []
         for piece in self._job.ranges[number]:
             for parsed in self._reader.read(piece):
                 hashes.append(hash_rows(document.text for document in parsed.documents))
@@ -91,13 +91,13 @@ class RangeWorker:
 
     def _tokenize(self, number: int, tokenizer: DocumentTokenizer) -> None:
         folder = self._work.range_folder(number)
-        dropped = load_dropped(folder) if self._job.drop_duplicates else None
+        is_duplicate = load_duplicates(folder) if self._job.drop_duplicates else None
         counts = _Counts()
         with self._work.writing(), _RangeWriter(folder, tokenizer.dtype, self._job.shard_tokens) as writer:
             for index, piece in enumerate(self._job.ranges[number]):
                 for parsed in self._reader.read(piece):
                     counts.add(parsed, index)
-                    documents = counts.kept(parsed.documents, dropped)
+                    documents = counts.drop_duplicates(parsed.documents, is_duplicate)
                     text_bytes = 0
                     if documents:
                         tokenized = tokenizer(documents)
@@ -110,47 +110,38 @@ class RangeWorker:
 
 @dataclass
 class _Counts:
-    """Counts in a range's record."""
+    """Counts of a range so far, under the names of its record."""
 
     ends: list[PieceEnd] = field(default_factory=list)
-    first_malformed: list[Malformed] = field(default_factory=list)
-    malformed_pieces: list[int] = field(default_factory=list)
     lines: int = 0
-    seen: int = 0
     documents: int = 0
     empty: int = 0
+    duplicates: int = 0
     malformed: int = 0
+    first_malformed: list[Malformed] = field(default_factory=list)
+    malformed_pieces: list[int] = field(default_factory=list)
 
     def add(self, parsed: Parsed, piece: int) -> None:
         named = parsed.malformed[: MALFORMED_NAMED - len(self.first_malformed)]
-        self.first_malformed += [bad._replace(file=printable(bad.file)) for bad in named]
+        self.first_malformed += [line._replace(file=printable(line.file)) for line in named]
         self.malformed_pieces += [piece] * len(named)
         self.lines += parsed.num_lines
         self.empty += parsed.num_empty
         self.malformed += len(parsed.malformed)
 
-    def kept(self, documents: list[Document], dropped: npt.NDArray[np.bool_] | None) -> list[Document]:
-        """Return the documents that are not duplicates, and count them."""
-        first, self.seen = self.seen, self.seen + len(documents)
-        if dropped is not None:
-            flags = dropped[first : self.seen].tolist()
-            documents = [document for document, flag in zip(documents, flags, strict=True) if not flag]
-        self.documents += len(documents)
-        return documents
+    def drop_duplicates(self, documents: list[Document], is_duplicate: BoolArray | None) -> list[Document]:
+        """Count documents, and return those that are not marked in the mask over all texts of the range."""
+        kept = documents
+        if is_duplicate is not None:
+            first = self.documents + self.duplicates
+            marks = is_duplicate[first : first + len(documents)].tolist()
+            kept = [document for document, mark in zip(documents, marks, strict=True) if not mark]
+        self.documents += len(kept)
+        self.duplicates += len(documents) - len(kept)
+        return kept
 
-    def record(self, shards: list[RangeShard], backend: Name) -> RangeRecord:
-        return RangeRecord(
-            shards=tuple(shards),
-            ends=tuple(self.ends),
-            lines=self.lines,
-            documents=self.documents,
-            empty=self.empty,
-            duplicates=self.seen - self.documents,
-            malformed=self.malformed,
-            backend=backend,
-            first_malformed=tuple(self.first_malformed),
-            malformed_pieces=tuple(self.malformed_pieces),
-        )
+    def record(self, shards: list[RangeShard], backend: BackendName) -> RangeRecord:
+        return RangeRecord(shards=tuple(shards), backend=backend, **vars(self))
 
 
 class _RangeWriter:
@@ -166,19 +157,16 @@ class _RangeWriter:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._undo.close()  # removes unfinished shards
 
-    def add(self, done: TokenizedDocuments) -> None:
-        starts_D = np.cumsum(done.lengths_D) - done.lengths_D
-        for destination in dict.fromkeys(done.destinations):
-            mine = [n for n, found in enumerate(done.destinations) if found == destination]
-            while mine:
-                count = self._room_for(destination, done.lengths_D[mine])
-                self._append(destination, done, starts_D, mine[:count])
-                mine = mine[count:]
+    def add(self, batch: TokenizedDocuments) -> None:
+        for destination in dict.fromkeys(batch.destinations):
+            indices = [n for n, found in enumerate(batch.destinations) if found == destination]
+            while indices:
+                count = self._room_for(destination, batch.lengths_D[indices])
+                self._append(destination, batch, indices[:count])
+                indices = indices[count:]
 
     def finish(self) -> list[RangeShard]:
         """Close all shards, and return them by number."""
@@ -186,7 +174,7 @@ class _RangeWriter:
             self._close(destination)
         return [self._done[number] for number in range(len(self._order))]
 
-    def _room_for(self, destination: Destination, lengths_D: npt.NDArray[np.int64]) -> int:
+    def _room_for(self, destination: Destination, lengths_D: IntArray) -> int:
         """Return how many documents fit into the open shard, at least one; open another shard if it is full."""
         writer = self._open.get(destination)
         if writer is not None and writer.num_tokens + lengths_D[0] > self._shard_tokens:
@@ -196,16 +184,14 @@ class _RangeWriter:
             writer = self._begin(destination)
         return max(int(np.searchsorted(np.cumsum(lengths_D), self._shard_tokens - writer.num_tokens, "right")), 1)
 
-    def _append(
-        self, destination: Destination, done: TokenizedDocuments, starts_D: npt.NDArray[np.int64], mine: list[int]
-    ) -> None:
-        lengths_D, text_bytes = done.lengths_D[mine], int(done.text_bytes_D[mine].sum())
-        if len(mine) == len(done.destinations):
-            tokens_T, ends_T = done.tokens_T, done.ends_T
-        else:
-            spans = [slice(start, start + size) for start, size in zip(starts_D[mine], lengths_D, strict=True)]
-            tokens_T = np.concatenate([done.tokens_T[span] for span in spans])
-            ends_T = np.concatenate([done.ends_T[span] for span in spans])
+    def _append(self, destination: Destination, batch: TokenizedDocuments, indices: list[int]) -> None:
+        lengths_D, text_bytes = batch.lengths_D[indices], int(batch.text_bytes_D[indices].sum())
+        tokens_T, ends_T = batch.tokens_T, batch.ends_T
+        if len(indices) < len(batch.destinations):
+            stops = np.cumsum(batch.lengths_D)[indices]
+            spans = [slice(stop - size, stop) for stop, size in zip(stops, lengths_D, strict=True)]
+            tokens_T = np.concatenate([tokens_T[span] for span in spans])
+            ends_T = np.concatenate([ends_T[span] for span in spans])
         self._open[destination].append(tokens_T, ends_T, lengths_D, text_bytes)
 
     def _begin(self, destination: Destination) -> ShardWriter:

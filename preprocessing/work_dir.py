@@ -19,10 +19,9 @@ from pydantic import ValidationError
 from megatron_bipe.data.manifest import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import LOCK_NAME, unreadable_error, write_atomically
-from preprocessing.encode import Destination
+from preprocessing.document_tokenizer import BackendName, Destination
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
-from preprocessing.tokenizer_backend import Name
 
 WORK_FOLDER = "unfinished"
 JOB_NAME, RANGE_NAME = "job.json", "range.json"
@@ -57,7 +56,7 @@ class RangeRecord(Record):
     """Lines that hold no document."""
     first_malformed: tuple[Malformed, ...]
     """The first malformed lines, numbered from the start of their piece."""
-    backend: Name
+    backend: BackendName
     """Backend that tokenized the range."""
     malformed_pieces: tuple[Count, ...]
     """Index of the piece of each line in `first_malformed`."""
@@ -117,16 +116,19 @@ class WorkFolder:
             self.remove()
         if old == job:
             return
+        self.require_replaceable(has_output, overwrite)
+        self.path.mkdir(parents=True, exist_ok=True)
+        if not has_output:
+            self.mark(CLEARED_NAME)
+        write_atomically(self.path / JOB_NAME, json.dumps(job, indent=1).encode())
+
+    def require_replaceable(self, has_output: bool, overwrite: bool) -> None:
         if has_output and not overwrite:
             raise DataError(
                 "The output folder holds a dataset",
                 remedy="Name another folder, or add --overwrite to replace it",
                 location=self.output,
             )
-        self.path.mkdir(parents=True, exist_ok=True)
-        if not has_output:
-            self.mark(CLEARED_NAME)
-        write_atomically(self.path / JOB_NAME, json.dumps(job, indent=1).encode())
 
     def _old_job(self) -> Any:
         path = self.path / JOB_NAME

@@ -35,8 +35,8 @@ def main(argv: Sequence[str] | None) -> None:
     progress = tqdm(sources, unit=" files", desc="corpus", disable=None)  # silent without a terminal
     written = write_corpus(collect(progress, options.max_bytes, options.valid_share), options.output)
     progress.close()
-    for (subset, split), tally in written.tallies.items():
-        print(f"{subset:6}{split:6}{tally.documents:7,} documents {tally.text_bytes / 1e6:8.2f} MB")
+    for (subset, split), size in written.sizes.items():
+        print(f"{subset:6}{split:6}{size.documents:7,} documents {size.text_bytes / 1e6:8.2f} MB")
     print(f"fingerprint {written.fingerprint}")
 
 

@@ -12,8 +12,13 @@ from pathlib import Path
 from _cli import command, parse_range
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS
-from preprocessing.arithmetic import SEGMENTS, ArithmeticOptions, prepare_arithmetic
-from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
+from preprocessing.task_examples import (
+    ARITHMETIC_SEGMENTS,
+    ArithmeticOptions,
+    ScrollsOptions,
+    prepare_arithmetic,
+    prepare_scrolls,
+)
 
 
 @command
@@ -48,7 +53,7 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
     add("--length", required=True, type=int, metavar="N", help="maximum tokens of a problem with its solution")
     add("--seed", type=int, default=0, help=f"seed of the choice of problems {shown}")
     add("--held-out", action="store_true", help="use problems that training sets never contain")
-    add("--segments", default=SEGMENTS, metavar="RULE", help=f"where segments end {shown}")
+    add("--segments", default=ARITHMETIC_SEGMENTS, metavar="RULE", help=f"where segments end {shown}")
     add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     command.set_defaults(make=prepare_arithmetic, options=ArithmeticOptions)
 

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from _cli import add_max_malformed, command
 from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
-from preprocessing.ranks import join_ranks
+from preprocessing.destinations import SPLIT_EXAMPLE
 from preprocessing.readers.inputs import SUFFIXES
-from preprocessing.split import EXAMPLE
+from preprocessing.workers import join_ranks
 
 
 @command
@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--workers", type=int, default=1, metavar="N", help="processes, or processes per rank (default: %(default)s)")
     add("--partition-by", metavar="KEY", help="one dataset per value of this key, e.g. meta.pile_set_name")
-    add("--split", metavar="NAME=SHARE,...", help=f"one dataset per split, by a hash of the text, e.g. {EXAMPLE}")
+    add("--split", metavar="NAME=SHARE,...", help=f"one dataset per split, by a hash of the text, e.g. {SPLIT_EXAMPLE}")
     add("--deduplicate", action="store_true", help="skip texts that equal an earlier one; reads everything twice")
     add("--append-eos", action="store_true", help="end every document with the tokenizer's EOS token")
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="maximum tokens in a shard (default: 2^30)")

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from megatron_bipe.data.token_strings import json_token_texts, parse_byte_token, sentencepiece_to_json
+from megatron_bipe.data.token_strings import SPACE_MARK, json_token_texts, parse_byte_token, sentencepiece_to_json
 from megatron_bipe.errors import DataError
 
 DEFINITIONS = ("tokenizer.json", "tokenizer.model")  # in order of preference
@@ -165,7 +165,7 @@ class SentencePieceTokenizer(Tokenizer):
         if model.is_byte(token_id):
             byte = parse_byte_token(piece)
             return chr(byte) if byte is not None and byte < 0x80 else None
-        return str(piece).replace("\u2581", " ")
+        return str(piece).replace(SPACE_MARK, " ")
 
     def to_json(self) -> bytes:
         return sentencepiece_to_json(self.definition.read_bytes())

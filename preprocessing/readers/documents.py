@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from types import TracebackType
 from typing import NamedTuple, Self
 
-from preprocessing.readers import tables
+from preprocessing.readers.hub_dataset import read_hub
 from preprocessing.readers.inputs import Input, Piece, require_unchanged
 from preprocessing.readers.lines import LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, Parsed, parse_block
@@ -32,23 +31,35 @@ class DocumentReader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._close.close()
 
     def read(self, piece: Piece) -> Iterator[Parsed]:
         """Yield the documents that begin in the piece, in bounded batches.
 
         Raises:
-            DataError: the input cannot be read, is damaged, or has changed since it was found.
+            DataError: the input cannot be read, is damaged, or has changed since it was found; or a package that
+                reads it is missing.
         """
         with reading(piece.input.name):
             require_unchanged(piece.input)
-            yield from READERS[piece.input.kind.reader](self, piece)
+            yield from self._parse(piece)
             require_unchanged(piece.input)  # also not while it was read
 
-    def _lines(self, piece: Piece) -> Iterator[Parsed]:
+    def _parse(self, piece: Piece) -> Iterator[Parsed]:
+        if piece.input.kind.reader == "lines":
+            yield from self._parse_lines(piece)
+        elif piece.input.kind.reader == "text":
+            yield parse_block(read_text_file(Path(piece.input.name)), self._keys)
+            self.end = PieceEnd(0, 0, 0)
+        else:
+            num_rows = 0
+            for parsed in _read_rows(piece, self._keys):
+                num_rows += parsed.num_lines
+                yield parsed
+            self.end = PieceEnd(num_rows, 0, 0)
+
+    def _parse_lines(self, piece: Piece) -> Iterator[Parsed]:
         if self._open is None or self._open[0] != piece.input.name:
             self._close.close()
             self._open = piece.input.name, self._close.enter_context(LineReader(Path(piece.input.name)))
@@ -59,36 +70,19 @@ class DocumentReader:
             yield parse_block(block._replace(file=name), self._keys)
         self.end = PieceEnd(reader.num_lines, reader.skipped_bytes, reader.overrun_bytes)
 
-    def _text(self, piece: Piece) -> Iterator[Parsed]:
-        yield parse_block(read_text_file(Path(piece.input.name)), self._keys)
-        self.end = PieceEnd(0, 0, 0)
 
-    def _parquet(self, piece: Piece) -> Iterator[Parsed]:
-        yield from self._counted(tables.read_parquet(Path(piece.input.name), piece.start, piece.stop, self._keys))
-
-    def _arrow(self, piece: Piece) -> Iterator[Parsed]:
-        yield from self._counted(tables.read_arrow(Path(piece.input.name), self._keys))
-
-    def _hub(self, piece: Piece) -> Iterator[Parsed]:
-        found = piece.input
+def _read_rows(piece: Piece, keys: Keys) -> Iterator[Parsed]:
+    name = piece.input.name
+    if piece.input.kind.reader == "hub":
         for part in range(piece.start, piece.stop):
-            yield from self._counted(tables.read_hub(found.name, part, found.version, self._keys))
+            yield from read_hub(name, part, piece.input.version, keys)
+        return
+    from preprocessing.readers.tables import read_arrow, read_parquet
 
-    def _counted(self, rows: Iterator[Parsed]) -> Iterator[Parsed]:
-        num_rows = 0
-        for parsed in rows:
-            num_rows += parsed.num_lines
-            yield parsed
-        self.end = PieceEnd(num_rows, 0, 0)
-
-
-READERS = {
-    "lines": DocumentReader._lines,
-    "text": DocumentReader._text,
-    "parquet": DocumentReader._parquet,
-    "arrow": DocumentReader._arrow,
-    "hub": DocumentReader._hub,
-}
+    if piece.input.kind.reader == "parquet":
+        yield from read_parquet(Path(name), piece.start, piece.stop, keys)
+    else:
+        yield from read_arrow(Path(name), keys)
 
 
 def read_input(item: Input, keys: Keys) -> Iterator[Parsed]:

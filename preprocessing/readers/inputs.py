@@ -2,23 +2,25 @@
 
 import glob
 import itertools
+import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
-from preprocessing.readers.tables import is_saved_dataset, open_hub, saved_files
+from preprocessing.readers.hub_dataset import open_hub
+from preprocessing.readers.lines import reading
 
 
 class Kind(NamedTuple):
     """Kind of input: its reader, and how it is divided into ranges."""
 
-    reader: str  # one of `documents.READERS`
+    reader: Literal["lines", "text", "parquet", "arrow", "hub"]
     is_divisible: bool  # can be read from any byte (or any part, on the Hub)
     text_share: float  # approximate bytes of text per byte on disk, so that ranges are equal amounts of work
 
@@ -93,6 +95,45 @@ def _inputs_of(entry: str) -> list[Input]:
             f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", location=entry
         )
     return [_file_input(file) for file in files]
+
+
+def is_saved_dataset(folder: Path) -> bool:
+    """Return True if `datasets` saved a dataset, or one with several splits, in this folder."""
+    marks = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
+    return any(all((folder / name).is_file() for name in names) for names in marks)
+
+
+def saved_files(folder: Path) -> list[Path]:
+    """Return the `.arrow` files of a folder made by `Dataset.save_to_disk`, in order.
+
+    Raises:
+        DataError: the folder holds several splits, or is damaged or incomplete.
+    """
+    listing = folder / "state.json"
+    if not listing.exists():
+        splits = sorted(state.parent for state in folder.glob("*/state.json"))
+        raise DataError(
+            f"This is a dataset saved with its splits: {', '.join(split.name for split in splits) or 'none is here'}",
+            remedy=f"Name the folder of one split as the input, such as {splits[0] if splits else folder / 'train'}",
+            location=folder,
+        )
+    try:
+        with reading(listing):
+            files = [folder / entry["filename"] for entry in json.loads(listing.read_bytes())["_data_files"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"This does not list files as `Dataset.save_to_disk` does ({type(error).__name__}: {error})",
+            remedy="Copy or save the dataset again",
+            location=listing,
+        ) from error
+    missing = [file.name for file in files if not file.is_file()]
+    if missing or not files:
+        raise DataError(
+            f"The saved dataset lacks {', '.join(missing[:3]) or 'any file'}{', ...' if len(missing) > 3 else ''}",
+            remedy="Copy or save the dataset again",
+            location=folder,
+        )
+    return files
 
 
 def _files_below(folder: Path) -> Iterator[Path]:

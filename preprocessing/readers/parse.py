@@ -15,6 +15,10 @@ class Keys(NamedTuple):
     text: str = "text"
     partition: str | None = None  # of the value by which the data is partitioned; None: not partitioned
 
+    def in_use(self) -> list[str]:
+        """Return the keys that are given, each once."""
+        return list(dict.fromkeys(key for key in self if key is not None))
+
 
 class Malformed(NamedTuple):
     """Line (or row of a table) that is not a document, and the reason."""
@@ -98,13 +102,12 @@ def _look_up(record: Any, path: str) -> Any:
 
 
 def _parse_text_file(block: Block, partition_key: str | None) -> Parsed:
-    def result(documents: list[Document], malformed: list[Malformed]) -> Parsed:
-        return Parsed(documents, malformed, 1, 1 - len(documents) - len(malformed), block.read_bytes)
-
+    found: tuple[int, tuple[str, str] | str]
     try:
-        text = block.content.decode()
+        found = 1, (block.content.decode(), "")
     except UnicodeDecodeError as error:
-        return result([], [Malformed(block.file, block.content.count(b"\n", 0, error.start) + 1, "not UTF-8")])
-    if text and partition_key is not None:
-        return result([], [Malformed(block.file, 1, f'a text file has no "{partition_key}" to partition by')])
-    return result([Document(text, block.file, 1, "")] if text else [], [])
+        found = block.content.count(b"\n", 0, error.start) + 1, "not UTF-8"
+    else:
+        if block.content and partition_key is not None:
+            found = 1, f'a text file has no "{partition_key}" to partition by'
+    return _collect(block.file, [found], block.read_bytes)

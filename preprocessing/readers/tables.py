@@ -1,33 +1,29 @@
-"""Tables as inputs: parquet files, folders saved by `datasets`, and datasets on the Hugging Face Hub.
+"""Read the rows of parquet and Arrow files as documents, with the text of only a few rows in memory.
 
-A dataset on the Hub is named `ORG/NAME[/CONFIG][:SPLIT]`; the default split is `train`. Its parts are the shards that
-`datasets` sees, usually one file each. It is streamed: nothing of it is kept on disk, and none of its code is run.
-
-`pyarrow` and `datasets` are slow to import, and are imported only when such an input is read.
+`pyarrow` loads slowly, so other modules import this one only when a table is read. Its dataset scanner is not used: it
+holds more of a row group in memory, accepts row counts that disagree, and does not read Arrow streams.
 """
 
-import gc
-import json
-import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import huggingface_hub
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.parquet import ParquetFile
 
 from megatron_bipe.errors import DataError
 from preprocessing.readers.lines import BLOCK_BYTES, reading
-from preprocessing.readers.parse import Keys, Parsed
+from preprocessing.readers.parse import Keys, Parsed, parse_rows
 
 ROWS_AT_ONCE = 4  # of a parquet file: few enough for rows of 50 MB, and still far faster than tokenizing
-HUB_ROWS_AT_ONCE = 1000
 BUFFER_BYTES = 1 << 20  # per compressed column; without it, pyarrow holds all of a row group
 ARROW_FILE_START = b"ARROW1\0\0"
 ARROW_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"
-LONGEST_REASON = 400  # characters of a message from `datasets`
+LONGEST_TYPE_NAMED = 60  # characters, in messages
 
-Batches = Iterator[tuple[Any, int]]  # a `pyarrow.RecordBatch`, or None, and the bytes on disk read for it
+Batches = Iterator[tuple[pa.RecordBatch | None, int]]  # with the bytes on disk that were read for each batch
 
 
 def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Parsed]:
@@ -39,21 +35,17 @@ def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Pars
     Raises:
         DataError: the file cannot be read or is damaged, or a key leads to no column.
     """
-    with _import_errors(file):
-        from pyarrow.parquet import ParquetFile
-
-        from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns, top_columns
     with (
-        reading_table(file),
+        _reading_table(file),
         ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True) as table,
     ):
         require_columns(table.schema_arrow, keys, file)
-        columns = top_columns(table.schema_arrow, keys)
+        columns = list(dict.fromkeys(_split_key(table.schema_arrow, key)[0] for key in keys.in_use()))
         batches = _row_group_batches(table, file.stat().st_size, start, stop, columns)
         yield from parse_batches(str(file), batches, keys)
 
 
-def _row_group_batches(table: Any, size: int, start: int, stop: int, columns: list[str]) -> Batches:
+def _row_group_batches(table: ParquetFile, size: int, start: int, stop: int, columns: list[str]) -> Batches:
     groups = {number: table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)}
     if (rows := sum(group.num_rows for group in groups.values())) != table.metadata.num_rows:
         raise EOFError(f"its row groups declare {rows} rows, the file {table.metadata.num_rows}")
@@ -87,45 +79,6 @@ def _position(group: Any) -> int:
     return min((page for page in pages if page and page > 0), default=0)
 
 
-def is_saved_dataset(folder: Path) -> bool:
-    """Return True if `datasets` saved a dataset, or one with several splits, in this folder."""
-    marks = ({"dataset_dict.json"}, {"state.json", "dataset_info.json"})
-    return any(all((folder / name).is_file() for name in names) for names in marks)
-
-
-def saved_files(folder: Path) -> list[Path]:
-    """Return the `.arrow` files of a folder made by `Dataset.save_to_disk`, in order.
-
-    Raises:
-        DataError: the folder holds several splits, or is damaged or incomplete.
-    """
-    listing = folder / "state.json"
-    if not listing.exists():
-        splits = sorted(state.parent for state in folder.glob("*/state.json"))
-        raise DataError(
-            f"This is a dataset saved with its splits: {', '.join(split.name for split in splits) or 'none is here'}",
-            remedy=f"Name the folder of one split as the input, such as {splits[0] if splits else folder / 'train'}",
-            location=folder,
-        )
-    try:
-        with reading(listing):
-            files = [folder / entry["filename"] for entry in json.loads(listing.read_bytes())["_data_files"]]
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(
-            f"This does not list files as `Dataset.save_to_disk` does ({type(error).__name__}: {error})",
-            remedy="Copy or save the dataset again",
-            location=listing,
-        ) from error
-    missing = [file.name for file in files if not file.is_file()]
-    if missing or not files:
-        raise DataError(
-            f"The saved dataset lacks {', '.join(missing[:3]) or 'any file'}{', ...' if len(missing) > 3 else ''}",
-            remedy="Copy or save the dataset again",
-            location=folder,
-        )
-    return files
-
-
 def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
     """Yield the rows of one Arrow file, in stream or file format, in batches of about `BLOCK_BYTES` of text.
 
@@ -134,14 +87,10 @@ def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
     Raises:
         DataError: as `read_parquet`.
     """
-    with _import_errors(file):
-        import pyarrow
-
-        from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns
-    with reading_table(file), pyarrow.memory_map(str(file)) as source:
+    with _reading_table(file), pa.memory_map(str(file)) as source:
         is_stream = source.read(len(ARROW_FILE_START)) != ARROW_FILE_START
         source.seek(0)
-        with (pyarrow.ipc.open_stream if is_stream else pyarrow.ipc.open_file)(source) as reader:
+        with (pa.ipc.open_stream if is_stream else pa.ipc.open_file)(source) as reader:
             require_columns(reader.schema, keys, file)
             batches = _stream_batches(reader, source) if is_stream else _file_batches(reader, source.size())
             yield from parse_batches(str(file), batches, keys)
@@ -167,116 +116,131 @@ def _file_batches(reader: Any, size: int) -> Batches:
         yield None, size
 
 
-class HubTable(NamedTuple):
-    """Number of parts and current commit of a dataset on the Hub."""
+@contextmanager
+def _reading_table(file: Path) -> Iterator[None]:
+    """Turn failures of `pyarrow` to read a file into a `DataError` that names it."""
+    with reading(file):
+        try:
+            yield
+        except pa.ArrowNotImplementedError as error:
+            raise DataError(
+                f"pyarrow {pa.__version__} cannot read this: {error}",
+                remedy="Write the file again with common types and compression, or install a newer pyarrow",
+                location=file,
+            ) from error
+        except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise  # the disk or the path, not the content
+            raise EOFError(" ".join(str(error).split())) from error
 
-    parts: int
-    commit: str
 
+def parse_batches(name: str, batches: Iterable[tuple[pa.RecordBatch | None, int]], keys: Keys) -> Iterator[Parsed]:
+    """Yield the documents of a table, in groups of about `BLOCK_BYTES` of text, or of one row.
 
-def open_hub(name: str) -> HubTable:
-    """Look up a dataset.
-
-    Raises:
-        DataError: no network, an unknown dataset, configuration or split, no access, or data that needs a script.
+    The keys were checked by `require_columns`.
     """
-    _hub_dataset(name, None)  # first, because its errors explain most
-    with _hub_errors(name, _OPENING):
-        commit = str(huggingface_hub.HfApi().dataset_info(_parse_name(name)[0]).sha)
-    return HubTable(int(_hub_dataset(name, commit).num_shards), commit)
+    records: list[dict[str, Any]] = []
+    first_row = 1
+    text_size = read_bytes = 0
+    for batch, batch_bytes in batches:
+        for record in _records(batch, keys) if batch is not None else ():
+            records.append(record)
+            text_size += len(record[keys.text] or "")
+            if text_size >= BLOCK_BYTES:
+                yield parse_rows(name, first_row, records, keys, read_bytes)
+                first_row += len(records)
+                records, text_size, read_bytes = [], 0, 0
+        read_bytes += batch_bytes
+    if records or read_bytes:
+        yield parse_rows(name, first_row, records, keys, read_bytes)
 
 
-def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
-    """Yield the rows of one part of a dataset on the Hub, in order, in batches of about `BLOCK_BYTES` of text.
-
-    `Parsed.read_bytes` is 1 for the last batch, else 0: it counts parts. The commit is that of `open_hub`, so that
-    parts read at different times are of one version.
-
-    Raises:
-        DataError: as `open_hub` and `read_parquet`; or the dataset has no such part.
-    """
-    with _import_errors(name):
-        from preprocessing.readers.arrow_rows import parse_batches
-    dataset = _hub_dataset(name, commit)
-    if part >= dataset.num_shards:
-        raise DataError(
-            f"Part {part} (from 0) was planned, but the dataset has {dataset.num_shards} parts: another version of "
-            "`datasets` counts them differently",
-            remedy="Start over with --overwrite",
-            location=name,
-        )
-    shard = dataset.shard(num_shards=dataset.num_shards, index=part).with_format("arrow")
-    yield from parse_batches(name, _hub_batches(name, shard.iter(HUB_ROWS_AT_ONCE), keys), keys)
+def _records(batch: pa.RecordBatch, keys: Keys) -> Iterator[dict[str, Any]]:
+    """Yield each row's values at the keys; later rows take no memory."""
+    columns = {key: _column_at(batch, key) for key in keys.in_use()}
+    for values in zip(*columns.values(), strict=True):
+        yield {key: _decode(scalar.as_py()) for key, scalar in zip(columns, values, strict=True)}
 
 
-def _hub_batches(name: str, tables: Iterator[Any], keys: Keys) -> Batches:
-    from preprocessing.readers.arrow_rows import require_columns
-
-    while True:
-        with _hub_errors(name, _READING):
-            table = next(tables, None)
-        if table is None:
+def _column_at(batch: pa.RecordBatch, key: str) -> pa.Array:
+    """Return the values at a key, strings as bytes because Arrow does not guarantee UTF-8."""
+    first, *inner = _split_key(batch.schema, key)
+    column = batch.column(first)
+    column.validate()
+    for name in inner:
+        if pa.types.is_null(column.type):
             break
-        require_columns(table.schema, keys, name)
-        for batch in table.to_batches():
-            yield batch, 0
-    yield None, 1
+        column = pc.struct_field(column, column.type.get_field_index(name))
+    if pa.types.is_dictionary(column.type):
+        column = pa.DictionaryArray.from_arrays(column.indices, _strings_as_bytes(column.dictionary), safe=False)
+    column = _strings_as_bytes(column)
+    column.validate(full=True)  # in a damaged file, offsets could point anywhere in memory
+    return column
 
 
-def _parse_name(name: str) -> tuple[str, str | None, str]:
-    """Return repository, configuration and split."""
-    path, _, split = name.partition(":")
-    names = path.split("/")
-    return "/".join(names[:2]), "/".join(names[2:]) or None, split or "train"
+def _strings_as_bytes(column: pa.Array) -> pa.Array:
+    return column.cast(pa.large_binary()) if _is_string(column.type) else column
 
 
-def _hub_dataset(name: str, commit: str | None) -> Any:
-    with _import_errors(name):
-        from datasets import load_dataset
-    repo, config, split = _parse_name(name)
-    if Path(repo).exists():  # `datasets` would read that
-        raise DataError(f"{repo} is also a path on this disk", remedy="Name files in it, or rename it", location=name)
-    with _hub_errors(name, _OPENING):
-        return load_dataset(repo, config, split=split, revision=commit, streaming=True)
-
-
-_FETCH = "fetch its files with tools/download_data.py and name those as the input"
-
-# Remedies by exception type; the first match applies.
-_OPENING = (
-    (
-        FileNotFoundError,
-        "Check the name; for a private or gated dataset, ask for access and run `hf auth login`",
-    ),
-    (ValueError, "Name it as ORG/NAME[/CONFIG][:SPLIT], with a configuration and a split that it has"),
-    (RuntimeError, f"If only a script can load it, use another version of the dataset; else {_FETCH}"),
-    (Exception, f"Check the network, HF_HUB_OFFLINE and HF_ENDPOINT; or {_FETCH}"),
-)
-_READING = ((Exception, f"If it is the network, run the same command again; or {_FETCH}"),)
-
-
-@contextmanager
-def _hub_errors(name: str, remedies: Sequence[tuple[type[Exception], str]]) -> Iterator[None]:
-    """Turn any exception of `datasets`, which documents no fixed set of them, into a `DataError`."""
+def _decode(value: Any) -> Any:
+    """Return bytes as a string if they are UTF-8; the row of other bytes is malformed."""
     try:
-        yield
-    except Exception as error:
-        remedy = next(remedy for kind, remedy in remedies if isinstance(error, kind))
-        text = " ".join(str(error).split())[:LONGEST_REASON]
-        # A Parquet scanner that the traceback or a cycle keeps alive until the end of the process aborts it:
-        # https://github.com/apache/arrow/issues/45214
-        traceback.clear_frames(error.__traceback__)
-        gc.collect()
-        raise DataError(f"`datasets` failed: {text or type(error).__name__}", remedy=remedy, location=name) from error
+        return value.decode() if isinstance(value, bytes) else value
+    except UnicodeDecodeError:
+        return value
 
 
-@contextmanager
-def _import_errors(location: Path | str) -> Iterator[None]:
-    try:
-        yield
-    except ImportError as error:
+def require_columns(schema: pa.Schema, keys: Keys, location: Path | str) -> None:
+    """Refuse a table that lacks a column, instead of reporting each of its rows as malformed.
+
+    Raises:
+        DataError: there is nothing at a key, or no strings; to partition by, integers and booleans are also allowed.
+    """
+    for key in keys.in_use():
+        found = _type_at(schema, key)
+        values = found.value_type if found is not None and pa.types.is_dictionary(found) else found
+        if values is not None and any(fits(values) for fits in _FITTING[key == keys.text]):
+            continue
+        message = f'There is nothing at "{key}"' if found is None else f'"{key}" holds {_shorten(found)}, not strings'
+        columns = ", ".join(f"{field.name} ({_shorten(field.type)})" for field in schema) or "none"
+        option = "--text-key" if key == keys.text else "--partition-by"
         raise DataError(
-            f"A package for this input cannot be imported: {error}",
-            remedy="Run make setup, or pip install datasets",
+            f"{message}; the columns are: {columns}",
+            remedy=f"Name a column of strings, or a dotted path to one inside structs, with {option}",
             location=location,
-        ) from error
+        )
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+
+
+# A column of nulls has no other type; each of its rows is malformed.
+_FITTING = {
+    True: (_is_string, pa.types.is_null),
+    False: (_is_string, pa.types.is_null, pa.types.is_integer, pa.types.is_boolean),
+}
+
+
+def _shorten(kind: pa.DataType) -> str:
+    name = str(kind)
+    return name if len(name) <= LONGEST_TYPE_NAMED else f"{name[:LONGEST_TYPE_NAMED]}..."
+
+
+def _type_at(schema: pa.Schema, key: str) -> pa.DataType | None:
+    """Return the type of the values at a key; None if the schema has no such path, or two."""
+    kind: Any = schema
+    for name in _split_key(schema, key):
+        if isinstance(kind, pa.DataType) and pa.types.is_null(kind):
+            return kind
+        is_nest = kind is schema or pa.types.is_struct(kind)
+        index = kind.get_field_index(name) if is_nest else -1
+        if index < 0:
+            return None
+        kind = kind.field(index).type
+    return kind
+
+
+def _split_key(schema: pa.Schema, key: str) -> list[str]:
+    """Return the names from a column inwards. A column named like the full key has priority, as in `parse`."""
+    return [key] if key in schema.names else key.split(".")

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from megatron_bipe.data.tokenizer import Tokenizer
-from preprocessing.tokenizer_backend import Encoded, StockBackend
+from preprocessing.document_tokenizer import Encoded, StockBackend
 
 
 class Wrong:

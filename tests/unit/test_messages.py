@@ -51,8 +51,8 @@ from megatron_bipe.train.run_folder import check_same_run, write_run_folder
 from megatron_bipe.train.supervise import usable_hosts
 from megatron_bipe.train.warm_start import start_run
 from preprocessing.build import BuildOptions, build
+from preprocessing.destinations import Split
 from preprocessing.readers.inputs import find_inputs
-from preprocessing.split import Split
 from tests.helpers import datasets
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.paths import ROOT

@@ -37,12 +37,12 @@ from bench._machine import describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.types import Document
-from preprocessing import encode
+from preprocessing import document_tokenizer
 from preprocessing.build import BuildOptions, build
+from preprocessing.document_tokenizer import CheckedBackend, Encoded, GigatokenBackend, StockBackend
 from preprocessing.readers.documents import read_input
 from preprocessing.readers.inputs import find_inputs
 from preprocessing.readers.parse import Keys
-from preprocessing.tokenizer_backend import CheckedBackend, Encoded, GigatokenBackend, StockBackend
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 
 BATCH = 1000  # documents; the default of `datasets.map`
@@ -82,7 +82,7 @@ def ours_but_the_tokenizer(job: Job) -> int:
             return Encoded(np.full(sum(counts), 1000, np.uint32), np.cumsum([0, *counts]))
 
     instant = CheckedBackend(Instant(), Instant(), 0.0)
-    with mock.patch.object(encode, "open_backend", return_value=instant):
+    with mock.patch.object(document_tokenizer, "open_backend", return_value=instant):
         return ours(job, backend="stock")
 
 

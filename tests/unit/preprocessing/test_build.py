@@ -1,4 +1,4 @@
-"""Building datasets: same bytes for any number of workers, nothing unfinished, nothing overwritten unasked."""
+"""Datasets: the same bytes for any number of workers, nothing unfinished, nothing overwritten without the option."""
 
 import errno
 import gzip
@@ -39,7 +39,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def decoded(folder: Path) -> list[str]:
-    """The documents of a dataset, read back through its own copy of the tokenizer."""
+    """Return the documents of a dataset, decoded by its own copy of the tokenizer."""
     dataset = TokenDataset(folder)
     tokenizer = load_tokenizer(folder / "tokenizer")
     dataset.check_tokenizer(tokenizer.fingerprint, "test")
@@ -111,7 +111,7 @@ def test_build_shards_hold_at_most_the_tokens_asked_unless_one_document_is_longe
     assert decoded(options.output) == texts + texts
 
 
-def test_build_malformed_lines_are_named_counted_and_let_pass_up_to_the_limit(
+def test_build_malformed_lines_are_named_and_counted_up_to_the_limit(
     tmp_path: Path, tokenizer_folder: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = tmp_path / "in.jsonl"
@@ -236,7 +236,7 @@ def test_build_too_many_partitions_is_an_error(
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name"))
 
 
-def test_partition_slug_is_safe_and_unlike_the_ones_taken() -> None:
+def test_partition_slug_is_safe_and_unique() -> None:
     assert partition_slug("Gutenberg (PG-19)", set()) == "gutenberg-pg-19"
     assert partition_slug("Pile-CC", set()) == "pile-cc"
     assert partition_slug("gutenberg pg 19", {"gutenberg-pg-19"}).startswith("gutenberg-pg-19-")
@@ -247,7 +247,7 @@ def test_partition_slug_is_safe_and_unlike_the_ones_taken() -> None:
 
 
 @pytest.mark.parametrize("value", ["manifest.json", "tokenizer", "unfinished"])
-def test_partition_slug_is_no_name_with_a_meaning(value: str) -> None:
+def test_partition_slug_is_never_a_reserved_name(value: str) -> None:
     assert partition_slug(value, set()).startswith(f"{value}-")
 
 
@@ -265,7 +265,7 @@ def test_build_partitions_of_like_names_stay_apart_wherever_they_first_appear(
     assert names == ["b", "b", "a", "b", "a", "manifest.json"] and len({folder.name for folder in made}) == 6
 
 
-def test_build_output_inside_the_input_is_no_input(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_build_output_inside_the_input_is_not_read(tmp_path: Path, tokenizer_folder: Path) -> None:
     tokenizer = tmp_path / "tokenizer-with-merges"
     shutil.copytree(tokenizer_folder, tokenizer)
     (tokenizer / "merges.txt").write_text("not a text")
@@ -369,7 +369,7 @@ def test_build_range_with_too_much_malformed_stops_every_run(
     assert manifest.source["malformed_lines"] == 11
 
 
-def test_build_inputs_without_text_are_passed_over(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_build_inputs_without_text_are_skipped(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
     for name in ("a.jsonl", "b.jsonl.zst", "c.txt"):
@@ -386,7 +386,7 @@ def test_build_inputs_without_text_are_passed_over(tmp_path: Path, tokenizer_fol
 
 
 @pytest.mark.parametrize("pack", [bytes, zstandard.compress, gzip.compress])
-def test_build_lines_longer_than_ranges_are_whole_whoever_reads_them(
+def test_build_lines_longer_than_ranges_are_complete_in_any_order_of_reading(
     tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPatch, pack: Callable[[bytes], bytes]
 ) -> None:
     monkeypatch.setattr(inputs_module, "LEAST_RANGE_TEXT_BYTES", 5000)
@@ -457,7 +457,7 @@ def test_build_shard_is_filled_to_the_last_token(tmp_path: Path, tokenizer_folde
         assert [shard.documents for shard in manifest.shards] == shards
 
 
-def test_build_duplicates_are_left_out_and_counted(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_build_duplicates_are_skipped_and_counted(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n % 4}"}}\n' for n in range(9)))
     (tmp_path / "b.txt").write_text("3")
     options = options_for(tmp_path, tokenizer_folder, tmp_path / "a.jsonl", tmp_path / "b.txt", deduplicate=True)
@@ -466,7 +466,7 @@ def test_build_duplicates_are_left_out_and_counted(tmp_path: Path, tokenizer_fol
     assert (manifest.source["duplicate_texts"], manifest.source["lines"]) == (6, 10)
 
 
-def test_build_malformed_lines_of_files_in_one_range_go_by_their_files(
+def test_build_malformed_lines_of_one_range_are_numbered_within_their_files(
     tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
 ) -> None:
     for name, lines in (("a.jsonl", "bad\n" * 7), ("b.jsonl", '{"text": "b"}\n' + "bad\n" * 7)):
@@ -477,7 +477,7 @@ def test_build_malformed_lines_of_files_in_one_range_go_by_their_files(
     assert places == [*(("a.jsonl", n) for n in range(1, 8)), *(("b.jsonl", n) for n in (2, 3, 4))]
 
 
-def test_partition_slug_of_long_values_is_a_file_name_and_unlike_others() -> None:
+def test_partition_slug_of_long_values_is_a_unique_file_name() -> None:
     first = partition_slug("a" * 300 + "1", set())
     second = partition_slug("a" * 300 + "2", {first})
     assert first != second and max(len(first), len(second)) < 150

@@ -1,4 +1,4 @@
-"""The local corpus: what is taken from a tree of libraries, what is left out, and how it is split and written."""
+"""The local corpus: which files of the libraries are used or skipped, and how they are split and written."""
 
 import json
 import re
@@ -37,7 +37,7 @@ def module(topic: str, header: str = "") -> str:
 
 
 def install(root: Path, files: dict[str, str], version: str = "1.0", name: str = "thing") -> PathDistribution:
-    """A distribution of these files, which stand in its record."""
+    """Make a distribution whose record lists these files."""
     record = Path(f"{name}-{version}.dist-info")
     metadata = f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n"
     lines = "".join(f"{file},,\n" for file in files)
@@ -70,13 +70,13 @@ def test_collect_module_gives_code_and_its_docstring_as_prose(tmp_path: Path) ->
 @pytest.mark.parametrize(
     "name", ["tests/mod.py", "pkg/test/mod.py", "pkg/licenses/words.txt", "LICENSE.md", "NOTICE.txt", "pkg/mod.pyc"]
 )
-def test_list_sources_boilerplate_and_test_paths_are_left_out(tmp_path: Path, name: str) -> None:
+def test_list_sources_skips_boilerplate_and_test_paths(tmp_path: Path, name: str) -> None:
     kept = {"pkg/kept.py": "", "thing-1.0.dist-info/METADATA": "x"}
     installed = install(tmp_path, kept | {name: "", "thing-1.0.dist-info/top_level.txt": ""})
     assert {path.name for path in local_corpus.list_sources([installed])} == {"kept.py", "METADATA"}
 
 
-def test_list_sources_takes_what_the_record_names_and_nothing_beside_it(tmp_path: Path) -> None:
+def test_list_sources_lists_only_files_in_the_record(tmp_path: Path) -> None:
     installed = install(tmp_path, {"pkg/mod.py": ""})
     write_tree(tmp_path, {"pkg/written_later.py": "", "other/mod.py": ""})
     assert local_corpus.list_sources([installed]) == [tmp_path / "pkg/mod.py"]
@@ -109,7 +109,7 @@ def test_find_sources_names_what_is_missing_or_of_another_version(
 
 
 def requirements(name: str) -> Iterator[str]:
-    """Names of what a distribution requires here, without extras."""
+    """Return the names of a distribution's requirements on this platform, without extras."""
     for line in distribution(name).requires or ():
         requirement = Requirement(line)
         if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
@@ -140,7 +140,7 @@ def test_sources_are_installed_for_running_and_the_same_on_every_platform() -> N
         ("large", module("log") * 1000),
     ],
 )
-def test_code_of_data_like_source_is_left_out(why: str, source: str) -> None:
+def test_code_of_data_like_source_is_skipped(why: str, source: str) -> None:
     assert local_corpus.code_of(source) is None
 
 
@@ -172,7 +172,7 @@ def test_strings_of_triple_quoted_literals_come_in_source_order() -> None:
         "size = 5 if x else f",
     ],
 )
-def test_strings_of_other_quotes_and_comments_are_passed_over(line: str) -> None:
+def test_strings_of_other_quotes_and_comments_are_skipped(line: str) -> None:
     assert local_corpus.strings_of(f'{line}\n"""One."""\n{line}\nx = """Two, \\""" and more."""') == [
         "One.",
         'Two, \\""" and more.',
@@ -191,7 +191,7 @@ def test_strings_of_other_quotes_and_comments_are_passed_over(line: str) -> None
         "path (str): the file that is to be read from the disk\nmode (str, optional): how the file is to be opened",
     ],
 )
-def test_paragraphs_of_what_is_no_prose_is_left_out(block: str) -> None:
+def test_paragraphs_of_skips_what_is_not_prose(block: str) -> None:
     prose = ENGLISH.format(topic="log").split("\n\n")
     assert local_corpus.paragraphs_of("\n\n".join([prose[0], block, prose[1]])) == prose
 
@@ -201,7 +201,7 @@ def test_paragraphs_of_indented_lines_are_unindented_and_not_rewrapped() -> None
     assert local_corpus.paragraphs_of(text) == [text.replace("      ", "").replace("    ", "")]
 
 
-def test_collect_repeated_code_and_paragraphs_are_taken_once(tmp_path: Path) -> None:
+def test_collect_yields_repeated_code_and_paragraphs_once(tmp_path: Path) -> None:
     files = {"a.py": module("log"), "b.py": module("log"), "c.md": ENGLISH.format(topic="log")}
     documents = collect(write_tree(tmp_path, files))
     assert len(texts(documents, CODE)) == 1
@@ -215,7 +215,7 @@ def test_collect_package_description_gives_its_body_without_its_fields(tmp_path:
     assert texts(documents, PROSE) == [ENGLISH + "\n"]
 
 
-def test_collect_both_documents_of_a_module_fall_on_the_same_side(tmp_path: Path) -> None:
+def test_collect_puts_both_documents_of_a_module_into_one_file(tmp_path: Path) -> None:
     documents = collect(write_tree(tmp_path, {f"{i}.py": module(f"topic{i}") for i in range(40)}))
     code = {document.text.partition("The ")[2][:8]: document.valid for document in documents if document.subset == CODE}
     prose = {document.text[4:12]: document.valid for document in documents if document.subset == PROSE}
@@ -232,7 +232,7 @@ def test_collect_cap_holds_for_each_subset_and_keeps_the_order(tmp_path: Path) -
         assert some == texts(everything, subset)[: len(some)]
 
 
-def test_collect_unreadable_file_is_passed_over(tmp_path: Path) -> None:
+def test_collect_skips_unreadable_files(tmp_path: Path) -> None:
     write_tree(tmp_path, {"good.py": module("log")})
     (tmp_path / "latin.py").write_bytes(module("caf\xe9").encode("latin-1"))
     assert texts(collect(tmp_path), CODE) == [module("log")]
@@ -246,7 +246,7 @@ def test_write_corpus_lines_are_the_piles_and_the_same_each_time(tmp_path: Path)
         lines = [json.loads(line) for line in zstandard.open(path, "rt", encoding="utf-8")]
         wanted = [document for document in documents if document.valid == (split == "valid")]
         assert lines == [{"text": text, "meta": {"pile_set_name": subset}} for text, subset, _ in wanted]
-        assert sum(written.tallies[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
+        assert sum(written.sizes[subset, split].documents for subset in (CODE, PROSE)) == len(lines)
         assert path.read_bytes() == (tmp_path / "again" / path.name).read_bytes()
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["train.jsonl.zst", "valid.jsonl.zst"]
 
@@ -269,7 +269,7 @@ def test_write_corpus_empty_subset_is_an_error_that_leaves_no_file(tmp_path: Pat
 
 
 def test_corpus_of_the_pinned_versions_is_this_text(tmp_path: Path) -> None:
-    """Versions that change in constraints.txt change it: put the new fingerprint here and where the docs name it."""
+    """A new version in constraints.txt changes the fingerprint: update it here and in the docs."""
     output = call_tool("corpus", "--output", tmp_path, "--max-bytes", 2_000_000, "--valid-share", 0.1).output
     assert "not installed" not in output and "pinned" not in output, output
     assert output.split()[-1] == "9f02b55d45afa70f3be2db377c1b5e039f45ba1d3f775cd4cba50183752d89ba"

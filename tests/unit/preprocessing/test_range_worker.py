@@ -1,4 +1,4 @@
-"""A range's account of itself."""
+"""The counts in the record of a range."""
 
 from preprocessing.range_worker import _Counts
 from preprocessing.readers.documents import PieceEnd

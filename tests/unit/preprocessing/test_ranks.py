@@ -1,4 +1,4 @@
-"""MPI ranks: the bytes of one process, an end for all when one fails, and a clear word where MPI is half there."""
+"""MPI ranks give the bytes of one process, all end if one fails, and an incomplete MPI installation is an error."""
 
 import json
 import os
@@ -16,12 +16,12 @@ import pytest
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
-from preprocessing import duplicates, ranks
+from preprocessing import destinations, workers
 from preprocessing.build import BuildOptions, build
 from preprocessing.range_worker import RangeWorker
-from preprocessing.ranks import Ranks, join_ranks
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.work_dir import PUBLISHED_NAME, WorkFolder
+from preprocessing.workers import Ranks, join_ranks
 from tests.helpers.errors import raises
 
 PREPROCESS = Path(__file__).resolve().parents[3] / "tools" / "preprocess.py"
@@ -62,7 +62,7 @@ def test_preprocess_ranks_with_workers_give_the_bytes_of_one_process(
     done = run(3, *options, "--output", tmp_path / "three")
     assert done.returncode == 0, done.stderr
     assert f"{corpus}, line 5001: no JSON" in done.stderr
-    assert done.stdout.count("documents") == 6  # said once, by rank 0
+    assert done.stdout.count("documents") == 6  # printed once, by rank 0
     assert content(tmp_path / "three") == content(tmp_path / "one")
     manifest = json.loads(content(tmp_path / "one")["train/s0/manifest.json"])
     assert manifest["source"]["duplicate_texts"] == 500
@@ -71,7 +71,7 @@ def test_preprocess_ranks_with_workers_give_the_bytes_of_one_process(
 
 @needs_mpi
 @pytest.mark.slow
-def test_preprocess_rank_that_fails_ends_all_and_the_work_goes_on_later(
+def test_preprocess_rank_that_fails_ends_all_and_the_next_run_resumes(
     tmp_path: Path, tokenizer_folder: Path, corpus: Path
 ) -> None:
     good, status = corpus.read_bytes(), corpus.stat()
@@ -87,7 +87,7 @@ def test_preprocess_rank_that_fails_ends_all_and_the_work_goes_on_later(
 
 
 class World:
-    """What mpi4py's world does, for ranks that are threads."""
+    """Substitute for mpi4py's communicator, for ranks that are threads."""
 
     def __init__(self, rank: int, barrier: threading.Barrier, said: list[object]) -> None:
         self._rank, self._barrier, self._said = rank, barrier, said
@@ -111,7 +111,7 @@ class World:
 
 
 def build_together(options: BuildOptions, num_ranks: int) -> list[dict[Path, Manifest]]:
-    """What each rank's `build` returns; the first error where there is one."""
+    """Return what each rank's `build` returns; raise the first error if there is one."""
     barrier, said = threading.Barrier(num_ranks, timeout=60), []
 
     def one(rank: int) -> dict[Path, Manifest]:
@@ -155,10 +155,10 @@ def test_build_any_number_of_ranks_gives_the_bytes_of_one_process(
     assert content(options.output) == expected
 
 
-def test_build_ranks_take_the_word_of_the_first_for_what_is_done(
+def test_build_ranks_use_the_state_on_disk_that_rank_0_sees(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    tokenize, is_done, has_hashes = RangeWorker.tokenize, WorkFolder.is_done, duplicates.has_hashes
+    tokenize, is_done, has_hashes = RangeWorker.tokenize, WorkFolder.is_done, destinations.has_hashes
     numbers = []
 
     def failing(self: RangeWorker, number: int) -> None:
@@ -171,18 +171,18 @@ def test_build_ranks_take_the_word_of_the_first_for_what_is_done(
         build(options)
 
     def here() -> bool:
-        """Whether a rank's view of the disk is of today."""
+        """Return True on the rank whose view of the disk is up to date."""
         return threading.current_thread().name == "rank 0"
 
     monkeypatch.setattr(RangeWorker, "tokenize", lambda self, number: numbers.append(number) or tokenize(self, number))
     monkeypatch.setattr(WorkFolder, "is_done", lambda self, number: here() and is_done(self, number))
-    monkeypatch.setattr(duplicates, "has_hashes", lambda folder: here() and has_hashes(folder))
+    monkeypatch.setattr(destinations, "has_hashes", lambda folder: here() and has_hashes(folder))
     build_together(options, 3)
     assert sorted(numbers) == [3, 4]
     assert content(options.output) == expected
 
 
-def test_build_ranks_of_an_output_that_only_needs_tidying_agree(
+def test_build_ranks_agree_on_an_output_that_is_already_published(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     has = WorkFolder.has
@@ -203,7 +203,7 @@ def test_build_ranks_of_an_output_that_only_needs_tidying_agree(
     assert content(options.output) == expected
 
 
-def test_build_rank_that_fails_leaves_what_is_done(options: BuildOptions, expected: dict[str, bytes]) -> None:
+def test_build_rank_that_fails_keeps_finished_ranges(options: BuildOptions, expected: dict[str, bytes]) -> None:
     tokenize = RangeWorker.tokenize
 
     def failing(self: RangeWorker, number: int) -> None:
@@ -219,7 +219,7 @@ def test_build_rank_that_fails_leaves_what_is_done(options: BuildOptions, expect
 
 
 def test_join_ranks_without_mpi_is_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ranks.LAUNCH_VARIABLES:
+    for name in workers.LAUNCH_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     with join_ranks() as found:
         assert (found.rank, found.size) == (0, 1)
@@ -234,7 +234,7 @@ def test_join_ranks_mpi_job_without_mpi4py_is_an_error(monkeypatch: pytest.Monke
 
 @pytest.fixture
 def mpi(monkeypatch: pytest.MonkeyPatch) -> mock.Mock:
-    """The world of an MPI job, of one rank."""
+    """Communicator of an MPI job with one rank."""
     world = mock.Mock(Get_rank=lambda: 0, Get_size=mock.Mock(return_value=1))
     monkeypatch.setitem(sys.modules, "mpi4py", mock.Mock(MPI=mock.Mock(COMM_WORLD=world)))
     monkeypatch.setenv("PMI_SIZE", "1")
@@ -260,7 +260,7 @@ def test_join_ranks_error_of_one_of_many_ends_all(mpi: mock.Mock, capsys: pytest
     assert "ValueError: no\nRank 0 of 3 failed" in trace
 
 
-def test_ranks_first_is_done_by_the_first_and_told_to_all() -> None:
+def test_run_on_first_runs_on_rank_0_and_returns_its_result_on_all() -> None:
     class Communicator:
         def Get_rank(self) -> int:  # noqa: N802
             return 1
@@ -272,5 +272,5 @@ def test_ranks_first_is_done_by_the_first_and_told_to_all() -> None:
             assert value is None
             return "from rank 0"
 
-    assert Ranks(Communicator()).first(lambda: pytest.fail("rank 1 is not the first")) == "from rank 0"
-    assert Ranks().first(lambda: 3) == 3
+    assert Ranks(Communicator()).run_on_first(lambda: pytest.fail("rank 1 is not the first")) == "from rank 0"
+    assert Ranks().run_on_first(lambda: 3) == 3

@@ -1,4 +1,4 @@
-"""Runs that end before their time: the same command goes on, and the bytes are those of an undisturbed run."""
+"""An interrupted run is resumed by the same command, and ends with the bytes of an uninterrupted run."""
 
 import errno
 import itertools
@@ -26,10 +26,10 @@ from megatron_bipe.io import locked
 from preprocessing import build as build_module
 from preprocessing import commit, range_worker
 from preprocessing.build import BuildOptions, build
+from preprocessing.document_tokenizer import CheckedBackend, StockBackend, TokenizerDifferenceError
 from preprocessing.range_worker import RangeWorker
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.lines import LineReader
-from preprocessing.tokenizer_backend import CheckedBackend, StockBackend, TokenizerDifferenceError
 from preprocessing.work_dir import PUBLISHED_NAME, WORK_FOLDER, WorkFolder
 from tests.helpers.backends import Wrong
 from tests.helpers.errors import raises
@@ -87,7 +87,7 @@ def options(corpus: Path, tokenizer_folder: Path, tmp_path: Path) -> BuildOption
 
 @pytest.fixture(scope="module")
 def undisturbed(corpus: Path, tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The output of an undisturbed run."""
+    """Output of an uninterrupted run."""
     output = tmp_path_factory.mktemp("undisturbed") / "out"
     build(options_for(corpus, tokenizer_folder, output))
     return output
@@ -122,7 +122,7 @@ def failing_at(number: int, error: BaseException) -> Callable[[RangeWorker, int]
 
 
 def interrupted(options: BuildOptions, owner: object, name: str, replacement: object) -> None:
-    """A build that Ctrl-C ends where `replacement` raises it."""
+    """Run a build in which `replacement` raises KeyboardInterrupt."""
     with mock.patch.object(owner, name, replacement), pytest.raises(KeyboardInterrupt):
         build(options)
 
@@ -131,7 +131,7 @@ STEPS = ("open", "os.rename", "os.mkdir", "os.remove", "os.rmdir")
 
 
 def dies_before_step(number: int, options: BuildOptions) -> bool:
-    """Build in another process, which is gone without a word before the given one of its steps on the disk."""
+    """Build in another process, which exits without clean-up before the given one of its writes to the disk."""
     child = os.fork()
     if child == 0:
         steps = iter(range(number))
@@ -142,7 +142,7 @@ def dies_before_step(number: int, options: BuildOptions) -> bool:
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_goes_on(
+def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_resumes(
     options: BuildOptions, undisturbed: Path, overwrite: bool
 ) -> None:
     options = replace(options, partition_by=None, split=None, shard_tokens=4000, overwrite=overwrite, backend="stock")
@@ -162,7 +162,7 @@ def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_goes_on(
 
 
 @pytest.mark.parametrize("number", range(4))
-def test_build_stopped_in_any_range_goes_on_after_the_last_finished_one(
+def test_build_stopped_in_any_range_resumes_after_the_last_finished_one(
     options: BuildOptions, expected: dict[str, bytes], number: int
 ) -> None:
     interrupted(options, RangeWorker, "tokenize", failing_at(number, KeyboardInterrupt()))
@@ -177,7 +177,7 @@ def test_build_stopped_in_any_range_goes_on_after_the_last_finished_one(
 
 
 @pytest.mark.parametrize("step", range(0, 40, 3))
-def test_build_stopped_while_publishing_goes_on(options: BuildOptions, expected: dict[str, bytes], step: int) -> None:
+def test_build_stopped_while_publishing_resumes(options: BuildOptions, expected: dict[str, bytes], step: int) -> None:
     left = [step]
     move = commit._move
 
@@ -192,7 +192,7 @@ def test_build_stopped_while_publishing_goes_on(options: BuildOptions, expected:
     assert content(options.output) == expected
 
 
-def test_build_stopped_while_removing_the_work_folder_goes_on(
+def test_build_stopped_while_removing_the_work_folder_resumes(
     options: BuildOptions, expected: dict[str, bytes]
 ) -> None:
     def half(self: WorkFolder) -> None:
@@ -249,7 +249,7 @@ def test_build_input_that_becomes_unreadable_keeps_finished_shards(
     assert content(options.output) == expected
 
 
-def test_build_finished_shard_that_is_gone_is_an_error(options: BuildOptions, expected: dict[str, bytes]) -> None:
+def test_build_missing_finished_shard_is_an_error(options: BuildOptions, expected: dict[str, bytes]) -> None:
     interrupted(options, build_module, "publish", mock.Mock(side_effect=KeyboardInterrupt))
     (options.output / WORK_FOLDER / "00001" / "000.idx").unlink()
     with raises(DataError, location="unfinished/00001/000.idx", remedy="--overwrite"):
@@ -260,7 +260,9 @@ def test_build_finished_shard_that_is_gone_is_an_error(options: BuildOptions, ex
     assert content(options.output) == expected
 
 
-def test_build_other_job_in_the_way_is_named_and_left_alone(options: BuildOptions, expected: dict[str, bytes]) -> None:
+def test_build_unfinished_work_of_another_job_is_named_and_kept(
+    options: BuildOptions, expected: dict[str, bytes]
+) -> None:
     interrupted(options, RangeWorker, "tokenize", failing_at(2, KeyboardInterrupt()))
     with raises(DataError, "shard_tokens", "rule", location=options.output / WORK_FOLDER, remedy="--overwrite"):
         build(replace(options, shard_tokens=901, segments="newline"))
@@ -347,7 +349,7 @@ def test_build_that_waited_for_another_run_sees_its_dataset(
     assert content(options.output) == expected
 
 
-def test_build_disk_full_at_any_write_is_one_error_and_goes_on(
+def test_build_disk_full_at_any_write_is_one_error_and_the_next_run_resumes(
     options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(options, partition_by=None, split=None, shard_tokens=4000)
@@ -375,18 +377,18 @@ def test_build_disk_full_at_any_write_is_one_error_and_goes_on(
 
 
 @pytest.mark.parametrize("way_out", [{"on_difference": "fall-back"}, {"backend": "stock"}])
-def test_build_wrong_fast_tokenizer_stops_until_told_to_go_on(
+def test_build_wrong_fast_tokenizer_is_refused_until_an_option_allows_it(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch, way_out: dict[str, str]
 ) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
+        patch.setattr("preprocessing.document_tokenizer.open_backend", _open_wrong_backend)
         with raises(TokenizerDifferenceError, "'261 words", remedy="--backend stock") as error:
             build(replace(options, check_share=1.0))
         assert re.search(r"/0\.jsonl, from byte \d+, line \d+$", error.value.location)
         with raises(DataError, "gigatoken", location=options.output, remedy="--on-difference"):
             build(replace(options, check_share=0.0))  # would not see it
         assert no_dataset_in(options.output)
-        with mock.patch("preprocessing.encode.open_backend", side_effect=_open_wrong_backend) as opened:
+        with mock.patch("preprocessing.document_tokenizer.open_backend", side_effect=_open_wrong_backend) as opened:
             build(replace(options, check_share=0.0, **way_out))
     assert {call.args[1] for call in opened.call_args_list} == {"stock"}
     assert content(options.output) == expected
@@ -413,7 +415,7 @@ def test_build_wrong_fast_tokenizer_is_known_even_if_nothing_is_done_yet(options
 def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
     options: BuildOptions, expected: dict[str, bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("preprocessing.encode.open_backend", _open_wrong_backend)
+    monkeypatch.setattr("preprocessing.document_tokenizer.open_backend", _open_wrong_backend)
     with mock.patch.object(RangeWorker, "tokenize", autospec=True, side_effect=RangeWorker.tokenize) as tokenize:
         build(replace(options, check_share=1.0, on_difference="fall-back"))
     numbers = [call.args[1] for call in tokenize.call_args_list]
@@ -424,7 +426,7 @@ def test_build_wrong_fast_tokenizer_falls_back_in_the_middle_of_a_range(
 
 
 def _open_wrong_backend(tokenizer: object, name: str, special_in_text: bool, share: float) -> object:
-    """Wrong about a text that comes after some that it was right about."""
+    """Backend that is wrong for a text in the middle of a range."""
 
     class WrongLater(Wrong):
         def encode(self, texts: list[str]) -> object:
@@ -434,7 +436,7 @@ def _open_wrong_backend(tokenizer: object, name: str, special_in_text: bool, sha
     return CheckedBackend(stock if name == "stock" else WrongLater(tokenizer), stock, share)
 
 
-def test_preprocess_killed_goes_on_and_ends_with_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
+def test_preprocess_killed_resumes_and_ends_with_the_same_bytes(tmp_path: Path, tokenizer_folder: Path) -> None:
     file = tmp_path / "in.jsonl"
     file.write_text("".join(json.dumps({"text": f"{n} words of a text .\n" * 40}) + "\n" for n in range(9000)))
 

@@ -12,9 +12,15 @@ from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from preprocessing import train_tokenizer as module
-from preprocessing.llama_layout import STOP_PIECE
-from preprocessing.tokenizer_check import HARD_TEXTS, CheckSample, check_agreement
-from preprocessing.train_tokenizer import TrainOptions, cut_line, train_tokenizer
+from preprocessing.document_tokenizer import HARD_TEXTS
+from preprocessing.train_tokenizer import (
+    STOP_PIECE,
+    CheckSample,
+    TrainOptions,
+    check_agreement,
+    cut_line,
+    train_tokenizer,
+)
 from tests.helpers.errors import raises
 
 
@@ -48,7 +54,7 @@ def test_train_both_files_and_hugging_face_give_the_same_ids(tokenizer_folder: P
     assert (theirs.bos_token_id, theirs.eos_token_id, theirs.unk_token_id) == (1, 2, 0)
 
 
-def test_train_text_without_a_spaced_stop_still_gets_its_token(
+def test_train_text_without_a_full_stop_after_a_space_still_gets_its_token(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", *["some words without any stop at all and more words"] * 9)
@@ -58,7 +64,7 @@ def test_train_text_without_a_spaced_stop_still_gets_its_token(
     assert tokenizer.vocab_size == 290
 
 
-def test_train_digits_stay_single_and_runs_of_spaces_become_pieces(tmp_path: Path) -> None:
+def test_train_digits_stay_single_and_repeated_spaces_become_pieces(tmp_path: Path) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", *["in 2024 .\n    in    2024 ."] * 30)
     tokenizer = load_tokenizer(train_tokenizer(TrainOptions(inputs, 273, tmp_path / "made")))
     texts = [tokenizer.text_of(i) or "" for i in range(259, 273)]
@@ -146,7 +152,7 @@ def test_train_disagreeing_files_are_refused(tmp_path: Path, monkeypatch: pytest
     assert not (tmp_path / "made").exists()
 
 
-def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> None:
+def test_check_agreement_compares_the_given_texts(tokenizer_folder: Path) -> None:
     model = (tokenizer_folder / "tokenizer.model").read_bytes()
     content = json.loads((tokenizer_folder / "tokenizer.json").read_bytes())
     piece = max(sentencepiece.SentencePieceProcessor(model_proto=model).encode("lazy", out_type=str), key=len)
@@ -157,18 +163,18 @@ def test_check_agreement_looks_at_the_texts_given(tokenizer_folder: Path) -> Non
         check_agreement(model, definition, ["nothing of its kind", "a lazy one"])
 
 
-def test_check_sample_takes_all_of_little_text_and_a_share_of_much() -> None:
+def test_check_sample_keeps_all_of_a_small_text_and_a_share_of_a_large_one() -> None:
     sample = CheckSample()
     texts = ["x" * 1000] * 100
-    assert list(sample.tapped(iter(texts))) == texts
+    assert list(sample.collect(iter(texts))) == texts
     assert len(sample.texts) == 100
     sample = CheckSample()
-    for _ in sample.tapped("y" * 50_000 for _ in range(1000)):
+    for _ in sample.collect("y" * 50_000 for _ in range(1000)):
         pass
     assert 490_000 <= sum(map(len, sample.texts)) <= 600_000
 
 
-def test_train_sample_bytes_takes_from_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_train_sample_bytes_reads_from_every_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in "abc":
         write_lines(tmp_path / f"{name}.jsonl", *[f"{name} words here\n"] * 2000)
     seen: list[bytes] = []

@@ -1,4 +1,4 @@
-"""The unfinished part of an output: what can be told from it after any interruption."""
+"""The work folder shows the state of an unfinished output after any interruption."""
 
 import itertools
 import re
@@ -27,7 +27,7 @@ def work(tmp_path: Path) -> WorkFolder:
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_remove_cut_short_anywhere_leaves_no_job_that_looks_unpublished(work: WorkFolder, backwards: bool) -> None:
+def test_remove_interrupted_anywhere_leaves_no_job_that_looks_unpublished(work: WorkFolder, backwards: bool) -> None:
     class Killed(BaseException):
         pass
 
@@ -54,7 +54,7 @@ def test_remove_cut_short_anywhere_leaves_no_job_that_looks_unpublished(work: Wo
     assert number == 3 and list(work.path.iterdir()) == []
 
 
-def test_remove_cut_short_among_the_ranges_leaves_what_is_published_so(work: WorkFolder) -> None:
+def test_remove_interrupted_among_the_ranges_keeps_the_published_mark(work: WorkFolder) -> None:
     work.mark(PUBLISHED_NAME)
     with mock.patch.object(shutil, "rmtree", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
         work.remove()
@@ -73,7 +73,9 @@ def test_remove_cut_short_among_the_ranges_leaves_what_is_published_so(work: Wor
         ({"later": 1}, []),
     ],
 )
-def test_begin_other_job_is_refused_by_what_differs(work: WorkFolder, new: dict[str, object], files: list[str]) -> None:
+def test_begin_other_job_is_refused_and_the_difference_named(
+    work: WorkFolder, new: dict[str, object], files: list[str]
+) -> None:
     with raises(DataError, location=work.path, remedy="--overwrite") as error:
         work.begin(JOB | new, has_output=False, overwrite=False)
     assert {key for key in (*JOB, "later") if key in error.value.message} == set(new)
@@ -83,7 +85,7 @@ def test_begin_other_job_is_refused_by_what_differs(work: WorkFolder, new: dict[
     assert not work.range_folder(0).exists()
 
 
-def test_begin_same_job_goes_on_whatever_is_there(work: WorkFolder) -> None:
+def test_begin_same_job_resumes_in_any_state(work: WorkFolder) -> None:
     work.begin(JOB, has_output=True, overwrite=False)
     assert work.range_folder(0).exists()
 

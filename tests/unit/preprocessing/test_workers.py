@@ -1,4 +1,4 @@
-"""Sharing ranges out: to whom, what when one has no more, and what when one dies."""
+"""Ranges are divided evenly, taken over from slower workers, and finished later if a worker dies."""
 
 import json
 import multiprocessing
@@ -20,7 +20,7 @@ from preprocessing import workers
 from preprocessing.build import BuildOptions, build
 from preprocessing.readers import inputs as inputs_module
 from preprocessing.readers.inputs import KINDS, Input, Piece
-from preprocessing.workers import _Pool, split_evenly
+from preprocessing.workers import _Worker, split_evenly
 from tests.helpers.commands import MARK, left_after, marked
 from tests.helpers.errors import raises
 from tests.helpers.paths import ROOT
@@ -28,25 +28,24 @@ from tests.helpers.paths import ROOT
 PIECE = Piece(Input("in.jsonl", KINDS[".jsonl"], 100, ""), 50, 100)
 
 
-def pool_of(*runs: list[int]) -> tuple[_Pool, list[mock.Mock]]:
-    """A pool whose processes and connections are none; each is at work on range 0."""
-    pool, connections = object.__new__(_Pool), [mock.Mock() for _ in runs]
-    pool._runs = [deque(run) for run in runs]
-    pool._at = {connection: number for number, connection in enumerate(connections)}  # type: ignore[misc]
-    pool._doing = dict.fromkeys(range(len(runs)), 0)
-    pool._processes = [mock.Mock(exitcode=-9) for _ in runs]
-    pool._job = mock.Mock(ranges=[[PIECE]] * 10)
-    return pool, connections
+def workers_of(*slices: list[int]) -> list[_Worker]:
+    """Make workers without processes; each is processing range 0."""
+    workers = [object.__new__(_Worker) for _ in slices]
+    for worker, numbers in zip(workers, slices, strict=True):
+        worker.job, worker.current = mock.Mock(ranges=[[PIECE]] * 10), 0
+        worker.remaining, worker.connection = deque(numbers), mock.Mock()
+        worker.process = mock.Mock(exitcode=-9)
+    return workers
 
 
-def handed_out(pool: _Pool, connection: mock.Mock) -> int | None:
-    pool._hand_out(connection)
-    number: int | None = connection.send.call_args.args[0]
+def sent_next(worker: _Worker, workers: list[_Worker]) -> int | None:
+    assert worker.send_next(workers) == (worker.connection.send.call_args.args[0] is not None)
+    number: int | None = worker.connection.send.call_args.args[0]
     return number
 
 
 @pytest.mark.parametrize(
-    ("weights", "count", "runs"),
+    ("weights", "count", "slices"),
     [
         ([1.0, 1.0, 1.0, 1.0], 2, [[0, 1], [2, 3]]),
         ([1.0, 5.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 8.0, 1.0], 3, [[0, 1, 2], [3, 4, 5, 6, 7], [8, 9]]),
@@ -57,34 +56,34 @@ def handed_out(pool: _Pool, connection: mock.Mock) -> int | None:
         ([], 2, [[], []]),
     ],
 )
-def test_share_out_gives_neighbours_and_like_weights(weights: list[float], count: int, runs: list[list[int]]) -> None:
-    assert split_evenly(list(range(len(weights))), weights, count) == runs
+def test_split_evenly_gives_neighbours_and_like_weights(
+    weights: list[float], count: int, slices: list[list[int]]
+) -> None:
+    assert split_evenly(list(range(len(weights))), weights, count) == slices
 
 
-def test_pool_worker_that_has_finished_takes_the_second_half_of_the_longest_run() -> None:
-    pool, (first, second, third) = pool_of([], [1, 2, 3, 4, 5], [6, 7])
-    assert [handed_out(pool, first) for _ in range(3)] == [3, 4, 5]
-    assert [handed_out(pool, connection) for connection in (first, third)] == [2, 6]
-    assert [handed_out(pool, third) for _ in range(3)] == [7, 1, None]
-    assert handed_out(pool, second) is None and handed_out(pool, first) is None
-    assert not pool._at
-    assert all(connection.close.called for connection in (first, second, third))
+def test_worker_that_has_finished_takes_the_second_half_of_the_longest_slice() -> None:
+    first, second, third = workers = workers_of([], [1, 2, 3, 4, 5], [6, 7])
+    assert [sent_next(first, workers) for _ in range(3)] == [3, 4, 5]
+    assert [sent_next(worker, workers) for worker in (first, third)] == [2, 6]
+    assert [sent_next(third, workers) for _ in range(3)] == [7, 1, None]
+    assert sent_next(second, workers) is None and sent_next(first, workers) is None
 
 
 @pytest.mark.parametrize("error", [EOFError, ConnectionResetError])
-def test_pool_worker_that_dies_at_work_is_an_error(error: type[Exception]) -> None:
-    pool, (connection,) = pool_of([1])
-    connection.recv.side_effect = error
+def test_worker_that_dies_at_work_is_an_error(error: type[Exception]) -> None:
+    (worker,) = workers_of([1])
+    worker.connection.recv.side_effect = error
     with raises(DataError, "exit code -9", location="in.jsonl, from byte 50", remedy="--workers"):
-        list(pool._receive(connection))
+        worker.receive()
 
 
-@pytest.mark.parametrize("run", [[1], []])
-def test_pool_worker_that_is_dead_when_work_is_handed_out_is_an_error(run: list[int]) -> None:
-    pool, (connection,) = pool_of(run)
-    connection.send.side_effect = BrokenPipeError
+@pytest.mark.parametrize("numbers", [[1], []])
+def test_worker_that_is_dead_when_it_is_sent_a_range_is_an_error(numbers: list[int]) -> None:
+    (worker,) = workers_of(numbers)
+    worker.connection.send.side_effect = BrokenPipeError
     with raises(DataError, "exit code -9", location="in.jsonl, from byte 50", remedy="--workers"):
-        pool._hand_out(connection)
+        worker.send_next([worker])
 
 
 @pytest.fixture
@@ -95,7 +94,7 @@ def options(tmp_path: Path, tokenizer_folder: Path, monkeypatch: pytest.MonkeyPa
     return BuildOptions([str(tmp_path / "in.jsonl")], str(tokenizer_folder), tmp_path / "out", workers=2)
 
 
-def test_do_ranges_worker_that_dies_ends_the_others_and_the_work_is_done_later(options: BuildOptions) -> None:
+def test_process_ranges_worker_that_dies_ends_the_others_and_the_next_run_resumes(options: BuildOptions) -> None:
     terminate = BaseProcess.terminate
     with (
         mock.patch.object(workers, "_work", _die),

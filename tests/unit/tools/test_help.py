@@ -42,7 +42,14 @@ ERRORS = {
     "tools/import_hf.py": ["--input none --output none"],
     "tools/study.py": ["--encodings none"],
 }
-LIGHT = ["numpy", "tokenizers", "tqdm", "megatron_bipe.config.load", "preprocessing.build", "preprocessing.scrolls"]
+LIGHT = [
+    "numpy",
+    "tokenizers",
+    "tqdm",
+    "megatron_bipe.config.load",
+    "preprocessing.build",
+    "preprocessing.task_examples",
+]
 FORKS = """
 import importlib, json, os, runpy, sys
 

@@ -1,4 +1,4 @@
-"""Reading pieces of inputs: only of those that are still what they were when the run began."""
+"""Pieces of inputs are read, unless the input changed after the run began."""
 
 import errno
 import os
@@ -8,7 +8,7 @@ from unittest import mock
 import pytest
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers import documents, tables
+from preprocessing.readers import documents
 from preprocessing.readers.documents import DocumentReader, PieceEnd, read_input
 from preprocessing.readers.inputs import HUB, Input, Piece, find_inputs
 from preprocessing.readers.lines import LineReader
@@ -17,7 +17,7 @@ from tests.helpers.errors import raises
 
 
 def touch(file: Path) -> None:
-    """A later date, and the same size."""
+    """Change the date of a file, but not its size."""
     status = file.stat()
     os.utime(file, ns=(status.st_atime_ns, status.st_mtime_ns + 10**9))
 
@@ -47,11 +47,11 @@ def test_read_file_changed_before_or_while_it_is_read_is_an_error(tmp_path: Path
 def test_read_hub_parts_are_counted_and_no_file_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [Parsed([], [], 3, 0, 1), Parsed([], [], 4, 0, 1)]
     asked = []
-    monkeypatch.setattr(tables, "read_hub", lambda *question: asked.append(question) or iter(parts))
+    monkeypatch.setattr(documents, "read_hub", lambda *question: asked.append(question) or iter(parts))
     reader = DocumentReader(Keys())
     assert list(reader.read(Piece(Input("org/name", HUB, 5, "c0ffee"), 2, 4))) == parts * 2
     assert [question[:3] for question in asked] == [("org/name", 2, "c0ffee"), ("org/name", 3, "c0ffee")]
-    assert reader.end == PieceEnd(7, 0, 0)
+    assert reader.end == PieceEnd(14, 0, 0)
 
 
 def test_read_pieces_name_where_they_start(tmp_path: Path) -> None:

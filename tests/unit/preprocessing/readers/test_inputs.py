@@ -1,4 +1,4 @@
-"""Inputs: which are found, and how they are cut into ranges."""
+"""Inputs are found by name, and divided into ranges."""
 
 import errno
 import os
@@ -38,7 +38,7 @@ def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> No
         find_inputs([str(tmp_path / name)])
 
 
-def test_find_inputs_tokenizer_of_a_dataset_is_no_text(tmp_path: Path) -> None:
+def test_find_inputs_skips_the_tokenizer_of_a_dataset(tmp_path: Path) -> None:
     for name in ("a.txt", "merges.txt", "out/tokenizer/merges.txt", "out/tokenizer/a.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
@@ -110,7 +110,7 @@ def test_plan_ranges_covers_every_byte_once_and_in_order(sizes: list[tuple[int, 
     assert at == {item: item.size for item in inputs}
 
 
-def test_plan_ranges_gather_small_files_and_cut_large_ones_to_like_sizes() -> None:
+def test_plan_ranges_groups_small_files_and_divides_large_ones() -> None:
     small = [Input(f"{n}.txt", KINDS[".txt"], 1000, "") for n in range(50_000)]
     large = Input("large.jsonl", KINDS[".jsonl"], 10**9, "")
     ranges = plan_ranges([*small, large], 1 << 30)
@@ -139,6 +139,6 @@ def test_plan_ranges_parts_on_the_hub_are_a_range_each() -> None:
         ([300 << 30], 1 << 25, [1 << 27] * 2400),
     ],
 )
-def test_plan_ranges_division_is_fixed_for_ever(sizes: list[int], shard_tokens: int, lengths: list[int]) -> None:
+def test_plan_ranges_division_never_changes(sizes: list[int], shard_tokens: int, lengths: list[int]) -> None:
     ranges = plan_ranges([Input(f"{n}.jsonl", KINDS[".jsonl"], size, "") for n, size in enumerate(sizes)], shard_tokens)
     assert [sum(piece.stop - piece.start for piece in pieces) for pieces in ranges] == lengths

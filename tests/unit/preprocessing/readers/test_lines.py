@@ -1,4 +1,4 @@
-"""Readers: which blocks, whole files and ranges of them, and what is wrong with the rest."""
+"""Lines of complete files and of any ranges of them, compressed or not; damage is reported."""
 
 import errno
 import gzip
@@ -15,16 +15,15 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
-from preprocessing.readers import compressed
-from preprocessing.readers.compressed import Content
+from preprocessing.readers import lines as lines_module
 from preprocessing.readers.inputs import find_inputs
-from preprocessing.readers.lines import BLOCK_BYTES, Block, LineReader, read_text_file, reading
+from preprocessing.readers.lines import BLOCK_BYTES, Block, Content, LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, parse_block
 from tests.helpers.errors import raises
 
 
 def read_blocks(file: Path, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-    """All of a file in blocks."""
+    """Yield the complete file in blocks."""
     with reading(file):
         if file.name.endswith(".txt"):
             yield read_text_file(file)
@@ -63,7 +62,7 @@ def test_read_blocks_any_block_size_keeps_bytes_and_line_numbers(
     file = tmp_path_factory.mktemp("blocks") / "x.jsonl"
     whole = b"\n".join([b"{}", *lines]) + (b"\n" if ends_with_newline else b"")
     file.write_bytes(whole)
-    with mock.patch.object(compressed, "READ_BYTES", read_bytes):
+    with mock.patch.object(lines_module, "READ_BYTES", read_bytes):
         blocks = list(read_blocks(file, block_bytes))
     assert b"".join(block.content for block in blocks) == whole
     assert sum(block.read_bytes for block in blocks) == len(whole)
@@ -74,7 +73,7 @@ def test_read_blocks_any_block_size_keeps_bytes_and_line_numbers(
         before += block.content
 
 
-def test_read_blocks_large_file_comes_in_bounded_blocks_of_whole_lines(tmp_path: Path) -> None:
+def test_read_blocks_large_file_comes_in_bounded_blocks_of_complete_lines(tmp_path: Path) -> None:
     file = tmp_path / "x.jsonl.zst"
     file.write_bytes(zstandard.compress(b"".join(b'{"text": "%d"}\n' % n for n in range(100_000))))
     blocks = list(read_blocks(file, block_bytes=100_000))
@@ -83,7 +82,7 @@ def test_read_blocks_large_file_comes_in_bounded_blocks_of_whole_lines(tmp_path:
     assert texts_in(file, 100_000) == [str(n) for n in range(100_000)]
 
 
-def test_read_blocks_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_read_blocks_byte_order_mark_is_removed(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "a"}\n')
     (tmp_path / "b.txt").write_bytes(b"\xef\xbb\xbfa")
     assert texts_in(tmp_path / "a.jsonl") == texts_in(tmp_path / "b.txt") == ["a"]
@@ -92,12 +91,12 @@ def test_read_blocks_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 def test_read_blocks_byte_order_mark_further_on_is_kept(tmp_path: Path) -> None:
     lines = b'{"text": "a"}\n\xef\xbb\xbfb\n'
     (tmp_path / "a.jsonl").write_bytes(lines)
-    with mock.patch.object(compressed, "READ_BYTES", 14), LineReader(tmp_path / "a.jsonl") as reader:
+    with mock.patch.object(lines_module, "READ_BYTES", 14), LineReader(tmp_path / "a.jsonl") as reader:
         assert b"".join(block.content for block in reader.blocks(0, len(lines))) == lines
         assert b"".join(block.content for block in reader.blocks(14, len(lines))) == lines[14:]
 
 
-def test_read_blocks_carriage_returns_are_no_text_and_blank_lines_none(tmp_path: Path) -> None:
+def test_read_blocks_carriage_returns_and_blank_lines_are_not_documents(tmp_path: Path) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\r\n\r\n \t\r\n{"text": "b\\r"}\r\n')
     assert texts_in(tmp_path / "a.jsonl") == ["a", "b\r"]
 
@@ -158,7 +157,7 @@ def test_line_reader_any_ranges_in_any_order_give_every_line_once(
     ranges = list(itertools.pairwise(bounds))
     found, ends = {}, {}
     with (
-        mock.patch.object(compressed, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
+        mock.patch.object(lines_module, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
         LineReader(file) as reader,
     ):
         for number in data.draw(st.permutations(range(len(ranges)))):
@@ -197,7 +196,7 @@ def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp
     lines = [b"a" * 5 + b"\n", b"b" * 20 + b"\n", b"c" * 3 + b"\n"]
     file.write_bytes(b"".join(lines))
     # The second range is all in memory after the first, and ends inside a line.
-    with mock.patch.object(compressed, "READ_BYTES", 10), LineReader(file) as reader:
+    with mock.patch.object(lines_module, "READ_BYTES", 10), LineReader(file) as reader:
         found = [
             b"".join(block.content for block in reader.blocks(*bounds))
             for bounds in itertools.pairwise([0, 3, 13, file.stat().st_size])
@@ -206,7 +205,7 @@ def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp
 
 
 @pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
-def test_line_reader_range_that_was_broken_off_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
+def test_line_reader_interrupted_range_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"x.jsonl{suffix}"
     content = random_lines(9000)
     file.write_bytes({"": bytes, ".zst": zstandard.compress, ".gz": gzip.compress}[suffix](content))

@@ -1,4 +1,4 @@
-"""Documents of blocks and rows, and what is wrong with the rest."""
+"""Blocks and rows are parsed into documents, and malformed ones are named."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Tables: each row once however a file is cut, text where a key leads, bounded memory, and what is wrong named once."""
+"""Tables: every row once for any division of a file, text at any key, bounded memory, one error for what is wrong."""
 
 import errno
 import json
@@ -17,9 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.hub_dataset import open_hub, read_hub
+from preprocessing.readers.inputs import find_inputs, is_saved_dataset, saved_files
 from preprocessing.readers.lines import BLOCK_BYTES
 from preprocessing.readers.parse import Keys, Parsed
-from preprocessing.readers.tables import is_saved_dataset, open_hub, read_arrow, read_hub, read_parquet, saved_files
+from preprocessing.readers.tables import read_arrow, read_parquet
 from tests.helpers.errors import raises
 from tests.helpers.hub import Fault, serve
 
@@ -68,7 +71,7 @@ WRITERS: dict[str, tuple[str, Callable[[Path, pa.Table], None]]] = {
 
 @pytest.fixture(params=WRITERS)
 def write(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[pa.Table], Path]:
-    """Writes a table as each kind of file."""
+    """Function that writes a table as one kind of file."""
     name, writer = WRITERS[request.param]
 
     def to_file(table: pa.Table) -> Path:
@@ -321,7 +324,7 @@ def test_read_parquet_counts_that_disagree_lose_no_rows_quietly(tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
-def test_read_rows_file_that_is_gone_is_named(tmp_path: Path, name: str) -> None:
+def test_read_rows_missing_file_is_named(tmp_path: Path, name: str) -> None:
     with raises(DataError, os.strerror(errno.ENOENT), location=tmp_path / name):
         list(iter_all_of_gone(tmp_path / name))
 
@@ -330,21 +333,24 @@ def iter_all_of_gone(file: Path) -> Iterator[Parsed]:
     return read_parquet(file, 0, 10, TEXT) if file.suffix == ".parquet" else read_arrow(file, TEXT)
 
 
-@pytest.mark.parametrize(
-    ("package", "location", "read"),
-    [
-        ("pyarrow.parquet", "t.parquet", lambda: list(read_parquet(Path("t.parquet"), 0, 1, TEXT))),
-        ("pyarrow", "t.arrow", lambda: list(read_arrow(Path("t.arrow"), TEXT))),
-        ("datasets", "org/name", lambda: open_hub("org/name")),
-        ("datasets", "org/name", lambda: list(read_hub("org/name", 0, "c0ffee", TEXT))),
-    ],
-)
-def test_read_rows_missing_package_says_what_to_install(
-    monkeypatch: pytest.MonkeyPatch, package: str, location: str, read: Callable[[], object]
+@pytest.mark.parametrize(("package", "name"), [("pyarrow.parquet", "t.parquet"), ("pyarrow", "t.arrow")])
+def test_read_input_without_pyarrow_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str, name: str
 ) -> None:
+    file = tmp_path / name
+    write_stream(file, a_table(1))  # no parquet file, but it is not read
+    (found,) = find_inputs([str(file)])
+    monkeypatch.delitem(sys.modules, "preprocessing.readers.tables")
     monkeypatch.setitem(sys.modules, package, None)
-    with raises(DataError, package, location=location, remedy="pip install datasets"):
-        read()
+    with raises(DataError, package, location=file, remedy="pip install datasets"):
+        list(read_input(found, TEXT))
+
+
+def test_hub_dataset_without_datasets_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    for read in (lambda: open_hub("org/name"), lambda: list(read_hub("org/name", 0, "c0ffee", TEXT))):
+        with raises(DataError, "datasets", location="org/name", remedy="pip install datasets"):
+            read()
 
 
 # Folders saved by `datasets`
@@ -378,7 +384,7 @@ def test_saved_files_several_splits_asks_for_one(tmp_path: Path) -> None:
     assert len(saved_files(tmp_path / "saved" / "train")) == 1
 
 
-def test_is_saved_dataset_other_folders_are_none(tmp_path: Path) -> None:
+def test_is_saved_dataset_rejects_other_folders(tmp_path: Path) -> None:
     (tmp_path / "state.json").write_text("{}")
     assert not is_saved_dataset(tmp_path)
     assert not is_saved_dataset(tmp_path / "gone")
@@ -407,7 +413,7 @@ ASK = f"""
 import json, sys
 from megatron_bipe.errors import DataError
 from preprocessing.readers.parse import Keys
-from preprocessing.readers.tables import open_hub, read_hub
+from preprocessing.readers.hub_dataset import open_hub, read_hub
 
 def answer(name, part, text):
     try:
@@ -426,7 +432,7 @@ Question = tuple[str, int | None, str]
 
 
 def ask(questions: list[Question], script: str = ASK, **environment: str) -> dict[Question, Any]:
-    """What `open_hub` and, where a part is named, `read_hub` answer with such an environment."""
+    """Return the results of `open_hub` or, if a part is named, `read_hub` in a process with this environment."""
     kept = {name: value for name, value in os.environ.items() if not name.lower().endswith("_proxy")}
     done = subprocess.run(
         [sys.executable, "-c", script, json.dumps(questions)],
@@ -530,7 +536,7 @@ def test_read_hub_name_chooses_config_and_split(answers: dict[Question, Any]) ->
         (("org/none", 0, "text"), ["doesn't exist", "Check the name"]),
         (("org/gated", None, "text"), ["gated", "ask for access", "hf auth login"]),
         (("org/script", None, "text"), ["scripts are no longer supported", "tools/download_data.py"]),
-        (("org/damaged", 1, "text"), ["`datasets` says", "tools/download_data.py"]),
+        (("org/damaged", 1, "text"), ["`datasets` failed", "tools/download_data.py"]),
     ],
     ids=lambda value: ":".join(map(str, value)) if isinstance(value, tuple) else "",
 )
@@ -544,9 +550,7 @@ def test_read_hub_what_cannot_be_read_is_one_error(
     assert "\n" not in message
 
 
-def test_open_hub_name_of_a_folder_here_is_not_read_in_its_place(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_open_hub_name_that_is_also_a_local_folder_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "org/name").mkdir(parents=True)
     (tmp_path / "org/name/train.jsonl").write_text('{"text": "a"}\n')
     monkeypatch.chdir(tmp_path)

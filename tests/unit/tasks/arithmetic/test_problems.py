@@ -21,7 +21,7 @@ from megatron_bipe.tasks.arithmetic.problems import (
     solve,
     write_tokenizer,
 )
-from preprocessing.arithmetic import ArithmeticOptions, prepare_arithmetic
+from preprocessing.task_examples import ArithmeticOptions, prepare_arithmetic
 from tests.helpers.errors import raises
 
 WAYS = {

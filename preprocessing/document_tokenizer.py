@@ -1,28 +1,118 @@
-"""Bulk tokenization by gigatoken if it gives the stock library's ids, else by the stock library.
+"""Encode documents as token ids and segment ends, in bulk, by gigatoken if it gives the stock library's ids.
 
 The stock library (`tokenizers`, or `sentencepiece` for a bare tokenizer.model) defines the ids. The fast one is
 compared with it before the run, on texts that are hard to tokenize and on the first texts of the input, and during the
-run, on a sample.
+run, on a sample. If they differ, the stock library encodes everything, or the run stops.
 """
 
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, NamedTuple, Protocol
 
 import numpy as np
 
-from megatron_bipe.data.tokenizer import Tokenizer
+from megatron_bipe.data.segments import SegmentRule, fixed_length_ends, segment_ends
+from megatron_bipe.data.shard import choose_dtype
+from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.types import Document, IntArray, TokenArray
-from preprocessing.tokenizer_check import HARD_TEXTS
+from megatron_bipe.types import BoolArray, Document, IntArray, TokenArray
+from preprocessing.destinations import Destination, Split, text_hash
 
-Name = Literal["gigatoken", "stock"]
-Choice = Literal["auto", "gigatoken", "stock"]
+BackendName = Literal["gigatoken", "stock"]
+BackendChoice = Literal["auto", "gigatoken", "stock"]
 MOST_COMPARED_CHARS = 200_000  # of one text: the stock library is slow, and more so for long texts
 SHOWN_TOKENS = 5
+HARD_TEXTS = (
+    " leading",
+    "   three  two trailing   ",
+    "\n\n\tif x:\r\n\t\treturn  [ ]\r\n",
+    "a .\nb . \u2581 . c",
+    "e\u0301\u0302 \u0627\u0644\u0639\u0631\u0628\u064a\u0629 \u05e9\u05dc\u05d5\u05dd",
+    "\U0001f469\u200d\U0001f680\U0001f1e9\U0001f1ea \u4e2d\u6587\u3000\u00a0x",
+    "<s> <0x0A> </s>a<unk>",
+    "a\x00b\ufeff1234567890",
+)
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options that determine a document's tokens and destination."""
+
+    tokenizer_file: Path
+    rule: SegmentRule
+    special_in_text: bool = False
+    append_eos: bool = False
+    split: Split | None = None
+    backend: BackendName = "stock"
+    check_share: float = 0.0  # of the text, checked against the stock tokenizer's ids
+
+
+class TokenizedDocuments(NamedTuple):
+    """D concatenated documents of T tokens in total."""
+
+    tokens_T: TokenArray  # storage dtype
+    ends_T: BoolArray
+    lengths_D: IntArray  # tokens
+    text_bytes_D: IntArray
+    destinations: list[Destination]  # of each document
+
+
+class DocumentTokenizer:
+    """Tokenizer of documents according to a recipe; `dtype` is that of the stored tokens."""
+
+    def __init__(self, recipe: Recipe) -> None:
+        self._recipe = recipe
+        self.backend = recipe.backend
+        self._tokenizer: Tokenizer = load_tokenizer(recipe.tokenizer_file, recipe.special_in_text)
+        self._backend: CheckedBackend = open_backend(
+            self._tokenizer, recipe.backend, recipe.special_in_text, recipe.check_share
+        )
+        self.dtype = choose_dtype(self._tokenizer.vocab_size)
+
+    def __call__(self, documents: Sequence[Document]) -> TokenizedDocuments:
+        """Encode each document as BOS, its text, and EOS if the recipe appends it.
+
+        Raises:
+            TokenizerDifferenceError: the fast tokenizer gave wrong ids.
+        """
+        encoded = self._backend.encode_documents(documents)
+        eos = [self._tokenizer.eos_id] if self._recipe.append_eos else []
+        lengths_D = np.diff(encoded.offsets_D1) + 1 + len(eos)
+        stops_D = np.cumsum(lengths_D)
+        tokens_T = np.empty(int(lengths_D.sum()), self.dtype)
+        is_text_T = np.ones(tokens_T.size, np.bool_)
+        special = [(stops_D - lengths_D, self._tokenizer.bos_id), *((stops_D - 1, token) for token in eos)]
+        for positions_D, token in special:
+            tokens_T[positions_D] = token
+            is_text_T[positions_D] = False
+        tokens_T[is_text_T] = encoded.tokens_T
+        return TokenizedDocuments(
+            tokens_T=tokens_T,
+            ends_T=_ends(tokens_T, lengths_D, self._recipe.rule),
+            lengths_D=lengths_D,
+            text_bytes_D=np.array([_utf8_bytes(document.text) for document in documents], dtype=np.int64),
+            destinations=[Destination(self._split_of(document), document.partition) for document in documents],
+        )
+
+    def _split_of(self, document: Document) -> str:
+        return self._recipe.split.choose(text_hash(document.text)) if self._recipe.split else ""
+
+
+def _utf8_bytes(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def _ends(tokens_T: TokenArray, lengths_D: IntArray, rule: SegmentRule) -> BoolArray:
+    """Return the segment ends of all documents in one pass; a counting rule restarts at each document."""
+    if rule.fixed_length is None:
+        return segment_ends(tokens_T, rule)
+    bounds_D1 = np.concatenate([[0], np.cumsum(lengths_D)])
+    return fixed_length_ends(bounds_D1, rule.fixed_length, 0, tokens_T.size)
 
 
 class Encoded(NamedTuple):
@@ -128,8 +218,8 @@ def check_ids(document: Document, found_T: TokenArray, stock: Backend) -> None:
 
 
 def choose_backend(
-    tokenizer: Tokenizer, choice: Choice, special_in_text: bool, first_documents: Sequence[Document]
-) -> Name:
+    tokenizer: Tokenizer, choice: BackendChoice, special_in_text: bool, first_documents: Sequence[Document]
+) -> BackendName:
     """Return the backend that a run uses.
 
     "auto" takes gigatoken if it is available and agrees on the hard texts and the first documents.
@@ -154,7 +244,7 @@ def choose_backend(
     return "gigatoken"
 
 
-def open_backend(tokenizer: Tokenizer, name: Name, special_in_text: bool, share: float) -> CheckedBackend:
+def open_backend(tokenizer: Tokenizer, name: BackendName, special_in_text: bool, share: float) -> CheckedBackend:
     stock = StockBackend(tokenizer)
     if name == "stock":
         return CheckedBackend(stock, stock, 0.0)

@@ -1,4 +1,4 @@
-"""Datasets of examples as they are written: whole or not at all."""
+"""Datasets of examples are written completely or not at all."""
 
 import numpy as np
 import pytest
@@ -12,8 +12,7 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.tasks.scrolls.files import read_rows
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter
 from preprocessing.commit import Contents
-from preprocessing.examples import Example, write_examples
-from preprocessing.scrolls import ScrollsOptions, prepare_scrolls
+from preprocessing.task_examples import Example, ScrollsOptions, prepare_scrolls, write_examples
 from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark
 from tests.helpers.tools import assert_refuses, call_tool
@@ -27,14 +26,14 @@ def contents(letters):
     return Contents(letters, rule, {"by": "test"}, PromptAnswerRecord(task="letters", seq_len_tokens=LENGTH))
 
 
-def example(prompt, answer, place="somewhere"):
-    return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), place)
+def example(prompt, answer, location="somewhere"):
+    return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), location)
 
 
 GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the window
 
 
-def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
+def test_write_examples_makes_a_dataset_that_verifies(tmp_path, contents):
     made = write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
     dataset = open_dataset(tmp_path / "out")
     assert dataset.manifest == made and dataset.num_sequences(LENGTH) == 2
@@ -61,7 +60,7 @@ def test_examples_are_a_dataset_that_verifies(tmp_path, contents):
     ],
 )
 def test_bad_example_is_named_and_nothing_is_left_or_lost(tmp_path, contents, bad, observed, remedy):
-    bad = bad._replace(place="file, line 7")
+    bad = bad._replace(location="file, line 7")
     with raises(DataError, *observed, location="file, line 7", remedy=remedy):
         write_examples(tmp_path / "new", contents, [*GOOD, bad], overwrite=False)
     assert not (tmp_path / "new").exists()
@@ -120,7 +119,7 @@ def test_split_without_outputs_has_nothing_to_learn_from(tmp_path, letters, benc
     assert not (tmp_path / "out").exists()
 
 
-def test_prepare_task_command_says_what_was_made_and_leaves_with_2_on_bad_input(tmp_path, letters, benchmark):
+def test_prepare_task_reports_its_output_and_exits_2_on_bad_input(tmp_path, letters, benchmark):
     command = ["scrolls", "--data", benchmark, "--segments", "newline", "--tokenizer", letters.definition.parent]
     command += ["--output", tmp_path / "out", "--length", 1300]
     made = call_tool("prepare_task", *command, "--task", "qasper").output

@@ -1,20 +1,26 @@
-"""The fast tokenizer: the stock one's ids in every hard case, and found out where they are not."""
+"""Documents become ids, ends and destinations; the fast tokenizer gives the stock ids, or the difference is found."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bipe.data.segments import resolve_rule, segment_ends
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.types import Document
-from preprocessing import tokenizer_backend
-from preprocessing.tokenizer_backend import (
+from megatron_bipe.types import BoolArray, Document, TokenArray
+from preprocessing import document_tokenizer
+from preprocessing.destinations import Destination, Split
+from preprocessing.document_tokenizer import (
     CheckedBackend,
+    DocumentTokenizer,
     Encoded,
     GigatokenBackend,
+    Recipe,
     StockBackend,
     TokenizerDifferenceError,
     check_ids,
@@ -102,7 +108,7 @@ def test_gigatoken_special_in_text_gives_the_stock_ids(tokenizer_folder: Path) -
 
 
 def test_gigatoken_document_of_50_megabytes_gets_the_stock_ids(tokenizer_folder: Path) -> None:
-    """The stock library takes minutes for it: what it gives two, three and four copies tells what it gives many."""
+    """The stock library takes minutes for this; its ids for two, three and four copies determine those for many."""
     tokenizer = load_tokenizer(tokenizer_folder)
     passage = "".join(f"{n} words of a long text .\n\tand 'code' {n * n}\r\n" for n in range(2000))
     few = ids(StockBackend(tokenizer).encode([passage * count for count in (2, 3, 4)]))
@@ -114,15 +120,15 @@ def test_gigatoken_document_of_50_megabytes_gets_the_stock_ids(tokenizer_folder:
     np.testing.assert_array_equal(fast, np.concatenate([head, np.tile(copy, count - 1)]))
 
 
-def test_choose_backend_takes_gigatoken_where_it_agrees(tokenizer: Tokenizer) -> None:
+def test_choose_backend_uses_gigatoken_if_it_agrees(tokenizer: Tokenizer) -> None:
     assert choose_backend(tokenizer, "auto", False, documents_of("some text")) == "gigatoken"
     assert choose_backend(tokenizer, "stock", False, []) == "stock"
 
 
-def test_choose_backend_one_that_disagrees_is_left_or_refused(
+def test_choose_backend_that_disagrees_is_replaced_or_refused(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(tokenizer_backend, "GigatokenBackend", lambda tokenizer, special: Wrong(tokenizer))
+    monkeypatch.setattr(document_tokenizer, "GigatokenBackend", lambda tokenizer, special: Wrong(tokenizer))
     assert choose_backend(tokenizer, "auto", False, documents_of("fine")) == "gigatoken"
     assert choose_backend(tokenizer, "auto", False, documents_of("fine", "wrong here")) == "stock"
     assert "f.jsonl, line 2" in caplog.text
@@ -130,7 +136,7 @@ def test_choose_backend_one_that_disagrees_is_left_or_refused(
         choose_backend(tokenizer, "gigatoken", False, documents_of("wrong here"))
 
 
-def test_choose_backend_tokenizer_that_gigatoken_does_not_know_is_stock(
+def test_choose_backend_unsupported_tokenizer_is_stock(
     tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(tokenizer, "to_json", lambda: b'{"model": {"type": "Unheard"}}')
@@ -160,8 +166,8 @@ def test_checked_backend_compares_the_share_and_names_the_document(tokenizer: To
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 0.0).encode_documents(documents_of(*texts[200:]))
 
 
-def test_checked_backend_leaves_out_texts_that_the_stock_one_takes_for_ever(tokenizer: Tokenizer) -> None:
-    long = documents_of("wrong " * tokenizer_backend.MOST_COMPARED_CHARS)
+def test_checked_backend_skips_texts_that_are_slow_in_the_stock_library(tokenizer: Tokenizer) -> None:
+    long = documents_of("wrong " * document_tokenizer.MOST_COMPARED_CHARS)
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 1.0).encode_documents(long)
 
 
@@ -172,3 +178,67 @@ def test_check_ids_that_end_early_or_late_differ_from_there(stock: StockBackend)
     for found_T, place in ((ids_T[:-1], ids_T.size - 1), (np.append(ids_T, 7), ids_T.size)):
         with raises(TokenizerDifferenceError, place, "'some words", location="f.jsonl, line 1"):
             check_ids(document, found_T, stock)
+
+
+# Documents
+
+
+@pytest.fixture
+def recipe(tokenizer_folder: Path) -> Recipe:
+    tokenizer = load_tokenizer(tokenizer_folder)
+    return Recipe(tokenizer.definition, resolve_rule("reference", tokenizer))
+
+
+def numbered_documents(texts: list[str]) -> list[Document]:
+    return [Document(text, "f.jsonl", n, f"p{n % 2}") for n, text in enumerate(texts)]
+
+
+def tokenized(recipe: Recipe, texts: list[str]) -> list[tuple[TokenArray, BoolArray]]:
+    done = DocumentTokenizer(recipe)(numbered_documents(texts))
+    stops = np.cumsum(done.lengths_D)
+    assert stops[-1] == done.tokens_T.size == done.ends_T.size
+    np.testing.assert_array_equal(done.text_bytes_D, [len(text.encode()) for text in texts])
+    spans = [slice(stop - size, stop) for stop, size in zip(stops, done.lengths_D, strict=True)]
+    return [(done.tokens_T[span], done.ends_T[span]) for span in spans]
+
+
+@pytest.mark.parametrize("backend", ["stock", "gigatoken"])
+def test_tokenizer_gives_bos_then_the_stock_ids(recipe: Recipe, texts: list[str], backend: str) -> None:
+    stock = tokenizers.Tokenizer.from_file(str(recipe.tokenizer_file))
+    for (tokens_T, ends_T), text in zip(tokenized(replace(recipe, backend=backend), texts), texts, strict=True):
+        assert tokens_T.dtype == np.uint16
+        if "<s>" not in text:
+            assert tokens_T.tolist() == stock.encode(text).ids  # its template adds BOS
+        assert tokens_T.tolist().count(1) == 1  # no second BOS out of a literal "<s>"
+        np.testing.assert_array_equal(ends_T, np.isin(tokens_T, recipe.rule.token_ids))
+
+
+@pytest.mark.parametrize("backend", ["stock", "gigatoken"])
+def test_tokenizer_special_in_text_makes_special_tokens(recipe: Recipe, texts: list[str], backend: str) -> None:
+    third = tokenized(replace(recipe, special_in_text=True, backend=backend), texts)[2][0]
+    assert third.tolist().count(1) == 1 + 3
+
+
+def test_tokenizer_append_eos_ends_every_document(recipe: Recipe, texts: list[str]) -> None:
+    with_eos = tokenized(replace(recipe, append_eos=True), texts)
+    for (tokens_T, ends_T), (plain_T, plain_ends_T) in zip(with_eos, tokenized(recipe, texts), strict=True):
+        assert tokens_T.tolist() == [*plain_T.tolist(), 2]
+        assert ends_T.tolist() == [*plain_ends_T.tolist(), False]
+
+
+def test_tokenizer_fixed_rule_counts_from_each_document(recipe: Recipe, texts: list[str]) -> None:
+    rule = resolve_rule("fixed:3", load_tokenizer(recipe.tokenizer_file))
+    for tokens_T, ends_T in tokenized(replace(recipe, rule=rule), texts):
+        np.testing.assert_array_equal(ends_T, segment_ends(tokens_T, rule))
+        assert ends_T[2::3].all()
+
+
+def test_tokenizer_destinations_follow_from_partition_and_text(recipe: Recipe) -> None:
+    split = Split.parse("a=0.5,b=0.5")
+    texts = [str(n % 40) for n in range(80)]
+    done = DocumentTokenizer(replace(recipe, split=split))(numbered_documents(texts)).destinations
+    assert {found.partition for found in done} == {"p0", "p1"}
+    assert {found.split for found in done} == {"a", "b"}
+    assert [found.split for found in done[:40]] == [found.split for found in done[40:]]  # the same texts
+    whole = DocumentTokenizer(recipe)(numbered_documents(["x"]))
+    assert whole.destinations == [Destination("", "p0")]
