@@ -8,6 +8,8 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeModel
 
+__all__ = ["BipeConfig", "BipeForCausalLM", "BipeModel"]
+
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)

@@ -19,18 +19,16 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.discovery import open_tokenizer
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
-    SUFFIXES,
     TOKENIZER_FOLDER,
     FileRecord,
     Manifest,
     ShardRecord,
-    Suffix,
 )
 from megatron_bipe.data.parallel_map import Advance, run_in_order
 from megatron_bipe.data.segmenter import CHUNK_TOKENS, Segmenter
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import pack_seg, shard_path
+from megatron_bipe.data.shard_layout import SUFFIXES, Suffix, pack_seg, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import partial_path, sync
