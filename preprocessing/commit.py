@@ -13,7 +13,6 @@ from typing import Any
 
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
-    SUFFIXES,
     TOKENIZER_FOLDER,
     Manifest,
     PromptAnswerRecord,
@@ -22,7 +21,7 @@ from megatron_bipe.data.manifest import (
 )
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
-from megatron_bipe.data.shard_layout import shard_path
+from megatron_bipe.data.shard_layout import SUFFIXES, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path

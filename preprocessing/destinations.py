@@ -100,7 +100,8 @@ def are_duplicates_marked(folder: Path) -> bool:
 
 def load_duplicates(folder: Path) -> npt.NDArray[np.bool_]:
     """Return a mask over a range's texts: True for each that equals an earlier text."""
-    return np.load(folder / DROPPED_NAME)
+    dropped: npt.NDArray[np.bool_] = np.load(folder / DROPPED_NAME)
+    return dropped
 
 
 def mark_duplicates(folders: Sequence[Path], rows_a_round: int = ROWS_A_ROUND) -> int:

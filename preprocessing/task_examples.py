@@ -33,7 +33,8 @@ from preprocessing.commit import (
     remove_if_empty,
     require_own,
 )
-from preprocessing.document_tokenizer import Destination, choose_backend, open_backend
+from preprocessing.destinations import Destination
+from preprocessing.document_tokenizer import choose_backend, open_backend
 from preprocessing.work_dir import WorkFolder
 
 ARITHMETIC_SEGMENTS = f'["{EQUALS}"]'

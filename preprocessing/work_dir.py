@@ -19,7 +19,8 @@ from pydantic import ValidationError
 from megatron_bipe.data.manifest import Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import LOCK_NAME, unreadable_error, write_atomically
-from preprocessing.document_tokenizer import BackendName, Destination
+from preprocessing.destinations import Destination
+from preprocessing.document_tokenizer import BackendName
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
 

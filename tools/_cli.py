@@ -65,7 +65,9 @@ def check_output_file(file: Path, overwrite: bool) -> None:
 def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_hf.py") -> None:
     """Raise `CheckpointError`, before transformers is imported, if a folder holds no Hugging Face model."""
     if not (folder / "config.json").is_file():
-        raise CheckpointError("no exported model here", remedy=remedy, location=folder)
+        raise CheckpointError(
+            "the folder has no config.json, so it is not an exported model", remedy=remedy, location=folder
+        )
 
 
 def add_max_malformed(parser: argparse.ArgumentParser) -> None:

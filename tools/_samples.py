@@ -2,10 +2,10 @@
 
 import numpy as np
 import torch
+from megatron_bipe.hf.parity import SampleBatch
 
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
-from megatron_bipe.hf.export import SampleBatch
 
 SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models
 

@@ -25,8 +25,9 @@ from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 
 if TYPE_CHECKING:
+    from megatron_bipe.hf.parity import SampleBatch
+
     from megatron_bipe.hf.card import PerplexityPlot
-    from megatron_bipe.hf.export import SampleBatch
 
 log = logging.getLogger(__name__)
 

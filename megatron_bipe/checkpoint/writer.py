@@ -175,7 +175,8 @@ class CheckpointWriter:
             store.set(f"{key}/end", self._conclude(save, reports))
             for rank in reports:
                 store.delete_key(f"{key}/{rank}")
-        return store.get(f"{key}/end").decode()
+        end: bytes = store.get(f"{key}/end")
+        return end.decode()
 
     def _conclude(self, save: _Save, reports: Mapping[int, Mapping[str, str]]) -> str:
         """Publish the files of all ranks, or delete them if a rank failed; return the error or ""."""

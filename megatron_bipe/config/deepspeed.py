@@ -28,9 +28,13 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ConfigError("no such DeepSpeed configuration", remedy="See ds_configs/", location=path) from None
+        raise ConfigError(
+            "there is no such DeepSpeed configuration", remedy="Choose one of ds_configs/", location=path
+        ) from None
     except (OSError, ValueError) as error:
-        raise ConfigError(f"not a readable JSON file: {error}", remedy="See ds_configs/", location=path) from None
+        raise ConfigError(
+            f"the file is not valid JSON: {error}", remedy="Correct it; ds_configs/ has valid ones", location=path
+        ) from None
     if not isinstance(values, dict):
         raise ConfigError("a DeepSpeed configuration must be a JSON object", location=path)
     return values
@@ -53,7 +57,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
     result: dict[str, Any] = json.loads(json.dumps(ds_config))
     if wrong := [key for key in _SECTIONS if not isinstance(_get(result, key, {}), dict)]:
         seen = ", ".join(f"{key}={json.dumps(_get(result, key))}" for key in wrong)
-        raise ConfigError(f"{seen}: a section must be a JSON object", remedy="See ds_configs/", location=location)
+        raise ConfigError(
+            f"{seen}: a section must be a JSON object", remedy="Write it as in ds_configs/", location=location
+        )
     problems = [
         f"the section {section!r} belongs to the run configuration; remove it and use `optimizer:` there"
         for section in _OWNED_SECTIONS
@@ -63,9 +69,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
     for key, (owner, value) in _owned(run, num_ranks, stage).items():
         seen = _get(result, key)
         if seen not in (None, AUTO) and seen != value:
-            problems.append(f'{key}={seen!r} disagrees with {owner}={value!r} of the run; write "auto"')
+            problems.append(f'{key}={seen!r}, but {owner} of the run requires {value!r}; write "auto"')
         _set(result, key, value)
-    problems += [f'no field of the run fills "auto" at {key}; write a value' for key in _autos(result)]
+    problems += [f'{key}="auto", which no field of the run replaces; write a value' for key in _autos(result)]
     if run.parallel.pipeline > 1 and stage in (2, 3):
         problems.append(
             f"parallel.pipeline={run.parallel.pipeline} with zero_optimization.stage={stage}: the pipeline engine "
@@ -82,17 +88,21 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
 
 
 def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, Any]]:
-    """Map each DeepSpeed key that the run owns to (name of the run's setting, its value)."""
+    """Map each DeepSpeed key that the run owns to (the setting that determines it, its value)."""
     train = run.train
-    assert train.precision != AUTO, "resolved by settle_precision"
+    assert train.precision != AUTO, "resolved by resolve_precision"
     # Gradients are accumulated in fp32 over micro-batches; DeepSpeed supports this from ZeRO 1 on.
     accumulation_dtype = "bf16" if train.precision == "bf16" and stage == 0 else "fp32"
+    by_precision, by_stage = (
+        f"train.precision={train.precision}",
+        f"train.precision={train.precision} with ZeRO {stage}",
+    )
     accumulation = accumulation_steps(train, run.parallel.data_ranks(num_ranks))
     bf16_zero_1: dict[str, tuple[str, Any]] = {
         # Otherwise the fp32 sums are rounded to bf16 for the exchange at every update, even on a single rank.
-        "communication_data_type": ("(train.precision and the ZeRO stage)", "fp32"),
+        "communication_data_type": (by_stage, "fp32"),
         # Add each gradient to its fp32 sum at once, so that no bf16 copy is kept until the end of backward.
-        "bf16.immediate_grad_update": ("(train.precision and the ZeRO stage)", True),
+        "bf16.immediate_grad_update": (by_stage, True),
     }
     return (bf16_zero_1 if train.precision == "bf16" and stage == 1 else {}) | {
         # DeepSpeed counts context-parallel ranks as data-parallel, so each sequence counts once for each of them.
@@ -100,10 +110,10 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "train_micro_batch_size_per_gpu": ("train.micro_batch", train.micro_batch),
         "gradient_accumulation_steps": ("train.global_batch / (train.micro_batch x data-parallel ranks)", accumulation),
         "gradient_clipping": ("optimizer.grad_clip", run.optimizer.grad_clip),
-        "bf16.enabled": ("(train.precision == 'bf16')", train.precision == "bf16"),
-        "data_types.grad_accum_dtype": ("(train.precision and the ZeRO stage)", accumulation_dtype),
-        "fp16.enabled": ("(train.precision == 'fp16')", False),
-        "steps_per_print": ("(the training loop prints progress)", _QUIET),
+        "bf16.enabled": (by_precision, train.precision == "bf16"),
+        "data_types.grad_accum_dtype": (by_stage, accumulation_dtype),
+        "fp16.enabled": (by_precision, False),
+        "steps_per_print": ("the progress log", _QUIET),
     }
 
 

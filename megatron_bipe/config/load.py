@@ -84,14 +84,12 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         existing = sorted(str(p) for p in path.parent.glob("*.yaml"))
-        found = f"there are {', '.join(existing)}" if existing else "there is no YAML file in that folder"
-        raise ConfigError(
-            "no such run configuration", remedy=f"Name an existing file: {found}", location=path
-        ) from None
+        remedy = f"Choose one of {', '.join(existing)}" if existing else "Its folder has no YAML file; check the path"
+        raise ConfigError("there is no such run configuration", remedy=remedy, location=path) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
         message = f"cannot read the run configuration: {reason}"
-        raise ConfigError(message, remedy="Give a readable YAML file, as in examples/", location=path) from None
+        raise ConfigError(message, remedy="Correct the file; examples/ has valid ones", location=path) from None
     if not isinstance(values, dict):
         raise ConfigError(
             f"a run configuration must be a mapping of sections, not a {type(values).__name__}", location=path

@@ -151,14 +151,14 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
         counts, positions = {
             "segments": (
                 "counts segments",
-                f"the segments of a training sequence: model.train_len_tokens={model.train_len_tokens} over the mean "
-                "segment length that tools/inspect_data.py stats shows",
+                f"the segments per training sequence: model.train_len_tokens={model.train_len_tokens} divided by the "
+                "mean segment length, which tools/inspect_data.py stats prints",
             ),
             "drawn": ("draws positions", f"the range that they are drawn from, {model.drawn_range} as configured"),
         }[model.parts.positions]
         yield (
-            f"{name}.type=yarn without original_positions, and model.encoding={model.encoding} {counts}; set "
-            f"{name}.original_positions to {positions}"
+            f"{name}.type=yarn requires {name}.original_positions, because model.encoding={model.encoding} {counts}; "
+            f"set it to {positions}"
         )
 
 
@@ -167,7 +167,7 @@ def _data(data: DataConfig) -> Iterator[str]:
         yield f"data.valid_path={data.valid_path} is the training set; name a held-out dataset"
     repeated = [str(folder) for folder, count in Counter(data.folders).items() if count > 1]
     if repeated:
-        yield f"data.path names {', '.join(repeated)} more than once; list each once, with the sum of its weights"
+        yield f"data.path lists {', '.join(repeated)} more than once; list a dataset once, with the sum of its weights"
 
 
 def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
@@ -205,7 +205,10 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
             by = " x ".join(f"parallel.{axis}={ranks}" for axis, ranks in parts.items())
             yield f"{name}={size} is not a multiple of {by}, which shards it"
     if parallel.sequence and parallel.tensor == 1:
-        yield "parallel.sequence=True shards sequences over tensor-parallel ranks, and parallel.tensor=1; make it false"
+        yield (
+            "parallel.sequence=True shards sequences over tensor-parallel ranks, but parallel.tensor=1; set "
+            "parallel.sequence=false, or parallel.tensor=2 or more"
+        )
     if parallel.pipeline > model.num_layers + 1:
         yield (
             f"parallel.pipeline={parallel.pipeline} exceeds {model.num_layers + 1}, one stage for each of the "

@@ -135,7 +135,7 @@ class PipelineEngine(DeepSpeedEngine):
             yield (tokens, intra, inter), (labels,) if weights is None else (labels, weights)
 
 
-class _Stages(PipelineModule):
+class _Stages(PipelineModule):  # type: ignore[misc]
     """The layers of this rank's stage; `bounds` contains the first layer of each stage and the end of the last."""
 
     def __init__(
@@ -173,7 +173,7 @@ class _Stages(PipelineModule):
         self._set_bounds(self._bounds[self.stage_id], self._bounds[self.stage_id + 1])
 
 
-class _PlannedLayer(LayerSpec):
+class _PlannedLayer(LayerSpec):  # type: ignore[misc]
     """A DeepSpeed layer specification that builds a layer of the plan."""
 
     def __init__(self, layer: LayerPlan) -> None:

@@ -34,7 +34,7 @@ class HarnessSettings(NamedTuple):
     """Name of the torch dtype."""
 
 
-class SingleBosHFLM(HFLM):
+class SingleBosHFLM(HFLM):  # type: ignore[misc]
     """The harness's transformers model with a single BOS in front of rolling texts.
 
     For rolling log-likelihoods the harness prepends BOS and lets the tokenizer prepend another; training had one.
@@ -45,7 +45,8 @@ class SingleBosHFLM(HFLM):
         before = vars(self)["add_bos_token"]
         self.add_bos_token = False
         try:
-            return super().loglikelihood_rolling(requests, disable_tqdm)
+            log_likelihoods: list[float] = super().loglikelihood_rolling(requests, disable_tqdm)
+            return log_likelihoods
         finally:
             self.add_bos_token = before
 

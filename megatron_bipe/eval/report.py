@@ -22,6 +22,8 @@ from megatron_bipe.io import write_atomically
 
 FORMAT_VERSION = 1
 JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
+# Keys of the results in both files; the name `num_windows` belongs to format version 1.
+_STORED_KEYS = tuple("num_windows" if name == "num_sequences" else name for name in LengthResult._fields)
 
 
 class ModelResults(NamedTuple):
@@ -97,7 +99,7 @@ def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelRes
                 "encoding": eval_model.config.encoding,
                 "num_parameters": sum(parameter.numel() for parameter in eval_model.model.parameters()),
                 "train_len_tokens": eval_model.config.train_len_tokens,
-                "results": [_finite(result._asdict()) for result in results],
+                "results": [_finite(dict(zip(_STORED_KEYS, result, strict=True))) for result in results],
             }
             for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
         ],
@@ -106,7 +108,7 @@ def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelRes
 
 def as_csv(models: Sequence[ModelResults]) -> str:
     text = io.StringIO()
-    columns = ("model", "encoding", "train_len_tokens", *LengthResult._fields)
+    columns = ("model", "encoding", "train_len_tokens", *_STORED_KEYS)
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(columns)
     for name, (eval_model, results) in zip(unique_names(models), models, strict=True):

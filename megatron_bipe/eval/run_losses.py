@@ -48,7 +48,9 @@ def read_losses(run_dir: Path) -> RunLosses:
         lines = path.read_bytes().splitlines()
     except OSError as error:
         raise DataError(
-            f"the metrics of the run cannot be read: {error.strerror}", remedy="Train the run again", location=path
+            f"the metrics of the run cannot be read: {error.strerror}",
+            remedy="Give the folder of a run that has started",
+            location=path,
         ) from error
     for number, line in enumerate(lines, 1):
         try:

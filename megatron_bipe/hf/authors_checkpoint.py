@@ -55,7 +55,7 @@ def read_authors_checkpoint(folder: Path) -> AuthorsModel:
     if len(dtypes) != 1:
         raise CheckpointError(f"the weights have several dtypes: {dtypes}", remedy=_REMEDY, location=folder)
     try:
-        renamed = from_llama(weights, config)
+        renamed = from_llama(weights, config, folder)
     except RuntimeError as error:  # torch: rows cannot be split as the configuration requires
         what = f"the weights do not fit the configuration: {' '.join(str(error).split())}"
         raise CheckpointError(what, remedy=_REMEDY, location=folder / CONFIG) from error

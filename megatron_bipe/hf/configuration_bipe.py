@@ -55,7 +55,7 @@ class BipeConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
-        super().__post_init__(**kwargs)
+        super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
     def validate_architecture(self) -> None:
         """Raise ValueError if the fields contradict each other; the model calls it when it is built."""

@@ -195,7 +195,8 @@ def _draft(folder: Path, overwrite: bool) -> Iterator[Path]:
 def _check_replaceable(folder: Path) -> None:
     """Refuse to replace anything but a model folder without foreign files."""
     if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
-        raise CheckpointError("the output is not a model folder", remedy="Choose another one", location=folder)
+        what = f"the output exists and is not an exported model: it has no {CONFIG}"
+        raise CheckpointError(what, remedy="Choose another output", location=folder)
     names = (path.name for path in folder.iterdir() if path.is_file())
     ours = {name for name in names if name in _WRITTEN or _WEIGHTS_OR_CODE.fullmatch(name)}
     foreign = sorted({path.name for path in folder.iterdir()} - ours)

@@ -188,7 +188,7 @@ def build_from_llama(
     with torch.device("meta"):  # no memory, no random numbers
         model = build_model(config)
     try:
-        model.load_state_dict(from_llama(llama_weights, config), assign=True)
+        model.load_state_dict(from_llama(llama_weights, config, location), assign=True)
     except RuntimeError as error:
         text = " ".join(str(error).split())
         raise CheckpointError(

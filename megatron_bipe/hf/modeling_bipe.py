@@ -169,7 +169,7 @@ class BipeModel(BipePreTrainedModel):
         self.layers = nn.ModuleList(BipeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
         self.norm = BipeRMSNorm(width, config.rms_norm_eps)
         self.gradient_checkpointing = False
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     def forward(
         self,
@@ -248,7 +248,7 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         super().__init__(config)
         self.model = BipeModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]
 
     @staticmethod
     def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **_: Any) -> Tensor | None:

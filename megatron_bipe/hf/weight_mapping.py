@@ -6,6 +6,7 @@ separately. Both directions only split and concatenate rows, so a round trip is 
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
+from pathlib import Path
 from typing import TypeVar
 
 import torch
@@ -17,6 +18,7 @@ from megatron_bipe.errors import CheckpointError
 T = TypeVar("T")
 INTRA_EMBEDDING = "model.embed_intra.weight"  # LLaMA has no such embeddings
 _POSITION_EMBEDDING = "model.embed_positions.weight"
+_OWN_WEIGHTS = "weights of the training model"  # location in errors
 
 _BLOCK_NAMES = {
     "attention_norm.weight": "input_layernorm.weight",
@@ -49,8 +51,8 @@ class LlamaWeights(Mapping[str, Tensor]):
         self._last: tuple[str, Tensor] | None = None
         needed, remaining = {source for source, _ in self._sources.values()}, dict.fromkeys(weights)
         for name in sorted(needed):
-            _take(remaining, name)
-        _refuse_remaining(remaining)
+            _take(remaining, _OWN_WEIGHTS, name)
+        _refuse_remaining(remaining, _OWN_WEIGHTS)
 
     def __getitem__(self, name: str) -> Tensor:
         source, cut = self._sources[name]
@@ -114,28 +116,36 @@ def _part_of_qkv(config: ModelConfig, part: int, qkv: Tensor) -> Tensor:
     return groups.split((groups.shape[1] - 2, 1, 1), dim=1)[part].flatten(0, 2)
 
 
-def from_llama(weights: Mapping[str, Tensor], config: ModelConfig) -> dict[str, Tensor]:
+def from_llama(
+    weights: Mapping[str, Tensor], config: ModelConfig, location: str | Path = "weights"
+) -> dict[str, Tensor]:
     """Return the training model's weights from those under LLaMA names; the inverse of `to_llama`.
+
+    Args:
+        weights: all weights of a model.
+        config: configuration of the model.
+        location: the file or folder that they come from, for error messages.
 
     Raises:
         CheckpointError: a weight is missing or unexpected.
     """
     last = config.num_layers + 1
     remaining = dict(weights)
-    result = {"0.token.weight": _take(remaining, "model.embed_tokens.weight")}
-    result |= {ours: _take(remaining, theirs) for ours, theirs in _position_names(config).items()}
+    take = partial(_take, remaining, location)
+    result = {"0.token.weight": take("model.embed_tokens.weight")}
+    result |= {ours: take(theirs) for ours, theirs in _position_names(config).items()}
     for layer in range(config.num_layers):
         prefix = f"model.layers.{layer}."
         groups, _, width = _qkv_shape(config)
-        parts = [_take(remaining, prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
+        parts = [take(prefix + name).unflatten(0, (groups, -1, width)) for name in _QKV_PARTS]
         result[f"{layer + 1}.{_QKV}"] = torch.cat(parts, dim=1).flatten(0, 2)
-        result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([_take(remaining, prefix + name) for name in _GATE_UP_PARTS])
+        result[f"{layer + 1}.{_GATE_UP}"] = torch.cat([take(prefix + name) for name in _GATE_UP_PARTS])
         for ours, theirs in _block_names(config).items():
-            result[f"{layer + 1}.{ours}"] = _take(remaining, prefix + theirs)
-    result[f"{last}.norm.weight"] = _take(remaining, "model.norm.weight")
+            result[f"{layer + 1}.{ours}"] = take(prefix + theirs)
+    result[f"{last}.norm.weight"] = take("model.norm.weight")
     tied = config.tied_output
-    result[f"{last}.output.weight"] = result["0.token.weight"] if tied else _take(remaining, "lm_head.weight")
-    _refuse_remaining(remaining)
+    result[f"{last}.output.weight"] = result["0.token.weight"] if tied else take("lm_head.weight")
+    _refuse_remaining(remaining, location)
     return result
 
 
@@ -144,22 +154,22 @@ def _qkv_shape(config: ModelConfig) -> tuple[int, int, int]:
     return config.kv_heads, config.num_heads // config.kv_heads + 2, config.head_width
 
 
-def _take(remaining: dict[str, T], name: str) -> T:
+def _take(remaining: dict[str, T], location: str | Path, name: str) -> T:
     if name not in remaining:
         raise CheckpointError(
             f"weight {name!r} is missing",
             remedy="Check that the weights and the configuration belong to the same model",
-            location=_first_names(remaining),
+            location=location,
         )
     return remaining.pop(name)
 
 
-def _refuse_remaining(remaining: Mapping[str, object]) -> None:
+def _refuse_remaining(remaining: Mapping[str, object], location: str | Path) -> None:
     if remaining:
         raise CheckpointError(
-            f"{len(remaining)} weights do not belong to any layer of the configured model",
+            f"{len(remaining)} weight(s) belong to no layer of the configured model: {_first_names(remaining)}",
             remedy="Check that the weights and the configuration belong to the same model",
-            location=_first_names(remaining),
+            location=location,
         )
 
 

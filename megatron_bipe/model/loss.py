@@ -21,7 +21,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
 
     Backward overwrites the logits with their gradient.
     """
-    losses_K: Tensor = _TokenLosses.apply(logits_BTV.flatten(0, -2), labels_BT.flatten())
+    losses_K: Tensor = _TokenLosses.apply(logits_BTV.flatten(0, -2), labels_BT.flatten())  # type: ignore[no-untyped-call]
     return losses_K.view_as(labels_BT)
 
 

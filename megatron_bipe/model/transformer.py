@@ -203,7 +203,7 @@ class SwiGLU(nn.Module):
         self.down = layers.row(config.ffn_size, config.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(_Gate.apply(self.gate_up(hidden_BTD)))
+        return self.down(_Gate.apply(self.gate_up(hidden_BTD)))  # type: ignore[no-untyped-call]
 
 
 class _Gate(torch.autograd.Function):
@@ -248,7 +248,7 @@ def rms_norm(hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     copies of the input; this implementation saves the input and one number per token.
     """
     if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled():
-        normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)
+        normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)  # type: ignore[no-untyped-call]
         return normed
     return F.rms_norm(hidden_BTD, weight_D.shape, weight_D, eps)
 

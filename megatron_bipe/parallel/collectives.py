@@ -80,7 +80,7 @@ def _start_reduce_scatter(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
 
 
 def _waited(x: Tensor) -> Tensor:
-    done: Tensor = functional.wait_tensor(x)  # type: ignore[no-untyped-call]
+    done: Tensor = functional.wait_tensor(x)
     return done
 
 

@@ -61,7 +61,8 @@ class HeartbeatStore:
 
     def is_first_to_fail(self) -> bool:
         """Register a failure; return True if it is the first one of the launch."""
-        return self._ask(lambda: self._store.add("failures", 1)) == 1
+        num_failures: int = self._ask(lambda: self._store.add("failures", 1))
+        return num_failures == 1
 
     def request_shutdown(self, end: Shutdown) -> None:
         """Request all ranks to exit."""

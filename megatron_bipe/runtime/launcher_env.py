@@ -102,7 +102,7 @@ def read_launch(env: Mapping[str, str], agree: Callable[[bool], Rendezvous], fre
     num_local_ranks = counts[min(host, len(counts) - 1)]
     if not (rank < num_ranks and local_rank < num_local_ranks <= num_ranks):
         raise variables.error(
-            f"ranks start at 0, and a host has at most as many as the launch; this would be rank {rank} of "
+            f"ranks start at 0, and a host has at most as many as the launch; this process would be rank {rank} of "
             f"{num_ranks}, local rank {local_rank} of {num_local_ranks}"
         )
     rendezvous = _rendezvous(variables, num_local_ranks == num_ranks, agree)
@@ -138,11 +138,11 @@ class _Variables(NamedTuple):
         """Return the same as an integer.
 
         Raises:
-            ConfigError: it is missing, or not an integer from 0.
+            ConfigError: it is missing, or not a non-negative integer.
         """
         text = self.text(names)
         if text is None or not text.isdecimal():
-            raise self.error(f"{' or '.join(names)} is {'missing' if text is None else 'not an integer from 0'}")
+            raise self.error(f"{' or '.join(names)} is {'missing' if text is None else 'not a non-negative integer'}")
         return int(text)
 
     def counts(self, names: tuple[str, ...]) -> list[int]:

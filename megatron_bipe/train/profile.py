@@ -52,9 +52,7 @@ class Profile:
 
     def __init__(self, steps: int, run_dir: Path, mesh: Mesh) -> None:
         if steps < 0:
-            raise ConfigError(
-                f"{steps} updates cannot be profiled", remedy="Give a number from 1 on", location="--profile"
-            )
+            raise ConfigError(f"{steps} updates cannot be profiled", remedy="Give 1 or more", location="--profile")
         self._steps, self._folder, self._mesh = steps, run_dir / "profile", mesh
         self._done, self._began_s = 0, 0.0
         self._profiler: profile | None = None

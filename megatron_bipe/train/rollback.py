@@ -185,7 +185,7 @@ class Rollback:
         self._warn(f"step {step} | {bad.reason} | loss {loss:g} | grad {norm:g} | samples {first} to {stop - 1}")
         sequences = self._loader.sequences(first).tolist()
         facts = {"reason": bad.reason, "loss_nats": loss, "grad_norm": norm}
-        self._events.add("bad step", step=step, samples=[first, stop], sequences=sequences, **facts)
+        self._events.add("bad step", step=step, samples=[first, stop], windows=sequences, **facts)
 
     def _report_slow_ranks(self, step: int) -> None:
         own_s = self._host.all_gather_object(self._engine.pop_forward_seconds() + self._loader.reading_time_s())

@@ -212,7 +212,7 @@ def require_columns(schema: pa.Schema, keys: Keys, location: Path | str) -> None
 
 
 def _is_string(kind: pa.DataType) -> bool:
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 # A column of nulls has no other type; each of its rows is malformed.

@@ -77,7 +77,7 @@ def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
 def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
     bad = _events(folder, case, "bad step")
     assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
-    assert all(len(set(event["sequences"])) == BATCH for event in bad)
+    assert all(len(set(event["windows"])) == BATCH for event in bad)
     (back,) = _events(folder, case, "return")
     assert (back["step"], back["to_step"], back["samples"]) == (8, 4, [40, 64])
     run_dir = folder / f"{case.fault}-{case.layout}"

@@ -212,11 +212,13 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a key given twice": lambda given: load_run_config(given.file("run.yaml", "train: {seed: 1, seed: 2}")),
         "three mistakes": lambda _: load_run_config(None, ["train.steps=0", "model.encoding=rop", "oops=1"]),
         "heads that do not divide the width": lambda _: check("model.num_heads=7"),
-        "a setting without meaning": lambda _: check("model.encoding=alibi", YARN),
+        "a setting that the encoding does not use": lambda _: check("model.encoding=alibi", YARN),
         "a setting that is missing": lambda _: check(YARN),
-        "windows beyond the positions": lambda _: check("model.encoding=learned", "model.train_len_tokens=512"),
+        "sequences longer than the encoded positions": lambda _: check(
+            "model.encoding=learned", "model.train_len_tokens=512"
+        ),
         "warm-up beyond the steps": lambda _: check("train.steps=100"),
-        "a batch that ranks cannot share": lambda _: check("train.global_batch=20"),
+        "a batch that cannot be divided among the ranks": lambda _: check("train.global_batch=20"),
         "validation on the training set": lambda _: check("data.path=a", "data.valid_path=a"),
         "a blend with a weight too small": lambda _: count_slots([1, 1e-9], ["data/a", "data/b"]),
         "a blend that names a dataset twice": lambda _: check("data.path=[a, b, a/]"),
@@ -235,13 +237,13 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a file that is not JSON": lambda given: read_ds_config(given.file("ds.json", "{")),
     },
     "Layouts": {
-        "ranks that hold no whole copy": lambda _: check("parallel={tensor: 2, context: 2, pipeline: 3}"),
-        "heads that tensor parallelism cannot split": lambda _: check("parallel.tensor=8"),
-        "windows that context parallelism cannot split": lambda _: check(
+        "ranks that hold no complete replica": lambda _: check("parallel={tensor: 2, context: 2, pipeline: 3}"),
+        "heads that tensor parallelism cannot shard": lambda _: check("parallel.tensor=8"),
+        "sequences that context parallelism cannot shard": lambda _: check(
             "parallel.context=4", "train.seq_len_tokens=1022"
         ),
         "sequence parallelism alone": lambda _: check("parallel.sequence=true"),
-        "more stages than blocks": lambda _: check("parallel.pipeline=14", num_ranks=14),
+        "more stages than layers": lambda _: check("parallel.pipeline=14", num_ranks=14),
     },
     "Launches": {
         "half a launch": lambda _: launch({"RANK": "1", "WORLD_SIZE": "2"}),
@@ -252,7 +254,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "hosts without names": lambda _: launch(SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}),
         "an unknown device": lambda given: device(given, "gpu"),
         "a duration without a unit": lambda _: parse_duration("10"),
-        "a profile of fewer than no steps": lambda given: Profile(-1, given.folder, MAIN),
+        "a profile of a negative number of steps": lambda given: Profile(-1, given.folder, MAIN),
         "fewer hosts than asked for": lambda given: usable_hosts(given.run_dir(), ["a", "b"], 4, 3),
     },
     "Datasets": {
@@ -263,7 +265,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a shard's file cut off": lambda given: TokenDataset(
             given.changed("part-00000.bin", lambda content: content[:4])
         ),
-        "another file in an index's place": lambda given: TokenDataset(
+        "another file under the name of an index": lambda given: TokenDataset(
             given.changed("part-00000.idx", lambda content: b"PK" + content[2:])
         ),
         "a token beyond the vocabulary": lambda given: TokenDataset(
@@ -274,7 +276,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "another segment rule than expected": lambda given: given.opened().check_rule(
             SegmentRule(spec="fixed:3", token_ids=()), "runs/a"
         ),
-        "a dataset shorter than a window": lambda given: given.opened().num_sequences(1024),
+        "a dataset shorter than a sequence": lambda given: given.opened().num_sequences(1024),
         "more ids than the model has": lambda given: check_manifest(
             load_run_config(None, ["model.vocab_size=8"]), Manifest.load(given.dataset()), given.folder / "data"
         ),
@@ -302,7 +304,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
             built(given, '{"text": "a"}\n'),
             built(given, '{"text": "a"}\n'),
         ),
-        "shares that do not add up": lambda _: Split.parse("train=0.7,valid=0.7"),
+        "fractions that do not add up": lambda _: Split.parse("train=0.7,valid=0.7"),
         "a file where the output's folder should be": lambda given: built(
             given, "a", output=given.folder / "in.jsonl" / "out"
         ),
@@ -338,8 +340,8 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
     },
     "Evaluation": {
         "lengths that are not numbers": lambda _: from_tool("evaluate", "parse_lengths", "1k,x"),
-        "a window of one token": lambda given: evaluated(given, 1),
-        "a window longer than the text": lambda given: evaluated(given, 100),
+        "a sequence of one token": lambda given: evaluated(given, 1),
+        "a sequence longer than the text": lambda given: evaluated(given, 100),
         "a limit of no tokens": lambda given: evaluated(given, 4, max_tokens=0),
         "weights that are not numbers": diverged,
         "a dataset of another rule": lambda given: check_compatible(

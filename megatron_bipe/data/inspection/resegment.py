@@ -16,16 +16,14 @@ from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.inspection.shard_scan import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
-    SUFFIXES,
     TOKENIZER_FOLDER,
     FileRecord,
     Manifest,
     ShardRecord,
-    Suffix,
 )
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import pack_seg, shard_path
+from megatron_bipe.data.shard_layout import SUFFIXES, Suffix, pack_seg, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import atomic_directory, partial_path, unfinished_path

@@ -67,7 +67,7 @@ def have_outputs(asked: Sequence[Question]) -> bool:
     without = [question.id for question in asked if not question.outputs]
     if 0 < len(without) < len(asked):
         raise DataError(
-            f"{len(without)} of {len(asked)} inputs have no output, the first is {without[0]!r}",
+            f"{len(without)} of {len(asked)} inputs have no output; the first of them is {without[0]!r}",
             remedy="Download the file again",
             location="--data",
         )

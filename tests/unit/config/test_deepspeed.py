@@ -72,9 +72,9 @@ def test_engine_config_literal_that_agrees_is_fine():
 @pytest.mark.parametrize(
     ("literal", "named"),
     [
-        ({"train_batch_size": 128}, ["train_batch_size=128", "train.global_batch x parallel.context=256"]),
-        ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4", "train.micro_batch=8"]),
-        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.grad_clip=1.0"]),
+        ({"train_batch_size": 128}, ["train_batch_size=128", "train.global_batch x parallel.context", "256"]),
+        ({"train_micro_batch_size_per_gpu": 4}, ["train_micro_batch_size_per_gpu=4", "train.micro_batch", "8"]),
+        ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.grad_clip", "1.0"]),
         ({"bf16": {"enabled": False}}, ["bf16.enabled=False", "train.precision"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "train.precision"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),

@@ -54,7 +54,7 @@ def test_weights_with_missing_or_unknown_name_are_refused(way, model_name, tiny)
     config = tiny()
     weights = build_model(config).state_dict()
     weights = weights if way is to_llama else to_llama(weights, config)
-    with raises(CheckpointError, "1 weights", location="extra.weight"):
+    with raises(CheckpointError, "extra.weight"):
         way(weights | {"extra.weight": torch.zeros(1)}, config)
     del weights[model_name]
     with raises(CheckpointError, model_name):

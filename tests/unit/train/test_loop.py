@@ -135,7 +135,7 @@ def test_train_single_bad_step_goes_on_and_is_written_down(start):
     done = start(bad_steps=[3])
     assert done.notes.of("step") == [256 * step for step in range(6)]
     event = next(event for event in read_events(done.run_dir) if event["event"] == "bad step")
-    assert event["step"] == 3 and event["samples"] == [512, 768] and event["sequences"] == list(range(512, 768))
+    assert event["step"] == 3 and event["samples"] == [512, 768] and event["windows"] == list(range(512, 768))
 
 
 def test_train_does_not_save_after_a_bad_step_but_after_the_next_good_one(start):

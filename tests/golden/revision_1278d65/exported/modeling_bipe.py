@@ -1,0 +1,311 @@
+"""BiPE language models for transformers 5; self-contained, so that it travels with the weights as remote code.
+
+B batch · T new tokens · D width · V vocabulary · N query heads · G key/value heads · H head width
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from .bias_bipe import biased_mask
+from .configuration_bipe import NUM_BUCKETS, BipeConfig
+from .encodings_bipe import Encoding, encode, sinusoidal
+from .positions_bipe import Places, find_places, memorise, real_tokens, recall
+
+
+class BipeRMSNorm(nn.Module):
+    """x / rms(x) * weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Same shape and dtype as the input."""
+        return F.rms_norm(hidden_BTD, self.weight.shape, self.weight, self.eps)
+
+
+class BipeMLP(nn.Module):
+    """down(silu(gate x) * up x)."""
+
+    def __init__(self, config: BipeConfig) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, hidden_BTD: Tensor) -> Tensor:
+        """Feed-forward output [B, T, D]."""
+        return self.down_proj(F.silu(self.gate_proj(hidden_BTD)) * self.up_proj(hidden_BTD))
+
+
+class BipeAttention(nn.Module):
+    """Grouped-query attention through whichever implementation transformers is told to use."""
+
+    def __init__(self, config: BipeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.config, self.layer_idx, self.is_causal = config, layer_idx, True
+        self.head_dim = config.head_dim
+        self.num_key_value_groups = config.num_attention_heads // config.num_key_value_heads
+        width, head_dim = config.hidden_size, config.head_dim
+        self.q_proj = nn.Linear(width, config.num_attention_heads * head_dim, bias=False)
+        self.k_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.v_proj = nn.Linear(width, config.num_key_value_heads * head_dim, bias=False)
+        self.o_proj = nn.Linear(config.num_attention_heads * head_dim, width, bias=False)
+        if config.relative == "t5":
+            self.relative_bias = nn.Embedding(NUM_BUCKETS, config.num_attention_heads)
+
+    def forward(
+        self, hidden_BTD: Tensor, encoding: Encoding, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
+    ) -> Tensor:
+        """Attention output [B, T, D]."""
+        heads = (-1, self.head_dim)
+        q_BNTH = self.q_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
+        k_BGTH = self.k_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
+        v_BGTH = self.v_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
+        if encoding.growth is not None:
+            q_BNTH = q_BNTH * encoding.growth.to(q_BNTH.dtype)
+        if encoding.rotation is not None:
+            for_queries, for_keys = encoding.rotation
+            q_BNTH, k_BGTH = _rotate(q_BNTH, *for_queries), _rotate(k_BGTH, *for_keys)
+        if past_key_values is not None:
+            if self.layer_idx == 0 and encoding.memory is not None:
+                k_BGTH = torch.cat((k_BGTH, _channels_of(k_BGTH, encoding.memory)), dim=-1)
+            k_BGTH, v_BGTH = past_key_values.update(k_BGTH, v_BGTH, self.layer_idx)
+            k_BGTH = k_BGTH[..., : self.head_dim]
+        if encoding.channels is not None:
+            queries, keys = encoding.channels
+            keys = F.pad(keys, (0, 0, 0, k_BGTH.shape[2] - keys.shape[2]))  # a fresh static cache has empty slots
+            pad = (0, -(self.head_dim + queries.shape[-1]) % 8)
+            q_BNTH = F.pad(torch.cat((_channels_of(q_BNTH, queries), q_BNTH), dim=-1), pad)
+            k_BGTH = F.pad(torch.cat((_channels_of(k_BGTH, keys), k_BGTH), dim=-1), pad)
+            v_BGTH = F.pad(v_BGTH, (0, q_BNTH.shape[-1] - self.head_dim))  # fused kernels want one width
+        if encoding.buckets is not None and mask is not None:
+            mask = biased_mask(self.relative_bias(encoding.buckets), mask)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
+        scaling = self.head_dim**-0.5
+        mixed_BTNH, _ = attend(self, q_BNTH, k_BGTH, v_BGTH, mask, dropout=0.0, scaling=scaling, **kwargs)
+        return self.o_proj(mixed_BTNH[..., : self.head_dim].flatten(2))
+
+
+def _rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+    cos_B1TH, sin_B1TH = cos_B1TH.to(x_BNTH.dtype), sin_B1TH.to(x_BNTH.dtype)
+    first, second = x_BNTH.chunk(2, dim=-1)
+    return torch.cat((first * cos_B1TH - second * sin_B1TH, second * cos_B1TH + first * sin_B1TH), dim=-1)
+
+
+def _channels_of(x_BNTH: Tensor, channels: Tensor) -> Tensor:
+    """The channels for every head, in its dtype."""
+    return channels.to(x_BNTH.dtype).expand(*x_BNTH.shape[:3], -1)
+
+
+def _eager_attention(
+    _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
+) -> tuple[Tensor, Tensor]:
+    """Plain matrix products, for looking at the weights; transformers always hands a mask to it."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    scores = q @ k.transpose(-1, -2) * scaling
+    weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    return (weights @ v).transpose(1, 2), weights
+
+
+class BipeDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm attention and feed-forward."""
+
+    def __init__(self, config: BipeConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.self_attn = BipeAttention(config, layer_idx)
+        self.mlp = BipeMLP(config)
+        self.input_layernorm = BipeRMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = BipeRMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        hidden_BTD: Tensor,
+        encoding: Encoding,
+        mask: Tensor | None,
+        past_key_values: Cache | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """[B, T, D] -> [B, T, D]."""
+        attended = self.self_attn(self.input_layernorm(hidden_BTD), encoding, mask, past_key_values, **kwargs)
+        hidden_BTD = hidden_BTD + attended
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+
+
+class BipePreTrainedModel(PreTrainedModel):
+    """Initialisation and loading; matrices from N(0, initializer_range), norms one, as transformers does by itself."""
+
+    config: BipeConfig
+    config_class = BipeConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["BipeDecoderLayer"]  # noqa: RUF012
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_compile_fullgraph = True
+
+
+class BipeModel(BipePreTrainedModel):
+    """Tables, blocks and final norm."""
+
+    def __init__(self, config: BipeConfig) -> None:
+        super().__init__(config)
+        config.validate_architecture()
+        width, unused_row = config.hidden_size, -1 if config.zero_last_row else None
+        self.embed_tokens = nn.Embedding(config.vocab_size, width, unused_row)
+        if config.absolute == "learned" and config.bilevel:
+            self.embed_intra = nn.Embedding(config.intra_size, width, unused_row)
+        elif config.absolute == "learned":
+            self.embed_positions = nn.Embedding(config.train_len_tokens, width, unused_row)
+        self.layers = nn.ModuleList(BipeDecoderLayer(config, i) for i in range(config.num_hidden_layers))
+        self.norm = BipeRMSNorm(width, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """Final hidden states [B, T, D] of the new tokens.
+
+        `input_ids` are only what is not in `past_key_values` yet; `attention_mask` [B, S] covers the cached
+        tokens too and is 0 at padding: left, right or both.
+
+        Raises:
+            ValueError: the places of the tokens cannot be known from what was given.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if kwargs.get("position_ids") is not None:
+            raise ValueError("position_ids are not taken: positions follow from input_ids and attention_mask")
+        hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        recomputes = self.gradient_checkpointing and self.training
+        if use_cache and past_key_values is None and not recomputes:
+            past_key_values = DynamicCache(config=self.config)
+        memory = recall(past_key_values, self.config.head_dim, hidden.device)
+        if memory is not None and recomputes:
+            raise ValueError("gradient checkpointing cannot train on past_key_values: pass all tokens")
+        real_BT = real_tokens(attention_mask, hidden, memory, past_key_values)
+        places = find_places(self.config, input_ids, real_BT, memory)
+        encoding = encode(self.config, places, memory, attention_mask)
+        if past_key_values is not None:
+            encoding = encoding._replace(memory=memorise(places))
+        hidden = self._placed(hidden, places, real_BT)
+        fused = encoding.buckets is None
+        if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
+            raise ValueError(f"{self.config.encoding} biases scores: use attn_implementation='sdpa' or 'eager'")
+        mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, allow_is_causal_skip=fused)
+        states = [hidden]
+        for layer in self.layers:
+            hidden = layer(hidden, encoding, mask, past_key_values=past_key_values, **kwargs)
+            states += [hidden] if output_hidden_states else []
+        hidden = self.norm(hidden)
+        return BaseModelOutputWithPast(
+            last_hidden_state=hidden,
+            past_key_values=past_key_values,
+            hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+        )
+
+    def _placed(self, hidden_BTD: Tensor, places: Places, real_BT: Tensor) -> Tensor:
+        """The hidden states with the absolute part of the encoding added."""
+        config, place_BT = self.config, places.intra
+        if config.absolute == "sinusoidal":
+            return hidden_BTD + sinusoidal(config, place_BT).to(hidden_BTD.dtype)
+        if config.absolute == "none":
+            return hidden_BTD
+        if config.bilevel:
+            return hidden_BTD + self.embed_intra(place_BT.clamp(max=config.intra_size - 1))
+        rows, place_BT = config.train_len_tokens, place_BT.where(real_BT, 0)
+        if not torch.compiler.is_compiling() and int(place_BT.max()) >= rows:
+            raise ValueError(f"{int(place_BT.max()) + 1} tokens exceed the {rows} positions of the learned table")
+        return hidden_BTD + self.embed_positions(place_BT)
+
+
+class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
+    """The language model."""
+
+    # Where the configuration ties them.
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012  (no ClassVar in its base)
+
+    def __init__(self, config: BipeConfig) -> None:
+        super().__init__(config)
+        self.model = BipeModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None, past_key_values: Cache, **_: Any) -> Tensor | None:
+        """What `generate` passes on beside a static cache: the mask [B, S] itself, since places are read from it.
+
+        It gets the width of the cache, so that compiled code meets one shape only.
+        """
+        if attention_mask is None:
+            return None
+        return F.pad(attention_mask, (0, past_key_values.get_max_length() - attention_mask.shape[1]))
+
+    def _get_static_cache_init_shape(self) -> None:
+        """Let a static cache find its own shapes: the keys of layer 0 are wider than those of the others."""
+
+    def bilevel_ids(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Intra-segment ids (clipped to the table, where there is one) and inter-segment ids, int64 [B, T].
+
+        The first real token of a row opens its first segment; what padding gets means nothing.
+
+        Raises:
+            ValueError: the encoding has no segments.
+        """
+        if not self.config.bilevel:
+            raise ValueError(f"encoding {self.config.encoding!r} has no segments")
+        real_BT = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+        places = find_places(self.config, input_ids, real_BT.bool())
+        intra = places.intra
+        if self.config.absolute == "learned":
+            intra = intra.clamp(max=self.config.intra_size - 1)
+        return intra, places.inter
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        """Logits [B, T, V]; with `labels` (int64 [B, T], -100: ignored) also the mean loss in nats a token."""
+        loss_options = {k: kwargs.pop(k) for k in ("num_items_in_batch",) if k in kwargs}
+        return_dict = kwargs.pop("return_dict", None)
+        if labels is not None and use_cache is None:
+            use_cache = False
+        outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+        )
+        return result if return_dict is not False else result.to_tuple()
