@@ -28,15 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import command
 from bench._bench import describe_machine
-from bench._models import (
-    SEGMENT_TOKENS,
-    Measurement,
-    Prepare,
-    device,
-    make_batch,
-    measure_in_processes,
-    native_precision,
-)
+from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure_in_processes, native_precision
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
