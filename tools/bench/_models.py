@@ -64,9 +64,7 @@ class Measurement(NamedTuple):
     peak_gib: float  # of the device, or of the complete process on a CPU
 
 
-def measure_in_processes(
-    contenders: Mapping[str, Prepare], repeats: int, untuned: Container[str] = ()
-) -> dict[str, Measurement]:
+def measure(contenders: Mapping[str, Prepare], repeats: int, untuned: Container[str] = ()) -> dict[str, Measurement]:
     """Time contenders alternately, each in its own process, so that peaks of memory are separate.
 
     An additional first call of each is not counted.

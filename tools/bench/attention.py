@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import command
 from bench._bench import describe_machine
-from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure_in_processes, native_precision
+from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure, native_precision
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None) -> None:
     for tokens in dict.fromkeys((1024, length)):
         kernels = {name: partial(prepare_kernel, model, tokens, biased) for name, biased in KERNELS.items()}
         title = f"kernel, {tokens} tokens, {native_precision()}, forward and backward"
-        print_times(title, measure_in_processes(kernels, repeats), "plain")
+        print_times(title, measure(kernels, repeats), "plain")
     for precision in dict.fromkeys((native_precision(), "fp32")):
         for encoding in ("bipe_rope", "bipe_alibi"):
             forwards: dict[str, Prepare] = {
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None) -> None:
                 for name in (OURS, SCORES, PUBLISHED)
             }
             title = f"forward, {encoding}, {length} tokens, {precision}"
-            found = measure_in_processes(forwards, arguments.model_repeats, untuned={PUBLISHED})
+            found = measure(forwards, arguments.model_repeats, untuned={PUBLISHED})
             print_times(title, found, PUBLISHED)
     if arguments.longest:
         for encoding, variants in (("bipe_rope", (OURS,)), ("bipe_alibi", (OURS, ALL_KEYS))):
@@ -73,7 +73,7 @@ def main(argv: Sequence[str] | None) -> None:
                 for name in variants
             }
             title = f"forward and loss, {encoding}, {arguments.longest} tokens, {native_precision()}"
-            print_times(title, measure_in_processes(long, 1), variants[-1])
+            print_times(title, measure(long, 1), variants[-1])
 
 
 def print_times(title: str, found: dict[str, Measurement], base: str) -> None:

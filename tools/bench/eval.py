@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import command
 from bench._bench import describe_machine, make_dataset, median_seconds
-from bench._models import PEER, SEGMENT_TOKENS, Prepare, device, make_peer, measure_in_processes, native_precision
+from bench._models import PEER, SEGMENT_TOKENS, Prepare, device, make_peer, measure, native_precision
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None) -> None:
             }
             if length <= arguments.peer_longest:
                 contenders[PEER] = partial(prepare_peer, model, folder, length, tokens)
-            found = measure_in_processes(contenders, arguments.repeats)
+            found = measure(contenders, arguments.repeats)
             print(f"\nsequences of {length} tokens, {tokens} tokens per batch")
             for contender, (median_s, peak_gib) in found.items():
                 ratio = f"{found[PEER].median_s / median_s:6.2f} x" if PEER in found else ""

@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 
 from _cli import command
 from bench._bench import describe_machine
-from bench._models import PEER, Measurement, Prepare, device, make_batch, make_peer, measure_in_processes
+from bench._models import PEER, Measurement, Prepare, device, make_batch, make_peer, measure
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
@@ -57,7 +57,7 @@ def main(argv: Sequence[str] | None) -> None:
     contenders |= {PLAIN_DEEPSPEED: partial(prepare_peer, settings, plain_deepspeed=True)}
     if arguments.only:
         contenders = {name: contenders[name] for name in (PRODUCTS, *arguments.only)}
-    found = measure_in_processes(contenders, arguments.repeats, untuned={PLAIN_DEEPSPEED})
+    found = measure(contenders, arguments.repeats, untuned={PLAIN_DEEPSPEED})
     train, tokens = run.train, run.train.micro_batch * run.train.seq_len_tokens
     print(describe_machine("torch", "deepspeed", "transformers"))
     print(
