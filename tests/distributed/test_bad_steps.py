@@ -104,7 +104,7 @@ def test_bad_step_on_one_rank_updates_nothing_on_any(seen: dict[Placed, list[See
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_bad_step_leaves_no_trace_in_those_that_follow(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
+def test_bad_step_does_not_affect_later_steps(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
     for rank in seen[placed]:
         assert rank.losses == rank.undisturbed
         assert len(set(rank.losses)) == 4

@@ -62,7 +62,7 @@ def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[torch.T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def split_windows(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
+def in_context_parallel(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
     """Every model in every layout against the whole one."""
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
@@ -99,13 +99,13 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     folder, chosen, found = tmp_path_factory.mktemp("context"), selected(request, "layout"), {}
     for num_ranks in sorted({LAYOUTS[name][0] for name in chosen}):
         names = [name for name in chosen if LAYOUTS[name][0] == num_ranks]
-        found |= dict.fromkeys(names, run_ranks(split_windows, num_ranks, folder / str(num_ranks), names=names))
+        found |= dict.fromkeys(names, run_ranks(in_context_parallel, num_ranks, folder / str(num_ranks), names=names))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", NAMES)
-def test_split_windows_give_the_loss_and_gradients_of_one_process(ranks: Any, layout: str, name: str) -> None:
+def test_context_parallel_gives_the_loss_and_gradients_of_one_process(ranks: Any, layout: str, name: str) -> None:
     for rank in ranks[layout]:
         loss, gradients, _ = rank[layout, name]
         assert loss < LOSS_TOLERANCE
@@ -113,7 +113,7 @@ def test_split_windows_give_the_loss_and_gradients_of_one_process(ranks: Any, la
 
 
 @pytest.mark.parametrize("layout", NAMES)
-def test_split_windows_are_exchanged_twice_a_block_and_as_often_backward(ranks: Any, layout: str) -> None:
+def test_context_parallel_exchanges_twice_per_block_forward_and_backward(ranks: Any, layout: str) -> None:
     _, _, counts = ranks[layout][0][layout, "rope"]
     exchanged = [count for kind, count in counts.items() if "all_to_all" in kind]
     assert sum(exchanged) == 4 * BLOCKS

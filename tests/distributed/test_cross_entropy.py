@@ -78,7 +78,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("case", cases())
-def test_split_token_losses_are_those_of_the_whole_vocabulary(ranks: list[Any], case: str) -> None:
+def test_vocab_parallel_losses_are_those_of_the_full_vocabulary(ranks: list[Any], case: str) -> None:
     logits, labels = cases()[case]
     whole = logits.double().requires_grad_()
     expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none").view(ROWS, PLACES)
@@ -97,13 +97,13 @@ def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def test_split_token_losses_are_the_same_bits_on_all_ranks(ranks: list[Any]) -> None:
+def test_vocab_parallel_losses_are_bit_identical_on_all_ranks(ranks: list[Any]) -> None:
     for case in cases():
         for rank in ranks[1:]:
             assert torch.equal(rank[case]["losses"], ranks[0][case]["losses"]), case
 
 
-def test_split_token_losses_send_three_numbers_a_token(ranks: list[Any]) -> None:
+def test_vocab_parallel_losses_send_three_numbers_per_token(ranks: list[Any]) -> None:
     """The highest score forward, then two sums at once; nothing of the vocabulary's size, and nothing backward."""
     tokens = ROWS * PLACES
     for case in cases():

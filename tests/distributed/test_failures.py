@@ -78,7 +78,7 @@ def test_failure_rank_that_is_killed_is_named_by_the_others(failed):
 
 
 @pytest.mark.slow
-def test_failure_rank_0_that_is_killed_takes_the_store_along(failed):
+def test_failure_rank_0_that_is_killed_ends_the_store(failed):
     output = failed["SIGKILL", 0].outputs[1]
     assert f"{NAMES[1]}, at step 3, micro-batch 1," in output, output
     assert re.search("store .* is gone", output), output

@@ -49,7 +49,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("placed", [*FAST, *slow(SLOW)], ids=str)
-def test_whole_parameters_are_the_same_bits_on_tensor_ranks_after_many_steps(kept: Any, placed: Placed) -> None:
+def test_replicated_parameters_are_bit_identical_on_tensor_ranks_after_many_steps(kept: Any, placed: Placed) -> None:
     of_ranks = kept[placed]
     assert any(of_ranks)
     for rank, found in enumerate(of_ranks):
@@ -124,7 +124,7 @@ def test_bits_hash_differs_for_any_bit_anywhere(dtype: torch.dtype) -> None:
         assert int(bits_hash([changed])[0]) != usual
 
 
-def test_bits_hash_tells_signed_zeros_order_and_nan_apart() -> None:
+def test_bits_hash_distinguishes_signed_zeros_order_and_nan() -> None:
     tensors = [[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0], [float("nan"), 1.0]]
     hashes = bits_hash([torch.tensor(values) for values in tensors])
     assert len(set(hashes.tolist())) == len(tensors)

@@ -121,7 +121,7 @@ def states(reader: StateReader) -> dict[tuple[str, str], torch.Tensor]:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " -> ".join(map(str, pair)))
-def test_resume_in_another_layout_goes_on_with_the_same_losses(outcomes: Any, pair: tuple[Placed, Placed]) -> None:
+def test_resume_in_another_layout_continues_with_the_same_losses(outcomes: Any, pair: tuple[Placed, Placed]) -> None:
     expected, found, *_ = outcomes[pair]
     assert expected[-1] < expected[0] - 0.1  # it still learns
     for losses in found:
@@ -129,7 +129,7 @@ def test_resume_in_another_layout_goes_on_with_the_same_losses(outcomes: Any, pa
 
 
 @pytest.mark.parametrize("placed", STAYED, ids=str)
-def test_resume_in_the_same_layout_is_the_same_bits(outcomes: Any, placed: Placed) -> None:
+def test_resume_in_the_same_layout_is_bit_identical(outcomes: Any, placed: Placed) -> None:
     expected, found, *_ = outcomes[placed, placed]
     assert found == [expected] * placed.ranks
 

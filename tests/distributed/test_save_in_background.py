@@ -72,7 +72,7 @@ def ranks(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_save_in_background_holds_the_bits_of_its_moment(ranks, layout):
+def test_save_in_background_holds_the_bits_at_the_time_of_the_save(ranks, layout):
     waiting, beside = ranks[Placed(2, layout)][0]["folders"]
     assert list_steps(beside) == [2, 4]
     expected, found, later = (

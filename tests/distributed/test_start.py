@@ -49,7 +49,7 @@ def _start(mesh: Mesh, layout: Layout, run_dir: Path) -> Started:
 
 
 @pytest.mark.parametrize("num_ranks", SPLIT)
-def test_engine_that_has_started_has_its_timeout_in_all_groups_and_reports_each_pass(
+def test_started_engine_has_its_timeout_in_all_groups_and_reports_each_forward_pass(
     num_ranks: int, tmp_path: Path
 ) -> None:
     ranks: list[Any] = run_ranks(start_all, num_ranks, tmp_path, layouts=SPLIT[num_ranks], work_dir=str(tmp_path))

@@ -88,7 +88,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_split_model_gives_the_loss_and_gradients_of_one_process(ranks: list[Any], name: str, sequence: bool) -> None:
+def test_tensor_parallel_model_gives_the_loss_and_gradients_of_one_process(
+    ranks: list[Any], name: str, sequence: bool
+) -> None:
     for result in ranks:
         assert result[name, sequence]["loss"] < LOSS_TOLERANCE
         assert result[name, sequence]["gradients"] < GRADIENT_TOLERANCE
@@ -96,7 +98,7 @@ def test_split_model_gives_the_loss_and_gradients_of_one_process(ranks: list[Any
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_split_model_gradients_of_whole_parameters_are_equal_bit_for_bit(
+def test_tensor_parallel_gradients_of_replicated_parameters_are_bit_identical(
     ranks: list[Any], name: str, sequence: bool
 ) -> None:
     first = ranks[0][name, sequence]["whole"]
@@ -105,7 +107,7 @@ def test_split_model_gradients_of_whole_parameters_are_equal_bit_for_bit(
             assert torch.equal(gradient, first[key]), key
 
 
-def test_split_model_says_what_the_textbook_says(ranks: list[Any]) -> None:
+def test_tensor_parallel_communication_is_the_textbooks(ranks: list[Any]) -> None:
     """Two sums a block forward and two backward; with sequence parallelism four pairs, and the small sums of norms."""
     blocks = 2
     plain, sequence = (ranks[0]["rope", split]["communicated"] for split in (False, True))

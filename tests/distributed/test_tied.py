@@ -87,13 +87,13 @@ def test_tied_output_gives_the_losses_and_norms_of_one_process(
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_tied_output_resumed_is_the_same_bits(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+def test_tied_output_resumed_is_bit_identical(found: dict[Placed, list[Trained]], placed: Placed) -> None:
     for trained in found[placed]:
         assert trained.resumed_losses == trained.losses[STEPS // 2 :]
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_tied_output_checkpoint_has_the_table_once(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+def test_tied_output_checkpoint_has_the_embedding_once(found: dict[Placed, list[Trained]], placed: Placed) -> None:
     written, expected = (StateReader(find_checkpoint(found[each][0].run_dir).folder) for each in (placed, ALONE))
     assert written.index.parameters.keys() == expected.index.parameters.keys()
     assert not any("output" in name for name in written.index.parameters)

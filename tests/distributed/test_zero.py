@@ -134,7 +134,7 @@ def test_zero_bf16_learns_what_fp32_does(two, case):
 
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
-def test_zero_weights_read_whole_are_those_of_one_process(one, two, case):
+def test_zero_weights_read_unsharded_are_those_of_one_process(one, two, case):
     ours, reference = two[0][case]["weights"], one[PLAIN]["weights"]
     assert set(ours) == set(reference)
     for name, weight in reference.items():
@@ -147,7 +147,7 @@ def test_zero_weights_come_in_compute_precision(two, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_zero_resumed_run_equals_the_undisturbed_one_bit_for_bit(one, two, case):
+def test_zero_resumed_run_is_bit_identical_to_the_uninterrupted_one(one, two, case):
     for results in (one, *two):
         result = results[case]
         assert result["resumed"] == result["rewound"] == result["outcomes"][HALF:]
@@ -174,7 +174,7 @@ def _gradients_at_the_update(mesh: Mesh, work_dir: str) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_zero_1_hands_fp32_sums_of_bf16_gradients_to_the_optimizer(ranks, tmp_path):
+def test_zero_1_passes_fp32_sums_of_bf16_gradients_to_the_optimizer(ranks, tmp_path):
     for finer, beside in run_ranks(_gradients_at_the_update, ranks, tmp_path, work_dir=str(tmp_path)):
         assert finer > 0.5  # measured: 0.67 to 0.78; 0 as DeepSpeed exchanges them by default
         assert not beside

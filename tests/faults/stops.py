@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     problems: list[str]
 
 
-def stop_and_go_on(folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str) -> Outcome:
+def stop_and_resume(folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str) -> Outcome:
     """Stop a run `count` times and let it come to its end, beside one that is left alone."""
     chance, steps, sent = random.Random(seed), count * STEPS_A_STOP + LAST_STEPS, folder / "sent.jsonl"
 
@@ -83,7 +83,7 @@ def main() -> int:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         data = write_train_and_valid(Path(name) / "data")
-        outcome = stop_and_go_on(Path(name), data, given.count, given.ranks, given.seed, *given.set)
+        outcome = stop_and_resume(Path(name), data, given.count, given.ranks, given.seed, *given.set)
     for stop in outcome.stops:
         print(f"{stop.signal} to rank {stop.rank} at {stop.at}: saved step {stop.saved_step}")
     print(f"{len(outcome.stops)} of {given.count} stops on {given.ranks} ranks")

@@ -73,7 +73,7 @@ def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", cases("loss", "spike", "weight"), ids=str)
-def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
+def test_consecutive_faults_roll_back_and_skip_their_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
     bad = _events(folder, case, "bad step")
     assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
     assert all(len(set(event["sequences"])) == BATCH for event in bad)
@@ -89,7 +89,7 @@ def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, re
 
 
 @pytest.mark.parametrize("case", cases("gradient"), ids=str)
-def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: Any, case: Case) -> None:
+def test_single_bad_gradient_is_skipped_and_recorded(folder: Path, read: Any, case: Case) -> None:
     (bad,) = _events(folder, case, "bad step")
     assert bad["step"] == 6 and bad["samples"] == [40, 48] and "not finite" in bad["reason"]
     assert _events(folder, case, "return") == []

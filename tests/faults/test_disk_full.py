@@ -109,7 +109,7 @@ def ranks(small_disk, tmp_path_factory):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_disk_full_at_any_point_of_a_save_training_goes_on_and_the_last_one_loads(ranks, asynchronous):
+def test_disk_full_at_any_point_of_a_save_training_continues_and_the_last_checkpoint_loads(ranks, asynchronous):
     for rank, results in enumerate(ranks):
         outcomes, *_ = results[asynchronous]
         assert len(outcomes) == POINTS
@@ -131,6 +131,6 @@ def test_disk_full_at_the_last_save_is_an_error_on_all_ranks_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_disk_too_small_for_a_save_is_seen_before_it_begins(ranks, asynchronous):
+def test_disk_too_small_for_a_save_is_detected_before_it_starts(ranks, asynchronous):
     [line] = ranks[0]["no room", asynchronous]
     assert "step 50 | no checkpoint:" in line and "GiB of the disk are free" in line

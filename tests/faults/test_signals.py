@@ -15,7 +15,7 @@ import pytest
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.events import read_events
 from tests.faults.kills import survive
-from tests.faults.stops import stop_and_go_on
+from tests.faults.stops import stop_and_resume
 from tests.helpers.commands import run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.paths import BIN
@@ -56,7 +56,7 @@ def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_an
     assert differences(run_dir, calm) == []
 
 
-def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
+def test_stopped_run_saves_immediately_and_continues_like_an_uninterrupted_one(
     calm: Path, train_and_valid: Path, tmp_path: Path
 ) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "sent.jsonl", random.Random(2)
@@ -79,15 +79,15 @@ def test_killed_ranks_under_the_supervisor_leave_no_trace(train_and_valid: Path,
 
 
 @pytest.mark.slow
-def test_stopped_run_under_torchrun_saves_at_once_and_continues(train_and_valid: Path, tmp_path: Path) -> None:
-    outcome = stop_and_go_on(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, 1)
+def test_stopped_run_under_torchrun_saves_immediately_and_continues(train_and_valid: Path, tmp_path: Path) -> None:
+    outcome = stop_and_resume(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, 1)
     assert len(outcome.stops) == len(LOCATIONS)
     assert outcome.problems == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpiexec"])
-def test_stop_before_the_first_step_leaves_with_a_code_that_launchers_pass_on(
+def test_stop_before_the_first_step_exits_with_a_code_that_launchers_forward(
     launcher, train_and_valid, tmp_path, free_port
 ):
     prefix = {

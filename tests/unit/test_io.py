@@ -68,7 +68,7 @@ def test_locked_begin_that_fails_leaves_nothing_behind(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_locked_others_that_removed_the_folder_are_no_trouble(folder: Path) -> None:
+def test_locked_folder_that_others_removed_is_not_an_error(folder: Path) -> None:
     with locked(folder):
         (folder / LOCK_NAME).unlink()
         folder.rmdir()

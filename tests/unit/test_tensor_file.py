@@ -36,7 +36,7 @@ def test_write_tensors_is_read_back_by_the_library(tmp_path, monkeypatch, names,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_write_tensors_asks_for_one_at_a_time_in_the_type_it_is_told(tmp_path, dtype):
+def test_write_tensors_requests_one_at_a_time_in_the_given_type(tmp_path, dtype):
     asked = []
 
     class Reads(dict):

@@ -76,7 +76,7 @@ def test_shard_damaged_before_it_is_read_is_found_and_named(dataset: TokenDatase
             until_found(check)
 
 
-def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) -> None:
+def test_intact_shards_are_read_once_and_reported_intact(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
@@ -85,7 +85,7 @@ def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) 
         check.raise_if_failed()
 
 
-def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
+def test_shard_not_read_from_is_not_checked(dataset: TokenDataset) -> None:
     flip(dataset.path / "part-00002.bin")
     with BackgroundVerifier(dataset.shards) as check:
         dataset.sequences(np.array([0]), 100)
@@ -124,7 +124,7 @@ def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenD
             read(dataset)
 
 
-def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenDataset) -> None:
+def test_shard_touched_or_copied_again_is_read_again_and_intact(dataset: TokenDataset) -> None:
     path = dataset.path / "part-00000.bin"
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
@@ -139,7 +139,7 @@ def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenData
             assert time.monotonic() < until_s
 
 
-def test_shard_check_leaves_at_once_whatever_there_is_to_read(
+def test_shard_check_closes_immediately_with_unread_data(
     dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_verify, "_WORK_SHARE", 1e-9)  # pauses of hours

@@ -42,7 +42,7 @@ def test_manifest_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
 
 
-def test_manifest_with_a_file_name_that_is_no_unicode_can_be_read_again(tmp_path: Path) -> None:
+def test_manifest_with_a_file_name_that_is_not_unicode_can_be_read_again(tmp_path: Path) -> None:
     manifest(source={"input": b"caf\xe9.txt".decode("utf-8", "surrogateescape")}).save(tmp_path)
     assert Manifest.load(tmp_path).source == {"input": "caf?.txt"}
 
@@ -119,7 +119,7 @@ def test_manifest_of_foreign_content_is_one_error(tmp_path: Path, content: bytes
         Manifest.load(tmp_path)
 
 
-def test_manifest_folder_in_its_place_is_one_error(tmp_path: Path) -> None:
+def test_manifest_path_that_is_a_folder_is_one_error(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).mkdir()
     with raises(DataError, os.strerror(errno.EISDIR), location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)

@@ -102,13 +102,13 @@ def test_segment_ends_of_a_fixed_length_equal_a_plain_loop(count: int, length: i
     assert ends.tolist() == [(position + 1) % length == 0 for position in range(count)]
 
 
-def test_window_ends_of_a_fixed_length_start_again_with_the_window() -> None:
+def test_sequence_ends_of_a_fixed_length_restart_with_the_sequence() -> None:
     stored = np.array([[True, False, False, True, False], [False, True, False, False, True]])
     ends = sequence_ends(stored, SegmentRule(spec="fixed:3", token_ids=()))
     assert ends.tolist() == [[False, False, True, False, False]] * 2
 
 
-def test_window_ends_of_separators_are_those_stored() -> None:
+def test_sequence_ends_of_separators_are_those_stored() -> None:
     stored = np.array([[True, False], [False, True]])
     assert sequence_ends(stored, REFERENCE) is stored
 

@@ -283,7 +283,7 @@ def test_shard_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["idx", "seg"])
-def test_shard_folder_in_place_of_a_file_is_one_error(tmp_path: Path, suffix: str) -> None:
+def test_shard_path_that_is_a_folder_is_one_error(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, EXAMPLE)
     (tmp_path / f"s-00000.{suffix}").unlink()
     (tmp_path / f"s-00000.{suffix}").mkdir()

@@ -88,7 +88,7 @@ def test_order_split_over_any_ranks_gives_a_step_the_same_samples(ranks: int) ->
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 37, 1000])
-def test_order_every_epoch_holds_every_window_once(num_samples: int) -> None:
+def test_order_every_epoch_holds_every_sequence_once(num_samples: int) -> None:
     order = SampleOrder(num_samples, seed=9)
     for epoch in (0, 1, 5):
         assert sorted(order.sequence_indices(epoch * num_samples, num_samples).tolist()) == list(range(num_samples))

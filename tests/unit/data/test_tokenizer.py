@@ -142,7 +142,7 @@ def test_text_of_pieces_is_what_they_add_inside_a_sequence(piece_folder: Path) -
     assert tokenizer.text_of(13) == "\n"
     assert tokenizer.text_of(vocabulary["\u2581."]) == " ."
     assert [tokenizer.text_of(i) for i in (0, 1, 2, 3 + 0x80, 3 + 0xFF, tokenizer.vocab_size)] == [None] * 6
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)
 
 
 def test_text_of_byte_level_tokens_is_what_they_add_inside_a_sequence(byte_level_folder: Path) -> None:
@@ -153,7 +153,7 @@ def test_text_of_byte_level_tokens_is_what_they_add_inside_a_sequence(byte_level
     assert tokenizer.text_of(vocabulary["   three spaces"]) == "   three spaces"
     assert tokenizer.text_of(tokenizer.bos_id) is None
     assert sum(tokenizer.text_of(i) is None for i in range(tokenizer.vocab_size)) >= 128  # lone bytes of characters
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)
 
 
 def test_text_of_model_pieces_is_what_they_add_inside_a_sequence(model_file: Path) -> None:
@@ -168,10 +168,10 @@ def test_text_of_model_pieces_is_what_they_add_inside_a_sequence(model_file: Pat
         None,
     ]
     assert " ." in {tokenizer.text_of(i) for i in range(tokenizer.vocab_size)}
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)
 
 
-def assert_decodes_as_told(tokenizer: object) -> None:
+def assert_decodes_as_expected(tokenizer: object) -> None:
     """`text_of` against the library's own decoder, for every token."""
     anchor = tokenizer.encode_batch(["words"])[0].tolist()
     start = tokenizer.decode(anchor)
@@ -300,4 +300,4 @@ def test_llama_text_of_is_exact_for_every_token() -> None:
     tokenizer, model = load_tokenizer(LLAMA), load_tokenizer(LLAMA / "tokenizer.model")
     assert {i: tokenizer.text_of(i) for i in (869, 13, 29889)} == {869: " .", 13: "\n", 29889: "."}
     assert all(tokenizer.text_of(i) == model.text_of(i) for i in range(32000))
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)

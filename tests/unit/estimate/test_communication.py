@@ -28,7 +28,7 @@ def test_tensor_ranks_sum_four_times_a_block_and_twice_around():
     )
 
 
-def test_tensor_ranks_with_split_windows_gather_and_scatter_as_much():
+def test_tensor_ranks_with_sequence_parallelism_gather_and_scatter_as_much():
     found = sent(0, 4, "parallel={tensor: 2, sequence: true}")
     times = 16 * (4 * 12 + 2)
     assert found["tensor", "gathers"] == found["tensor", "reduce-scatters"] == (times, times * HIDDEN / 2)

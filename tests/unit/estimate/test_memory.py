@@ -26,22 +26,22 @@ def test_state_is_divided_by_what_the_zero_stage_shards():
             assert getattr(stage, name) == PARAMETERS * width / (4 if name in names else 1)
 
 
-def test_state_zero_0_in_bf16_has_gradients_in_bf16_and_nothing_shared_out():
+def test_state_zero_0_in_bf16_has_gradients_in_bf16_and_nothing_sharded():
     (stage,) = memories(0, 4)
     assert (stage.weights, stage.gradients, stage.optimizer) == (2 * PARAMETERS, 2 * PARAMETERS, 12 * PARAMETERS)
 
 
-def test_state_fp32_has_copies_of_the_weights_with_zero_alone():
+def test_state_in_fp32_has_master_weights_only_with_zero():
     assert memories(0, 4, "train.precision=fp32")[0].optimizer == 8 * PARAMETERS
     assert memories(1, 4, "train.precision=fp32")[0].optimizer == 12 * PARAMETERS / 4
 
 
-def test_state_is_shared_out_over_all_ranks_with_the_same_weights():
+def test_state_is_sharded_over_all_ranks_with_the_same_weights():
     shared = memories(1, 8, "parallel={context: 2, tensor: 2}")[0].optimizer
     assert shared == memories(1, 4, "parallel.tensor=2")[0].optimizer / 2
 
 
-def test_state_zero_3_has_its_part_of_the_weights_and_two_layers_whole():
+def test_state_zero_3_has_its_shard_of_the_weights_and_two_full_layers():
     largest = max(count_parameters(load_run_config(None, BF16).model))
     assert memories(3, 4)[0].weights == 2 * PARAMETERS / 4 + 2 * 2 * largest
 

@@ -55,7 +55,7 @@ def left_behind(folder):
 
 @pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exported_model_loads_through_auto_classes_and_is_the_plan(
+def test_exported_model_loads_through_auto_classes_and_equals_the_training_model(
     tmp_path, encoding, dtype, tiny, plan_of, fields, sequences
 ):
     config = tiny(encoding=encoding, num_kv_heads=2)
@@ -78,7 +78,9 @@ def test_exported_model_loads_through_auto_classes_and_is_the_plan(
 
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "rope"])
-def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(export, encoding, tiny, plan_of, sequences):
+def test_exported_model_with_tied_output_has_one_embedding_and_equals_the_training_model(
+    export, encoding, tiny, plan_of, sequences
+):
     config = tiny(encoding=encoding, tied_output=True)
     plan = plan_of(config)
     folder = export(config, weights=dict(plan.named_parameters()))  # as a checkpoint has them: the table once
@@ -258,7 +260,7 @@ def test_export_over_something_else_refuses(export, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_export_that_cannot_take_the_place_of_another_leaves_that(export, tmp_path, monkeypatch, failing):
+def test_export_that_cannot_replace_another_keeps_the_old_one(export, tmp_path, monkeypatch, failing):
     target, calls, rename = export(), [], Path.rename
     before = (target / "config.json").stat().st_ino
 
@@ -362,7 +364,7 @@ def test_export_with_another_tokenizer_than_training_refuses(export, tmp_path, t
     assert left_behind(tmp_path / "out") == []
 
 
-def test_export_with_tokenizer_beyond_the_table_refuses(export, tmp_path, text_file):
+def test_export_with_tokenizer_larger_than_the_embedding_is_refused(export, tmp_path, text_file):
     source = source_of(byte_level_folder(tmp_path / "b", text_file))
     with raises(CheckpointError, 399, 64, location=source.definition):
         export(tokenizer=source)

@@ -70,7 +70,7 @@ def test_generate_with_drafted_tokens_equals_greedy(model, tokens_of, helper, ti
 
 
 @pytest.mark.parametrize("mode", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "high"}])
-def test_generate_in_a_mode_that_transformers_gave_away_refuses(bilevel, tokens_of, mode):
+def test_generate_in_a_removed_mode_of_transformers_is_refused(bilevel, tokens_of, mode):
     with pytest.raises(ValueError, match="trust_remote_"):
         bilevel.generate(tokens_of(1, 8), max_new_tokens=2, **mode)
 
@@ -109,7 +109,7 @@ def test_forward_in_any_chunks_equals_one_pass(model, tokens_of, cuts, seed, pad
     torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], **NEAR)
 
 
-def test_cache_cut_repeated_and_picked_from_continues_right(model, tokens_of):
+def test_cropped_repeated_and_selected_cache_continues_correctly(model, tokens_of):
     """What assisted decoding, contrastive search and beam search do to a cache."""
     tokens, cache = tokens_of(2, 30), DynamicCache()
     with torch.no_grad():
@@ -123,7 +123,7 @@ def test_cache_cut_repeated_and_picked_from_continues_right(model, tokens_of):
         torch.testing.assert_close(found, model(rows, use_cache=False).logits[:, 18:], **NEAR)
 
 
-def test_static_cache_after_reset_starts_anew(model, tokens_of):
+def test_static_cache_after_reset_starts_from_position_zero(model, tokens_of):
     tokens, cache = tokens_of(2, 20), StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
         model(tokens_of(2, 17, seed=5), past_key_values=cache)
@@ -134,7 +134,7 @@ def test_static_cache_after_reset_starts_anew(model, tokens_of):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9), st.booleans())
-def test_cache_in_bf16_remembers_places_exactly(counts, static):
+def test_cache_in_bf16_stores_positions_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]
     position_ids = PositionIds(next_intra, next_inter, next_intra, next_inter)
     cache = DynamicCache()

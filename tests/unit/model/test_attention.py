@@ -86,7 +86,7 @@ def test_key_bias_attention_bf16_errs_no_more_than_plain_attention(encoding, fac
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3.3e-3), (torch.float32, 3e-5)])
-def test_key_bias_attention_errs_no_more_in_the_middle_of_a_long_window(dtype, bound):
+def test_key_bias_attention_error_is_no_larger_in_the_middle_of_a_long_sequence(dtype, bound):
     q, k, v = random_heads(2, 8192, 64, dtype)
     positions, slopes = torch.arange(8192)[None] // 14, torch.tensor([alibi_slopes(12)[0], 2**-0.5]) * 96.0
     got = causal_attention(*KeyBias(slopes, 64)(q, k, positions), v)

@@ -55,7 +55,7 @@ def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
-def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
+def test_keys_beyond_reach_have_less_total_weight_than_fp32_resolves(scale):
     q, k, _ = heads(scale)
     positions = segment_counts(3, 14)
     reach = KeyBias(SLOPES, WIDTH).reach(q, k)
@@ -67,7 +67,7 @@ def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
     assert (weights * beyond).sum(dim=-1).max() < 2.0**-24
 
 
-def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
+def test_reach_holds_for_a_query_that_prefers_one_distant_key():
     q, k, v = heads(sequences=1)
     query, liked = 3 * attention.CHUNK, 3 * attention.CHUNK - 300
     q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
@@ -79,7 +79,7 @@ def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
     torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # it does look there
 
 
-def test_scores_that_are_no_numbers_stay_so():
+def test_nan_scores_stay_nan():
     q, k, v = heads(sequences=1)
     k[0, 2, 600] = math.nan
     positions, encoding = segment_counts(14), KeyBias(SLOPES, WIDTH)
@@ -100,7 +100,7 @@ def attend(encoding, tokens, **settings):
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])
 @pytest.mark.parametrize("log_scale", [False, True])
-def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log_scale, areas):
+def test_long_sequences_skip_keys_if_no_gradients_are_needed(encoding, log_scale, areas):
     tokens = attention.MIN_WINDOWED_TOKENS
     full = attend(encoding, tokens, log_scale=log_scale).detach()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log
     assert sum(areas) < 0.6 * 4 * tokens**2
 
 
-def test_encodings_without_a_bound_take_all_keys(areas):
+def test_encodings_without_a_bound_use_all_keys(areas):
     with torch.no_grad():
         attend("bipe_rope", attention.MIN_WINDOWED_TOKENS)
     assert areas == [4 * attention.MIN_WINDOWED_TOKENS**2]

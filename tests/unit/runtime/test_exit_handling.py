@@ -40,24 +40,24 @@ def abort(tmp_path):
     return run
 
 
-def test_run_rank_that_fails_leaves_with_code_1_and_names_itself(leave):
+def test_run_rank_that_fails_exits_with_code_1_and_names_itself(leave):
     code, output = abort(ValueError("broken"))
     assert code == 1 and "before" in output
     assert "rank 0 of 1 on " in output and "ValueError: broken" in output and ", in _main" in output
 
 
-def test_run_rank_that_fails_leaves_though_its_launcher_took_the_pipe_of_its_output_along(leave):
+def test_run_rank_that_fails_exits_although_its_output_pipe_is_broken(leave):
     assert abort(ValueError("broken"), take_output=False).code == 1
 
 
-def test_run_rank_with_a_user_error_leaves_with_code_2_and_one_message(leave):
+def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(leave):
     code, output = abort(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in output
 
 
-def test_run_rank_of_half_a_launch_leaves_with_code_2(leave):
+def test_run_rank_of_an_incomplete_launch_exits_with_code_2(leave):
     code, output = abort(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
 
@@ -66,7 +66,7 @@ def test_run_rank_that_succeeds_returns(leave):
     assert abort(None).code == 7
 
 
-def test_watchdog_hands_on_every_micro_batch(monkeypatch):
+def test_watchdog_yields_every_micro_batch(monkeypatch):
     mesh = Mesh(0, 0, 1, 1, "cpu")
     watchdog = Watchdog(mesh, 5, lambda timeout_s: pytest.fail("not entered"))
     assert list(watchdog.track_batches("step 1", iter("abc"))) == ["a", "b", "c"]

@@ -116,7 +116,7 @@ def test_peak_memory_counts_what_was_touched():
     del held
 
 
-def test_keep_freed_memory_takes_hold_on_glibc_and_freed_tensors_are_reused(tmp_path):
+def test_keep_freed_memory_takes_effect_on_glibc_and_freed_tensors_are_reused(tmp_path):
     code = (
         "import torch, resource\n"
         "from megatron_bipe.runtime.hardware import keep_freed_memory\n"

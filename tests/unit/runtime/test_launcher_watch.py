@@ -129,6 +129,6 @@ def test_watch_launcher_leaves_a_rank_that_was_asked_to_stop_the_time_to_save(ra
     assert saved, output
 
 
-def test_watch_launcher_of_a_rank_that_a_script_started_lets_it_go_on(ranks):
+def test_watch_launcher_of_a_rank_that_a_script_started_lets_it_continue(ranks):
     seconds, output, _ = ranks["is a script"]
     assert seconds is None and not output, output

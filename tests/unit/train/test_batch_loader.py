@@ -76,14 +76,14 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     assert feeds[0].dataset.path == run.data.path
 
 
-def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refused(run):
+def test_batch_loader_blend_with_a_dataset_of_another_rule_than_the_run_is_refused(run):
     path = {str(run.data.path): 1, str(run.data.valid_path): 1}
     data = DataConfig(path=path, segments="reference")
     with raises(ConfigError, "'reference'", "'[5]'", location=run.data.path):
         BatchLoader(run.model_copy(update={"data": data}), _mesh())
 
 
-def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
+def test_valid_batches_are_the_same_sequences_every_time_and_evenly_distributed(run):
     feeds = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
     shares = [torch.cat(_tokens(loader.valid_batches())) for loader in feeds]
     assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
@@ -91,38 +91,38 @@ def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
     assert not torch.equal(shares[0], shares[1])
 
 
-def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
+def test_valid_batches_more_requested_than_available_reads_all(run):
     big = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 10_000})})
     sequences = TokenDataset(run.data.valid_path).num_sequences(SEQ)
     assert len(torch.cat(_tokens(BatchLoader(big, _mesh()).valid_batches()))) == sequences // MICRO * MICRO
 
 
-def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
+def test_batch_loader_fewer_validation_sequences_than_ranks_is_refused(run):
     one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
     with raises(DataError, 1, "2 data-parallel", location=run.data.valid_path, remedy="train.valid_samples"):
         BatchLoader(one, _mesh(0, 2))
 
 
-def test_feed_missing_data_names_the_command_that_makes_it(run, tmp_path):
+def test_batch_loader_missing_data_names_the_command_that_makes_it(run, tmp_path):
     absent = run.model_copy(update={"data": run.data.model_copy(update={"path": tmp_path / "absent"})})
     with raises(DataError, location=tmp_path / "absent", remedy="tools/preprocess.py"):
         BatchLoader(absent, _mesh())
 
 
-def test_feed_window_longer_than_the_corpus_is_refused(run):
+def test_batch_loader_sequence_longer_than_the_corpus_is_refused(run):
     long = run.model_copy(update={"train": run.train.model_copy(update={"seq_len_tokens": 1000})})
     with raises(DataError, 720, 1000, 1001, location=run.data.path, remedy="train.seq_len_tokens"):
         BatchLoader(long, _mesh())
 
 
-def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
+def test_batch_loader_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
     other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
     write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
     with raises(DataError, run.data.valid_path, "b" * 64, "a" * 64, location="data.path"):
         BatchLoader(run, _mesh())
 
 
-def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run, write_dataset):
+def test_batch_loader_validation_set_of_another_rule_is_refused_if_segments_matter(run, write_dataset):
     other = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)
     observed = run.data.valid_path, "'fixed:3'", "'[5]'"
@@ -131,7 +131,7 @@ def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run
     BatchLoader(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
 
 
-def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
+def test_batch_loader_clips_intra_ids_only_for_a_learned_embedding(run):
     model = run.model.model_copy(update={"intra_size": 8})
     short = run.model_copy(update={"model": model})
     sines = run.model_copy(update={"model": model.model_copy(update={"intra_encoding": "sinusoidal", "intra_size": 2})})
@@ -139,7 +139,7 @@ def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
     assert learned.max() <= 7 and positions.max() >= 2 and torch.equal(learned, positions.clamp(max=7))
 
 
-def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):
+def test_batch_loader_dataset_with_more_ids_than_the_model_is_refused(run):
     small = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 99})})
     with raises(ConfigError, "model.vocab_size=99", "100 ids", location=run.data.path):
         BatchLoader(small, _mesh())

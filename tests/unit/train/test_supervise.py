@@ -34,7 +34,7 @@ def test_patience_waits_twice_as_long_each_time_up_to_a_limit():
     assert [PATIENCE.wait_s(fruitless) for fruitless in range(6)] == [10, 10, 20, 40, 60, 60]
 
 
-def test_mark_knows_events_and_checkpoints(tmp_path):
+def test_progress_mark_counts_events_and_checkpoints(tmp_path):
     assert mark(tmp_path / "absent") == (0, -1)
     Events(tmp_path, True).add("start", step=0)
     step_folder(tmp_path, 20).mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_mark_knows_events_and_checkpoints(tmp_path):
     assert was_stopped(tmp_path, before) and not was_stopped(tmp_path, mark(tmp_path))
 
 
-def test_mark_after_a_damaged_checkpoint_was_left_behind_moves_with_the_new_ones(tmp_path):
+def test_progress_mark_after_a_damaged_checkpoint_moves_with_new_ones(tmp_path):
     for step in (900, 1000):
         step_folder(tmp_path, step).mkdir(parents=True)
     pointer = tmp_path / "checkpoints" / "latest"

@@ -30,7 +30,7 @@ def test_differences_name_what_is_built_into_the_weights(encoding, changes, name
     assert [key for key, _, _ in found] == named
 
 
-def test_differences_leaving_off_what_the_model_learned_with_is_one():
+def test_differences_include_removing_an_option_of_the_trained_model():
     plain = ModelConfig(encoding="bipe_rope")
     stretched = plain.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=2), "log_scale": True})
     further = stretched.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=4)})

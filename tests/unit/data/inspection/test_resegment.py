@@ -98,7 +98,9 @@ def test_resegment_links_tokens_and_index_and_nothing_else(folder: Path, tmp_pat
         assert linked == (path.suffix in (".bin", ".idx")), path
 
 
-def test_resegment_where_links_cannot_be_copies(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resegment_copies_where_links_are_impossible(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resegment(folder, "sentence", tmp_path / "linked")
 
     def refuse(*paths: Path) -> None:
@@ -117,7 +119,7 @@ def test_resegment_through_a_symbolic_link_links_the_file_itself(folder: Path, t
     assert not (tmp_path / "new" / "part-00000.bin").is_symlink()
 
 
-def test_resegment_onto_a_dataset_is_refused_and_replaces_it_only_when_told(
+def test_resegment_onto_a_dataset_is_refused_unless_overwriting(
     folder: Path, write_text_dataset: Write, tmp_path: Path
 ) -> None:
     write_text_dataset(tmp_path / "new", [["q"]] * 5)  # more shards than the new one
@@ -138,7 +140,7 @@ def test_resegment_into_an_empty_folder_is_done(folder: Path, tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", ["notes.txt", "sub/tokens-00000.bin", "tokenizer/notes.txt", "other-00000.bin"])
 @pytest.mark.parametrize("position", ["new", ".new.unfinished"])
-def test_resegment_onto_what_is_no_dataset_is_refused_even_when_told_to_overwrite(
+def test_resegment_onto_another_kind_of_folder_is_refused_even_when_overwriting(
     folder: Path, tmp_path: Path, name: str, position: str
 ) -> None:
     file = tmp_path / position / name
@@ -173,7 +175,7 @@ def test_resegment_onto_a_file_is_refused(folder: Path, tmp_path: Path) -> None:
     assert (tmp_path / "new").read_text() == "mine"
 
 
-def test_resegment_after_a_killed_run_starts_anew(folder: Path, tmp_path: Path) -> None:
+def test_resegment_after_a_killed_run_starts_from_the_beginning(folder: Path, tmp_path: Path) -> None:
     left = work_path(tmp_path / "new")
     left.mkdir()
     (left / "part-00000.seg").write_bytes(b"half")
@@ -246,7 +248,7 @@ def test_resegment_with_fixed_length_of_a_damaged_index_names_it(folder: Path, t
         resegment(folder, "fixed:3", tmp_path / "new")
 
 
-def test_resegment_by_a_bad_rule_or_without_the_tokenizer_makes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_resegment_by_a_bad_rule_or_without_the_tokenizer_writes_nothing(folder: Path, tmp_path: Path) -> None:
     with raises(DataError, "'sentense'", location="--segments", remedy="sentence?"):
         resegment(folder, "sentense", tmp_path / "new")
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")

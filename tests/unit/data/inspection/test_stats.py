@@ -76,7 +76,7 @@ def test_count_dataset_of_all_equals_a_plain_recount(write_dataset: Write, tmp_p
 
 
 @pytest.mark.usefixtures("small")
-def test_count_dataset_of_a_segment_over_several_blocks_has_its_whole_length(
+def test_count_dataset_of_a_segment_over_several_blocks_has_its_full_length(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     write_dataset(tmp_path, [[[7] * 200, [7] * 99 + [SEPARATOR], [7] * 30]])
@@ -107,7 +107,7 @@ def test_count_dataset_of_documents_without_tokens_counts_them(write_dataset: Wr
     assert found.tokens == found.segment_tokens.count == found.segments_per_sequence.count == 0
 
 
-def test_count_dataset_of_a_negative_document_length_names_its_place(write_dataset: Write, tmp_path: Path) -> None:
+def test_count_dataset_of_a_negative_document_length_names_its_location(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, [[[1, 5], [1], [2]]])
     index = tmp_path / "part-00000.idx"
     content = bytearray(index.read_bytes())
@@ -151,7 +151,7 @@ def test_stats_counts_and_means_are_those_of_the_documents(folder: Path) -> None
     assert len({len(line) for line in lines[4:]}) == 1  # a table
 
 
-def test_datasets_table_has_a_line_a_dataset_and_their_sums(folder: Path) -> None:
+def test_datasets_table_has_one_line_per_dataset_and_their_sums(folder: Path) -> None:
     manifest = Manifest.load(folder)
     lines = datasets_table({"one": manifest, "two": manifest}).splitlines()
     assert len([line for line in lines if line.startswith(("tokenizer", "segments "))]) == 2  # both are alike
@@ -166,7 +166,7 @@ def counted(write_dataset: Write, folder: Path, lengths: list[int]) -> tuple[Man
     return dataset.manifest, count_dataset(dataset)
 
 
-def test_distribution_tables_have_a_row_a_dataset_and_name_the_share_that_is_clipped(
+def test_distribution_tables_have_one_row_per_dataset_and_the_clipped_share(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     found = {
@@ -182,7 +182,7 @@ def test_distribution_tables_have_a_row_a_dataset_and_name_the_share_that_is_cli
     assert "x: counted 12,308 of 12,308 tokens." in text
 
 
-def test_distribution_tables_of_fixed_segments_say_that_training_counts_otherwise(
+def test_distribution_tables_of_fixed_segments_note_that_training_counts_differently(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     write_dataset(tmp_path, [[[7] * 40]], rule=SegmentRule(spec="fixed:16", token_ids=()))

@@ -28,7 +28,7 @@ def generator(tmp_path):
         (["", "1+1", "10=10+0"], 0),
     ],
 )
-def test_right_is_what_ends_with_the_value(monkeypatch, generator, answers, num_right):
+def test_answer_is_right_if_it_ends_with_the_value(monkeypatch, generator, answers, num_right):
     asked = {}
 
     def generate(_, prompts, limits, advance):
@@ -45,7 +45,7 @@ def test_right_is_what_ends_with_the_value(monkeypatch, generator, answers, num_
 
 
 @pytest.mark.parametrize(("longest", "new_tokens"), [(13, 6), (14, 7), (15, 7), (12, 6)])
-def test_what_may_be_generated_ends_with_the_positions_of_the_model(monkeypatch, generator, longest, new_tokens):
+def test_generation_ends_with_the_positions_of_the_model(monkeypatch, generator, longest, new_tokens):
     asked = []
 
     def generate(_, prompts, limits, advance):

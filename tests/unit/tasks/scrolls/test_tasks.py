@@ -39,7 +39,7 @@ def test_tasks_are_the_seven_of_the_benchmark_with_its_metrics():
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_question_is_kept_whole_up_to_7991_tokens_and_its_end_is_cut_beyond(letters, name):
+def test_question_is_complete_up_to_7991_tokens_and_its_end_is_cut_beyond(letters, name):
     prompter = Prompter(TASKS[name], 8192, letters)
     assert prompter.prompt_tokens == 7991
     for size in (7989, 7990, 7991, 9000):  # and BOS; a token a character
@@ -83,7 +83,7 @@ def test_question_ends_with_its_20000th_word(letters, name):
     assert summary.size == 1 + len(HEAD) + 2 * 20_001 - 1 + len(TAIL)
 
 
-def test_first_words_keeps_what_stands_between_them():
+def test_first_words_keeps_the_text_between_them():
     text = "  one\n\ntwo  three\n"
     assert [first_words(text, count) for count in (1, 2, 3, 4, None)] == [
         "  one",
@@ -105,7 +105,7 @@ def test_request_has_seven_tokens_with_the_published_models_tokenizer():
     assert tokenizer.text_of(int(prompt[-7])) == "\n"
 
 
-def test_window_too_short_for_a_prompt_is_refused(letters):
+def test_sequence_too_short_for_a_prompt_is_refused(letters):
     Prompter(TASKS["qasper"], 203, letters)
     with raises(DataError, 202, "qasper", 200, location="--length", remedy=203):
         Prompter(TASKS["qasper"], 202, letters)
@@ -156,7 +156,7 @@ GOOD = {"id": "a", "pid": "a_0", "input": "q", "output": "x"}
         ("{", ["line 2 column 1"]),
     ],
 )
-def test_line_that_is_no_row_is_named(tmp_path, line, observed):
+def test_line_that_is_not_a_row_is_named(tmp_path, line, observed):
     (tmp_path / "qasper").mkdir()
     text = line if isinstance(line, str) else json.dumps(line)
     (tmp_path / "qasper" / "train.jsonl").write_text(json.dumps(GOOD) + "\n\n" + text + "\n")
