@@ -1,11 +1,11 @@
-"""A run whose ranks are killed again and again, under the supervisor, against one that is left alone.
+"""Kill ranks of a supervised run repeatedly, and compare it with an uninterrupted run.
 
     python -m tests.faults.kills --count 50
 
-Each kill is SIGKILL to one rank drawn at random, at a moment drawn at random after it came to one of these locations in
+Each kill is SIGKILL to one rank drawn at random, at a random moment after it reached one of these locations in
 turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, without
 any manual step. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
-be those of the run that was left alone, bit for bit. Exit code 1 where they are not, or where a kill did not happen.
+be bit-identical to those of the uninterrupted run. Exit code 1 where they are not, or where a kill did not happen.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STEPS_A_KILL, LAST_STEPS = 4, 10
 
 
 class Outcome(NamedTuple):
-    """What came of the kills."""
+    """Kills that happened, and differences of the two runs."""
 
     killed: Counter[tuple[str, int]]  # by location and rank
     differences: list[str]
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 def survive(
     folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str, zero: str = "1"
 ) -> Outcome:
-    """Kill a run `count` times and let it come to its end, beside one that is left alone.
+    """Kill a run `count` times until it finishes, and compare it with an uninterrupted one.
 
     Args:
         folder: for both runs.
@@ -69,7 +69,7 @@ def survive(
 
 
 def main() -> int:
-    """Print what came of it."""
+    """Print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50, help="kills (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of the launch (default: %(default)s)")

@@ -1,10 +1,10 @@
-"""A run that is asked to stop again and again, against one that is left alone.
+"""Ask a run to stop repeatedly, and compare it with an uninterrupted run.
 
     python -m tests.faults.stops --count 10
 
 Each time one rank, drawn at random, gets SIGTERM or SIGUSR1 at a random moment of its start, of loading, of a step, of
-a validation, of a checkpoint. All ranks must finish the step under way, or break off the validation, save, and leave
-with exit code 75; started again, the run must come to the end of the one that was left alone, bit for bit.
+a validation, of a checkpoint. All ranks must finish the current step, or abort the validation, save, and exit
+with exit code 75; restarted, the run must end bit-identical to the uninterrupted one.
 """
 
 import argparse
@@ -28,23 +28,23 @@ SIGNALS = ("SIGTERM", "SIGUSR1")
 
 
 class Stop(NamedTuple):
-    """One request."""
+    """One request to stop."""
 
     signal: str
     rank: int
-    at: str  # where the rank was that got it
-    saved_step: int  # that the run then stopped after
+    at: str  # location of the rank that got it
+    saved_step: int  # last step before the run stopped
 
 
 class Outcome(NamedTuple):
-    """What came of the requests."""
+    """Requests that were made, and differences of the two runs."""
 
     stops: list[Stop]
     problems: list[str]
 
 
 def stop_and_resume(folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str) -> Outcome:
-    """Stop a run `count` times and let it come to its end, beside one that is left alone."""
+    """Stop a run `count` times until it finishes, and compare it with an uninterrupted one."""
     chance, steps, sent = random.Random(seed), count * STEPS_A_STOP + LAST_STEPS, folder / "sent.jsonl"
 
     def launch(run_dir: Path, env: dict[str, str]) -> EndedCommand:
@@ -65,16 +65,16 @@ def stop_and_resume(folder: Path, data: Path, count: int, num_ranks: int, seed: 
 
 
 def _problems(stop: Stop, ended: EndedCommand, last_event: str) -> Iterator[str]:
-    step = re.search(r"\d+", stop.at)  # a signal may come when the ranks have just asked each other
+    step = re.search(r"\d+", stop.at)  # the signal may arrive right after the ranks' agreement
     if last_event != "stop" or (step is not None and stop.saved_step - int(step[0]) not in (0, 1)):
         yield f"{stop}: {ended.output}"
-    codes = re.findall(r"exitcode *: (-?\d+)", ended.output)  # of the ranks, as torchrun tells them
+    codes = re.findall(r"exitcode *: (-?\d+)", ended.output)  # of the ranks, as torchrun reports them
     if ended.code == 0 or not codes or set(codes) != {str(EXIT_RESUMABLE)} or ended.left:
         yield f"{stop}: exit codes {codes}: {ended.output}"
 
 
 def main() -> int:
-    """Print what came of it."""
+    """Print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=10, help="requests (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of the launch (default: %(default)s)")

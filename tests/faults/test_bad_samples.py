@@ -1,4 +1,4 @@
-"""NaN in data, gradient and weights, and a loss that jumps: what a run does on all ranks, and what it writes down."""
+"""Reaction of all ranks to NaN in data, gradient and weights and to a spike of the loss, and the recorded events."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,7 +43,7 @@ def cases(*faults: str) -> list[Any]:
 
 
 def train_cases(mesh: Mesh, chosen: list[Case], data: str, work_dir: str) -> dict[Case, list[int]]:
-    """Train every case from its beginning to its end; return the first samples of its steps on this rank, in order."""
+    """Train every case from start to end; return the first samples of its steps on this rank, in order."""
     read = {}
     for case in chosen:
         settings, zero = LAYOUTS[case.layout]
@@ -64,7 +64,7 @@ def read(request: pytest.FixtureRequest, folder: Path, train_and_valid: Path) ->
     chosen = selected(request, "case")
     calm = [Case("none", case.layout) for case in chosen if case.fault == "gradient"]
     chosen = list(dict.fromkeys([*chosen, *calm]))
-    chosen.sort(key=lambda case: case.layout != "data")  # first, for DeepSpeed keeps the groups of an earlier engine
+    chosen.sort(key=lambda case: case.layout != "data")  # first, since DeepSpeed keeps the groups of an earlier engine
     return run_ranks(train_cases, 2, folder / "ranks", chosen=chosen, data=str(train_and_valid), work_dir=str(folder))
 
 

@@ -1,4 +1,4 @@
-"""Whatever file of a checkpoint is damaged, and however: all ranks see it, and fall back to the one before."""
+"""All ranks detect any damage of any file of a checkpoint, and fall back to the previous checkpoint."""
 
 import logging
 import os
@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from megatron_bipe.checkpoint.find import step_folder
-from megatron_bipe.checkpoint.manifest import INDEX, SEAL
+from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX
 from megatron_bipe.checkpoint.shard_files import rank_file
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
@@ -18,7 +18,7 @@ from tests.helpers.logs import RecordedLog
 from tests.helpers.ranks import run_ranks
 
 OLD, NEW = 10, 20
-FILES = (rank_file(0), rank_file(1), INDEX, SEAL)
+FILES = (rank_file(0), rank_file(1), INDEX, CHECKSUM_NAME)
 
 
 def flipped(at):
@@ -47,7 +47,7 @@ CASES = [(file, damage) for file in FILES for damage in DAMAGES]
 
 
 def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[str]]:
-    """The step chosen, or the error; and the warnings."""
+    """Return the chosen step or the error, and the warnings."""
     heard.lines.clear()
     try:
         step = engine.latest_valid_checkpoint(run_dir).step
@@ -57,7 +57,7 @@ def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[st
 
 
 def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
-    """Each case in a copy of the run folder; all in the processes of one launch."""
+    """Load every case from a copy of the run folder, in the processes of one launch."""
     import torch.distributed as dist
 
     heard = RecordedLog(logging.WARNING)
@@ -97,7 +97,7 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
     results = {
         "found": found,
         "pointer": [in_copied_run(hurt_pointer(damage)) for damage in POINTER],
-        "whole": in_copied_run(lambda copy: None),
+        "intact": in_copied_run(lambda copy: None),
         "none": in_copied_run(hurt_both),
         "moved": in_copied_run(lambda copy: step_folder(copy, OLD).rename(step_folder(copy, 30))),
         "empty": engine.latest_valid_checkpoint(Path(work_dir) / "nothing"),
@@ -121,7 +121,7 @@ def test_damage_of_any_file_is_detected_by_all_ranks_and_the_previous_checkpoint
     assert others == []
     [line] = warnings
     assert line.startswith(f"falling back to the checkpoint of step {OLD}: that of step {NEW}:")
-    named = file if file not in (INDEX, SEAL) else INDEX
+    named = file if file not in (INDEX, CHECKSUM_NAME) else INDEX
     assert named in line
 
 
@@ -132,7 +132,7 @@ def test_damage_of_the_pointer_loses_nothing(ranks):
 
 def test_intact_checkpoint_is_loaded_without_a_warning(ranks):
     for rank in ranks:
-        assert rank["whole"] == (NEW, [])
+        assert rank["intact"] == (NEW, [])
         assert rank["resumed"]
         assert rank["empty"] is None
 

@@ -1,4 +1,4 @@
-"""Nothing outlives its parent: the project's own ones, and DeepSpeed's launcher, ended in every way."""
+"""No child process outlives its parent, whether a command of this project or DeepSpeed's launcher, however it ends."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def _wait(is_so, process, log):
 @pytest.mark.slow
 def test_parents_of_this_project_leave_no_process(tmp_path):
     stubborn = ["bash", "-c", "trap '' TERM; sleep 300; true"]
-    tools = {  # with a word of the command that they are to have started
+    tools = {  # with a word of the command that each is expected to start
         "quickstart": (["--output", str(tmp_path / "quickstart")], "tools/corpus.py"),
         "study": (["--output", str(tmp_path / "study")], "tools/corpus.py"),
         "supervise": ([str(tmp_path), "--", *stubborn], "300"),

@@ -1,6 +1,6 @@
-"""Ranks that are killed, and runs that are asked to stop: nothing of it shows in metrics and weights.
+"""Killed ranks and stopped runs leave metrics and weights unchanged.
 
-The first tests end forked ranks; those that are slow do it under torchrun and the supervisor, as the commands in this
+The first tests end forked ranks; the slow ones use torchrun and the supervisor, like the longer commands in this
 folder do at length.
 """
 
@@ -29,7 +29,7 @@ STOPPED_AT = ((2, "SIGTERM"),)  # numbers of LOCATIONS
 
 
 def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list[Ended]:
-    """Start or continue a run, in which the fault happens."""
+    """Start or resume a run with the fault."""
     variables = fault.variables if fault else {}
     settings = arguments(data, run_dir, steps=STEPS)
     return run_programs(faulty_pretrain, [settings], run_dir.with_name("logs"), NUM_RANKS, env=variables)
@@ -37,7 +37,7 @@ def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
-    """The run that was left alone."""
+    """Return the uninterrupted run."""
     run_dir = tmp_path_factory.mktemp("calm") / "run"
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
     return run_dir

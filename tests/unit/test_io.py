@@ -1,4 +1,4 @@
-"""The lock of an output: one run at a time, from before it looks until after it has left."""
+"""The lock of an output: one run at a time, from the first look at the folder to the end."""
 
 import fcntl
 import os
@@ -31,7 +31,7 @@ def enter(folder: Path, begin: Callable[[], None] | None = None) -> None:
 
 
 def begin() -> None:
-    """What another run would do first."""
+    """Stand for the first action of another run."""
 
 
 def test_locked_processes_of_a_run_share_it_and_no_other_run_begins(folder: Path) -> None:
@@ -100,7 +100,7 @@ def test_locked_run_that_slips_in_wins(folder: Path, monkeypatch: pytest.MonkeyP
 
     def slow(stream: object, kind: int) -> None:
         kinds.append(kind)
-        if len(kinds) == 2:  # between letting go of it alone and holding it together with others
+        if len(kinds) == 2:  # between releasing the exclusive lock and acquiring the shared one
             raise BlockingIOError
         flock(stream, kind)  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""What `make` sets up, when, and what it shows of that, with a Python that only notes what pip is asked for."""
+"""The set-up by `make`, and its output, with a Python that only records pip's arguments."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ TORCH, OTHERS, EXTRAS = "setuptools wheel torch==", "-e .", "-e .[dev,mpi]"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of what a set-up reads."""
+    """Return a copy of the files that a set-up reads."""
     made = tmp_path / "project"
     made.mkdir()
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def make(folder, target, code=0):
-    """Run make; what pip was asked for, in short, and what was shown."""
+    """Run make; return pip's arguments, shortened, and the output."""
     asked = folder / "asked"
     asked.write_text("")
     command = ["make", target, f"PYTHON={folder}/python"]

@@ -1,4 +1,4 @@
-"""The files of ranks are safetensors files, and the checksum is that of the file."""
+"""Files of ranks are safetensors files, and the returned checksum is that of the file."""
 
 import errno
 import hashlib
@@ -59,7 +59,7 @@ def test_write_tensors_other_type_is_refused(tmp_path):
 
 
 def test_write_tensors_disk_that_takes_a_part_is_asked_again(tmp_path, monkeypatch):
-    """What a nearly full disk does: a short write, then the error."""
+    """A nearly full disk makes a short write, then an error."""
     real = tensor_file.Path.open
 
     class Nearly:

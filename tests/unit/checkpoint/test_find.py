@@ -1,4 +1,4 @@
-"""Checkpoints are found by name, and tried in an order."""
+"""Lookup of checkpoints by name, and the order in which they are tried."""
 
 import pytest
 

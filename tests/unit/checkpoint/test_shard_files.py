@@ -1,4 +1,4 @@
-"""Training state on disk: whatever layout wrote it, whatever layout reads it."""
+"""Training state on disk: any layout reads what any other layout wrote."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from megatron_bipe.model.layer_factory import Shard
 from tests.helpers.checkpoints import checkpoint_info, publish_fragments, write_checkpoint
 from tests.helpers.errors import raises
 
-# name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
+# name -> (unsharded shape, dimension and blocks of the split); the norm is replicated
 PARAMETERS = {
     "0.token.weight": ((8, 6), (0, 1)),
     "1.mlp.down.weight": ((6, 8), (1, 1)),
@@ -51,7 +51,7 @@ def fragment(name, tensor_rank, tensor, part=0, parts=1):
 
 
 def held_by_ranks(tensor=1, replicas=1):
-    """What ranks of a layout write: each a part of its share; the first of a tensor-parallel group what is whole."""
+    """Return the fragments that ranks write; replicated parameters are those of the first tensor-parallel rank."""
     held = []
     for rank in range(tensor * replicas):
         names = [name for name, (_, split) in PARAMETERS.items() if split or rank % tensor == 0]
@@ -75,7 +75,7 @@ def write(folder, tensor=1, replicas=1):
 def test_reader_returns_unsharded_parameters_of_any_layout(tmp_path, tensor, replicas):
     reader = StateReader(write(tmp_path, tensor, replicas))
     assert (reader.index.step, reader.index.optimizer_steps) == (7, 6)
-    assert list(reader.index.parameters) == list(PARAMETERS)  # in the order of the plan: 10 after 1
+    assert list(reader.index.parameters) == list(PARAMETERS)  # in layer order: 10 after 1
     for name in PARAMETERS:
         for kind, expected in full_state(name).items():
             assert torch.equal(reader.full(kind, name), expected)
@@ -195,9 +195,9 @@ def test_index_any_byte_changed_is_an_error(tmp_path, name):
     path = folder / name
     content = path.read_bytes()
     load_index(folder)
-    for place in range(len(content)):
-        for changed in (content[place] ^ 1, content[place] ^ 0x80, 0x20 if content[place] == 0x0A else 0x0A):
-            path.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+    for position in range(len(content)):
+        for changed in (content[position] ^ 1, content[position] ^ 0x80, 0x20 if content[position] == 0x0A else 0x0A):
+            path.write_bytes(content[:position] + bytes([changed]) + content[position + 1 :])
             with raises(CheckpointError, INDEX, CHECKSUM_NAME, location=folder):
                 load_index(folder)
     path.write_bytes(content)

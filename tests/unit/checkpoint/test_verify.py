@@ -1,4 +1,4 @@
-"""What a checkpoint is checked for before it is read; tests/faults has every kind of damage, on several ranks."""
+"""Checks of a checkpoint before it is read; tests/faults has every kind of damage, on several ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Saves beside training: what they write is the state of their moment, and the loop waits no longer than it must."""
+"""Saves in the background write the state at the time of the save, and the loop waits only for the copy."""
 
 import threading
 
@@ -25,13 +25,13 @@ def make_saver(**settings):
 
 @pytest.fixture
 def live():
-    """The state of a parameter, and the fragment that views it."""
+    """Return the state of a parameter, and a fragment that is a view of it."""
     state = {kind: torch.full((1000,), float(number)) for number, kind in enumerate(KINDS)}
     return state, [Fragment("0.x", (1000,), None, 0, state)]
 
 
 class Gate:
-    """Stands in for a function; calls of it wait until it is opened."""
+    """Replacement of a function whose calls wait until it is opened."""
 
     def __init__(self, monkeypatch, name):
         self.opened, self.reached = threading.Event(), threading.Event()

@@ -1,4 +1,4 @@
-"""Where a run configuration comes from, and what is said of a wrong one."""
+"""Sources of a run configuration, and errors in it."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Rules across fields."""
+"""Rules that involve several fields."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Shards are compared with the manifest once they are read from, and watched from then on."""
+"""Shards are compared with the manifest after their first read, and monitored for later changes."""
 
 import os
 import time
@@ -33,7 +33,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(dataset: TokenDataset) -> None:
-    """From all shards."""
+    """Read from all shards."""
     dataset.sequences(np.arange(dataset.num_sequences(100)), 100)
 
 
@@ -53,7 +53,7 @@ def until_good(check: BackgroundVerifier, files: int) -> None:
 
 
 def flip(path: Path, keep_time: bool = False) -> None:
-    """Change a byte in place: an id that the vocabulary has, too."""
+    """Change a byte so that the id is another one of the vocabulary."""
     status = path.stat()
     with path.open("r+b") as stream:
         stream.seek(-2, os.SEEK_END)
@@ -67,9 +67,9 @@ def flip(path: Path, keep_time: bool = False) -> None:
 @pytest.mark.parametrize("suffix", ["bin", "seg"])
 def test_shard_damaged_before_it_is_read_is_found_and_named(dataset: TokenDataset, suffix: str) -> None:
     path = dataset.path / f"part-00001.{suffix}"
-    whole = sha256_of(path)
+    first_sum = sha256_of(path)
     flip(path)
-    both = (whole, sha256_of(path))
+    both = (first_sum, sha256_of(path))
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         with raises(DataError, "SHA-256", *both, location=f"part-00001.{suffix}"):
@@ -80,7 +80,7 @@ def test_intact_shards_are_read_once_and_reported_intact(dataset: TokenDataset) 
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         until_good(check, files=6)
-        flip(dataset.path / "part-00001.bin", keep_time=True)  # unseen: it would have to be read again
+        flip(dataset.path / "part-00001.bin", keep_time=True)  # not detected: the file would have to be read again
         time.sleep(0.2)
         check.raise_if_failed()
 
@@ -108,7 +108,7 @@ def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: T
         read(dataset)
         until_good(check, files=6)
         (dataset.path / "part-00002.seg").unlink()
-        read(dataset)  # of the file that is open still
+        read(dataset)  # of the file that is still open
         with raises(DataError, location="part-00002.seg"):
             until_found(check)
 

@@ -1,4 +1,4 @@
-"""Several datasets as one row of samples: exact shares, epochs of their own, blind to how it is cut up."""
+"""A blend of datasets: exact shares, separate epochs, and the same samples for any split over ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -37,7 +37,7 @@ def datasets(tmp_path_factory, write_dataset):
 
 
 def _split(blend: Blend, sequences):
-    """Which dataset each window is of, and its number there."""
+    """Return the dataset of each sequence, and its index there."""
     firsts = np.cumsum([0, *NUM_WINDOWS])[: len(blend.datasets)]
     member = np.searchsorted(firsts, sequences, side="right") - 1
     return member, sequences - firsts[member]
@@ -132,11 +132,11 @@ def test_blend_an_epoch_of_each_dataset_holds_each_of_its_sequences_once(dataset
 def test_blend_cut_anywhere_gives_the_same_samples(datasets, weights, cycle, before, count, data):
     blend = Blend(datasets, weights, SEQ, SEED)
     first = cycle * PATTERN_SLOTS - before  # mostly across the end of a pattern
-    whole = blend.sequence_indices(first, count)
+    together = blend.sequence_indices(first, count)
     cut = data.draw(st.integers(0, count))
     parts = [blend.sequence_indices(first, cut), blend.sequence_indices(first + cut, count - cut)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    assert whole.dtype == np.int64 and whole.shape == (count,)
+    np.testing.assert_array_equal(np.concatenate(parts), together)
+    assert together.dtype == np.int64 and together.shape == (count,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -184,7 +184,7 @@ def test_blend_without_weights_follows_the_tokens(datasets):
     assert blend.slots[2] > 8 * blend.slots[1] * 0.9
 
 
-# The windows
+# The sequences
 
 
 def test_blend_sequences_are_those_of_the_datasets_in_the_requested_order(datasets):
@@ -227,7 +227,7 @@ def test_blend_sequences_of_another_length_are_refused(datasets):
         Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.array([0]), 4)
 
 
-# What may be blended
+# Datasets that may be blended
 
 
 def test_blend_of_another_tokenizer_or_rule_names_both_folders_and_values(datasets, tmp_path, write_dataset):
@@ -255,7 +255,7 @@ def test_open_blend_takes_each_form_of_data_path(datasets):
         assert [dataset.path for dataset in blend.datasets] == [Path(folder) for folder in folders[: len(slots)]]
 
 
-# What a model remembers of it
+# The record of a blend in a checkpoint
 
 
 def test_record_of_a_blend_knows_members_order_and_slots(datasets, tmp_path, write_dataset):

@@ -1,4 +1,4 @@
-"""Windows over shards against plain lists, and everything that must be refused."""
+"""Sequences over shards against plain lists, and refused inputs."""
 
 import pickle
 import resource

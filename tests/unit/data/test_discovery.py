@@ -1,4 +1,4 @@
-"""Which datasets a folder holds, and how a document is drawn."""
+"""Discovery of the datasets in a folder, and their tokenizers."""
 
 import re
 from collections.abc import Callable

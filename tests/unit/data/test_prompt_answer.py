@@ -1,4 +1,4 @@
-"""Examples as windows: one each, the answer alone counting; and what is refused."""
+"""Examples as sequences: one each, with a loss over the answer only; and refused inputs."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.helpers.errors import raises
 
 SEQ = 8
 MADE_FOR = PromptAnswerRecord(task="sums", seq_len_tokens=SEQ)
-FIRST = [[1, 7, 5], [8, 2], [1], [5, 9, 9, 9, 9, 9, 2]]  # the second example fills a window
+FIRST = [[1, 7, 5], [8, 2], [1], [5, 9, 9, 9, 9, 9, 2]]  # the second example fills a sequence
 SECOND = [[1, 5, 6, 7, 8, 9], [2]]
 
 
@@ -149,7 +149,7 @@ def _run(folder, seq_len_tokens=SEQ):
             f"data.path={folder}",
             f"train={{seq_len_tokens: {seq_len_tokens}, global_batch: 8, micro_batch: 2, steps: 3}}",
             "optimizer.warmup_steps=0",
-            "model={vocab_size: 100, intra_size: 4}",  # a table shorter than a window is the pretrained model's affair
+            "model={vocab_size: 100, intra_size: 4}",  # the embedding may be shorter than a sequence
         ],
     )
 
@@ -173,11 +173,11 @@ def test_batch_loader_examples_of_another_sequence_length_are_refused(folder):
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_batch_loader_weights_of_a_step_give_the_mean_over_its_answers_for_any_ranks(folder, num_ranks):
-    feeds = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+    loaders = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
     for step in range(3):
-        batches = [batch for loader in feeds for batch in loader.train_batches(8 * step)]
+        batches = [batch for loader in loaders for batch in loader.train_batches(8 * step)]
         weights = torch.cat([batch.weights_BT for batch in batches])
-        answers = feeds[0]._blend.answers(feeds[0].sequences(8 * step))
+        answers = loaders[0]._blend.answers(loaders[0].sequences(8 * step))
         assert weights.mean() == pytest.approx(1, rel=1e-6)
         assert int((weights > 0).sum()) == int(np.diff(answers).sum())
 

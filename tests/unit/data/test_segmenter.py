@@ -1,4 +1,4 @@
-"""Bits made a chunk at a time are those of whole documents."""
+"""Segment bits made in chunks are those of complete documents."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""What one rank of a layout holds."""
+"""Memory of one rank of a layout."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from megatron_bipe.model.transformer import count_parameters
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 PARAMETERS = 163_203_840  # of the default run
-NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # whole on every tensor-parallel rank
+NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # replicated on every tensor-parallel rank
 
 
 def memories(zero, num_ranks, *settings, **knobs):
@@ -18,7 +18,7 @@ def memories(zero, num_ranks, *settings, **knobs):
 
 
 def test_state_is_divided_by_what_the_zero_stage_shards():
-    widths = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes a parameter in bf16
+    widths = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes per parameter in bf16
     sharded = {1: {"optimizer"}, 2: {"optimizer", "gradients"}}
     for zero, names in sharded.items():
         (stage,) = memories(zero, 4)
@@ -76,10 +76,10 @@ def test_parameters_tied_output_is_held_twice_by_stages_and_once_by_one():
 
 def test_activations_earlier_stages_keep_more_micro_batches():
     stages = memories(1, 4, "parallel.pipeline=4")
-    # Tokens of a micro-batch; bytes a token, as test_activations.py measures them.
+    # Tokens of a micro-batch; bytes per token, as measured by test_activations.py.
     a_block, tables = 8 * 1024 * 35_384, 8 * 1024 * 128
     assert [stage.activations for stage in stages] == [
-        4 * (3 * a_block + tables),  # micro-batches under way x blocks
+        4 * (3 * a_block + tables),  # micro-batches in flight x blocks
         3 * (4 * a_block + tables),
         2 * (4 * a_block + tables),
         1 * (1 * a_block + tables),

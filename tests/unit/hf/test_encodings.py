@@ -1,4 +1,4 @@
-"""Every encoding beyond the four published ones: export with parity, cached generation, and what is refused."""
+"""Every encoding beyond the four published ones: export with parity, cached generation, and refused inputs."""
 
 import pytest
 import torch
@@ -66,10 +66,10 @@ def test_generate_with_cache_equals_without(encoding, intra, cache, tiny, plan_o
     plain = model.generate(prompt, attention_mask=mask, use_cache=False, **LIVELY)
     assert torch.equal(cached, plain)
     with torch.no_grad():
-        whole = model(cached, use_cache=False).logits
+        uncached = model(cached, use_cache=False).logits
         start = model(cached[:, :11])
         rest = model(cached[:, 11:], past_key_values=start.past_key_values).logits
-    torch.testing.assert_close(torch.cat((start.logits, rest), dim=1), whole, **NEAR)
+    torch.testing.assert_close(torch.cat((start.logits, rest), dim=1), uncached, **NEAR)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_learned_embedding_that_is_too_short_is_one_clear_error(tiny, plan_of, h
     with pytest.raises(ValueError, match=r"33.*32"):
         model.generate(tokens_of(1, 30), max_new_tokens=5)
     mask = torch.ones(1, 33, dtype=torch.long)
-    mask[0, 0] = 0  # padding has no place
+    mask[0, 0] = 0  # padding has no position
     assert model(tokens_of(1, 33), attention_mask=mask).logits.shape == (1, 33, 64)
 
 
@@ -191,7 +191,7 @@ def test_dynamic_scaling_of_a_row_goes_by_that_row_alone(tiny, plan_of, hf_of, t
     model, tokens, mask = hf_of(plan, config), tokens_of(2, 90), torch.ones(2, 90, dtype=torch.long)
     mask[0, :60] = 0
     with torch.no_grad():
-        found = model(tokens, attention_mask=mask, use_cache=False).logits  # longer: beside, then before
+        found = model(tokens, attention_mask=mask, use_cache=False).logits  # longer row in the batch, then alone
         for row, start in ((0, 60), (1, 0)):
             alone = tokens[row : row + 1, start:]
             expected = plan((alone, *ids_of(alone, config)))

@@ -38,7 +38,7 @@ def sequences(tokens_of):
 
 @pytest.fixture
 def export(tmp_path, tiny, plan_of, fields, sequences):
-    """A function that exports a model to a folder of tmp_path, and returns the folder."""
+    """Return a function that exports a model to a folder of tmp_path and returns the folder."""
 
     def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
         config = config or tiny()
@@ -83,7 +83,7 @@ def test_exported_model_with_tied_output_has_one_embedding_and_equals_the_traini
 ):
     config = tiny(encoding=encoding, tied_output=True)
     plan = plan_of(config)
-    folder = export(config, weights=dict(plan.named_parameters()))  # as a checkpoint has them: the table once
+    folder = export(config, weights=dict(plan.named_parameters()))  # as in a checkpoint: the embedding once
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=encoding != "rope")
     with torch.no_grad():
@@ -135,7 +135,7 @@ def test_export_writes_everything_a_user_needs(export, tiny, plan_of):
 
 
 def run_python(code, folder, tmp_path):
-    """Run `code` with `folder` where our package is not imported; return the words of its lines that begin with ">"."""
+    """Run `code` with `folder` without importing our package; return the words of lines that start with ">"."""
     [ended] = run_programs(
         exec, [ISOLATED + code, {"folder": str(folder), "cache": str(tmp_path / "cache")}], tmp_path / "log"
     )
@@ -349,7 +349,7 @@ def test_exported_tokenizer_gives_training_ids(export, tmp_path, make, encoding,
 
 def test_exported_llama_tokenizer_gives_training_ids(export, tiny):
     if not LLAMA.is_dir():
-        pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
+        pytest.skip(reason="the LLaMA tokenizer is not next to the repository")
     config = tiny(encoding="rope", vocab_size=32000, hidden_size=8, num_heads=1, num_layers=1)
     folder = export(config, tokenizer=source_of(LLAMA))
     check_tokenizer(folder, source_of(LLAMA))

@@ -1,4 +1,4 @@
-"""`generate` in every mode, and caches whatever is done to them, against the model without a cache."""
+"""`generate` in every mode, and modified caches, against the model without a cache."""
 
 import itertools
 
@@ -12,12 +12,12 @@ from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.hf.positions_bipe import PositionIds, read_cache_positions, write_cache_positions
 from tests.helpers.hf import NEAR
 
-# No loops, and separators often: what is generated must move the positions.
+# No loops and frequent separators, so that generated tokens change the positions.
 LIVELY = {"no_repeat_ngram_size": 2, "sequence_bias": {(3,): 4.0, (5,): 4.0}, "max_new_tokens": 24}
 
 
 def padded_prompt(tokens_of, rows, side):
-    """Prompts [rows, 16] with padding on one side, and their mask."""
+    """Return prompts [rows, 16] with padding on one side, and their mask."""
     prompt, mask = tokens_of(rows, 16, seed=3), torch.ones(rows, 16, dtype=torch.long)
     if rows == 3:
         for row, width in ((0, 9), (2, 1)):
@@ -58,7 +58,7 @@ def test_generate_with_cache_equals_without(model, tokens_of, mode, with_cache, 
 
 @pytest.mark.parametrize("helper", ["lookup", "assistant"])
 def test_generate_with_drafted_tokens_equals_greedy(model, tokens_of, helper, tiny, plan_of, hf_of):
-    """Rejected drafts are cut off the cache again."""
+    """Rejected drafts are removed from the cache."""
     drafts = {"prompt_lookup_num_tokens": 3}
     if helper == "assistant":
         config = tiny(num_layers=1)
@@ -101,16 +101,16 @@ def test_forward_in_any_chunks_equals_one_pass(model, tokens_of, cuts, seed, pad
     cache, parts = StaticCache(config=model.config, max_cache_len=45) if static else DynamicCache(), []
     bounds = [0, *sorted(cuts), 40]
     with torch.no_grad():
-        whole = model(tokens, attention_mask=mask, use_cache=False).logits
+        uncached = model(tokens, attention_mask=mask, use_cache=False).logits
         for start, stop in itertools.pairwise(bounds):
             chunk = tokens[:, start:stop]
             parts.append(model(chunk, attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True).logits)
     found = torch.cat(parts, dim=1)
-    torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], **NEAR)
+    torch.testing.assert_close(found[mask.bool()], uncached[mask.bool()], **NEAR)
 
 
 def test_cropped_repeated_and_selected_cache_continues_correctly(model, tokens_of):
-    """What assisted decoding, contrastive search and beam search do to a cache."""
+    """Assisted decoding, contrastive search and beam search modify a cache in these ways."""
     tokens, cache = tokens_of(2, 30), DynamicCache()
     with torch.no_grad():
         model(tokens[:, :24], past_key_values=cache)
@@ -151,7 +151,7 @@ def test_cache_in_bf16_stores_positions_exactly(counts, static):
 
 
 class OtherCache(DynamicCache):
-    """A cache of layers that this model has not heard of."""
+    """Cache with layers of an unknown type."""
 
     def __init__(self):
         super().__init__()

@@ -109,8 +109,8 @@ def test_model_on_padded_batch_gives_unpadded_results(model, tokens_of, side):
         torch.testing.assert_close(found[::2], model(tokens[::2]).logits, **NEAR)
     if hasattr(model.model, "embed_intra"):
         ids = model.bilevel_ids(tokens, mask)
-        for whole, part in zip(ids, model.bilevel_ids(tokens[1:2, kept]), strict=True):
-            assert torch.equal(whole[1, kept], part[0])
+        for padded, part in zip(ids, model.bilevel_ids(tokens[1:2, kept]), strict=True):
+            assert torch.equal(padded[1, kept], part[0])
 
 
 def test_model_on_padded_batch_trains_without_nan(model, tokens_of):

@@ -1,4 +1,4 @@
-"""Initial weights: what they depend on, and how they are distributed."""
+"""Initial weights: their dependence on the seed, and their distribution."""
 
 import pytest
 import torch
@@ -69,7 +69,7 @@ def test_init_matrices_are_normal_and_norms_are_one():
             assert torch.equal(weight, torch.ones_like(weight)), name
             continue
         matrices += 1
-        spread = 0.05 / weight.numel() ** 0.5  # of the mean; the standard deviation's own is smaller still
+        spread = 0.05 / weight.numel() ** 0.5  # of the mean; that of the standard deviation is smaller
         assert abs(weight.mean().item()) < 5 * spread, name
         assert abs(weight.std().item() - 0.05) < 5 * spread, name
     assert matrices == 3 + 2 * 4

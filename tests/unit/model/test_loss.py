@@ -1,4 +1,4 @@
-"""The loss against torch's in float64, in parts of every size, and what it leaves in memory."""
+"""The loss against torch's in float64, in parts of every size, and its memory."""
 
 import pytest
 import torch

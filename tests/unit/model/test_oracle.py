@@ -1,4 +1,4 @@
-"""The plan model against outputs of the authors' code: a cut-down set is committed, the full one optional."""
+"""The model against outputs of the authors' code; a reduced set is committed, the full one is optional."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.paths import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
-needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle is not beside the repository")
+needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle is not next to the repository")
 
 
 def load_plan(folder):
@@ -28,7 +28,7 @@ def load_plan(folder):
 
 
 def run(model, data, part):
-    intra = data[part + "intra_ids"].clamp(max=127)  # the reference clips to 1023, whatever its table has
+    intra = data[part + "intra_ids"].clamp(max=127)  # the reference clips to 1023 for any embedding size
     return model((data[part + "input_ids"], intra, data[part + "inter_ids"]))
 
 

@@ -1,4 +1,4 @@
-"""What joining a launch does to the process."""
+"""Effects of joining a launch on the process."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ LAUNCH = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    """An environment without a launch; threads and variables are put back."""
+    """Remove the launch from the environment, and restore threads and variables afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):

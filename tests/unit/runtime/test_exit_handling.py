@@ -1,4 +1,4 @@
-"""How a rank leaves that cannot go on: codes and words, in a process of its own."""
+"""Exit codes and messages of a rank that fails, in a separate process."""
 
 import os
 import sys
@@ -14,7 +14,9 @@ from tests.helpers.ranks import run_programs
 
 
 def _main(error, _launch):
-    threading.Thread(target=threading.Event().wait).start()  # as a collective's: Python's own end would wait for it
+    threading.Thread(
+        target=threading.Event().wait
+    ).start()  # like that of a collective: Python's own exit would wait for it
     sys.stdout.write("before")
     if error:
         raise error
@@ -32,7 +34,7 @@ def _leave(error, take_output):
 
 @pytest.fixture
 def abort(tmp_path):
-    """A function that lets a rank's work raise an error, in a process of its own; returns how that ended."""
+    """Return a function that raises an error in a rank's process and returns the exit code and output."""
 
     def run(error, take_output=True, **env):
         return run_programs(_leave, [error, take_output], tmp_path, env=env)[0]

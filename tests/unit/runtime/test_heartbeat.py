@@ -1,4 +1,4 @@
-"""What ranks tell each other besides their work, and what is told of one that does not go on."""
+"""Heartbeats that ranks exchange, and the report about a rank that hangs."""
 
 import threading
 
@@ -16,10 +16,10 @@ def ranks():
     return HeartbeatStore(store, 0, 3), HeartbeatStore(store, 1, 3)
 
 
-def signs(*places, beats=1):
+def signs(*locations, beats=1):
     return {
         rank: None if location is None else Heartbeat(beats, f"rank {rank} on h{rank}", location)
-        for rank, location in enumerate(places)
+        for rank, location in enumerate(locations)
     }
 
 
@@ -68,7 +68,7 @@ def test_silent_ranks_are_those_without_a_new_beat():
         "No heartbeat: rank 1 on h1, last at a",
         "No heartbeat, ever: rank 3",
     ]
-    assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the one that looks
+    assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the observing rank
     assert list(silent_ranks(signs("a", "a"), signs("a", "a", beats=2), 0)) == []
 
 

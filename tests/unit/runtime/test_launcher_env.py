@@ -1,4 +1,4 @@
-"""What every launcher's variables say of a process."""
+"""Environment variables of every launcher."""
 
 import logging
 
@@ -19,7 +19,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
 }
 HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
-ALLOCATION = {  # what a batch script sees
+ALLOCATION = {  # variables of a batch script
     "SLURM_JOB_ID": "1234567",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
     "SLURM_PROCID": "0",

@@ -1,4 +1,4 @@
-"""Requests to stop: what asks, who agrees."""
+"""Requests to stop: their sources, and the agreement of all ranks."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What is a bad step, and how many are trouble."""
+"""Detection of bad steps, and of too many of them."""
 
 import math
 
@@ -34,7 +34,7 @@ def test_anomaly_detector_reports_consecutive_bad_steps_only():
     assert detector.needs_rollback and [step.reading.step for step in detector.bad_steps] == [
         3,
         4,
-    ]  # step 5 was not looked at
+    ]  # step 5 was not checked
 
 
 def test_anomaly_detector_spike_depends_on_the_deviations_of_the_window():

@@ -1,4 +1,4 @@
-"""Which windows a rank reads."""
+"""The sequences that a rank reads."""
 
 import numpy as np
 import pytest
@@ -50,9 +50,9 @@ def _tokens(batches):
 def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_ranks):
     dataset = TokenDataset(run.data.path)
     order = SampleOrder(dataset.num_sequences(SEQ), run.train.seed)
-    for step in (0, 3, 40):  # 40 lies epochs later
-        feeds = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
+    for step in (0, 3, 40):  # step 40 is epochs later
+        loaders = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in loaders]
         assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = dataset.sequences(order.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
@@ -67,13 +67,13 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     blended = run.model_copy(update={"data": data})
     blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
     for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
-        feeds = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
+        loaders = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in loaders]
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = blend.sequences(blend.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)
-    assert feeds[0].record == blend.record
-    assert feeds[0].dataset.path == run.data.path
+    assert loaders[0].record == blend.record
+    assert loaders[0].dataset.path == run.data.path
 
 
 def test_batch_loader_blend_with_a_dataset_of_another_rule_than_the_run_is_refused(run):
@@ -84,10 +84,10 @@ def test_batch_loader_blend_with_a_dataset_of_another_rule_than_the_run_is_refus
 
 
 def test_valid_batches_are_the_same_sequences_every_time_and_evenly_distributed(run):
-    feeds = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
-    shares = [torch.cat(_tokens(loader.valid_batches())) for loader in feeds]
-    assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
-    assert torch.equal(shares[0], torch.cat(_tokens(feeds[0].valid_batches())))
+    loaders = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
+    shares = [torch.cat(_tokens(loader.valid_batches())) for loader in loaders]
+    assert [len(share) for share in shares] == [10, 10]  # 21 requested, 2 ranks x micro-batches of 2
+    assert torch.equal(shares[0], torch.cat(_tokens(loaders[0].valid_batches())))
     assert not torch.equal(shares[0], shares[1])
 
 

@@ -1,4 +1,4 @@
-"""The order of a step, with an engine that only takes notes."""
+"""The order of a step, with an engine that only records calls."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ from tests.helpers.loop import MAIN, Notes
 
 @pytest.fixture
 def start(tmp_path):
-    """Trains with notes; returns them, and how far the run came."""
+    """Return a function that trains with recorded calls, and returns these and the training state."""
 
     def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, state=None, notes=None):
         base = ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
@@ -69,7 +69,7 @@ def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
     times = iter([0.0, 1.0, 2.0, 20.0, *[30.0] * 9])  # when it is made, before the first step, after each
     done = start(stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.names == ["step", "step", "save"] and done.end.step == 2
-    assert done.end.valid_owed  # due after step 2, and left for later
+    assert done.end.valid_owed  # due after step 2, and pending
     again = start(state=TrainState.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
     assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
 
@@ -81,7 +81,7 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
 
 @pytest.fixture
 def stop_request():
-    """A request that listens to signals."""
+    """Return a stop request with installed signal handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
     request.install_handlers()

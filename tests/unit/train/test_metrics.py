@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: every step once, also over restarts, whatever moment the kill comes."""
+"""metrics.jsonl and TensorBoard have every step once, also after a kill at any moment and a restart."""
 
 import json
 import math
@@ -135,9 +135,9 @@ def test_metrics_restart_drops_lines_that_are_not_metrics(run, damage):
 def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
     _do(run, [1, 2, 3]).close()
     path = run.run_dir / "metrics.jsonl"
-    whole = path.read_bytes()
-    second = whole.index(b"\n") + 1
-    path.write_bytes(whole[:second] + damage + whole[second + 1 :])
+    intact = path.read_bytes()
+    second = intact.index(b"\n") + 1
+    path.write_bytes(intact[:second] + damage + intact[second + 1 :])
     _do(run, [4], start=3).close()
     lines = path.read_bytes().splitlines()
     assert len(lines) == 4 and [json.loads(lines[row])["step"] for row in (0, 2, 3)] == [1, 3, 4]

@@ -1,4 +1,4 @@
-"""What `--profile` says of a training step."""
+"""The report of `--profile` about a training step."""
 
 import gzip
 import json

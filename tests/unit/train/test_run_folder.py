@@ -1,4 +1,4 @@
-"""A run folder is started once, continued, and never mixed with another run."""
+"""A run folder is created once, resumed, and never mixed with another run."""
 
 import json
 
@@ -48,7 +48,7 @@ def _checkpoint(run, step):
     [
         ("auto", False, (), True, "bf16"),
         ("auto", False, (), False, "fp32"),
-        ("auto", True, (), False, "bf16"),  # what the run began with, on a machine without native bf16
+        ("auto", True, (), False, "bf16"),  # the run started on a machine without native bf16
         ("auto", True, ("train.precision",), False, "fp32"),
         ("auto", True, ("train.precision",), True, "bf16"),
         ("fp32", True, (), True, "fp32"),  # which check_same_run then refuses

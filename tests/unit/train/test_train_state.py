@@ -1,4 +1,4 @@
-"""Steps, samples and what is passed over."""
+"""Steps, samples and skipped samples of the training state."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""One start of a run: where it stands, and whether it is finished."""
+"""One start of a run: its training state, and whether it is finished."""
 
 import pytest
 

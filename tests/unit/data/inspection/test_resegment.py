@@ -1,4 +1,4 @@
-"""A dataset under another rule: equal to one made from the text, or nothing; nothing else is touched."""
+"""A dataset with another segment rule equals one made from the text; an error writes nothing."""
 
 import errno
 import fcntl
@@ -35,7 +35,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def without_source(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
-    """All files; and the manifest, but for `source`."""
+    """Return all files, and the manifest without `source`."""
     files = content(folder)
     manifest = json.loads(files.pop("manifest.json"))
     del manifest["source"]
@@ -44,7 +44,7 @@ def without_source(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def built(write_text_dataset: Write, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A dataset of several shards, made from text with a rule."""
+    """Return a dataset of several shards, made from text with a rule."""
     base = tmp_path_factory.mktemp("built")
     write_text_dataset(base / "letters", TEXTS)
     settings = base / "letters" / "tokenizer" / "tokenizer_config.json"
@@ -214,7 +214,7 @@ def test_resegment_that_fails_leaves_nothing_and_the_old_output_as_it_was(
     original, failed = getattr(module, function), []
 
     def fail_once(*arguments: object, **options: object) -> None:
-        if failed or (function == "_clear" and options):  # the clearing before the work
+        if failed or (function == "_clear" and options):  # the clean-up before the work
             return original(*arguments, **options)
         failed.append(True)
         raise fault

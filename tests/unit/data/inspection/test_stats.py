@@ -1,4 +1,4 @@
-"""Counts of segments, windows and documents: against a plain recount, whole and in samples."""
+"""Counts of segments, sequences and documents, complete and in samples, against a plain recount."""
 
 import json
 from collections import Counter
@@ -27,7 +27,7 @@ Write = Callable[..., Manifest]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and windows of a size that small datasets have several of."""
+    """Make blocks and sequences so small that small datasets have several of them."""
     monkeypatch.setattr(stats, "BLOCK_TOKENS", 64)
     monkeypatch.setattr(stats, "SEQ_LEN_TOKENS", 16)
 
@@ -39,7 +39,7 @@ def random_shards(seed: int, shards: int = 4) -> list[list[list[int]]]:
 
 
 def recount(shards: list[list[list[int]]], window: int) -> tuple[Counter[int], Counter[int], Counter[int]]:
-    """Segment lengths, segments a window, document lengths; one token after the other."""
+    """Return segment lengths, segments per sequence and document lengths, counted token by token."""
     segments, sequences, documents = Counter[int](), Counter[int](), Counter[int]()
     for shard in shards:
         documents.update(map(len, shard))
@@ -154,7 +154,7 @@ def test_stats_counts_and_means_are_those_of_the_documents(folder: Path) -> None
 def test_datasets_table_has_one_line_per_dataset_and_their_sums(folder: Path) -> None:
     manifest = Manifest.load(folder)
     lines = datasets_table({"one": manifest, "two": manifest}).splitlines()
-    assert len([line for line in lines if line.startswith(("tokenizer", "segments "))]) == 2  # both are alike
+    assert len([line for line in lines if line.startswith(("tokenizer", "segments "))]) == 2  # both are equal
     rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
     assert rows["one"] == rows["two"] == ["4", "25", "5", "75", "5.00", "204.80"]
     assert rows["all"] == ["8", "50", "10", "150", "5.00", "204.80"]

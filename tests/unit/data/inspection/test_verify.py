@@ -1,4 +1,4 @@
-"""What verifying says about whole and damaged datasets."""
+"""Verification of intact and damaged datasets."""
 
 import json
 import re
@@ -175,7 +175,7 @@ def test_verify_of_a_sample_skips_bits_but_not_checksums_and_counts(
     write_text_dataset(tmp_path, [["xy\n" * 400]])
     seg = tmp_path / "part-00000.seg"
     content = np.frombuffer(seg.read_bytes(), dtype=np.uint8).copy()
-    content[24:-1] = np.roll(content[24:-1], 1)  # the same number of ends, at other places
+    content[24:-1] = np.roll(content[24:-1], 1)  # the same number of ends, at other positions
     seg.write_bytes(content.tobytes())
     dataset = TokenDataset(tmp_path)
     shares = (0.0, 0.05, 0.5, 1.0)

@@ -1,4 +1,4 @@
-"""Absolute parts against plain formulas, and windows that are longer than a table."""
+"""Absolute encodings against plain formulas, and sequences that are longer than an embedding."""
 
 import math
 
@@ -26,7 +26,7 @@ def embedding_of(encoding, **changes):
 
 
 def sequences(num_tokens):
-    """Tokens, places in segments of 9, numbers of segments."""
+    """Return tokens, and both ids for segments of 9 tokens."""
     tokens = torch.randint(0, 20, (2, num_tokens), generator=torch.Generator().manual_seed(1))
     position_ids = torch.arange(num_tokens).expand(2, -1)
     return tokens, position_ids % 9, position_ids // 9

@@ -1,4 +1,4 @@
-"""XPOS, T5's bias and NoPE against plain formulas in float64, and tables that blocks share."""
+"""XPOS, T5's bias and NoPE against plain formulas in float64, and tables that all blocks share."""
 
 import gc
 import math
@@ -27,7 +27,7 @@ def heads(num_tokens, seed=0):
 
 
 def softmax_of(score, v):
-    """Causal attention in float64, score by score."""
+    """Return causal attention in float64, computed score by score."""
     mixed = torch.zeros(v.shape, dtype=torch.float64)
     for head in range(v.shape[1]):
         for t in range(v.shape[2]):
@@ -81,7 +81,7 @@ def test_xpos_longest_sequence_stays_in_range_forward_and_backward(dtype):
 
 
 def bucket(distance):
-    """T5's buckets of a decoder: 0 to 15 exact, then 16 logarithmic ones up to 128."""
+    """Return T5's decoder bucket: 0 to 15 exact, then 16 logarithmic ones up to 128."""
     if distance < 16:
         return distance
     return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))

@@ -1,4 +1,4 @@
-"""Positions that are drawn for a window in training, and spread evenly otherwise."""
+"""Positions that are drawn at random per sequence in training, and spread evenly otherwise."""
 
 import pytest
 import torch
@@ -30,12 +30,12 @@ def test_random_positions_depend_only_on_the_sequence_and_the_seed():
 
 
 def test_random_positions_are_drawn_uniformly():
-    """Each of 64 places is among the 16 with probability 1/4: of 20,000 windows within 5 standard deviations."""
+    """Each of 64 positions is drawn with probability 1/4, within 5 standard deviations over 20,000 sequences."""
     position_ids = random_position_ids(tokens_of(20_000, 16), 64, seed=1)
     shard = position_ids.flatten().bincount(minlength=64) / 20_000
     assert (shard - 0.25).abs().max() < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     gaps = position_ids.diff(dim=1).float()
-    assert abs(float(gaps.mean()) - 65 / 17) < 0.03  # of 16 places among 64, on average
+    assert abs(float(gaps.mean()) - 65 / 17) < 0.03  # mean gap of 16 positions among 64
 
 
 def test_spread_positions_keep_one_stride_up_to_the_training_length_and_fill_the_range_beyond():

@@ -1,4 +1,4 @@
-"""Problems modulo 11: right by another way of reckoning, solved one step at a time, never in two sets."""
+"""Problems modulo 11: verified by a second computation, solved step by step, disjoint between sets."""
 
 import ast
 import operator
@@ -33,7 +33,7 @@ WAYS = {
 
 
 def value_of(expression: str) -> int:
-    """As Python reads it; a division by 0 fails."""
+    """Return the value as Python computes it; a division by 0 fails."""
 
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.BinOp):

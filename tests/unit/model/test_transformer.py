@@ -1,4 +1,4 @@
-"""The plan as a whole: layer order, names, sizes and the operation count."""
+"""The complete model: layer order, names, sizes and operation count."""
 
 import pytest
 import torch
@@ -113,7 +113,7 @@ def test_train_flops_equal_the_flop_counter_but_for_the_causal_half():
     config, batch, num_tokens = small_config(encoding="rope"), 2, 64
     tokens = random_ids(config, batch, num_tokens)
     model = build_model(config)
-    # The counter knows no CPU flash kernel; the materialised one shows as two batched products forward, four back.
+    # The counter ignores the CPU flash kernel; the math kernel counts as two batched products forward, four backward.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         token_losses(model(tokens), tokens[0]).mean().backward()
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}

@@ -1,4 +1,4 @@
-"""Attention over the keys within reach: the same as over all, in fewer products, and the bound behind it."""
+"""Attention that skips keys of negligible weight: the same result with fewer products, and the bound behind it."""
 
 import math
 
@@ -30,7 +30,7 @@ def segment_counts(*lengths, tokens=TOKENS):
 
 @pytest.fixture
 def areas(monkeypatch):
-    """Heads x queries x keys of every call of the stock kernel."""
+    """Record heads x queries x keys of every call of torch's kernel."""
     seen = []
 
     def watched(q, k, v, mask=None):
@@ -48,7 +48,7 @@ def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale
     positions, encoding = segment_counts(5, 14), KeyBias(SLOPES, WIDTH)
     wide = encoding(q, k, positions)
     got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
-    # Measured: 6e-7 to 1.9e-6 of the largest value, of which the kernel's own order of additions is all.
+    # Measured: 6e-7 to 1.9e-6 of the largest value, all of it due to the kernel's order of additions.
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=1e-5 * scale)
     full = HEADS * TOKENS * TOKENS
     assert sum(areas) < (0.75 if scale < 3.0 else 1.0) * full
@@ -76,7 +76,7 @@ def test_reach_holds_for_a_query_that_prefers_one_distant_key():
     got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=2e-5)
     flattest = SLOPES.argmin()
-    torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # it does look there
+    torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # the query attends to that key
 
 
 def test_nan_scores_stay_nan():
