@@ -58,8 +58,8 @@ def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
     from megatron_bipe.engine.optimizer_state import optimizer_steps
     from tests.helpers.faults import Arithmetic, expose
 
-    calm, mesh_here = start(layout, mesh, run_dir)
-    without_bad_steps = _losses(calm, mesh_here, range(4))
+    reference, mesh_here = start(layout, mesh, run_dir)
+    without_bad_steps = _losses(reference, mesh_here, range(4))
     engine, mesh_here = start(layout, mesh, run_dir)
     expose(engine)
     losses = _losses(engine, mesh_here, range(2))

@@ -53,19 +53,21 @@ def survive(
     plan = folder / "plan"
     faults = [random_fault(chance, "SIGKILL", number, num_ranks, killed) for number in range(count)]
     plan.write_text("".join(f"{json.dumps(fault)}\n" for fault in faults))
-    calm, disturbed = folder / "calm", folder / "disturbed"
+    uninterrupted, restarted = folder / "uninterrupted", folder / "restarted"
     done = run(
-        *launcher(num_ranks, free_port()), *arguments(data, calm, *settings, steps=steps, zero=zero), limit_s=600
+        *launcher(num_ranks, free_port()),
+        *arguments(data, uninterrupted, *settings, steps=steps, zero=zero),
+        limit_s=600,
     )
     assert done.code == 0, done.output
-    command = [*launcher(num_ranks, free_port()), *arguments(data, disturbed, *settings, steps=steps, zero=zero)]
+    command = [*launcher(num_ranks, free_port()), *arguments(data, restarted, *settings, steps=steps, zero=zero)]
     attempts = [sys.executable, "-m", "tests.faults.attempt", str(plan), str(killed), *command]
     began_s = time.monotonic()
-    ended = run(*supervised(disturbed, attempts, failures=count + 1), limit_s=120 * (count + 1))
+    ended = run(*supervised(restarted, attempts, failures=count + 1), limit_s=120 * (count + 1))
     seconds = time.monotonic() - began_s
     assert ended.code == 0 and not ended.left, ended.output
     kills = Counter((kill["location"], kill["rank"]) for kill in signals_sent(killed))
-    return Outcome(kills, differences(disturbed, calm), seconds, ended.output)
+    return Outcome(kills, differences(restarted, uninterrupted), seconds, ended.output)
 
 
 def main() -> int:
@@ -85,7 +87,7 @@ def main() -> int:
         print(f"{times:3} x rank {rank} killed at {location}")
     total = outcome.killed.total()
     print(f"{total} of {given.count} kills, {outcome.seconds:.0f} s, no manual step")
-    print("differences from the run left alone: " + ("; ".join(outcome.differences) or "none, bit for bit"))
+    print("differences from the uninterrupted run: " + ("; ".join(outcome.differences) or "none, bit for bit"))
     return int(bool(outcome.differences) or total != given.count)
 
 

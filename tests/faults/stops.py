@@ -51,8 +51,8 @@ def stop_and_resume(folder: Path, data: Path, count: int, num_ranks: int, seed: 
         command = [*launcher(num_ranks, free_port()), *arguments(data, run_dir, *settings, steps=steps)]
         return run(*command, env=env, limit_s=600)
 
-    calm, stopped = folder / "calm", folder / "stopped"
-    assert (done := launch(calm, {})).code == 0, done.output
+    uninterrupted, stopped = folder / "uninterrupted", folder / "stopped"
+    assert (done := launch(uninterrupted, {})).code == 0, done.output
     stops, problems = [], []
     for number in range(count):
         name = SIGNALS[number % len(SIGNALS)]
@@ -61,7 +61,7 @@ def stop_and_resume(folder: Path, data: Path, count: int, num_ranks: int, seed: 
         stops.append(Stop(name, got["rank"], got["in"], last["step"]))
         problems += _problems(stops[-1], ended, last["event"])
     assert (done := launch(stopped, {})).code == 0, done.output
-    return Outcome(stops, [*problems, *differences(stopped, calm)])
+    return Outcome(stops, [*problems, *differences(stopped, uninterrupted)])
 
 
 def _problems(stop: Stop, ended: EndedCommand, last_event: str) -> Iterator[str]:
@@ -87,7 +87,9 @@ def main() -> int:
     for stop in outcome.stops:
         print(f"{stop.signal} to rank {stop.rank} at {stop.at}: saved step {stop.saved_step}")
     print(f"{len(outcome.stops)} of {given.count} stops on {given.ranks} ranks")
-    print("problems and differences from the run left alone: " + ("; ".join(outcome.problems) or "none, bit for bit"))
+    print(
+        "problems and differences from the uninterrupted run: " + ("; ".join(outcome.problems) or "none, bit for bit")
+    )
     return int(bool(outcome.problems))
 
 

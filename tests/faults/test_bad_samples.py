@@ -62,8 +62,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def read(request: pytest.FixtureRequest, folder: Path, train_and_valid: Path) -> Any:
     chosen = selected(request, "case")
-    calm = [Case("none", case.layout) for case in chosen if case.fault == "gradient"]
-    chosen = list(dict.fromkeys([*chosen, *calm]))
+    faultless = [Case("none", case.layout) for case in chosen if case.fault == "gradient"]
+    chosen = list(dict.fromkeys([*chosen, *faultless]))
     chosen.sort(key=lambda case: case.layout != "data")  # first, since DeepSpeed keeps the groups of an earlier engine
     return run_ranks(train_cases, 2, folder / "ranks", chosen=chosen, data=str(train_and_valid), work_dir=str(folder))
 
@@ -95,9 +95,9 @@ def test_single_bad_gradient_is_skipped_and_recorded(folder: Path, read: Any, ca
     assert _events(folder, case, "return") == []
     found = metrics(folder / f"{case.fault}-{case.layout}")
     assert [line["data/samples"] for line in found] == list(range(8, 8 * STEPS + 1, 8))
-    calm = metrics(folder / f"none-{case.layout}")
-    assert found[:5] == calm[:5]
-    assert found[6]["loss/train_nats"] != calm[6]["loss/train_nats"]  # one update is missing
+    faultless = metrics(folder / f"none-{case.layout}")
+    assert found[:5] == faultless[:5]
+    assert found[6]["loss/train_nats"] != faultless[6]["loss/train_nats"]  # one update is missing
 
 
 @pytest.mark.parametrize("case", cases("none"), ids=str)

@@ -36,14 +36,16 @@ def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
     """Return the uninterrupted run."""
-    run_dir = tmp_path_factory.mktemp("calm") / "run"
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
     return run_dir
 
 
-def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_and_valid: Path, tmp_path: Path) -> None:
+def test_killed_ranks_leave_no_trace_in_weights_and_metrics(
+    uninterrupted: Path, train_and_valid: Path, tmp_path: Path
+) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "killed.jsonl", random.Random(1)
     for location in KILLED_AT:
         number = [name for name, *_ in LOCATIONS].index(location)
@@ -53,11 +55,11 @@ def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_an
         assert codes[fault.rank] == KILLED and 0 not in codes, ranks
     assert [kill["location"] for kill in signals_sent(record)] == list(KILLED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
-    assert differences(run_dir, calm) == []
+    assert differences(run_dir, uninterrupted) == []
 
 
 def test_stopped_run_saves_immediately_and_continues_like_an_uninterrupted_one(
-    calm: Path, train_and_valid: Path, tmp_path: Path
+    uninterrupted: Path, train_and_valid: Path, tmp_path: Path
 ) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "sent.jsonl", random.Random(2)
     for number, name in STOPPED_AT:
@@ -67,7 +69,7 @@ def test_stopped_run_saves_immediately_and_continues_like_an_uninterrupted_one(
         assert read_events(run_dir)[-1]["event"] == "stop"
     assert len(signals_sent(record)) == len(STOPPED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
-    assert differences(run_dir, calm) == []
+    assert differences(run_dir, uninterrupted) == []
 
 
 @pytest.mark.slow
