@@ -44,9 +44,9 @@ def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def until_good(check: BackgroundVerifier, files: int) -> None:
+def until_verified(check: BackgroundVerifier, files: int) -> None:
     until_s = time.monotonic() + 20.0
-    while len(check._good) < files:
+    while len(check._verified) < files:
         check.raise_if_failed()
         assert time.monotonic() < until_s
         time.sleep(0.01)
@@ -79,7 +79,7 @@ def test_shard_damaged_before_it_is_read_is_found_and_named(dataset: TokenDatase
 def test_intact_shards_are_read_once_and_reported_intact(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         flip(dataset.path / "part-00001.bin", keep_time=True)  # not detected: the file would have to be read again
         time.sleep(0.2)
         check.raise_if_failed()
@@ -89,7 +89,7 @@ def test_shard_not_read_from_is_not_checked(dataset: TokenDataset) -> None:
     flip(dataset.path / "part-00002.bin")
     with BackgroundVerifier(dataset.shards) as check:
         dataset.sequences(np.array([0]), 100)
-        until_good(check, files=2)
+        until_verified(check, files=2)
         time.sleep(0.2)
         check.raise_if_failed()
 
@@ -97,7 +97,7 @@ def test_shard_not_read_from_is_not_checked(dataset: TokenDataset) -> None:
 def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         flip(dataset.path / "part-00001.bin")
         with raises(DataError, "SHA-256", location="part-00001.bin"):
             until_found(check)
@@ -106,7 +106,7 @@ def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDa
 def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         (dataset.path / "part-00002.seg").unlink()
         read(dataset)  # of the file that is still open
         with raises(DataError, location="part-00002.seg"):
@@ -116,7 +116,7 @@ def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: T
 def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         os.truncate(dataset.path / "part-00000.bin", 100)
         with raises(DataError, 100, 16000, location="part-00000.bin"):
             until_found(check)
@@ -128,13 +128,13 @@ def test_shard_touched_or_copied_again_is_read_again_and_intact(dataset: TokenDa
     path = dataset.path / "part-00000.bin"
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
-        seen = check._good[path]
+        until_verified(check, files=6)
+        seen = check._verified[path]
         content = path.read_bytes()
         path.with_suffix(".copy").write_bytes(content)
         path.with_suffix(".copy").replace(path)
         until_s = time.monotonic() + 20.0
-        while check._good[path] == seen:
+        while check._verified[path] == seen:
             check.raise_if_failed()
             assert time.monotonic() < until_s
 
@@ -146,7 +146,7 @@ def test_shard_check_closes_immediately_with_unread_data(
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         time.sleep(0.1)
-    assert not check._thread.is_alive() and not check._good
+    assert not check._thread.is_alive() and not check._verified
 
 
 def test_shard_check_of_nothing_starts_nothing() -> None:

@@ -253,9 +253,9 @@ def test_shard_every_byte_of_the_index_arrays_is_checked(tmp_path: Path) -> None
                 _ = shard.document_bounds
             path.write_bytes(intact)
             (found,) = (name for name in names.values() if name in caught.value.message)
-            position = names[max(at for at in names if at <= position)]
+            array = names[max(at for at in names if at <= position)]
             # A wrong length may only show in the offset that should be its sum.
-            assert found in {position, "byte offsets" if position == "sequence lengths" else position}
+            assert found in {array, "byte offsets" if array == "sequence lengths" else array}
 
 
 def test_shard_length_entry_negative_names_its_byte(tmp_path: Path) -> None:

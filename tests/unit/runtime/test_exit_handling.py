@@ -42,29 +42,29 @@ def abort(tmp_path):
     return run
 
 
-def test_run_rank_that_fails_exits_with_code_1_and_names_itself(leave):
+def test_run_rank_that_fails_exits_with_code_1_and_names_itself(abort):
     code, output = abort(ValueError("broken"))
     assert code == 1 and "before" in output
     assert "rank 0 of 1 on " in output and "ValueError: broken" in output and ", in _main" in output
 
 
-def test_run_rank_that_fails_exits_although_its_output_pipe_is_broken(leave):
+def test_run_rank_that_fails_exits_although_its_output_pipe_is_broken(abort):
     assert abort(ValueError("broken"), take_output=False).code == 1
 
 
-def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(leave):
+def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(abort):
     code, output = abort(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in output
 
 
-def test_run_rank_of_an_incomplete_launch_exits_with_code_2(leave):
+def test_run_rank_of_an_incomplete_launch_exits_with_code_2(abort):
     code, output = abort(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
 
 
-def test_run_rank_that_succeeds_returns(leave):
+def test_run_rank_that_succeeds_returns(abort):
     assert abort(None).code == 7
 
 

@@ -22,8 +22,8 @@ def test_train_state_skips_the_requested_samples_once():
 
 def test_train_state_survives_json():
     state = TrainState(step=3, samples=40, pass_over=[(48, 56)], valid_owed=True, good_losses=[0.1 + 0.2, 1e-30])
-    state = json.loads(json.dumps(state.model_dump(mode="json")))
-    assert TrainState.at(3, 8, state) == state
+    stored = json.loads(json.dumps(state.model_dump(mode="json")))
+    assert TrainState.at(3, 8, stored) == state
 
 
 def test_train_state_of_a_checkpoint_without_it_is_steps_times_batch():
