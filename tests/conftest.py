@@ -1,4 +1,4 @@
-"""Fixtures of several folders."""
+"""Fixtures for tests of several folders."""
 
 import gc
 import signal
@@ -25,13 +25,13 @@ def write_text_dataset() -> Callable[..., Manifest]:
 
 @pytest.fixture(scope="session")
 def letters(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
-    """One token a character, with BOS and EOS."""
+    """Return a tokenizer with one token per character, BOS and EOS."""
     return datasets.write_letters(tmp_path_factory.mktemp("letters"), {"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.fixture(scope="session")
 def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a small dataset with a tokenizer of letters; tests do not change it."""
+    """Return the folder of a small dataset with a character tokenizer; tests do not change it."""
     folder = tmp_path_factory.mktemp("text")
     datasets.write_text_dataset(folder, TEXTS)
     return folder
@@ -39,13 +39,13 @@ def text_dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def train_and_valid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with the datasets `train` and `valid`; tests do not change it."""
+    """Return a folder with the datasets `train` and `valid`; tests do not change it."""
     return datasets.write_train_and_valid(tmp_path_factory.mktemp("train-and-valid"))
 
 
 @pytest.fixture(scope="session")
 def free_port() -> Callable[[], int]:
-    """A function that returns a TCP port that nothing listens on."""
+    """Return a function that returns an unused TCP port."""
     return ranks.free_port
 
 
@@ -54,7 +54,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Let what tests start heed SIGINT, which is ignored where a script runs pytest in the background."""
+    """Let child processes of tests obey SIGINT, which is ignored if a script runs pytest in the background."""
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 

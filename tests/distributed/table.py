@@ -2,7 +2,7 @@
 
     python -m tests.distributed.table
 
-For each way to share out 1, 2, 4 or 8 ranks among four axes, each ZeRO stage that it allows and each encoding (with
+For each way to divide 1, 2, 4 or 8 ranks among four axes, each ZeRO stage that it allows and each encoding (with
 context parallelism, the encodings in turn): 8 updates in fp32 with clipping at work, a held-out loss and the weights of
 a checkpoint. Stages alone also without clipping, where all but the norm must be the same bits. Exit code 1, and no
 table, where a difference is larger than allowed.
@@ -27,7 +27,7 @@ TIME_LIMIT_S = 3600  # of the layouts of one encoding on one number of ranks
 
 
 class Shape(NamedTuple):
-    """A row of the table."""
+    """One row of the table."""
 
     tensor: int
     context: int
@@ -41,14 +41,14 @@ class Shape(NamedTuple):
         return self.tensor * self.context * self.pipeline * self.data
 
     def layouts(self, encoding: str) -> list[Layout]:
-        """One for each ZeRO stage: the pipeline engine has two of them."""
+        """Return a layout for each ZeRO stage; the pipeline engine supports two of them."""
         plain = Layout(encoding, self.tensor, self.context, self.pipeline, sequence=self.sequence)
         layout = plain if self.clip else plain._replace(clip=0.0)
         return [layout._replace(zero=zero) for zero in range(4 if self.pipeline == 1 else 2)]
 
 
 class Cell(NamedTuple):
-    """One layout's outcome with one encoding."""
+    """Result of one layout with one encoding."""
 
     shape: Shape
     layout: Layout
@@ -60,7 +60,7 @@ class Cell(NamedTuple):
 
 
 def shapes() -> list[Shape]:
-    """Rows of the table, in order."""
+    """Return the rows of the table in order."""
     found = itertools.starmap(Shape, itertools.product(*[SIZES] * 4, (False, True), (True, False)))
     return [shape for shape in found if _is_meant(shape)]
 
@@ -72,14 +72,14 @@ def _is_meant(shape: Shape) -> bool:
 
 
 def rows_of(encoding: str) -> list[Shape]:
-    """All without context parallelism; of the others, which encode after the exchange as those do, every fourth."""
+    """Return all shapes without context parallelism, and every fourth of the others, which encode like the first."""
     rows = shapes()
     split = [row for row in rows if row.context > 1]
     return [row for row in rows if row.context == 1] + split[ENCODINGS.index(encoding) :: len(ENCODINGS)]
 
 
 def measure(rows: list[Shape], encoding: str, folder: Path) -> Iterator[Cell]:
-    """All layouts of an encoding; one launch for each number of ranks."""
+    """Train all layouts of an encoding, in one launch for each number of ranks."""
     references = {Placed(1, reference(layout)) for row in rows for layout in row.layouts(encoding)}
     alone = run_placed(train_layouts, references, folder / "alone", time_limit_s=TIME_LIMIT_S)
     for num_ranks in sorted({row.ranks for row in rows}):
@@ -92,7 +92,7 @@ def measure(rows: list[Shape], encoding: str, folder: Path) -> Iterator[Cell]:
 
 
 def render(rows: list[Shape], cells: list[Cell]) -> str:
-    """The table in Markdown; a figure is the largest of all encodings."""
+    """Return the table in Markdown; each figure is the largest over all encodings."""
     lines = [
         "| tensor | context | pipeline | data | sequence | clipping | ZeRO 0 | 1 | 2 | 3 | norms | weights |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
@@ -118,10 +118,10 @@ def _largest(differences: list[float]) -> str:
 
 
 def put_table(page: str, table: str) -> str:
-    """The page with what is between its marks replaced."""
+    """Return the page with a new table between its markers."""
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
-    assert begin and end, f"{DOC.name} has no place for the table"
+    assert begin and end, f"{DOC.name} has no markers for the table"
     return f"{before}{begin}\n{table}\n{end}{after}"
 
 

@@ -1,4 +1,4 @@
-"""What blocks keep for backward is what the dry run says, to the byte: every tensor that is alive is looked at."""
+"""Activations that blocks keep for the backward pass, measured over live tensors, against the dry run's estimate."""
 
 import gc
 import time
@@ -16,7 +16,7 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
 
 TOKENS = 64
-SETTLE_S = 0.05  # a thread of gloo's holds the tensors of a finished collective until it runs once more
+SETTLE_S = 0.05  # a gloo thread keeps the tensors of a finished collective until its next one
 MODELS = {
     "bipe_rope": {"encoding": "bipe_rope"},
     "bipe_alibi": {"encoding": "bipe_alibi"},
@@ -40,7 +40,7 @@ def config(name: str, **changes: Any) -> ModelConfig:
 
 @pytest.fixture(scope="module", autouse=True)
 def frozen() -> Iterator[None]:
-    """What was there before does not count, and is not looked at."""
+    """Exclude all existing objects from garbage collection and from `alive`."""
     gc.collect()
     gc.freeze()
     yield
@@ -48,14 +48,14 @@ def frozen() -> Iterator[None]:
 
 
 def alive() -> dict[int, int]:
-    """Bytes of every storage that a tensor holds."""
+    """Return the bytes of each storage of a live tensor, by address."""
     gc.collect()
     storages = [o.untyped_storage() for o in gc.get_objects() if type(o) in (torch.Tensor, torch.nn.Parameter)]
     return {storage.data_ptr(): storage.nbytes() for storage in storages}
 
 
 def kept_bytes(model: ModelConfig, recompute: Any, dtype: torch.dtype, layers: Any, tokens_here: int) -> int:
-    """What autograd and recomputation hold after the forward pass of a block, its output left out."""
+    """Return the bytes that autograd and recomputation keep after a block's forward pass, without its output."""
     block = make_plan(model, 0, layers, recompute)[1].build().to(dtype)
     hidden = torch.randn(1, tokens_here, 128, dtype=dtype, requires_grad=True)
     positions = torch.arange(max(TOKENS, tokens_here))[None] // 7
@@ -92,20 +92,20 @@ def test_block_keeps_what_the_estimate_says(name: str, recompute: Any, dtype: to
 def test_block_that_materialises_scores_keeps_about_what_the_estimate_says(
     encoding: str, recompute: Any, dtype: torch.dtype
 ) -> None:
-    """Measured: up to 3.1%, which copies that torch's plain attention makes are."""
+    """Measured: up to 3.1%, due to copies inside torch's math attention."""
     t5 = config("nope", encoding=encoding)
     measured = kept_bytes(t5, recompute, dtype, LocalLayers(), 1024)
     assert estimate(t5, ParallelConfig(), dtype, recompute, 1024) == pytest.approx(measured, rel=0.04)
 
 
 def estimate(model: ModelConfig, parallel: ParallelConfig, dtype: torch.dtype, recompute: str, tokens: int) -> float:
-    """Bytes of a block, and of what it shares with the others of its stage, for a window."""
+    """Return the bytes for one sequence of a block, and of the tensors that all blocks of a stage share."""
     block = block_bytes_per_token(model, parallel, dtype.itemsize, recompute, tokens)
     return (block + table_bytes_per_token(model, parallel, dtype.itemsize, tokens)) * tokens / parallel.context
 
 
 def measure_split(mesh: Mesh, dtypes: list[torch.dtype]) -> dict[tuple[Any, ...], int]:
-    """Every model and mode in every layout."""
+    """Measure every model and mode in every layout."""
     import torch.distributed as dist
 
     from megatron_bipe.engine.base import make_layers

@@ -1,8 +1,8 @@
-"""A gradient or a loss that is not finite on one rank: no rank updates anything, in any layout; then all goes on.
+"""A gradient or a loss that is not finite on one rank is skipped by all ranks in any layout, and training continues.
 
 In every layout here: two good updates; one with NaN in the gradient of the logits on one rank; one with an infinite
-loss on one rank, whose gradient is as ever; two more good updates. The bad ones must leave the state as it was, bit for
-bit, and the good ones give what they give without bad ones between, bit for bit.
+loss on one rank, whose gradient is unchanged; two more good updates. The bad ones must not change the state, and the
+good ones give the same results as without bad ones between, bit for bit.
 """
 
 from pathlib import Path
@@ -40,17 +40,17 @@ PLACED = [*FAST, *slow(SLOW)]
 
 
 class Seen(NamedTuple):
-    """What a rank saw of a layout."""
+    """Results of a rank in a layout."""
 
     norms: list[float]  # of the bad updates
     changed: list[str]  # state that a bad update changed
     losses: list[float]  # of the good updates
-    undisturbed: list[float]  # the same without bad ones between
+    without_bad_steps: list[float]  # the same without bad updates in between
     optimizer_steps: int
 
 
 def bad_steps(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Seen]:
-    """All layouts; the fault is on the last rank, and for stages thus on the last of them."""
+    """Train all layouts; the fault is on the last rank, and so on the last stage."""
     return {layout: _bad_steps(mesh, layout, Path(work_dir) / str(number)) for number, layout in enumerate(layouts)}
 
 
@@ -58,8 +58,8 @@ def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
     from megatron_bipe.engine.deepspeed_internals import optimizer_steps
     from tests.helpers.faults import Arithmetic, expose
 
-    calm, mesh_here = start(layout, mesh, run_dir)
-    undisturbed = _losses(calm, mesh_here, range(4))
+    reference, mesh_here = start(layout, mesh, run_dir)
+    without_bad_steps = _losses(reference, mesh_here, range(4))
     engine, mesh_here = start(layout, mesh, run_dir)
     expose(engine)
     losses = _losses(engine, mesh_here, range(2))
@@ -74,7 +74,7 @@ def _bad_steps(mesh: Mesh, layout: Layout, run_dir: Path) -> Seen:
         norms,
         changed,
         losses + _losses(engine, mesh_here, range(2, 4)),
-        undisturbed,
+        without_bad_steps,
         optimizer_steps(engine._optimizer),
     )
 
@@ -104,7 +104,7 @@ def test_bad_step_on_one_rank_updates_nothing_on_any(seen: dict[Placed, list[See
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_bad_step_leaves_no_trace_in_those_that_follow(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
+def test_bad_step_does_not_affect_later_steps(seen: dict[Placed, list[Seen]], placed: Placed) -> None:
     for rank in seen[placed]:
-        assert rank.losses == rank.undisturbed
+        assert rank.losses == rank.without_bad_steps
         assert len(set(rank.losses)) == 4

@@ -1,10 +1,10 @@
 """Every encoding beyond the four published ones, over two ranks in each way, against one process.
 
 Measured (largest over encodings and layouts): losses differ by 2.3e-7 relative, gradient norms by 5.4e-6, weights by
-1.1e-5; bipe_xpos with tensor parallelism alone by 8.6e-7, 1.2e-5 and 7.1e-5. bipe_xpos without an intra encoding is
-not among them: it cannot tell the tokens of a segment apart, and then this task is ill-conditioned. One process that
-adds its micro-batches up in another order is off by 9.6e-6 and 7.5e-5 (norms, weights). test_tensor.py has one step of
-it.
+1.1e-5; bipe_xpos with tensor parallelism alone by 8.6e-7, 1.2e-5 and 7.1e-5. bipe_xpos without an intra encoding is not
+among them: it cannot tell the tokens of a segment apart, and then this task is ill-conditioned. One process that adds
+its micro-batches up in another order is off by 9.6e-6 and 7.5e-5 (norms, weights). test_tensor_parallel.py has one step
+of it.
 """
 
 import pytest

@@ -1,6 +1,6 @@
 """A rank that raises, dies or hangs ends the launch, and the output names it and the location it was at.
 
-The faults happen side by side, each in a launch of two forked tensor-parallel ranks; real launchers follow at the end.
+The faults occur concurrently, each in a launch of two forked tensor-parallel ranks; real launchers follow at the end.
 `parallel.timeout_s` is what a hang costs.
 """
 
@@ -25,7 +25,7 @@ SLOW = [("SIGKILL", 0), ("SIGSTOP", 0)]
 
 
 class Failed(NamedTuple):
-    """A launch that has failed."""
+    """Result of a launch that has failed."""
 
     codes: list[int]
     outputs: list[str]  # of each rank
@@ -42,7 +42,7 @@ def arguments(data, run_dir, timeout_s=TIMEOUT_S):
 
 @pytest.fixture(scope="module")
 def failed(request, tmp_path_factory, text_dataset):
-    """Every fault at step 3."""
+    """Run a launch for every fault, which occurs at step 3."""
     folder, faults = tmp_path_factory.mktemp("failed"), selected(request, "fault")
 
     def launch(fault):
@@ -78,7 +78,7 @@ def test_failure_rank_that_is_killed_is_named_by_the_others(failed):
 
 
 @pytest.mark.slow
-def test_failure_rank_0_that_is_killed_takes_the_store_along(failed):
+def test_failure_rank_0_that_is_killed_ends_the_store(failed):
     output = failed["SIGKILL", 0].outputs[1]
     assert f"{NAMES[1]}, at step 3, micro-batch 1," in output, output
     assert re.search("store .* is gone", output), output
@@ -136,4 +136,4 @@ def test_failure_under_a_launcher_names_the_rank_and_leaves_no_process(
     ended = run(*prefix, "tests.helpers.faults", *arguments(text_dataset, tmp_path / "run", 20), env=fault.variables)
     assert ended.code != 0 and not ended.left, ended.output
     assert f"{NAMES[1]}, {'at step 3' if kind == 'raise' else 'last at'}" in ended.output, ended.output
-    assert ended.output.count("Traceback") <= 2, ended.output  # torchrun has one of its own
+    assert ended.output.count("Traceback") <= 2, ended.output  # torchrun has its own

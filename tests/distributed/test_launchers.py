@@ -1,4 +1,4 @@
-"""The launch scripts of examples/: what they say exists, and two ranks of a small model train by each of them."""
+"""The launch scripts of examples/: their files and options exist, and each trains two ranks of a small model."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.helpers.paths import BIN, ROOT
 
 SCRIPTS = ROOT / "examples" / "launch"
 NAMES = ("one_machine.sh", "hostfile.sh", "slurm.sbatch", "mpi.sh", "torchrun.sh")
-# What srun gives the tasks of a step. Its own options end where the program begins.
+# Sets the variables that srun sets for the tasks of a step; srun's own options end where the program begins.
 SRUN = """#!/usr/bin/env bash
 while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_ID=0 SLURM_STEP_NUM_TASKS=2 SLURM_STEP_TASKS_PER_NODE=2 SLURM_STEP_NODELIST=localhost SLURM_NODEID=0
@@ -32,13 +32,13 @@ exit "${code:-0}"
 
 
 def commands_of(name: str) -> str:
-    """The lines of a script that are no comments, with continued ones joined."""
+    """Return the lines of a script without comments, with continued lines joined."""
     text = re.sub(r"^\s*#.*$", "", (SCRIPTS / name).read_text(), flags=re.MULTILINE)
     return text.replace("\\\n", " ")
 
 
 def launched(name: str, word: str) -> tuple[list[str], list[str]]:
-    """Options that a script gives its launcher, and those it gives pretrain.py."""
+    """Return the options that a script passes to its launcher, and those that it passes to pretrain.py."""
     command = re.search(rf"^exec (?:.* -- +)?{word} (.*)$", commands_of(name), re.MULTILINE)[1]
     before, after = command.split(" pretrain.py ")
     return [re.findall(r"(?<!\S)--?[a-z][\w-]*", part) for part in (before, after)]

@@ -1,4 +1,4 @@
-"""Layouts of four and eight ranks against one process: each axis, each pair of axes, and what models may have besides.
+"""Layouts of four and eight ranks against one process: each axis, each pair of axes, and further model options.
 
 `make test-parallel` runs every layout; docs/parallelism.md has what it measured, and layouts.py the tolerances.
 """
@@ -65,7 +65,7 @@ Found = dict[Placed, tuple[list[Outcome], Outcome]]
 
 @pytest.fixture(scope="module")
 def found(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Found:
-    """Outcomes of each selected layout on all ranks, and that of one process."""
+    """Return the results of each selected layout on all ranks, and that of one process."""
     folder, chosen, results = tmp_path_factory.mktemp("layouts"), selected(request, "placed"), {}
     for name, tier, steps in (("fast", FAST, FAST_STEPS), ("slow", SLOW, STEPS)):
         placed = {each: Placed(1, reference(each.layout)) for each in chosen if each in tier}

@@ -12,7 +12,7 @@ WEAK = {"ONEDNN_MAX_CPU_ISA": "AVX2", "ATEN_CPU_CAPABILITY": "avx2"}
 
 @pytest.fixture(scope="module")
 def train(tmp_path_factory, text_dataset):
-    """Train a run, by name: its folder and the output."""
+    """Return a function that trains a run by name and returns its folder and output."""
     folder = tmp_path_factory.mktemp("precision")
 
     def started(name, *arguments, precision, steps, env):
@@ -25,7 +25,7 @@ def train(tmp_path_factory, text_dataset):
 
 @pytest.fixture(scope="module")
 def begun(train):
-    """A run of two steps that began with `auto` on a weak processor."""
+    """Return a run of two steps that started with `auto` on a processor without native bf16."""
     return train("weak", precision="auto", steps=2, env=WEAK)
 
 

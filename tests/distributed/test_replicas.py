@@ -1,4 +1,4 @@
-"""What ranks hold alike stays alike, bit for bit, and a bit that does not is found."""
+"""Replicated parameters stay bit-identical, and a flipped bit is detected."""
 
 from pathlib import Path
 from typing import Any
@@ -34,8 +34,8 @@ def keep_in_step(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layou
         engine, mesh_here = start(layout, mesh, Path(work_dir) / str(layout))
         train_steps(engine, mesh_here, range(MANY_STEPS), layout.micro)
         engine.check_replicas(MANY_STEPS)
-        whole = {name: p for name, p in engine._engine.module.named_parameters() if shard_of(p) is None}
-        found[layout] = {name: bits(getattr(p, "ds_tensor", p)) for name, p in whole.items()}
+        replicated = {name: p for name, p in engine._engine.module.named_parameters() if shard_of(p) is None}
+        found[layout] = {name: bits(getattr(p, "ds_tensor", p)) for name, p in replicated.items()}
     return found
 
 
@@ -49,7 +49,7 @@ def kept(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 @pytest.mark.parametrize("placed", [*FAST, *slow(SLOW)], ids=str)
-def test_whole_parameters_are_the_same_bits_on_tensor_ranks_after_many_steps(kept: Any, placed: Placed) -> None:
+def test_replicated_parameters_are_bit_identical_on_tensor_ranks_after_many_steps(kept: Any, placed: Placed) -> None:
     of_ranks = kept[placed]
     assert any(of_ranks)
     for rank, found in enumerate(of_ranks):
@@ -57,7 +57,7 @@ def test_whole_parameters_are_the_same_bits_on_tensor_ranks_after_many_steps(kep
 
 
 def flip_bits(mesh: Mesh, work_dir: str) -> dict[str, str]:
-    """What the check says of one bit that flipped on one rank."""
+    """Return the error of the check after one bit flipped on one rank."""
     cases = {
         "data": (Layout(zero=1), 2, SPLIT, "weight"),
         "tensor": (Layout(tensor=2, zero=1, precision="bf16"), 1, NORM, "weight"),
@@ -118,13 +118,13 @@ def test_check_replicas_names_the_ranks_and_the_parameter_of_a_flipped_bit(
 def test_bits_hash_differs_for_any_bit_anywhere(dtype: torch.dtype) -> None:
     tensor = torch.arange(300).to(dtype)
     usual = int(bits_hash([tensor])[0])
-    for place in range(tensor.numel() * tensor.element_size()):
+    for position in range(tensor.numel() * tensor.element_size()):
         changed = tensor.clone()
-        changed.view(torch.uint8)[place] ^= 1 << place % 8
+        changed.view(torch.uint8)[position] ^= 1 << position % 8
         assert int(bits_hash([changed])[0]) != usual
 
 
-def test_bits_hash_tells_signed_zeros_order_and_nan_apart() -> None:
+def test_bits_hash_distinguishes_signed_zeros_order_and_nan() -> None:
     tensors = [[0.0, 1.0], [-0.0, 1.0], [1.0, 0.0], [float("nan"), 1.0]]
     hashes = bits_hash([torch.tensor(values) for values in tensors])
     assert len(set(hashes.tolist())) == len(tensors)

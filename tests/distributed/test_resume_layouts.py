@@ -53,7 +53,7 @@ STAYED = [
 
 
 def first_halves(mesh: Mesh, layouts: list[Layout], work_dir: str) -> list[list[float]]:
-    """Train each to the checkpoint, and on; the losses after it."""
+    """Train each layout to the checkpoint and beyond; return the losses after it."""
     after = []
     for layout in layouts:
         run_dir = Path(work_dir) / f"{layout}-{mesh.num_ranks}"
@@ -65,7 +65,7 @@ def first_halves(mesh: Mesh, layouts: list[Layout], work_dir: str) -> list[list[
 
 
 def second_halves(mesh: Mesh, layouts: list[tuple[Layout, str]], work_dir: str) -> list[list[float]]:
-    """Continue each from a checkpoint, written again at once; the losses after it."""
+    """Save again right after loading each checkpoint, continue, and return the losses after it."""
     after = []
     for number, (layout, source) in enumerate(layouts):
         again = Path(work_dir) / f"again-{mesh.num_ranks}-{number}"
@@ -77,7 +77,7 @@ def second_halves(mesh: Mesh, layouts: list[tuple[Layout, str]], work_dir: str) 
 
 
 class Continued(NamedTuple):
-    """One pair's outcome."""
+    """Result of one pair of layouts."""
 
     expected: list[float]
     found: list[list[float]]  # of every rank
@@ -121,7 +121,7 @@ def states(reader: StateReader) -> dict[tuple[str, str], torch.Tensor]:
 
 
 @pytest.mark.parametrize("pair", PAIRS, ids=lambda pair: " -> ".join(map(str, pair)))
-def test_resume_in_another_layout_goes_on_with_the_same_losses(outcomes: Any, pair: tuple[Placed, Placed]) -> None:
+def test_resume_in_another_layout_continues_with_the_same_losses(outcomes: Any, pair: tuple[Placed, Placed]) -> None:
     expected, found, *_ = outcomes[pair]
     assert expected[-1] < expected[0] - 0.1  # it still learns
     for losses in found:
@@ -129,7 +129,7 @@ def test_resume_in_another_layout_goes_on_with_the_same_losses(outcomes: Any, pa
 
 
 @pytest.mark.parametrize("placed", STAYED, ids=str)
-def test_resume_in_the_same_layout_is_the_same_bits(outcomes: Any, placed: Placed) -> None:
+def test_resume_in_the_same_layout_is_bit_identical(outcomes: Any, placed: Placed) -> None:
     expected, found, *_ = outcomes[placed, placed]
     assert found == [expected] * placed.ranks
 

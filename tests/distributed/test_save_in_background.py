@@ -1,4 +1,4 @@
-"""A checkpoint written in the background holds the state of its moment, wherever DeepSpeed keeps it.
+"""A checkpoint written in the background holds the state at the time of the save, wherever DeepSpeed keeps it.
 
 The copy begins when an update is about to change the state, and is slow: the update would be in it if it did not wait.
 """
@@ -46,21 +46,21 @@ def begin_at_the_update(saver: Any) -> None:
 def save_both_ways(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, dict[str, Any]]:
     results = {}
     for number, layout in enumerate(layouts):
-        waiting, beside = Path(work_dir) / f"{number}-waiting", Path(work_dir) / f"{number}-beside"
-        engine, mesh_here = start(layout, mesh, waiting)
+        blocking, background = Path(work_dir) / f"{number}-blocking", Path(work_dir) / f"{number}-background"
+        engine, mesh_here = start(layout, mesh, blocking)
         train_steps(engine, mesh_here, range(2))
         torch.manual_seed(mesh.rank)
-        engine.save(waiting, 2)
+        engine.save(blocking, 2)
         begin_at_the_update(engine._saver)
-        engine.save(beside, 2, final=False)
+        engine.save(background, 2, final=False)
         drawn = torch.rand(3)
         losses = train_steps(engine, mesh_here, range(2, 4))[0]
-        engine.save(beside, 4)  # waits for the other
-        engine.load(engine.latest_valid_checkpoint(waiting).folder)
+        engine.save(background, 4)  # waits for the other
+        engine.load(engine.latest_valid_checkpoint(blocking).folder)
         results[layout] = {
             "drawn again": torch.equal(torch.rand(3), drawn),
             "losses again": train_steps(engine, mesh_here, range(2, 4))[0] == losses,
-            "folders": (waiting, beside),
+            "folders": (blocking, background),
         }
     return results
 
@@ -72,11 +72,11 @@ def ranks(request, tmp_path_factory):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-def test_save_in_background_holds_the_bits_of_its_moment(ranks, layout):
-    waiting, beside = ranks[Placed(2, layout)][0]["folders"]
-    assert list_steps(beside) == [2, 4]
+def test_save_in_background_holds_the_bits_at_the_time_of_the_save(ranks, layout):
+    blocking, background = ranks[Placed(2, layout)][0]["folders"]
+    assert list_steps(background) == [2, 4]
     expected, found, later = (
-        StateReader(find_checkpoint(spec).folder) for spec in (waiting, f"{beside}@2", f"{beside}@4")
+        StateReader(find_checkpoint(spec).folder) for spec in (blocking, f"{background}@2", f"{background}@4")
     )
     assert found.index.optimizer_steps == expected.index.optimizer_steps == 2
     assert found.index.parameters == expected.index.parameters

@@ -1,7 +1,7 @@
 """Two hosts: network namespaces with an address and a host name each, joined by a virtual cable.
 
-They share the processors, the disk and nothing of the network, so that ranks find each other only by what the launch
-tells them. Measured: the losses of 3 steps are those of one host bit for bit.
+They share processors and disk but no network interface, so that ranks find each other only through the variables of
+the launch. Measured: the losses of 3 steps are those of one host bit for bit.
 """
 
 import os
@@ -22,7 +22,7 @@ ON_HOST = 'hostname "$1"; export GLOO_SOCKET_IFNAME="$2"; shift 2; exec "$@"'
 
 @pytest.fixture(scope="module")
 def hosts():
-    """Commands that run what follows on one host or the other."""
+    """Return command prefixes that run a command on one host or the other."""
     if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("unshare") is None:
         pytest.skip(reason="two network namespaces need root, iproute2 and util-linux")
     mark = uuid.uuid4().hex[:8]
@@ -51,7 +51,7 @@ def _ip(*words):
 
 
 def torchrun(num_hosts, host, ranks, port, program):
-    """The launcher of one host."""
+    """Return the launch command of one host."""
     rendezvous = ["--master-addr", ADDRESSES[0] if num_hosts > 1 else "127.0.0.1", "--master-port", str(port)]
     layout = ["--nnodes", str(num_hosts), "--node-rank", str(host), "--nproc-per-node", str(ranks)]
     return ["torchrun", *layout, *rendezvous, *program, "--ds_config", "ds_configs/zero1.json"]

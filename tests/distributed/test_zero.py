@@ -50,7 +50,7 @@ def _run(run_dir: Path, precision: str) -> RunConfig:
 
 
 def outcomes_of(engine, mesh, steps):
-    """Loss and gradient norm of some updates."""
+    """Return loss and gradient norm of some updates."""
     results = [engine.train_step(batches(step, mesh, ROWS, MICRO), LR) for step in steps]
     return [(float(result.loss_nats), float(result.grad_norm)) for result in results]
 
@@ -113,11 +113,11 @@ def test_zero_two_ranks_give_the_losses_of_one(one, two, case):
     ours, reference = two[0][case]["outcomes"], one[case]["outcomes"]
     losses, expected = [loss for loss, _ in ours], [loss for loss, _ in reference]
     assert losses == pytest.approx(expected, rel=LOSS_TOLERANCE[case[1]])
-    assert max(expected) - min(expected) > 0.1  # the model does move
+    assert max(expected) - min(expected) > 0.1  # the weights change
     if case[1] == "fp32":
         norms = [norm for _, norm in ours]
         assert norms == pytest.approx([norm for _, norm in reference], rel=2e-6)
-        assert min(norms) > 0.5  # clipping is at work
+        assert min(norms) > 0.5  # gradients are clipped
 
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
@@ -134,7 +134,7 @@ def test_zero_bf16_learns_what_fp32_does(two, case):
 
 
 @pytest.mark.parametrize("case", of_precision("fp32"), ids=str)
-def test_zero_weights_read_whole_are_those_of_one_process(one, two, case):
+def test_zero_weights_read_unsharded_are_those_of_one_process(one, two, case):
     ours, reference = two[0][case]["weights"], one[PLAIN]["weights"]
     assert set(ours) == set(reference)
     for name, weight in reference.items():
@@ -147,7 +147,7 @@ def test_zero_weights_come_in_compute_precision(two, case):
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_zero_resumed_run_equals_the_undisturbed_one_bit_for_bit(one, two, case):
+def test_zero_resumed_run_is_bit_identical_to_the_uninterrupted_one(one, two, case):
     for results in (one, *two):
         result = results[case]
         assert result["resumed"] == result["rewound"] == result["outcomes"][HALF:]
@@ -155,7 +155,7 @@ def test_zero_resumed_run_equals_the_undisturbed_one_bit_for_bit(one, two, case)
 
 
 def _gradients_at_the_update(mesh: Mesh, work_dir: str) -> tuple[float, bool]:
-    """Of the gradients that AdamW gets, the share that bf16 does not hold; and whether bf16 ones are left beside."""
+    """Return which share of AdamW's gradients bf16 cannot represent, and whether bf16 gradients remain in memory."""
     from megatron_bipe.engine.engines import ZeroEngine
 
     run = _run(Path(work_dir), "bf16")
@@ -165,8 +165,8 @@ def _gradients_at_the_update(mesh: Mesh, work_dir: str) -> tuple[float, bool]:
 
     def look(optimizer, *_):
         gradients = torch.cat([p.grad for group in optimizer.param_groups for p in group["params"]])
-        beside = any(p.grad is not None for p in engine._engine.module.parameters())
-        found.append((float((gradients != gradients.bfloat16().float()).float().mean()), beside))
+        remain = any(p.grad is not None for p in engine._engine.module.parameters())
+        found.append((float((gradients != gradients.bfloat16().float()).float().mean()), remain))
 
     engine._optimizer.optimizer.register_step_pre_hook(look)
     engine.train_step(batches(0, mesh, ROWS, MICRO), LR)
@@ -174,10 +174,10 @@ def _gradients_at_the_update(mesh: Mesh, work_dir: str) -> tuple[float, bool]:
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_zero_1_hands_fp32_sums_of_bf16_gradients_to_the_optimizer(ranks, tmp_path):
-    for finer, beside in run_ranks(_gradients_at_the_update, ranks, tmp_path, work_dir=str(tmp_path)):
+def test_zero_1_passes_fp32_sums_of_bf16_gradients_to_the_optimizer(ranks, tmp_path):
+    for finer, remain in run_ranks(_gradients_at_the_update, ranks, tmp_path, work_dir=str(tmp_path)):
         assert finer > 0.5  # measured: 0.67 to 0.78; 0 as DeepSpeed exchanges them by default
-        assert not beside
+        assert not remain
 
 
 def test_zero_all_ranks_report_the_same(two):

@@ -27,7 +27,7 @@ def length_of(task: str) -> int:
 
 @pytest.fixture(scope="module")
 def scrolls(tmp_path_factory, letters):
-    """Data of every task; for each form of task a model that was trained on some of them."""
+    """Write data of every task, and train a model for each form of task."""
     folder = tmp_path_factory.mktemp("scrolls")
     write_benchmark(folder / "raw")
     for name in TASKS:

@@ -1,8 +1,8 @@
-"""Starts a launcher with the next fault of a plan; the supervisor starts this again and again.
+"""Start a launcher with the next fault of a plan; the supervisor starts this repeatedly.
 
     python -m tests.faults.attempt PLAN RECORD COMMAND...
 
-PLAN has a fault on each line, and RECORD a line for each signal that a rank got: a fault that did not happen is tried
+PLAN has one fault per line, and RECORD one line per signal that a rank got: a fault that did not happen is tried
 again.
 """
 

@@ -1,11 +1,11 @@
-"""A run whose ranks are killed again and again, under the supervisor, against one that is left alone.
+"""Kill ranks of a supervised run repeatedly, and compare it with an uninterrupted run.
 
     python -m tests.faults.kills --count 50
 
-Each kill is SIGKILL to one rank drawn at random, at a moment drawn at random after it came to one of these locations in
+Each kill is SIGKILL to one rank drawn at random, at a random moment after it reached one of these locations in
 turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, without
 any manual step. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
-be those of the run that was left alone, bit for bit. Exit code 1 where they are not, or where a kill did not happen.
+be bit-identical to those of the uninterrupted run. Exit code 1 where they are not, or where a kill did not happen.
 """
 
 import argparse
@@ -27,7 +27,7 @@ STEPS_A_KILL, LAST_STEPS = 4, 10
 
 
 class Outcome(NamedTuple):
-    """What came of the kills."""
+    """Kills that happened, and differences of the two runs."""
 
     killed: Counter[tuple[str, int]]  # by location and rank
     differences: list[str]
@@ -38,7 +38,7 @@ class Outcome(NamedTuple):
 def survive(
     folder: Path, data: Path, count: int, num_ranks: int, seed: int, *settings: str, zero: str = "1"
 ) -> Outcome:
-    """Kill a run `count` times and let it come to its end, beside one that is left alone.
+    """Kill a run `count` times until it finishes, and compare it with an uninterrupted one.
 
     Args:
         folder: for both runs.
@@ -53,23 +53,25 @@ def survive(
     plan = folder / "plan"
     faults = [random_fault(chance, "SIGKILL", number, num_ranks, killed) for number in range(count)]
     plan.write_text("".join(f"{json.dumps(fault)}\n" for fault in faults))
-    calm, disturbed = folder / "calm", folder / "disturbed"
+    uninterrupted, restarted = folder / "uninterrupted", folder / "restarted"
     done = run(
-        *launcher(num_ranks, free_port()), *arguments(data, calm, *settings, steps=steps, zero=zero), limit_s=600
+        *launcher(num_ranks, free_port()),
+        *arguments(data, uninterrupted, *settings, steps=steps, zero=zero),
+        limit_s=600,
     )
     assert done.code == 0, done.output
-    command = [*launcher(num_ranks, free_port()), *arguments(data, disturbed, *settings, steps=steps, zero=zero)]
+    command = [*launcher(num_ranks, free_port()), *arguments(data, restarted, *settings, steps=steps, zero=zero)]
     attempts = [sys.executable, "-m", "tests.faults.attempt", str(plan), str(killed), *command]
     began_s = time.monotonic()
-    ended = run(*supervised(disturbed, attempts, failures=count + 1), limit_s=120 * (count + 1))
+    ended = run(*supervised(restarted, attempts, failures=count + 1), limit_s=120 * (count + 1))
     seconds = time.monotonic() - began_s
     assert ended.code == 0 and not ended.left, ended.output
     kills = Counter((kill["location"], kill["rank"]) for kill in signals_sent(killed))
-    return Outcome(kills, differences(disturbed, calm), seconds, ended.output)
+    return Outcome(kills, differences(restarted, uninterrupted), seconds, ended.output)
 
 
 def main() -> int:
-    """Print what came of it."""
+    """Print the result."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=50, help="kills (default: %(default)s)")
     parser.add_argument("--ranks", type=int, default=2, help="of the launch (default: %(default)s)")
@@ -85,7 +87,7 @@ def main() -> int:
         print(f"{times:3} x rank {rank} killed at {location}")
     total = outcome.killed.total()
     print(f"{total} of {given.count} kills, {outcome.seconds:.0f} s, no manual step")
-    print("differences from the run left alone: " + ("; ".join(outcome.differences) or "none, bit for bit"))
+    print("differences from the uninterrupted run: " + ("; ".join(outcome.differences) or "none, bit for bit"))
     return int(bool(outcome.differences) or total != given.count)
 
 

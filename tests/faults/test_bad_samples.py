@@ -1,4 +1,4 @@
-"""NaN in data, gradient and weights, and a loss that jumps: what a run does on all ranks, and what it writes down."""
+"""Reaction of all ranks to NaN in data, gradient and weights and to a spike of the loss, and the recorded events."""
 
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -44,7 +44,7 @@ def cases(*faults: str) -> list[Any]:
 
 
 def train_cases(mesh: Mesh, chosen: list[Case], data: str, work_dir: str) -> dict[Case, list[int]]:
-    """Train every case from its beginning to its end; return the first samples of its steps on this rank, in order."""
+    """Train every case from start to end; return the first samples of its steps on this rank, in order."""
     read = {}
     for case in chosen:
         settings, zero = LAYOUTS[case.layout]
@@ -63,9 +63,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def read(request: pytest.FixtureRequest, folder: Path, train_and_valid: Path) -> Any:
     chosen = selected(request, "case")
-    calm = [Case("none", case.layout) for case in chosen if case.fault == "gradient"]
-    chosen = list(dict.fromkeys([*chosen, *calm]))
-    chosen.sort(key=lambda case: case.layout != "data")  # first, for DeepSpeed keeps the groups of an earlier engine
+    faultless = [Case("none", case.layout) for case in chosen if case.fault == "gradient"]
+    chosen = list(dict.fromkeys([*chosen, *faultless]))
+    chosen.sort(key=lambda case: case.layout != "data")  # first, since DeepSpeed keeps the groups of an earlier engine
     return run_ranks(train_cases, 2, folder / "ranks", chosen=chosen, data=str(train_and_valid), work_dir=str(folder))
 
 
@@ -74,7 +74,7 @@ def _events(folder: Path, case: Case, kind: str) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("case", cases("loss", "spike", "weight"), ids=str)
-def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
+def test_consecutive_faults_roll_back_and_skip_their_samples_on_all_ranks(folder: Path, read: Any, case: Case) -> None:
     bad = _events(folder, case, "bad step")
     assert [(event["step"], event["samples"]) for event in bad] == [(6, [40, 48]), (7, [48, 56]), (8, [56, 64])]
     assert all(len(set(event["windows"])) == BATCH for event in bad)
@@ -91,15 +91,15 @@ def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, re
 
 
 @pytest.mark.parametrize("case", cases("gradient"), ids=str)
-def test_single_bad_gradient_is_left_out_and_written_down(folder: Path, read: Any, case: Case) -> None:
+def test_single_bad_gradient_is_skipped_and_recorded(folder: Path, read: Any, case: Case) -> None:
     (bad,) = _events(folder, case, "bad step")
     assert bad["step"] == 6 and bad["samples"] == [40, 48] and "not finite" in bad["reason"]
     assert _events(folder, case, "return") == []
     found = metrics(folder / f"{case.fault}-{case.layout}")
     assert [line["data/samples"] for line in found] == list(range(8, 8 * STEPS + 1, 8))
-    calm = metrics(folder / f"none-{case.layout}")
-    assert found[:5] == calm[:5]
-    assert found[6]["loss/train_nats"] != calm[6]["loss/train_nats"]  # one update is missing
+    faultless = metrics(folder / f"none-{case.layout}")
+    assert found[:5] == faultless[:5]
+    assert found[6]["loss/train_nats"] != faultless[6]["loss/train_nats"]  # one update is missing
 
 
 @pytest.mark.parametrize("case", cases("none"), ids=str)

@@ -1,4 +1,4 @@
-"""Whatever file of a checkpoint is damaged, and however: all ranks see it, and fall back to the one before."""
+"""All ranks detect any damage of any file of a checkpoint, and fall back to the previous checkpoint."""
 
 import logging
 import os
@@ -47,7 +47,7 @@ CASES = [(file, damage) for file in FILES for damage in DAMAGES]
 
 
 def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[str]]:
-    """The step chosen, or the error; and the warnings."""
+    """Return the chosen step or the error, and the warnings."""
     heard.lines.clear()
     try:
         step = engine.latest_valid_checkpoint(run_dir).step
@@ -57,7 +57,7 @@ def choose(engine: Any, run_dir: Path, heard: RecordedLog) -> tuple[Any, list[st
 
 
 def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
-    """Each case in a copy of the run folder; all in the processes of one launch."""
+    """Load every case from a copy of the run folder, in the processes of one launch."""
     import torch.distributed as dist
 
     heard = RecordedLog(logging.WARNING)
@@ -70,7 +70,7 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
     train_steps(engine, mesh_here, range(4, 5))
     engine.save(other, NEW)  # the same sizes, other numbers
 
-    def in_copy(change: Any) -> tuple[Any, list[str]]:
+    def in_copied_run(change: Any) -> tuple[Any, list[str]]:
         copy = Path(work_dir) / "copy"
         if mesh.is_main:
             shutil.rmtree(copy, ignore_errors=True)
@@ -87,7 +87,7 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
             flipped(0.3)(step_folder(copy, step) / rank_file(1), None)
 
     found = {
-        (file, damage): in_copy(
+        (file, damage): in_copied_run(
             lambda copy, file=file, damage=damage: DAMAGES[damage](
                 step_folder(copy, NEW) / file, step_folder(other, NEW) / file
             )
@@ -96,10 +96,10 @@ def damage_all(mesh: Mesh, work_dir: str) -> dict[str, Any]:
     }
     results = {
         "found": found,
-        "pointer": [in_copy(hurt_pointer(damage)) for damage in POINTER],
-        "whole": in_copy(lambda copy: None),
-        "none": in_copy(hurt_both),
-        "moved": in_copy(lambda copy: step_folder(copy, OLD).rename(step_folder(copy, 30))),
+        "pointer": [in_copied_run(hurt_pointer(damage)) for damage in POINTER],
+        "intact": in_copied_run(lambda copy: None),
+        "none": in_copied_run(hurt_both),
+        "moved": in_copied_run(lambda copy: step_folder(copy, OLD).rename(step_folder(copy, 30))),
         "empty": engine.latest_valid_checkpoint(Path(work_dir) / "nothing"),
     }
     engine.load(engine.latest_valid_checkpoint(run_dir).folder.with_name(step_folder(run_dir, OLD).name))
@@ -114,7 +114,7 @@ def ranks(tmp_path_factory):
 
 
 @pytest.mark.parametrize(("file", "damage"), CASES)
-def test_damage_of_any_file_is_seen_by_all_ranks_and_the_one_before_is_taken(ranks, file, damage):
+def test_damage_of_any_file_is_detected_by_all_ranks_and_the_previous_checkpoint_is_loaded(ranks, file, damage):
     steps = [rank["found"][file, damage][0] for rank in ranks]
     assert steps == [OLD, OLD]
     warnings, others = (rank["found"][file, damage][1] for rank in ranks)
@@ -125,14 +125,14 @@ def test_damage_of_any_file_is_seen_by_all_ranks_and_the_one_before_is_taken(ran
     assert named in line
 
 
-def test_damage_of_the_pointer_costs_nothing(ranks):
+def test_damage_of_the_pointer_loses_nothing(ranks):
     for rank in ranks:
         assert [step for step, _ in rank["pointer"]] == [NEW] * len(POINTER)
 
 
-def test_whole_checkpoint_is_taken_without_a_word(ranks):
+def test_intact_checkpoint_is_loaded_without_a_warning(ranks):
     for rank in ranks:
-        assert rank["whole"] == (NEW, [])
+        assert rank["intact"] == (NEW, [])
         assert rank["resumed"]
         assert rank["empty"] is None
 
@@ -144,6 +144,6 @@ def test_damage_of_all_checkpoints_is_an_error_on_all_ranks_that_names_each(rank
         assert "run_dir=OTHER" in error
 
 
-def test_checkpoint_under_the_name_of_another_step_is_not_taken(ranks):
+def test_checkpoint_under_the_name_of_another_step_is_not_loaded(ranks):
     for rank in ranks:
         assert rank["moved"] == (NEW, [])

@@ -1,6 +1,6 @@
-"""The disk fills up while a checkpoint is written: training goes on, and the checkpoint before stays good.
+"""The disk fills up while a checkpoint is written: training continues, and the previous checkpoint stays valid.
 
-A tmpfs of a few megabytes is filled to ten random distances from the end of a save. The look at free space that comes
+A tmpfs of a few megabytes is filled to ten random distances from the end of a save. The check of free space that comes
 before is made to see more than there is, as where another program takes it meanwhile.
 """
 
@@ -44,7 +44,7 @@ def engine_on(mesh: Mesh, run_dir: Path, asynchronous: bool) -> tuple[Any, Mesh]
 
 
 def fill_up(folder: Path, left_bytes: int) -> None:
-    """Leave a number of bytes, in whole pages."""
+    """Fill the disk except for this number of bytes, rounded to pages."""
     (folder / "ballast").write_bytes(bytes(max(0, shutil.disk_usage(folder).free - left_bytes)))
 
 
@@ -60,8 +60,8 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
         train_steps(engine, mesh_here, range(1))
         engine.save(run_dir, 1)
         size = sum(path.stat().st_size for path in step_folder(run_dir, 1).iterdir())
-        points = [int(size * (place + random.Random(place).random()) / POINTS) for place in range(POINTS)]
-        points[-1] = size - 2 * PAGE_BYTES  # for the index alone there is no room
+        points = [int(size * (point + random.Random(point).random()) / POINTS) for point in range(POINTS)]
+        points[-1] = size - 2 * PAGE_BYTES  # only the index does not fit
         outcomes = []
         for number, left in enumerate(points):
             step = 2 + number
@@ -82,7 +82,7 @@ def full_disks(mesh: Mesh, disk: str) -> dict[str, Any]:
             fill_up(folder, size // 2)
         dist.barrier()
         heard.lines.clear()
-        engine.save(run_dir, 50, final=False)  # seen before it begins
+        engine.save(run_dir, 50, final=False)  # detected before the save starts
         engine.latest_valid_checkpoint(run_dir)
         results["no room", asynchronous] = heard.lines[:]
         with mock.patch.object(shutil, "disk_usage", return_value=mock.Mock(free=1 << 40)):
@@ -109,7 +109,7 @@ def ranks(small_disk, tmp_path_factory):
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_disk_full_at_any_point_of_a_save_training_goes_on_and_the_last_one_loads(ranks, asynchronous):
+def test_disk_full_at_any_point_of_a_save_training_continues_and_the_last_checkpoint_loads(ranks, asynchronous):
     for rank, results in enumerate(ranks):
         outcomes, *_ = results[asynchronous]
         assert len(outcomes) == POINTS
@@ -131,6 +131,6 @@ def test_disk_full_at_the_last_save_is_an_error_on_all_ranks_and_leaves_nothing(
 
 
 @pytest.mark.parametrize("asynchronous", [False, True])
-def test_disk_too_small_for_a_save_is_seen_before_it_begins(ranks, asynchronous):
+def test_disk_too_small_for_a_save_is_detected_before_it_starts(ranks, asynchronous):
     [line] = ranks[0]["no room", asynchronous]
     assert "step 50 | no checkpoint:" in line and "GiB of the disk are free" in line

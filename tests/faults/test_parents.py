@@ -1,4 +1,4 @@
-"""Nothing outlives its parent: the project's own ones, and DeepSpeed's launcher, ended in every way."""
+"""No child process outlives its parent, whether a command of this project or DeepSpeed's launcher, however it ends."""
 
 import os
 import signal
@@ -43,9 +43,9 @@ def _wait(is_so, process, log):
 
 
 @pytest.mark.slow
-def test_parents_of_this_project_leave_nothing(tmp_path):
+def test_parents_of_this_project_leave_no_process(tmp_path):
     stubborn = ["bash", "-c", "trap '' TERM; sleep 300; true"]
-    tools = {  # with a word of the command that they are to have started
+    tools = {  # with a word of the command that each is expected to start
         "quickstart": (["--output", str(tmp_path / "quickstart")], "tools/corpus.py"),
         "study": (["--output", str(tmp_path / "study")], "tools/corpus.py"),
         "supervise": ([str(tmp_path), "--", *stubborn], "300"),
@@ -64,7 +64,7 @@ def test_parents_of_this_project_leave_nothing(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("word", "num_ranks"), [("deepspeed", 2), ("deepspeed.launcher.launch", 1)])
-def test_deepspeed_killed_takes_its_ranks_along(tmp_path, write_text_dataset, free_port, word, num_ranks):
+def test_killed_deepspeed_launcher_ends_its_ranks(tmp_path, write_text_dataset, free_port, word, num_ranks):
     write_text_dataset(tmp_path / "data", TEXTS)
     mark, log = uuid.uuid4().hex, tmp_path / "log"
     launcher = ["deepspeed", "--num_accelerators", str(num_ranks), "--master_port", str(free_port())]

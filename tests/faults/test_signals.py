@@ -1,6 +1,6 @@
-"""Ranks that are killed, and runs that are asked to stop: nothing of it shows in metrics and weights.
+"""Killed ranks and stopped runs leave metrics and weights unchanged.
 
-The first tests end forked ranks; those that are slow do it under torchrun and the supervisor, as the commands in this
+The first tests end forked ranks; the slow ones use torchrun and the supervisor, like the longer commands in this
 folder do at length.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.metrics_file import read_events
 from tests.faults.kills import survive
-from tests.faults.stops import stop_and_go_on
+from tests.faults.stops import stop_and_resume
 from tests.helpers.commands import run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.paths import BIN
@@ -29,21 +29,23 @@ STOPPED_AT = ((2, "SIGTERM"),)  # numbers of LOCATIONS
 
 
 def launch(data: Path, run_dir: Path, fault: ProcessFault | None = None) -> list[Ended]:
-    """Start or continue a run, in which the fault happens."""
+    """Start or resume a run with the fault."""
     variables = fault.variables if fault else {}
     settings = arguments(data, run_dir, steps=STEPS)
     return run_programs(faulty_pretrain, [settings], run_dir.with_name("logs"), NUM_RANKS, env=variables)
 
 
 @pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
-    """The run that was left alone."""
-    run_dir = tmp_path_factory.mktemp("calm") / "run"
+def uninterrupted(tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
+    """Return the uninterrupted run."""
+    run_dir = tmp_path_factory.mktemp("uninterrupted") / "run"
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
     return run_dir
 
 
-def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_and_valid: Path, tmp_path: Path) -> None:
+def test_killed_ranks_leave_no_trace_in_weights_and_metrics(
+    uninterrupted: Path, train_and_valid: Path, tmp_path: Path
+) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "killed.jsonl", random.Random(1)
     for location in KILLED_AT:
         number = [name for name, *_ in LOCATIONS].index(location)
@@ -53,11 +55,11 @@ def test_killed_ranks_leave_no_trace_in_weights_and_metrics(calm: Path, train_an
         assert codes[fault.rank] == KILLED and 0 not in codes, ranks
     assert [kill["location"] for kill in signals_sent(record)] == list(KILLED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
-    assert differences(run_dir, calm) == []
+    assert differences(run_dir, uninterrupted) == []
 
 
-def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
-    calm: Path, train_and_valid: Path, tmp_path: Path
+def test_stopped_run_saves_immediately_and_continues_like_an_uninterrupted_one(
+    uninterrupted: Path, train_and_valid: Path, tmp_path: Path
 ) -> None:
     run_dir, record, chance = tmp_path / "run", tmp_path / "sent.jsonl", random.Random(2)
     for number, name in STOPPED_AT:
@@ -67,7 +69,7 @@ def test_stopped_run_saves_at_once_and_continues_as_if_nothing_had_been(
         assert read_events(run_dir)[-1]["event"] == "stop"
     assert len(signals_sent(record)) == len(STOPPED_AT)
     assert {rank.code for rank in launch(train_and_valid, run_dir)} == {0}
-    assert differences(run_dir, calm) == []
+    assert differences(run_dir, uninterrupted) == []
 
 
 @pytest.mark.slow
@@ -79,15 +81,15 @@ def test_killed_ranks_under_the_supervisor_leave_no_trace(train_and_valid: Path,
 
 
 @pytest.mark.slow
-def test_stopped_run_under_torchrun_saves_at_once_and_continues(train_and_valid: Path, tmp_path: Path) -> None:
-    outcome = stop_and_go_on(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, 1)
+def test_stopped_run_under_torchrun_saves_immediately_and_continues(train_and_valid: Path, tmp_path: Path) -> None:
+    outcome = stop_and_resume(tmp_path, train_and_valid, len(LOCATIONS), NUM_RANKS, 1)
     assert len(outcome.stops) == len(LOCATIONS)
     assert outcome.problems == []
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["deepspeed", "mpiexec"])
-def test_stop_before_the_first_step_leaves_with_a_code_that_launchers_pass_on(
+def test_stop_before_the_first_step_exits_with_a_code_that_launchers_forward(
     launcher, train_and_valid, tmp_path, free_port
 ):
     prefix = {

@@ -1,4 +1,4 @@
-"""Two launches on one run folder: the second is refused, whatever the first is doing; once it is gone, none is."""
+"""A second launch on a run folder is refused until the first has ended, whatever the first is doing."""
 
 import time
 

@@ -1,4 +1,4 @@
-"""A tokenizer backend that errs."""
+"""A tokenizer backend with an error."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,7 @@ from preprocessing.document_tokenizer import Encoded, StockBackend
 
 
 class Wrong:
-    """Gives the stock ids, but for one word."""
+    """Backend that returns wrong ids for one word."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._stock = StockBackend(tokenizer)

@@ -1,4 +1,4 @@
-"""A checkpoint as one rank would have written it, out of weights that no run has made."""
+"""Checkpoints of one rank with given weights."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,7 +14,7 @@ from megatron_bipe.config.load import load_run_config
 
 
 def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) -> Path:
-    """Put `weights` into the run folder as its newest checkpoint."""
+    """Write `weights` as the newest checkpoint of the run folder."""
     held = []
     for name, weight in weights.items():
         flat = weight.float().flatten()
@@ -25,7 +25,7 @@ def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) ->
 
 
 def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragment]]) -> None:
-    """Put what ranks hold into the run folder as its newest checkpoint."""
+    """Write the fragments of ranks as the newest checkpoint of the run folder."""
     folder = begin(run_dir, step, "test", 0)
     files = {rank_file(rank): write_fragments(folder, rank, held, {}) for rank, held in enumerate(by_rank)}
     write_index(folder, checkpoint_info(step), files)
@@ -33,5 +33,5 @@ def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragm
 
 
 def checkpoint_info(step: int) -> CheckpointInfo:
-    """Of a run of the default configuration."""
+    """Return the checkpoint information of a run of the default configuration."""
     return CheckpointInfo(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})

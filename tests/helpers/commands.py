@@ -1,4 +1,4 @@
-"""Starts launchers as a user types them, on a small model, and sees what they leave behind."""
+"""Commands as a user types them, with a small model, and the processes that they leave behind."""
 
 import os
 import signal
@@ -22,15 +22,15 @@ TEXTS = [["hello world. this is a text of some length. " * 20] * 20]
 
 
 class EndedCommand(NamedTuple):
-    """A command that has ended."""
+    """Result of a command that has ended."""
 
     code: int
     output: str
-    left: list[int]  # its processes that still ran
+    left: list[int]  # its processes that were still running
 
 
 def options(data: Path, run_dir: Path, *settings: str, steps: int = 2) -> list[str]:
-    """Options of pretrain.py for a model of two layers."""
+    """Return options of pretrain.py for a model with two layers."""
     train = f"train={{steps: {steps}, {TRAIN}}}"
     given = [
         f"data.path={data}",
@@ -51,12 +51,12 @@ def flags(settings: Sequence[str]) -> list[str]:
 def run_all(
     commands: Sequence[Sequence[str]], env: Mapping[str, str] | None = None, limit_s: float = TIME_LIMIT_S
 ) -> list[EndedCommand]:
-    """Run commands side by side from the repository's folder; kills all of theirs that is left in the end."""
+    """Run commands concurrently in the repository's folder, and finally kill their remaining processes."""
     mark = uuid.uuid4().hex
     full = os.environ | {"PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "OMP_NUM_THREADS": "1", MARK: mark}
     full |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     full.pop("VIRTUAL_ENV", None)
-    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # torchrun leaves folders there
+    with TemporaryDirectory(ignore_cleanup_errors=True) as folder:  # torchrun leaves folders behind there
         full |= {"TMPDIR": folder, **(env or {})}
         started = [
             subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
@@ -78,7 +78,7 @@ def run(*command: str, env: Mapping[str, str] | None = None, limit_s: float = TI
 
 
 def marked(mark: str) -> list[int]:
-    """Processes that were started with the mark in their environment, or by such a one."""
+    """Return the processes with the marker in their environment, and their descendants."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
@@ -90,7 +90,7 @@ def marked(mark: str) -> list[int]:
 
 
 def left_after(marks: Iterable[str], limit_s: float) -> list[str]:
-    """The commands of marked processes that still run when the time is over, which are killed then."""
+    """Return the commands of marked processes that still run after the timeout, and kill them."""
     marks, until_s = list(marks), time.monotonic() + patience(limit_s)
     while any(map(marked, marks)) and time.monotonic() < until_s:
         time.sleep(0.1)

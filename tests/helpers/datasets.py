@@ -66,7 +66,7 @@ def _write(
 
 
 def write_letters(folder: Path, settings: dict[str, str]) -> Tokenizer:
-    """Write a tokenizer's folder: one token a character, bytes for the rest."""
+    """Write a tokenizer's folder: one token per character, bytes for the rest."""
     characters = "abcdefghijklmnopqrstuvwxyz.\u2581\u4e16"
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *characters]
     vocabulary = {piece: number for number, piece in enumerate(pieces)}
@@ -85,7 +85,7 @@ def write_letters(folder: Path, settings: dict[str, str]) -> Tokenizer:
 
 
 def write_text_dataset(folder: Path, texts_by_shard: Sequence[Sequence[str]], spec: str = "newline") -> Manifest:
-    """Write a dataset with a tokenizer of letters in its folder, BOS first."""
+    """Write a dataset with a character tokenizer in its folder, BOS first."""
     loaded = write_letters(folder / "tokenizer", {"bos_token": "<s>"})
     shards = [[[1, *ids.tolist()] for ids in loaded.encode_batch(texts)] for texts in texts_by_shard]
     record = TokenizerRecord(

@@ -20,7 +20,7 @@ def raises(
         kind: the type of the error.
         observed: values that the message must report, such as a number, a name, a path, a setting; an `int` is not
             found among the digits of another number.
-        location: what the error is about; a path may be relative to the folder of the location.
+        location: of the error; a path may be relative to the folder of the location.
         remedy: a name that the remedy must mention, such as an option or a command.
     """
     with pytest.raises(BipeError) as caught:
@@ -35,7 +35,7 @@ def assert_error(
     location: str | Path | None = None,
     remedy: object = None,
 ) -> None:
-    """Assert the facts of an error, as `raises` takes them."""
+    """Assert the type, values, location and remedy of an error, like `raises`."""
     assert type(error) is kind, error
     for value in observed:
         assert _reports(error.message, value), f"{value!s} is not among what was observed: {error}"

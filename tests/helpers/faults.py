@@ -1,4 +1,4 @@
-"""All faults that tests inject into a rank: in its arithmetic, for some samples; or in its process, at some location.
+"""Faults that tests inject into a rank: in its arithmetic for some samples, or in its process at some location.
 
     python -m tests.helpers.faults ARGUMENTS...
 
@@ -27,7 +27,7 @@ FAULT = "FAULT"
 
 
 class Arithmetic:
-    """What is wrong with this rank's arithmetic at the moment; by default nothing."""
+    """Current arithmetic fault of this rank; by default none."""
 
     loss_factor = 1.0
     loss_offset = 0.0  # changes the loss and not its gradient
@@ -35,7 +35,7 @@ class Arithmetic:
 
     @classmethod
     def reset(cls) -> None:
-        """Make it correct again."""
+        """Remove the fault."""
         cls.loss_factor, cls.loss_offset, cls.gradient_factor = 1.0, 0.0, 1.0
 
 
@@ -71,7 +71,7 @@ def _hook_output(module: Any, inputs: Any, output: Any) -> None:
 
 
 class SampleFault(NamedTuple):
-    """What goes wrong on a rank in the steps that begin with the samples `first` to `stop`."""
+    """Arithmetic fault of a rank in the steps that start with the samples `first` to `stop`."""
 
     kind: str  # "loss": NaN; "spike": a loss 20 times as high; "gradient": NaN; "weight": NaN
     rank: int
@@ -81,7 +81,7 @@ class SampleFault(NamedTuple):
 
 
 class FaultyBatchLoader(BatchLoader):
-    """A feed that injects a fault, and records which tokens it was asked for."""
+    """Batch loader that injects a fault and records the requested tokens."""
 
     fault: SampleFault | None = None
     engine: Any = None
@@ -113,32 +113,32 @@ class FaultyBatchLoader(BatchLoader):
 
 
 class ProcessFault(NamedTuple):
-    """What happens to a rank's process when it comes to a location for the `count`-th time."""
+    """Fault of a rank's process when it reaches a location for the `count`-th time."""
 
     kind: str  # "raise", "spin", or the name of a signal
     rank: int
-    location: str  # as the watchdog has them; "loading" is also the first step, where there is nothing to load
+    location: str  # those of the watchdog; "loading" also means the first step if there is nothing to load
     count: int = 1
     delay_s: float = 0.0  # of a signal
     record: str = ""  # a file to which a line is added when a signal is sent
 
     @property
     def variables(self) -> dict[str, str]:
-        """The environment of a launch with this fault."""
+        """Return the environment of a launch with this fault."""
         return {FAULT: json.dumps(self)}
 
 
 class FaultyWatchdog(watchdog.Watchdog):
-    """A watchdog that injects the launch's fault."""
+    """Watchdog that injects the launch's fault."""
 
     _count = 0
 
-    def mark(self, place: str) -> None:
-        super().mark(place)
+    def mark(self, location: str) -> None:
+        super().mark(location)
         fault = ProcessFault(*json.loads(os.environ[FAULT]))
         if self._mesh.rank != fault.rank:
             return
-        if place.startswith(fault.location) or (fault.location == "loading" and place.startswith("step")):
+        if location.startswith(fault.location) or (fault.location == "loading" and location.startswith("step")):
             self._count += 1
             if self._count == fault.count:
                 self._inject(fault)

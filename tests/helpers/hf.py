@@ -1,4 +1,4 @@
-"""What tests of Hugging Face models share."""
+"""Common parts of tests of Hugging Face models."""
 
 import torch
 

@@ -1,12 +1,12 @@
-"""A stand-in for the Hugging Face Hub on 127.0.0.1: serves folders as dataset repositories, and fails as it is told.
+"""A stand-in for the Hugging Face Hub on 127.0.0.1: serves folders as dataset repositories, with injected faults.
 
     with serve({"owner/name": {"main": folder}}) as hub:
         huggingface_hub.HfApi(endpoint=hub.endpoint).dataset_info("owner/name")
         hub.faults.append(Fault("/cdn/*/00.jsonl.zst", cut_after=1000))
 
-It knows what `huggingface_hub` and `datasets` ask for: a repository's info, its tree, facts about paths, and files. As
+It serves what `huggingface_hub` and `datasets` request: a repository's info, its tree, path information, and files. As
 on the Hub, a large file (here: any whose suffix is not in `REGULAR`) is a redirect from `/datasets/REPO/resolve/...` to
-another place, here `/cdn/REPO/...`, and the Hub states its SHA-256; a regular one comes directly, under its git hash.
+another address, here `/cdn/REPO/...`, and the Hub states its SHA-256; a regular one comes directly, under its git hash.
 """
 
 import hashlib
@@ -32,7 +32,7 @@ Repos = dict[str, dict[str, Path]]  # folder by branch or tag, by repository
 
 @dataclass
 class Fault:
-    """What goes wrong with requests for a path.
+    """Fault of requests for a path.
 
     Args:
         path: pattern of the URL's path, `fnmatch` style.
@@ -43,7 +43,7 @@ class Fault:
         cut_after: bytes of the body after which the connection closes.
         reset: have it close as if the machine behind it had gone.
         flip_at: byte of the body that is wrong.
-        no_range: serve the whole file to a request for a part.
+        no_range: serve the full file to a request for a part.
     """
 
     path: str
@@ -58,7 +58,7 @@ class Fault:
 
 
 class Request(NamedTuple):
-    """One request, as it came."""
+    """One received request."""
 
     method: str
     path: str
@@ -67,7 +67,7 @@ class Request(NamedTuple):
 
 @dataclass
 class Hub:
-    """What is served, what goes wrong, and what was asked; all of it may change while it runs."""
+    """Served repositories, faults and received requests; all may change while the Hub runs."""
 
     repos: Repos
     endpoint: str = ""
@@ -75,29 +75,29 @@ class Hub:
     requests: list[Request] = field(default_factory=list)
 
     def commit(self, repo: str, revision: str = "main") -> str:
-        """The commit hash of a branch; follows from the content of its folder."""
+        """Return the commit hash of a branch, which depends only on the content of its folder."""
         content = {path: hashlib.sha256(file.read_bytes()).hexdigest() for path, file in self.files(repo, revision)}
         return hashlib.sha1(json.dumps(content).encode()).hexdigest()
 
     def files(self, repo: str, revision: str) -> Iterator[tuple[str, Path]]:
-        """Path in the repository and on disk, of every file."""
+        """Return the path in the repository and on disk of every file."""
         folder = self.repos[repo][revision]
         for file in sorted(folder.rglob("*")):
             if file.is_file():
                 yield file.relative_to(folder).as_posix(), file
 
     def branch(self, repo: str, revision: str) -> str | None:
-        """The branch that a branch's name or a commit hash means."""
+        """Return the branch with this name or commit hash."""
         return next((name for name in self.repos[repo] if revision in (name, self.commit(repo, name))), None)
 
     def downloads(self, path: str) -> list[str | None]:
-        """The `Range` of each request for a large file's content, in order."""
+        """Return the `Range` of each request for a large file's content, in order."""
         return [
             each.range for each in self.requests if each.method == "GET" and fnmatchcase(each.path, f"/cdn/*/{path}")
         ]
 
     def take_fault(self, request: Request) -> Fault:
-        """The fault that a request meets, used up by once; one without effect if there is none."""
+        """Return the fault for a request and reduce its count; if there is none, return one without effect."""
         for fault in self.faults:
             if fault.times > 0 and fnmatchcase(request.path, fault.path) and fnmatchcase(request.method, fault.method):
                 fault.times -= 1
@@ -167,7 +167,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command != "HEAD":
-            with suppress(ConnectionError):  # the other side has gone
+            with suppress(ConnectionError):  # the client has closed the connection
                 self.wfile.write(body[: fault.cut_after])
         if fault.reset:
             self.wfile.flush()
@@ -179,7 +179,7 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 class _Asked(NamedTuple):
-    """What a request is about: a place in a repository that exists."""
+    """Repository, revision and path of a request."""
 
     repo: str
     commit: str
@@ -213,8 +213,8 @@ def _resolve(handler: _Handler, asked: _Asked) -> Answer:
     if asked.path not in asked.files or not _is_large(asked.path):
         return _content(handler, asked)
     _, headers, _ = _content(handler, asked)
-    place = f"{handler.served.endpoint}/cdn/{asked.repo}/{asked.commit}/{asked.path}"
-    return 302, headers | {"Content-Length": "0", "Location": place}, b""
+    url = f"{handler.served.endpoint}/cdn/{asked.repo}/{asked.commit}/{asked.path}"
+    return 302, headers | {"Content-Length": "0", "Location": url}, b""
 
 
 def _content(handler: _Handler, asked: _Asked) -> Answer:
@@ -240,7 +240,7 @@ def _is_large(path: str) -> bool:
 
 
 def _entry(path: str, files: dict[str, Path]) -> dict[str, Any]:
-    """What the Hub says of a path in a tree."""
+    """Return the Hub's description of a path in a tree."""
     if path not in files:
         return {"type": "directory", "path": path, "oid": hashlib.sha1(path.encode()).hexdigest(), "size": 0}
     body = files[path].read_bytes()
@@ -251,7 +251,7 @@ def _entry(path: str, files: dict[str, Path]) -> dict[str, Any]:
 
 
 def _blob(body: bytes) -> bytes:
-    """A file as git hashes it."""
+    """Return the git hash of a file."""
     return b"blob %d\0" % len(body) + body
 
 

@@ -1,4 +1,4 @@
-"""Runs a small model in any layout over ranks."""
+"""Training of a small model in any layout over ranks."""
 
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -21,7 +21,7 @@ STEPS, LR, MICRO = 8, 5e-3, 4
 
 
 class Layout(NamedTuple):
-    """How a model is spread; data-parallel copies fill the ranks that are left."""
+    """Parallel layout of a model; the remaining ranks hold data-parallel replicas."""
 
     encoding: str = "bipe_rope"
     tensor: int = 1
@@ -32,11 +32,11 @@ class Layout(NamedTuple):
     recompute: str = "none"
     precision: str = "fp32"
     micro: int = MICRO  # sequences in a micro-batch
-    clip: float = 0.5  # at work in every step; 0: none
+    clip: float = 0.5  # clips in every step; 0: none
     model: str = ""  # further fields of the model, as YAML
 
     def __str__(self) -> str:
-        """What differs from the defaults."""
+        """Return the fields that differ from the defaults."""
         fields = ((name, value, self._field_defaults[name]) for name, value in self._asdict().items())
         return " ".join(f"{name}={value}" for name, value, default in fields if value != default) or "data parallel"
 
@@ -52,46 +52,46 @@ class Placed(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What a rank saw."""
+    """Results of a rank."""
 
     losses: list[float]
     norms: list[float]
     held_out: float
-    weights: dict[str, torch.Tensor] | None  # whole, out of a checkpoint; on the main rank
+    weights: dict[str, torch.Tensor] | None  # unsharded, from a checkpoint; on the main rank
 
 
 class Difference(NamedTuple):
-    """The largest differences from one process, or the largest that are allowed."""
+    """Largest differences from one process, measured or allowed."""
 
     loss: float  # relative, the held-out loss included
     norm: float  # relative, of the gradient before clipping
     weight: float  # absolute
 
     def within(self, allowed: "Difference") -> bool:
-        """Whether each is; NaN never is."""
+        """Return True if each difference is within its limit; NaN never is."""
         return all(found <= limit for found, limit in zip(self, allowed, strict=True))
 
 
-# Twice and more of what docs/parallelism.md has of all layouts; for bf16, of those of test_layouts.py.
+# At least twice the largest value in docs/parallelism.md; for bf16, that of test_layouts.py.
 FP32 = Difference(loss=2e-6, norm=2e-5, weight=1e-4)  # Adam divides small gradients by their own size
 BF16 = Difference(loss=1e-2, norm=1e-1, weight=1e-1)
-EXACT = Difference(loss=0.0, norm=1e-6, weight=0.0)  # the norm is a sum over stages, whose order is another
+EXACT = Difference(loss=0.0, norm=1e-6, weight=0.0)  # the norm is a sum over stages in another order
 
 
 def allowed(layout: Layout, num_ranks: int) -> Difference:
-    """Of a layout from one process; stages alone add nothing up in another order, but the norm that clipping takes."""
+    """Return the allowed difference from one process; stages alone change only the order of the norm's sum."""
     if layout.precision == "bf16":
         return BF16
     return EXACT if layout.pipeline == num_ranks and not layout.clip else FP32
 
 
 def reference(layout: Layout) -> Layout:
-    """The same training by one process."""
+    """Return the layout of the same training by one process."""
     return Layout(layout.encoding, precision=layout.precision, micro=layout.micro, clip=layout.clip, model=layout.model)
 
 
 def run_config(layout: Layout, run_dir: Path) -> RunConfig:
-    """A model of four blocks whose sizes 4 ranks can share."""
+    """Return a run of a model with four blocks whose sizes are divisible by 4 ranks."""
     settings = [
         f"run_dir={run_dir}",
         f"model={{encoding: {layout.encoding}, num_layers: 4, hidden_size: 32, num_heads: 4, ffn_size: 48, "
@@ -106,21 +106,21 @@ def run_config(layout: Layout, run_dir: Path) -> RunConfig:
 
 
 def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = MICRO) -> list[Batch[torch.Tensor]]:
-    """Rows that count in threes, in micro-batches, cut like the feed cuts them."""
+    """Return micro-batches of sequences that count in threes, divided among ranks like those of the batch loader."""
     generator = torch.Generator().manual_seed(step)
     tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(17)) % 64
-    places = torch.arange(16).expand(micro, 16)
+    positions = torch.arange(16).expand(micro, 16)
     mine = tokens.view(-1, mesh.data_ranks, micro, 17)[:, mesh.data_rank]
-    return [Batch(sequences[:, :-1], places % 5, places // 5, sequences[:, 1:]) for sequences in mine]
+    return [Batch(sequences[:, :-1], positions % 5, positions // 5, sequences[:, 1:]) for sequences in mine]
 
 
 def start(layout: Layout, mesh: Mesh, run_dir: Path) -> Any:
-    """Return the engine of a layout on this rank, and the mesh laid out."""
+    """Return the engine and mesh of a layout on this rank."""
     return start_engine_of(run_config(layout, run_dir), mesh, layout.zero)
 
 
 def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, Mesh]:
-    """Return the engine of a run on this rank, and the mesh laid out."""
+    """Return the engine and mesh of a run on this rank."""
     from megatron_bipe.engine.engines import start_engine
 
     mesh, path = mesh.with_layout(run.parallel), DS_CONFIGS / f"zero{zero}.json"
@@ -129,7 +129,7 @@ def start_engine_of(run: RunConfig, mesh: Mesh, zero: int | str) -> tuple[Any, M
 
 
 def train_steps(engine: Any, mesh: Mesh, steps: range, micro: int = MICRO) -> tuple[list[float], list[float]]:
-    """Losses and gradient norms of some updates."""
+    """Return losses and gradient norms of some updates."""
     results = [engine.train_step(batches(step, mesh, micro=micro), LR) for step in steps]
     return [float(result.loss_nats) for result in results], [float(result.grad_norm) for result in results]
 
@@ -166,7 +166,7 @@ def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int =
 
 
 def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outcome:
-    """Train a layout for some updates; return what this rank saw, and what its checkpoint then holds."""
+    """Train a layout for some updates; return this rank's results and the content of its checkpoint."""
     from megatron_bipe.checkpoint.find import find_checkpoint
     from megatron_bipe.checkpoint.verify import read_weights
     from megatron_bipe.config.load import dump_yaml
@@ -182,7 +182,7 @@ def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outco
 
 
 def difference(ranks: list[Outcome], expected: Outcome) -> Difference:
-    """The largest over ranks and steps; every rank must have seen the same."""
+    """Return the largest difference over ranks and steps; all ranks must have the same results."""
     weights, expected_weights = ranks[0].weights, expected.weights
     assert weights is not None and expected_weights is not None
     assert weights.keys() == expected_weights.keys()
@@ -198,6 +198,6 @@ def difference(ranks: list[Outcome], expected: Outcome) -> Difference:
 
 
 def _relative(found: list[list[float]], expected: list[float]) -> float:
-    """Largest relative difference of any rank; NaN if there is one."""
+    """Return the largest relative difference of any rank; NaN if there is one."""
     wanted = torch.tensor(expected, dtype=torch.float64)
     return float(((torch.tensor(found, dtype=torch.float64) - wanted) / wanted).abs().max())

@@ -1,10 +1,10 @@
-"""What ranks log, for tests that run inside them."""
+"""Recorder of log messages, for tests that run inside ranks."""
 
 import logging
 
 
 class RecordedLog(logging.Handler):
-    """Records the messages of `megatron_bipe`, from INFO on or from another level."""
+    """Handler that records the messages of `megatron_bipe` from a level on, by default INFO."""
 
     def __init__(self, level: int = logging.INFO) -> None:
         super().__init__(level)

@@ -12,7 +12,7 @@ NAN = float("nan")
 
 
 class Notes:
-    """Engine, feed and watchdog in one: everything that was asked of them, in order."""
+    """Engine, batch loader and watchdog in one, which records all calls in order."""
 
     has_valid, host = True, HostCollectives(MAIN)
 
@@ -70,8 +70,8 @@ class Notes:
     def sequences(self, first_sample):
         return torch.arange(first_sample, first_sample + 256)
 
-    def mark(self, place):
+    def mark(self, location):
         pass
 
-    def track_batches(self, place, batches):
+    def track_batches(self, location, batches):
         return batches

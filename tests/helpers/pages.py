@@ -1,4 +1,4 @@
-"""What HTML pages consist of."""
+"""Elements of HTML pages."""
 
 import re
 from html.parser import HTMLParser

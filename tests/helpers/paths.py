@@ -1,4 +1,4 @@
-"""Paths of the repository, and of what may lie beside it: tests that need the latter are skipped without it."""
+"""Paths of the repository and of optional data next to it; tests that need the latter are skipped without it."""
 
 import sys
 from pathlib import Path

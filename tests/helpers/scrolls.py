@@ -10,7 +10,7 @@ CHOICES = {"contract_nli": ("Entailment", "Contradiction", "Not mentioned")}
 
 
 def rows_of(task: str, split: str, count: int = 6) -> list[dict[str, str | None]]:
-    """Rows whose inputs come twice, with two outputs, as they do in Qasper and NarrativeQA."""
+    """Return rows whose inputs appear twice, with two outputs, as in Qasper and NarrativeQA."""
     found = []
     for number in range(count):
         text = f"what is {number} of {task}?\n\nit is said . that {task} has {number}.\nand no more\n" * 3
@@ -28,7 +28,7 @@ def rows_of(task: str, split: str, count: int = 6) -> list[dict[str, str | None]
 
 
 def write_benchmark(folder: Path) -> Path:
-    """All splits of all tasks; those of Qasper in a zip file, as the Hub has it."""
+    """Write all splits of all tasks, those of Qasper in a zip file as on the Hub."""
     for task in TASKS:
         for split in ("train", "validation", "test"):
             lines = "".join(json.dumps(row) + "\n" for row in rows_of(task, split))

@@ -1,4 +1,4 @@
-"""Small real runs, by launchers, by forked ranks or within ranks that are there, and how two of them compare."""
+"""Small real runs by launchers, by forked ranks or inside existing ranks, and comparisons of two runs."""
 
 import json
 import random
@@ -20,7 +20,7 @@ from tests.helpers.layouts import start_engine_of
 from tests.helpers.paths import ROOT
 
 VALID_EVERY, SAVE_EVERY = 3, 2
-# Location, how often a rank has come there at most, and the seconds that it lasts on a small model.
+# Location, how often a rank reaches it at most, and its duration in seconds on a small model.
 LOCATIONS = (
     ("the start", 1, 3.0),
     ("loading", 1, 0.1),
@@ -33,7 +33,7 @@ _CLOCKS = ("time", "rate/", "mem/", "util/", "run/")
 
 
 def launcher(num_ranks: int, port: int) -> list[str]:
-    """Return the beginning of a command that launches ranks with a fault, or without."""
+    """Return the first arguments of a command that launches ranks, with or without a fault."""
     return ["torchrun", "--nproc-per-node", str(num_ranks), "--master-port", str(port), "-m", "tests.helpers.faults"]
 
 
@@ -59,7 +59,7 @@ def random_fault(chance: random.Random, kind: str, number: int, num_ranks: int, 
 
 
 def signals_sent(record: Path) -> list[dict[str, Any]]:
-    """Return what ranks recorded of the signals that they got."""
+    """Return the signals that ranks recorded."""
     return [json.loads(line) for line in record.read_text().splitlines()] if record.exists() else []
 
 
@@ -73,7 +73,7 @@ def train_in_rank(
     stop: int,
     fault: SampleFault | None,
 ) -> dict[int, list[list[int]]]:
-    """Start or continue a run in this rank, as pretrain.py does; for use with `run_ranks`.
+    """Start or resume a run in this rank, as pretrain.py does; for use with `run_ranks`.
 
     Returns:
         The tokens that this rank read, by first sample of the step.
@@ -96,15 +96,15 @@ def train_in_rank(
 
 
 class _IdleWatchdog:
-    """In place of one that would end the process."""
+    """Replacement of a watchdog that would end the process."""
 
-    def mark(self, place: str) -> None:
+    def mark(self, location: str) -> None:
         pass
 
     def heartbeat(self) -> None:
         pass
 
-    def track_batches(self, place: str, items: Any) -> Any:
+    def track_batches(self, location: str, items: Any) -> Any:
         return items
 
 
@@ -135,7 +135,7 @@ def state(run_dir: Path) -> dict[tuple[str, str], torch.Tensor]:
 
 
 def differences(found: Path, expected: Path) -> list[str]:
-    """Return in what two runs differ; nothing where they are the same, bit for bit."""
+    """Return the names of the parts in which two runs differ; none if they are bit-identical."""
     different = []
     here, there = metrics(found), metrics(expected)
     if here != there:

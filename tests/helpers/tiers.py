@@ -1,4 +1,4 @@
-"""Two tiers of parametrized tests that share one launch: what is slow joins it only when it was asked for."""
+"""Two tiers of parametrized tests that share one launch, which contains slow cases only if these were selected."""
 
 from collections.abc import Iterable
 from typing import Any

@@ -25,7 +25,7 @@ from tests.helpers.ranks import Ended, run_programs
 
 @contextmanager
 def script(name: str) -> Iterator[ModuleType]:
-    """Import tools/NAME.py, from the repository's root as the working folder; scripts find those beside them."""
+    """Import tools/NAME.py, from the repository's root as the working folder; its folder is importable."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(ROOT / "tools"))
         patch.chdir(ROOT)
@@ -64,28 +64,28 @@ def assert_refuses(
     *observed: object,
     location: str | Path | None = None,
 ) -> None:
-    """Assert that tools/NAME.py ends with exit code 2 and one message that has these facts.
+    """Assert that tools/NAME.py exits with code 2 and one message that reports these values.
 
     Args:
         name: of the script, without suffix.
         arguments: made to text.
         kind: the type of the error.
         observed: values that the message must report, or names that its remedy must mention.
-        location: what the error is about; a path may be relative to the folder of the location.
+        location: of the error; a path may be relative to the folder of the location.
     """
     output = call_tool(name, *arguments, code=2).output
     assert "Traceback" not in output, output
     _, begin, message = f"\n{output}".rpartition(f"\n{kind.__name__}: ")
     assert begin, output
-    text, _, told = message.rstrip().removesuffix("]").rpartition("  [")
+    text, _, reported = message.rstrip().removesuffix("]").rpartition("  [")
     for value in observed:
         assert str(value) in text, f"{value!s} is not among what was observed: {output}"
-    assert location is None or told == str(location) or told.endswith(f"/{location}"), output
+    assert location is None or reported == str(location) or reported.endswith(f"/{location}"), output
 
 
 @contextmanager
 def own_logging() -> Iterator[None]:
-    """Let the block set logging up as in a new process, and undo it."""
+    """Let the block configure logging as in a new process, and restore it afterwards."""
     root = logging.getLogger()
     before = root.handlers[:], root.level
     root.handlers.clear()

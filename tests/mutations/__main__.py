@@ -1,4 +1,4 @@
-"""Plants defects in a copy of the tree, one at a time, and runs the tests that must notice them.
+"""Insert defects into a copy of the tree, one at a time, and run the tests that must detect them.
 
     python -m tests.mutations [--only NAME ...]
 
@@ -75,10 +75,10 @@ def copy_tree(folder: Path) -> None:
 
 
 def run_tests(root: Path, tests: Sequence[str], only: str = "") -> tuple[int | None, str]:
-    """Return pytest's exit code, None if time was up, and its output."""
+    """Return pytest's exit code (None after a timeout) and its output."""
     command = [sys.executable, "-m", "pytest", "-x", "-q", "-rfE", "-m", "not slow", "-p", "no:cacheprovider", *tests]
     command += ["-k", only] if only else []
-    # Without bytecode files, which are looked up by size and second, a mutation is never taken for the file before it.
+    # Bytecode files are matched by size and second, so that a mutation could be mistaken for the previous file.
     settings = {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1", "PYTHONDONTWRITEBYTECODE": "1"}
     with tempfile.TemporaryFile("w+") as output:
         process = subprocess.Popen(
@@ -90,7 +90,7 @@ def run_tests(root: Path, tests: Sequence[str], only: str = "") -> tuple[int | N
             code = None
         finally:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # with all ranks that are left
+                os.killpg(process.pid, signal.SIGKILL)  # with all remaining ranks
             process.wait()
         output.seek(0)
         return code, output.read()
@@ -127,7 +127,7 @@ def judge(root: Path, mutation: Mutation) -> str:
 
 
 def main() -> int:
-    """Print what became of each mutation; return the exit code."""
+    """Print the result of each mutation, and return the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     table = {mutation.name: mutation for mutation in load_table()}
     parser.add_argument("--only", nargs="+", choices=table, default=list(table), metavar="NAME", help="names of these")

@@ -34,7 +34,7 @@ def enter(folder: Path, begin: Callable[[], None] | None = None) -> None:
 
 
 def begin() -> None:
-    """What another run would do first."""
+    """Stand for the first action of another run."""
 
 
 def test_locked_processes_of_a_run_share_it_and_no_other_run_begins(folder: Path) -> None:
@@ -71,7 +71,7 @@ def test_locked_begin_that_fails_leaves_nothing_behind(folder: Path) -> None:
     assert not folder.exists()
 
 
-def test_locked_others_that_removed_the_folder_are_no_trouble(folder: Path) -> None:
+def test_locked_folder_that_others_removed_is_not_an_error(folder: Path) -> None:
     with locked(folder):
         (folder / LOCK_NAME).unlink()
         folder.rmdir()
@@ -103,7 +103,7 @@ def test_locked_run_that_slips_in_wins(folder: Path, monkeypatch: pytest.MonkeyP
 
     def slow(stream: object, kind: int) -> None:
         kinds.append(kind)
-        if len(kinds) == 2:  # between letting go of it alone and holding it together with others
+        if len(kinds) == 2:  # between releasing the exclusive lock and acquiring the shared one
             raise BlockingIOError
         flock(stream, kind)  # type: ignore[arg-type]
 

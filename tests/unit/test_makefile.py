@@ -1,4 +1,4 @@
-"""What `make` sets up, when, and what it shows of that, with a Python that only notes what pip is asked for."""
+"""The set-up by `make`, and its output, with a Python that only records pip's arguments."""
 
 import shutil
 import subprocess
@@ -19,7 +19,7 @@ TORCH, OTHERS, EXTRAS = "setuptools wheel torch==", "-e .", "-e .[dev,mpi]"
 
 @pytest.fixture
 def folder(tmp_path):
-    """A copy of what a set-up reads."""
+    """Return a copy of the files that a set-up reads."""
     made = tmp_path / "project"
     made.mkdir()
     for name in ("Makefile", "constraints.txt", "pyproject.toml", "setup.py"):
@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 
 def make(folder, target, code=0):
-    """Run make; what pip was asked for, in short, and what was shown."""
+    """Run make; return pip's arguments, shortened, and the output."""
     asked = folder / "asked"
     asked.write_text("")
     command = ["make", target, f"PYTHON={folder}/python"]
@@ -50,14 +50,14 @@ def test_quickstart_installs_what_running_needs_and_others_add_the_rest(folder):
     assert make(folder, "setup")[0] == [TORCH, OTHERS, EXTRAS]
 
 
-def test_setup_that_failed_shows_the_log_and_is_made_anew(folder):
+def test_failed_setup_shows_the_log_and_is_repeated(folder):
     (folder / "refused").write_text(OTHERS)
     assert "WARNING: of pip" in make(folder, "quickstart", code=2)[1]
     (folder / "refused").unlink()
     assert make(folder, "quickstart")[0] == ["venv", TORCH, OTHERS]
 
 
-def test_extras_that_failed_leave_the_quickstart_and_are_made_anew(folder):
+def test_failed_extras_keep_the_quickstart_and_are_installed_again(folder):
     (folder / "refused").write_text("dev")
     assert make(folder, "setup", code=2)[0] == ["venv", TORCH, OTHERS, EXTRAS]
     assert make(folder, "quickstart")[0] == []
@@ -65,7 +65,7 @@ def test_extras_that_failed_leave_the_quickstart_and_are_made_anew(folder):
     assert make(folder, "setup")[0] == ["venv", TORCH, OTHERS, EXTRAS]
 
 
-def test_setup_that_was_moved_is_made_anew(folder):
+def test_moved_setup_is_repeated(folder):
     make(folder, "setup")
     moved = folder.rename(folder.with_name("elsewhere"))
     assert make(moved, "quickstart")[0] == ["venv", TORCH, OTHERS]

@@ -1,4 +1,4 @@
-"""What users read for many bad inputs, as one text to review: tests/golden/messages.txt.
+"""Messages for many bad inputs, as one text to review: tests/golden/messages.txt.
 
 pytest tests/unit/test_messages.py --update-golden
 """
@@ -66,7 +66,7 @@ SRUN = {"SLURM_JOB_ID": "1", "SLURM_STEP_ID": "0", "SLURM_PROCID": "0", "SLURM_L
 
 
 class Given:
-    """What the bad inputs are made of, in a folder of their own."""
+    """Files from which the bad inputs are made, in a separate folder."""
 
     def __init__(self, folder: Path, patch: pytest.MonkeyPatch) -> None:
         self.folder, self.patch = folder, patch
@@ -78,7 +78,7 @@ class Given:
         return path
 
     def dataset(self, name: str = "data", vocab_size: int = 16, **more: object) -> Path:
-        """A dataset of 12 tokens."""
+        """Write a dataset of 12 tokens."""
         datasets.write_dataset(
             self.folder / name, [[[1, 2, 5, 3], [4, 5, 6, 7, 8, 9, 5, 1]]], vocab_size=vocab_size, **more
         )
@@ -88,7 +88,7 @@ class Given:
         return TokenDataset(self.dataset(*arguments, **more))
 
     def changed(self, name: str, change: Callable[[bytes], bytes]) -> Path:
-        """A dataset in which one file is another."""
+        """Write a dataset in which one file is replaced."""
         folder = self.dataset()
         (folder / name).write_bytes(change((folder / name).read_bytes()))
         return folder
@@ -98,7 +98,7 @@ class Given:
         return self.folder / "letters"
 
     def run_dir(self, *settings: str) -> Path:
-        """A run with a checkpoint of step 10."""
+        """Write a run with a checkpoint of step 10."""
         run = load_run_config(None, [f"run_dir={self.folder / 'run'}", "train.precision=bf16", *settings])
         write_run_folder(run, TokenDataset(self.dataset()).manifest.record, load_tokenizer(self.tokenizer()))
         write_checkpoint(run.run_dir, 10, {"0.x": torch.ones(3)})
@@ -109,7 +109,7 @@ class Given:
         return EvalModel("tiny", "runs/tiny", build_model(config, 0).eval(), config, "a" * 64, datasets.RULE)
 
     def exported(self, **changes: object) -> Path:
-        """An exported model with changes of its config.json; None removes a key."""
+        """Export a model and change its config.json; None removes a key."""
         subject = self.subject()
         sequences = (torch.arange(4)[None], torch.arange(4)[None] % 2, torch.arange(4)[None] // 2)
         fields = DataFields("fixed:2", (), "a" * 64, {"bos": 1})

@@ -1,4 +1,4 @@
-"""The files of ranks are safetensors files, and the checksum is that of the file."""
+"""Files of ranks are safetensors files, and the returned checksum is that of the file."""
 
 import errno
 import hashlib
@@ -36,7 +36,7 @@ def test_write_tensors_is_read_back_by_the_library(tmp_path, monkeypatch, names,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_write_tensors_asks_for_one_at_a_time_in_the_type_it_is_told(tmp_path, dtype):
+def test_write_tensors_requests_one_at_a_time_in_the_given_type(tmp_path, dtype):
     asked = []
 
     class Reads(dict):
@@ -59,7 +59,7 @@ def test_write_tensors_other_type_is_refused(tmp_path):
 
 
 def test_write_tensors_disk_that_takes_a_part_is_asked_again(tmp_path, monkeypatch):
-    """What a nearly full disk does: a short write, then the error."""
+    """A nearly full disk makes a short write, then an error."""
     real = tensor_file.Path.open
 
     class Nearly:

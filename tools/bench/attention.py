@@ -1,12 +1,15 @@
-"""Attention: what the key bias of (BiPE-)ALiBi costs and how exact it is, and whole models against materialised scores.
+"""Error and cost of the key bias of (BiPE-)ALiBi, and forward passes against attention with materialised scores.
 
+    errors    largest relative error of the output against float64, over sampled queries of the steepest and the
+              flattest head
     kernel    causal flash attention alone, forward and backward, without and with the bias channels
-    errors    of the output against float64, the largest over sampled queries of the steepest and the flattest head
-    models    forward passes of the whole model at one window: ours; with all scores in memory, a mask and a bias of
-              their size, softmax in fp32, as the authors wrote attention; and the whole pass as they wrote it, which
-              has all logits in fp32, too, and runs as it comes, without what this project tells the allocator
-    longest   our forward pass and loss of one long window, as evaluation runs it, and the memory of its process; for
-              BiPE-ALiBi, also over all keys, those beyond reach included
+    models    forward pass and loss of the complete model: ours; ours with all scores, a mask and a bias of their size
+              in memory and softmax in fp32, as the authors wrote attention; and the forward pass as they wrote it,
+              which also holds all logits in fp32 and runs with the allocator's default settings
+    longest   our forward pass and loss of one long sequence, as evaluation runs it; for BiPE-ALiBi also over all keys,
+              without skipping those of negligible weight
+
+Contenders alternate, each in its own process; the figures are medians, and the memory of the process.
 
 Example: python tools/bench/attention.py --set model.num_layers=12 --window 4096 --longest 32768
 """
@@ -24,9 +27,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import command
-from bench._device import device, native_precision
-from bench._machine import describe_machine
-from bench._turns import Prepare, Turns, take_turns
+from bench._bench import describe_machine
+from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure, native_precision
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model import attention
@@ -37,69 +39,63 @@ from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import Block, build_model
 
-SEGMENT_TOKENS, HEAD_TOKENS = 14, 1024
-SAMPLED_QUERIES = 64
+HEAD_TOKENS, SAMPLED_QUERIES = 1024, 64
+KERNELS = {"plain": False, "with key bias": True}
+OURS, ALL_KEYS = "ours", "ours over all keys"
+SCORES, PUBLISHED = "ours with all scores", "as published"
 
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """All four parts."""
     arguments = _parser().parse_args(argv)
     model = load_run_config(arguments.config, arguments.set).model
     print(describe_machine("torch"))
-    print(f"{model.num_layers} blocks x {model.hidden_size}, {model.num_heads} heads; {arguments.repeats} turns\n")
+    print(f"{model.num_layers} blocks x {model.hidden_size}, {model.num_heads} heads; {arguments.repeats} repeats\n")
     print_errors(model, arguments.errors)
     length, repeats = arguments.window, arguments.repeats
     for tokens in dict.fromkeys((1024, length)):
         kernels = {name: partial(prepare_kernel, model, tokens, biased) for name, biased in KERNELS.items()}
-        print_turns(
-            f"kernel, {tokens} tokens, {native_precision()}, forward and backward",
-            take_turns(kernels, repeats),
-            "plain",
-        )
+        title = f"kernel, {tokens} tokens, {native_precision()}, forward and backward"
+        print_times(title, measure(kernels, repeats), "plain")
     for precision in dict.fromkeys((native_precision(), "fp32")):
         for encoding in ("bipe_rope", "bipe_alibi"):
             forwards: dict[str, Prepare] = {
-                name: partial(prepare_model, model, encoding, precision, length, name) for name in (OURS, SCORES, WHOLE)
+                name: partial(prepare_model, model, encoding, precision, length, name)
+                for name in (OURS, SCORES, PUBLISHED)
             }
             title = f"forward, {encoding}, {length} tokens, {precision}"
-            print_turns(title, take_turns(forwards, arguments.model_repeats, as_it_comes={WHOLE}), WHOLE)
+            found = measure(forwards, arguments.model_repeats, untuned={PUBLISHED})
+            print_times(title, found, PUBLISHED)
     if arguments.longest:
-        for encoding, manners in (("bipe_rope", (OURS,)), ("bipe_alibi", (OURS, ALL_KEYS))):
+        for encoding, variants in (("bipe_rope", (OURS,)), ("bipe_alibi", (OURS, ALL_KEYS))):
             long = {
                 name: partial(prepare_model, model, encoding, native_precision(), arguments.longest, name)
-                for name in manners
+                for name in variants
             }
             title = f"forward and loss, {encoding}, {arguments.longest} tokens, {native_precision()}"
-            print_turns(title, take_turns(long, 1), manners[-1])
+            print_times(title, measure(long, 1), variants[-1])
 
 
-KERNELS = {"plain": False, "with key bias": True}
-OURS, ALL_KEYS = "ours", "ours over all keys"
-SCORES, WHOLE = "ours with all scores", "as the authors wrote it"
-
-
-def print_turns(title: str, found: dict[str, Turns], against: str) -> None:
-    """Seconds, how many times as fast as one of them, memory."""
+def print_times(title: str, found: dict[str, Measurement], base: str) -> None:
+    """Print seconds, speed relative to the contender `base`, and memory."""
     print(f"\n{title}")
-    for name, turns in found.items():
-        times = found[against].median_s / turns.median_s
-        print(f"  {name:26} {turns.median_s:8.3f} s {times:7.2f} x {turns.peak_gib:7.2f} GiB", flush=True)
+    for name, (median_s, peak_gib) in found.items():
+        speed = found[base].median_s / median_s
+        print(f"  {name:26} {median_s:8.3f} s {speed:7.2f} x {peak_gib:7.2f} GiB", flush=True)
 
 
 def print_errors(model: ModelConfig, lengths: list[int]) -> None:
-    """Largest relative error of outputs, by window."""
     print("error of the output against float64, bf16")
     for tokens in lengths:
-        row = "  ".join(f"{name}: {error(model, tokens, biased):.2e}" for name, biased in KERNELS.items())
+        row = "  ".join(f"{name}: {largest_error(model, tokens, biased):.2e}" for name, biased in KERNELS.items())
         print(f"  {tokens:6} tokens  {row}", flush=True)
 
 
-def error(model: ModelConfig, tokens: int, biased: bool) -> float:
-    """Of sampled queries of two heads, relative to the norm of the output."""
+def largest_error(model: ModelConfig, tokens: int, biased: bool) -> float:
+    """Return the largest error over sampled queries of two heads, relative to the norm of the output."""
     generator, width = torch.Generator().manual_seed(0), model.head_width
     q, k, v = (torch.randn(1, 2, tokens, width, generator=generator).bfloat16() for _ in range(3))
-    positions, slopes = segments(tokens)[None], two_slopes(model) if biased else torch.zeros(2)
+    positions, slopes = inter_ids(tokens)[None], extreme_slopes(model) if biased else torch.zeros(2)
     wide = KeyBias(slopes, width)(q, k, positions) if biased else (q, k)
     queries = torch.linspace(0, tokens - 1, SAMPLED_QUERIES).long()
     found = causal_attention(*wide, v)[:, :, queries].double()
@@ -110,57 +106,54 @@ def error(model: ModelConfig, tokens: int, biased: bool) -> float:
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
-def two_slopes(model: ModelConfig) -> Tensor:
-    """The steepest and the flattest of BiPE-ALiBi."""
+def extreme_slopes(model: ModelConfig) -> Tensor:
+    """Return the steepest and the flattest slope of BiPE-ALiBi."""
     slopes = sorted(alibi_slopes(model.num_heads))
     return torch.tensor([slopes[-1], slopes[0]]) * BILEVEL_ALIBI_FACTOR
 
 
-def segments(tokens: int) -> Tensor:
-    """Inter-segment ids of a window in segments of equal length."""
+def inter_ids(tokens: int) -> Tensor:
     return torch.arange(tokens) // SEGMENT_TOKENS
 
 
 def prepare_kernel(model: ModelConfig, tokens: int, biased: bool) -> Callable[[], None]:
-    """Forward and backward of attention itself; the channels are there before."""
+    """Set up forward and backward of attention alone; adding the bias channels is not timed."""
     shape = (1, model.num_heads, tokens, model.head_width)
     q, k, v = (torch.randn(shape).to(device(), DTYPES[native_precision()]) for _ in range(3))
     if biased:
         slopes = torch.tensor(alibi_slopes(model.num_heads)) * BILEVEL_ALIBI_FACTOR
-        q, k = KeyBias(slopes, model.head_width)(q, k, segments(tokens).to(device())[None])
+        q, k = KeyBias(slopes, model.head_width)(q, k, inter_ids(tokens).to(device())[None])
     inputs = [x.detach().requires_grad_() for x in (q, k, v)]
     grad = torch.randn_like(v)
     return lambda: causal_attention(*inputs).backward(grad)
 
 
-def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, manner: str) -> Callable[[], None]:
-    """Forward pass and loss of a window without gradients, in one of four manners."""
+def prepare_model(model: ModelConfig, encoding: str, precision: str, tokens: int, variant: str) -> Callable[[], None]:
+    """Set up forward pass and loss of a sequence without gradients, in one of the four variants."""
     config = model.model_copy(update={"encoding": encoding})
     network = build_model(config).to(device(), DTYPES[precision])
-    if manner == ALL_KEYS:
+    if variant == ALL_KEYS:
         attention.MIN_WINDOWED_TOKENS = tokens + 1
-    elif manner != OURS:
+    elif variant != OURS:
         make_eager(network, config)
-    ids = torch.randint(0, config.vocab_size, (1, tokens + 1), generator=torch.Generator().manual_seed(0))
-    places = torch.arange(tokens)[None]
-    on_host = (ids[:, :-1], places % SEGMENT_TOKENS, places // SEGMENT_TOKENS)
-    inputs, labels = tuple(x.to(device()) for x in on_host), ids[0, 1:].to(device())
+    *inputs, labels_BT = (ids_BT.to(device()) for ids_BT in make_batch(config.vocab_size, rows=1, length=tokens)[:4])
+    labels_T = labels_BT[0]
 
     @torch.inference_mode()
     def in_parts() -> None:
-        hidden_BTD, positions_BT = network[:-1](inputs)
-        for hidden_KD, labels_K in zip(hidden_BTD[0].split(HEAD_TOKENS), labels.split(HEAD_TOKENS), strict=True):
+        hidden_BTD, positions_BT = network[:-1](tuple(inputs))
+        for hidden_KD, labels_K in zip(hidden_BTD[0].split(HEAD_TOKENS), labels_T.split(HEAD_TOKENS), strict=True):
             float(token_losses(network[-1]((hidden_KD, positions_BT)), labels_K).sum())
 
     @torch.inference_mode()
     def at_once() -> None:
-        float(nn.functional.cross_entropy(network(inputs)[0].float(), labels))
+        float(nn.functional.cross_entropy(network(tuple(inputs))[0].float(), labels_T))
 
-    return at_once if manner == WHOLE else in_parts
+    return at_once if variant == PUBLISHED else in_parts
 
 
 class EagerAttention(nn.Module):
-    """The same weights; every score is in memory, and so are the mask and the bias."""
+    """Attention with the same weights that holds all scores, the mask and the bias in memory."""
 
     def __init__(self, attention: Attention, config: ModelConfig) -> None:
         super().__init__()
@@ -171,7 +164,6 @@ class EagerAttention(nn.Module):
             self.slopes_N = torch.tensor(alibi_slopes(config.num_heads)) * factor
 
     def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        """As `Attention.forward`."""
         inner, num_tokens = self.inner, hidden_BTD.shape[1]
         qkv_BTN3H = inner.qkv(hidden_BTD).unflatten(-1, (-1, 3, inner.head_width))
         q_BNTH, k_BNTH, v_BNTH = (x.transpose(1, 2) for x in qkv_BTN3H.unbind(3))
@@ -189,7 +181,7 @@ class EagerAttention(nn.Module):
 
 
 def make_eager(network: nn.Sequential, config: ModelConfig) -> None:
-    """Put such attention into every block."""
+    """Replace the attention of every block by `EagerAttention`."""
     for block in network:
         if isinstance(block, Block):
             block.attention = EagerAttention(block.attention, config)  # type: ignore[assignment]
@@ -197,13 +189,14 @@ def make_eager(network: nn.Sequential, config: ModelConfig) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", type=Path, help="run configuration (default: 151M with two blocks)")
-    parser.add_argument("--set", action="append", default=["model.num_layers=2"], metavar="KEY=VALUE")
-    parser.add_argument("--window", type=int, default=1024)
-    parser.add_argument("--longest", type=int, default=4096, help="0: leave it out")
-    parser.add_argument("--errors", type=int, nargs="*", default=[1024, 8192, 32768])
-    parser.add_argument("--repeats", type=int, default=7, help="of the kernels")
-    parser.add_argument("--model-repeats", type=int, default=3)
+    add, default = parser.add_argument, "(default: %(default)s)"
+    add("--config", type=Path, metavar="YAML", help="run configuration (default: 151M with two blocks)")
+    add("--set", action="append", default=["model.num_layers=2"], metavar="KEY=VALUE", help="overrides of it")
+    add("--window", type=int, default=1024, metavar="N", help=f"sequence length of kernel and models {default}")
+    add("--longest", type=int, default=4096, metavar="N", help=f"long sequence, in tokens; 0: none {default}")
+    add("--errors", type=int, nargs="*", default=[1024, 8192, 32768], metavar="N", help=f"sequence lengths {default}")
+    add("--repeats", type=int, default=7, metavar="N", help=f"timed calls of the kernels {default}")
+    add("--model-repeats", type=int, default=3, metavar="N", help=f"timed forward passes {default}")
     return parser
 
 

@@ -1,8 +1,8 @@
-"""Preprocessing against what people use: `tokenizers`, `sentencepiece`, `datasets.map`, Megatron's one line at a time.
+"""Speed and memory of preprocessing, against `tokenizers`, `sentencepiece`, `datasets.map` and Megatron's method.
 
-Every contender reads the same .jsonl.zst and runs in a process of its own; imports and loading the tokenizer are timed
-for none. The slow ones get the first part of the corpus only: their rate does not depend on the length. Medians of the
-repeats, which take turns.
+Every contender reads the same .jsonl.zst in its own process; imports and loading the tokenizer are not timed. The slow
+contenders get only the first part of the corpus, since their rate does not depend on the length. Contenders alternate;
+the figures are medians.
 
 Example: python tools/bench/preprocess.py --megabytes 190 --tokenizer llama_tokenizer --roots / --repeats 3
 """
@@ -32,8 +32,7 @@ import zstandard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import command
-from bench._corpus import collect
-from bench._machine import describe_machine
+from bench._bench import collect_corpus, describe_machine
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.types import Document
@@ -46,11 +45,11 @@ from preprocessing.readers.parse import Keys
 from preprocessing.train_tokenizer import TrainOptions, train_tokenizer
 
 BATCH = 1000  # documents; the default of `datasets.map`
-VOCAB_SIZE = 8000  # of the tokenizer trained here when none is given
+VOCAB_SIZE = 8000  # of the tokenizer that is trained if none is given
 
 
 class Job(NamedTuple):
-    """One run of one contender."""
+    """Inputs of one run of one contender."""
 
     corpus: Path
     tokenizer: Path
@@ -59,22 +58,21 @@ class Job(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """What a run took, and the tokens it gave."""
+    """Time and memory of a run, and the number of tokens that it produced."""
 
     wall_s: float
-    cpu_s: float  # of this process and its children
+    cpu_s: float  # of the process and its children
     peak_mb: float  # of the largest process
     tokens: int
 
 
 def ours(job: Job, **more: Any) -> int:
-    """Run tools/preprocess.py's library: zst in, shards, segment ends, checksums and manifest out."""
     options = BuildOptions([str(job.corpus)], str(job.tokenizer), job.output / "made", workers=job.workers, **more)
     return sum(manifest.num_tokens for manifest in build(options).values())
 
 
-def ours_but_the_tokenizer(job: Job) -> int:
-    """The same with a tokenizer that takes no time: one id for every 3.7 characters."""
+def ours_without_tokenizer(job: Job) -> int:
+    """Run `ours` with a tokenizer that takes no time and returns one id for every 3.7 characters."""
 
     class Instant:
         def encode(self, texts: Sequence[str]) -> Encoded:
@@ -87,14 +85,14 @@ def ours_but_the_tokenizer(job: Job) -> int:
 
 
 def tokenizer_alone(kind: str, job: Job) -> int:
-    """A backend over texts in memory, in the blocks that a worker gives it."""
+    """Run a backend over texts in memory, in the blocks of a worker."""
     tokenizer = load_tokenizer(job.tokenizer)
     backend = GigatokenBackend(tokenizer, False) if kind == "gigatoken" else StockBackend(tokenizer)
     return sum(backend.encode([document.text for document in part]).tokens_T.size for part in _parts(job.corpus))
 
 
 def encode_batch(job: Job) -> int:
-    """`encode_batch` of the `tokenizers` library over texts in memory; nothing is written."""
+    """Run `encode_batch` of the `tokenizers` library over texts in memory; nothing is written."""
     import tokenizers
 
     backend = tokenizers.Tokenizer.from_file(str(job.tokenizer))
@@ -103,7 +101,7 @@ def encode_batch(job: Job) -> int:
 
 
 def sentence_piece(job: Job) -> int:
-    """`sentencepiece` over texts in memory; nothing is written."""
+    """Run `sentencepiece` over texts in memory; nothing is written."""
     import sentencepiece
 
     model = sentencepiece.SentencePieceProcessor(model_file=str(job.tokenizer.with_name("tokenizer.model")))
@@ -111,7 +109,7 @@ def sentence_piece(job: Job) -> int:
 
 
 def datasets_map(job: Job) -> int:
-    """Load, batched map with the Hugging Face tokenizer as the authors do, then all ids into one file."""
+    """Map batches with the Hugging Face tokenizer, as the authors do, and write all ids to one file."""
     import datasets
     from transformers import PreTrainedTokenizerFast
 
@@ -136,7 +134,7 @@ def datasets_map(job: Job) -> int:
 
 
 def megatron_style(job: Job) -> int:
-    """Lines to a pool of encoders, one document each, into megatron-core's own dataset builder."""
+    """Send lines to a pool of processes, and write their ids with megatron-core's dataset builder."""
     from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
     builder = IndexedDatasetBuilder(str(job.output / "made.bin"), dtype=np.uint16)
@@ -149,7 +147,7 @@ def megatron_style(job: Job) -> int:
     return total
 
 
-_encoder: Any = None  # of a process of the pool above
+_encoder: Any = None  # in a process of the pool above
 
 
 def _start_encoder(definition: Path) -> None:
@@ -170,43 +168,40 @@ def _lines(corpus: Path) -> Iterator[bytes]:
 
 
 class Contender(NamedTuple):
-    """How one is run."""
+    """Function and number of workers of a contender."""
 
     run: Callable[[Job], int]
     workers: int = 1
-    is_fast: bool = False  # enough to be given all of the corpus
+    is_fast: bool = False  # then it reads the complete corpus
 
 
 CONTENDERS = {
     "preprocess.py, 1 worker": Contender(ours, 1, True),
     "preprocess.py, 2 workers": Contender(ours, 2, True),
     "  its tokenizer alone (gigatoken)": Contender(partial(tokenizer_alone, "gigatoken"), 1, True),
-    "  all but the tokenizer": Contender(ours_but_the_tokenizer, 1, True),
+    "  without the tokenizer": Contender(ours_without_tokenizer, 1, True),
     "  --backend stock": Contender(partial(ours, backend="stock")),
     "tokenizers, encode_batch": Contender(encode_batch),
-    "tokenizers, one text at a time": Contender(partial(tokenizer_alone, "stock")),
+    "tokenizers, one text per call": Contender(partial(tokenizer_alone, "stock")),
     "sentencepiece": Contender(sentence_piece),
     "datasets.map, 1 process": Contender(datasets_map),
     "datasets.map, 2 processes": Contender(datasets_map, 2),
-    "Megatron's way, 1 process": Contender(megatron_style),
-    "Megatron's way, 2 processes": Contender(megatron_style, 2),
+    "Megatron's method, 1 process": Contender(megatron_style),
+    "Megatron's method, 2 processes": Contender(megatron_style, 2),
 }
-BASE = "tokenizers, encode_batch"  # the ratios' denominator
+BASE = "tokenizers, encode_batch"  # ratios are relative to its rate
 
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Collect the corpus, run everyone in turn, print the table."""
     arguments = _parser().parse_args(argv)
     logging.getLogger().setLevel(logging.ERROR)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         roots = arguments.roots or [Path(sysconfig.get_paths()[key]) for key in ("stdlib", "purelib")]
-        sizes = {
-            True: collect(folder / "corpus.jsonl.zst", roots, arguments.megabytes * 1e6),
-            False: collect(folder / "part.jsonl.zst", roots, min(arguments.megabytes, arguments.peer_megabytes) * 1e6),
-        }
+        megabytes = {True: arguments.megabytes, False: min(arguments.megabytes, arguments.peer_megabytes)}
         files = {True: folder / "corpus.jsonl.zst", False: folder / "part.jsonl.zst"}
+        sizes = {is_fast: collect_corpus(files[is_fast], roots, megabytes[is_fast] * 1e6) for is_fast in files}
         tokenizer = arguments.tokenizer or train_tokenizer(
             TrainOptions([str(files[False])], VOCAB_SIZE, folder / "tokenizer")
         )
@@ -215,13 +210,15 @@ def main(argv: Sequence[str] | None) -> None:
         for _ in range(arguments.repeats):
             for label, contender in CONTENDERS.items():
                 with tempfile.TemporaryDirectory(dir=folder) as output:
-                    costs[label].append(_run_apart(label, files[contender.is_fast], definition, Path(output)))
+                    costs[label].append(_run_in_process(label, files[contender.is_fast], definition, Path(output)))
     print(describe_machine("gigatoken", "tokenizers", "sentencepiece", "datasets", "megatron-core"))
-    print(f"{sizes[True] / 1e6:.1f} MB of text, {sizes[False] / 1e6:.1f} for the slow; median of {arguments.repeats}")
+    print(
+        f"{sizes[True] / 1e6:.1f} MB of text, {sizes[False] / 1e6:.1f} MB for the slow; median of {arguments.repeats}"
+    )
     _print_table(costs, sizes)
 
 
-def _run_apart(label: str, corpus: Path, definition: Path, output: Path) -> Cost:
+def _run_in_process(label: str, corpus: Path, definition: Path, output: Path) -> Cost:
     receiver, sender = get_context("spawn").Pipe(duplex=False)
     process = get_context("spawn").Process(target=_timed, args=(label, corpus, definition, output, sender))
     process.start()
@@ -241,7 +238,7 @@ def _timed(label: str, corpus: Path, definition: Path, output: Path, sender: Con
     contender = CONTENDERS[label]
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     logging.disable(logging.WARNING)
-    if contender.run is datasets_map:  # its imports take seconds
+    if contender.run is datasets_map:  # its imports take seconds and are not timed
         import datasets
         import transformers
 
@@ -277,19 +274,23 @@ def _print_table(costs: dict[str, list[Cost]], sizes: dict[bool, int]) -> None:
         peak_mb = max(cost.peak_mb for cost in runs)
         figures = f"{rate:7.2f} {per_core[label]:13.2f} {per_core[label] / per_core[BASE]:7.2f} {peak_mb:8.0f}"
         print(f"{label:36} {figures} {runs[0].tokens:>12}")
-    print(f"ratio: of MB per CPU-second, against {BASE}")
-    ideal = 1 / (1 / per_core["  its tokenizer alone (gigatoken)"] + 1 / per_core["  all but the tokenizer"])
+    print(f"ratio: MB per CPU-second relative to {BASE}")
+    ideal = 1 / (1 / per_core["  its tokenizer alone (gigatoken)"] + 1 / per_core["  without the tokenizer"])
     share = per_core["preprocess.py, 1 worker"] / ideal
-    print(f"1 worker reaches {share:.0%} of what its tokenizer and all the rest, each alone, add up to")
+    print(
+        f"1 worker reaches {share:.0%} of the rate that follows from the times of its tokenizer and of all else alone"
+    )
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--megabytes", type=float, default=20.0, help="size of the corpus (default: %(default)s)")
-    add("--peer-megabytes", type=float, default=20.0, help="of it, for the slow ones (default: %(default)s)")
-    add("--roots", type=Path, nargs="+", metavar="DIR", help="where to look for text (default: Python's libraries)")
-    add("--tokenizer", type=Path, metavar="DIR", help="default: one of 8000 tokens, trained here")
+    add("--megabytes", type=float, default=20.0, metavar="MB", help="size of the corpus (default: %(default)s)")
+    add(
+        "--peer-megabytes", type=float, default=20.0, metavar="MB", help="part for the slow ones (default: %(default)s)"
+    )
+    add("--roots", type=Path, nargs="+", metavar="DIR", help="folders to search for text (default: Python's libraries)")
+    add("--tokenizer", type=Path, metavar="DIR", help="default: one with 8000 tokens, trained on the corpus")
     add("--repeats", type=int, default=3, metavar="N", help="runs of each (default: %(default)s)")
     return parser
 

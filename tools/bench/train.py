@@ -1,12 +1,13 @@
-"""One training step (forward, backward, AdamW) of each model on one device, against what the machine could do.
+"""Speed and memory of one training step (forward, backward, AdamW) of each model on one device, against transformers.
 
-    matrix products       all products of a step on their shapes, nothing else: the rate that the rest is a share of
+    matrix products       only the matrix products of a step, with their shapes; their rate is 100%
     BiPE-RoPE ... ALiBi   this project's models under its engine
-    without the engine    BiPE-RoPE in a bare loop with the same optimizer on fp32 masters
-    transformers          the installed LlamaForCausalLM (SDPA) under the same engine and optimizer
-    as it comes           the same under plain DeepSpeed: no settings but ours for ZeRO, the allocator as it is
+    without the engine    BiPE-RoPE in a plain loop with the same optimizer on fp32 master weights
+    LlamaForCausalLM      the installed transformers' Llama (SDPA) under the same engine and optimizer
+    plain DeepSpeed       the same without this project's gradient and allocator settings
 
-A share is the step's floating-point operations (docs/performance.md) at the rate of the matrix products, over its time.
+The share is the rate of a step's floating-point operations (docs/performance.md) over that of the matrix products.
+Contenders alternate, each in its own process; the figures are medians.
 
 Example: python tools/bench/train.py --set model.num_layers=12 --repeats 5
 """
@@ -23,10 +24,8 @@ from torch import Tensor, nn
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
 from _cli import command
-from bench._device import device
-from bench._machine import describe_machine
-from bench._peer import PEER, make_peer
-from bench._turns import Prepare, Turns, take_turns
+from bench._bench import describe_machine
+from bench._models import PEER, Measurement, Prepare, device, make_batch, make_peer, measure
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
@@ -41,51 +40,49 @@ from megatron_bipe.types import Batch
 
 ENCODINGS = {"BiPE-RoPE": "bipe_rope", "BiPE-ALiBi": "bipe_alibi", "RoPE": "rope", "ALiBi": "alibi"}
 PRODUCTS, BARE = "matrix products", "BiPE-RoPE without the engine"
-AS_IT_COMES = "transformers, as it comes"
-LR, SEGMENT_TOKENS = 1e-4, 14
+PLAIN_DEEPSPEED = "transformers, plain DeepSpeed"
+LR = 1e-4
 Settings = tuple[Path | None, tuple[str, ...], Path]  # --config, --set, --ds_config
 
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    """Let the contenders take turns, print the table."""
     arguments = _parser().parse_args(argv)
     settings: Settings = (arguments.config, tuple(arguments.set), arguments.ds_config)
     run = load(settings)
     contenders: dict[str, Prepare] = {PRODUCTS: partial(prepare_products, settings)}
     contenders |= {name: partial(prepare_ours, settings, encoding) for name, encoding in ENCODINGS.items()}
     contenders |= {BARE: partial(prepare_bare, settings), PEER: partial(prepare_peer, settings)}
-    contenders |= {AS_IT_COMES: partial(prepare_peer, settings, as_it_comes=True)}
+    contenders |= {PLAIN_DEEPSPEED: partial(prepare_peer, settings, plain_deepspeed=True)}
     if arguments.only:
         contenders = {name: contenders[name] for name in (PRODUCTS, *arguments.only)}
-    found = take_turns(contenders, arguments.repeats, as_it_comes={AS_IT_COMES})
+    found = measure(contenders, arguments.repeats, untuned={PLAIN_DEEPSPEED})
     train, tokens = run.train, run.train.micro_batch * run.train.seq_len_tokens
     print(describe_machine("torch", "deepspeed", "transformers"))
     print(
         f"{run.model.num_layers} blocks x {run.model.hidden_size}, {train.micro_batch} x {train.seq_len_tokens} tokens "
-        f"in {train.precision}, {torch.get_num_threads()} threads, {arguments.ds_config}; {arguments.repeats} turns\n"
+        f"in {train.precision}, {torch.get_num_threads()} threads, {arguments.ds_config}; {arguments.repeats} repeats\n"
     )
     print_table(found, products_flops(run), train_flops_per_token(run.model, train.seq_len_tokens) * tokens, tokens)
 
 
-def print_table(found: dict[str, Turns], product_flops: float, step_flops: float, tokens: int) -> None:
-    """Steps in seconds, tokens/s, shares of the products' rate, ratios against transformers, memory."""
+def print_table(found: dict[str, Measurement], product_flops: float, step_flops: float, tokens: int) -> None:
     rate = product_flops / found[PRODUCTS].median_s
     print(f"{PRODUCTS}: {found[PRODUCTS].median_s:.3f} s, {rate / 1e9:.0f} GFLOP/s\n")
-    print(f"{'':32} {'s a step':>9} {'tokens/s':>9} {'share':>6} {'x peer':>7} {'peak GiB':>9} {'of peer':>8}")
+    print(f"{'':32} {'s/step':>9} {'tokens/s':>9} {'share':>6} {'x peer':>7} {'peak GiB':>9} {'% of peer':>9}")
     peer = found.get(PEER)
-    for name, turns in found.items():
+    for name, (median_s, peak_gib) in found.items():
         if name == PRODUCTS:
             continue
-        times, memory = (peer.median_s / turns.median_s, turns.peak_gib / peer.peak_gib) if peer else (0.0, 0.0)
+        speed, memory = (peer.median_s / median_s, peak_gib / peer.peak_gib) if peer else (0.0, 0.0)
         print(
-            f"{name:32} {turns.median_s:9.3f} {tokens / turns.median_s:9.0f} "
-            f"{step_flops / rate / turns.median_s:6.1%} {times:7.2f} {turns.peak_gib:9.2f} {memory:8.1%}"
+            f"{name:32} {median_s:9.3f} {tokens / median_s:9.0f} "
+            f"{step_flops / rate / median_s:6.1%} {speed:7.2f} {peak_gib:9.2f} {memory:9.1%}"
         )
 
 
 def load(settings: Settings, encoding: str | None = None) -> RunConfig:
-    """The run that the options name; one micro-batch a step."""
+    """Load the run configuration of the options, with one micro-batch per step."""
     config, overrides, _ = settings
     run = load_run_config(config, [*overrides, *([f"model.encoding={encoding}"] if encoding else [])])
     precision = choose_precision(run.train.precision, device(), "train.precision").precision
@@ -94,36 +91,36 @@ def load(settings: Settings, encoding: str | None = None) -> RunConfig:
 
 
 def prepare_ours(settings: Settings, encoding: str) -> Callable[[], None]:
-    """A step of this project's engine."""
     run, mesh = load(settings, encoding), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    engine, batch = start_engine(run, ds_config, mesh.with_layout(run.parallel)), make_batch(run)
+    engine, batch = start_engine(run, ds_config, mesh.with_layout(run.parallel)), _batch(run)
     return partial(train_step, engine, batch)
 
 
 def train_step(engine: Engine, batch: Batch[Tensor]) -> None:
-    """One update, until its loss is known."""
-    float(engine.train_step([batch], LR).loss_nats)
+    float(engine.train_step([batch], LR).loss_nats)  # waits for the device
 
 
-def prepare_peer(settings: Settings, as_it_comes: bool = False) -> Callable[[], None]:
-    """The same of transformers' model, which is handed to the same engine in place of ours.
+def prepare_peer(settings: Settings, plain_deepspeed: bool = False) -> Callable[[], None]:
+    """Set up a step of the peer under the same engine.
 
-    `as_it_comes`: without what this project sets in DeepSpeed, but for fp32 sums of gradients.
+    Args:
+        settings: the run.
+        plain_deepspeed: omit this project's DeepSpeed settings, except that gradients are summed in fp32.
     """
     run, mesh = load(settings, "rope"), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    if as_it_comes:
+    if plain_deepspeed:
         ds_config.pop("communication_data_type", None)
         ds_config["bf16"].pop("immediate_grad_update", None)
     engine = PeerEngine(run, ds_config, mesh.with_layout(run.parallel))
-    if as_it_comes:
+    if plain_deepspeed:
         engine._engine.enable_backward_allreduce = True
-    return partial(train_step, engine, make_batch(run))
+    return partial(train_step, engine, _batch(run))
 
 
 class PeerEngine(ZeroEngine):
-    """Our engine around a model that computes its own loss from tokens and labels."""
+    """This project's engine with a model that computes its own loss from tokens and labels."""
 
     def _build(self, run: RunConfig) -> nn.Module:
         return make_peer(run.model, run.train.seq_len_tokens)
@@ -135,11 +132,11 @@ class PeerEngine(ZeroEngine):
 
 
 def prepare_bare(settings: Settings) -> Callable[[], None]:
-    """The model and the optimizer without an engine: fp32 masters, gradients copied up, weights copied down."""
+    """Set up a step without an engine: gradients are copied to fp32 master weights, and these back to the model."""
     run = load(settings, "bipe_rope")
     model = build_model(run.model).to(device(), DTYPES[run.train.precision])
     masters = nn.ParameterList([p.detach().float() for p in model.parameters()])
-    optimizer, layers, batch = make_optimizer(masters, run.optimizer), LocalLayers(), make_batch(run)
+    optimizer, layers, batch = make_optimizer(masters, run.optimizer), LocalLayers(), _batch(run)
     pairs = list(zip(masters, model.parameters(), strict=True))
     tokens, intra, inter, labels = (ids.to(device()) for ids in batch[:4])
 
@@ -161,27 +158,27 @@ def prepare_bare(settings: Settings) -> Callable[[], None]:
 
 
 def prepare_products(settings: Settings) -> Callable[[], None]:
-    """Every matrix product of a step: forward, and two backward."""
+    """Set up the matrix products of a step: for each weight one in the forward pass and two in the backward pass."""
     run = load(settings)
     dtype = DTYPES[run.train.precision]
     tokens = run.train.micro_batch * run.train.seq_len_tokens
-    held: list[tuple[Tensor, Tensor, Tensor, int]] = []
-    for rows, columns, times in product_shapes(run):
+    operands: list[tuple[Tensor, Tensor, Tensor, int]] = []
+    for rows, columns, count in product_shapes(run):
         x, w, grad = (
             torch.randn(size).to(device(), dtype) for size in ((tokens, columns), (rows, columns), (tokens, rows))
         )
-        held.append((x, w, grad, times))
+        operands.append((x, w, grad, count))
 
     def products() -> None:
-        for x, w, grad, times in held:
-            for _ in range(times):
+        for x, w, grad, count in operands:
+            for _ in range(count):
                 _ = x @ w.T, grad @ w, grad.T @ x
 
     return products
 
 
 def product_shapes(run: RunConfig) -> list[tuple[int, int, int]]:
-    """(rows, columns, how many) of every matrix."""
+    """Return (rows, columns, count) of all weight matrices."""
     model = run.model
     heads_width, layers = model.num_heads * model.head_width, model.num_layers
     qkv = (model.num_heads + 2 * model.kv_heads) * model.head_width
@@ -195,30 +192,22 @@ def product_shapes(run: RunConfig) -> list[tuple[int, int, int]]:
 
 
 def products_flops(run: RunConfig) -> float:
-    """Of `prepare_products`."""
     tokens = run.train.micro_batch * run.train.seq_len_tokens
-    return 3 * 2 * tokens * sum(rows * columns * times for rows, columns, times in product_shapes(run))
+    return 3 * 2 * tokens * sum(rows * columns * count for rows, columns, count in product_shapes(run))
 
 
-def make_batch(run: RunConfig) -> Batch[Tensor]:
-    """Random tokens in segments of equal length."""
-    rows, length = run.train.micro_batch, run.train.seq_len_tokens
-    tokens = torch.randint(0, run.model.vocab_size, (rows, length + 1), generator=torch.Generator().manual_seed(0))
-    places = torch.arange(length).expand(rows, length)
-    return Batch(tokens[:, :-1], places % SEGMENT_TOKENS, places // SEGMENT_TOKENS, tokens[:, 1:])
+def _batch(run: RunConfig) -> Batch[Tensor]:
+    return make_batch(run.model.vocab_size, run.train.micro_batch, run.train.seq_len_tokens)
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--config", type=Path, help="run configuration (default: 151M with two blocks, a window at once)"
-    )
-    parser.add_argument(
-        "--set", action="append", default=["train.micro_batch=1", "model.num_layers=2"], metavar="KEY=VALUE"
-    )
-    parser.add_argument("--ds_config", type=Path, default=Path("ds_configs/zero1.json"))
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--only", nargs="*", metavar="NAME", help="of the contenders (default: all)")
+    add, overrides = parser.add_argument, ["train.micro_batch=1", "model.num_layers=2"]
+    add("--config", type=Path, metavar="YAML", help="run configuration (default: 151M with two blocks)")
+    add("--set", action="append", default=overrides, metavar="KEY=VALUE", help="overrides of the run configuration")
+    add("--ds_config", type=Path, default=Path("ds_configs/zero1.json"), metavar="JSON", help="(default: %(default)s)")
+    add("--repeats", type=int, default=3, metavar="N", help="timed steps of each contender (default: %(default)s)")
+    add("--only", nargs="*", metavar="NAME", help="contenders to run, by their names in the table (default: all)")
     return parser
 
 

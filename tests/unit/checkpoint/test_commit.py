@@ -1,4 +1,4 @@
-"""Checkpoints appear whole or not at all, whatever moment the end comes at; old ones leave, never the newest."""
+"""Checkpoints appear completely or not at all, whenever the process dies; only old ones are removed."""
 
 import shutil
 from collections import namedtuple
@@ -38,7 +38,7 @@ def test_publish_makes_it_the_newest_and_leaves_nothing_else(tmp_path):
     assert names(tmp_path) == ["latest", "step-00000010", "step-00000020"]
 
 
-def test_begin_is_no_checkpoint_yet_and_clears_an_earlier_attempt_away(tmp_path):
+def test_begin_makes_no_checkpoint_and_removes_an_earlier_attempt(tmp_path):
     save(tmp_path, 10)
     (tmp_path / "checkpoints" / "writing-step-00000020-dead").mkdir()
     write(tmp_path, 20)
@@ -64,7 +64,7 @@ def test_begin_without_room_is_an_error_that_says_how_much(tmp_path, monkeypatch
     assert names(tmp_path) == []
 
 
-def test_publish_same_step_again_replaces_it(tmp_path):
+def test_publish_of_the_same_step_again_replaces_the_checkpoint(tmp_path):
     save(tmp_path, 10, "old")
     folder = save(tmp_path, 10, "new")
     assert (folder / "file").read_text() == "new"
@@ -73,12 +73,12 @@ def test_publish_same_step_again_replaces_it(tmp_path):
 
 
 class Death(BaseException):
-    """The process is no more."""
+    """End of the process."""
 
 
 @pytest.mark.parametrize("same_step", [False, True])
-def test_publish_death_at_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path, monkeypatch, same_step):
-    """Every rename and every sync is a moment to die at."""
+def test_publish_killed_at_any_step_leaves_a_complete_checkpoint(tmp_path, monkeypatch, same_step):
+    """The process dies at every rename and every sync."""
     step, seen = 10 if same_step else 20, set()
     for moment in range(50):
         run_dir = tmp_path / str(moment)
@@ -104,7 +104,7 @@ def test_publish_death_at_any_of_its_steps_leaves_a_whole_checkpoint(tmp_path, m
             except Death:
                 pass
             else:
-                assert moment >= 4  # it did die before
+                assert moment >= 4  # the process died before
                 break
         tidy(run_dir)
         found = find_checkpoint(run_dir)
@@ -134,8 +134,8 @@ def test_superseded_keeps_the_newest_the_last_and_the_multiples(steps, choice, k
     assert all(keep_every and step % keep_every == 0 for step in kept if step not in own[-keep_last:])
 
 
-def test_retire_after_going_back_leaves_later_ones_alone(tmp_path):
-    """Steps 20 and 30 were damaged, the run went back to 10: what it writes now must not yield to them."""
+def test_retire_after_a_rollback_keeps_later_checkpoints(tmp_path):
+    """Steps 20 and 30 were damaged and the run rolled back to 10: its new checkpoints must not be removed for them."""
     for step in (10, 20, 30):
         save(tmp_path, step)
     save(tmp_path, 15)

@@ -1,4 +1,4 @@
-"""Checkpoints are found by name, and tried in an order."""
+"""Lookup of checkpoints by name, and the order in which they are tried."""
 
 import pytest
 
@@ -28,25 +28,25 @@ def test_find_checkpoint_folder_names_may_hold_an_at_sign(tmp_path):
 
 
 @pytest.mark.parametrize("pointer", [None, "step-00000030\n", "nonsense", ""])
-def test_newest_first_pointer_missing_or_wrong_begins_with_the_last(tmp_path, pointer):
+def test_newest_first_with_a_missing_or_wrong_pointer_starts_with_the_last(tmp_path, pointer):
     make(tmp_path, 10, 20, pointer=pointer)
     assert [checkpoint.step for checkpoint in newest_first(tmp_path)] == [20, 10]
     assert find_checkpoint(tmp_path).step == 20
 
 
-def test_newest_first_pointer_of_other_bytes_than_text_counts_for_nothing(tmp_path):
+def test_newest_first_ignores_a_pointer_that_is_not_text(tmp_path):
     make(tmp_path, 10)
     (tmp_path / "checkpoints" / "latest").write_bytes(b"\xff\xfe")
     assert find_checkpoint(tmp_path).step == 10
 
 
-def test_newest_first_begins_where_the_pointer_is_and_goes_back(tmp_path):
+def test_newest_first_starts_at_the_pointer_and_continues_with_older_checkpoints(tmp_path):
     make(tmp_path, 10, 20, 30, 40, pointer="step-00000020\n")
     assert [checkpoint.step for checkpoint in newest_first(tmp_path)] == [20, 10, 40, 30]
     assert find_checkpoint(tmp_path).step == 20
 
 
-def test_list_steps_passes_over_what_is_unfinished_or_on_its_way_out(tmp_path):
+def test_list_steps_skips_unfinished_checkpoints_and_those_being_removed(tmp_path):
     make(tmp_path, 10)
     for name in ("writing-step-00000020-ab", "removing-step-00000005", "replaced-step-00000007", "step-1", "other"):
         (tmp_path / "checkpoints" / name).mkdir()

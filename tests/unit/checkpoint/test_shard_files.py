@@ -1,4 +1,4 @@
-"""Training state on disk: whatever layout wrote it, whatever layout reads it."""
+"""Training state on disk: any layout reads what any other layout wrote."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ from megatron_bipe.model.layer_factory import Shard
 from tests.helpers.checkpoints import checkpoint_info, publish_fragments, write_checkpoint
 from tests.helpers.errors import raises
 
-# name -> (whole shape, dimension and blocks of the split); the norm is whole on every rank
+# name -> (unsharded shape, dimension and blocks of the split); the norm is replicated
 PARAMETERS = {
     "0.token.weight": ((8, 6), (0, 1)),
     "1.mlp.down.weight": ((6, 8), (1, 1)),
@@ -35,7 +35,7 @@ PARAMETERS = {
 }
 
 
-def whole_state(name):
+def full_state(name):
     shape = PARAMETERS[name][0]
     generator = torch.Generator().manual_seed(len(name))
     return {kind: torch.randn(shape, generator=generator) for kind in KINDS}
@@ -44,14 +44,14 @@ def whole_state(name):
 def fragment(name, tensor_rank, tensor, part=0, parts=1):
     split = PARAMETERS[name][1]
     shard = Shard(*split, tensor_rank, tensor) if split and tensor > 1 else None
-    state = {kind: shard.select(x) if shard else x for kind, x in whole_state(name).items()}
+    state = {kind: shard.select(x) if shard else x for kind, x in full_state(name).items()}
     shape = tuple(state["weight"].shape)
     flat = {kind: x.flatten() for kind, x in state.items()}
     return Fragment(name, shape, shard, 0, flat).part(part, parts)
 
 
 def held_by_ranks(tensor=1, replicas=1):
-    """What ranks of a layout write: each a part of its shard; the first of a tensor-parallel group what is whole."""
+    """Return the fragments that ranks write; replicated parameters are those of the first tensor-parallel rank."""
     held = []
     for rank in range(tensor * replicas):
         names = [name for name, (_, split) in PARAMETERS.items() if split or rank % tensor == 0]
@@ -72,12 +72,12 @@ def write(folder, tensor=1, replicas=1):
 
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("replicas", [1, 3, 16])
-def test_reader_gives_back_whole_parameters_of_any_layout(tmp_path, tensor, replicas):
+def test_reader_returns_unsharded_parameters_of_any_layout(tmp_path, tensor, replicas):
     reader = StateReader(write(tmp_path, tensor, replicas))
     assert (reader.index.step, reader.index.optimizer_steps) == (7, 6)
-    assert list(reader.index.parameters) == list(PARAMETERS)  # in the order of the plan: 10 after 1
+    assert list(reader.index.parameters) == list(PARAMETERS)  # in layer order: 10 after 1
     for name in PARAMETERS:
-        for kind, expected in whole_state(name).items():
+        for kind, expected in full_state(name).items():
             assert torch.equal(reader.full(kind, name), expected)
 
 
@@ -86,7 +86,7 @@ layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 5))
 
 @settings(max_examples=60, deadline=None)
 @given(written=layouts, read=layouts, choice=st.data())
-def test_reader_gives_any_rank_of_another_layout_its_run(tmp_path_factory, written, read, choice):
+def test_reader_returns_each_rank_of_another_layout_its_slice(tmp_path_factory, written, read, choice):
     reader = StateReader(write(tmp_path_factory.mktemp("state"), *written))
     tensor, replicas = read
     rank, part = choice.draw(st.integers(0, tensor - 1)), choice.draw(st.integers(0, replicas - 1))
@@ -172,7 +172,7 @@ def test_reader_parameter_that_does_not_fit_is_an_error(tmp_path, name, shape, o
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_read_weights_are_whole_and_in_compute_precision(tmp_path, precision):
+def test_read_weights_are_unsharded_and_in_compute_precision(tmp_path, precision):
     publish_fragments(tmp_path, 7, held_by_ranks(tensor=2))
     run = load_run_config(None, [f"train.precision={precision}"])
     (tmp_path / "config.yaml").write_text(dump_yaml(run))
@@ -180,7 +180,7 @@ def test_read_weights_are_whole_and_in_compute_precision(tmp_path, precision):
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     assert list(weights) == list(PARAMETERS)
     for name, weight in weights.items():
-        assert torch.equal(weight, whole_state(name)["weight"].to(dtype))
+        assert torch.equal(weight, full_state(name)["weight"].to(dtype))
 
 
 def test_reader_gives_each_rank_its_random_states_and_others_none(tmp_path):
@@ -195,9 +195,9 @@ def test_index_any_byte_changed_is_an_error(tmp_path, name):
     path = folder / name
     content = path.read_bytes()
     load_index(folder)
-    for place in range(len(content)):
-        for changed in (content[place] ^ 1, content[place] ^ 0x80, 0x20 if content[place] == 0x0A else 0x0A):
-            path.write_bytes(content[:place] + bytes([changed]) + content[place + 1 :])
+    for position in range(len(content)):
+        for changed in (content[position] ^ 1, content[position] ^ 0x80, 0x20 if content[position] == 0x0A else 0x0A):
+            path.write_bytes(content[:position] + bytes([changed]) + content[position + 1 :])
             with raises(CheckpointError, INDEX, CHECKSUM_NAME, location=folder):
                 load_index(folder)
     path.write_bytes(content)

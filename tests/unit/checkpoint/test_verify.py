@@ -1,4 +1,4 @@
-"""What a checkpoint is checked for before it is read; tests/faults has every kind of damage, on several ranks."""
+"""Checks of a checkpoint before it is read; tests/faults has every kind of damage, on several ranks."""
 
 import pytest
 import torch
@@ -27,14 +27,14 @@ def index(tmp_path):
     return load_index(write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})).model_copy(update={"data": RECORD})
 
 
-def test_check_whole_gives_the_index_with_a_record_of_every_file(tmp_path):
+def test_check_complete_returns_the_index_with_a_record_of_every_file(tmp_path):
     folder = write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
     found = check_complete(find_checkpoint(tmp_path))
     assert {path.name for path in folder.iterdir()} == {*found.files, "state.json", "state.json.sha256"}
     assert RunConfig.model_validate(found.config) == load_run_config(None)
 
 
-def test_check_whole_parts_cover_all_files(tmp_path):
+def test_check_complete_parts_cover_all_files(tmp_path):
     write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
     checkpoint = find_checkpoint(tmp_path)
     (checkpoint.folder / "rank-00000.safetensors").write_bytes(b"x")
@@ -60,17 +60,17 @@ def test_check_whole_parts_cover_all_files(tmp_path):
         ([], RECORD.model_copy(update={"rule": SegmentRule(spec="[6]", token_ids=(6,))}), r"segment rule [5]"),
     ],
 )
-def test_of_another_run_says_what_no_run_can_change(index, settings, data, expected):
+def test_of_another_run_names_what_no_run_can_change(index, settings, data, expected):
     found = belongs_to_another_run(index, load_run_config(None, settings), data)
     assert found == "" if not expected else expected in found
 
 
-def test_of_another_run_configuration_of_another_version_is_no_crash(index):
+def test_of_another_run_reads_the_configuration_of_another_version(index):
     index = index.model_copy(update={"config": {"model": {"unknown": 1}}})
     assert "cannot be read" in belongs_to_another_run(index, load_run_config(None), None)
 
 
-def test_newest_good_passes_over_what_is_of_another_run(tmp_path):
+def test_latest_valid_checkpoint_skips_those_of_another_run(tmp_path):
     for step in (10, 20):
         write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
     assert (

@@ -1,4 +1,4 @@
-"""Saves beside training: what they write is the state of their moment, and the loop waits no longer than it must."""
+"""Saves in the background write the state at the time of the save, and the loop waits only for the copy."""
 
 import threading
 
@@ -25,13 +25,13 @@ def make_saver(**settings):
 
 @pytest.fixture
 def live():
-    """The state of a parameter, and the fragment that views it."""
+    """Return the state of a parameter, and a fragment that is a view of it."""
     state = {kind: torch.full((1000,), float(number)) for number, kind in enumerate(KINDS)}
     return state, [Fragment("0.x", (1000,), None, 0, state)]
 
 
 class Gate:
-    """Stands in for a function; calls of it wait until it is opened."""
+    """Replacement of a function whose calls wait until it is opened."""
 
     def __init__(self, monkeypatch, name):
         self.opened, self.reached = threading.Event(), threading.Event()
@@ -45,7 +45,7 @@ class Gate:
         monkeypatch.setattr(module, name, waiting)
 
 
-def test_save_in_background_holds_the_state_of_its_moment(tmp_path, live, monkeypatch):
+def test_save_in_background_holds_the_state_at_the_time_of_the_save(tmp_path, live, monkeypatch):
     state, fragments = live
     gate = Gate(monkeypatch, "write_fragments")
     saver = make_saver()
@@ -61,7 +61,7 @@ def test_save_in_background_holds_the_state_of_its_moment(tmp_path, live, monkey
         assert torch.equal(reader.full(kind, "0.x"), torch.full((1000,), float(number)))
 
 
-def test_save_update_waits_for_the_copy_and_for_nothing_else(tmp_path, live, monkeypatch):
+def test_save_update_waits_only_for_the_copy(tmp_path, live, monkeypatch):
     _, fragments = live
     copying, writing = threading.Event(), Gate(monkeypatch, "write_fragments")
     saver = make_saver()
@@ -81,7 +81,7 @@ def test_save_update_waits_for_the_copy_and_for_nothing_else(tmp_path, live, mon
     assert saver.waited_s >= 0.2
 
 
-def test_save_waits_for_the_one_before(tmp_path, live, monkeypatch):
+def test_save_waits_for_the_previous_one(tmp_path, live, monkeypatch):
     _, fragments = live
     gate = Gate(monkeypatch, "write_fragments")
     saver = make_saver()
@@ -131,7 +131,7 @@ def test_save_that_fails_is_a_warning_unless_it_is_the_last(tmp_path, live, monk
     assert list_steps(tmp_path) == [10, 40]
 
 
-def test_save_without_memory_for_the_copy_is_a_warning_and_lets_training_go_on(tmp_path, live, monkeypatch, caplog):
+def test_save_without_memory_for_the_copy_is_a_warning_and_training_continues(tmp_path, live, monkeypatch, caplog):
     _, fragments = live
     saver = make_saver()
 
@@ -146,7 +146,7 @@ def test_save_without_memory_for_the_copy_is_a_warning_and_lets_training_go_on(t
     assert list_steps(tmp_path) == []
 
 
-def test_save_old_ones_go_once_the_new_one_is_there(tmp_path, live):
+def test_save_removes_old_checkpoints_once_the_new_one_is_complete(tmp_path, live):
     _, fragments = live
     saver = make_saver(keep_last=2, keep_every=30)
     for step in (10, 20, 30, 40, 50, 60, 70):
@@ -155,7 +155,7 @@ def test_save_old_ones_go_once_the_new_one_is_there(tmp_path, live):
     assert list_steps(tmp_path) == [30, 60, 70]
 
 
-def test_save_old_ones_that_cannot_be_deleted_are_a_warning(tmp_path, live, monkeypatch, caplog):
+def test_save_warns_of_old_checkpoints_that_cannot_be_deleted(tmp_path, live, monkeypatch, caplog):
     _, fragments = live
 
     def fail(*_):

@@ -46,15 +46,15 @@ def test_engine_config_bf16_gradients_add_up_in_fp32_from_zero_1_on():
 
 
 def test_engine_config_bf16_gradients_are_exchanged_in_fp32_with_zero_1():
-    def told(precision, stage):
+    def settings_of(precision, stage):
         filled = engine_config(
             load_run_config(None, [f"train.precision={precision}"]), {"zero_optimization": {"stage": stage}}, 1, "x"
         )
         return filled.get("communication_data_type"), filled["bf16"].get("immediate_grad_update")
 
-    assert told("bf16", 1) == ("fp32", True)
-    assert [told("bf16", stage) for stage in (0, 2, 3)] == [(None, None)] * 3
-    assert told("fp32", 1) == (None, None)  # DeepSpeed exchanges what the model computes in
+    assert settings_of("bf16", 1) == ("fp32", True)
+    assert [settings_of("bf16", stage) for stage in (0, 2, 3)] == [(None, None)] * 3
+    assert settings_of("fp32", 1) == (None, None)  # DeepSpeed exchanges what the model computes in
 
 
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])

@@ -1,4 +1,4 @@
-"""Where a run configuration comes from, and what is said of a wrong one."""
+"""Sources of a run configuration, and errors in it."""
 
 from pathlib import Path
 
@@ -37,7 +37,7 @@ def test_load_file_then_overrides_later_ones_win(tmp_path):
     assert run.data.path == Path("/x/y")
 
 
-def test_load_training_length_of_the_model_follows_the_window_unless_given():
+def test_load_training_length_of_the_model_follows_the_sequence_length_unless_given():
     assert load_run_config(None, ["train.seq_len_tokens=256"]).model.train_len_tokens == 256
     both = ["train.seq_len_tokens=4096", "model.train_len_tokens=1024"]
     assert load_run_config(None, both).model.train_len_tokens == 1024
@@ -79,7 +79,7 @@ def test_load_one_weight_of_a_blend_can_be_overridden(tmp_path):
         ("null", ["data.path=None"]),
     ],
 )
-def test_load_impossible_data_path_says_what_is_wrong_with_the_form_it_has(value, observed):
+def test_load_invalid_data_path_names_the_problem_of_its_form(value, observed):
     with raises(ConfigError, *observed, location=f"--set data.path={value}"):
         load_run_config(None, [f"data.path={value}"])
 
@@ -160,7 +160,7 @@ def test_load_damaged_file_is_one_error_with_its_name(tmp_path, text, observed):
         load_run_config(path)
 
 
-def test_load_key_that_an_anchor_brought_may_be_given_anew(tmp_path):
+def test_load_key_from_an_anchor_may_be_overridden(tmp_path):
     path = tmp_path / "run.yaml"
     path.write_text("train: &a {steps: 6, seed: 3}\noptimizer: {}\n")
     assert load_run_config(path).train.steps == 6

@@ -1,4 +1,4 @@
-"""Rules across fields."""
+"""Rules that involve several fields."""
 
 from pathlib import Path
 
@@ -142,7 +142,7 @@ def test_validate_layout_that_does_not_divide_names_the_values(parallel, observe
         ("{tensor: 2, context: 2, sequence: true}", ["parallel.context=2", "parallel.tensor=2"]),
     ],
 )
-def test_validate_window_that_is_split_must_divide(parallel, divisors):
+def test_validate_context_parallel_sequence_length_must_divide(parallel, divisors):
     run = load_run_config(None, [f"parallel={parallel}", "train.seq_len_tokens=1022"])
     with raises(ConfigError, "train.seq_len_tokens=1022", *divisors):
         validate_run(run, num_ranks=8)
@@ -178,6 +178,6 @@ def test_check_data_disagreement_names_both(overrides, facts, observed):
         _check(overrides, **facts)
 
 
-def test_check_data_small_intra_table_is_fine_where_no_segment_exceeds_it():
+def test_check_data_small_intra_embedding_is_accepted_if_no_segment_exceeds_it():
     _check(["model.intra_size=8"], segments="fixed:8", fixed_length=8)
     _check(["model.intra_size=8", "model.encoding=rope"])

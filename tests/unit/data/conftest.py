@@ -1,4 +1,4 @@
-"""The dataset that tests of looking at datasets share."""
+"""A dataset for tests of inspection."""
 
 from collections.abc import Callable
 from pathlib import Path

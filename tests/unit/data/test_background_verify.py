@@ -1,4 +1,4 @@
-"""Shards are compared with the manifest once they are read from, and watched from then on."""
+"""Shards are compared with the manifest after their first read, and monitored for later changes."""
 
 import os
 import time
@@ -33,7 +33,7 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def read(dataset: TokenDataset) -> None:
-    """From all shards."""
+    """Read from all shards."""
     dataset.sequences(np.arange(dataset.num_sequences(100)), 100)
 
 
@@ -44,7 +44,7 @@ def until_found(check: BackgroundVerifier, seconds: float = 20.0) -> None:
         time.sleep(0.01)
 
 
-def until_good(check: BackgroundVerifier, files: int) -> None:
+def until_verified(check: BackgroundVerifier, files: int) -> None:
     until_s = time.monotonic() + 20.0
     while len(check._verified) < files:
         check.raise_if_failed()
@@ -53,7 +53,7 @@ def until_good(check: BackgroundVerifier, files: int) -> None:
 
 
 def flip(path: Path, keep_time: bool = False) -> None:
-    """Change a byte in place: an id that the vocabulary has, too."""
+    """Change a byte so that the id is another one of the vocabulary."""
     status = path.stat()
     with path.open("r+b") as stream:
         stream.seek(-2, os.SEEK_END)
@@ -67,29 +67,29 @@ def flip(path: Path, keep_time: bool = False) -> None:
 @pytest.mark.parametrize("suffix", ["bin", "seg"])
 def test_shard_damaged_before_it_is_read_is_found_and_named(dataset: TokenDataset, suffix: str) -> None:
     path = dataset.path / f"part-00001.{suffix}"
-    whole = sha256_of(path)
+    first_sum = sha256_of(path)
     flip(path)
-    both = (whole, sha256_of(path))
+    both = (first_sum, sha256_of(path))
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
         with raises(DataError, "SHA-256", *both, location=f"part-00001.{suffix}"):
             until_found(check)
 
 
-def test_shards_that_are_good_are_read_once_and_found_so(dataset: TokenDataset) -> None:
+def test_intact_shards_are_read_once_and_reported_intact(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
-        flip(dataset.path / "part-00001.bin", keep_time=True)  # unseen: it would have to be read again
+        until_verified(check, files=6)
+        flip(dataset.path / "part-00001.bin", keep_time=True)  # not detected: the file would have to be read again
         time.sleep(0.2)
         check.raise_if_failed()
 
 
-def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
+def test_shard_not_read_from_is_not_checked(dataset: TokenDataset) -> None:
     flip(dataset.path / "part-00002.bin")
     with BackgroundVerifier(dataset.shards) as check:
         dataset.sequences(np.array([0]), 100)
-        until_good(check, files=2)
+        until_verified(check, files=2)
         time.sleep(0.2)
         check.raise_if_failed()
 
@@ -97,7 +97,7 @@ def test_shard_not_read_from_is_not_looked_at(dataset: TokenDataset) -> None:
 def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         flip(dataset.path / "part-00001.bin")
         with raises(DataError, "SHA-256", location="part-00001.bin"):
             until_found(check)
@@ -106,9 +106,9 @@ def test_shard_changed_during_the_run_is_an_error_that_names_it(dataset: TokenDa
 def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         (dataset.path / "part-00002.seg").unlink()
-        read(dataset)  # of the file that is open still
+        read(dataset)  # of the file that is still open
         with raises(DataError, location="part-00002.seg"):
             until_found(check)
 
@@ -116,7 +116,7 @@ def test_shard_that_vanishes_during_the_run_is_an_error_that_names_it(dataset: T
 def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenDataset) -> None:
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         os.truncate(dataset.path / "part-00000.bin", 100)
         with raises(DataError, 100, 16000, location="part-00000.bin"):
             until_found(check)
@@ -124,11 +124,11 @@ def test_shard_cut_short_during_the_run_is_an_error_and_no_crash(dataset: TokenD
             read(dataset)
 
 
-def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenDataset) -> None:
+def test_shard_touched_or_copied_again_is_read_again_and_intact(dataset: TokenDataset) -> None:
     path = dataset.path / "part-00000.bin"
     with BackgroundVerifier(dataset.shards) as check:
         read(dataset)
-        until_good(check, files=6)
+        until_verified(check, files=6)
         seen = check._verified[path]
         content = path.read_bytes()
         path.with_suffix(".copy").write_bytes(content)
@@ -139,7 +139,7 @@ def test_shard_touched_or_copied_again_is_read_again_and_good(dataset: TokenData
             assert time.monotonic() < until_s
 
 
-def test_shard_check_leaves_at_once_whatever_there_is_to_read(
+def test_shard_check_closes_immediately_with_unread_data(
     dataset: TokenDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_verify, "_WORK_SHARE", 1e-9)  # pauses of hours

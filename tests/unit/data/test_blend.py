@@ -1,4 +1,4 @@
-"""Several datasets as one row of samples: exact shares, epochs of their own, blind to how it is cut up."""
+"""A blend of datasets: exact shares, separate epochs, and the same samples for any split over ranks."""
 
 from collections import Counter
 from pathlib import Path
@@ -37,7 +37,7 @@ def datasets(tmp_path_factory, write_dataset):
 
 
 def _split(blend: Blend, sequences):
-    """Which dataset each window is of, and its number there."""
+    """Return the dataset of each sequence, and its index there."""
     firsts = np.cumsum([0, *NUM_WINDOWS])[: len(blend.datasets)]
     member = np.searchsorted(firsts, sequences, side="right") - 1
     return member, sequences - firsts[member]
@@ -59,7 +59,7 @@ def test_slot_counts_are_the_shares_rounded_to_a_slot(weights):
     assert np.abs(counts - quotas).max() < 1 + 1e-6
 
 
-def test_slot_counts_of_whole_hundredths_of_a_percent_are_exact():
+def test_slot_counts_of_integral_hundredths_of_a_percent_are_exact():
     assert count_slots([0.3, 0.6986, 0.0014], "abc") == (3000, 6986, 14)
     assert count_slots([30, 69.86, 0.14], "abc") == (3000, 6986, 14)
     assert count_slots([1, 1, 1], "abc") == (3334, 3333, 3333)
@@ -76,7 +76,7 @@ def test_slot_counts_too_small_a_weight_names_it_its_share_and_the_least():
 
 @settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=10))
-def test_spread_places_every_slot_in_its_own_part_of_the_pattern(counts):
+def test_spread_puts_every_slot_in_its_own_part_of_the_pattern(counts):
     pattern, total = spread(counts), sum(counts)
     assert pattern.shape == (total,)
     for member, count in enumerate(counts):
@@ -95,7 +95,7 @@ def test_spread_never_strays_a_sample_from_the_shares(counts):
     assert np.abs(taken - wanted).max() < 1
 
 
-def test_spread_of_many_small_beside_a_big_one_does_not_heap_them():
+def test_spread_of_many_small_datasets_with_a_big_one_does_not_cluster_them():
     pattern = spread([790, *[10] * 21])
     assert max(np.diff(np.flatnonzero(pattern == 0))) <= 3
 
@@ -118,7 +118,7 @@ def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, fi
 
 @settings(deadline=None, max_examples=25)
 @given(SHARES, st.integers(0, 2**40), st.integers(0, 3))
-def test_blend_an_epoch_of_each_dataset_holds_each_of_its_windows_once(datasets, weights, seed, epoch):
+def test_blend_an_epoch_of_each_dataset_holds_each_of_its_sequences_once(datasets, weights, seed, epoch):
     blend = Blend(datasets, weights, SEQ, seed)
     enough = 2 * max(-(-(epoch + 1) * n * PATTERN_SLOTS // s) for n, s in zip(NUM_WINDOWS, blend.slots, strict=True))
     member, sequences = _split(blend, blend.sequence_indices(0, enough))
@@ -132,11 +132,11 @@ def test_blend_an_epoch_of_each_dataset_holds_each_of_its_windows_once(datasets,
 def test_blend_cut_anywhere_gives_the_same_samples(datasets, weights, cycle, before, count, data):
     blend = Blend(datasets, weights, SEQ, SEED)
     first = cycle * PATTERN_SLOTS - before  # mostly across the end of a pattern
-    whole = blend.sequence_indices(first, count)
+    together = blend.sequence_indices(first, count)
     cut = data.draw(st.integers(0, count))
     parts = [blend.sequence_indices(first, cut), blend.sequence_indices(first + cut, count - cut)]
-    np.testing.assert_array_equal(np.concatenate(parts), whole)
-    assert whole.dtype == np.int64 and whole.shape == (count,)
+    np.testing.assert_array_equal(np.concatenate(parts), together)
+    assert together.dtype == np.int64 and together.shape == (count,)
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -164,7 +164,7 @@ def test_blend_of_one_is_the_order_of_the_dataset_alone(datasets):
         assert blend.record == datasets[2].manifest.record
 
 
-def test_blend_of_equal_datasets_does_not_give_them_the_same_windows(datasets):
+def test_blend_of_equal_datasets_does_not_draw_the_same_sequences_from_both(datasets):
     blend = Blend([datasets[2]] * 2, [1, 1], SEQ, SEED)
     sequences = blend.sequence_indices(0, 200)
     first, second = sequences[sequences < 300], sequences[sequences >= 300] - 300
@@ -184,10 +184,10 @@ def test_blend_without_weights_follows_the_tokens(datasets):
     assert blend.slots[2] > 8 * blend.slots[1] * 0.9
 
 
-# The windows
+# The sequences
 
 
-def test_blend_windows_are_those_of_the_datasets_in_the_order_asked(datasets):
+def test_blend_sequences_are_those_of_the_datasets_in_the_requested_order(datasets):
     blend = Blend(datasets, [1, 1, 1], SEQ, SEED)
     indices = blend.sequence_indices(7, 64)
     tokens, ends = blend.sequences(indices, SEQ)
@@ -211,23 +211,23 @@ def test_blend_each_dataset_is_asked_once_a_batch(datasets, monkeypatch):
     assert asked == Counter({"set-0": 1, "set-1": 1, "set-2": 1})
 
 
-def test_blend_no_windows_are_an_empty_batch(datasets):
+def test_blend_no_sequences_are_an_empty_batch(datasets):
     tokens, ends = Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.zeros(0, np.int64), SEQ)
     assert (tokens.shape, ends.shape) == ((0, SEQ + 1), (0, SEQ))
 
 
 @pytest.mark.parametrize("indices", [[-1], [sum(NUM_WINDOWS)]])
-def test_blend_window_that_is_not_there_is_refused(datasets, indices):
+def test_blend_missing_sequence_is_refused(datasets, indices):
     with pytest.raises(IndexError, match="of 345"):
         Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.array(indices), SEQ)
 
 
-def test_blend_windows_of_another_length_are_refused(datasets):
+def test_blend_sequences_of_another_length_are_refused(datasets):
     with pytest.raises(ValueError, match=r"4.*8"):
         Blend(datasets, [1, 1, 1], SEQ, SEED).sequences(np.array([0]), 4)
 
 
-# What may be blended
+# Datasets that may be blended
 
 
 def test_blend_of_another_tokenizer_or_rule_names_both_folders_and_values(datasets, tmp_path, write_dataset):
@@ -238,7 +238,7 @@ def test_blend_of_another_tokenizer_or_rule_names_both_folders_and_values(datase
         Blend([datasets[0], TokenDataset(tmp_path / "other")], [1, 1], SEQ, SEED)
 
 
-def test_blend_with_a_dataset_shorter_than_a_window_names_it(datasets, tmp_path, write_dataset):
+def test_blend_with_a_dataset_shorter_than_a_sequence_names_it(datasets, tmp_path, write_dataset):
     for tokens in ([1] * SEQ, []):
         write_dataset(tmp_path / "short", [[tokens]])
         with raises(DataError, len(tokens), SEQ, SEQ + 1, location=tmp_path / "short", remedy="train.seq_len_tokens"):
@@ -255,7 +255,7 @@ def test_open_blend_takes_each_form_of_data_path(datasets):
         assert [dataset.path for dataset in blend.datasets] == [Path(folder) for folder in folders[: len(slots)]]
 
 
-# What a model remembers of it
+# The record of a blend in a checkpoint
 
 
 def test_record_of_a_blend_knows_members_order_and_slots(datasets, tmp_path, write_dataset):
@@ -276,7 +276,7 @@ def test_record_of_a_blend_knows_members_order_and_slots(datasets, tmp_path, wri
     assert DataRecord.model_validate_json(record.model_dump_json(exclude_defaults=True)) == record
 
 
-def test_record_of_a_blend_does_not_depend_on_where_its_datasets_lie(datasets, tmp_path, write_dataset):
+def test_record_of_a_blend_does_not_depend_on_its_folders(datasets, tmp_path, write_dataset):
     moved = [_write(write_dataset, tmp_path / f"moved-{n}", count, n) for n, count in enumerate(NUM_WINDOWS)]
     here, there = (Blend(sets, [2, 3, 5], SEQ, SEED).record for sets in (datasets, moved))
     assert here.fingerprint == there.fingerprint

@@ -1,4 +1,4 @@
-"""A batch of tensors against the documents it came from."""
+"""A batch of tensors against the documents that it was made from."""
 
 from collections.abc import Callable
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Windows over shards against plain lists, and everything that must be refused."""
+"""Sequences over shards against plain lists, and refused inputs."""
 
 import pickle
 import resource
@@ -47,7 +47,7 @@ def test_dataset_any_slice_equals_the_concatenation(
 
 @settings(max_examples=60, deadline=None)
 @given(shards=shard_lists, seq_len=st.integers(1, 40), data=st.data())
-def test_dataset_windows_equal_a_plain_loop(
+def test_dataset_sequences_equal_a_plain_loop(
     write_dataset: Write, shards: list[list[list[int]]], seq_len: int, data: st.DataObject
 ) -> None:
     flat = [token for documents in shards for ids in documents for token in ids]
@@ -69,7 +69,7 @@ def test_dataset_windows_equal_a_plain_loop(
         assert not intra[:, 0].any() and not inter[:, 0].any()
 
 
-def test_dataset_windows_of_an_epoch_cover_every_token_once(write_dataset: Write, tmp_path: Path) -> None:
+def test_dataset_sequences_of_an_epoch_cover_every_token_once(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, SHARDS)
     dataset = TokenDataset(tmp_path)
     tokens, _ = dataset.sequences(np.arange(dataset.num_sequences(4)), 4)
@@ -77,7 +77,7 @@ def test_dataset_windows_of_an_epoch_cover_every_token_once(write_dataset: Write
     assert tokens[:, 1:].ravel().tolist() == FLAT[1 : 4 * len(tokens) + 1]
 
 
-def test_dataset_windows_of_a_fixed_rule_count_from_the_window(write_dataset: Write, tmp_path: Path) -> None:
+def test_dataset_fixed_rule_counts_from_the_start_of_the_sequence(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, SHARDS, rule=SegmentRule(spec="fixed:3", token_ids=()))
     dataset = TokenDataset(tmp_path)
     assert dataset.ends(0, 8).tolist() == [False, False, True, False, False, False, False, False]
@@ -85,7 +85,7 @@ def test_dataset_windows_of_a_fixed_rule_count_from_the_window(write_dataset: Wr
     assert ends.tolist() == [[False, False, True, False, False]] * 3
 
 
-def test_dataset_windows_across_shards_start_at_zero(write_dataset: Write, tmp_path: Path) -> None:
+def test_dataset_sequences_across_shards_start_at_zero(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, SHARDS)
     tokens, ends = TokenDataset(tmp_path).sequences(np.array([0]), 20)  # over all five shards
     assert tokens[0].tolist() == FLAT[:21]
@@ -95,7 +95,7 @@ def test_dataset_windows_across_shards_start_at_zero(write_dataset: Write, tmp_p
 
 
 @pytest.mark.parametrize("seq_len", [1, 2, 4, 8])
-def test_dataset_window_whose_label_alone_is_in_the_next_shard_has_it(
+def test_dataset_sequence_with_only_its_last_label_in_the_next_shard_has_it(
     write_dataset: Write, tmp_path: Path, seq_len: int
 ) -> None:
     write_dataset(tmp_path, [[range(10, 18)], [range(20, 28)], [[30]]])
@@ -105,7 +105,7 @@ def test_dataset_window_whose_label_alone_is_in_the_next_shard_has_it(
 
 
 @pytest.mark.parametrize(("num_tokens", "sequences"), [(9, 1), (16, 1), (17, 2)])
-def test_dataset_num_windows_needs_a_label_more(
+def test_dataset_num_sequences_needs_one_more_label(
     write_dataset: Write, tmp_path: Path, num_tokens: int, sequences: int
 ) -> None:
     write_dataset(tmp_path, [[[1] * num_tokens]])
@@ -113,7 +113,7 @@ def test_dataset_num_windows_needs_a_label_more(
 
 
 @pytest.mark.parametrize("shards", [[], [[]], [[[]]], [[[1] * 8]]])
-def test_dataset_shorter_than_a_window_is_refused(write_dataset: Write, tmp_path: Path, shards: list) -> None:
+def test_dataset_shorter_than_a_sequence_is_refused(write_dataset: Write, tmp_path: Path, shards: list) -> None:
     write_dataset(tmp_path, shards)
     dataset = TokenDataset(tmp_path)
     with raises(DataError, dataset.num_tokens, 8, 9, location=tmp_path, remedy="train.seq_len_tokens"):
@@ -128,7 +128,7 @@ def test_dataset_without_tokens_opens_and_is_empty(write_dataset: Write, tmp_pat
 
 
 @pytest.mark.parametrize("indices", [[-1], [0, 5]])
-def test_dataset_window_outside_the_epoch_is_an_index_error(
+def test_dataset_sequence_outside_the_epoch_is_an_index_error(
     write_dataset: Write, tmp_path: Path, indices: list[int]
 ) -> None:
     write_dataset(tmp_path, SHARDS)

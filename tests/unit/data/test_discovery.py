@@ -1,4 +1,4 @@
-"""Which datasets a folder holds, and how a document is drawn."""
+"""Discovery of the datasets in a folder, and their tokenizers."""
 
 import re
 from collections.abc import Callable
@@ -25,7 +25,7 @@ def test_find_datasets_one_and_two_levels_down_finds_all_by_name(write_dataset: 
     assert find_datasets(tmp_path) == [tmp_path / "b", tmp_path / "a/x", tmp_path / "a/y"]
 
 
-def test_find_datasets_without_any_is_the_folder_so_that_opening_it_says_so(tmp_path: Path) -> None:
+def test_find_datasets_without_any_returns_the_folder_so_that_opening_it_reports_the_error(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     assert find_datasets(tmp_path) == [tmp_path]
     assert find_datasets(tmp_path / "absent") == [tmp_path / "absent"]
@@ -48,7 +48,7 @@ def show(folder: Path, document: int = 0, tokens: int = 100, color: bool = False
     return show_document(dataset, open_tokenizer(dataset), document, tokens, color=color, width=width)
 
 
-def test_show_plain_sets_both_ids_beside_each_token(folder: Path) -> None:
+def test_show_plain_shows_both_ids_with_each_token(folder: Path) -> None:
     assert show(folder).splitlines() == [
         "document 0 of 4 (part-00000): 12 tokens, 2 segment ends by rule newline",
         " inter  token, and its intra id below it",
@@ -77,7 +77,7 @@ def test_show_in_a_narrow_terminal_wraps_segments(folder: Path) -> None:
     ]
 
 
-def test_show_of_part_says_what_is_left(folder: Path) -> None:
+def test_show_of_a_part_reports_the_remainder(folder: Path) -> None:
     lines = show(folder, tokens=3).splitlines()
     assert lines[2:] == ["     0  <bos> a ·", "        0     1 2", "... 9 more tokens"]
 

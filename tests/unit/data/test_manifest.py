@@ -1,4 +1,4 @@
-"""The manifest: round trip, fingerprint, and every way for it to be wrong."""
+"""The manifest: round trip, fingerprint, and every kind of invalid content."""
 
 import errno
 import json
@@ -42,7 +42,7 @@ def test_manifest_saved_and_loaded_is_equal(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [MANIFEST_NAME]
 
 
-def test_manifest_with_a_file_name_that_is_no_unicode_can_be_read_again(tmp_path: Path) -> None:
+def test_manifest_with_a_file_name_that_is_not_unicode_can_be_read_again(tmp_path: Path) -> None:
     manifest(source={"input": b"caf\xe9.txt".decode("utf-8", "surrogateescape")}).save(tmp_path)
     assert Manifest.load(tmp_path).source == {"input": "caf?.txt"}
 
@@ -92,9 +92,9 @@ def test_manifest_load_of_a_folder_of_datasets_lists_them(tmp_path: Path) -> Non
 def test_manifest_cut_anywhere_is_one_error_with_the_byte(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     path = tmp_path / MANIFEST_NAME
-    whole = path.read_bytes().rstrip()
-    for length in range(len(whole)):
-        path.write_bytes(whole[:length])
+    intact = path.read_bytes().rstrip()
+    for length in range(len(intact)):
+        path.write_bytes(intact[:length])
         with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
         assert re.search(r"byte \d+", error.value.message)
@@ -119,14 +119,14 @@ def test_manifest_of_foreign_content_is_one_error(tmp_path: Path, content: bytes
         Manifest.load(tmp_path)
 
 
-def test_manifest_folder_in_its_place_is_one_error(tmp_path: Path) -> None:
+def test_manifest_path_that_is_a_folder_is_one_error(tmp_path: Path) -> None:
     (tmp_path / MANIFEST_NAME).mkdir()
     with raises(DataError, os.strerror(errno.EISDIR), location=tmp_path / MANIFEST_NAME):
         Manifest.load(tmp_path)
 
 
 def fields_of(content: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
-    """Paths of all fields, at all depths, that a reader must insist on."""
+    """Yield the paths of all required fields at all depths."""
     items = content.items() if isinstance(content, dict) else enumerate(content) if isinstance(content, list) else ()
     for key, value in items:
         if path[:1] not in {("source",)} and path[-1:] != ("special_ids",):
@@ -147,34 +147,34 @@ def change(path: Path, field: tuple[Any, ...], edit: Callable[[Any, Any], None])
 def test_manifest_without_any_one_field_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     path = tmp_path / MANIFEST_NAME
-    whole = path.read_bytes()
-    fields = [field for field in fields_of(json.loads(whole)) if field != ("format_version",)]
+    intact = path.read_bytes()
+    fields = [field for field in fields_of(json.loads(intact)) if field != ("format_version",)]
     assert len(fields) > 25
     for field in fields:
         change(path, field, lambda position, key: position.pop(key))
         with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
         assert re.search(rf"\b{field[-1]}\b", error.value.message)
-        path.write_bytes(whole)
+        path.write_bytes(intact)
 
 
 def test_manifest_with_any_one_value_changed_is_refused(tmp_path: Path) -> None:
     manifest().save(tmp_path)
     path = tmp_path / MANIFEST_NAME
-    whole = path.read_bytes()
+    intact = path.read_bytes()
 
     def edit(position: Any, key: Any) -> None:
         value = position[key]
         position[key] = value + 1 if isinstance(value, int) else [] if isinstance(value, list | dict) else value + "0"
 
-    for field in fields_of(json.loads(whole)):
+    for field in fields_of(json.loads(intact)):
         if field == ("tokenizer", "name"):
             continue  # for people
         change(path, field, edit)
         with raises(DataError, location=path) as error:
             Manifest.load(tmp_path)
         assert field[0] in error.value.message or "fingerprint" in error.value.message
-        path.write_bytes(whole)
+        path.write_bytes(intact)
 
 
 def test_manifest_number_as_text_is_refused(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Examples as windows: one each, the answer alone counting; and what is refused."""
+"""Examples as sequences: one each, with a loss over the answer only; and refused inputs."""
 
 import json
 
@@ -24,7 +24,7 @@ from tests.helpers.errors import raises
 
 SEQ = 8
 MADE_FOR = PromptAnswerRecord(task="sums", seq_len_tokens=SEQ)
-FIRST = [[1, 7, 5], [8, 2], [1], [5, 9, 9, 9, 9, 9, 2]]  # the second example fills a window
+FIRST = [[1, 7, 5], [8, 2], [1], [5, 9, 9, 9, 9, 9, 2]]  # the second example fills a sequence
 SECOND = [[1, 5, 6, 7, 8, 9], [2]]
 
 
@@ -34,7 +34,7 @@ def folder(tmp_path, write_dataset):
     return tmp_path / "sums"
 
 
-def test_windows_are_the_examples_padded_behind_the_answer(folder):
+def test_sequences_are_the_examples_padded_after_the_answer(folder):
     dataset = open_dataset(folder)
     assert isinstance(dataset, PromptAnswerDataset)
     assert dataset.num_sequences(SEQ) == dataset.num_examples == 3
@@ -68,14 +68,14 @@ def test_batch_weighs_the_answers_so_that_the_mean_over_all_labels_is_the_mean_o
     assert batch.inter_BT[1].tolist() == [0, 0, 0, 1, 1, 1, 1, 1]
 
 
-def test_fixed_segments_count_from_the_start_of_the_window(tmp_path, write_dataset):
+def test_fixed_segments_count_from_the_start_of_the_sequence(tmp_path, write_dataset):
     rule = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(tmp_path, [FIRST], rule=rule, examples=MADE_FOR)
     _, ends = open_dataset(tmp_path).sequences(np.array([0]), SEQ)
     assert np.flatnonzero(ends[0]).tolist() == [2, 5]
 
 
-def test_text_has_no_weights_and_is_remembered_as_before_there_were_examples(tmp_path, write_dataset):
+def test_text_has_no_weights_and_the_same_record_as_before_examples_existed(tmp_path, write_dataset):
     manifest = write_dataset(tmp_path / "text", [FIRST, SECOND])
     examples = write_dataset(tmp_path / "examples", [FIRST, SECOND], examples=MADE_FOR)
     assert manifest.fingerprint != examples.fingerprint
@@ -98,7 +98,7 @@ def test_examples_under_another_segment_rule_stay_examples(tmp_path, write_text_
     assert again.rule.spec == "sentence"
 
 
-def test_blend_of_examples_has_the_windows_and_answers_of_each(tmp_path, write_dataset, folder):
+def test_blend_of_examples_has_the_sequences_and_answers_of_each(tmp_path, write_dataset, folder):
     write_dataset(tmp_path / "more", [SECOND * 40], examples=MADE_FOR)
     paths = {str(folder): 1, str(tmp_path / "more"): 1}
     blend = open_blend(DataConfig(path=paths), SEQ, seed=3)
@@ -123,7 +123,7 @@ def test_blend_of_text_and_examples_is_refused(tmp_path, write_dataset, folder):
         ([[], [3]], ["prompt", 0]),
     ],
 )
-def test_documents_that_are_no_examples_are_damage(tmp_path, write_dataset, documents, observed):
+def test_documents_that_are_not_examples_are_damage(tmp_path, write_dataset, documents, observed):
     write_dataset(tmp_path, [documents], examples=MADE_FOR)
     with raises(DataError, *observed, location="part-00000.idx"):
         open_dataset(tmp_path).sequences(np.array([0]), SEQ)
@@ -149,7 +149,7 @@ def _run(folder, seq_len_tokens=SEQ):
             f"data.path={folder}",
             f"train={{seq_len_tokens: {seq_len_tokens}, global_batch: 8, micro_batch: 2, steps: 3}}",
             "optimizer.warmup_steps=0",
-            "model={vocab_size: 100, intra_size: 4}",  # a table shorter than a window is the pretrained model's affair
+            "model={vocab_size: 100, intra_size: 4}",  # the embedding may be shorter than a sequence
         ],
     )
 
@@ -158,7 +158,7 @@ def _mesh(rank=0, num_ranks=1):
     return Mesh(rank, rank, num_ranks, num_ranks, torch.device("cpu"))
 
 
-def test_feed_examples_made_for_other_windows_are_refused(folder):
+def test_batch_loader_examples_of_another_sequence_length_are_refused(folder):
     BatchLoader(_run(folder), _mesh())
     for other in (SEQ - 1, SEQ + 1):
         with raises(
@@ -172,17 +172,17 @@ def test_feed_examples_made_for_other_windows_are_refused(folder):
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_feed_weights_of_a_step_make_the_mean_over_its_answers_whatever_the_ranks(folder, num_ranks):
-    feeds = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+def test_batch_loader_weights_of_a_step_give_the_mean_over_its_answers_for_any_ranks(folder, num_ranks):
+    loaders = [BatchLoader(_run(folder), _mesh(rank, num_ranks)) for rank in range(num_ranks)]
     for step in range(3):
-        batches = [batch for loader in feeds for batch in loader.train_batches(8 * step)]
+        batches = [batch for loader in loaders for batch in loader.train_batches(8 * step)]
         weights = torch.cat([batch.weights_BT for batch in batches])
-        answers = feeds[0]._blend.answers(feeds[0].sequences(8 * step))
+        answers = loaders[0]._blend.answers(loaders[0].sequences(8 * step))
         assert weights.mean() == pytest.approx(1, rel=1e-6)
         assert int((weights > 0).sum()) == int(np.diff(answers).sum())
 
 
-def test_feed_validation_on_examples_weighs_them_over_all_its_windows(tmp_path, write_dataset, folder):
+def test_batch_loader_validation_on_examples_weights_answers_over_all_sequences(tmp_path, write_dataset, folder):
     write_dataset(tmp_path / "held-out", [[*FIRST, *SECOND, *FIRST[:2]]], examples=MADE_FOR)
     run = _run(folder)
     data = run.data.model_copy(update={"valid_path": tmp_path / "held-out"})

@@ -22,7 +22,7 @@ REFERENCE = SegmentRule(spec="reference", token_ids=(13, 869))
 
 
 class Words:
-    """A vocabulary of given texts; None for tokens without one."""
+    """Vocabulary of given texts; None for tokens without one."""
 
     def __init__(self, *texts: str | None) -> None:
         self.texts = texts
@@ -54,7 +54,9 @@ def check_golden(path: Path, num_cases: int) -> None:
             np.testing.assert_array_equal(intra, arrays[f"{case}_intra"])
             np.testing.assert_array_equal(inter, arrays[f"{case}_inter"])
             np.testing.assert_array_equal(bilevel_ids(ends, clip=10**6)[0], arrays[f"{case}_intra_unclipped"])
-            for row, (intra_T, inter_T) in enumerate(zip(intra, inter, strict=True)):  # a window alone, as in a batch
+            for row, (intra_T, inter_T) in enumerate(
+                zip(intra, inter, strict=True)
+            ):  # a single sequence, as in a batch
                 alone = bilevel_ids(ends[row], clip=1023)
                 assert np.array_equal(alone[0], intra_T) and np.array_equal(alone[1], inter_T)
 
@@ -63,7 +65,7 @@ def test_bilevel_ids_of_golden_cases_equal_the_authors() -> None:
     check_golden(GOLDEN, 11)
 
 
-@pytest.mark.skipif(not FULL.exists(), reason="the full set of golden ids is not beside the repository")
+@pytest.mark.skipif(not FULL.exists(), reason="the full set of golden ids is not next to the repository")
 def test_bilevel_ids_of_all_cases_equal_the_authors() -> None:
     check_golden(FULL, 25)
 
@@ -102,13 +104,13 @@ def test_segment_ends_of_a_fixed_length_equal_a_plain_loop(count: int, length: i
     assert ends.tolist() == [(position + 1) % length == 0 for position in range(count)]
 
 
-def test_window_ends_of_a_fixed_length_start_again_with_the_window() -> None:
+def test_sequence_ends_of_a_fixed_length_restart_with_the_sequence() -> None:
     stored = np.array([[True, False, False, True, False], [False, True, False, False, True]])
     ends = sequence_ends(stored, SegmentRule(spec="fixed:3", token_ids=()))
     assert ends.tolist() == [[False, False, True, False, False]] * 2
 
 
-def test_window_ends_of_separators_are_those_stored() -> None:
+def test_sequence_ends_of_separators_are_those_stored() -> None:
     stored = np.array([[True, False], [False, True]])
     assert sequence_ends(stored, REFERENCE) is stored
 
@@ -192,7 +194,7 @@ def test_segment_rule_that_contradicts_itself_is_refused(spec: str, token_ids: t
         SegmentRule(spec=spec, token_ids=token_ids)
 
 
-@pytest.mark.skipif(not LLAMA.exists(), reason="the LLaMA tokenizer is not beside the repository")
+@pytest.mark.skipif(not LLAMA.exists(), reason="the LLaMA tokenizer is not next to the repository")
 @pytest.mark.parametrize("definition", ["tokenizer.json", "tokenizer.model"])
 def test_resolve_rule_on_llamas_vocabulary_gives_the_published_ids(definition: str) -> None:
     llama = load_tokenizer(LLAMA / definition)

@@ -196,8 +196,8 @@ def test_writer_of_an_unknown_type_is_a_defect(tmp_path: Path) -> None:
 def test_shard_file_of_any_other_length_is_refused_by_name(tmp_path: Path, suffix: str, with_record: bool) -> None:
     record = write(tmp_path, EXAMPLE)
     path = tmp_path / f"s-00000.{suffix}"
-    whole = path.read_bytes()
-    for content in [*(whole[:length] for length in range(len(whole))), whole + b"\0"]:
+    intact = path.read_bytes()
+    for content in [*(intact[:length] for length in range(len(intact))), intact + b"\0"]:
         path.write_bytes(content)
         with raises(DataError, len(content), location=path):
             Shard(tmp_path, record if with_record else "s-00000")
@@ -212,16 +212,16 @@ def test_shard_header_field_of_any_other_value_is_refused_by_name(
 ) -> None:
     record = write(tmp_path, EXAMPLE)
     path = tmp_path / f"s-00000.{suffix}"
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     offset, kind = (IDX_FIELDS if suffix == "idx" else SEG_FIELDS)[field]
     for position in range(offset, offset + struct.calcsize("<" + kind)):
         for flip in (0x01, 0x80, 0xFF):
-            damage(path, position, bytes([whole[position] ^ flip]))
-            # A wrong dtype code that is a code, or a count that suits the size, shows in another file or field.
+            damage(path, position, bytes([intact[position] ^ flip]))
+            # A valid but wrong dtype code, or a count that fits the size, contradicts another file or field.
             with raises(DataError, field) as caught:
                 Shard(tmp_path, record if with_record else "s-00000")
             assert Path(caught.value.location).parent == tmp_path
-            path.write_bytes(whole)
+            path.write_bytes(intact)
     Shard(tmp_path, record)
 
 
@@ -243,19 +243,19 @@ def test_shard_dtype_code_of_the_other_token_type_is_refused(tmp_path: Path) -> 
 def test_shard_every_byte_of_the_index_arrays_is_checked(tmp_path: Path) -> None:
     record = write(tmp_path, EXAMPLE)
     path = tmp_path / "s-00000.idx"
-    whole = path.read_bytes()
+    intact = path.read_bytes()
     names = {34: "sequence lengths", 46: "byte offsets", 70: "document indices"}
-    for position in range(34, len(whole)):
+    for position in range(34, len(intact)):
         for flip in (0x01, 0x80):
-            damage(path, position, bytes([whole[position] ^ flip]))
+            damage(path, position, bytes([intact[position] ^ flip]))
             shard = Shard(tmp_path, record)  # opening does not read the arrays
             with raises(DataError, location=path) as caught:
                 _ = shard.document_bounds
-            path.write_bytes(whole)
+            path.write_bytes(intact)
             (found,) = (name for name in names.values() if name in caught.value.message)
-            expected = names[max(at for at in names if at <= position)]
+            array = names[max(at for at in names if at <= position)]
             # A wrong length may only show in the offset that should be its sum.
-            assert found in {expected, "byte offsets" if expected == "sequence lengths" else expected}
+            assert found in {array, "byte offsets" if array == "sequence lengths" else array}
 
 
 def test_shard_length_entry_negative_names_its_byte(tmp_path: Path) -> None:
@@ -283,7 +283,7 @@ def test_shard_missing_file_is_named(tmp_path: Path, suffix: str) -> None:
 
 
 @pytest.mark.parametrize("suffix", ["idx", "seg"])
-def test_shard_folder_in_place_of_a_file_is_one_error(tmp_path: Path, suffix: str) -> None:
+def test_shard_path_that_is_a_folder_is_one_error(tmp_path: Path, suffix: str) -> None:
     write(tmp_path, EXAMPLE)
     (tmp_path / f"s-00000.{suffix}").unlink()
     (tmp_path / f"s-00000.{suffix}").mkdir()

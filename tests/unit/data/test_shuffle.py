@@ -1,4 +1,4 @@
-"""The order of samples: a bijection, fixed for all time, and blind to how it is cut up."""
+"""The order of samples: a bijection that never changes and is the same for any split over ranks."""
 
 import numpy as np
 import pytest
@@ -49,7 +49,7 @@ def test_permute_scatters_like_chance() -> None:
     assert abs(np.corrcoef(shuffled[:-1], shuffled[1:])[0, 1]) < 0.03
     assert np.count_nonzero(shuffled == np.arange(size)) < 8  # one is expected
     assert np.count_nonzero(np.diff(shuffled) == 1) < 8
-    # Any 256 samples in a row must come from all over the corpus: 16 stripes, chi-squared with 15 degrees of freedom.
+    # Any 256 consecutive samples must come from the complete corpus: 16 stripes, chi-squared, 15 degrees of freedom.
     for first in range(0, size, 256):
         counts = np.bincount(shuffled[first : first + 256] // (size // 16), minlength=16)
         assert ((counts - 16.0) ** 2 / 16).sum() < 60
@@ -70,11 +70,11 @@ def test_permute_index_beyond_the_size_is_refused() -> None:
 @given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 200))
 def test_order_cut_anywhere_gives_the_same_samples(num_samples: int, seed: int, first: int, count: int) -> None:
     order = SampleOrder(num_samples, seed)
-    whole = order.sequence_indices(0, first + count)
-    np.testing.assert_array_equal(order.sequence_indices(first, count), whole[first:])
-    assert whole.dtype == np.int64
+    together = order.sequence_indices(0, first + count)
+    np.testing.assert_array_equal(order.sequence_indices(first, count), together[first:])
+    assert together.dtype == np.int64
     one_by_one = [int(SampleOrder(num_samples, seed).sequence_indices(sample, 1)[0]) for sample in range(first + count)]
-    assert one_by_one == whole.tolist()
+    assert one_by_one == together.tolist()
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])
@@ -88,7 +88,7 @@ def test_order_split_over_any_ranks_gives_a_step_the_same_samples(ranks: int) ->
 
 
 @pytest.mark.parametrize("num_samples", [1, 2, 37, 1000])
-def test_order_every_epoch_holds_every_window_once(num_samples: int) -> None:
+def test_order_every_epoch_holds_every_sequence_once(num_samples: int) -> None:
     order = SampleOrder(num_samples, seed=9)
     for epoch in (0, 1, 5):
         assert sorted(order.sequence_indices(epoch * num_samples, num_samples).tolist()) == list(range(num_samples))

@@ -33,7 +33,7 @@ needs_llama = pytest.mark.skipif(not LLAMA.is_dir(), reason="../shared/llama_tok
 
 @pytest.fixture(scope="session")
 def piece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece-type tokenizer as tokenizer.json, its pieces chosen by hand."""
+    """Write a SentencePiece-type tokenizer as tokenizer.json with given pieces."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     merged = ["\u2581.", "wo", "rd", "word", "\u2581word", "\u2581\u2581", ".."]
     pieces += [*merged, "\u2581", *"abcdefghijklmnopqrstuvwxyz.,<>/", "\ufffd"]
@@ -59,7 +59,7 @@ def piece_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A byte-level BPE tokenizer such as GPT-2's."""
+    """Write a byte-level BPE tokenizer like GPT-2's."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -74,7 +74,7 @@ def byte_level_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A SentencePiece model."""
+    """Write a SentencePiece model."""
     written = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(["plain words and more words . indented twice ."] * 9),
@@ -142,7 +142,7 @@ def test_text_of_pieces_is_what_they_add_inside_a_sequence(piece_folder: Path) -
     assert tokenizer.text_of(13) == "\n"
     assert tokenizer.text_of(vocabulary["\u2581."]) == " ."
     assert [tokenizer.text_of(i) for i in (0, 1, 2, 3 + 0x80, 3 + 0xFF, tokenizer.vocab_size)] == [None] * 6
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)
 
 
 def test_text_of_byte_level_tokens_is_what_they_add_inside_a_sequence(byte_level_folder: Path) -> None:
@@ -152,8 +152,8 @@ def test_text_of_byte_level_tokens_is_what_they_add_inside_a_sequence(byte_level
     assert tokenizer.text_of(vocabulary["\u0120."]) == " ."
     assert tokenizer.text_of(vocabulary["   three spaces"]) == "   three spaces"
     assert tokenizer.text_of(tokenizer.bos_id) is None
-    assert sum(tokenizer.text_of(i) is None for i in range(tokenizer.vocab_size)) >= 128  # lone bytes of characters
-    assert_decodes_as_told(tokenizer)
+    assert sum(tokenizer.text_of(i) is None for i in range(tokenizer.vocab_size)) >= 128  # single bytes of characters
+    assert_decodes_as_expected(tokenizer)
 
 
 def test_text_of_model_pieces_is_what_they_add_inside_a_sequence(model_file: Path) -> None:
@@ -168,17 +168,17 @@ def test_text_of_model_pieces_is_what_they_add_inside_a_sequence(model_file: Pat
         None,
     ]
     assert " ." in {tokenizer.text_of(i) for i in range(tokenizer.vocab_size)}
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)
 
 
-def assert_decodes_as_told(tokenizer: object) -> None:
-    """`text_of` against the library's own decoder, for every token."""
+def assert_decodes_as_expected(tokenizer: object) -> None:
+    """Compare `text_of` with the library's own decoder for every token."""
     anchor = tokenizer.encode_batch(["words"])[0].tolist()
     start = tokenizer.decode(anchor)
     for token_id in range(tokenizer.vocab_size):
-        told = tokenizer.text_of(token_id)
+        text = tokenizer.text_of(token_id)
         decoded = tokenizer.decode([*anchor, token_id])
-        assert decoded == start + told if told is not None else decoded == start or "\ufffd" in decoded
+        assert decoded == start + text if text is not None else decoded == start or "\ufffd" in decoded
 
 
 def test_text_of_unknown_kind_of_vocabulary_is_an_error(tmp_path: Path) -> None:
@@ -209,7 +209,7 @@ def test_sentencepiece_model_alone_treats_special_strings_as_text(model_file: Pa
         load_tokenizer(model_file, special_in_text=True)
 
 
-@pytest.mark.parametrize("kind", ["folder", "file", "oddly named file", "model file beside a tokenizer.json"])
+@pytest.mark.parametrize("kind", ["folder", "file", "oddly named file", "model file next to a tokenizer.json"])
 def test_copy_to_gives_a_folder_that_loads_as_the_same_tokenizer(
     piece_folder: Path, model_file: Path, tmp_path: Path, kind: str
 ) -> None:
@@ -250,7 +250,7 @@ def test_load_tokenizer_folder_without_definition_is_an_error(tmp_path: Path) ->
 
 def test_load_tokenizer_no_path_and_no_hub_name_is_an_error(tmp_path: Path) -> None:
     with raises(DataError, location=tmp_path / "gone", remedy="tools/train_tokenizer.py"):
-        load_tokenizer(tmp_path / "gone")  # an absolute path is no Hub name: nothing is asked of the network
+        load_tokenizer(tmp_path / "gone")  # an absolute path is not a Hub name: no network access
 
 
 def test_load_tokenizer_without_bos_is_an_error(tmp_path: Path) -> None:
@@ -300,4 +300,4 @@ def test_llama_text_of_is_exact_for_every_token() -> None:
     tokenizer, model = load_tokenizer(LLAMA), load_tokenizer(LLAMA / "tokenizer.model")
     assert {i: tokenizer.text_of(i) for i in (869, 13, 29889)} == {869: " .", 13: "\n", 29889: "."}
     assert all(tokenizer.text_of(i) == model.text_of(i) for i in range(32000))
-    assert_decodes_as_told(tokenizer)
+    assert_decodes_as_expected(tokenizer)

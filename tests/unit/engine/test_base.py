@@ -1,4 +1,4 @@
-"""What both engines share."""
+"""Common parts of both engines."""
 
 import socket
 

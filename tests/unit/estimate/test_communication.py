@@ -1,4 +1,4 @@
-"""What ranks send each other in a step."""
+"""Communication of ranks in a step."""
 
 import pytest
 
@@ -20,7 +20,7 @@ def sent(zero, num_ranks, *settings, **more):
 
 
 def test_tensor_ranks_sum_four_times_a_block_and_twice_around():
-    times = 16 * (4 * 12 + 2)  # 16 micro-batches, as tests/distributed/test_tensor.py counts a block's sums
+    times = 16 * (4 * 12 + 2)  # 16 micro-batches, as tests/distributed/test_tensor_parallel.py counts a block's sums
     assert sent(0, 4, "parallel.tensor=2")["tensor", "all-reduces"] == (times, times * HIDDEN)
     assert sent(0, 4, "parallel.tensor=4", "train.global_batch=128")["tensor", "all-reduces"] == (
         times,
@@ -28,7 +28,7 @@ def test_tensor_ranks_sum_four_times_a_block_and_twice_around():
     )
 
 
-def test_tensor_ranks_with_split_windows_gather_and_scatter_as_much():
+def test_tensor_ranks_with_sequence_parallelism_gather_and_scatter_as_much():
     found = sent(0, 4, "parallel={tensor: 2, sequence: true}")
     times = 16 * (4 * 12 + 2)
     assert found["tensor", "gathers"] == found["tensor", "reduce-scatters"] == (times, times * HIDDEN / 2)
@@ -48,7 +48,7 @@ def test_context_ranks_exchange_twice_a_block_and_as_often_backward():
     found = sent(0, 4, "parallel={context: 4, tensor: 1}", "train.global_batch=128")
     times = (
         16 * 2 * 12
-    )  # as tests/distributed/test_context.py counts them; a quarter of the window, of which a quarter stays
+    )  # as tests/distributed/test_context_parallel.py counts them; a quarter of the sequence, of which a quarter stays
     assert found["context", "queries, keys, values"] == (times, times * 3 * HIDDEN / 4 * 3 / 4)
     assert found["context", "attention output"] == (times, times * HIDDEN / 4 * 3 / 4)
 
@@ -87,7 +87,7 @@ def test_one_rank_sends_nothing():
 
 
 def test_bubble_equal_stages_is_the_textbook_share():
-    # Without a head that costs anything, 12 blocks cut evenly.
+    # With a negligible head, 12 blocks are divided evenly.
     run = load_run_config(None, [*BF16, "model.vocab_size=1", "parallel.pipeline=4"])
     assert bubble(run, 4) == pytest.approx(3 / (32 + 3), rel=1e-3)
 

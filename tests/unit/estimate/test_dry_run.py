@@ -1,4 +1,4 @@
-"""Tests of the description that --dry-run prints."""
+"""The description that --dry-run prints."""
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError

@@ -1,4 +1,4 @@
-"""What one rank of a layout holds."""
+"""Memory of one rank of a layout."""
 
 import pytest
 
@@ -9,7 +9,7 @@ from megatron_bipe.model.transformer import count_parameters
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 PARAMETERS = 163_203_840  # of the default run
-NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # whole on every tensor-parallel rank
+NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # replicated on every tensor-parallel rank
 
 
 def memories(zero, num_ranks, *settings, **knobs):
@@ -18,7 +18,7 @@ def memories(zero, num_ranks, *settings, **knobs):
 
 
 def test_state_is_divided_by_what_the_zero_stage_shards():
-    widths = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes a parameter in bf16
+    widths = {"weights": 2, "gradients": 4, "optimizer": 12}  # bytes per parameter in bf16
     sharded = {1: {"optimizer"}, 2: {"optimizer", "gradients"}}
     for zero, names in sharded.items():
         (stage,) = memories(zero, 4)
@@ -26,22 +26,22 @@ def test_state_is_divided_by_what_the_zero_stage_shards():
             assert getattr(stage, name) == PARAMETERS * width / (4 if name in names else 1)
 
 
-def test_state_zero_0_in_bf16_has_gradients_in_bf16_and_nothing_shared_out():
+def test_state_zero_0_in_bf16_has_gradients_in_bf16_and_nothing_sharded():
     (stage,) = memories(0, 4)
     assert (stage.weights, stage.gradients, stage.optimizer) == (2 * PARAMETERS, 2 * PARAMETERS, 12 * PARAMETERS)
 
 
-def test_state_fp32_has_copies_of_the_weights_with_zero_alone():
+def test_state_in_fp32_has_master_weights_only_with_zero():
     assert memories(0, 4, "train.precision=fp32")[0].optimizer == 8 * PARAMETERS
     assert memories(1, 4, "train.precision=fp32")[0].optimizer == 12 * PARAMETERS / 4
 
 
-def test_state_is_shared_out_over_all_ranks_with_the_same_weights():
+def test_state_is_sharded_over_all_ranks_with_the_same_weights():
     shared = memories(1, 8, "parallel={context: 2, tensor: 2}")[0].optimizer
     assert shared == memories(1, 4, "parallel.tensor=2")[0].optimizer / 2
 
 
-def test_state_zero_3_has_its_part_of_the_weights_and_two_layers_whole():
+def test_state_zero_3_has_its_shard_of_the_weights_and_two_full_layers():
     largest = max(count_parameters(load_run_config(None, BF16).model))
     assert memories(3, 4)[0].weights == 2 * PARAMETERS / 4 + 2 * 2 * largest
 
@@ -76,10 +76,10 @@ def test_parameters_tied_output_is_held_twice_by_stages_and_once_by_one():
 
 def test_activations_earlier_stages_keep_more_micro_batches():
     stages = memories(1, 4, "parallel.pipeline=4")
-    # Tokens of a micro-batch; bytes a token, as test_activations.py measures them.
+    # Tokens of a micro-batch; bytes per token, as measured by test_activations.py.
     a_block, tables = 8 * 1024 * 35_384, 8 * 1024 * 128
     assert [stage.activations for stage in stages] == [
-        4 * (3 * a_block + tables),  # micro-batches under way x blocks
+        4 * (3 * a_block + tables),  # micro-batches in flight x blocks
         3 * (4 * a_block + tables),
         2 * (4 * a_block + tables),
         1 * (1 * a_block + tables),

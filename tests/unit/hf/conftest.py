@@ -38,7 +38,7 @@ def as_hf(plan, config, data=DATA):
     settings = hf_settings(config, data, torch.float32) | {"model_type": "bipe"}
     model = BipeForCausalLM(BipeConfig(**settings)).eval()
     model.load_state_dict(to_llama(plan.state_dict(), config))
-    model.generation_config.eos_token_id = None  # generation goes on to the length asked for
+    model.generation_config.eos_token_id = None  # generation continues to the requested length
     model.generation_config.pad_token_id = 0
     return model
 
@@ -60,14 +60,14 @@ def hf_of():
 
 @pytest.fixture(scope="module", params=PUBLISHED_ENCODINGS)
 def model(request):
-    """An HF model of each encoding, with grouped queries."""
+    """Return an HF model of each encoding, with grouped queries."""
     config = tiny_config(encoding=request.param, num_kv_heads=2)
     return as_hf(tiny_plan(config), config)
 
 
 @pytest.fixture(scope="module")
 def bilevel():
-    """An HF model with bilevel encoding."""
+    """Return an HF model with bilevel encoding."""
     config = tiny_config()
     return as_hf(tiny_plan(config), config)
 
@@ -79,7 +79,7 @@ def fields():
 
 @pytest.fixture(scope="session")
 def tokens_of():
-    """Random tokens [rows, length] with separators in runs and alone."""
+    """Return random tokens [rows, length] with single and consecutive separators."""
 
     def make(rows, length, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -98,5 +98,5 @@ def golden():
 @pytest.fixture(scope="session")
 def oracle():
     if not ORACLE.is_dir():
-        pytest.skip(reason="the full oracle is not beside the repository")
+        pytest.skip(reason="the full oracle is not next to the repository")
     return ORACLE

@@ -1,4 +1,4 @@
-"""The libraries that people bring to a model: Trainer, PEFT, device maps, torch.compile, 8-bit weights."""
+"""Libraries that users apply to a model: Trainer, PEFT, device maps, torch.compile, 8-bit weights."""
 
 import pytest
 import torch
@@ -12,14 +12,14 @@ from tests.helpers.hf import NEAR
 
 @pytest.fixture
 def fresh(tiny, plan_of, hf_of):
-    """A model that a test may train."""
+    """Return a model that a test may train."""
     config = tiny()
     return hf_of(plan_of(config), config)
 
 
 @pytest.fixture
 def folder(tmp_path, tiny, plan_of, hf_of, fields, tokens_of):
-    """The same model as a folder, in small shards."""
+    """Return the same model as a folder, in small shards."""
     config, tokens = tiny(), tokens_of(1, 40)
     sequences = (tokens, *hf_of(plan_of(config), config).bilevel_ids(tokens))
     options = ExportOptions(dtype=torch.float32, max_shard_bytes=20_000)
@@ -74,7 +74,7 @@ def test_lora_trains_its_own_weights_alone_generates_and_merges(fresh, tokens_of
     model(input_ids=tokens, labels=tokens).loss.backward()
     trained = {name for name, weight in model.named_parameters() if weight.grad is not None}
     assert trained and all("lora_" in name for name in trained)
-    assert len(trained) == 2 * 2 * 7  # two matrices beside each of the seven of both layers
+    assert len(trained) == 2 * 2 * 7  # two matrices for each of the seven of both layers
     model.eval()
     prompt = tokens[:, :8]
     shared = {"max_new_tokens": 16, "no_repeat_ngram_size": 2}

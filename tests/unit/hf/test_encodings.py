@@ -1,4 +1,4 @@
-"""Every encoding beyond the four published ones: export with parity, cached generation, and what is refused."""
+"""Every encoding beyond the four published ones: export with parity, cached generation, and refused inputs."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def test_remote_code_knows_the_same_encodings():
     "changes", [{}, {"num_kv_heads": 2, "log_scale": True}, {"num_heads": 2, "zero_last_row": True}]
 )
 @pytest.mark.parametrize(("encoding", "intra"), ALL)
-def test_model_of_every_encoding_matches_plan(encoding, intra, changes, tiny, plan_of, hf_of, tokens_of):
+def test_model_of_every_encoding_matches_the_training_model(encoding, intra, changes, tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding=encoding, intra_encoding=intra, **changes)
     plan = plan_of(config)
     for length in (1, 20, 32, 90):  # 90: beyond train_len_tokens
@@ -45,7 +45,7 @@ def test_model_of_every_encoding_matches_plan(encoding, intra, changes, tiny, pl
 
 @pytest.mark.parametrize("scaling", SCALINGS, ids=str)
 @pytest.mark.parametrize("encoding", ["rope", "bipe_rope", "xpos", "bipe_xpos", "randomized_rope"])
-def test_model_with_scaled_rope_matches_plan(encoding, scaling, tiny, plan_of, hf_of, tokens_of):
+def test_model_with_scaled_rope_matches_the_training_model(encoding, scaling, tiny, plan_of, hf_of, tokens_of):
     config, tokens = tiny(encoding=encoding, rope_scaling=scaling), tokens_of(2, 60)
     plan = plan_of(config)
     with torch.no_grad():
@@ -66,10 +66,10 @@ def test_generate_with_cache_equals_without(encoding, intra, cache, tiny, plan_o
     plain = model.generate(prompt, attention_mask=mask, use_cache=False, **LIVELY)
     assert torch.equal(cached, plain)
     with torch.no_grad():
-        whole = model(cached, use_cache=False).logits
+        uncached = model(cached, use_cache=False).logits
         start = model(cached[:, :11])
         rest = model(cached[:, 11:], past_key_values=start.past_key_values).logits
-    torch.testing.assert_close(torch.cat((start.logits, rest), dim=1), whole, **NEAR)
+    torch.testing.assert_close(torch.cat((start.logits, rest), dim=1), uncached, **NEAR)
 
 
 @pytest.mark.parametrize(
@@ -144,7 +144,7 @@ def test_stock_settings_of_yarn_are_those_of_transformers(tiny, fields):
     assert settings["max_position_embeddings"] == 512
 
 
-def test_learned_table_that_ends_is_one_clear_error(tiny, plan_of, hf_of, tokens_of):
+def test_learned_embedding_that_is_too_short_is_one_clear_error(tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding="learned")
     model = hf_of(plan_of(config), config)
     with pytest.raises(ValueError, match=r"33.*32"):
@@ -152,11 +152,11 @@ def test_learned_table_that_ends_is_one_clear_error(tiny, plan_of, hf_of, tokens
     with pytest.raises(ValueError, match=r"33.*32"):
         model.generate(tokens_of(1, 30), max_new_tokens=5)
     mask = torch.ones(1, 33, dtype=torch.long)
-    mask[0, 0] = 0  # padding has no place
+    mask[0, 0] = 0  # padding has no position
     assert model(tokens_of(1, 33), attention_mask=mask).logits.shape == (1, 33, 64)
 
 
-def test_learned_table_does_not_ask_for_the_places_of_padding(tiny, plan_of, hf_of, tokens_of):
+def test_learned_embedding_does_not_look_up_positions_of_padding(tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding="learned")
     model, tokens, mask = hf_of(plan_of(config), config), tokens_of(2, 40), torch.ones(2, 40, dtype=torch.long)
     mask[0, 32:] = mask[1, 31:] = 0
@@ -191,7 +191,7 @@ def test_dynamic_scaling_of_a_row_goes_by_that_row_alone(tiny, plan_of, hf_of, t
     model, tokens, mask = hf_of(plan, config), tokens_of(2, 90), torch.ones(2, 90, dtype=torch.long)
     mask[0, :60] = 0
     with torch.no_grad():
-        found = model(tokens, attention_mask=mask, use_cache=False).logits  # longer: beside, then before
+        found = model(tokens, attention_mask=mask, use_cache=False).logits  # longer row in the batch, then alone
         for row, start in ((0, 60), (1, 0)):
             alone = tokens[row : row + 1, start:]
             expected = plan((alone, *ids_of(alone, config)))

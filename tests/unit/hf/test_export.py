@@ -38,7 +38,7 @@ def sequences(tokens_of):
 
 @pytest.fixture
 def export(tmp_path, tiny, plan_of, fields, sequences):
-    """A function that exports a model to a folder of tmp_path, and returns the folder."""
+    """Return a function that exports a model to a folder of tmp_path and returns the folder."""
 
     def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
         config = config or tiny()
@@ -55,7 +55,7 @@ def left_behind(folder):
 
 @pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_exported_model_loads_through_auto_classes_and_is_the_plan(
+def test_exported_model_loads_through_auto_classes_and_equals_the_training_model(
     tmp_path, encoding, dtype, tiny, plan_of, fields, sequences
 ):
     config = tiny(encoding=encoding, num_kv_heads=2)
@@ -78,10 +78,12 @@ def test_exported_model_loads_through_auto_classes_and_is_the_plan(
 
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "rope"])
-def test_exported_model_with_tied_output_has_one_table_and_is_the_plan(export, encoding, tiny, plan_of, sequences):
+def test_exported_model_with_tied_output_has_one_embedding_and_equals_the_training_model(
+    export, encoding, tiny, plan_of, sequences
+):
     config = tiny(encoding=encoding, tied_output=True)
     plan = plan_of(config)
-    folder = export(config, weights=dict(plan.named_parameters()))  # as a checkpoint has them: the table once
+    folder = export(config, weights=dict(plan.named_parameters()))  # as in a checkpoint: the embedding once
     assert "lm_head.weight" not in load_file(folder / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=encoding != "rope")
     with torch.no_grad():
@@ -133,7 +135,7 @@ def test_export_writes_everything_a_user_needs(export, tiny, plan_of):
 
 
 def run_python(code, folder, tmp_path):
-    """Run `code` with `folder` where our package is not imported; return the words of its lines that begin with ">"."""
+    """Run `code` with `folder` without importing our package; return the words of lines that start with ">"."""
     [ended] = run_programs(
         exec, [ISOLATED + code, {"folder": str(folder), "cache": str(tmp_path / "cache")}], tmp_path / "log"
     )
@@ -258,7 +260,7 @@ def test_export_over_something_else_refuses(export, tmp_path):
 
 
 @pytest.mark.parametrize("failing", [1, 2])
-def test_export_that_cannot_take_the_place_of_another_leaves_that(export, tmp_path, monkeypatch, failing):
+def test_export_that_cannot_replace_another_keeps_the_old_one(export, tmp_path, monkeypatch, failing):
     target, calls, rename = export(), [], Path.rename
     before = (target / "config.json").stat().st_ino
 
@@ -348,7 +350,7 @@ def test_exported_tokenizer_gives_training_ids(export, tmp_path, make, encoding,
 
 def test_exported_llama_tokenizer_gives_training_ids(export, tiny):
     if not LLAMA.is_dir():
-        pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
+        pytest.skip(reason="the LLaMA tokenizer is not next to the repository")
     config = tiny(encoding="rope", vocab_size=32000, hidden_size=8, num_heads=1, num_layers=1)
     folder = export(config, tokenizer=source_of(LLAMA))
     check_tokenizer(folder, source_of(LLAMA))
@@ -363,7 +365,7 @@ def test_export_with_another_tokenizer_than_training_refuses(export, tmp_path, t
     assert left_behind(tmp_path / "out") == []
 
 
-def test_export_with_tokenizer_beyond_the_table_refuses(export, tmp_path, text_file):
+def test_export_with_tokenizer_larger_than_the_embedding_is_refused(export, tmp_path, text_file):
     source = source_of(byte_level_folder(tmp_path / "b", text_file))
     with raises(CheckpointError, 399, 64, location=source.definition):
         export(tokenizer=source)

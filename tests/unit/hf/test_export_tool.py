@@ -18,7 +18,7 @@ from tests.helpers.tools import assert_refuses, call_tool
 
 @pytest.fixture
 def run_dir(tmp_path, tiny, plan_of):
-    """A run folder as pretrain.py leaves it, whose training data is gone."""
+    """Return a run folder of pretrain.py whose training data has been removed."""
     folder = tmp_path / "run"
     (folder / "tokenizer").mkdir(parents=True)
     words = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, 60)}}

@@ -1,4 +1,4 @@
-"""`generate` in every mode, and caches whatever is done to them, against the model without a cache."""
+"""`generate` in every mode, and modified caches, against the model without a cache."""
 
 import itertools
 
@@ -12,12 +12,12 @@ from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.hf.positions_bipe import PositionIds, read_cache_positions, write_cache_positions
 from tests.helpers.hf import NEAR
 
-# No loops, and separators often: what is generated must move the positions.
+# No loops and frequent separators, so that generated tokens change the positions.
 LIVELY = {"no_repeat_ngram_size": 2, "sequence_bias": {(3,): 4.0, (5,): 4.0}, "max_new_tokens": 24}
 
 
 def padded_prompt(tokens_of, rows, side):
-    """Prompts [rows, 16] with padding on one side, and their mask."""
+    """Return prompts [rows, 16] with padding on one side, and their mask."""
     prompt, mask = tokens_of(rows, 16, seed=3), torch.ones(rows, 16, dtype=torch.long)
     if rows == 3:
         for row, width in ((0, 9), (2, 1)):
@@ -58,7 +58,7 @@ def test_generate_with_cache_equals_without(model, tokens_of, mode, with_cache, 
 
 @pytest.mark.parametrize("helper", ["lookup", "assistant"])
 def test_generate_with_drafted_tokens_equals_greedy(model, tokens_of, helper, tiny, plan_of, hf_of):
-    """Rejected drafts are cut off the cache again."""
+    """Rejected drafts are removed from the cache."""
     drafts = {"prompt_lookup_num_tokens": 3}
     if helper == "assistant":
         config = tiny(num_layers=1)
@@ -70,7 +70,7 @@ def test_generate_with_drafted_tokens_equals_greedy(model, tokens_of, helper, ti
 
 
 @pytest.mark.parametrize("mode", [{"penalty_alpha": 0.6, "top_k": 4}, {"dola_layers": "high"}])
-def test_generate_in_a_mode_that_transformers_gave_away_refuses(bilevel, tokens_of, mode):
+def test_generate_in_a_removed_mode_of_transformers_is_refused(bilevel, tokens_of, mode):
     with pytest.raises(ValueError, match="trust_remote_"):
         bilevel.generate(tokens_of(1, 8), max_new_tokens=2, **mode)
 
@@ -101,16 +101,16 @@ def test_forward_in_any_chunks_equals_one_pass(model, tokens_of, cuts, seed, pad
     cache, parts = StaticCache(config=model.config, max_cache_len=45) if static else DynamicCache(), []
     bounds = [0, *sorted(cuts), 40]
     with torch.no_grad():
-        whole = model(tokens, attention_mask=mask, use_cache=False).logits
+        uncached = model(tokens, attention_mask=mask, use_cache=False).logits
         for start, stop in itertools.pairwise(bounds):
             chunk = tokens[:, start:stop]
             parts.append(model(chunk, attention_mask=mask[:, :stop], past_key_values=cache, use_cache=True).logits)
     found = torch.cat(parts, dim=1)
-    torch.testing.assert_close(found[mask.bool()], whole[mask.bool()], **NEAR)
+    torch.testing.assert_close(found[mask.bool()], uncached[mask.bool()], **NEAR)
 
 
-def test_cache_cut_repeated_and_picked_from_continues_right(model, tokens_of):
-    """What assisted decoding, contrastive search and beam search do to a cache."""
+def test_cropped_repeated_and_selected_cache_continues_correctly(model, tokens_of):
+    """Assisted decoding, contrastive search and beam search modify a cache in these ways."""
     tokens, cache = tokens_of(2, 30), DynamicCache()
     with torch.no_grad():
         model(tokens[:, :24], past_key_values=cache)
@@ -123,7 +123,7 @@ def test_cache_cut_repeated_and_picked_from_continues_right(model, tokens_of):
         torch.testing.assert_close(found, model(rows, use_cache=False).logits[:, 18:], **NEAR)
 
 
-def test_static_cache_after_reset_starts_anew(model, tokens_of):
+def test_static_cache_after_reset_starts_from_position_zero(model, tokens_of):
     tokens, cache = tokens_of(2, 20), StaticCache(config=model.config, max_cache_len=24)
     with torch.no_grad():
         model(tokens_of(2, 17, seed=5), past_key_values=cache)
@@ -134,7 +134,7 @@ def test_static_cache_after_reset_starts_anew(model, tokens_of):
 
 @settings(deadline=None, max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9), st.booleans())
-def test_cache_in_bf16_remembers_places_exactly(counts, static):
+def test_cache_in_bf16_stores_positions_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]
     position_ids = PositionIds(next_intra, next_inter, next_intra, next_inter)
     cache = DynamicCache()
@@ -151,7 +151,7 @@ def test_cache_in_bf16_remembers_places_exactly(counts, static):
 
 
 class OtherCache(DynamicCache):
-    """A cache of layers that this model has not heard of."""
+    """Cache with layers of an unknown type."""
 
     def __init__(self):
         super().__init__()

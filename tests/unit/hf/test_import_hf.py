@@ -19,7 +19,7 @@ from tests.helpers.tools import assert_refuses, call_tool
 
 @pytest.fixture
 def published(golden, tmp_path):
-    """A copy of the golden BiPE-ALiBi model, to be damaged."""
+    """Return a copy of the golden BiPE-ALiBi model that a test may damage."""
     return Path(shutil.copytree(golden / "models" / "bipe_alibi", tmp_path / "published"))
 
 
@@ -104,7 +104,7 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
         ({"rpe_type": ...}, ["rpe_type None"], "config.json"),
         ({"model_type": "bipe"}, ["'bipe'", "'bipe_alibi'"], "config.json"),
         ({"rpe_type": "xpos"}, ["rpe_type 'xpos'"], "config.json"),
-        ({"rpe_type": "alibi"}, [1], ""),  # a weight too many
+        ({"rpe_type": "alibi"}, [1], ""),  # an unknown weight
         ({"num_attention_heads": 3}, [64], "config.json"),
         ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"], "config.json"),
         ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, ["rope_scaling 'yarn'"], "config.json"),

@@ -119,9 +119,9 @@ def test_load_of_damaged_config_refuses(folder, content):
 
 def test_load_of_weights_with_a_flipped_bit_refuses(folder):
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
-    for position in (0, len(whole) // 2, len(whole) - 1):
-        weights.write_bytes(whole[:position] + bytes([whole[position] ^ 1]) + whole[position + 1 :])
+    intact = weights.read_bytes()
+    for position in (0, len(intact) // 2, len(intact) - 1):
+        weights.write_bytes(intact[:position] + bytes([intact[position] ^ 1]) + intact[position + 1 :])
         with raises(CheckpointError, "SHA256SUMS", location=weights, remedy="SHA256SUMS"):
             load_exported(folder)
     (folder / "SHA256SUMS").unlink()  # as the message says; the last byte of a weight is all that differs
@@ -140,9 +140,9 @@ def test_load_goes_by_the_checksums_of_sha256sum(folder):
 
 def test_load_of_damaged_weights_refuses(folder):
     weights = folder / "model.safetensors"
-    whole = weights.read_bytes()
+    intact = weights.read_bytes()
     (folder / "SHA256SUMS").unlink()
-    for content in (b"", whole[:100], whole[:-5], b"\xff" * 50):
+    for content in (b"", intact[:100], intact[:-5], b"\xff" * 50):
         weights.write_bytes(content)
         with raises(CheckpointError, "header", location=weights, remedy=EXPORT):
             load_exported(folder)

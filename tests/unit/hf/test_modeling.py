@@ -69,7 +69,7 @@ def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_
     ],
 )
 @pytest.mark.parametrize("encoding", PUBLISHED_ENCODINGS)
-def test_model_with_any_option_matches_plan(encoding, changes, tiny, plan_of, hf_of, tokens_of):
+def test_model_with_any_option_matches_the_training_model(encoding, changes, tiny, plan_of, hf_of, tokens_of):
     config = tiny(encoding=encoding, **changes)
     plan = plan_of(config)
     for length in (1, 20, 90):  # 90 is beyond train_len_tokens: dynamic scaling sets in
@@ -109,8 +109,8 @@ def test_model_on_padded_batch_gives_unpadded_results(model, tokens_of, side):
         torch.testing.assert_close(found[::2], model(tokens[::2]).logits, **NEAR)
     if hasattr(model.model, "embed_intra"):
         ids = model.bilevel_ids(tokens, mask)
-        for whole, part in zip(ids, model.bilevel_ids(tokens[1:2, kept]), strict=True):
-            assert torch.equal(whole[1, kept], part[0])
+        for padded, part in zip(ids, model.bilevel_ids(tokens[1:2, kept]), strict=True):
+            assert torch.equal(padded[1, kept], part[0])
 
 
 def test_model_on_padded_batch_trains_without_nan(model, tokens_of):
@@ -160,7 +160,7 @@ def test_logits_to_keep_gives_the_last_ones(bilevel, tokens_of):
     torch.testing.assert_close(bilevel(tokens, logits_to_keep=2).logits, bilevel(tokens).logits[:, -2:])
 
 
-def test_new_model_is_initialised_like_the_plan(tiny, plan_of, hf_of, fields):
+def test_new_model_is_initialised_like_the_training_model(tiny, plan_of, hf_of, fields):
     config = tiny(hidden_size=64, vocab_size=500, intra_size=200, init_std=0.02, zero_last_row=True)
     settings_ = hf_of(plan_of(config), config).config
     torch.manual_seed(0)
@@ -184,7 +184,7 @@ def test_new_model_is_initialised_like_the_plan(tiny, plan_of, hf_of, fields):
         ({"input_ids": None}, "inputs_embeds$"),
     ],
 )
-def test_forward_with_unknowable_places_refuses(bilevel, call, message):
+def test_forward_with_undetermined_positions_is_refused(bilevel, call, message):
     with pytest.raises(ValueError, match=message):
         bilevel(**({"input_ids": torch.tensor([[1, 3, 7, 8]])} | call))
 

@@ -39,7 +39,7 @@ def test_weights_to_llama_and_back_are_the_same_bits(encoding, heads, layers, he
     assert all(torch.equal(back[name], weight) and back[name].dtype == dtype for name, weight in weights.items())
 
 
-def test_to_llama_puts_each_head_where_llama_looks_for_it(tiny):
+def test_to_llama_puts_each_head_where_llama_expects_it(tiny):
     config = tiny(num_kv_heads=2, num_layers=1)  # 4 query heads, 8 wide; a group: 2 queries, key, value
     weights = build_model(config).state_dict()
     heads = weights["1.attention.qkv.weight"].unflatten(0, (8, 8))

@@ -1,4 +1,4 @@
-"""Attention against a materialised float64 computation, and proof that it materialises nothing itself."""
+"""Attention against a materialised float64 computation, and a check that it materialises no scores itself."""
 
 import math
 
@@ -38,7 +38,7 @@ def random_heads(num_heads, num_tokens, width, dtype=torch.float32):
 
 
 def positions_of(encoding, num_tokens):
-    """Token places for alibi; for bipe_alibi a segment end at about every tenth token."""
+    """Return token positions for alibi, and segment ids with a mean length of ten tokens for bipe_alibi."""
     if encoding == "alibi":
         return torch.arange(num_tokens)[None]
     generator = torch.Generator().manual_seed(num_tokens)
@@ -46,7 +46,7 @@ def positions_of(encoding, num_tokens):
 
 
 def exact_attention(q, k, v, slopes=None, positions=None):
-    """Causal softmax attention in float64 with the whole score matrix; ALiBi as -slope x distance."""
+    """Return causal softmax attention in float64 with the full score matrix; ALiBi as -slope x distance."""
     num_tokens = q.shape[2]
     scores = q.double() @ k.double().mT / math.sqrt(v.shape[-1])
     if slopes is not None:
@@ -86,7 +86,7 @@ def test_key_bias_attention_bf16_errs_no_more_than_plain_attention(encoding, fac
 
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.bfloat16, 3.3e-3), (torch.float32, 3e-5)])
-def test_key_bias_attention_errs_no_more_in_the_middle_of_a_long_window(dtype, bound):
+def test_key_bias_attention_error_is_no_larger_in_the_middle_of_a_long_sequence(dtype, bound):
     q, k, v = random_heads(2, 8192, 64, dtype)
     positions, slopes = torch.arange(8192)[None] // 14, torch.tensor([alibi_slopes(12)[0], 2**-0.5]) * 96.0
     got = causal_attention(*KeyBias(slopes, 64)(q, k, positions), v)
@@ -117,7 +117,7 @@ def test_key_bias_attention_gradients_equal_materialised_alibi():
 
 
 class _LargestResult(TorchDispatchMode):
-    """Remembers the largest tensor that any operation returned."""
+    """Record of the largest tensor that any operation returned."""
 
     def __init__(self):
         super().__init__()
@@ -148,7 +148,7 @@ def test_attention_grouped_queries_equal_repeated_key_and_value_heads(encoding):
     grouped = Attention(small_config(encoding=encoding, num_kv_heads=2), LocalLayers())
     full = Attention(small_config(encoding=encoding), LocalLayers())
     with torch.no_grad():
-        groups = grouped.qkv.weight.unflatten(0, (2, 4, 8))  # 2 groups of (2 queries, key, value), 8 rows a head
+        groups = grouped.qkv.weight.unflatten(0, (2, 4, 8))  # 2 groups of (2 queries, key, value), 8 rows per head
         per_head = [torch.stack((group[query], group[2], group[3])) for group in groups for query in (0, 1)]
         full.qkv.weight.copy_(torch.stack(per_head).flatten(0, 2))
         full.out.weight.copy_(grouped.out.weight)
@@ -184,7 +184,7 @@ def test_model_changing_a_later_token_changes_no_earlier_logit(encoding, log_sca
     changed_at = 61
     other_tokens, other_inter = tokens.clone(), inter.clone()
     other_tokens[:, changed_at] = (tokens[:, changed_at] + 7) % 50
-    other_inter[:, changed_at + 1 :] += 1  # as if the changed token closed a segment
+    other_inter[:, changed_at + 1 :] += 1  # as if the changed token ended a segment
     with torch.no_grad():
         before, after = model((tokens, intra, inter)), model((other_tokens, intra, other_inter))
     torch.testing.assert_close(before[:, :changed_at], after[:, :changed_at], atol=1e-4, rtol=0)

@@ -1,4 +1,4 @@
-"""Norm and gate with gradients of their own, against autograd's."""
+"""Norm and gate with explicit backward passes, against autograd."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Initial weights: what they depend on, and how they are distributed."""
+"""Initial weights: their dependence on the seed, and their distribution."""
 
 import pytest
 import torch
@@ -35,7 +35,7 @@ def test_init_deeper_model_has_the_same_first_layers(index):
     assert all_equal(layer_weights(shallow, index), layer_weights(deep, index))
 
 
-def test_init_one_layer_alone_equals_the_same_layer_of_the_whole():
+def test_init_single_layer_equals_the_same_layer_of_the_full_model():
     full = build_model(small_config(), seed=5)
     alone = make_plan(small_config(), seed=5)[2].build()
     assert all_equal(alone.state_dict().values(), layer_weights(full, 2))
@@ -69,14 +69,14 @@ def test_init_matrices_are_normal_and_norms_are_one():
             assert torch.equal(weight, torch.ones_like(weight)), name
             continue
         matrices += 1
-        spread = 0.05 / weight.numel() ** 0.5  # of the mean; the standard deviation's own is smaller still
+        spread = 0.05 / weight.numel() ** 0.5  # of the mean; that of the standard deviation is smaller
         assert abs(weight.mean().item()) < 5 * spread, name
         assert abs(weight.std().item() - 0.05) < 5 * spread, name
     assert matrices == 3 + 2 * 4
 
 
 @pytest.mark.parametrize("zero_last_row", [False, True])
-def test_init_last_table_rows_are_zero_and_untrained_only_on_request(zero_last_row):
+def test_init_last_embedding_rows_are_zero_and_untrained_only_on_request(zero_last_row):
     config = small_config(zero_last_row=zero_last_row)
     model = build_model(config)
     tokens, intra = torch.full((1, 8), 499), torch.full((1, 8), 39)
@@ -86,7 +86,7 @@ def test_init_last_table_rows_are_zero_and_untrained_only_on_request(zero_last_r
         assert bool((table.weight.grad[-1] == 0).all()) is zero_last_row
 
 
-def test_init_meta_layer_costs_no_random_numbers(monkeypatch):
+def test_init_meta_layer_draws_no_random_numbers(monkeypatch):
     with torch.device("meta"):
         layer = torch.nn.Linear(4, 4, bias=False)
     monkeypatch.setattr(torch, "randn", lambda *_, **__: pytest.fail("numbers were drawn"))

@@ -1,4 +1,4 @@
-"""The loss against torch's in float64, in parts of every size, and what it leaves in memory."""
+"""The loss against torch's in float64, in parts of every size, and its memory."""
 
 import pytest
 import torch
@@ -36,7 +36,7 @@ def test_token_losses_and_gradients_are_those_of_float64(monkeypatch, part_rows,
     assert (leaf.grad - exact.grad).abs().max() < tolerance * exact.grad.abs().max()
 
 
-def test_token_losses_gradient_takes_the_place_of_the_logits():
+def test_token_losses_gradient_reuses_the_memory_of_the_logits():
     logits, labels, _ = case(torch.bfloat16)
     given = logits.requires_grad_() * 1
     seen = []

@@ -1,4 +1,4 @@
-"""The plan model against outputs of the authors' code: a cut-down set is committed, the full one optional."""
+"""The model against outputs of the authors' code; a reduced set is committed, the full one is optional."""
 
 import json
 from pathlib import Path
@@ -17,7 +17,7 @@ from tests.helpers.paths import ORACLE
 
 GOLDEN = Path(__file__).parents[2] / "golden"
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")
-needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle is not beside the repository")
+needs_oracle = pytest.mark.skipif(not ORACLE.is_dir(), reason="the full oracle is not next to the repository")
 
 
 def load_plan(folder):
@@ -28,7 +28,7 @@ def load_plan(folder):
 
 
 def run(model, data, part):
-    intra = data[part + "intra_ids"].clamp(max=127)  # the reference clips to 1023, whatever its table has
+    intra = data[part + "intra_ids"].clamp(max=127)  # the reference clips to 1023 for any embedding size
     return model((data[part + "input_ids"], intra, data[part + "inter_ids"]))
 
 
@@ -39,7 +39,7 @@ def check_loss(logits, data, part):
 
 
 @pytest.mark.parametrize("encoding", ["bipe_rope", "bipe_alibi"])
-def test_plan_on_golden_input_matches_reference(encoding):
+def test_model_on_golden_input_matches_reference(encoding):
     folder = GOLDEN / "models" / encoding
     model, _ = load_plan(folder)
     data = load_file(folder / "data.safetensors")
@@ -54,7 +54,7 @@ def test_plan_on_golden_input_matches_reference(encoding):
 
 @needs_oracle
 @pytest.mark.parametrize("encoding", ENCODINGS)
-def test_plan_on_oracle_matches_logits_loss_and_gradients(encoding):
+def test_model_on_oracle_matches_logits_loss_and_gradients(encoding):
     folder = ORACLE / "models" / encoding
     model, config = load_plan(folder)
     data, expected = load_file(folder / "data.safetensors"), load_file(folder / "grads.safetensors")
@@ -70,7 +70,7 @@ def test_plan_on_oracle_matches_logits_loss_and_gradients(encoding):
 
 
 @needs_oracle
-def test_plan_trained_on_oracle_batches_follows_the_trajectory():
+def test_model_trained_on_oracle_batches_follows_the_trajectory():
     model, config = load_plan(ORACLE / "models" / "bipe_rope")
     data = load_file(ORACLE / "training" / "trajectory.safetensors")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, betas=(0.9, 0.999), eps=1e-8, weight_decay=0.01)
@@ -104,7 +104,7 @@ def test_alibi_slopes_equal_the_reference(num_heads):
     assert torch.equal(slopes * BILEVEL_ALIBI_FACTOR, torch.tensor(golden["bipe_alibi"]))
 
 
-def test_alibi_slopes_of_other_head_counts_borrow_every_other_slope_of_the_next_power():
+def test_alibi_slopes_of_other_head_counts_use_every_other_slope_of_the_next_power():
     eight, sixteen = alibi_slopes(8), alibi_slopes(16)
     assert alibi_slopes(12) == eight + sixteen[::2][:4]
 
@@ -126,7 +126,7 @@ def test_initial_weights_have_the_statistics_of_the_reference():
             assert abs(float(weight.mean()) - expected["mean"]) < 1.5e-3, name
 
 
-def test_reference_names_survive_the_way_through_the_plan():
+def test_reference_names_survive_conversion_in_both_directions():
     found = read_authors_checkpoint(GOLDEN / "models" / "bipe_rope")
     back = from_llama(to_llama(found.weights, found.config), found.config)
     assert all(torch.equal(back[name], weight) for name, weight in found.weights.items())

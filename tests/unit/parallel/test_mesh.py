@@ -1,4 +1,4 @@
-"""Places of ranks in a layout."""
+"""Coordinates of ranks in a layout."""
 
 import itertools
 
@@ -22,13 +22,13 @@ def test_mesh_counts_tensor_then_context_then_data_then_stages(parallel):
     first = meshes[0]
     axes = first.pipeline, first.data_ranks, first.context, first.tensor
     assert first.data_ranks * first.context == first.replica_ranks
-    places = [(m.stage, m.data_rank, m.context_rank, m.tensor_rank) for m in meshes]
-    assert places == list(itertools.product(*map(range, axes)))
+    coordinates = [(m.stage, m.data_rank, m.context_rank, m.tensor_rank) for m in meshes]
+    assert coordinates == list(itertools.product(*map(range, axes)))
     assert [m.is_main for m in meshes] == [True] + [False] * 15
 
 
 def test_mesh_has_the_order_of_deepspeeds_topology():
     for rank in range(16):
         here = mesh(rank, 16, tensor=2, context=2, pipeline=2)
-        place = {"pipe": here.stage, "data": here.replica_rank, "model": here.tensor_rank}
-        assert make_topology(here).get_rank(**place) == rank
+        axes_of_rank = {"pipe": here.stage, "data": here.replica_rank, "model": here.tensor_rank}
+        assert make_topology(here).get_rank(**axes_of_rank) == rank

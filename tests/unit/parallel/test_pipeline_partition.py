@@ -1,4 +1,4 @@
-"""Cutting the plan into stages: every layer once, and no other cut has a less costly most costly stage."""
+"""Partition of the layers into stages: every layer once, and the smallest possible cost of the largest stage."""
 
 import itertools
 
@@ -24,7 +24,7 @@ def test_cut_stages_is_the_best_there_is(num_stages: int) -> None:
 
 
 def test_cut_stages_gives_the_head_of_a_small_model_fewer_blocks() -> None:
-    model = load_run_config(None).model  # 151M: the head costs as much as two blocks and a half
+    model = load_run_config(None).model  # 151M: the head costs as much as two and a half blocks
     costs = layer_costs(model, 1024)
     assert costs[-1] > 2 * costs[1]
     *_, before_last, end = partition_layers(model, 1024, 4)

@@ -1,4 +1,4 @@
-"""Parents that end in every way, and what is left of all that they started."""
+"""Child processes end with their parents, however these end."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""What joining a launch does to the process."""
+"""Effects of joining a launch on the process."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ LAUNCH = {
 
 @pytest.fixture
 def environment(monkeypatch):
-    """An environment without a launch; threads and variables are put back."""
+    """Remove the launch from the environment, and restore threads and variables afterwards."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
@@ -46,7 +46,7 @@ def test_join_launch_reads_what_a_launcher_set(environment):
     assert not mesh.is_main
 
 
-def test_join_launch_tells_torch_what_another_launcher_set(environment):
+def test_join_launch_sets_torchs_variables_from_another_launcher(environment):
     names = {"RANK": "RANK", "SIZE": "WORLD_SIZE", "LOCAL_RANK": "LOCAL_RANK", "LOCAL_SIZE": "LOCAL_WORLD_SIZE"}
     environment.update({f"OMPI_COMM_WORLD_{name}": LAUNCH[standard] for name, standard in names.items()})
     environment.update(MASTER_ADDR="head", MASTER_PORT="2950")
@@ -71,7 +71,7 @@ def test_join_launch_of_more_ranks_than_gpus_is_refused(environment, monkeypatch
     assert "rank 5" in caught.value.location
 
 
-def test_join_launch_with_bipe_device_cpu_takes_no_gpu_and_tells_deepspeed(environment, monkeypatch):
+def test_join_launch_with_bipe_device_cpu_uses_no_gpu_and_configures_deepspeed(environment, monkeypatch):
     def touched():
         raise AssertionError("CUDA was asked")
 

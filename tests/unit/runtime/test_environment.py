@@ -35,7 +35,7 @@ def test_requested_device_of_another_name_is_refused():
         requested_device()
 
 
-def test_prepare_for_cpu_tells_deepspeed_and_lets_threads_sleep():
+def test_prepare_for_cpu_configures_deepspeed_and_lets_threads_sleep():
     os.environ.update(BIPE_DEVICE="cpu", DS_ACCELERATOR="cuda")
     prepare_environment()
     assert os.environ["DS_ACCELERATOR"] == "cpu" and os.environ["OMP_WAIT_POLICY"] == "PASSIVE"

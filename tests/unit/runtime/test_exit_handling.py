@@ -1,4 +1,4 @@
-"""Tests of the exit of a rank that fails: code and message, in a process of its own."""
+"""Exit codes and messages of a rank that fails, in a separate process."""
 
 import os
 import sys
@@ -14,7 +14,9 @@ from tests.helpers.ranks import run_programs
 
 
 def _main(error, _launch):
-    threading.Thread(target=threading.Event().wait).start()  # as a collective's: Python's own end would wait for it
+    threading.Thread(
+        target=threading.Event().wait
+    ).start()  # like that of a collective: Python's own exit would wait for it
     sys.stdout.write("before")
     if error:
         raise error
@@ -31,8 +33,8 @@ def _run(error, take_output):
 
 
 @pytest.fixture
-def exit_of(tmp_path):
-    """A function that lets a rank's work raise an error, in a process of its own; returns how that ended."""
+def abort(tmp_path):
+    """Return a function that raises an error in a rank's process and returns the exit code and output."""
 
     def run(error, take_output=True, **env):
         return run_programs(_run, [error, take_output], tmp_path, env=env)[0]
@@ -40,33 +42,33 @@ def exit_of(tmp_path):
     return run
 
 
-def test_run_rank_that_fails_runs_with_code_1_and_names_itself(exit_of):
-    code, output = exit_of(ValueError("broken"))
+def test_run_rank_that_fails_exits_with_code_1_and_names_itself(abort):
+    code, output = abort(ValueError("broken"))
     assert code == 1 and "before" in output
     assert "rank 0 of 1 on " in output and "ValueError: broken" in output and ", in _main" in output
 
 
-def test_run_rank_that_fails_runs_though_its_launcher_took_the_pipe_of_its_output_along(exit_of):
-    assert exit_of(ValueError("broken"), take_output=False).code == 1
+def test_run_rank_that_fails_exits_although_its_output_pipe_is_broken(abort):
+    assert abort(ValueError("broken"), take_output=False).code == 1
 
 
-def test_run_rank_with_a_user_error_runs_with_code_2_and_one_message(exit_of):
-    code, output = exit_of(DataError("no data", remedy="Make some", location="there"))
+def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(abort):
+    code, output = abort(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
     assert "Traceback" not in output
 
 
-def test_run_rank_of_half_a_launch_runs_with_code_2(exit_of):
-    code, output = exit_of(None, RANK="1")
+def test_run_rank_of_an_incomplete_launch_exits_with_code_2(abort):
+    code, output = abort(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
 
 
-def test_run_rank_that_succeeds_returns(exit_of):
-    assert exit_of(None).code == 7
+def test_run_rank_that_succeeds_returns(abort):
+    assert abort(None).code == 7
 
 
-def test_watchdog_hands_on_every_micro_batch(monkeypatch):
+def test_watchdog_yields_every_micro_batch(monkeypatch):
     mesh = Mesh(0, 0, 1, 1, "cpu")
     watchdog = Watchdog(mesh, 5, lambda timeout_s: pytest.fail("not entered"))
     assert list(watchdog.track_batches("step 1", iter("abc"))) == ["a", "b", "c"]

@@ -1,4 +1,4 @@
-"""What the device is and can do."""
+"""Properties of the device."""
 
 import platform
 
@@ -111,12 +111,12 @@ def test_peak_flops_of_an_unknown_gpu_is_unknown(monkeypatch):
 
 def test_peak_memory_counts_what_was_touched():
     before = peak_memory_gib(CPU)
-    held = torch.ones(int((before + 0.25) * 2**28))  # more than the process ever held, fp32
+    held = torch.ones(int((before + 0.25) * 2**28))  # more than the process ever allocated, fp32
     assert peak_memory_gib(CPU) > before
     del held
 
 
-def test_keep_freed_memory_takes_hold_on_glibc_and_freed_tensors_are_reused(tmp_path):
+def test_keep_freed_memory_takes_effect_on_glibc_and_freed_tensors_are_reused(tmp_path):
     code = (
         "import torch, resource\n"
         "from megatron_bipe.runtime.hardware import keep_freed_memory\n"
@@ -126,9 +126,9 @@ def test_keep_freed_memory_takes_hold_on_glibc_and_freed_tensors_are_reused(tmp_
         "for _ in range(20): torch.ones(2**24)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)\n"
     )
-    [ended] = run_programs(exec, [code, {}], tmp_path)  # the allocator of a process is set for good
+    [ended] = run_programs(exec, [code, {}], tmp_path)  # the allocator's settings cannot be undone
     took, faults = ended.output.split()
-    if took == "True":  # 64 MiB are 16,384 pages; mapped anew they would fault 20 times over
+    if took == "True":  # 64 MiB are 16,384 pages; with new mappings all would fault 20 times
         assert int(faults) < 5000
     else:
         assert platform.libc_ver()[0] != "glibc"

@@ -1,4 +1,4 @@
-"""What ranks tell each other besides their work, and what is told of one that does not go on."""
+"""Heartbeats that ranks exchange, and the report about a rank that hangs."""
 
 import threading
 
@@ -16,27 +16,27 @@ def ranks():
     return HeartbeatStore(store, 0, 3), HeartbeatStore(store, 1, 3)
 
 
-def heartbeats(*places, beats=1):
+def heartbeats(*locations, beats=1):
     return {
         rank: None if location is None else Heartbeat(beats, f"rank {rank} on h{rank}", location)
-        for rank, location in enumerate(places)
+        for rank, location in enumerate(locations)
     }
 
 
-def test_roll_call_shows_the_last_sign_of_each_rank_and_none_of_one_that_never_came(ranks):
+def test_heartbeat_shows_the_last_beat_of_each_rank_and_none_of_one_that_never_started(ranks):
     for beats in (1, 2):
         ranks[1].send(Heartbeat(beats, "one", "step 3"))
     assert ranks[0].read_all() == {0: None, 1: Heartbeat(2, "one", "step 3"), 2: None}
 
 
-def test_roll_call_has_one_first_failure_and_all_hear_of_the_end(ranks):
+def test_heartbeat_has_one_first_failure_and_all_ranks_learn_of_the_end(ranks):
     assert [rank.is_first_to_fail() for rank in (ranks[1], ranks[0], ranks[1])] == [True, False, False]
     assert ranks[0].shutdown_request() is None
     ranks[1].request_shutdown(Shutdown("rank 1 failed", 2))
     assert ranks[0].shutdown_request() == Shutdown("rank 1 failed", 2)
 
 
-def test_roll_call_keeps_rank_0_until_all_have_finished(ranks):
+def test_heartbeat_keeps_rank_0_until_all_have_finished(ranks):
     last = HeartbeatStore(dist.HashStore(), 0, 2)
     with pytest.raises(RuntimeError, match=r"(?i)time.{0,2}out"):
         last.finish(0.1)
@@ -47,7 +47,7 @@ def test_roll_call_keeps_rank_0_until_all_have_finished(ranks):
     other.join()
 
 
-def test_roll_call_does_not_wait_for_a_store_that_stands_still(monkeypatch):
+def test_heartbeat_does_not_wait_for_a_store_that_hangs(monkeypatch):
     monkeypatch.setattr(heartbeat, "ANSWER_S", 0.05)
     release = threading.Event()
 
@@ -61,18 +61,18 @@ def test_roll_call_does_not_wait_for_a_store_that_stands_still(monkeypatch):
     release.set()
 
 
-def test_silent_ranks_are_those_without_a_new_sign():
+def test_silent_ranks_are_those_without_a_new_beat():
     before, after = heartbeats("a", "a", "a", None), heartbeats("b", "b", "b", None, beats=2)
     after[1] = before[1]
     assert list(silent_ranks(before, after, 0)) == [
         "No heartbeat: rank 1 on h1, last at a",
         "No heartbeat, ever: rank 3",
     ]
-    assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the one that looks
+    assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the observing rank
     assert list(silent_ranks(heartbeats("a", "a"), heartbeats("a", "a", beats=2), 0)) == []
 
 
-def test_where_ranks_are_begins_with_the_one_that_is_alone():
+def test_rank_locations_start_with_the_rank_that_differs():
     after = heartbeats("wait", "wait", "loop", "wait", "wait", "wait", beats=2)
     found = list(group_ranks_by_location(heartbeats(*["wait"] * 6), after, 0))
     assert found[0] == "At loop: rank 2 on h2"

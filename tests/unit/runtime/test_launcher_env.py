@@ -1,4 +1,4 @@
-"""What every launcher's variables say of a process."""
+"""Environment variables of every launcher."""
 
 import logging
 
@@ -19,7 +19,7 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
 }
 HYDRA = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
-ALLOCATION = {  # what a batch script sees
+ALLOCATION = {  # variables of a batch script
     "SLURM_JOB_ID": "1234567",
     "SLURM_JOB_NODELIST": "gpu[07-08]",
     "SLURM_PROCID": "0",
@@ -45,7 +45,7 @@ def read(env, agree=None):
 
 
 @pytest.mark.parametrize("env", [DEEPSPEED, TORCHRUN, OPEN_MPI | AT, HYDRA | AT, SRUN | AT])
-def test_read_launch_finds_the_rank_that_each_launcher_tells(env):
+def test_read_launch_finds_the_rank_that_each_launcher_sets(env):
     assert read(env) == FIFTH
 
 
@@ -87,7 +87,7 @@ def test_read_launch_by_srun_counts_the_tasks_of_its_own_host():
 
 
 @pytest.mark.parametrize("step", [None, "4294967290", "4294967291", "-5"])
-def test_read_launch_in_an_allocation_without_srun_is_one_rank_and_says_so(step, caplog):
+def test_read_launch_in_an_allocation_without_srun_is_one_rank_and_logs_it(step, caplog):
     env = ALLOCATION | ({"SLURM_STEP_ID": step} if step else {})
     with caplog.at_level(logging.WARNING):
         assert read(env).num_ranks == 1
@@ -100,11 +100,11 @@ def test_read_launch_of_one_task_in_an_allocation_is_silent(caplog):
 
 
 @pytest.mark.parametrize("outer", [SRUN, HYDRA, {"RANK": "1", "WORLD_SIZE": "2", **AT}, {"PMI_RANK": "0"}])
-def test_read_launch_of_nested_launchers_believes_the_inner_one(outer):
+def test_read_launch_of_nested_launchers_uses_the_inner_one(outer):
     assert read(outer | OPEN_MPI | AT) == FIFTH
 
 
-def test_read_launch_believes_torchrun_inside_srun():
+def test_read_launch_uses_torchruns_variables_inside_srun():
     assert read(SRUN | OPEN_MPI | TORCHRUN) == FIFTH
     # srun's own process manager interface sets two of MPICH's variables
     assert read(SRUN | AT | {"PMI_RANK": "5", "PMI_SIZE": "8"}) == FIFTH
@@ -133,7 +133,7 @@ def test_read_launch_believes_torchrun_inside_srun():
         ({name: value for name, value in SRUN.items() if "NODELIST" not in name}, "SLURM_STEP_NODELIST"),
     ],
 )
-def test_read_launch_of_half_a_launch_names_launcher_variables_and_remedy(env, observed):
+def test_read_launch_of_an_incomplete_launch_names_launcher_variables_and_remedy(env, observed):
     seen = [f"{name}={value}" for name, value in env.items() if value and "SLURM" not in name]
     with raises(ConfigError, *seen) as caught:
         read(env)

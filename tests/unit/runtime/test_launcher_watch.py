@@ -1,4 +1,4 @@
-"""Ranks whose launchers end; scripts that bear a launcher's name stand for it."""
+"""Ranks whose launchers end; scripts with a launcher's name replace it."""
 
 import os
 import signal
@@ -14,7 +14,7 @@ from tests.helpers.commands import MARK, marked
 from tests.helpers.paths import ROOT
 
 LIMIT_S = 10
-# Starts what it is given and waits for it; "after-parent" before it: once the own parent is gone.
+# Starts its command and waits for it; with "after-parent" only after its own parent has ended.
 LAUNCHER = """
 import os, subprocess, sys, time
 
@@ -52,7 +52,7 @@ time.sleep(1)
 file.write_text("saved")
 """
 HOST = "deepspeed.launcher.launch"
-CASES = {  # what stands before the rank, and the signal for the first of them
+CASES = {  # launchers before the rank, and the signal for the first of them
     "ends": (["torchrun"], signal.SIGKILL),
     "of its deepspeed": (["deepspeed", HOST], signal.SIGKILL),
     "of a pipe": (["prterun"], signal.SIGKILL),
@@ -65,7 +65,7 @@ CASES = {  # what stands before the rank, and the signal for the first of them
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
-    """All cases at once: case -> (seconds until nothing was left or None, output, whether the rank saved)."""
+    """Run all cases concurrently: case -> (seconds until all processes ended or None, output, saved)."""
     folder = tmp_path_factory.mktemp("launchers")
     for name in ("torchrun", "prterun", "deepspeed", HOST, "train.py"):
         (folder / name).write_text(LAUNCHER)
@@ -97,7 +97,7 @@ def ranks(tmp_path_factory):
             if took_s[case] is None and not marked(mark):
                 took_s[case] = time.monotonic() - begin_s
         time.sleep(0.1)
-    time.sleep(3 * LOOK_S)  # for the one that goes on, too
+    time.sleep(3 * LOOK_S)  # also for the rank that continues
     for mark, _, _ in started.values():
         for pid in marked(mark):
             os.kill(pid, signal.SIGKILL)
@@ -129,6 +129,6 @@ def test_watch_launcher_leaves_a_rank_that_was_asked_to_stop_the_time_to_save(ra
     assert saved, output
 
 
-def test_watch_launcher_of_a_rank_that_a_script_started_lets_it_go_on(ranks):
+def test_watch_launcher_of_a_rank_that_a_script_started_lets_it_continue(ranks):
     seconds, output, _ = ranks["is a script"]
     assert seconds is None and not output, output

@@ -1,4 +1,4 @@
-"""Lines of a rank's log."""
+"""Log lines of a rank."""
 
 import logging
 import re

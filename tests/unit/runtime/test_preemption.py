@@ -1,4 +1,4 @@
-"""Requests to stop: what asks, who agrees."""
+"""Requests to stop: their sources, and the agreement of all ranks."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", SIGNALS)
-def test_stop_request_takes_a_signal(handlers, number):
+def test_stop_request_records_a_signal(handlers, number):
     request = StopRequest()
     request.install_handlers()
     assert not request.poll() and request.reason == ""
@@ -27,7 +27,7 @@ def test_stop_request_takes_a_signal(handlers, number):
     assert request.reason == number.name and request.poll() and request.is_agreed
 
 
-def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
+def test_stop_request_with_removed_handlers_is_not_ended_by_a_signal(handlers):
     request = StopRequest()
     request.install_handlers()
     request.remove_handlers()
@@ -36,7 +36,7 @@ def test_stop_request_that_listens_no_more_is_not_ended_by_a_signal(handlers):
     assert request.reason == ""
 
 
-def test_stop_request_takes_a_time_limit():
+def test_stop_request_obeys_a_time_limit():
     now = [0.0]
     request = StopRequest(10.0, lambda: now[0])
     assert not request.poll()

@@ -1,4 +1,4 @@
-"""What is a bad step, and how many are trouble."""
+"""Detection of bad steps, and of too many of them."""
 
 import math
 
@@ -19,14 +19,14 @@ def _health(**fields):
 
 
 @pytest.mark.parametrize(("loss", "norm"), [(math.nan, 1.0), (math.inf, 1.0), (2.0, math.nan), (2.0, math.inf)])
-def test_health_what_is_not_finite_is_bad(loss, norm):
+def test_anomaly_detector_non_finite_values_are_bad(loss, norm):
     detector = _health()
     bad = detector.check_steps(_readings([loss], norm=norm))
     assert [step.reading.step for step in bad] == [1] and "nothing was updated" in bad[0].reason
     assert detector.good_losses == [] and not detector.needs_rollback
 
 
-def test_health_bad_steps_in_a_row_are_trouble_and_others_are_not():
+def test_anomaly_detector_reports_consecutive_bad_steps_only():
     detector = _health()
     detector.check_steps(_readings([math.nan, 3.0, math.nan]))
     assert not detector.needs_rollback and [step.reading.step for step in detector.bad_steps] == [3]
@@ -34,10 +34,10 @@ def test_health_bad_steps_in_a_row_are_trouble_and_others_are_not():
     assert detector.needs_rollback and [step.reading.step for step in detector.bad_steps] == [
         3,
         4,
-    ]  # step 5 was not looked at
+    ]  # step 5 was not checked
 
 
-def test_health_spike_is_told_by_the_deviations_of_the_window():
+def test_anomaly_detector_spike_depends_on_the_deviations_of_the_window():
     detector = _health(spike_deviations=5.0)
     assert detector.check_steps(_readings(CALM)) == []
     assert detector.check_steps(_readings([3.05], first=11)) == []  # 4.7 deviations
@@ -46,25 +46,25 @@ def test_health_spike_is_told_by_the_deviations_of_the_window():
     assert 3.5 not in detector.good_losses and len(detector.good_losses) == 10
 
 
-def test_health_fall_of_the_loss_is_no_spike():
+def test_anomaly_detector_falling_loss_is_not_a_spike():
     detector = _health(spike_deviations=2.0)
     detector.check_steps(_readings(CALM))
     assert detector.check_steps(_readings([2.0], first=11)) == []
 
 
-def test_health_before_the_window_is_full_nothing_is_a_spike():
+def test_anomaly_detector_reports_no_spike_before_its_window_is_full():
     detector = _health(spike_deviations=2.0)
     detector.check_steps(_readings(CALM[:9]))
     assert detector.check_steps(_readings([50.0], first=10)) == []
 
 
-def test_health_spikes_can_be_switched_off():
+def test_anomaly_detector_spikes_can_be_disabled():
     detector = _health(spike_deviations=0.0)
     detector.check_steps(_readings(CALM))
     assert detector.check_steps(_readings([50.0], first=11)) == []
 
 
-def test_health_losses_that_hardly_vary_make_no_spike_of_a_small_step():
+def test_anomaly_detector_small_change_after_constant_losses_is_not_a_spike():
     detector = _health(spike_deviations=8.0)
     detector.check_steps(_readings([3.0] * 10))
     assert detector.check_steps(_readings([3.01], first=11)) == []

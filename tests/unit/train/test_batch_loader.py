@@ -1,4 +1,4 @@
-"""Which windows a rank reads."""
+"""The sequences that a rank reads."""
 
 import numpy as np
 import pytest
@@ -50,9 +50,9 @@ def _tokens(batches):
 def test_train_batches_hold_the_samples_of_the_step_whatever_the_ranks(run, num_ranks):
     dataset = TokenDataset(run.data.path)
     order = SampleOrder(dataset.num_sequences(SEQ), run.train.seed)
-    for step in (0, 3, 40):  # 40 lies epochs later
-        feeds = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
+    for step in (0, 3, 40):  # step 40 is epochs later
+        loaders = [BatchLoader(run, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in loaders]
         assert all(len(batches) == GLOBAL // MICRO // num_ranks for batches in per_rank)
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = dataset.sequences(order.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
@@ -67,62 +67,62 @@ def test_train_batches_of_a_blend_hold_the_samples_of_the_step_whatever_the_rank
     blended = run.model_copy(update={"data": data})
     blend = Blend([TokenDataset(run.data.path), TokenDataset(second)], [1, 3], SEQ, run.train.seed)
     for step in (0, 3, 1249, 1250):  # step 1250 starts the second pattern
-        feeds = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
-        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in feeds]
+        loaders = [BatchLoader(blended, _mesh(rank, num_ranks)) for rank in range(num_ranks)]
+        per_rank = [_tokens(loader.train_batches(step * GLOBAL)) for loader in loaders]
         read = torch.cat([batches[micro] for micro in range(len(per_rank[0])) for batches in per_rank])
         expected = blend.sequences(blend.sequence_indices(step * GLOBAL, GLOBAL), SEQ)[0][:, :-1]
         assert np.array_equal(read.numpy(), expected)
-    assert feeds[0].record == blend.record
-    assert feeds[0].dataset.path == run.data.path
+    assert loaders[0].record == blend.record
+    assert loaders[0].dataset.path == run.data.path
 
 
-def test_feed_blend_with_a_dataset_of_another_rule_than_the_run_asks_for_is_refused(run):
+def test_batch_loader_blend_with_a_dataset_of_another_rule_than_the_run_is_refused(run):
     path = {str(run.data.path): 1, str(run.data.valid_path): 1}
     data = DataConfig(path=path, segments="reference")
     with raises(ConfigError, "'reference'", "'[5]'", location=run.data.path):
         BatchLoader(run.model_copy(update={"data": data}), _mesh())
 
 
-def test_valid_batches_are_the_same_windows_every_time_and_shared_evenly(run):
-    feeds = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
-    shares = [torch.cat(_tokens(loader.valid_batches())) for loader in feeds]
-    assert [len(share) for share in shares] == [10, 10]  # 21 asked, 2 ranks x micro-batches of 2
-    assert torch.equal(shares[0], torch.cat(_tokens(feeds[0].valid_batches())))
+def test_valid_batches_are_the_same_sequences_every_time_and_evenly_distributed(run):
+    loaders = [BatchLoader(run, _mesh(rank, 2)) for rank in range(2)]
+    shares = [torch.cat(_tokens(loader.valid_batches())) for loader in loaders]
+    assert [len(share) for share in shares] == [10, 10]  # 21 requested, 2 ranks x micro-batches of 2
+    assert torch.equal(shares[0], torch.cat(_tokens(loaders[0].valid_batches())))
     assert not torch.equal(shares[0], shares[1])
 
 
-def test_valid_batches_more_asked_than_there_are_reads_what_there_is(run):
+def test_valid_batches_more_requested_than_available_reads_all(run):
     big = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 10_000})})
     sequences = TokenDataset(run.data.valid_path).num_sequences(SEQ)
     assert len(torch.cat(_tokens(BatchLoader(big, _mesh()).valid_batches()))) == sequences // MICRO * MICRO
 
 
-def test_feed_too_few_validation_windows_for_the_ranks_is_refused(run):
+def test_batch_loader_fewer_validation_sequences_than_ranks_is_refused(run):
     one = run.model_copy(update={"train": run.train.model_copy(update={"valid_samples": 1})})
     with raises(DataError, 1, "2 data-parallel", location=run.data.valid_path, remedy="train.valid_samples"):
         BatchLoader(one, _mesh(0, 2))
 
 
-def test_feed_missing_data_names_the_command_that_makes_it(run, tmp_path):
+def test_batch_loader_missing_data_names_the_command_that_makes_it(run, tmp_path):
     absent = run.model_copy(update={"data": run.data.model_copy(update={"path": tmp_path / "absent"})})
     with raises(DataError, location=tmp_path / "absent", remedy="tools/preprocess.py"):
         BatchLoader(absent, _mesh())
 
 
-def test_feed_window_longer_than_the_corpus_is_refused(run):
+def test_batch_loader_sequence_longer_than_the_corpus_is_refused(run):
     long = run.model_copy(update={"train": run.train.model_copy(update={"seq_len_tokens": 1000})})
     with raises(DataError, 720, 1000, 1001, location=run.data.path, remedy="train.seq_len_tokens"):
         BatchLoader(long, _mesh())
 
 
-def test_feed_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
+def test_batch_loader_validation_set_of_another_tokenizer_is_refused(run, write_dataset):
     other = TokenizerRecord(name="other", fingerprint="b" * 64, vocab_size=100, special_ids={})
     write_dataset(run.data.valid_path, [[[1] * 90]], tokenizer=other)
     with raises(DataError, run.data.valid_path, "b" * 64, "a" * 64, location="data.path"):
         BatchLoader(run, _mesh())
 
 
-def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run, write_dataset):
+def test_batch_loader_validation_set_of_another_rule_is_refused_if_segments_matter(run, write_dataset):
     other = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)
     observed = run.data.valid_path, "'fixed:3'", "'[5]'"
@@ -131,7 +131,7 @@ def test_feed_validation_set_of_another_rule_is_refused_where_segments_count(run
     BatchLoader(run.model_copy(update={"model": run.model.model_copy(update={"encoding": "rope"})}), _mesh())
 
 
-def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
+def test_batch_loader_clips_intra_ids_only_for_a_learned_embedding(run):
     model = run.model.model_copy(update={"intra_size": 8})
     short = run.model_copy(update={"model": model})
     sines = run.model_copy(update={"model": model.model_copy(update={"intra_encoding": "sinusoidal", "intra_size": 2})})
@@ -139,7 +139,7 @@ def test_feed_places_in_segments_are_clipped_to_a_learned_table_alone(run):
     assert learned.max() <= 7 and positions.max() >= 2 and torch.equal(learned, positions.clamp(max=7))
 
 
-def test_feed_dataset_with_more_ids_than_the_model_is_refused(run):
+def test_batch_loader_dataset_with_more_ids_than_the_model_is_refused(run):
     small = run.model_copy(update={"model": run.model.model_copy(update={"vocab_size": 99})})
     with raises(ConfigError, "model.vocab_size=99", "100 ids", location=run.data.path):
         BatchLoader(small, _mesh())

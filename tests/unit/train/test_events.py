@@ -1,4 +1,4 @@
-"""What is written down of a run beside its steps."""
+"""Recorded events of a run."""
 
 import orjson
 
@@ -31,9 +31,9 @@ def test_events_a_damaged_line_costs_no_other(tmp_path):
     events = Events(tmp_path, True)
     for step in range(3):
         events.add("start", step=step)
-    whole = (tmp_path / EVENTS).read_bytes()
-    location = whole.index(b"\n") + 5
-    (tmp_path / EVENTS).write_bytes(whole[:location] + b"\xff" + whole[location + 1 :])
+    intact = (tmp_path / EVENTS).read_bytes()
+    location = intact.index(b"\n") + 5
+    (tmp_path / EVENTS).write_bytes(intact[:location] + b"\xff" + intact[location + 1 :])
     assert [event["step"] for event in read_events(tmp_path)] == [0, 2]
 
 

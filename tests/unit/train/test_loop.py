@@ -1,4 +1,4 @@
-"""The order of a step, with an engine that only takes notes."""
+"""The order of a step, with an engine that only records calls."""
 
 import json
 import signal
@@ -23,7 +23,7 @@ from tests.helpers.loop import MAIN, Notes
 
 @pytest.fixture
 def start(tmp_path):
-    """Trains with notes; returns them, and how far the run came."""
+    """Return a function that trains with recorded calls, and returns these and the training state."""
 
     def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, state=None, notes=None):
         base = ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
@@ -69,7 +69,7 @@ def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
     times = iter([0.0, 1.0, 2.0, 20.0, *[30.0] * 9])  # when it is made, before the first step, after each
     done = start(stop_request=StopRequest(15.0, lambda: next(times)))
     assert done.notes.names == ["step", "step", "save"] and done.end.step == 2
-    assert done.end.valid_owed  # due after step 2, and left for later
+    assert done.end.valid_owed  # due after step 2, and pending
     again = start(state=TrainState.at(2, 256, done.notes.loop_states[step_folder(done.run_dir, 2)]))
     assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
 
@@ -81,7 +81,7 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
 
 @pytest.fixture
 def stop_request():
-    """A request that listens to signals."""
+    """Return a stop request with installed signal handlers."""
     before = {number: signal.getsignal(number) for number in SIGNALS}
     request = StopRequest()
     request.install_handlers()
@@ -98,7 +98,7 @@ def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_
     assert done.end.step == 3 and stop_request.is_agreed
 
 
-def test_train_asked_to_stop_in_a_validation_breaks_it_off_and_owes_it(start, stop_request):
+def test_train_stopped_in_a_validation_aborts_it_and_marks_it_pending(start, stop_request):
     notes = Notes(None)
     notes.valid_batches = lambda: range(100)
     notes.in_validation = lambda: signal.raise_signal(signal.SIGTERM)
@@ -117,7 +117,7 @@ def test_train_last_step_bad_without_a_checkpoint_is_kept(start, caplog):
         start("train.save_every=0", "health.patience=2", bad_steps=[5, 6])
 
 
-def test_train_validation_that_is_owed_is_made_up_for_again_after_a_return(start):
+def test_train_pending_validation_is_repeated_after_a_rollback(start):
     times = iter([0.0, 1.0, 2.0, 20.0, *[30.0] * 9])
     stopped = start("health.patience=2", stop_request=StopRequest(15.0, lambda: next(times)))
     assert stopped.end.step == 2 and stopped.end.valid_owed
@@ -131,7 +131,7 @@ def test_train_validation_that_is_owed_is_made_up_for_again_after_a_return(start
     assert [line["step"] for line in lines if "loss/valid_nats" in line] == [2, 4, 6]
 
 
-def test_train_single_bad_step_goes_on_and_is_written_down(start):
+def test_train_single_bad_step_is_recorded_and_training_continues(start):
     done = start(bad_steps=[3])
     assert done.notes.of("step") == [256 * step for step in range(6)]
     event = next(event for event in read_events(done.run_dir) if event["event"] == "bad step")
@@ -143,7 +143,7 @@ def test_train_does_not_save_after_a_bad_step_but_after_the_next_good_one(start)
     assert done.notes.of("save") == [3, 4, 6]
 
 
-def test_train_bad_steps_in_a_row_go_back_and_pass_their_samples_over(start):
+def test_train_consecutive_bad_steps_roll_back_and_skip_their_samples(start):
     done = start("train.save_every=1", "health.patience=2", bad_steps=[3, 4])
     assert done.notes.of("load") == ["step-00000002"]
     assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 5, 6, 7)]
@@ -159,13 +159,13 @@ def test_train_good_steps_between_checkpoint_and_trouble_are_done_again(start):
     assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 2, 5, 6, 7)]
 
 
-def test_train_second_trouble_after_one_return_remembers_the_samples_of_the_first(start):
+def test_train_second_rollback_also_skips_the_samples_of_the_first(start):
     done = start("train.save_every=2", "health.patience=2", bad_steps=[4, 5, 6, 7])
     assert done.notes.of("load") == ["step-00000002"] * 2
     assert done.notes.of("step")[-4:] == [256 * number for number in (2, 7, 8, 9)]
 
 
-def test_train_trouble_found_by_a_late_look_leads_to_the_same_end(start):
+def test_train_trouble_that_is_detected_late_leads_to_the_same_result(start):
     done = start(
         "train.save_every=2", "health.patience=2", "train.log_every=5", "train.valid_every=0", bad_steps=[3, 4]
     )
@@ -173,7 +173,7 @@ def test_train_trouble_found_by_a_late_look_leads_to_the_same_end(start):
     assert done.notes.of("load") == ["step-00000002"]
 
 
-def test_train_bad_last_step_goes_back_in_place_of_the_last_checkpoint(start):
+def test_train_bad_last_step_rolls_back_instead_of_saving(start):
     done = start("train.save_every=1", bad_steps=[6])
     assert done.notes.of("load") == ["step-00000005"] and done.notes.of("step")[-1] == 6 * 256
     assert done.notes.of("save")[-1] == 6
@@ -190,6 +190,6 @@ def test_train_trouble_without_a_checkpoint_is_an_error(start):
         start("health.patience=2", bad_steps=[1, 2])
 
 
-def test_train_trouble_that_comes_back_ends_the_run(start):
+def test_train_recurring_trouble_ends_the_run(start):
     with raises(HealthError, "1 bad steps", "step 3", "step 2", "2 times", remedy="optimizer.lr"):
         start("train.save_every=2", "health.patience=1", "health.max_returns=2", bad_steps=[3, 4, 5, 6, 7])

@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: every step once, also over restarts, whatever moment the kill comes."""
+"""metrics.jsonl and TensorBoard have every step once, also after a kill at any moment and a restart."""
 
 import json
 import math
@@ -104,7 +104,7 @@ def test_metrics_of_a_loss_that_is_not_finite_are_json_and_shown_again_after_a_r
     assert step == 1 and math.isnan(loss)
 
 
-def test_metrics_flush_tells_what_it_read(run):
+def test_metrics_flush_returns_what_it_read(run):
     metrics = Metrics(run, MAIN, TrainState(), None)
     metrics.step(1, (0, 8), StepResult(torch.tensor(2.5), 0.5), lr=1e-4)
     assert [tuple(reading) for reading in metrics.flush()] == [(1, (0, 8), 2.5, 0.5)]
@@ -123,7 +123,7 @@ def test_metrics_restart_after_a_kill_anywhere_has_every_line_once(run, cut_byte
 
 
 @pytest.mark.parametrize("damage", [b'{"step": 3, "tok', b"\x00\x00\n", b"[1]\n", b'"step"\n', b'{"no": 1}\n'])
-def test_metrics_restart_drops_what_is_no_line_of_metrics(run, damage):
+def test_metrics_restart_drops_lines_that_are_not_metrics(run, damage):
     _do(run, [1, 2]).close()
     with (run.run_dir / "metrics.jsonl").open("ab") as file:
         file.write(damage)
@@ -135,9 +135,9 @@ def test_metrics_restart_drops_what_is_no_line_of_metrics(run, damage):
 def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
     _do(run, [1, 2, 3]).close()
     path = run.run_dir / "metrics.jsonl"
-    whole = path.read_bytes()
-    second = whole.index(b"\n") + 1
-    path.write_bytes(whole[:second] + damage + whole[second + 1 :])
+    intact = path.read_bytes()
+    second = intact.index(b"\n") + 1
+    path.write_bytes(intact[:second] + damage + intact[second + 1 :])
     _do(run, [4], start=3).close()
     lines = path.read_bytes().splitlines()
     assert len(lines) == 4 and [json.loads(lines[row])["step"] for row in (0, 2, 3)] == [1, 3, 4]
@@ -145,7 +145,7 @@ def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
 
 
 @pytest.mark.parametrize("owed", [False, True])
-def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_owed(run, owed):
+def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_pending(run, owed):
     metrics = _do(run, [1, 2])
     metrics.valid(2, 2.0)
     metrics.close()

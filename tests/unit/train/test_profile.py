@@ -1,4 +1,4 @@
-"""What `--profile` says of a training step."""
+"""The report of `--profile` about a training step."""
 
 import gzip
 import json
@@ -37,7 +37,7 @@ def said(caplog):
     return lambda: {line.split()[0]: line for record in caplog.records for line in record.getMessage().splitlines()}
 
 
-def test_profile_tells_every_part_of_the_steps_it_watched(tmp_path, said):
+def test_profile_reports_every_part_of_the_recorded_steps(tmp_path, said):
     train(Profile(3, tmp_path, MAIN), WARM_UP_STEPS + 3)
     seconds = {part: float(said()[part].split()[1]) for part in PARTS}
     assert said()["3"].startswith("3 updates")
@@ -45,20 +45,20 @@ def test_profile_tells_every_part_of_the_steps_it_watched(tmp_path, said):
     assert all(own > 0 for own in seconds.values())
 
 
-def test_profile_writes_a_trace_of_the_watched_steps_alone(tmp_path):
+def test_profile_writes_a_trace_of_the_recorded_steps_only(tmp_path):
     train(Profile(2, tmp_path, MAIN), WARM_UP_STEPS + 4)
     trace = json.loads(gzip.decompress((tmp_path / "profile/rank_0.json.gz").read_bytes()))
     assert [event["name"] for event in trace["traceEvents"]].count("forward") == 2
 
 
-def test_profile_of_a_run_that_ends_earlier_tells_what_it_saw(tmp_path, said):
+def test_profile_of_a_run_that_ends_earlier_reports_the_steps_it_recorded(tmp_path, said):
     profile = Profile(5, tmp_path, MAIN)
     train(profile, WARM_UP_STEPS + 1)
     profile.close()
     assert said()["1"].startswith("1 updates") and (tmp_path / "profile/rank_0.json.gz").exists()
 
 
-def test_profile_of_a_run_that_ends_with_the_warm_up_has_watched_nothing(tmp_path, caplog):
+def test_profile_of_a_run_that_ends_with_the_warm_up_has_recorded_nothing(tmp_path, caplog):
     profile = Profile(5, tmp_path, MAIN)
     train(profile, WARM_UP_STEPS)
     profile.close()
@@ -82,12 +82,12 @@ def test_profile_of_no_steps_does_nothing(tmp_path, said):
     assert said() == {} and list(tmp_path.iterdir()) == []
 
 
-def test_profile_of_less_than_no_steps_is_an_error(tmp_path):
+def test_profile_of_a_negative_number_of_steps_is_an_error(tmp_path):
     with raises(ConfigError, -1, location="--profile"):
         Profile(-1, tmp_path, MAIN)
 
 
-def test_seconds_by_part_backward_and_what_it_calls_are_not_forward():
+def test_seconds_by_part_count_backward_and_its_calls_as_not_forward():
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], acc_events=True) as profiler:
         with record_function("forward"):
             loss = (torch.randn(800, 800, requires_grad=True) @ torch.randn(800, 800)).sum()
@@ -97,7 +97,7 @@ def test_seconds_by_part_backward_and_what_it_calls_are_not_forward():
     assert parts == [{"forward"}, {"backward"}]
 
 
-def test_table_what_no_operation_explains_has_a_line():
+def test_table_has_a_line_for_time_that_no_operation_explains():
     lines = table({"forward": 1.0, "backward": 2.0}, wall_s=4.0, steps=2).splitlines()
     assert lines[0] == "2 updates of 2.0000 s under the profiler"
     assert lines[-1].split() == ["in", "no", "operation", "0.5000", "s", "25.0%"]

@@ -1,4 +1,4 @@
-"""A run folder is started once, continued, and never mixed with another run."""
+"""A run folder is created once, resumed, and never mixed with another run."""
 
 import json
 
@@ -48,7 +48,7 @@ def _checkpoint(run, step):
     [
         ("auto", False, (), True, "bf16"),
         ("auto", False, (), False, "fp32"),
-        ("auto", True, (), False, "bf16"),  # what the run began with, on a machine without native bf16
+        ("auto", True, (), False, "bf16"),  # the run started on a machine without native bf16
         ("auto", True, ("train.precision",), False, "fp32"),
         ("auto", True, ("train.precision",), True, "bf16"),
         ("fp32", True, (), True, "fp32"),  # which check_same_run then refuses
@@ -88,7 +88,7 @@ def test_same_run_is_continued(run, record):
     assert read_data_record(run.run_dir) == record
 
 
-def test_same_run_harmless_changes_need_no_leave(run, record):
+def test_same_run_harmless_changes_need_no_permission(run, record):
     _checkpoint(run, 10)
     settings = ["train.micro_batch=4", "parallel.tensor=4", "checkpoint.keep_last=2", "data.verify=false"]
     check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", *settings]), record)
@@ -102,7 +102,7 @@ def test_same_run_harmless_changes_need_no_leave(run, record):
         ([], "data"),
     ],
 )
-def test_same_run_allowable_changes_need_leave_by_name(run, record, settings, allowed):
+def test_same_run_allowable_changes_need_permission_by_name(run, record, settings, allowed):
     _checkpoint(run, 10)
     changed = load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", *settings])
     data = record.model_copy(update={"fingerprint": "d" * 64}) if allowed == "data" else record
@@ -137,7 +137,7 @@ def test_same_run_unknown_name_to_allow_is_refused_even_at_the_start(run, record
         check_same_run(run, record, ["model.num_layers", "optimizer"])
 
 
-def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypatch):
+def test_lock_run_dir_refuses_another_launch_until_it_is_released(run, record, monkeypatch):
     monkeypatch.setattr(io, "LOCK_WAIT_S", 0.0)
     with lock_run_dir(run, record, (), is_main=True):
         with lock_run_dir(run, record, (), is_main=False):
@@ -149,7 +149,7 @@ def test_entered_keeps_another_launch_out_until_it_is_left(run, record, monkeypa
     assert not (run.run_dir / "running").exists()
 
 
-def test_entered_clears_a_broken_save_away(run, record):
+def test_lock_run_dir_removes_a_broken_save(run, record):
     broken = run.run_dir / "checkpoints" / "writing-step-00000010-ab"
     broken.mkdir(parents=True)
     with lock_run_dir(run, record, (), is_main=False):
@@ -158,7 +158,7 @@ def test_entered_clears_a_broken_save_away(run, record):
         assert not broken.exists()
 
 
-def test_same_run_another_run_names_every_difference(run, record):
+def test_same_run_names_every_difference_of_another_run(run, record):
     _checkpoint(run, 10)
     changed = load_run_config(None, [f"run_dir={run.run_dir}", "model.num_layers=2", "optimizer.lr=2e-4"])
     other = record.model_copy(
@@ -188,7 +188,7 @@ def _continue(run, old, new, path="{data/x: 3, data/y: 7}"):
 
 
 @pytest.mark.parametrize("path", ["{data/x: 3, data/y: 7}", "{moved/x: 30, moved/y: 70}", "[moved/x, moved/y]"])
-def test_same_run_same_blend_wherever_it_lies_is_continued(run, record, path):
+def test_same_run_same_blend_in_another_folder_is_continued(run, record, path):
     moved = _blend(record, *((folder.replace("data", "moved"), letter, slots) for folder, letter, slots in BLEND))
     _continue(run, _blend(record, *BLEND), moved, path)
 
@@ -231,7 +231,7 @@ def test_write_run_folder_blend_is_read_back(run, record, tmp_path):
     assert read_data_record(run.run_dir) == _blend(record, *BLEND)
 
 
-def test_write_run_folder_cut_short_leaves_what_was_there(run, record, tmp_path, monkeypatch):
+def test_write_run_folder_interrupted_keeps_the_old_content(run, record, tmp_path, monkeypatch):
     before = [(run.run_dir / name).read_bytes() for name in ("config.yaml", "data.json")]
     changed = load_run_config(None, [f"run_dir={run.run_dir}", "train.steps=600000"])
 

@@ -1,4 +1,4 @@
-"""The lines at a run's start and end."""
+"""Summary lines at a run's start and end."""
 
 import pytest
 import torch

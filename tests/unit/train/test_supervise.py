@@ -1,4 +1,4 @@
-"""What follows a launch that has ended."""
+"""Decisions of the supervisor after a launch has ended."""
 
 import pytest
 
@@ -18,8 +18,8 @@ PATIENCE = Patience(failures=3, first_wait_s=10.0, longest_wait_s=60.0)
         (0, False, False, 0, Next.DONE),
         (0, False, True, 0, Next.DONE),  # the end came before the signal
         (75, False, False, 1, Next.LATER),
-        (1, True, False, 1, Next.LATER),  # a launcher that does not pass codes on
-        (143, False, True, 3, Next.LATER),  # before there was anything to save
+        (1, True, False, 1, Next.LATER),  # a launcher that does not forward exit codes
+        (143, False, True, 3, Next.LATER),  # before the first checkpoint
         (2, False, False, 1, Next.GIVE_UP),
         (1, False, False, 3, Next.GIVE_UP),
         (137, False, False, 2, Next.AGAIN),
@@ -34,7 +34,7 @@ def test_patience_waits_twice_as_long_each_time_up_to_a_limit():
     assert [PATIENCE.wait_s(fruitless) for fruitless in range(6)] == [10, 10, 20, 40, 60, 60]
 
 
-def test_mark_knows_events_and_checkpoints(tmp_path):
+def test_progress_mark_counts_events_and_checkpoints(tmp_path):
     assert mark(tmp_path / "absent") == (0, -1)
     Events(tmp_path, True).add("start", step=0)
     step_folder(tmp_path, 20).mkdir(parents=True)
@@ -45,7 +45,7 @@ def test_mark_knows_events_and_checkpoints(tmp_path):
     assert was_stopped(tmp_path, before) and not was_stopped(tmp_path, mark(tmp_path))
 
 
-def test_mark_after_a_damaged_checkpoint_was_left_behind_moves_with_the_new_ones(tmp_path):
+def test_progress_mark_after_a_damaged_checkpoint_moves_with_new_ones(tmp_path):
     for step in (900, 1000):
         step_folder(tmp_path, step).mkdir(parents=True)
     pointer = tmp_path / "checkpoints" / "latest"
@@ -66,7 +66,7 @@ def run_dir(tmp_path):
 
 @pytest.mark.parametrize(("up", "used"), [(8, 8), (7, 6), (6, 6), (5, 4), (4, 4), (3, 3)])
 def test_usable_hosts_are_as_many_as_share_the_batch_evenly(run_dir, up, used):
-    hosts = [f"node-{number}" for number in range(up)]  # 4 ranks each: 2 copies of the model; 48 micro-batches
+    hosts = [f"node-{number}" for number in range(up)]  # 4 ranks each: 2 replicas of the model; 48 micro-batches
     assert usable_hosts(run_dir, hosts, 4, 1) == hosts[:used]
 
 

@@ -1,4 +1,4 @@
-"""Steps, samples and what is passed over."""
+"""Steps, samples and skipped samples of the training state."""
 
 import json
 
@@ -8,13 +8,13 @@ from pydantic import ValidationError
 from megatron_bipe.train.train_state import TrainState
 
 
-def test_train_state_takes_batch_after_batch():
+def test_train_state_advances_batch_by_batch():
     state = TrainState()
     assert [state.next_batch_range(8) for _ in range(3)] == [(0, 8), (8, 16), (16, 24)]
     assert (state.step, state.samples) == (3, 24)
 
 
-def test_train_state_skips_samples_once():
+def test_train_state_skips_the_requested_samples_once():
     state = TrainState(pass_over=[(8, 16), (16, 24), (40, 48), (32, 40)])
     assert [state.next_batch_range(8)[0] for _ in range(4)] == [0, 24, 48, 56]
     assert state.pass_over == [] and state.step == 4
@@ -26,7 +26,7 @@ def test_train_state_survives_json():
     assert TrainState.at(3, 8, stored) == state
 
 
-def test_train_state_without_loop_state_is_steps_times_batch():
+def test_train_state_of_a_checkpoint_without_it_is_steps_times_batch():
     assert TrainState.at(5, 8, {}) == TrainState(step=5, samples=40)
 
 

@@ -1,4 +1,4 @@
-"""One start of a run: where it stands, and whether it is finished."""
+"""One start of a run: its training state, and whether it is finished."""
 
 import pytest
 
@@ -14,7 +14,7 @@ BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 
 @pytest.mark.parametrize(("stop", "steps"), [(4, 0), (6, 0), (8, 2)])
-def test_run_that_is_further_than_asked_for_is_finished_and_nothing_is_done(tmp_path, stop, steps, caplog):
+def test_run_past_its_last_step_is_finished_and_nothing_is_done(tmp_path, stop, steps, caplog):
     run, notes = load_run_config(None, [*BF16, f"run_dir={tmp_path}", "train.steps=8"]), Notes(tmp_path)
     notes.save(tmp_path, 6, loop_state=TrainState(step=6, samples=6 * 256).model_dump(mode="json"), final=True)
     with caplog.at_level("INFO"):

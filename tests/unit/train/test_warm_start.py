@@ -1,4 +1,4 @@
-"""What of a model's configuration a run that goes on from it may change."""
+"""Changes of a model's configuration that a run started from it may make."""
 
 import shlex
 
@@ -19,7 +19,7 @@ from tests.helpers.errors import raises
         ("bipe_rope", {"train_len_tokens": 64, "init_std": 0.3, "rope_scaling": RopeScaling(type="ntk", factor=2)}, []),
         ("learned", {"train_len_tokens": 64, "init_std": 0.3}, ["train_len_tokens"]),
         ("randomized_rope", {"train_len_tokens": 64}, ["train_len_tokens"]),
-        ("alibi", {"train_len_tokens": 64}, []),  # its longest window is another
+        ("alibi", {"train_len_tokens": 64}, []),  # its longest sequence differs
         ("sinusoidal", {"train_len_tokens": 64, "init_std": 0.3}, ["init_std"]),
         ("bipe_t5", {"intra_encoding": "none", "encoding": "bipe_nope"}, ["encoding", "intra_encoding"]),
     ],
@@ -30,7 +30,7 @@ def test_differences_name_what_is_built_into_the_weights(encoding, changes, name
     assert [key for key, _, _ in found] == named
 
 
-def test_differences_leaving_off_what_the_model_learned_with_is_one():
+def test_differences_include_removing_an_option_of_the_trained_model():
     plain = ModelConfig(encoding="bipe_rope")
     stretched = plain.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=2), "log_scale": True})
     further = stretched.model_copy(update={"rope_scaling": RopeScaling(type="ntk", factor=4)})
@@ -47,5 +47,5 @@ def test_remedy_for_another_model_is_what_the_command_line_takes(tmp_path):
         start_run(run, EvalModel("m", "m", nn.Sequential(), model, None, None), {})
     words = [word for word in shlex.split(error.value.remedy) if word.startswith("--set=model.")]
     assert len(words) == 3
-    mended = load_run_config(None, [*asked, *(word.removeprefix("--set=") for word in words)])
-    assert not list(_differences(model, mended.model))
+    corrected = load_run_config(None, [*asked, *(word.removeprefix("--set=") for word in words)])
+    assert not list(_differences(model, corrected.model))

@@ -1,4 +1,4 @@
-"""A dataset under another rule: equal to one made from the text, or nothing; nothing else is touched."""
+"""A dataset with another segment rule equals one made from the text; an error writes nothing."""
 
 import errno
 import json
@@ -36,7 +36,7 @@ def content(folder: Path) -> dict[str, bytes]:
 
 
 def without_source(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
-    """All files; and the manifest, but for `source`."""
+    """Return all files, and the manifest without `source`."""
     files = content(folder)
     manifest = json.loads(files.pop("manifest.json"))
     del manifest["source"]
@@ -45,7 +45,7 @@ def without_source(folder: Path) -> tuple[dict[str, bytes], dict[str, object]]:
 
 @pytest.fixture(scope="module")
 def built(write_text_dataset: Write, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A dataset of several shards, made from text with a rule."""
+    """Return a dataset of several shards, made from text with a rule."""
     base = tmp_path_factory.mktemp("built")
     write_text_dataset(base / "letters", TEXTS)
     settings = base / "letters" / "tokenizer" / "tokenizer_config.json"
@@ -99,7 +99,9 @@ def test_resegment_links_tokens_and_index_and_nothing_else(folder: Path, tmp_pat
         assert linked == (path.suffix in (".bin", ".idx")), path
 
 
-def test_resegment_where_links_cannot_be_copies(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resegment_copies_where_links_are_impossible(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     resegment(folder, "sentence", tmp_path / "linked")
 
     def refuse(*paths: Path) -> None:
@@ -118,7 +120,7 @@ def test_resegment_through_a_symbolic_link_links_the_file_itself(folder: Path, t
     assert not (tmp_path / "new" / "part-00000.bin").is_symlink()
 
 
-def test_resegment_onto_a_dataset_is_refused_and_replaces_it_only_when_told(
+def test_resegment_onto_a_dataset_is_refused_unless_overwriting(
     folder: Path, write_text_dataset: Write, tmp_path: Path
 ) -> None:
     write_text_dataset(tmp_path / "new", [["q"]] * 5)  # more shards than the new one
@@ -252,7 +254,7 @@ def test_resegment_with_fixed_length_of_a_damaged_index_names_it(folder: Path, t
         resegment(folder, "fixed:3", tmp_path / "new")
 
 
-def test_resegment_by_a_bad_rule_or_without_the_tokenizer_makes_nothing(folder: Path, tmp_path: Path) -> None:
+def test_resegment_by_a_bad_rule_or_without_the_tokenizer_writes_nothing(folder: Path, tmp_path: Path) -> None:
     with raises(DataError, "'sentense'", location="--segments", remedy="sentence?"):
         resegment(folder, "sentense", tmp_path / "new")
     (folder / "tokenizer" / "tokenizer.json").write_text("{}")

@@ -1,4 +1,4 @@
-"""Bits made a chunk at a time are those of whole documents."""
+"""Segment bits made in chunks are those of complete documents."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ def test_fixed_ends_of_any_part_are_those_of_the_documents(
 
 
 @pytest.mark.parametrize("vocab_size", [100, 70000])
-def test_packed_ends_of_an_id_outside_the_vocabulary_is_refused_with_its_place(
+def test_packed_ends_of_an_id_outside_the_vocabulary_is_refused_with_its_location(
     write_dataset: Write, tmp_path: Path, vocab_size: int
 ) -> None:
     write_dataset(tmp_path, [[[1, 2, 5, 4], [99, 3]]], vocab_size=vocab_size)

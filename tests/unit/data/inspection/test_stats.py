@@ -1,4 +1,4 @@
-"""Counts of segments, windows and documents: against a plain recount, whole and in samples."""
+"""Counts of segments, sequences and documents, complete and in samples, against a plain recount."""
 
 import json
 from collections import Counter
@@ -32,7 +32,7 @@ Write = Callable[..., Manifest]
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks and windows of a size that small datasets have several of."""
+    """Make blocks and sequences so small that small datasets have several of them."""
     monkeypatch.setattr(stats, "BLOCK_TOKENS", 64)
     monkeypatch.setattr(stats, "SEQ_LEN_TOKENS", 16)
 
@@ -44,7 +44,7 @@ def random_shards(seed: int, shards: int = 4) -> list[list[list[int]]]:
 
 
 def recount(shards: list[list[list[int]]], window: int) -> tuple[Counter[int], Counter[int], Counter[int]]:
-    """Segment lengths, segments a window, document lengths; one token after the other."""
+    """Return segment lengths, segments per sequence and document lengths, counted token by token."""
     segments, sequences, documents = Counter[int](), Counter[int](), Counter[int]()
     for shard in shards:
         documents.update(map(len, shard))
@@ -81,7 +81,7 @@ def test_count_dataset_of_all_equals_a_plain_recount(write_dataset: Write, tmp_p
 
 
 @pytest.mark.usefixtures("small")
-def test_count_dataset_of_a_segment_over_several_blocks_has_its_whole_length(
+def test_count_dataset_of_a_segment_over_several_blocks_has_its_full_length(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     write_dataset(tmp_path, [[[7] * 200, [7] * 99 + [SEPARATOR], [7] * 30]])
@@ -112,7 +112,7 @@ def test_count_dataset_of_documents_without_tokens_counts_them(write_dataset: Wr
     assert found.tokens == found.segment_tokens.count == found.segments_per_sequence.count == 0
 
 
-def test_count_dataset_of_a_negative_document_length_names_its_place(write_dataset: Write, tmp_path: Path) -> None:
+def test_count_dataset_of_a_negative_document_length_names_its_location(write_dataset: Write, tmp_path: Path) -> None:
     write_dataset(tmp_path, [[[1, 5], [1], [2]]])
     index = tmp_path / "part-00000.idx"
     content = bytearray(index.read_bytes())
@@ -156,10 +156,10 @@ def test_stats_counts_and_means_are_those_of_the_documents(folder: Path) -> None
     assert len({len(line) for line in lines[4:]}) == 1  # a table
 
 
-def test_datasets_table_has_a_line_a_dataset_and_their_sums(folder: Path) -> None:
+def test_datasets_table_has_one_line_per_dataset_and_their_sums(folder: Path) -> None:
     manifest = Manifest.load(folder)
     lines = datasets_table({"one": manifest, "two": manifest}).splitlines()
-    assert len([line for line in lines if line.startswith(("tokenizer", "segments "))]) == 2  # both are alike
+    assert len([line for line in lines if line.startswith(("tokenizer", "segments "))]) == 2  # both are equal
     rows = {line.split()[0]: line.split()[1:] for line in lines[3:]}
     assert rows["one"] == rows["two"] == ["4", "25", "5", "75", "5.00", "204.80"]
     assert rows["all"] == ["8", "50", "10", "150", "5.00", "204.80"]
@@ -171,7 +171,7 @@ def counted(write_dataset: Write, folder: Path, lengths: list[int]) -> tuple[Man
     return dataset.manifest, count_dataset(dataset)
 
 
-def test_distribution_tables_have_a_row_a_dataset_and_name_the_share_that_is_clipped(
+def test_distribution_tables_have_one_row_per_dataset_and_the_clipped_share(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     found = {
@@ -187,7 +187,7 @@ def test_distribution_tables_have_a_row_a_dataset_and_name_the_share_that_is_cli
     assert "x: counted 12,308 of 12,308 tokens." in text
 
 
-def test_distribution_tables_of_fixed_segments_say_that_training_counts_otherwise(
+def test_distribution_tables_of_fixed_segments_note_that_training_counts_differently(
     write_dataset: Write, tmp_path: Path
 ) -> None:
     write_dataset(tmp_path, [[[7] * 40]], rule=SegmentRule(spec="fixed:16", token_ids=()))

@@ -1,4 +1,4 @@
-"""What verifying says about whole and damaged datasets."""
+"""Verification of intact and damaged datasets."""
 
 import json
 import re
@@ -48,7 +48,7 @@ def rehash(folder: Path, manifest: Manifest, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("spec", ["newline", "fixed:3", "fixed:5", "sentence", '["a","\\n"]'])
-def test_verify_of_a_whole_dataset_finds_nothing(
+def test_verify_of_an_intact_dataset_finds_nothing(
     write_text_dataset: Write, tmp_path: Path, spec: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "CHUNK_TOKENS", 8)  # several chunks in a few tokens
@@ -71,14 +71,14 @@ def test_verify_of_any_flipped_bit_finds_it(folder: Path, suffix: str) -> None:
             flip(path, offset, mask)
 
 
-def test_verify_of_a_wrong_bit_names_its_place_and_the_rule(folder: Path) -> None:
+def test_verify_of_a_wrong_bit_names_its_location_and_the_rule(folder: Path) -> None:
     flip(folder / "part-00000.seg", 24, 0b1000)
     rehash(folder, Manifest.load(folder))
     [found] = problems(folder)
     assert_error(found, DataError, 24, 3, 1, 0, "'newline'", location="part-00000.seg")
 
 
-def test_verify_of_a_wrong_bit_in_a_fixed_rule_names_its_place(write_text_dataset: Write, tmp_path: Path) -> None:
+def test_verify_of_a_wrong_bit_in_a_fixed_rule_names_its_location(write_text_dataset: Write, tmp_path: Path) -> None:
     write_text_dataset(tmp_path, FEW_TEXTS, "fixed:3")
     flip(tmp_path / "part-00000.seg", 25, 0b1)
     rehash(tmp_path, Manifest.load(tmp_path))
@@ -110,7 +110,7 @@ def test_verify_of_a_token_outside_the_vocabulary_names_it(folder: Path) -> None
     assert_error(found, DataError, 3, 6, token, 288, location="part-00000.bin")
 
 
-def test_verify_without_the_tokenizer_says_so_and_goes_on(folder: Path) -> None:
+def test_verify_without_the_tokenizer_reports_that_and_continues(folder: Path) -> None:
     shutil.rmtree(folder / "tokenizer")
     flip(folder / "part-00002.bin", 0)
     found = problems(folder)
@@ -158,7 +158,7 @@ def test_verify_finds_every_problem_in_the_order_of_the_shards_for_any_number_of
         assert_error(problem, DataError, *observed, location=location)
 
 
-def test_verify_after_damage_in_an_early_chunk_still_takes_the_whole_checksum(
+def test_verify_after_damage_in_an_early_chunk_still_computes_the_full_checksum(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "CHUNK_TOKENS", 8)
@@ -168,14 +168,14 @@ def test_verify_after_damage_in_an_early_chunk_still_takes_the_whole_checksum(
     assert_error(found, DataError, 24, 0, "'newline'", location="part-00000.seg")
 
 
-def test_verify_of_a_sample_leaves_out_bits_but_not_checksums_and_counts(
+def test_verify_of_a_sample_skips_bits_but_not_checksums_and_counts(
     write_text_dataset: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(verify, "CHUNK_TOKENS", 8)
     write_text_dataset(tmp_path, [["xy\n" * 400]])
     seg = tmp_path / "part-00000.seg"
     content = np.frombuffer(seg.read_bytes(), dtype=np.uint8).copy()
-    content[24:-1] = np.roll(content[24:-1], 1)  # the same number of ends, at other places
+    content[24:-1] = np.roll(content[24:-1], 1)  # the same number of ends, at other positions
     seg.write_bytes(content.tobytes())
     dataset = TokenDataset(tmp_path)
     shares = (0.0, 0.05, 0.5, 1.0)
@@ -216,14 +216,14 @@ def test_verify_of_a_file_that_cannot_be_read_is_a_problem_of_its_shard(folder: 
     assert_error(found, DataError, location="part-00000.bin")
 
 
-def test_verify_when_nobody_wants_more_stops(folder: Path) -> None:
+def test_verify_stops_when_its_results_are_no_longer_needed(folder: Path) -> None:
     flip(folder / "part-00000.bin", 0)
     found = find_problems([TokenDataset(folder)], workers=2)
     next(found)
     found.close()
 
 
-def test_hashed_file_that_ends_early_is_damage_with_the_place(tmp_path: Path) -> None:
+def test_hashed_file_that_ends_early_is_damage_with_its_location(tmp_path: Path) -> None:
     path = tmp_path / "x.bin"
     path.write_bytes(b"12345")
     with verify._HashedFile(path) as file:

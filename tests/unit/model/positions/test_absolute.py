@@ -1,4 +1,4 @@
-"""Absolute parts against plain formulas, and windows that are longer than a table."""
+"""Absolute encodings against plain formulas, and sequences that are longer than an embedding."""
 
 import math
 
@@ -26,7 +26,7 @@ def embedding_of(encoding, **changes):
 
 
 def sequences(num_tokens):
-    """Tokens, places in segments of 9, numbers of segments."""
+    """Return tokens, and both ids for segments of 9 tokens."""
     tokens = torch.randint(0, 20, (2, num_tokens), generator=torch.Generator().manual_seed(1))
     position_ids = torch.arange(num_tokens).expand(2, -1)
     return tokens, position_ids % 9, position_ids // 9
@@ -37,7 +37,7 @@ def added(embedding, ids):
 
 
 @pytest.mark.parametrize("encoding", ["sinusoidal", "bipe_nope"])
-def test_sinusoidal_adds_sines_and_cosines_for_places_of_any_size(encoding):
+def test_sinusoidal_adds_sines_and_cosines_for_positions_of_any_size(encoding):
     intra = {"intra_encoding": "sinusoidal"} if encoding != "sinusoidal" else {}
     ids = sequences(500)
     found = added(embedding_of(encoding, init_std=0.3, **intra), ids)
@@ -52,14 +52,14 @@ def test_sinusoidal_has_no_parameters():
     assert [name for name, _ in embedding_of("sinusoidal").named_parameters()] == ["token.weight"]
 
 
-def test_learned_adds_the_row_of_the_token_place():
+def test_learned_adds_the_row_of_the_token_position():
     embedding, ids = embedding_of("learned"), sequences(32)
     table = dict(embedding.named_parameters())["place.weight"]
     assert table.shape == (32, WIDTH)
     torch.testing.assert_close(added(embedding, ids), table.expand(2, -1, -1))
 
 
-def test_bilevel_learned_adds_the_row_of_the_place_in_the_segment():
+def test_bilevel_learned_adds_the_row_of_the_position_in_the_segment():
     embedding, ids = embedding_of("bipe_xpos"), sequences(32)
     table = dict(embedding.named_parameters())["intra.weight"]
     torch.testing.assert_close(added(embedding, ids), table[ids[1]])
@@ -73,7 +73,7 @@ def test_none_adds_nothing(encoding):
 
 
 @pytest.mark.parametrize(("encoding", "longest"), [("learned", 32), ("randomized_rope", 128)])
-def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
+def test_sequence_longer_than_the_embedding_is_one_clear_error(encoding, longest):
     model = build_model(config_of(encoding))
     assert model(sequences(longest)).isfinite().all()
     with raises(ConfigError, longest + 1, f"{longest} ", f"model.encoding={encoding}", location=LOCATION):
@@ -81,7 +81,7 @@ def test_window_beyond_the_positions_is_one_clear_error(encoding, longest):
 
 
 @pytest.mark.parametrize("name", ["alibi", "bipe_alibi", "xpos", "bipe_xpos"])
-def test_window_beyond_what_attention_encodes_is_refused_before_it_is_reached(name):
+def test_sequence_longer_than_attention_encodes_is_refused_before_it_is_reached(name):
     longest = RELATIVE[name.removeprefix("bipe_")].max_seq_len_tokens
     embedding = embedding_of(name)
     embedding(sequences(longest))

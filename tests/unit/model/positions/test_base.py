@@ -1,4 +1,4 @@
-"""XPOS, T5's bias and NoPE against plain formulas in float64, and tables that blocks share."""
+"""XPOS, T5's bias and NoPE against plain formulas in float64, and tables that all blocks share."""
 
 import gc
 import math
@@ -26,7 +26,7 @@ def heads(num_tokens, seed=0):
 
 
 def softmax_of(score, v):
-    """Causal attention in float64, score by score."""
+    """Return causal attention in float64, computed score by score."""
     mixed = torch.zeros(v.shape, dtype=torch.float64)
     for head in range(v.shape[1]):
         for t in range(v.shape[2]):
@@ -45,7 +45,7 @@ def token_positions(num_tokens):
 
 
 @pytest.mark.parametrize("positions", [token_positions(40), token_positions(40) * 37 // 4, token_positions(40) // 5])
-def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
+def test_xpos_scores_are_those_of_rope_with_decay_by_distance(positions):
     q, k, v = heads(40)
     position_ids = positions[0].tolist()
 
@@ -65,7 +65,7 @@ def test_xpos_scores_are_those_of_rope_faded_by_distance(positions):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
+def test_xpos_longest_sequence_stays_in_range_forward_and_backward(dtype):
     positions = token_positions(RELATIVE["xpos"].max_seq_len_tokens)[:, -40:]
     q, k, v = (x.to(dtype).requires_grad_() for x in heads(40))
     grown, shrunk = (x.detach() for x in make_relative(config_of("xpos"), LocalLayers())(q, k, positions))
@@ -80,7 +80,7 @@ def test_xpos_longest_window_stays_in_range_forward_and_backward(dtype):
 
 
 def bucket(distance):
-    """T5's buckets of a decoder: 0 to 15 exact, then 16 logarithmic ones up to 128."""
+    """Return T5's decoder bucket: 0 to 15 exact, then 16 logarithmic ones up to 128."""
     if distance < 16:
         return distance
     return min(31, 16 + int(math.log(distance / 16) / math.log(128 / 16) * 16))
@@ -105,7 +105,7 @@ def test_t5_scores_have_the_bias_of_their_bucket(encoding, stride):
     )
 
 
-def test_bilevel_t5_has_the_bias_of_each_window_by_its_own_segments():
+def test_bilevel_t5_bias_of_each_sequence_follows_its_own_segments():
     torch.manual_seed(0)
     attention = Attention(config_of("bipe_t5"), LocalLayers())
     hidden, segments = torch.randn(2, 30, HEADS * WIDTH), torch.stack((torch.arange(30) // 3, torch.arange(30) // 11))
@@ -127,7 +127,7 @@ def test_nope_scores_ignore_positions():
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("encoding", ["bipe_rope", "alibi", "xpos", "bipe_t5"])
-def test_tables_are_prepared_once_for_all_blocks_and_go_with_the_positions(encoding, recompute, monkeypatch):
+def test_rotary_tables_are_prepared_once_for_all_blocks_and_follow_the_positions(encoding, recompute, monkeypatch):
     model = build_model(config_of(encoding), recompute=recompute)
     kind, prepared = type(model[1].attention.encoding), []
     plain = kind.prepare

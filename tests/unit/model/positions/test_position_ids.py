@@ -1,4 +1,4 @@
-"""Positions that are drawn for a window in training, and spread evenly otherwise."""
+"""Positions that are drawn at random per sequence in training, and spread evenly otherwise."""
 
 import pytest
 import torch
@@ -13,14 +13,14 @@ def tokens_of(rows, length, seed=0):
 
 
 @pytest.mark.parametrize(("length", "below"), [(1, 1), (1, 9), (16, 16), (16, 64), (300, 1000)])
-def test_drawn_places_ascend_without_repetition_below_the_limit(length, below):
+def test_random_positions_ascend_without_repetition_below_the_limit(length, below):
     position_ids = random_position_ids(tokens_of(3, length), below, seed=5)
     assert position_ids.shape == (3, length) and position_ids.dtype == torch.int64
     assert (position_ids.diff(dim=1) > 0).all()
     assert position_ids.min() >= 0 and position_ids.max() < below
 
 
-def test_drawn_places_follow_from_the_window_and_the_seed_alone():
+def test_random_positions_depend_only_on_the_sequence_and_the_seed():
     tokens = tokens_of(4, 32)
     position_ids = random_position_ids(tokens, 128, seed=5)
     assert torch.equal(random_position_ids(tokens[2:3], 128, seed=5), position_ids[2:3])
@@ -29,16 +29,16 @@ def test_drawn_places_follow_from_the_window_and_the_seed_alone():
         assert not (other == position_ids).all(dim=1).any()
 
 
-def test_drawn_places_are_drawn_evenly():
-    """Each of 64 places is among the 16 with probability 1/4: of 20,000 windows within 5 standard deviations."""
+def test_random_positions_are_drawn_uniformly():
+    """Each of 64 positions is drawn with probability 1/4, within 5 standard deviations over 20,000 sequences."""
     position_ids = random_position_ids(tokens_of(20_000, 16), 64, seed=1)
     shard = position_ids.flatten().bincount(minlength=64) / 20_000
     assert (shard - 0.25).abs().max() < 5 * (0.25 * 0.75 / 20_000) ** 0.5
     gaps = position_ids.diff(dim=1).float()
-    assert abs(float(gaps.mean()) - 65 / 17) < 0.03  # of 16 places among 64, on average
+    assert abs(float(gaps.mean()) - 65 / 17) < 0.03  # mean gap of 16 positions among 64
 
 
-def test_spread_places_keep_one_stride_up_to_the_training_length_and_fill_the_range_beyond():
+def test_spread_positions_keep_one_stride_up_to_the_training_length_and_fill_the_range_beyond():
     assert evenly_spaced_position_ids(tokens_of(1, 5), 128, 32)[0].tolist() == [0, 4, 8, 12, 16]
     assert evenly_spaced_position_ids(tokens_of(1, 32), 128, 32)[0].tolist() == list(range(0, 128, 4))
     longer = evenly_spaced_position_ids(tokens_of(2, 100), 128, 32)

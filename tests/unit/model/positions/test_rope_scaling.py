@@ -55,7 +55,7 @@ def test_dynamic_equals_transformers(width, base, factor, seq_len_tokens):
 
 @pytest.mark.parametrize(("width", "base", "factor"), itertools.product(WIDTHS, BASES, (2.0, 4.0, 16.0)))
 def test_ntk_equals_transformers_dynamic_type_where_that_stretches_by_the_factor(width, base, factor):
-    """Transformers has no fixed type. Its stretch, factor x window / trained - (factor - 1), is then the factor."""
+    """Transformers has no fixed type. Its dynamic factor is factor x length / trained - (factor - 1)."""
     seq_len_tokens = int(TRAINED * (2 * factor - 1) / factor)
     found = ours(width, base, type="ntk", factor=factor)
     check(found, theirs(width, base, seq_len_tokens, rope_type="dynamic", factor=factor))

@@ -1,4 +1,4 @@
-"""Accuracy on arithmetic: what counts as right, and which problems are asked."""
+"""Accuracy on arithmetic: correct answers, and the selection of problems."""
 
 import csv
 import json
@@ -16,7 +16,7 @@ PROBLEMS = [Problem("1+2*3=", "1+6=7", 2), Problem("2*2-4=", "4-4=0", 2), Proble
 @pytest.fixture
 def generator(tmp_path):
     write_tokenizer(tmp_path / "tokenizer")
-    return Generator(None, load_tokenizer(tmp_path / "tokenizer"), None)  # what it would generate is given
+    return Generator(None, load_tokenizer(tmp_path / "tokenizer"), None)  # its output is given
 
 
 @pytest.mark.parametrize(
@@ -28,7 +28,7 @@ def generator(tmp_path):
         (["", "1+1", "10=10+0"], 0),
     ],
 )
-def test_right_is_what_ends_with_the_value(monkeypatch, generator, answers, num_right):
+def test_answer_is_right_if_it_ends_with_the_value(monkeypatch, generator, answers, num_right):
     asked = {}
 
     def generate(_, prompts, limits, advance):
@@ -45,7 +45,7 @@ def test_right_is_what_ends_with_the_value(monkeypatch, generator, answers, num_
 
 
 @pytest.mark.parametrize(("longest", "new_tokens"), [(13, 6), (14, 7), (15, 7), (12, 6)])
-def test_what_may_be_generated_ends_with_the_positions_of_the_model(monkeypatch, generator, longest, new_tokens):
+def test_generation_ends_with_the_positions_of_the_model(monkeypatch, generator, longest, new_tokens):
     asked = []
 
     def generate(_, prompts, limits, advance):
@@ -54,7 +54,7 @@ def test_what_may_be_generated_ends_with_the_positions_of_the_model(monkeypatch,
 
     monkeypatch.setattr(evaluate, "generate", generate)
     evaluate.solve_all(generator._replace(max_seq_len_tokens=longest), PROBLEMS, 1000)
-    assert asked == [new_tokens]  # for the longest right solution always, which then is refused where it does not fit
+    assert asked == [new_tokens]  # always for the longest correct solution, which is refused if it does not fit
 
 
 def test_asked_problems_are_held_out_and_differ():
@@ -62,7 +62,7 @@ def test_asked_problems_are_held_out_and_differ():
     assert len({problem.prompt for problem in asked}) == 100
     assert all(is_held_out(problem.prompt) and problem.operators == 3 for problem in asked)
     assert asked == evaluate.held_out_problems(3, 100, seed=1)
-    few = evaluate.held_out_problems(1, 100, seed=1)  # of one operator there are not so many
+    few = evaluate.held_out_problems(1, 100, seed=1)  # there are fewer with one operator
     assert 20 < len(few) < 100
 
 

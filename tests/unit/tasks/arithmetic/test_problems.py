@@ -1,4 +1,4 @@
-"""Problems modulo 11: right by another way of reckoning, solved one step at a time, never in two sets."""
+"""Problems modulo 11: verified by a second computation, solved step by step, disjoint between sets."""
 
 import ast
 import operator
@@ -33,7 +33,7 @@ WAYS = {
 
 
 def value_of(expression: str) -> int:
-    """As Python reads it; a division by 0 fails."""
+    """Return the value as Python computes it; a division by 0 fails."""
 
     def value(node: ast.expr) -> int:
         if isinstance(node, ast.BinOp):
@@ -118,7 +118,7 @@ def options(tmp_path, **changes):
     return ArithmeticOptions(**given | changes)
 
 
-def test_dataset_has_a_problem_a_window_with_segments_that_end_at_equals(tmp_path):
+def test_dataset_has_one_problem_per_sequence_with_segments_that_end_at_equals(tmp_path):
     made = prepare_arithmetic(options(tmp_path))
     assert made.examples is not None and (made.examples.task, made.examples.seq_len_tokens) == ("arithmetic", 32)
     dataset, tokenizer = open_dataset(tmp_path / "out"), open_tokenizer(open_dataset(tmp_path / "out"))
@@ -132,7 +132,7 @@ def test_dataset_has_a_problem_a_window_with_segments_that_end_at_equals(tmp_pat
         assert ends[row].sum() == problem.operators
 
 
-def test_bad_options_and_problems_longer_than_a_window_are_refused(tmp_path):
+def test_bad_options_and_problems_longer_than_a_sequence_are_refused(tmp_path):
     for wrong, observed in (
         ({"operators": range(3)}, (50, 0, 2)),
         ({"operators": range(3, 3)}, (50, 3, 2)),

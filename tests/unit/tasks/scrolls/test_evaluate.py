@@ -61,10 +61,10 @@ def test_results_are_in_the_benchmarks_layouts_and_gather_in_a_folder(tmp_path):
     assert table.splitlines()[3].split() == ["qasper", "validation", "2", "f1", "75.00"]
 
 
-def test_table_has_the_benchmarks_mean_once_all_seven_are_there_and_of_one_split(tmp_path):
-    for place, task in enumerate(TASKS.values()):
+def test_table_has_the_benchmarks_mean_once_all_seven_tasks_have_results_of_one_split(tmp_path):
+    for index, task in enumerate(TASKS.values()):
         assert "\nmean" not in results_table(tmp_path)
-        write_results(tmp_path, task, _about({"score": 10.0 * place}), ANSWERS)
+        write_results(tmp_path, task, _about({"score": 10.0 * index}), ANSWERS)
     assert results_table(tmp_path).splitlines()[-1].split() == ["mean", "30.00"]
     write_results(tmp_path, task, _about(None, "test"), ANSWERS)
     table = results_table(tmp_path)
@@ -76,7 +76,7 @@ def test_table_has_the_benchmarks_mean_once_all_seven_are_there_and_of_one_split
     assert "\nmean" not in table and "the first 2" in table
 
 
-def test_what_is_submitted_is_of_one_split(tmp_path):
+def test_submission_is_of_one_split(tmp_path):
     for name, split in (("qasper", "validation"), ("quality", "test"), ("qmsum", "test")):
         write_results(tmp_path, TASKS[name], _about(None, split), ANSWERS)
     with (tmp_path / "scrolls.csv").open(newline="") as file:

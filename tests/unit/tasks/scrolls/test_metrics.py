@@ -1,4 +1,4 @@
-"""Scores against the official implementation's own examples, and where such scores usually differ."""
+"""Scores against the official implementation's own examples, and common differences between implementations."""
 
 import pytest
 
@@ -6,7 +6,7 @@ pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 
 from megatron_bipe.tasks.scrolls.metrics import MAIN, exact_match, f1, normalise, score
 
-# Inputs and results stand in the documentation of the benchmark's metric (tau/scrolls, metrics/scrolls.py).
+# Inputs and results are those in the documentation of the benchmark's metric (tau/scrolls, metrics/scrolls.py).
 PREDICTIONS = ["exact match example", "hello there", "general kenobi"]
 REFERENCES = [["exact match example"], ["hello", "hi there"], ["commander kenobi"]]
 

@@ -1,4 +1,4 @@
-"""Prompts and answers of SCROLLS, at and beside every limit; and the benchmark's files."""
+"""Prompts and answers of SCROLLS, at and next to every limit, and the benchmark's files."""
 
 import json
 import zipfile
@@ -39,11 +39,11 @@ def test_tasks_are_the_seven_of_the_benchmark_with_its_metrics():
 
 
 @pytest.mark.parametrize("name", QUESTIONS)
-def test_question_is_kept_whole_up_to_7991_tokens_and_its_end_is_cut_beyond(letters, name):
+def test_question_is_complete_up_to_7991_tokens_and_its_end_is_cut_beyond(letters, name):
     prompter = Prompter(TASKS[name], 8192, letters)
     assert prompter.prompt_tokens == 7991
-    for size in (7989, 7990, 7991, 9000):  # and BOS; a token a character
-        text = "".join("abcdefgh"[place % 8] for place in range(size))
+    for size in (7989, 7990, 7991, 9000):  # and BOS; one token per character
+        text = "".join("abcdefgh"[position % 8] for position in range(size))
         (prompt,) = prompter.prompts([text])
         assert prompt.size == min(size + 1, 7991)
         assert prompt[0] == letters.bos_id
@@ -56,7 +56,7 @@ def test_summary_keeps_the_first_tokens_and_the_request_whatever_is_cut(letters,
     assert prompter.prompt_tokens == 7191
     fitting = 7191 - 1 - len(HEAD) - len(TAIL)
     for size in (fitting - 1, fitting, fitting + 1, 9000):
-        text = "".join("abcdefgh"[place % 8] for place in range(size))
+        text = "".join("abcdefgh"[position % 8] for position in range(size))
         (prompt,) = prompter.prompts([text])
         assert prompt.size == min(1 + len(HEAD) + size + len(TAIL), 7191)
         assert text_of(letters, prompt[1:]) == HEAD + text[:fitting] + TAIL
@@ -83,7 +83,7 @@ def test_question_ends_with_its_20000th_word(letters, name):
     assert summary.size == 1 + len(HEAD) + 2 * 20_001 - 1 + len(TAIL)
 
 
-def test_first_words_keeps_what_stands_between_them():
+def test_first_words_keeps_the_text_between_them():
     text = "  one\n\ntwo  three\n"
     assert [first_words(text, count) for count in (1, 2, 3, 4, None)] == [
         "  one",
@@ -94,18 +94,18 @@ def test_first_words_keeps_what_stands_between_them():
     ]
 
 
-@pytest.mark.skipif(not LLAMA.is_dir(), reason="LLaMA's tokenizer is not beside the repository")
+@pytest.mark.skipif(not LLAMA.is_dir(), reason="LLaMA's tokenizer is not next to the repository")
 def test_request_has_seven_tokens_with_the_published_models_tokenizer():
     tokenizer = load_tokenizer(LLAMA)
     prompter = Prompter(TASKS["gov_report"], 8192, tokenizer)
-    (whole,) = tokenizer.encode_batch([f"{HEAD}{'some words ' * 9000}{TAIL}"])
+    (encoded,) = tokenizer.encode_batch([f"{HEAD}{'some words ' * 9000}{TAIL}"])
     (prompt,) = prompter.prompts(["some words " * 9000])
-    opened = np.concatenate([[tokenizer.bos_id], whole])
+    opened = np.concatenate([[tokenizer.bos_id], encoded])
     assert prompt.tolist() == [*opened[:7184], *opened[-7:]]
     assert tokenizer.text_of(int(prompt[-7])) == "\n"
 
 
-def test_window_too_short_for_a_prompt_is_refused(letters):
+def test_sequence_too_short_for_a_prompt_is_refused(letters):
     Prompter(TASKS["qasper"], 203, letters)
     with raises(DataError, 202, "qasper", 200, location="--length", remedy=203):
         Prompter(TASKS["qasper"], 202, letters)
@@ -156,7 +156,7 @@ GOOD = {"id": "a", "pid": "a_0", "input": "q", "output": "x"}
         ("{", ["line 2 column 1"]),
     ],
 )
-def test_line_that_is_no_row_is_named(tmp_path, line, observed):
+def test_line_that_is_not_a_row_is_named(tmp_path, line, observed):
     (tmp_path / "qasper").mkdir()
     text = line if isinstance(line, str) else json.dumps(line)
     (tmp_path / "qasper" / "train.jsonl").write_text(json.dumps(GOOD) + "\n\n" + text + "\n")
@@ -188,9 +188,11 @@ def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
     with zipfile.ZipFile(tmp_path / "qasper.zip", "w", zipfile.ZIP_DEFLATED) as archive:
         lines = [{"id": f"{n}", "pid": f"{n}", "input": f"text {n * n}", "output": "x"} for n in range(300)]
         archive.writestr("qasper/train.jsonl", "\n".join(map(json.dumps, lines)))
-    whole = (tmp_path / "qasper.zip").read_bytes()
-    for place in range(60, 300, 7):
-        (tmp_path / "qasper.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    intact = (tmp_path / "qasper.zip").read_bytes()
+    for position in range(60, 300, 7):
+        (tmp_path / "qasper.zip").write_bytes(
+            intact[:position] + bytes([intact[position] ^ 0x55]) + intact[position + 1 :]
+        )
         with raises(DataError) as error:
             list(read_rows(tmp_path, "qasper", "train"))
         assert error.value.location.startswith(str(tmp_path / "qasper.zip"))

@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids
+from megatron_bipe.data.shard_layout import SUFFIXES
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
 from tests.helpers.commands import flags
 from tests.helpers.docs import assert_events_are_documented, documented
@@ -31,9 +32,9 @@ KEYS = ("step", "loss/train_nats", "loss/valid_nats", "optim/lr", "optim/grad_no
 
 
 @pytest.fixture(scope="module")
-def line(tmp_path_factory) -> Any:
-    """All up to the trained run: 4 steps, then 4 more; and 8 that were not interrupted."""
-    folder = tmp_path_factory.mktemp("line")
+def commands(tmp_path_factory) -> Any:
+    """Run all commands up to training: 4 steps and 4 more after a resume, and 8 steps without an interruption."""
+    folder = tmp_path_factory.mktemp("commands")
     sources = sorted((Path(os.__file__).parent).glob("a*.py"))
     lines = [json.dumps({"text": source.read_text(), "meta": {"pile_set_name": "Code"}}) for source in sources]
     (folder / "train.jsonl").write_text("\n".join(lines[2:]) + "\n{broken\n")
@@ -47,45 +48,51 @@ def line(tmp_path_factory) -> Any:
     interrupted = flags([*data, f"run_dir={folder / 'run'}"])
     first, _ = run_pretrain([*interrupted, "--stop-step", 4], folder / "first", 2)
     second, _ = run_pretrain(interrupted, folder / "second", 2)
-    undisturbed = flags([*data, f"run_dir={folder / 'undisturbed'}"])
-    profiled, _ = run_pretrain([*undisturbed, "--profile", 2], folder / "profiled", 2)
+    uninterrupted = flags([*data, f"run_dir={folder / 'uninterrupted'}"])
+    profiled, _ = run_pretrain([*uninterrupted, "--profile", 2], folder / "profiled", 2)
     return {"folder": folder, "data": data, "outputs": (first.output, second.output, profiled.output)}
 
 
 @pytest.fixture(scope="module")
-def exported(line) -> Path:
-    folder = line["folder"]
+def exported(commands) -> Path:
+    folder = commands["folder"]
     output = call_tool("export_hf", "--checkpoint", folder / "run", "--output", folder / "exported").output
     assert "logits" in output
     return folder / "exported"
 
 
-def test_line_dataset_is_sound(line):
-    folder = line["folder"] / "train"
-    assert "ok" in call_tool("inspect_data", "verify", folder).output.lower()
+def test_dataset_is_sound(commands):
+    folder = commands["folder"] / "train"
+    shards = TokenDataset(folder).shards
+    num_bytes = sum(shard.path(suffix).stat().st_size for shard in shards for suffix in SUFFIXES)
+    verified = call_tool("inspect_data", "verify", folder).output
+    assert f"{sum(shard.num_tokens for shard in shards):,} tokens" in verified and f"{num_bytes:,} bytes" in verified
     assert "400" in call_tool("inspect_data", "stats", folder).output
     assert "inter" in call_tool("inspect_data", "show", folder, "--tokens", 40).output
     assert json.loads((folder / "manifest.json").read_text())["source"]["malformed_lines"] == 1
 
 
-def test_line_profile_reports_the_parts_of_steps_and_leaves_a_trace_of_every_rank(line):
-    shares = dict(re.findall(r"^  (\w+) .* (\d+\.\d)%$", line["outputs"][2], re.MULTILINE))
+def test_profile_reports_the_parts_of_steps_and_leaves_a_trace_of_every_rank(commands):
+    shares = dict(re.findall(r"^  (\w+) .* (\d+\.\d)%$", commands["outputs"][2], re.MULTILINE))
     assert all(float(shares[part]) > 0 for part in ("data", "forward", "backward", "communication", "optimizer"))
-    traces = (line["folder"] / "undisturbed/profile").iterdir()
+    traces = (commands["folder"] / "uninterrupted/profile").iterdir()
     assert sorted(trace.name for trace in traces) == ["rank_0.json.gz", "rank_1.json.gz"]
 
 
-def test_line_training_learns_and_continues_bit_for_bit(line):
-    first, second, _ = line["outputs"]
+def test_training_learns_and_continues_bit_for_bit(commands):
+    first, second, _ = commands["outputs"]
     assert "continuing" in second and "continuing" not in first
-    resumed, undisturbed = metrics(line["folder"] / "run", *KEYS), metrics(line["folder"] / "undisturbed", *KEYS)
-    assert resumed == undisturbed
+    resumed, uninterrupted = (
+        metrics(commands["folder"] / "run", *KEYS),
+        metrics(commands["folder"] / "uninterrupted", *KEYS),
+    )
+    assert resumed == uninterrupted
     assert [entry["step"] for entry in resumed if "loss/train_nats" in entry] == list(range(1, 9))
     assert resumed[-1]["loss/valid_nats"] < resumed[0]["loss/train_nats"] - 0.3
 
 
-def test_line_run_folder_has_the_files_and_keys_of_its_page(line):
-    folder = line["folder"] / "undisturbed"  # the one with a profile
+def test_run_folder_has_the_files_and_keys_of_its_page(commands):
+    folder = commands["folder"] / "undisturbed"  # the one with a profile
     assert {path.name for path in folder.iterdir()} == {
         name.rstrip("/") for name in documented("run_folder.md", "| path | contents | written |")
     } - {"running"}
@@ -107,8 +114,8 @@ def test_line_run_folder_has_the_files_and_keys_of_its_page(line):
     )
 
 
-def test_line_exported_model_equals_the_checkpoint(line, exported):
-    folder = line["folder"]
+def test_exported_model_equals_the_checkpoint(commands, exported):
+    folder = commands["folder"]
     data = ("--data", folder / "valid", "--lengths", "32,64,128", "--max-tokens", 4000, "--output", folder / "ev")
     call_tool("evaluate", "perplexity", "--model", folder / "run", exported, *data)
     with (folder / "ev" / "perplexity.csv").open() as file:
@@ -120,8 +127,8 @@ def test_line_exported_model_equals_the_checkpoint(line, exported):
     assert json.loads((folder / "ev" / "perplexity.json").read_text())
 
 
-def test_line_exported_model_works_with_hugging_face(line, exported):
-    folder = line["folder"]
+def test_exported_model_works_with_hugging_face(commands, exported):
+    folder = commands["folder"]
     model = AutoModelForCausalLM.from_pretrained(exported, trust_remote_code=True)
     tokenizer = AutoTokenizer.from_pretrained(exported)
     assert model.config.model_type == "bipe"
@@ -135,17 +142,17 @@ def test_line_exported_model_works_with_hugging_face(line, exported):
     assert tokenizer(text)["input_ids"][-len(stored) + 1 :] == stored[1:]  # with or without BOS
 
 
-def test_line_exported_model_generates_text(line, exported):
+def test_exported_model_generates_text(commands, exported):
     generate = ("--model", exported, "--prompt", "import", "--max-new-tokens", 5, "--output")
-    file = line["folder"] / "generated.txt"
+    file = commands["folder"] / "generated.txt"
     assert "import" in call_tool("generate", *generate, file).output
-    for refused in (file, line["folder"] / "no" / "generated.txt"):
+    for refused in (file, commands["folder"] / "no" / "generated.txt"):
         output = call_tool("generate", *generate, refused, code=2).output
         assert "DataError" in output and f"[{refused}]" in output
 
 
-def test_line_bad_arguments_are_refused_before_anything_is_written(line):
-    folder, data = line["folder"], line["data"]
+def test_bad_arguments_are_refused_before_anything_is_written(commands):
+    folder, data = commands["folder"], commands["data"]
     bare, fresh = folder / "bare", folder / "fresh"
     shutil.copytree(folder / "train", bare)
     shutil.rmtree(bare / "tokenizer")
@@ -170,13 +177,13 @@ def test_line_bad_arguments_are_refused_before_anything_is_written(line):
     assert main.output.count("ConfigError: ") == 1 and "Traceback" not in main.output + other.output
 
 
-def test_line_model_that_is_not_there_cannot_be_evaluated(line):
-    folder = line["folder"]
+def test_model_that_is_not_there_cannot_be_evaluated(commands):
+    folder = commands["folder"]
     arguments = ("--data", folder / "valid", "--lengths", "32", "--output", folder / "ev2")
     output = call_tool("evaluate", "perplexity", "--model", folder / "none", *arguments, code=2).output
     assert CheckpointError.__name__ in output and str(folder / "none") in output
 
 
-def test_line_dry_run_describes_without_training(tmp_path):
+def test_dry_run_describes_without_training(tmp_path):
     [described] = run_pretrain(["--dry-run", "--set", "run_dir=/none/such"], tmp_path)
     assert "163,203,840" in described.output

@@ -1,4 +1,4 @@
-"""What holds as soon as an engine has started: the timeout of all groups, a state to save, a call at each pass."""
+"""A started engine sets the timeout of all groups, has a state to save, and reports each forward pass."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +17,7 @@ SPLIT = {2: [Layout(context=2, zero=2), Layout(tensor=2, zero=1)], 3: [Layout(pi
 
 
 class Started(NamedTuple):
-    """What a rank saw of an engine."""
+    """Results of a rank."""
 
     num_passes: int  # of an update
     timeouts: set[timedelta]  # of all groups of this rank
@@ -49,7 +49,7 @@ def _start(mesh: Mesh, layout: Layout, run_dir: Path) -> Started:
 
 
 @pytest.mark.parametrize("num_ranks", SPLIT)
-def test_engine_that_has_started_has_its_timeout_in_all_groups_and_reports_each_pass(
+def test_started_engine_has_its_timeout_in_all_groups_and_reports_each_forward_pass(
     num_ranks: int, tmp_path: Path
 ) -> None:
     ranks: list[Any] = run_ranks(start_all, num_ranks, tmp_path, layouts=SPLIT[num_ranks], work_dir=str(tmp_path))

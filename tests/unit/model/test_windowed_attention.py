@@ -1,4 +1,4 @@
-"""Attention over the keys within reach: the same as over all, in fewer products, and the bound behind it."""
+"""Attention that skips keys of negligible weight: the same result with fewer products, and the bound behind it."""
 
 import math
 
@@ -30,7 +30,7 @@ def segment_counts(*lengths, tokens=TOKENS):
 
 @pytest.fixture
 def areas(monkeypatch):
-    """Heads x queries x keys of every call of the stock kernel."""
+    """Record heads x queries x keys of every call of torch's kernel."""
     seen = []
 
     def watched(q, k, v, mask=None):
@@ -48,14 +48,14 @@ def test_attention_within_reach_equals_attention_over_all_keys_to_rounding(scale
     positions, encoding = segment_counts(5, 14), KeyBias(SLOPES, WIDTH)
     wide = encoding(q, k, positions)
     got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
-    # Measured: 6e-7 to 1.9e-6 of the largest value, of which the kernel's own order of additions is all.
+    # Measured: 6e-7 to 1.9e-6 of the largest value, all of it due to the kernel's order of additions.
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=1e-5 * scale)
     full = HEADS * TOKENS * TOKENS
     assert sum(areas) < (0.75 if scale < 3.0 else 1.0) * full
 
 
 @pytest.mark.parametrize("scale", [0.3, 1.0, 3.0])
-def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
+def test_keys_beyond_reach_have_less_total_weight_than_fp32_resolves(scale):
     q, k, _ = heads(scale)
     positions = segment_counts(3, 14)
     reach = KeyBias(SLOPES, WIDTH).reach(q, k)
@@ -67,7 +67,7 @@ def test_keys_beyond_reach_have_less_weight_together_than_fp32_resolves(scale):
     assert (weights * beyond).sum(dim=-1).max() < 2.0**-24
 
 
-def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
+def test_reach_holds_for_a_query_that_prefers_one_distant_key():
     q, k, v = heads(sequences=1)
     query, liked = 3 * attention.CHUNK, 3 * attention.CHUNK - 300
     q[..., query, :], k[..., liked : query + 1, :], k[..., liked, :] = 4.0, -4.0, 4.0  # 128 nats above its own
@@ -76,10 +76,10 @@ def test_reach_holds_for_a_query_that_likes_a_far_key_alone():
     got = windowed_attention(*wide, v, positions, encoding.reach(q, k))
     torch.testing.assert_close(got, causal_attention(*wide, v), rtol=0, atol=2e-5)
     flattest = SLOPES.argmin()
-    torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # it does look there
+    torch.testing.assert_close(got[0, flattest, query], v[0, flattest, liked])  # the query attends to that key
 
 
-def test_scores_that_are_no_numbers_stay_so():
+def test_nan_scores_stay_nan():
     q, k, v = heads(sequences=1)
     k[0, 2, 600] = math.nan
     positions, encoding = segment_counts(14), KeyBias(SLOPES, WIDTH)
@@ -100,7 +100,7 @@ def attend(encoding, tokens, **settings):
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])
 @pytest.mark.parametrize("log_scale", [False, True])
-def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log_scale, areas):
+def test_long_sequences_skip_keys_if_no_gradients_are_needed(encoding, log_scale, areas):
     tokens = attention.MIN_WINDOWED_TOKENS
     full = attend(encoding, tokens, log_scale=log_scale).detach()
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_long_windows_leave_keys_out_where_no_gradients_are_wanted(encoding, log
     assert sum(areas) < 0.6 * 4 * tokens**2
 
 
-def test_encodings_without_a_bound_take_all_keys(areas):
+def test_encodings_without_a_bound_use_all_keys(areas):
     with torch.no_grad():
         attend("bipe_rope", attention.MIN_WINDOWED_TOKENS)
     assert areas == [4 * attention.MIN_WINDOWED_TOKENS**2]

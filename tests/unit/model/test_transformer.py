@@ -1,4 +1,4 @@
-"""The plan as a whole: layer order, names, sizes and the operation count."""
+"""The complete model: layer order, names, sizes and operation count."""
 
 import pytest
 import torch
@@ -32,7 +32,7 @@ def random_ids(config, batch, num_tokens):
     return tokens, position_ids % config.intra_size, position_ids // config.intra_size
 
 
-def test_make_plan_lists_embedding_blocks_head():
+def test_layers_are_embedding_blocks_head():
     plan = make_plan(small_config(), seed=0)
     assert [(layer.index, layer.kind) for layer in plan] == [
         (0, "Embedding"), (1, "Block"), (2, "Block"), (3, "Block"), (4, "Head"),
@@ -52,7 +52,7 @@ def test_count_parameters_equals_the_built_model_layer_by_layer():
     assert count_parameters(config) == built
 
 
-def test_tied_output_is_the_token_table_and_counts_once():
+def test_tied_output_is_the_token_embedding_and_counts_once():
     config = small_config(tied_output=True)
     model = build_model(config, seed=1)
     assert model[-1].output.weight is model[0].token.weight
@@ -61,7 +61,7 @@ def test_tied_output_is_the_token_table_and_counts_once():
     assert sum(count_parameters(config)) == sum(p.numel() for p in model.parameters())
 
 
-def test_tied_output_built_alone_begins_as_the_table_and_is_marked_a_copy():
+def test_tied_output_built_alone_equals_the_embedding_and_is_marked_as_replica():
     config = small_config(tied_output=True)
     plan = make_plan(config, seed=1)
     embedding, head = plan[0].build(), plan[-1].build()
@@ -113,12 +113,12 @@ def test_train_flops_equal_the_flop_counter_but_for_the_causal_half():
     config, batch, num_tokens = small_config(encoding="rope"), 2, 64
     tokens = random_ids(config, batch, num_tokens)
     model = build_model(config)
-    # The counter knows no CPU flash kernel; the materialised one shows as two batched products forward, four back.
+    # The counter ignores the CPU flash kernel; the math kernel counts as two batched products forward, four backward.
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         token_losses(model(tokens), tokens[0]).mean().backward()
     counted = {str(op): count for op, count in counter.get_flop_counts()["Global"].items()}
-    attention_whole = 6 * 2 * config.num_layers * config.num_heads * config.head_width * num_tokens
+    attention_full = 6 * 2 * config.num_layers * config.num_heads * config.head_width * num_tokens
 
-    assert counted["aten.bmm"] == attention_whole * batch * num_tokens
+    assert counted["aten.bmm"] == attention_full * batch * num_tokens
     formula = train_flops_per_token(config, num_tokens) * batch * num_tokens
     assert formula == counted["aten.mm"] + counted["aten.bmm"] // 2

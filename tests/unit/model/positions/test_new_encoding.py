@@ -1,4 +1,4 @@
-"""What docs/encodings.md says of adding an encoding, done word for word on a copy of the package."""
+"""The instructions of docs/encodings.md for adding an encoding, applied literally to a copy of the package."""
 
 import re
 import shutil

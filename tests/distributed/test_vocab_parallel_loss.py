@@ -1,4 +1,4 @@
-"""Cross-entropy over a vocabulary split over ranks, against torch's over the whole one in float64.
+"""Cross-entropy over a sharded vocabulary, against torch's over the full one in float64.
 
 Measured on 2 and 4 ranks (largest over the cases): losses differ by 6.7e-8, gradients by 3.9e-8, bf16 ones by 2.4e-3.
 """
@@ -12,21 +12,21 @@ import torch.nn.functional as F
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.ranks import run_ranks
 
-ROWS, PLACES, VOCABULARY = 2, 8, 64
+ROWS, POSITIONS, VOCABULARY = 2, 8, 64
 COLLECTIVES = ("reduce", "gather", "scatter", "broadcast", "all_to_all")
 FP32, BF16 = 2e-6, 1e-2  # of the largest loss and the largest gradient of a case
 
 
 def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-    """Logits [B, T, V] and labels [B, T]."""
+    """Return logits [B, T, V] and labels [B, T] by case."""
     generator = torch.Generator().manual_seed(5)
-    logits = torch.randn(ROWS, PLACES, VOCABULARY, generator=generator)
-    labels = torch.randint(0, VOCABULARY, (ROWS, PLACES), generator=generator)
+    logits = torch.randn(ROWS, POSITIONS, VOCABULARY, generator=generator)
+    labels = torch.randint(0, VOCABULARY, (ROWS, POSITIONS), generator=generator)
     first, last = torch.arange(0, VOCABULARY, 16), torch.arange(15, VOCABULARY, 16)  # of each share on 4 ranks
     far = logits.scatter(-1, labels[..., None], 1e4)
     return {
         "usual": (logits, labels),
-        "labels on the borders of shares": (logits, torch.cat([first, last]).expand(ROWS, PLACES)),
+        "labels on the borders of shards": (logits, torch.cat([first, last]).expand(ROWS, POSITIONS)),
         "one label": (logits, torch.zeros_like(labels)),
         "huge": (1e4 * logits, labels),
         "huge and negative": (-1e4 + logits, labels),
@@ -38,7 +38,7 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
 
 
 def split_losses(mesh: Mesh) -> dict[str, Any]:
-    """Losses and gradients of each case, where the logits are split, and how many elements were sent."""
+    """Return losses, gradients and sent elements of each case with sharded logits."""
     import torch.distributed as dist
 
     from megatron_bipe.parallel.tensor_parallel import token_losses
@@ -55,12 +55,12 @@ def split_losses(mesh: Mesh) -> dict[str, Any]:
 
 
 def importance() -> torch.Tensor:
-    """What tokens count for, so that a gradient that went to another token shows."""
-    return torch.linspace(0.5, 1.5, ROWS * PLACES).view(ROWS, PLACES)
+    """Return a different weight for each token, so that a gradient of another token is detected."""
+    return torch.linspace(0.5, 1.5, ROWS * POSITIONS).view(ROWS, POSITIONS)
 
 
 class Sent(torch.utils._python_dispatch.TorchDispatchMode):
-    """Notes the elements of each tensor that goes to other ranks."""
+    """Record of the number of elements of each communicated tensor."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,33 +78,33 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 @pytest.mark.parametrize("case", cases())
-def test_split_token_losses_are_those_of_the_whole_vocabulary(ranks: list[Any], case: str) -> None:
+def test_vocab_parallel_losses_are_those_of_the_full_vocabulary(ranks: list[Any], case: str) -> None:
     logits, labels = cases()[case]
-    whole = logits.double().requires_grad_()
-    expected = F.cross_entropy(whole.flatten(0, 1), labels.flatten(), reduction="none").view(ROWS, PLACES)
+    exact = logits.double().requires_grad_()
+    expected = F.cross_entropy(exact.flatten(0, 1), labels.flatten(), reduction="none").view(ROWS, POSITIONS)
     (expected * importance()).sum().backward()
     gradient = torch.cat([rank[case]["gradient"] for rank in ranks], dim=-1)
     assert gradient.dtype == logits.dtype
     for rank in ranks:
         assert rank[case]["losses"].dtype == torch.float32
         assert worst(rank[case]["losses"], expected.detach()) < FP32
-    assert whole.grad is not None
-    assert worst(gradient, whole.grad) < (BF16 if logits.dtype == torch.bfloat16 else FP32)
+    assert exact.grad is not None
+    assert worst(gradient, exact.grad) < (BF16 if logits.dtype == torch.bfloat16 else FP32)
 
 
 def worst(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """Largest difference, relative to the largest value; NaN if there is one."""
+    """Return the largest difference relative to the largest value; NaN if there is one."""
     return float((found.double() - expected).abs().max() / expected.abs().max().clamp_min(1e-30))
 
 
-def test_split_token_losses_are_the_same_bits_on_all_ranks(ranks: list[Any]) -> None:
+def test_vocab_parallel_losses_are_bit_identical_on_all_ranks(ranks: list[Any]) -> None:
     for case in cases():
         for rank in ranks[1:]:
             assert torch.equal(rank[case]["losses"], ranks[0][case]["losses"]), case
 
 
-def test_split_token_losses_send_three_numbers_a_token(ranks: list[Any]) -> None:
-    """The highest score forward, then two sums at once; nothing of the vocabulary's size, and nothing backward."""
-    tokens = ROWS * PLACES
+def test_vocab_parallel_losses_send_three_numbers_per_token(ranks: list[Any]) -> None:
+    """Forward: one maximum, then two sums together, none of the vocabulary's size; backward: nothing."""
+    tokens = ROWS * POSITIONS
     for case in cases():
         assert ranks[0][case]["sent"] == [tokens, 2 * tokens]

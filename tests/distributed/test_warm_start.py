@@ -1,4 +1,4 @@
-"""A model that no run has made: imported as checkpoint 0 of a run, or named by it, and trained from there."""
+"""Training from a model of another origin, which is imported as checkpoint 0 of a run or named by its configuration."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""Tensor and sequence parallelism of the model alone: outputs, losses and gradients of one process, and what is said.
+"""Tensor and sequence parallelism without an engine: losses and gradients of one process, and communication.
 
 Measured in fp32 (largest over models and layouts): losses differ by 2e-7 relative, gradients by 2e-6 of the largest.
 """
@@ -37,8 +37,8 @@ def config(**more: Any) -> ModelConfig:
 def batch() -> tuple[torch.Tensor, ...]:
     tokens = torch.randint(0, 64, (2, 17), generator=torch.Generator().manual_seed(1))
     tokens[0, 5] = 63  # the padding row
-    places = torch.arange(16).expand(2, 16)
-    return tokens[:, :-1], places % 5, places // 5, tokens[:, 1:]
+    positions = torch.arange(16).expand(2, 16)
+    return tokens[:, :-1], positions % 5, positions // 5, tokens[:, 1:]
 
 
 def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[float, dict[str, torch.Tensor]]:
@@ -49,7 +49,7 @@ def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[float, 
 
 
 def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
-    """Every model, with and without sequence parallelism, against the whole one."""
+    """Compare every model, with and without sequence parallelism, with the unsharded one."""
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -58,8 +58,8 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
     dist.init_process_group("gloo")
     results = {}
     for name, more in MODELS.items():
-        whole = build_model(config(**more), SEED)
-        expected_loss, expected = loss_and_gradients(whole, LocalLayers())
+        unsharded = build_model(config(**more), SEED)
+        expected_loss, expected = loss_and_gradients(unsharded, LocalLayers())
         for sequence in (False, True):
             layers = TensorParallelLayers(dist.group.WORLD, sequence)
             model = build_model(config(**more), SEED, layers)
@@ -68,7 +68,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for key, parameter in model.named_parameters():
-                shard, target = shard_of(parameter), dict(whole.named_parameters())[key]
+                shard, target = shard_of(parameter), dict(unsharded.named_parameters())[key]
                 torch.testing.assert_close(parameter, shard.select(target) if shard else target, rtol=0, atol=0)
                 wanted = shard.select(expected[key]) if shard else expected[key]
                 worst = max(worst, float((gradients[key] - wanted).abs().max() / expected[key].abs().max()))
@@ -76,7 +76,7 @@ def split_model(mesh: Mesh) -> dict[tuple[str, bool], Any]:
                 "loss": abs(loss / expected_loss - 1),
                 "gradients": worst,
                 "communicated": {str(kind): count for kind, count in communicated.get_comm_counts().items()},
-                "whole": {key: gradients[key] for key, p in model.named_parameters() if shard_of(p) is None},
+                "replicated": {key: gradients[key] for key, p in model.named_parameters() if shard_of(p) is None},
             }
     return results
 
@@ -88,7 +88,9 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_split_model_gives_the_loss_and_gradients_of_one_process(ranks: list[Any], name: str, sequence: bool) -> None:
+def test_tensor_parallel_model_gives_the_loss_and_gradients_of_one_process(
+    ranks: list[Any], name: str, sequence: bool
+) -> None:
     for result in ranks:
         assert result[name, sequence]["loss"] < LOSS_TOLERANCE
         assert result[name, sequence]["gradients"] < GRADIENT_TOLERANCE
@@ -96,17 +98,17 @@ def test_split_model_gives_the_loss_and_gradients_of_one_process(ranks: list[Any
 
 @pytest.mark.parametrize("sequence", [False, True])
 @pytest.mark.parametrize("name", MODELS)
-def test_split_model_gradients_of_whole_parameters_are_equal_bit_for_bit(
+def test_tensor_parallel_gradients_of_replicated_parameters_are_bit_identical(
     ranks: list[Any], name: str, sequence: bool
 ) -> None:
-    first = ranks[0][name, sequence]["whole"]
+    first = ranks[0][name, sequence]["replicated"]
     for result in ranks[1:]:
-        for key, gradient in result[name, sequence]["whole"].items():
+        for key, gradient in result[name, sequence]["replicated"].items():
             assert torch.equal(gradient, first[key]), key
 
 
-def test_split_model_says_what_the_textbook_says(ranks: list[Any]) -> None:
-    """Two sums a block forward and two backward; with sequence parallelism four pairs, and the small sums of norms."""
+def test_tensor_parallel_communication_is_the_textbooks(ranks: list[Any]) -> None:
+    """Two sums per block and direction; with sequence parallelism four pairs, and the small sums of norms."""
     blocks = 2
     plain, sequence = (ranks[0]["rope", split]["communicated"] for split in (False, True))
     embedding, head, loss = 1, 1, 2

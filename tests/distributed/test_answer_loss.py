@@ -1,4 +1,4 @@
-"""The loss over answers alone is the exact mean over those of the global batch, in every kind of layout."""
+"""The loss over answers is the exact mean over the answers of the global batch, in every kind of layout."""
 
 from pathlib import Path
 
@@ -21,7 +21,7 @@ SLOW = [Layout(zero=3), Layout(context=2, zero=1)]
 
 
 def train(mesh, layouts, data, work_dir):
-    """Losses and norms of `STEPS` updates, and a held-out loss, by layout."""
+    """Return losses and norms of `STEPS` updates, and a held-out loss, by layout."""
     from megatron_bipe.train.batch_loader import BatchLoader
 
     found = {}
@@ -46,7 +46,7 @@ def _run(layout, data, run_dir):
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory, write_dataset):
-    """Examples of every length, answers of one token to a whole window: micro-batches differ much in their number."""
+    """Write examples with answers of one token up to a full sequence, so that micro-batches differ in their numbers."""
     folder, generator = tmp_path_factory.mktemp("answers"), np.random.default_rng(5)
     for name in ("train", "valid"):
         documents = []
@@ -81,7 +81,7 @@ def test_loss_over_answers_is_that_of_one_process_in_every_layout(found, layout)
 
 
 def _expected(data, folder):
-    """Of the first global batch: every answer token once, by plain loops over examples."""
+    """Compute the loss of the first global batch by plain loops over the answers of its examples."""
     run = _run(ONE, data, folder / "plain")
     dataset = open_dataset(data / "train")
     model = build_model(run.model, run.train.seed)
@@ -91,15 +91,15 @@ def _expected(data, folder):
     for window in Blend([dataset], None, SEQ, run.train.seed).sequence_indices(0, GLOBAL):
         (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
         tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
-        starts, intra, inter = 0, [], []  # a segment ends behind a 5
-        for place in range(tokens.shape[1] - 1):
-            intra.append(min(place - starts, 15))
+        starts, intra, inter = 0, [], []  # a segment ends after a 5
+        for position in range(tokens.shape[1] - 1):
+            intra.append(min(position - starts, 15))
             inter.append(inter[-1] if inter else 0)
-            if place and tokens[0, place - 1] == 5:
-                starts, intra[-1], inter[-1] = place, 0, inter[-1] + 1
-        places = (torch.tensor([ids]) for ids in (intra, inter))
+            if position and tokens[0, position - 1] == 5:
+                starts, intra[-1], inter[-1] = position, 0, inter[-1] + 1
+        both_ids = (torch.tensor([ids]) for ids in (intra, inter))
         with torch.no_grad():
-            losses = token_losses(model((tokens[:, :-1], *places)), tokens[:, 1:])[0]
+            losses = token_losses(model((tokens[:, :-1], *both_ids)), tokens[:, 1:])[0]
         total += float(losses[len(prompt) - 1 :].sum())
         count += len(answer)
     return total / count
@@ -107,4 +107,4 @@ def _expected(data, folder):
 
 def _documents(dataset, example):
     bounds = dataset.document_bounds().tolist()
-    return [(bounds[place], bounds[place + 1]) for place in (2 * example, 2 * example + 1)]
+    return [(bounds[position], bounds[position + 1]) for position in (2 * example, 2 * example + 1)]

@@ -1,4 +1,4 @@
-"""Context parallelism of the model alone: losses and gradients of one process, and what is said.
+"""Context parallelism of the model without an engine: losses and gradients of one process, and communication.
 
 Measured in fp32 (largest over models and layouts): losses differ by 1.2e-7 relative, gradients by 7.4e-7 of the
 largest.
@@ -46,7 +46,7 @@ def config(**more: Any) -> ModelConfig:
 
 
 def batch() -> tuple[torch.Tensor, ...]:
-    """Tokens, both ids and labels; segments of other lengths in each row, so that no place stands for another."""
+    """Return tokens, both ids and labels; the segment lengths differ by row, so that no position equals another."""
     generator = torch.Generator().manual_seed(1)
     tokens = torch.randint(0, 64, (2, TOKENS + 1), generator=generator)
     ends = torch.rand(2, TOKENS, generator=generator) < 0.2
@@ -62,8 +62,8 @@ def loss_and_gradients(model: torch.nn.Sequential, layers: Any) -> tuple[torch.T
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
 
-def split_sequences(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
-    """Every model in every layout against the whole one."""
+def in_context_parallel(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
+    """Compare every model in every layout with the unsharded one."""
     import torch.distributed as dist
     from torch.distributed.tensor.debug import CommDebugMode
 
@@ -75,8 +75,8 @@ def split_sequences(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
         _, parallel = LAYOUTS[layout]
         layers, _ = make_layers(mesh.with_layout(parallel))
         for name, more in MODELS.items():
-            whole = build_model(config(**more), SEED)
-            expected_loss, expected = loss_and_gradients(whole, LocalLayers())
+            unsharded = build_model(config(**more), SEED)
+            expected_loss, expected = loss_and_gradients(unsharded, LocalLayers())
             model, communicated = build_model(config(**more), SEED, layers), CommDebugMode()
             with communicated:
                 loss, gradients = loss_and_gradients(model, layers)
@@ -95,17 +95,17 @@ def split_sequences(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], Any]:
 
 @pytest.fixture(scope="module")
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[Any]]:
-    """What each rank found, by layout."""
+    """Return the results of each rank by layout."""
     folder, chosen, found = tmp_path_factory.mktemp("context"), selected(request, "layout"), {}
     for num_ranks in sorted({LAYOUTS[name][0] for name in chosen}):
         names = [name for name in chosen if LAYOUTS[name][0] == num_ranks]
-        found |= dict.fromkeys(names, run_ranks(split_sequences, num_ranks, folder / str(num_ranks), names=names))
+        found |= dict.fromkeys(names, run_ranks(in_context_parallel, num_ranks, folder / str(num_ranks), names=names))
     return found
 
 
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize("layout", NAMES)
-def test_split_sequences_give_the_loss_and_gradients_of_one_process(ranks: Any, layout: str, name: str) -> None:
+def test_context_parallel_gives_the_loss_and_gradients_of_one_process(ranks: Any, layout: str, name: str) -> None:
     for rank in ranks[layout]:
         loss, gradients, _ = rank[layout, name]
         assert loss < LOSS_TOLERANCE
@@ -113,7 +113,7 @@ def test_split_sequences_give_the_loss_and_gradients_of_one_process(ranks: Any, 
 
 
 @pytest.mark.parametrize("layout", NAMES)
-def test_split_sequences_are_exchanged_twice_a_block_and_as_often_backward(ranks: Any, layout: str) -> None:
+def test_context_parallel_exchanges_twice_per_block_forward_and_backward(ranks: Any, layout: str) -> None:
     _, _, counts = ranks[layout][0][layout, "rope"]
     exchanged = [count for kind, count in counts.items() if "all_to_all" in kind]
     assert sum(exchanged) == 4 * BLOCKS
@@ -122,7 +122,7 @@ def test_split_sequences_are_exchanged_twice_a_block_and_as_often_backward(ranks
 
 
 def exchange_like_deepspeed(mesh: Mesh) -> dict[str, bool]:
-    """Queries, keys and values through our exchange and through DeepSpeed's, bit for bit, forward and backward."""
+    """Compare our exchange of queries, keys and values with DeepSpeed's, bit for bit, forward and backward."""
     import torch.distributed as dist
     from deepspeed.sequence.layer import DistributedAttention
 

@@ -1,4 +1,4 @@
-"""A tied output in any layout: one process's losses, one table in the checkpoint.
+"""A tied output in any layout: the losses of one process, and one embedding in the checkpoint.
 
 Measured in fp32 over 8 steps (largest over the layouts here): losses differ by 1.4e-7 relative, gradient norms by
 2.8e-7; in bf16 losses differ by 4.8e-4.
@@ -39,11 +39,11 @@ PLACED, ALONE = [*FAST, *slow(SLOW)], Placed(1, Layout(zero=0))
 
 
 class Trained(NamedTuple):
-    """What a rank saw."""
+    """Results of a rank."""
 
     losses: list[float]
     norms: list[float]
-    resumed_losses: list[float]  # of the second half once more, from the checkpoint between
+    resumed_losses: list[float]  # of the second half, repeated from the checkpoint
     run_dir: Path
 
 
@@ -53,7 +53,7 @@ def tied(layout: Layout, run_dir: Path) -> RunConfig:
 
 
 def train_tied(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, Trained]:
-    """Train each, and once more from half-way."""
+    """Train each layout, and train it again from its checkpoint at half of the steps."""
     found = {}
     for number, layout in enumerate(layouts):
         run_dir = Path(work_dir) / str(number)
@@ -87,13 +87,13 @@ def test_tied_output_gives_the_losses_and_norms_of_one_process(
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_tied_output_resumed_is_the_same_bits(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+def test_tied_output_resumed_is_bit_identical(found: dict[Placed, list[Trained]], placed: Placed) -> None:
     for trained in found[placed]:
         assert trained.resumed_losses == trained.losses[STEPS // 2 :]
 
 
 @pytest.mark.parametrize("placed", PLACED, ids=str)
-def test_tied_output_checkpoint_has_the_table_once(found: dict[Placed, list[Trained]], placed: Placed) -> None:
+def test_tied_output_checkpoint_has_the_embedding_once(found: dict[Placed, list[Trained]], placed: Placed) -> None:
     written, expected = (StateReader(find_checkpoint(found[each][0].run_dir).folder) for each in (placed, ALONE))
     assert written.index.parameters.keys() == expected.index.parameters.keys()
     assert not any("output" in name for name in written.index.parameters)
