@@ -9,7 +9,7 @@ from tqdm import tqdm
 from _cli import check_model_folder, parse_range
 from _device import add_device_options, pick_device, pick_dtype
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
+from megatron_bipe.eval.sequences import PROMPT_BATCH_TOKENS
 from megatron_bipe.tasks.scrolls.files import questions, read_rows
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task
 

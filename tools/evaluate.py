@@ -18,14 +18,14 @@ from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.options import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
+from megatron_bipe.eval.sequences import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
 from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences
 from megatron_bipe.io import write_atomically
 
 if TYPE_CHECKING:
     from megatron_bipe.eval.eval_model import EvalModel
     from megatron_bipe.eval.extrapolation_results import Subset
-    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.eval.perplexity import EvalSettings
     from megatron_bipe.eval.report import ModelResults
 
 HARNESS_NAME = "harness.json"
@@ -45,7 +45,7 @@ def perplexity(arguments: argparse.Namespace) -> None:
     for spec in arguments.model:
         find_model(spec)
     from megatron_bipe.eval.eval_model import check_compatible, check_length
-    from megatron_bipe.eval.model_loading import load_eval_model
+    from megatron_bipe.eval.eval_model import load_eval_model
     from megatron_bipe.eval.report import as_table, describe, prepare_output, write_report
 
     settings = _settings(arguments)
@@ -70,7 +70,7 @@ def extrapolation(arguments: argparse.Namespace) -> None:
     from megatron_bipe.eval.eval_model import check_compatible, check_length
     from megatron_bipe.eval.extrapolation import NAMES, write_extrapolation
     from megatron_bipe.eval.extrapolation_results import subset_names
-    from megatron_bipe.eval.model_loading import load_eval_model
+    from megatron_bipe.eval.eval_model import load_eval_model
     from megatron_bipe.eval.perplexity import limit_tokens
     from megatron_bipe.eval.report import prepare_output, unique_names
 
@@ -145,7 +145,7 @@ def _multiples(text: str) -> list[str]:
 
 
 def _evaluate(
-    eval_model: "EvalModel", dataset: TokenDataset, lengths: list[int], settings: "Settings"
+    eval_model: "EvalModel", dataset: TokenDataset, lengths: list[int], settings: "EvalSettings"
 ) -> "ModelResults":
     from megatron_bipe.eval.perplexity import evaluate_perplexity, limit_tokens
     from megatron_bipe.eval.report import ModelResults
@@ -168,9 +168,9 @@ def _evaluate_subset(
     names: list[str],
     subjects: "list[EvalModel]",
     lengths: list[int],
-    settings: "Settings",
+    settings: "EvalSettings",
 ) -> "Subset":
-    from megatron_bipe.eval.document_losses import evaluate_documents
+    from megatron_bipe.eval.perplexity import evaluate_documents
     from megatron_bipe.eval.extrapolation_results import Line, Subset
 
     lines = []
@@ -191,14 +191,14 @@ def _evaluate_subset(
     return Subset(subset, dataset.manifest.fingerprint, tuple(lines))
 
 
-def _settings(arguments: argparse.Namespace) -> "Settings":
+def _settings(arguments: argparse.Namespace) -> "EvalSettings":
     import torch
 
-    from megatron_bipe.eval.perplexity import Settings
+    from megatron_bipe.eval.perplexity import EvalSettings
     from megatron_bipe.runtime.hardware import keep_freed_memory
 
     device = pick_device(arguments.device)
-    settings = Settings(
+    settings = EvalSettings(
         protocol=arguments.protocol,
         max_tokens=arguments.max_tokens,
         batch_tokens=arguments.batch_tokens,

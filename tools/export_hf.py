@@ -47,7 +47,7 @@ def export(checkpoint: Checkpoint, arguments: argparse.Namespace) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.checkpoint.find import read_data_record
-    from megatron_bipe.eval.model_loading import LazyCheckpointWeights
+    from megatron_bipe.eval.eval_model import LazyCheckpointWeights
     from megatron_bipe.hf.export import ExportOptions, export_model
     from megatron_bipe.hf.hf_config import DataFields
     from megatron_bipe.hf.tokenizer_files import TokenizerSource

@@ -85,7 +85,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
-    from megatron_bipe.eval.model_loading import plan_weights
+    from megatron_bipe.eval.eval_model import named_weights
     from megatron_bipe.hf.load import build_from_llama, read_settings
     from megatron_bipe.hf.weight_mapping import to_llama
     from megatron_bipe.train.warm_start import start_run
@@ -100,7 +100,7 @@ def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
         own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
         _refuse(own, "--checkpoint of a model that records its tokenizer and rule")
         eval_model = load_exported_model(arguments.input)
-    folder = start_run(run, eval_model, plan_weights(eval_model))
+    folder = start_run(run, eval_model, named_weights(eval_model))
     print(f"{folder}: pretrain.py continues from here with the same --config and --set, and run_dir={run.run_dir}")
 
 

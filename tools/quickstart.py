@@ -15,8 +15,8 @@ from pathlib import Path
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.eval.effect import RISE_RATIOS, extrapolation_effect
-from megatron_bipe.eval.effect import STRETCHES as JUDGED
+from megatron_bipe.eval.quickstart_results import RISE_RATIOS, extrapolation_effect
+from megatron_bipe.eval.quickstart_results import STRETCHES as JUDGED
 from megatron_bipe.io import write_atomically
 
 CONFIG = Path("examples/quickstart.yaml")

@@ -18,7 +18,7 @@ from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.eval.model_loading import LazyCheckpointWeights
+from megatron_bipe.eval.eval_model import LazyCheckpointWeights
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.transformer import build_model

@@ -1,8 +1,8 @@
 """Whether the quickstart's models show the effect of the paper, seed by seed.
 
 The three models of examples/quickstart.yaml are trained for each seed with the project's own commands, two at a time
-with one thread each, and evaluated on the same held-out text; `megatron_bipe/eval/effect.py` says what counts as the
-effect. What is finished is not done again, so an interrupted run goes on where it stopped, and seeds can be added.
+with one thread each, and evaluated on the same held-out text; `megatron_bipe/eval/quickstart_results.py` says what
+counts as the effect. What is finished is not done again, so an interrupted run goes on where it stopped, and seeds can be added.
 
 Example: python tools/bench/quickstart.py --output quickstart-seeds --seeds 0..9
 """
@@ -20,8 +20,13 @@ from _steps import FROM_TEXT_TO_DATA, Pattern, Stage, fill, run_steps, run_value
 from bench._machine import describe_machine
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.eval.effect import STRETCHES, ExtrapolationEffect, extrapolation_effect
-from quickstart import CONFIG, CORPUS, read_column
+from megatron_bipe.eval.quickstart_results import (
+    JUDGED_STRETCHES,
+    ExtrapolationEffect,
+    extrapolation_effect,
+    read_column,
+)
+from quickstart import CONFIG, CORPUS
 
 ENCODINGS = ("bipe_rope", "rope", "bipe_alibi")
 SIDE_BY_SIDE = 2
@@ -56,7 +61,7 @@ def main(argv: Sequence[str] | None) -> None:
 def plan(folder: Path, seeds: list[int], settings: list[str]) -> list[Stage]:
     """All stages in order: the data, the models two at a time, an evaluation for each seed."""
     values, train = run_values(CONFIG, settings, CORPUS), load_run_config(CONFIG, settings).train
-    values["lengths"] = ",".join(str(stretch * train.seq_len_tokens) for stretch in (1, *STRETCHES))
+    values["lengths"] = ",".join(str(stretch * train.seq_len_tokens) for stretch in (1, *JUDGED_STRETCHES))
     trainings, evaluations = [], []
     for seed, encoding in product(seeds, ENCODINGS):
         more = {"encoding": encoding, "seed": seed}
@@ -78,7 +83,7 @@ def run_name(encoding: str, seed: int) -> str:
 def table(nats: dict[int, dict[str, dict[int, float]]], run: RunConfig) -> str:
     """Losses at the training length, rises beyond it, their ratios and the verdict, a row for each seed."""
     trained = run.train.seq_len_tokens
-    twice, four_times = (f"{stretch * trained}" for stretch in STRETCHES)
+    twice, four_times = (f"{stretch * trained}" for stretch in JUDGED_STRETCHES)
     heads = ["seed", *(f"{encoding} at {trained}, {twice}, {four_times}" for encoding in ENCODINGS)]
     heads += [f"RoPE's rise over BiPE-RoPE's at {twice}", f"at {four_times}", "the effect shows"]
     rows = [heads, ["---"] * len(heads)]

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_bipe.eval.generation import Generator, Limits, generate
-from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.eval.generation import Generator, Limits, generate_batches
 from megatron_bipe.io import write_atomically
 from megatron_bipe.tasks.arithmetic.problems import Problem, final_answer, problems
+from megatron_bipe.text_table import text_table
 
 JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"
 SPARE = 1.25  # length limit relative to the longest correct solution: another order of steps may be longer
@@ -57,7 +57,7 @@ def solve_all(
     prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
     if (room := generator.max_seq_len_tokens) is not None:  # the correct solution must fit
         new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
-    found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
+    found = generate_batches(generator, prompts, Limits(new_tokens, batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]
     right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
     return Accuracy(asked[0].operators, len(asked), right, prompt_tokens + longest)

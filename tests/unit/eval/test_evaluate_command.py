@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from tests.helpers.tools import assert_refuses, call_tool
 
 
@@ -45,7 +45,7 @@ def test_command_checkpoint_and_export_of_one_model_agree(
     printed = call_tool("evaluate", *command(models, dataset)).output
 
     found = perplexities(json.loads((tmp_path / "out" / "perplexity.json").read_text()))
-    want = [evaluate_perplexity(eval_model, dataset, length, Settings()).perplexity for length in (8, 16, 32)]
+    want = [evaluate_perplexity(eval_model, dataset, length, EvalSettings()).perplexity for length in (8, 16, 32)]
     assert found == {"run": pytest.approx(want, rel=1e-6), "exported": pytest.approx(want, rel=1e-6)}
     assert f"{want[1]:,.2f}*" in printed and "172 predictions" in printed and "perplexity.png" in printed
 

@@ -20,7 +20,7 @@ from megatron_bipe.data.segments import bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import load_exported_model
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -145,7 +145,7 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(encoding, models, data
     results = harness.run_tasks(folder, ["our_choice", "our_text"], settings)
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
     check_choices([[value[0] for value in row["filtered_resps"]] for row in samples["our_choice"]], folder)
-    ours = evaluate_perplexity(load_exported_model(folder), dataset, LENGTH, Settings())
+    ours = evaluate_perplexity(load_exported_model(folder), dataset, LENGTH, EvalSettings())
     [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
     assert ours.num_predictions == 8 * LENGTH
     assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)

@@ -1,0 +1,24 @@
+"""Tables as plain text, which looks the same on a terminal, in a pipe and in a file."""
+
+from collections.abc import Sequence
+
+
+def text_table(rows: Sequence[Sequence[str]], head: int = 0, num_text: int = 1) -> str:
+    """Return aligned columns.
+
+    Args:
+        rows: rows with equally many cells.
+        head: number of header rows above a line of dashes; 0: no line.
+        num_text: number of columns, from the first, that are aligned left; the others are aligned right.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            cell.ljust(width) if index < num_text else cell.rjust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
+    if head:
+        lines.insert(head, "-" * len(lines[0]))
+    return "\n".join(line.rstrip() for line in lines)
