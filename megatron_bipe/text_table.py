@@ -1,20 +1,20 @@
 """Tables as plain text, which looks the same on a terminal, in a pipe and in a file."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 
-def text_table(rows: Sequence[Sequence[str]], head: int = 0, num_text: int = 1) -> str:
+def text_table(rows: Sequence[Sequence[str]], head: int = 0, left: Collection[int] = (0,)) -> str:
     """Return aligned columns.
 
     Args:
         rows: rows with equally many cells.
         head: number of header rows above a line of dashes; 0: no line.
-        num_text: number of columns, from the first, that are aligned left; the others are aligned right.
+        left: indices of the columns that are aligned left; the others are aligned right.
     """
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = [
         "  ".join(
-            cell.ljust(width) if index < num_text else cell.rjust(width)
+            cell.ljust(width) if index in left else cell.rjust(width)
             for index, (cell, width) in enumerate(zip(row, widths, strict=True))
         )
         for row in rows

@@ -60,7 +60,7 @@ def layer_table(model: ModelConfig) -> str:
     rows = [("0", kinds[0], counts[0]), (f"1-{last - 1}", f"{kinds[1]} x {last - 1}", sum(counts[1:last]))]
     rows.append((str(last), kinds[last], counts[last]))
     cells = [(layers, kind, f"{count:,}") for layers, kind, count in rows]
-    return text_table([("layers", "kind", "parameters"), *cells, _total(sum(counts))], num_text=2) + "\n"
+    return text_table([("layers", "kind", "parameters"), *cells, _total(sum(counts))], left=[1]) + "\n"
 
 
 def _total(count: int) -> tuple[str, ...]:
@@ -89,7 +89,7 @@ def _stage_table(stages: Sequence[StageMemory]) -> str:
         )
         for stage in stages
     ]
-    return text_table([("stage", "layers", "parameters per rank", "fraction of the cost"), *rows], num_text=2) + "\n"
+    return text_table([("stage", "layers", "parameters per rank", "fraction of the cost"), *rows], left=[]) + "\n"
 
 
 def _bubble(run: RunConfig, num_ranks: int) -> str:
@@ -102,7 +102,7 @@ def _bubble(run: RunConfig, num_ranks: int) -> str:
 def _memory_table(stages: Sequence[StageMemory]) -> str:
     names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
     rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
-    return text_table([("stage", *names[:-2], "total", "host"), *rows]) + "\n"
+    return text_table([("stage", *names[:-2], "total", "host"), *rows], left=[]) + "\n"
 
 
 def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
@@ -110,7 +110,7 @@ def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
         (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
         for kind in step_traffic(run, ds_config, num_ranks)
     ]
-    return text_table([("axis", "what", "times", "GiB"), *rows], num_text=2) + "\n" if rows else "nothing: one rank\n"
+    return text_table([("axis", "what", "times", "GiB"), *rows], left=[0, 1]) + "\n" if rows else "nothing: one rank\n"
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:

@@ -5,6 +5,7 @@ W sequences
 Torch-free, like the default options of the evaluation commands here, so that `--help` is fast.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -91,6 +92,12 @@ def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
             f"--max-tokens {max_tokens} selects no tokens", remedy="Use 1 or more", location="--max-tokens"
         )
     return min(max_tokens, dataset.num_tokens)
+
+
+def check_lengths(dataset: TokenDataset, lengths: Iterable[int], protocol: Protocol, max_tokens: int | None) -> None:
+    """Raise the errors of `cut_sequences` for any of several lengths."""
+    for length in lengths:
+        cut_sequences(dataset, limit_tokens(dataset, max_tokens), length, protocol)
 
 
 def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:

@@ -13,11 +13,11 @@ from _machine import describe_machine
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the other tools' helpers
 
-from _samples import random_sequences
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import ModelConfig, RunConfig, TrainConfig
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.eval.convert import random_sequences
 from megatron_bipe.eval.eval_model import LazyCheckpointWeights
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields

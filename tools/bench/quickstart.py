@@ -2,7 +2,8 @@
 
 The three models of examples/quickstart.yaml are trained for each seed with the project's own commands, two at a time
 with one thread each, and evaluated on the same held-out text; `megatron_bipe/eval/quickstart_results.py` says what
-counts as the effect. What is finished is not done again, so an interrupted run goes on where it stopped, and seeds can be added.
+counts as the effect. What is finished is not done again, so an interrupted run goes on where it stopped, and seeds can
+be added.
 
 Example: python tools/bench/quickstart.py --output quickstart-seeds --seeds 0..9
 """

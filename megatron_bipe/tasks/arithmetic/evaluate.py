@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
 from megatron_bipe.eval.generation import Generator, Limits, generate_batches
 from megatron_bipe.io import write_atomically
@@ -61,6 +62,14 @@ def solve_all(
     texts = [generator.tokenizer.decode(ids) for ids in found]
     right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
     return Accuracy(asked[0].operators, len(asked), right, prompt_tokens + longest)
+
+
+def measure_accuracies(
+    generator: Generator, name: str, asked: Sequence[Sequence[Problem]], batch_tokens: int
+) -> list[Accuracy]:
+    """Solve the problems of each number of operators with the model `name`; progress is shown on a terminal."""
+    with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
+        return [solve_all(generator, each, batch_tokens, bar.update) for each in asked]
 
 
 def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:

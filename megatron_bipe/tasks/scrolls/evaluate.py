@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.generation import Generator, Limits, generate_batches
@@ -48,9 +49,8 @@ def answer(
     asked: Sequence[Question],
     length_tokens: int,
     batch_tokens: int,
-    advance: Callable[[int], object] | None = None,
 ) -> dict[str, str]:
-    """Generate the model's answer to each question, by its id.
+    """Generate the model's answer to each question, by its id; progress is shown on a terminal.
 
     Args:
         generator: model fine-tuned for the task.
@@ -58,7 +58,6 @@ def answer(
         asked: inputs; `have_outputs` checks them before anything is generated.
         length_tokens: sequence length for prompt and answer together, as in training.
         batch_tokens: as in `Limits`.
-        advance: called with the number of completed answers after each batch.
 
     Raises:
         DataError: there are no questions, the sequence is too short for any prompt, or as in `have_outputs`.
@@ -67,7 +66,8 @@ def answer(
     if not asked:
         raise DataError(f"the split has no examples of {task.name}", remedy="Use another split", location="--data")
     prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
-    found = generate_batches(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), advance)
+    with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
+        found = generate_batches(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), bar.update)
     return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
 
 
