@@ -1,6 +1,8 @@
-"""Tables as plain text, which looks the same on a terminal, in a pipe and in a file."""
+"""Tables as plain text, which looks the same on a terminal, in a pipe and in a file, and as CSV."""
 
-from collections.abc import Collection, Sequence
+import csv
+import io
+from collections.abc import Collection, Iterable, Sequence
 
 
 def text_table(rows: Sequence[Sequence[str]], head: int = 0, left: Collection[int] = (0,)) -> str:
@@ -22,3 +24,9 @@ def text_table(rows: Sequence[Sequence[str]], head: int = 0, left: Collection[in
     if head:
         lines.insert(head, "-" * len(lines[0]))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def csv_text(rows: Iterable[Sequence[object]]) -> str:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    return text.getvalue()

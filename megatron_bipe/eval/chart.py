@@ -69,8 +69,6 @@ class Chart(NamedTuple):
     title: str = ""
     note: str = ""
     """Remark about values that the chart does not show; pages have it in the caption."""
-    mark_label: str = "training length"
-    """Label of the lines' training lengths."""
     show_x: Callable[[float], str] = "{:,.0f}".format
 
 
@@ -91,6 +89,7 @@ def draw_png(chart: Chart) -> bytes:
     width = PNG_AXES_WIDTH + left + right
     margins = (left, right, 4.2 * PNG_FONT, PNG_FONT * (4 + 1.4 * len(note)))
     figure = _single(chart, (width, PNG_HEIGHT), margins, PNG_FONT)
+    _write_title(figure.axes[0], chart, PNG_FONT, pad=2.2 * PNG_FONT)
     height = 1.1 * PNG_FONT * len(note)
     figure.text(left / width, height / PNG_HEIGHT, "\n".join(note), va="top", fontsize=8, color=GREY)
     return _save_png(figure, PNG_DPI)
@@ -103,8 +102,10 @@ def draw_panels(rows: Sequence[Sequence[Chart]]) -> bytes:
     handles: dict[str, Line2D] = {}
     for row, charts in zip(figure.subplots(len(rows), num_columns, squeeze=False), rows, strict=True):
         for axes, chart in zip(row, charts, strict=True):
-            _draw(axes, chart._replace(mark_label=""), PNG_FONT, axes_width=300)
-            axes.text(0, 1, chart.note, transform=axes.transAxes, fontsize=7, color=GREY, va="top", wrap=True)
+            _draw(axes, chart, PNG_FONT, axes_width=300)
+            note = textwrap.wrap(chart.note, width=72)
+            _write_title(axes, chart, PNG_FONT, pad=PNG_FONT * (1 + len(note)))
+            axes.text(0, 1.01, "\n".join(note), transform=axes.transAxes, fontsize=7, color=GREY)
             handles |= {line.name: Line2D([], [], label=line.name, **_style(line)) for line in chart.lines}
     figure.legend(handles=handles.values(), loc="outside lower center", ncols=4, frameon=False, fontsize=9)
     return _save_png(figure, dpi=130)
@@ -134,7 +135,7 @@ def values_beyond(lines: Sequence[Line], high: float) -> str:
     """Describe the values that the chart cannot show; empty if there are none."""
     parts = []
     for line in lines:
-        gone = [f"{_rounded(value)} at {length:,}" for length, value in line.points if value > high]
+        gone = [f"{_rounded(value)} at {length:,.0f}" for length, value in line.points if value > high]
         if gone:
             parts.append(f"{line.name} {', '.join(gone)}")
     return "; ".join(parts)
@@ -209,31 +210,22 @@ def _draw(axes: Axes, chart: Chart, font: float, axes_width: float) -> None:
             axes.fill_between([x for x, _ in drawn], lows, highs, color=style["color"], alpha=0.18, linewidth=0)
         shown = [(x, y) for x, y in line.points if low <= y <= high]
         if line.name and shown and axes_width >= MARKER_GAP * font * (len(line.points) - 1):
-            dots = _style(line) | {"linestyle": "", "markersize": 0.6 * font, "markeredgecolor": PAPER}
+            edge = style["color"] if line.is_published else PAPER  # separates dots that overlap
+            dots = _style(line) | {"linestyle": "", "markersize": 0.6 * font, "markeredgecolor": edge}
             axes.plot(*zip(*shown, strict=True), gid=f"dots:{chart.lines.index(line)}", **dots)
     axes.set_ylim(low, high)
-    trained = sorted({line.train_len_tokens for line in chart.lines if line.train_len_tokens is not None})
+    trained = _train_lengths(chart)
     xs = [*trained, *(x for line in chart.lines for x, _ in line.points)]
     first, last = min(xs), max(xs)
     margin = 0.03 * max(last - first, 0.1 * last) or 1.0
     axes.set_xlim(first - margin, last + margin)
     for length in trained:
         axes.axvline(length, color=GREY, linewidth=0.1 * font, linestyle=(0, (4, 3)), zorder=0)
-        axes.text(
-            length,
-            1.02,
-            chart.mark_label,
-            transform=axes.get_xaxis_transform(),
-            ha="left" if length - first < 0.15 * (last - first) else "center",
-            fontsize=0.9 * font,
-            color=GREY,
-        )
     gap = TICK_GAP * font / axes_width * (last - first)
     labelled = [length for length in trained if length in chart.x_ticks]
     ticks = thin_ticks(chart.x_ticks, labelled, gap) if chart.x_ticks else round_ticks(first, last, 5)
     axes.set_xticks(ticks, [chart.show_x(x) for x in ticks])
     axes.set_yticks(*zip(*_y_ticks(chart), strict=True))
-    axes.set_title(chart.title, loc="left", fontsize=1.2 * font, fontweight="bold", pad=2.2 * font)
     axes.set_xlabel(chart.x_label, fontsize=font, color=GREY)
     axes.set_ylabel(chart.y_label, fontsize=font, color=GREY)
     axes.tick_params(labelsize=0.95 * font, length=0.35 * font, color=GREY, labelcolor=GREY)
@@ -242,6 +234,14 @@ def _draw(axes: Axes, chart: Chart, font: float, axes_width: float) -> None:
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GREY)
+
+
+def _train_lengths(chart: Chart) -> list[int]:
+    return sorted({line.train_len_tokens for line in chart.lines if line.train_len_tokens is not None})
+
+
+def _write_title(axes: Axes, chart: Chart, font: float, pad: float) -> None:
+    axes.set_title(chart.title, loc="left", fontsize=1.2 * font, fontweight="bold", pad=pad)
 
 
 def _style(line: Line) -> dict[str, Any]:
@@ -260,8 +260,13 @@ def _y_ticks(chart: Chart) -> list[tuple[float, str]]:
 
 
 def _name_lines(axes: Axes, chart: Chart, font: float, axes_height: float) -> None:
-    """Write names at line ends; a line that leaves the chart is named where it leaves."""
+    """Write names at line ends, where a line leaves the chart, and at the training lengths."""
     low, high = chart.y_range
+    first, last = axes.get_xlim()
+    for length in _train_lengths(chart):
+        side = "left" if length - first < 0.2 * (last - first) else "center"
+        transform, size = axes.get_xaxis_transform(), 0.9 * font
+        axes.text(length, 1.02, "training length", transform=transform, ha=side, fontsize=size, color=GREY)
     ends = [(line, [point for point in line.points if not math.isnan(point[1])]) for line in chart.lines if line.name]
     staying = [(line, points[-1]) for line, points in ends if points and points[-1][1] <= high]
     gap = LINE_HEIGHT * font / axes_height
@@ -303,7 +308,7 @@ def _as_page_svg(chart: Chart, kind: str, summary: str) -> str:
     # The salt makes the ids of clip paths and markers unique in the page.
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": f"{kind} {summary}"}):
         margins = (*_margins(chart, PAGE_FONT), 3.7 * PAGE_FONT, 3.7 * PAGE_FONT)
-        figure = _single(chart._replace(title=""), PAGE_SIZES[kind], margins, PAGE_FONT)
+        figure = _single(chart, PAGE_SIZES[kind], margins, PAGE_FONT)
         axes = figure.axes[0]
         axes.yaxis.label.set(rotation=0, ha="left", va="top")
         axes.yaxis.set_label_coords(0, 1, transform=figure.transFigure)

@@ -1,8 +1,6 @@
 """Extrapolation report: perplexity by sequence length and by position in the sequence, compared with the paper."""
 
 import base64
-import csv
-import io
 import json
 from collections.abc import Sequence
 from html import escape
@@ -16,9 +14,9 @@ from megatron_bipe.eval.chart import Chart, Line, draw_panels, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import INTERVAL, NUM_RESAMPLES, DocumentLosses, EvalSettings, evaluate_documents
-from megatron_bipe.eval.report import finite_or_none, unique_names
+from megatron_bipe.eval.report import finite_or_none, unique_names, write_files
 from megatron_bipe.eval.sequences import PROTOCOLS
-from megatron_bipe.io import write_atomically
+from megatron_bipe.text_table import csv_text
 
 FORMAT_VERSION = 1
 NAMES = JSON_NAME, CSV_NAME, PNG_NAME, HTML_NAME = tuple(
@@ -131,15 +129,13 @@ def evaluate_subset(
 def write_extrapolation(folder: Path, settings: EvalSettings, subsets: Sequence[Subset]) -> list[Path]:
     """Write JSON, CSV, PNG and a self-contained page, each atomically; existing files are replaced."""
     picture = draw_panels([[_by_length(subset) for subset in subsets], [_by_position(subset) for subset in subsets]])
-    contents = {
-        JSON_NAME: json.dumps(as_json(settings, subsets), indent=2, allow_nan=False).encode() + b"\n",
-        CSV_NAME: as_csv(subsets).encode(),
+    contents: dict[str, str | bytes] = {
+        JSON_NAME: json.dumps(as_json(settings, subsets), indent=2, allow_nan=False) + "\n",
+        CSV_NAME: as_csv(subsets),
         PNG_NAME: picture,
-        HTML_NAME: as_html(settings, subsets, picture).encode(),
+        HTML_NAME: as_html(settings, subsets, picture),
     }
-    for name, data in contents.items():
-        write_atomically(folder / name, data)
-    return [folder / name for name in contents]
+    return write_files(folder, contents)
 
 
 def as_json(settings: EvalSettings, subsets: Sequence[Subset]) -> dict[str, Any]:
@@ -187,19 +183,15 @@ def _result(losses: DocumentLosses) -> dict[str, Any]:
 
 def as_csv(subsets: Sequence[Subset]) -> str:
     """Return rows of the models and then of the paper for each subset, with a header."""
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("subset", "model", "encoding", "length_tokens", "perplexity", "low", "high"))
+    rows: list[tuple[object, ...]] = [("subset", "model", "encoding", "length_tokens", "perplexity", "low", "high")]
     for subset in subsets:
         for results in subset.models:
             for losses in results.losses:
                 row = (subset.name, results.model, results.encoding, losses.length_tokens, losses.perplexity)
-                writer.writerow((*row, *(losses.interval() or ("", ""))))
+                rows.append((*row, *(losses.interval() or ("", ""))))
         for curve in subset.paper:
-            writer.writerows(
-                (subset.name, f"paper: {curve.name}", curve.encoding, *point, "", "") for point in curve.points
-            )
-    return text.getvalue()
+            rows += [(subset.name, f"paper: {curve.name}", curve.encoding, *point, "", "") for point in curve.points]
+    return csv_text(rows)
 
 
 def _by_length(subset: Subset) -> Chart:

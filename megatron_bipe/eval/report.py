@@ -1,10 +1,8 @@
 """Report of a perplexity evaluation: JSON with all results, CSV for spreadsheets, a plot and a text table."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +16,7 @@ from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult, evaluate_perplexity
 from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences, limit_tokens
 from megatron_bipe.io import write_atomically
-from megatron_bipe.text_table import text_table
+from megatron_bipe.text_table import csv_text, text_table
 
 FORMAT_VERSION = 1
 NAMES = JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
@@ -81,13 +79,18 @@ def write_report(
         for style, (name, eval_model, results) in enumerate(_named(models))
     ]
     chart = perplexity_chart(lines, f"Perplexity by sequence length: {_data_name(dataset)}")
-    contents = {
-        JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False).encode() + b"\n",
-        CSV_NAME: as_csv(models).encode(),
+    contents: dict[str, str | bytes] = {
+        JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False) + "\n",
+        CSV_NAME: as_csv(models),
         PNG_NAME: draw_png(chart),
     }
-    for name, data in contents.items():
-        write_atomically(folder / name, data)
+    return write_files(folder, contents)
+
+
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Write files, each atomically; existing ones are replaced."""
+    for name, content in contents.items():
+        write_atomically(folder / name, content.encode() if isinstance(content, str) else content)
     return [folder / name for name in contents]
 
 
@@ -127,14 +130,13 @@ def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[Mode
 
 
 def as_csv(models: Sequence[ModelResults]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
     fields = (STORED_NAMES.get(field, field) for field in PerplexityResult._fields)
-    writer.writerow(("model", "encoding", "train_len_tokens", *fields))
-    for name, eval_model, results in _named(models):
-        for result in results:
-            writer.writerow((name, eval_model.config.encoding, eval_model.config.train_len_tokens, *result))
-    return text.getvalue()
+    rows = [
+        (name, eval_model.config.encoding, eval_model.config.train_len_tokens, *result)
+        for name, eval_model, results in _named(models)
+        for result in results
+    ]
+    return csv_text([("model", "encoding", "train_len_tokens", *fields), *rows])
 
 
 def as_table(models: Sequence[ModelResults]) -> str:

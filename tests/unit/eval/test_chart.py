@@ -7,12 +7,14 @@ from xml.etree import ElementTree
 
 import pytest
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from megatron_bipe.eval.chart import (
     COLOURS,
     PAGE_SIZES,
     Chart,
     Line,
+    draw_panels,
     draw_png,
     draw_svg,
     perplexity_chart,
@@ -95,6 +97,18 @@ def test_draw_png_line_to_infinity_is_drawn_out_of_the_plot(monkeypatch):
 def test_draw_png_many_models_reuse_colours():
     lines = [Line(f"model {i}", [(16, 20.0 + i), (32, 20.0 + i)], i, 16) for i in range(9)]
     assert draw_png(perplexity_chart(lines)).startswith(PNG_MAGIC)
+
+
+def test_draw_panels_keep_their_room_next_to_long_notes(monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
+    chart = perplexity_chart([FLAT, EXPLODING], "Title")._replace(note="a long note " * 30)
+    assert draw_panels([[chart, chart], [chart, chart]]).startswith(PNG_MAGIC)
+    [figure] = figures
+    boxes = [axes.get_position() for axes in figure.axes]
+    assert len(boxes) == 4 and all(box.width > 0.35 and box.height > 0.2 for box in boxes)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flat", "bursting"]
 
 
 def draw(lines, **changes):
