@@ -21,7 +21,7 @@ class Row(NamedTuple):
     pid: str  # of the pair
     input: str
     output: str | None  # None in test splits and if it has no text
-    place: str  # location for messages
+    location: str  # for messages
 
 
 class Question(NamedTuple):

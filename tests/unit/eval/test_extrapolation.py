@@ -33,10 +33,10 @@ from tests.helpers.tools import assert_refuses, call_tool
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
-def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject, documents, protocol):
+def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_eval_model, documents, protocol):
     dataset, eval_model, settings = (
         make_dataset(documents),
-        make_subject(),
+        make_eval_model(),
         EvalSettings(protocol=protocol, batch_tokens=40),
     )
     for length in (16, 24):
@@ -44,22 +44,22 @@ def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject
         expected = evaluate_perplexity(eval_model, dataset, length, settings)
         assert found.counts_MQ.sum() == expected.num_predictions
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
-        if protocol == "sliding":  # parts are those of the sequence: its first half counts in the first window alone
+        if protocol == "sliding":  # parts are those of the sequence: its first half counts in the first sequence only
             assert found.counts_MQ[:, : NUM_PARTS // 2].sum() == length // 2
 
 
-def test_evaluate_documents_puts_each_loss_to_its_document_and_position(make_dataset, make_subject, documents):
-    dataset, eval_model, length = make_dataset(documents), make_subject(), 16
+def test_evaluate_documents_puts_each_loss_to_its_document_and_position(make_dataset, make_eval_model, documents):
+    dataset, eval_model, length = make_dataset(documents), make_eval_model(), 16
     found = evaluate_documents(eval_model, dataset, length, EvalSettings())
     nats, counts = np.zeros((6, NUM_PARTS)), np.zeros((6, NUM_PARTS), int)
     tokens = np.concatenate(documents)
     for start in range(0, len(tokens) - 1, length):
-        window = tokens[start : start + length + 1].astype(np.int64)
-        ends = sequence_ends(dataset.ends(start, start + len(window) - 1)[None], dataset.rule)
-        ids = [torch.from_numpy(x) for x in (window[None, :-1], *bilevel_ids(ends, 5))]
+        sequence = tokens[start : start + length + 1].astype(np.int64)
+        ends = sequence_ends(dataset.ends(start, start + len(sequence) - 1)[None], dataset.rule)
+        ids = [torch.from_numpy(x) for x in (sequence[None, :-1], *bilevel_ids(ends, 5))]
         with torch.no_grad():
             losses = -eval_model.model(tuple(ids)).log_softmax(-1)[0]
-        for position, token in enumerate(window[1:]):
+        for position, token in enumerate(sequence[1:]):
             document = next(d for d in range(6) if start + position + 1 < sum(map(len, documents[: d + 1])))
             nats[document, position] += float(losses[position, token])
             counts[document, position] += 1
@@ -145,11 +145,11 @@ def command(tmp_path):
 
 
 def test_command_writes_a_page_that_needs_nothing_else(
-    command, make_dataset, make_subject, documents, save_run, tmp_path
+    command, make_dataset, make_eval_model, documents, save_run, tmp_path
 ):
     datasets = [make_dataset(documents, name="arxiv"), make_dataset(documents[::-1], name="own <data>")]
-    subjects = [make_subject("bipe_rope", name="ours & theirs"), make_subject("alibi", name="other")]
-    models = [save_run(eval_model, datasets[0]) for eval_model in subjects]
+    eval_models = [make_eval_model("bipe_rope", name="ours & theirs"), make_eval_model("alibi", name="other")]
+    models = [save_run(eval_model, datasets[0]) for eval_model in eval_models]
 
     call_tool("evaluate", *command(models, datasets))
 
@@ -157,7 +157,7 @@ def test_command_writes_a_page_that_needs_nothing_else(
     assert [subset["name"] for subset in report["subsets"]] == ["arxiv", "own <data>"]
     assert report["subsets"][0]["paper"][0]["name"] == "BiPE-RoPE" and not report["subsets"][1]["paper"]
     for subset, dataset in zip(report["subsets"], datasets, strict=True):
-        for line, eval_model in zip(subset["models"], subjects, strict=True):
+        for line, eval_model in zip(subset["models"], eval_models, strict=True):
             assert [result["length_tokens"] for result in line["results"]] == [8, 16, 24, 32]
             want = evaluate_perplexity(eval_model, dataset, 24, EvalSettings())
             result = line["results"][2]
@@ -188,10 +188,10 @@ def test_command_writes_a_page_that_needs_nothing_else(
     ],
 )
 def test_command_bad_input_is_named_before_anything_is_written(
-    command, make_dataset, make_subject, documents, save_run, tmp_path, options, error, observed, location
+    command, make_dataset, make_eval_model, documents, save_run, tmp_path, options, error, observed, location
 ):
     dataset = make_dataset(documents)
-    model = options.get("model") or save_run(make_subject(), dataset)
+    model = options.get("model") or save_run(make_eval_model(), dataset)
     arguments = command([model], [dataset], lengths=options.get("lengths", "8"))
     assert_refuses("evaluate", arguments, error, observed, location=location)
     assert not list((tmp_path / "out").glob("*"))

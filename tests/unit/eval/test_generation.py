@@ -18,10 +18,10 @@ NEW = 12
 
 
 @pytest.fixture(params=["bipe_rope", "bipe_alibi", "rope"])
-def exported(request, tmp_path, letters, make_subject):
+def exported(request, tmp_path, letters, make_eval_model):
     """An exported model of letters, and the training model it came from."""
     rule = resolve_rule('["c"]', letters)
-    eval_model = make_subject(
+    eval_model = make_eval_model(
         request.param, rule=rule, vocab_size=letters.vocab_size, train_len_tokens=32, init_std=0.5
     )
     source = TokenizerSource(letters.definition, letters.to_json(), letters.special_ids, letters.encode_batch)

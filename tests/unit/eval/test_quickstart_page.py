@@ -28,7 +28,7 @@ def outcome(length, perplexity):
 
 
 @pytest.fixture
-def folder(tmp_path, write_text_dataset, make_subject):
+def folder(tmp_path, write_text_dataset, make_eval_model):
     """What a quickstart leaves, made by what makes it there."""
     folder = tmp_path / "quick <start>"
     for split in ("train", "valid"):
@@ -36,7 +36,7 @@ def folder(tmp_path, write_text_dataset, make_subject):
         write_text_dataset(folder / "data" / split, [TEXTS])
     models = []
     for name, values in PERPLEXITIES.items():
-        models.append(ModelResults(make_subject(name, name=name), tuple(map(outcome, (16, 32), values))))
+        models.append(ModelResults(make_eval_model(name, name=name), tuple(map(outcome, (16, 32), values))))
         run_dir = folder / "runs" / name
         run_dir.mkdir(parents=True)
         run = RunConfig.model_validate({"run_dir": str(run_dir), "train": {"precision": "fp32"}})

@@ -39,9 +39,9 @@ def outcome(length, perplexity):
 
 
 @pytest.fixture
-def models(make_subject):
-    first = make_subject("bipe_rope", name="ours")
-    second = make_subject("rope", name="theirs")
+def models(make_eval_model):
+    first = make_eval_model("bipe_rope", name="ours")
+    second = make_eval_model("rope", name="theirs")
     return [
         ModelResults(first, (outcome(16, 20.0), outcome(32, 19.5))),
         ModelResults(second, (outcome(16, 20.25), outcome(32, math.inf))),
@@ -92,13 +92,13 @@ def test_coverage_text_says_what_was_read_and_dropped(make_dataset, documents, m
     assert "11 windows, 172 predictions, 173 tokens read, 0 dropped" in text
 
 
-def test_unique_names_of_equal_names_are_what_was_loaded(make_subject):
-    subjects = [
-        make_subject(name="run")._replace(source="a/run"),
-        make_subject(name="run")._replace(source="b/run"),
-        make_subject(name="other"),
+def test_unique_names_of_equal_names_are_what_was_loaded(make_eval_model):
+    eval_models = [
+        make_eval_model(name="run")._replace(source="a/run"),
+        make_eval_model(name="run")._replace(source="b/run"),
+        make_eval_model(name="other"),
     ]
-    assert unique_names(subjects) == ["a/run", "b/run", "other"]
+    assert unique_names(eval_models) == ["a/run", "b/run", "other"]
 
 
 @pytest.mark.parametrize("name", ["perplexity.json", "perplexity.csv", "perplexity.png"])

@@ -62,9 +62,9 @@ def test_results_are_in_the_benchmarks_layouts_and_gather_in_a_folder(tmp_path):
 
 
 def test_table_has_the_benchmarks_mean_once_all_seven_are_there_and_of_one_split(tmp_path):
-    for place, task in enumerate(TASKS.values()):
+    for rank, task in enumerate(TASKS.values()):
         assert "\nmean" not in results_table(tmp_path)
-        write_results(tmp_path, task, _about({"score": 10.0 * place}), ANSWERS)
+        write_results(tmp_path, task, _about({"score": 10.0 * rank}), ANSWERS)
     assert results_table(tmp_path).splitlines()[-1].split() == ["mean", "30.00"]
     write_results(tmp_path, task, _about(None, "test"), ANSWERS)
     table = results_table(tmp_path)

@@ -1,4 +1,4 @@
-"""Prompts and answers of SCROLLS, at and beside every limit; and the benchmark's files."""
+"""Prompts and answers of SCROLLS, at every limit and one off it; and the benchmark's files."""
 
 import json
 import zipfile
@@ -43,7 +43,7 @@ def test_question_is_kept_whole_up_to_7991_tokens_and_its_end_is_cut_beyond(lett
     prompter = Prompter(TASKS[name], 8192, letters)
     assert prompter.prompt_tokens == 7991
     for size in (7989, 7990, 7991, 9000):  # and BOS; a token a character
-        text = "".join("abcdefgh"[place % 8] for place in range(size))
+        text = "".join("abcdefgh"[index % 8] for index in range(size))
         (prompt,) = prompter.prompts([text])
         assert prompt.size == min(size + 1, 7991)
         assert prompt[0] == letters.bos_id
@@ -56,7 +56,7 @@ def test_summary_keeps_the_first_tokens_and_the_request_whatever_is_cut(letters,
     assert prompter.prompt_tokens == 7191
     fitting = 7191 - 1 - len(HEAD) - len(TAIL)
     for size in (fitting - 1, fitting, fitting + 1, 9000):
-        text = "".join("abcdefgh"[place % 8] for place in range(size))
+        text = "".join("abcdefgh"[index % 8] for index in range(size))
         (prompt,) = prompter.prompts([text])
         assert prompt.size == min(1 + len(HEAD) + size + len(TAIL), 7191)
         assert text_of(letters, prompt[1:]) == HEAD + text[:fitting] + TAIL
@@ -189,8 +189,10 @@ def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
         lines = [{"id": f"{n}", "pid": f"{n}", "input": f"text {n * n}", "output": "x"} for n in range(300)]
         archive.writestr("qasper/train.jsonl", "\n".join(map(json.dumps, lines)))
     whole = (tmp_path / "qasper.zip").read_bytes()
-    for place in range(60, 300, 7):
-        (tmp_path / "qasper.zip").write_bytes(whole[:place] + bytes([whole[place] ^ 0x55]) + whole[place + 1 :])
+    for position in range(60, 300, 7):
+        (tmp_path / "qasper.zip").write_bytes(
+            whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
+        )
         with raises(DataError) as error:
             list(read_rows(tmp_path, "qasper", "train"))
         assert error.value.location.startswith(str(tmp_path / "qasper.zip"))
