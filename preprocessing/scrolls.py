@@ -70,7 +70,7 @@ def _examples(prompter: Prompter, rows: Iterable[Row]) -> Iterator[Example]:
         outputs = [_output(row) for row in some]
         prompts, answers = prompter.prompts([row.input for row in some]), prompter.answers(outputs)
         for row, output, prompt_T, answer_T in zip(some, outputs, prompts, answers, strict=True):
-            yield Example(prompt_T, answer_T, len(row.input.encode()) + len(output.encode()), row.place)
+            yield Example(prompt_T, answer_T, len(row.input.encode()) + len(output.encode()), row.location)
 
 
 def _output(row: Row) -> str:
@@ -78,6 +78,6 @@ def _output(row: Row) -> str:
         raise DataError(
             f"the example {row.pid!r} has no answer to learn from",
             remedy="Name a split that has outputs, train or validation; in one of these, fix or remove the line",
-            location=row.place,
+            location=row.location,
         )
     return row.output

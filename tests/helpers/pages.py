@@ -1,4 +1,4 @@
-"""What HTML pages consist of."""
+"""Elements and text of HTML pages."""
 
 import re
 from html.parser import HTMLParser

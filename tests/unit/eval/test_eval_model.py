@@ -1,4 +1,4 @@
-"""Which datasets a model may be evaluated on."""
+"""Datasets that a model may be evaluated on."""
 
 import logging
 

@@ -1,4 +1,4 @@
-"""The page that a quickstart ends with."""
+"""The page that the quickstart writes."""
 
 import json
 import math
@@ -29,7 +29,7 @@ def outcome(length, perplexity):
 
 @pytest.fixture
 def folder(tmp_path, write_text_dataset, make_eval_model):
-    """What a quickstart leaves, made by what makes it there."""
+    """The output folder of a quickstart, written by the code that writes it there."""
     folder = tmp_path / "quick <start>"
     for split in ("train", "valid"):
         (folder / "data").mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""The files and texts that an evaluation leaves behind."""
+"""The files and texts that an evaluation writes."""
 
 import csv
 import io

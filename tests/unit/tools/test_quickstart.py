@@ -1,4 +1,4 @@
-"""The quickstart's plan and its honesty; the commands themselves are tested where they belong."""
+"""The quickstart's plan; the commands themselves are tested elsewhere."""
 
 from pathlib import Path
 

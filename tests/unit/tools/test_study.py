@@ -1,4 +1,4 @@
-"""The plan of the study of encodings, and its table; the commands themselves are tested where they belong."""
+"""The plan of the study of encodings, and its table; the commands themselves are tested elsewhere."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""Accuracy on arithmetic: what counts as right, and which problems are asked."""
+"""Accuracy on arithmetic: correct answers, and the choice of problems."""
 
 import csv
 import json

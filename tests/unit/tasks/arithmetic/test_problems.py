@@ -1,4 +1,4 @@
-"""Problems modulo 11: right by another way of reckoning, solved one step at a time, never in two sets."""
+"""Problems modulo 11: correct by an independent evaluation, solved step by step, never in two sets."""
 
 import ast
 import operator

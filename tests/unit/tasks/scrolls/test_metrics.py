@@ -1,4 +1,4 @@
-"""Scores against the official implementation's own examples, and where such scores usually differ."""
+"""Scores against the official implementation's own examples, and cases where implementations differ."""
 
 import pytest
 

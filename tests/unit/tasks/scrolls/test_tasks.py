@@ -190,9 +190,8 @@ def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
         archive.writestr("qasper/train.jsonl", "\n".join(map(json.dumps, lines)))
     whole = (tmp_path / "qasper.zip").read_bytes()
     for position in range(60, 300, 7):
-        (tmp_path / "qasper.zip").write_bytes(
-            whole[:position] + bytes([whole[position] ^ 0x55]) + whole[position + 1 :]
-        )
+        changed = bytes([whole[position] ^ 0x55])
+        (tmp_path / "qasper.zip").write_bytes(whole[:position] + changed + whole[position + 1 :])
         with raises(DataError) as error:
             list(read_rows(tmp_path, "qasper", "train"))
         assert error.value.location.startswith(str(tmp_path / "qasper.zip"))
