@@ -32,6 +32,10 @@ from megatron_bipe.eval.perplexity import (
 from tests.helpers.tools import assert_refuses, call_tool
 
 
+# Stored: scripts read these names.
+RESULT_KEYS = ["length_tokens", "perplexity", "interval", "num_predictions", "num_documents", "by_place"]
+
+
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
 def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_eval_model, documents, protocol):
     dataset, eval_model, settings = (
@@ -164,6 +168,7 @@ def test_command_writes_a_page_that_needs_nothing_else(
             assert result["perplexity"] == pytest.approx(want.perplexity, rel=1e-6)
             assert result["interval"][0] < result["perplexity"] < result["interval"][1]
             assert (result["num_documents"], result["num_predictions"]) == (6, 172)
+            assert list(result) == RESULT_KEYS and list(result["by_place"][0]) == ["tokens", "perplexity"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
     page = (tmp_path / "out" / "extrapolation.html").read_text()
     picture = (tmp_path / "out" / "extrapolation.png").read_bytes()
