@@ -31,7 +31,6 @@ from megatron_bipe.eval.perplexity import (
 )
 from tests.helpers.tools import assert_refuses, call_tool
 
-
 # Stored: scripts read these names.
 RESULT_KEYS = ["length_tokens", "perplexity", "interval", "num_predictions", "num_documents", "by_place"]
 
