@@ -7,6 +7,8 @@ failure; they then exit with code 1 and a traceback.
 from pathlib import Path
 from typing import Any
 
+FAILED, USER_ERROR = 1, 2  # exit codes
+
 
 class BipeError(Exception):
     """Base of all errors that the user can fix.

@@ -1,4 +1,4 @@
-"""Common parts of all commands: log set-up and exit codes (0 done, 1 failed, 2 the user can fix it).
+"""Common parts of all commands: log set-up, exit codes (0 done, 1 failed, 2 the user can fix it), shared options.
 
 A command answers `--help` and errors in its arguments at once: its file imports at the top only what these need.
 Functions import torch, transformers and other slow packages where they use them.
@@ -12,9 +12,14 @@ import select
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from megatron_bipe.errors import BipeError, CheckpointError, DataError
+from megatron_bipe.config.schema import AUTO, PRECISIONS, Precision
+from megatron_bipe.errors import FAILED, USER_ERROR, BipeError, CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime.environment import prepare_environment
+
+if TYPE_CHECKING:
+    import torch
 
 
 def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
@@ -34,14 +39,14 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except BipeError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            return 2
+            return USER_ERROR
         except BrokenPipeError:
             if not _stdout_has_lost_its_reader():  # another pipe broke, such as that of a dead worker
                 raise
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted.\n")
-            return 1
+            return FAILED
         return 0
 
     return run
@@ -85,3 +90,40 @@ def parse_range(text: str) -> range:
     if not all(bound.isascii() and bound.isdigit() for bound in (first, last if dots else first)):
         raise argparse.ArgumentTypeError(f"{text!r} is not a range of whole numbers, such as 1..6")
     return range(int(first), int(last if dots else first) + 1)
+
+
+def add_device_options(parser: argparse.ArgumentParser, dtype: Precision = "fp32") -> None:
+    """Add both options; `dtype` is the default of `--dtype`."""
+    parser.add_argument("--device", default=AUTO, help="auto (the default), cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--dtype",
+        choices=PRECISIONS,
+        default=dtype,
+        help="precision the model runs in; auto: bf16 if the device multiplies it natively (default: %(default)s)",
+    )
+
+
+def pick_device(name: str) -> str:
+    """Return the torch device of a `--device` option; `auto` is `BIPE_DEVICE`, else a GPU if there is one."""
+    import torch
+
+    from megatron_bipe.runtime.hardware import device_type
+
+    if name == AUTO:
+        return device_type()
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(f"device {name!r}: {reason}", remedy="Use auto, cpu or cuda", location="--device") from error
+    return name
+
+
+def pick_dtype(name: Precision, device: str) -> "torch.dtype":
+    """Return the torch dtype of a `--dtype` option for a model on that device, and warn if bf16 is slow there."""
+    import torch
+
+    from megatron_bipe.model.precision import DTYPES
+    from megatron_bipe.runtime.hardware import choose_precision
+
+    return DTYPES[choose_precision(name, torch.device(device), "--dtype").precision]

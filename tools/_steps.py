@@ -194,12 +194,20 @@ class _Run:
         self.step, self._prefix = step, prefix
         self.child: ChildProcess | None = None
         self._log = folder / "logs" / f"{step.title.replace(' ', '_').replace(',', '')}.log"
-        self._made_by = "$ " + shlex.join(_without(folder, word) for word in step.command)
+        # independent of where the folder is
+        words = (re.sub(rf"(^|=){re.escape(str(folder))}/", r"\1OUTPUT/", word) for word in step.command)
+        self._made_by = "$ " + shlex.join(words)
 
     def is_done(self) -> bool:
         if not self.step.result.exists():
             return False
-        _check_made_by(self._made_by, self._log, self.step.result)
+        before = self._log.read_text(encoding="utf-8").partition("\n")[0] if self._log.exists() else ""
+        if before.startswith("$ ") and before != self._made_by:
+            raise BipeError(
+                f"{self.step.result} was made by {before!r}, and now it is {self._made_by!r}",
+                remedy="Name another --output, or give the same options; or remove the result to make it again",
+                location=self._log,
+            )
         self._show(f"done before: {self.step.result}")
         return True
 
@@ -258,21 +266,3 @@ class _Run:
     def _show(self, text: str) -> None:
         sys.stdout.write(f"    {self._prefix}{text}\n")  # in one call: other threads also write
         sys.stdout.flush()
-
-
-def _without(folder: Path, word: str) -> str:
-    """Return a word of a command, independent of where the folder is."""
-    return re.sub(rf"(^|=){re.escape(str(folder))}/", r"\1OUTPUT/", word)
-
-
-def _check_made_by(made_by: str, log: Path, result: Path) -> None:
-    if not log.exists():
-        return
-    with log.open(encoding="utf-8") as file:
-        before = file.readline().rstrip("\n")
-    if before.startswith("$ ") and before != made_by:
-        raise BipeError(
-            f"{result} was made by {before!r}, and now it is {made_by!r}",
-            remedy="Name another --output, or give the same options; or remove the result to make it again",
-            location=log,
-        )

@@ -6,8 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from _cli import check_model_folder, check_output_file, command
-from _device import add_device_options, pick_device, pick_dtype
+from _cli import add_device_options, check_model_folder, check_output_file, command, pick_device, pick_dtype
 from megatron_bipe.config.schema import AUTO
 
 
@@ -28,13 +27,13 @@ def main(argv: Sequence[str] | None) -> None:
     if arguments.output:
         check_output_file(arguments.output, arguments.overwrite)
     check_model_folder(arguments.model)
-    texts = generate(arguments)
+    texts = continue_prompts(arguments)
     print("\n\n".join(texts))
     if arguments.output:
         arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
-def generate(arguments: argparse.Namespace) -> list[str]:
+def continue_prompts(arguments: argparse.Namespace) -> list[str]:
     from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 

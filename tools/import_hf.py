@@ -11,30 +11,24 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from _cli import check_model_folder, command
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.data.segments import SegmentRule, Vocabulary, resolve_rule
-from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
-from megatron_bipe.errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from megatron_bipe.hf.authors_checkpoint import AuthorsModel
+from megatron_bipe.errors import ConfigError
 
 
 @command
 def main(argv: Sequence[str] | None) -> None:
-    arguments = _parser().parse_args(argv)
-    check_model_folder(arguments.input, remedy="Name the folder of a model, one with config.json")
-    if arguments.output and arguments.output.resolve() == arguments.input.resolve():
-        raise ConfigError("the output is the input", remedy="Name another --output", location=arguments.output)
-    if arguments.output:
-        _refuse({"--config": arguments.config, "--set": arguments.set}, "--output")
-        to_model(arguments)
+    given = _parser().parse_args(argv)
+    check_model_folder(given.input, remedy="Name the folder of a model, one with config.json")
+    if given.output and given.output.resolve() == given.input.resolve():
+        raise ConfigError("the output is the input", remedy="Name another --output", location=given.output)
+    if given.output:
+        _refuse({"--config": given.config, "--set": given.set}, "--output")
+        to_model(given)
     else:
-        to_run(arguments, load_run_config(arguments.config, [*arguments.set, f"run_dir={arguments.checkpoint}"]))
+        to_run(given, load_run_config(given.config, [*given.set, f"run_dir={given.checkpoint}"]))
 
 
 def _refuse(unused: Mapping[str, object], target: str) -> None:
@@ -43,108 +37,36 @@ def _refuse(unused: Mapping[str, object], target: str) -> None:
         raise ConfigError(f"{', '.join(given)} have no effect with {target}", remedy="Remove them", location=given[0])
 
 
-def to_model(arguments: argparse.Namespace) -> None:
+def to_model(given: argparse.Namespace) -> None:
     """Convert to the Hugging Face layout, and print how much the logits differ."""
     from transformers.utils.logging import disable_progress_bar
 
-    from _samples import random_sequences
-    from megatron_bipe.hf.export import ExportOptions, export_model
-    from megatron_bipe.hf.hf_config import DataFields
-    from megatron_bipe.hf.load import read_settings
-    from megatron_bipe.hf.tokenizer_files import TokenizerSource
+    from megatron_bipe.eval.convert import export_published, read_published
 
     disable_progress_bar()
-    model, tokenizer, rule = _published(arguments)
-    settings = read_settings(arguments.input)
-    named = {role: settings.get(f"{role}_token_id") for role in ("bos", "eos")}
-    special_ids = tokenizer.special_ids if tokenizer else {role: i for role, i in named.items() if isinstance(i, int)}
-    source = (
-        TokenizerSource(tokenizer.definition, tokenizer.to_json(), special_ids, tokenizer.encode_batch)
-        if tokenizer
-        else None
-    )
-    figure = export_model(
-        model.weights,
-        model.config,
-        arguments.output,
-        DataFields(rule.spec, rule.token_ids, tokenizer.fingerprint if tokenizer else None, special_ids),
-        random_sequences(model.config, rule, model.config.train_len_tokens),
-        source,
-        ExportOptions(
-            dtype=model.dtype,
-            overwrite=arguments.overwrite,
-            title=arguments.output.name,
-            facts={"Converted from": f"the BiPE authors' layout, folder `{arguments.input.resolve().name}`"},
-        ),
-    )
-    print(f"{arguments.output}: logits differ from the training model's by at most {figure:.1e} of the largest")
+    published = read_published(given.input, given.tokenizer, given.segments)
+    error = export_published(published, given.output, given.overwrite)
+    print(f"{given.output}: logits differ from the training model's by at most {error:.1e} of the largest")
 
 
-def to_run(arguments: argparse.Namespace, run: RunConfig) -> None:
+def to_run(given: argparse.Namespace, run: RunConfig) -> None:
     """Convert to checkpoint 0 of a run."""
     from transformers.utils.logging import disable_progress_bar
 
-    from megatron_bipe.eval.eval_model import EvalModel, load_exported_model
-    from megatron_bipe.eval.model_loading import plan_weights
-    from megatron_bipe.hf.load import build_from_llama, read_settings
-    from megatron_bipe.hf.weight_mapping import to_llama
+    from megatron_bipe.eval.convert import read_published
+    from megatron_bipe.eval.eval_model import load_exported_model, named_weights
+    from megatron_bipe.hf.load import read_settings
     from megatron_bipe.train.warm_start import start_run
 
     disable_progress_bar()
-    if "rpe_type" in read_settings(arguments.input):
-        model, tokenizer, rule = _published(arguments)
-        full_model = build_from_llama(to_llama(model.weights, model.config), model.config, arguments.input)
-        fingerprint = tokenizer.fingerprint if tokenizer else None
-        eval_model = EvalModel(arguments.input.name, str(arguments.input), full_model, model.config, fingerprint, rule)
+    if "rpe_type" in read_settings(given.input):
+        eval_model = read_published(given.input, given.tokenizer, given.segments).eval_model()
     else:
-        own = {"--tokenizer": arguments.tokenizer, "--segments": arguments.segments}
+        own = {"--tokenizer": given.tokenizer, "--segments": given.segments}
         _refuse(own, "--checkpoint of a model that records its tokenizer and rule")
-        eval_model = load_exported_model(arguments.input)
-    folder = start_run(run, eval_model, plan_weights(eval_model))
+        eval_model = load_exported_model(given.input)
+    folder = start_run(run, eval_model, named_weights(eval_model))
     print(f"{folder}: pretrain.py continues from here with the same --config and --set, and run_dir={run.run_dir}")
-
-
-def _published(arguments: argparse.Namespace) -> "tuple[AuthorsModel, Tokenizer | None, SegmentRule]":
-    from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
-
-    model = read_authors_checkpoint(arguments.input)
-    tokenizer = _tokenizer(arguments.tokenizer or arguments.input, required=arguments.tokenizer is not None)
-    return model, tokenizer, _rule(arguments.segments or "reference", tokenizer, model.config.vocab_size)
-
-
-def _tokenizer(folder: Path, required: bool) -> Tokenizer | None:
-    """Return the requested tokenizer, or the one next to the weights if there is one."""
-    if required or any((folder / name).is_file() for name in DEFINITIONS):
-        return load_tokenizer(folder)
-    return None
-
-
-class _IdsOnly:
-    """Vocabulary of known size without the tokens' texts."""
-
-    def __init__(self, vocab_size: int) -> None:
-        self.vocab_size = vocab_size
-
-    def text_of(self, _token_id: int) -> None:
-        """Return None: no token's text is known."""
-
-
-def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRule:
-    """Return the segment rule; without a tokenizer, the reference rule is the authors' ids."""
-    if tokenizer is not None:
-        return resolve_rule(spec, tokenizer)
-    if spec == "reference":
-        from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS
-
-        return SegmentRule(spec=spec, token_ids=PUBLISHED_SEPARATORS)
-    try:
-        return resolve_rule(spec, _IdsOnly(vocab_size))
-    except DataError as error:
-        raise DataError(
-            f"{error.message}; there is no tokenizer to resolve it with",
-            remedy="Give --tokenizer, or use reference, fixed:N or a list of ids",
-            location="--segments",
-        ) from error
 
 
 def _parser() -> argparse.ArgumentParser:

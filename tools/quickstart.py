@@ -6,7 +6,6 @@ the page.
 """
 
 import argparse
-import csv
 import shlex
 import sys
 from collections.abc import Sequence
@@ -15,9 +14,9 @@ from pathlib import Path
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.eval.effect import RISE_RATIOS, extrapolation_effect
-from megatron_bipe.eval.effect import STRETCHES as JUDGED
+from megatron_bipe.eval.quickstart_results import read_column, verdict
 from megatron_bipe.io import write_atomically
+from megatron_bipe.text_table import text_table
 
 CONFIG = Path("examples/quickstart.yaml")
 CORPUS = "--max-bytes 2000000 --valid-share 0.1"  # twice as much text as the training reads
@@ -25,6 +24,13 @@ ENCODINGS = ("bipe_rope", "bipe_alibi", "rope")
 STRETCHES = (1, 2, 3, 4, 6, 8)  # evaluated lengths, as multiples of the training length
 PROMPTS = ("The default value is", "def __init__(self, name):")
 PAGE = "report.html"
+MADE = {
+    "results": "evaluation/perplexity.json, .csv, .png",
+    "models": "exported/*  (AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True))",
+    "runs": "runs/*  (metrics.jsonl, tensorboard/, checkpoints/)",
+    "data": "data/train, data/valid  (python tools/inspect_data.py show DIR)",
+    "logs": "logs/*",
+}
 
 EVALUATE = Pattern(
     "Evaluate at 1 to 8 times the training length",
@@ -53,9 +59,8 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="passed on to pretrain.py")
     arguments = parser.parse_args(argv)
     folder: Path = arguments.output
-    trained_tokens = load_run_config(CONFIG, arguments.set).train.seq_len_tokens
     run_steps(plan(folder, arguments.set), folder)
-    summarise(folder, trained_tokens)
+    summarise(folder, load_run_config(CONFIG, arguments.set).train.seq_len_tokens)
 
 
 def plan(folder: Path, settings: list[str]) -> list[Stage]:
@@ -81,59 +86,20 @@ def plan(folder: Path, settings: list[str]) -> list[Stage]:
     ]
 
 
-def summarise(folder: Path, trained_tokens: int) -> None:
+def summarise(folder: Path, train_len_tokens: int) -> None:
     """Write the report page; print the results and their paths."""
     from megatron_bipe.eval.quickstart_page import quickstart_page
 
     table = folder / "evaluation" / "perplexity.csv"
-    perplexities = read_column(table, "perplexity")
-    text = verdict(read_column(table, "nats_per_token"), trained_tokens)
+    text = verdict(read_column(table, "nats_per_token"), train_len_tokens)
     write_atomically(folder / PAGE, quickstart_page(folder, text, PROMPTS).encode())
-    print("\nPerplexity on held-out text\n")
+    perplexities = read_column(table, "perplexity")
     lengths = sorted(next(iter(perplexities.values())))
-    print("tokens".ljust(12) + "".join(f"{length:>9}" for length in lengths))
-    for encoding, by_length in perplexities.items():
-        print(encoding.ljust(12) + "".join(f"{by_length[length]:9.2f}" for length in lengths))
-    print("\n" + text + "\n")
-    for what, where in {
-        "results": "evaluation/perplexity.json, .csv, .png",
-        "models": "exported/*  (AutoModelForCausalLM.from_pretrained(DIR, trust_remote_code=True))",
-        "runs": "runs/*  (metrics.jsonl, tensorboard/, checkpoints/)",
-        "data": "data/train, data/valid  (python tools/inspect_data.py show DIR)",
-        "logs": "logs/*",
-    }.items():
-        print(f"{what:>8}  {folder}/{where}")
+    rows = [[encoding, *(f"{values[length]:.2f}" for length in lengths)] for encoding, values in perplexities.items()]
+    print("\nPerplexity on held-out text\n")
+    print(text_table([["tokens", *map(str, lengths)], *rows]))
+    print(f"\n{text}\n\n{text_table([(what, f'{folder}/{where}') for what, where in MADE.items()], left=[1])}")
     print(f"\nAll results on one page, for a browser:\n{folder / PAGE}")
-
-
-def read_column(path: Path, column: str) -> dict[str, dict[int, float]]:
-    """Return encoding -> length -> value of a column of the evaluation's CSV file."""
-    result: dict[str, dict[int, float]] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            result.setdefault(row["encoding"], {})[int(row["length_tokens"])] = float(row[column])
-    return result
-
-
-def verdict(nats: dict[str, dict[int, float]], trained_tokens: int) -> str:
-    """Describe how losses change beyond the training length, and whether this shows the paper's effect."""
-    effect = extrapolation_effect(nats, trained_tokens)
-    lines = []
-    for index, stretch in enumerate(JUDGED):
-        rises = {encoding: f"{rises[index]:+.3f}" for encoding, rises in effect.rises_nats.items()}
-        lines.append(
-            f"At {stretch * trained_tokens} tokens, {stretch} times the training length, the loss has changed by "
-            f"{rises['rope']} nats a token with RoPE, {rises['bipe_rope']} with BiPE-RoPE, "
-            f"{rises['bipe_alibi']} with BiPE-ALiBi."
-        )
-    twice, four_times = RISE_RATIOS
-    lines.append(
-        "Beyond the training length RoPE gets worse and the bilevel encodings hold: the effect of the paper."
-        if effect.shows
-        else f"The effect of the paper does NOT show in this run: RoPE's rise should be {twice:g} and {four_times:g} "
-        "times BiPE-RoPE's, and BiPE-ALiBi's loss should not rise."
-    )
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -10,18 +10,15 @@ import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
 from megatron_bipe.config.encodings import ENCODINGS
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.quickstart_results import read_column
 from megatron_bipe.io import write_atomically
-from quickstart import STRETCHES, read_column
-
-if TYPE_CHECKING:
-    from megatron_bipe.eval.curves import Curve
+from quickstart import STRETCHES
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 CORPUS = ""  # the defaults of tools/corpus.py
@@ -45,12 +42,16 @@ def main(argv: Sequence[str] | None) -> None:
     reach = supported_lengths(arguments.encodings, arguments.set)
     run_steps(plan(folder, reach, arguments.set), folder)
 
-    from megatron_bipe.eval.plot import draw_perplexity
+    from megatron_bipe.eval.chart import Line, draw_png, perplexity_chart
 
     found = perplexities(folder, reach)
-    text, plot = table(found), draw_perplexity(curves(found, min(next(iter(reach.values())))), TITLE)
+    text, train_len_tokens = table(found), min(next(iter(reach.values())))
+    lines = [
+        Line(encoding, sorted(by_length.items()), style, train_len_tokens)
+        for style, (encoding, by_length) in enumerate(found.items())
+    ]
     write_atomically(folder / "table.md", text.encode())
-    write_atomically(folder / "perplexity.png", plot)
+    write_atomically(folder / "perplexity.png", draw_png(perplexity_chart(lines, TITLE)))
     print(f"\nPerplexity on held-out text, by sequence length in tokens\n\n{text}")
     print(f"Written: {folder / 'table.md'} {folder / 'perplexity.png'}")
 
@@ -101,12 +102,6 @@ def table(found: dict[str, dict[int, float]]) -> str:
         values = (by_length.get(length) for length in columns)
         lines.append([f"`{encoding}`", *("" if value is None else f"{value:.1f}" for value in values)])
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-def curves(found: dict[str, dict[int, float]], trained_tokens: int) -> "list[Curve]":
-    from megatron_bipe.eval.curves import Curve
-
-    return [Curve(encoding, trained_tokens, sorted(by_length.items())) for encoding, by_length in found.items()]
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The text of `--dry-run`: configuration, layers, layout, memory, communication, length and data of a run."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
 from megatron_bipe.model.transformer import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.text_table import text_table
 from megatron_bipe.train.batch_loader import check_manifest
 
 
@@ -58,7 +59,8 @@ def layer_table(model: ModelConfig) -> str:
     last = len(kinds) - 1
     rows = [("0", kinds[0], counts[0]), (f"1-{last - 1}", f"{kinds[1]} x {last - 1}", sum(counts[1:last]))]
     rows.append((str(last), kinds[last], counts[last]))
-    return _table([("layers", "kind", "parameters"), *((i, k, f"{n:,}") for i, k, n in rows), _total(sum(counts))])
+    cells = [(layers, kind, f"{count:,}") for layers, kind, count in rows]
+    return text_table([("layers", "kind", "parameters"), *cells, _total(sum(counts))], left=[1]) + "\n"
 
 
 def _total(count: int) -> tuple[str, ...]:
@@ -87,7 +89,7 @@ def _stage_table(stages: Sequence[StageMemory]) -> str:
         )
         for stage in stages
     ]
-    return _table([("stage", "layers", "parameters per rank", "fraction of the cost"), *rows])
+    return text_table([("stage", "layers", "parameters per rank", "fraction of the cost"), *rows], left=[]) + "\n"
 
 
 def _bubble(run: RunConfig, num_ranks: int) -> str:
@@ -100,7 +102,7 @@ def _bubble(run: RunConfig, num_ranks: int) -> str:
 def _memory_table(stages: Sequence[StageMemory]) -> str:
     names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
     rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
-    return _table([("stage", *names[:-2], "total", "host"), *rows])
+    return text_table([("stage", *names[:-2], "total", "host"), *rows], left=[]) + "\n"
 
 
 def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
@@ -108,22 +110,7 @@ def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
         (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
         for kind in step_traffic(run, ds_config, num_ranks)
     ]
-    return _table([("axis", "what", "times", "GiB"), *rows]) if rows else "nothing: one rank\n"
-
-
-def _table(rows: Iterable[Sequence[str]]) -> str:
-    """Align the columns: text to the left, numbers to the right."""
-    rows = list(rows)
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    numeric = [all(not cell or cell[0].isdigit() for cell in column[1:]) for column in zip(*rows, strict=True)]
-    lines = [
-        "  ".join(
-            cell.rjust(width) if right else cell.ljust(width)
-            for cell, width, right in zip(row, widths, numeric, strict=True)
-        )
-        for row in rows
-    ]
-    return "".join(line.rstrip() + "\n" for line in lines)
+    return text_table([("axis", "what", "times", "GiB"), *rows], left=[0, 1]) + "\n" if rows else "nothing: one rank\n"
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.options import PROMPT_BATCH_TOKENS
+from megatron_bipe.eval.sequences import PROMPT_BATCH_TOKENS
 from megatron_bipe.hf.load import check_folder, model_config, read_settings
 from megatron_bipe.types import TokenArray
 
@@ -61,7 +61,7 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
     return Generator(model.to(device).eval(), tokenizer, config.max_seq_len_tokens)
 
 
-def generate(
+def generate_batches(
     generator: Generator, prompts: Sequence[TokenArray], limits: Limits, advance: Callable[[int], object] | None = None
 ) -> list[list[int]]:
     """Generate greedily up to EOS, which is not returned.

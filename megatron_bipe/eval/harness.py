@@ -4,16 +4,19 @@ Source: Gao et al., "A framework for few-shot language model evaluation" (Eleuth
 """
 
 import difflib
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from lm_eval.utils import make_table
 
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.hf.load import check_folder, read_settings
+from megatron_bipe.io import write_atomically
 
 
 class HarnessSettings(NamedTuple):
@@ -86,6 +89,18 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
         bootstrap_iters=1000,
     )
     return results
+
+
+def write_results(path: Path, folder: Path, settings: HarnessSettings, results: Mapping[str, Any]) -> None:
+    """Write the results of `run_tasks` on an exported folder as JSON, with the settings and the samples."""
+    kept = {key: results[key] for key in ("results", "versions", "n-shot", "n-samples", "configs", "samples")}
+    text = json.dumps({"model": str(folder), "settings": settings._asdict(), **kept}, indent=2, default=str)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def results_table(results: dict[str, Any]) -> str:
+    """Return the harness's own table."""
+    return str(make_table(results))
 
 
 def _check_known(tasks: Sequence[str], manager: TaskManager) -> None:

@@ -1,6 +1,6 @@
-"""Perplexity of a model at one sequence length.
+"""Losses of a model on a dataset at one sequence length: in total, and by document and position in the sequence.
 
-B batch · T positions of a sequence · P predictions of a sequence · D width
+B batch · T positions of a sequence · P predictions of a sequence · D width · M documents · Q equal parts of a sequence
 """
 
 import math
@@ -17,16 +17,26 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.options import DEFAULT_PROTOCOL, EVAL_BATCH_TOKENS
-from megatron_bipe.eval.sequences import EvalSequences, Protocol, cut_sequences
+from megatron_bipe.eval.sequences import (
+    DEFAULT_PROTOCOL,
+    EVAL_BATCH_TOKENS,
+    EvalSequences,
+    Protocol,
+    cut_sequences,
+    limit_tokens,
+)
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.types import Batch, IntArray
 
 FloatArray = npt.NDArray[np.float64]
 HEAD_TOKENS = 2048  # tokens per call of the head: 260 MB of fp32 logits for LLaMA's vocabulary
+NUM_PARTS = 16  # equal parts of a sequence
+NUM_RESAMPLES = 1000
+INTERVAL = 0.95
+LEAST_DOCUMENTS = 2  # fewer have no interval
 
 
-class Settings(NamedTuple):
+class EvalSettings(NamedTuple):
     """Settings of an evaluation besides model, dataset and length."""
 
     protocol: Protocol = DEFAULT_PROTOCOL
@@ -39,7 +49,7 @@ class Settings(NamedTuple):
     """Compute precision; losses are always computed in fp32 and summed in fp64."""
 
 
-class LengthResult(NamedTuple):
+class PerplexityResult(NamedTuple):
     """Result at one sequence length."""
 
     length_tokens: int
@@ -58,20 +68,69 @@ class LengthResult(NamedTuple):
     seconds: float
 
 
+class DocumentLosses(NamedTuple):
+    """Sums over all predictions at one sequence length."""
+
+    length_tokens: int
+    nats_MQ: FloatArray
+    """Loss sums by document and sequence part of the predicted token."""
+    counts_MQ: IntArray
+    """Number of predictions in each."""
+
+    @property
+    def perplexity(self) -> float:
+        return _exp(self.nats_MQ.sum() / self.counts_MQ.sum())
+
+    @property
+    def num_documents(self) -> int:
+        """Number of documents with predictions."""
+        return int((self.counts_MQ.sum(1) > 0).sum())
+
+    @property
+    def by_position(self) -> list[tuple[float, float]]:
+        """(middle of the sequence part in tokens, perplexity there), for parts with predictions."""
+        nats_Q, counts_Q = self.nats_MQ.sum(0), self.counts_MQ.sum(0)
+        width = self.length_tokens / NUM_PARTS
+        return [
+            ((part + 0.5) * width, _exp(nats_Q[part] / counts_Q[part])) for part in np.flatnonzero(counts_Q).tolist()
+        ]
+
+    def interval(self) -> tuple[float, float] | None:
+        """Return the central `INTERVAL` of the perplexities of resampled corpora.
+
+        Each resample draws as many documents as the corpus has, with replacement; the draws are the same for every
+        model and length. Return None if fewer than `LEAST_DOCUMENTS` have predictions.
+
+        Source: Efron 1979, "Bootstrap methods: another look at the jackknife"; percentile interval.
+        """
+        nats_M, counts_M = self.nats_MQ.sum(1), self.counts_MQ.sum(1)
+        num_documents = len(counts_M)
+        if self.num_documents < LEAST_DOCUMENTS:
+            return None
+        generator = np.random.default_rng(0)
+        means = np.empty(NUM_RESAMPLES)
+        for resample in range(NUM_RESAMPLES):
+            times_M = np.bincount(generator.integers(num_documents, size=num_documents), minlength=num_documents)
+            drawn = times_M @ counts_M
+            means[resample] = times_M @ nats_M / drawn if drawn else np.nan
+        low, high = np.nanquantile(means, ((1 - INTERVAL) / 2, (1 + INTERVAL) / 2))
+        return _exp(low), _exp(high)
+
+
 def evaluate_perplexity(
     eval_model: EvalModel,
     dataset: TokenDataset,
     length_tokens: int,
-    settings: Settings,
+    settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
-) -> LengthResult:
+) -> PerplexityResult:
     """Run the model over all sequences of one length.
 
     Memory holds the activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
 
     Args:
         eval_model: moved to the device and precision of `settings`, in place.
-        dataset: a dataset accepted by `check_suits`.
+        dataset: a dataset accepted by `check_compatible`.
         length_tokens: sequence length.
         settings: protocol, limits, device and precision.
         progress: called with the number of tokens after each batch.
@@ -90,11 +149,36 @@ def evaluate_perplexity(
     return _result(dataset, length_tokens, sequences, available, total_nats, seconds)
 
 
+def evaluate_documents(
+    eval_model: EvalModel,
+    dataset: TokenDataset,
+    length_tokens: int,
+    settings: EvalSettings,
+    progress: Callable[[int], object] | None = None,
+) -> DocumentLosses:
+    """Run the model over all sequences of one length; arguments and errors as in `evaluate_perplexity`."""
+    sequences = cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
+    bounds = np.asarray(dataset.document_bounds())
+    num_documents = len(bounds) - 1
+    nats = np.zeros(num_documents * NUM_PARTS)
+    counts = np.zeros(num_documents * NUM_PARTS, dtype=np.int64)
+    for rows, losses_BP in sequence_losses(eval_model, dataset, sequences, settings, progress):
+        offsets = sequences.num_context[rows[0]] + np.arange(losses_BP.shape[1])
+        predicted_BP = sequences.starts[rows][:, None] + offsets + 1
+        document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
+        part_P = offsets * NUM_PARTS // length_tokens
+        cells = (document_BP * NUM_PARTS + part_P).ravel()
+        nats += np.bincount(cells, losses_BP.ravel(), minlength=nats.size)
+        counts += np.bincount(cells, minlength=counts.size)
+    shape = (num_documents, NUM_PARTS)
+    return DocumentLosses(length_tokens, nats.reshape(shape), counts.reshape(shape))
+
+
 def sequence_losses(
     eval_model: EvalModel,
     dataset: TokenDataset,
     sequences: EvalSequences,
-    settings: Settings,
+    settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
 ) -> Iterator[tuple[IntArray, FloatArray]]:
     """Yield row numbers of sequences [B] and the losses of their predictions in nats [B, P], batch by batch.
@@ -122,21 +206,6 @@ def sequence_losses(
         if progress:
             progress(batch.tokens_BT.numel())
         yield rows, losses_BP
-
-
-def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
-    """Return the number of tokens available to an evaluation limited to `max_tokens`.
-
-    Raises:
-        ConfigError: `max_tokens` is not positive.
-    """
-    if max_tokens is None:
-        return dataset.num_tokens
-    if max_tokens < 1:
-        raise ConfigError(
-            f"--max-tokens {max_tokens} selects no tokens", remedy="Use 1 or more", location="--max-tokens"
-        )
-    return min(max_tokens, dataset.num_tokens)
 
 
 def _group_rows(sequences: EvalSequences, num_together: int) -> Iterator[IntArray]:
@@ -191,7 +260,7 @@ def _result(
     available: int,
     total_nats: float,
     seconds: float,
-) -> LengthResult:
+) -> PerplexityResult:
     num_predictions = int(sequences.num_predictions.sum())
     # `reference` defines the mean over blocks of the block means, which is the same because its blocks have one size.
     # The authors weight a batch's mean by its blocks, also in the last, smaller batch (accelerate trims their eight
@@ -199,9 +268,9 @@ def _result(
     nats = total_nats / num_predictions
     complete = sequences.num_tokens == dataset.num_tokens
     text_bytes = dataset.manifest.text_bytes
-    return LengthResult(
+    return PerplexityResult(
         length_tokens=length_tokens,
-        perplexity=math.exp(nats) if nats < 700 else math.inf,
+        perplexity=_exp(nats),
         nats_per_token=nats,
         bits_per_byte=total_nats / math.log(2) / text_bytes if complete and text_bytes else None,
         num_sequences=int(sequences.starts.size),
@@ -210,3 +279,7 @@ def _result(
         num_tokens_dropped=available - sequences.num_tokens,
         seconds=seconds,
     )
+
+
+def _exp(nats: float) -> float:
+    return math.exp(nats) if nats < 700 else math.inf

@@ -8,12 +8,23 @@ from html import escape
 from pathlib import Path
 
 from megatron_bipe.data.inspection.show import printable
-from megatron_bipe.eval.curves import values_beyond, visible_range
-from megatron_bipe.eval.line_chart import Chart, Line, line_chart
-from megatron_bipe.eval.page import Section, bars, commands, definitions, details, facts, figure, page, paragraph, table
-from megatron_bipe.eval.quickstart_results import Quickstart, read_quickstart
-from megatron_bipe.eval.run_losses import loss_lines
-from megatron_bipe.eval.segments_view import readable_passage, segments_view, token_box
+from megatron_bipe.eval.chart import Chart, Line, draw_svg, perplexity_chart
+from megatron_bipe.eval.page import (
+    Section,
+    bars,
+    commands,
+    definitions,
+    details,
+    facts,
+    figure,
+    page,
+    paragraph,
+    readable_passage,
+    segments_view,
+    table,
+    token_box,
+)
+from megatron_bipe.eval.quickstart_results import Quickstart, RunLosses, average_steps, read_quickstart
 from megatron_bipe.runtime.environment import cpu_facts
 
 PASSAGE_TOKENS = 128
@@ -140,79 +151,75 @@ def _lead(found: Quickstart, verdict: str) -> str:
 
 def _perplexity_section(found: Quickstart) -> str:
     models = found.evaluation.models
-    curves = [model.curve for model in models]
-    low, high = visible_range(curves)
-    lengths = sorted({length for curve in curves for length, _ in curve.points})
+    lines = [Line(model.name, model.points, style, model.train_len_tokens) for style, model in enumerate(models)]
     trained = models[0].train_len_tokens
     described = "; ".join(
-        f"{curve.name}: " + ", ".join(f"{value:.1f} at {length:,}" for length, value in curve.points)
-        for curve in curves
+        f"{line.name}: " + ", ".join(f"{value:.1f} at {length:,}" for length, value in line.points) for line in lines
     )
-    chart = Chart(
-        summary=f"Perplexity by sequence length in tokens. {described}. Training length: {trained:,}.",
-        x_label="sequence length, tokens",
-        y_label="perplexity (lower is better)",
-        lines=[Line(curve.name, style, curve.points) for style, curve in enumerate(curves)],
-        y_range=(low, high),
-        x_ticks=lengths,
-        x_mark=(trained, "training length"),
-    )
-    means, beyond = found.evaluation.protocol_means, values_beyond(curves, high)
-    caption = f"Perplexity on held-out text. {means[:1].upper()}{means[1:]}."
-    if beyond:
-        caption += f" Beyond the chart: {beyond}."
-    values = [dict(curve.points) for curve in curves]
-    rows = [
-        [f"{length:,}", *(f"{by_length[length]:,.2f}" if length in by_length else "" for by_length in values)]
-        for length in lengths
-    ]
-    kinds = ["trained" if length == trained else "" for length in lengths]
-    numbers = table(["sequence length, tokens", *(escape(curve.name) for curve in curves)], rows, kinds)
+    chart = perplexity_chart(lines)
+    svg = draw_svg(chart, f"Perplexity by sequence length in tokens. {described}. Training length: {trained:,}.")
+    means, note = found.evaluation.protocol_means, f" {chart.note}." if chart.note else ""
+    caption = f"Perplexity on held-out text. {means[:1].upper()}{means[1:]}.{note}"
+    numbers = _numbers("sequence length, tokens", [line.points for line in lines], ",.2f", found, trained)
     key = "".join(
         f'<li class="s{style}"><b>{escape(model.name)}</b>: {escape(ABOUT[model.name])}</li>\n'
         for style, model in enumerate(models)
         if model.name in ABOUT
     )
     return (
-        figure(line_chart(chart), escape(caption))
+        figure(svg, escape(caption))
         + details("The numbers", numbers)
         + (f'<ul class="key">\n{key}</ul>\n' if key else "")
     )
 
 
+def _numbers(
+    heading: str, points: Sequence[Sequence[tuple[float, float]]], form: str, found: Quickstart, marked: int = 0
+) -> str:
+    """Return a table of each model's values by x, with the row of `marked` highlighted."""
+    by_x = [dict(each) for each in points]
+    xs = sorted({x for values in by_x for x in values})
+    rows = [[f"{x:,.0f}", *(f"{values[x]:{form}}" if x in values else "" for values in by_x)] for x in xs]
+    kinds = ["trained" if x == marked else "" for x in xs]
+    return table([heading, *(escape(model.name) for model in found.evaluation.models)], rows, kinds)
+
+
 def _losses(found: Quickstart) -> str:
-    models = found.evaluation.models
-    lines = [
-        line
-        for style, (model, (_, losses)) in enumerate(zip(models, found.runs, strict=True))
-        for line in loss_lines(model.name, style, losses)
-    ]
-    last = [
-        (model.name, losses.valid[-1]) for model, (_, losses) in zip(models, found.runs, strict=True) if losses.valid
-    ]
-    described = "; ".join(f"{name}: {loss:.3f} after {tokens:,.0f} tokens" for name, (tokens, loss) in last)
-    low, high = _loss_range(lines)
-    chart = Chart(
-        summary=f"Training and validation loss against training tokens. Last validation losses: {described or 'none'}.",
-        x_label="training tokens",
-        y_label="loss, nats per token",
-        lines=lines,
-        y_range=(low, high),
-        show_x=_with_prefix,
+    losses_by_name = {
+        model.name: losses for model, (_, losses) in zip(found.evaluation.models, found.runs, strict=True)
+    }
+    lines = [line for style, item in enumerate(losses_by_name.items()) for line in loss_lines(*item, style)]
+    described = "; ".join(
+        "{}: {:.3f} after {:,.0f} tokens".format(name, *reversed(losses.valid[-1]))
+        for name, losses in losses_by_name.items()
+        if losses.valid
     )
+    low, high = _loss_range(lines)
+    chart = Chart(lines, "training tokens", "loss, nats per token", (low, high), show_x=_with_prefix)
+    summary = f"Training and validation loss against training tokens. Last validation losses: {described or 'none'}."
     cut = "; its first steps lie above the chart" if any(y > high for line in lines for _, y in line.points) else ""
     caption = (
         "Thick lines: validation loss, on held-out text. Thin lines: training loss, averaged over neighbouring "
         f"steps{cut}. Both use the sequence length of training."
     )
-    columns = ["training tokens", *(escape(model.name) for model in models)]
-    by_tokens = [dict(losses.valid) for _, losses in found.runs]
-    rows = [
-        [f"{tokens:,.0f}", *(f"{by[tokens]:.3f}" if tokens in by else "" for by in by_tokens)]
-        for tokens in sorted({tokens for by in by_tokens for tokens in by})
-    ]
-    numbers = details("The validation losses", table(columns, rows)) if rows else ""
-    return figure(line_chart(chart), escape(caption)) + numbers
+    numbers = _numbers("training tokens", [losses.valid for losses in losses_by_name.values()], ".3f", found)
+    shown = details("The validation losses", numbers) if described else ""
+    return figure(draw_svg(chart, summary), escape(caption)) + shown
+
+
+def loss_lines(name: str, losses: RunLosses, style: int, max_points: int = 100) -> list[Line]:
+    """Return chart lines: validation loss with the run's name, training loss as a line in the background.
+
+    Args:
+        name: name of the run.
+        losses: metrics of the run.
+        style: index of its colour.
+        max_points: maximum points of the averaged training loss; without validations that line has the name.
+    """
+    averaged = average_steps(losses.train, max_points)
+    if not losses.valid:
+        return [Line(name, averaged, style)]
+    return [Line(name, losses.valid, style), Line("", averaged, style)]
 
 
 def _loss_range(lines: Sequence[Line]) -> tuple[float, float]:

@@ -1,39 +1,36 @@
 """Report of a perplexity evaluation: JSON with all results, CSV for spreadsheets, a plot and a text table."""
 
-import csv
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from tqdm import tqdm
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.curves import Curve
+from megatron_bipe.eval.chart import Line, draw_png, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.perplexity import LengthResult, Settings, limit_tokens
-from megatron_bipe.eval.plot import draw_perplexity
-from megatron_bipe.eval.sequences import PROTOCOLS
-from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult, evaluate_perplexity
+from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences, limit_tokens
 from megatron_bipe.io import write_atomically
+from megatron_bipe.text_table import csv_text, text_table
 
 FORMAT_VERSION = 1
-JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
-# Keys of the results in both files; the name `num_windows` belongs to format version 1.
-_STORED_KEYS = tuple("num_windows" if name == "num_sequences" else name for name in LengthResult._fields)
+NAMES = JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
+STORED_NAMES = {"num_sequences": "num_windows"}  # of fields of `PerplexityResult`, in the files
 
 
 class ModelResults(NamedTuple):
     """Results of one model at all lengths, ascending."""
 
     eval_model: EvalModel
-    results: tuple[LengthResult, ...]
+    results: tuple[PerplexityResult, ...]
 
 
-def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_NAME, CSV_NAME, PNG_NAME)) -> None:
+def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = NAMES) -> None:
     """Create the output folder before a long evaluation starts; `names` are the files that will be written.
 
     Raises:
@@ -53,25 +50,51 @@ def prepare_output(folder: Path, overwrite: bool, names: Sequence[str] = (JSON_N
         raise ConfigError(what, remedy="Choose another --output", location=folder) from error
 
 
-def write_report(folder: Path, dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> list[Path]:
+def evaluate_model(
+    eval_model: EvalModel, dataset: TokenDataset, lengths: Sequence[int], settings: EvalSettings
+) -> ModelResults:
+    """Evaluate a model at all lengths, ascending; progress is shown on a terminal.
+
+    Raises:
+        BipeError: as in `evaluate_perplexity`; one for a length is raised before anything is run.
+    """
+    available = limit_tokens(dataset, settings.max_tokens)
+    cuts = [cut_sequences(dataset, available, length, settings.protocol) for length in lengths]
+    total = sum(int(sequences.num_inputs.sum()) for sequences in cuts)
+    results: list[PerplexityResult] = []
+    with tqdm(total=total, desc=eval_model.name, unit=" tokens", unit_scale=True, disable=None) as bar:
+        for length in reversed(lengths):  # longest first, so that a length that is too large fails at once
+            results.insert(0, evaluate_perplexity(eval_model, dataset, length, settings, bar.update))
+            bar.set_postfix_str(f"{length}: {results[0].perplexity:.2f}")
+    eval_model.model.cpu()
+    return ModelResults(eval_model, tuple(results))
+
+
+def write_report(
+    folder: Path, dataset: TokenDataset, settings: EvalSettings, models: Sequence[ModelResults]
+) -> list[Path]:
     """Write the three files, each atomically; existing ones are replaced."""
-    contents = {
-        JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False).encode() + b"\n",
-        CSV_NAME: as_csv(models).encode(),
-        PNG_NAME: draw_perplexity(
-            [
-                Curve(name, eval_model.config.train_len_tokens, [(r.length_tokens, r.perplexity) for r in results])
-                for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
-            ],
-            title=f"Perplexity by sequence length: {_data_name(dataset)}",
-        ),
+    lines = [
+        Line(name, [(r.length_tokens, r.perplexity) for r in results], style, eval_model.config.train_len_tokens)
+        for style, (name, eval_model, results) in enumerate(_named(models))
+    ]
+    chart = perplexity_chart(lines, f"Perplexity by sequence length: {_data_name(dataset)}")
+    contents: dict[str, str | bytes] = {
+        JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False) + "\n",
+        CSV_NAME: as_csv(models),
+        PNG_NAME: draw_png(chart),
     }
-    for name, data in contents.items():
-        write_atomically(folder / name, data)
+    return write_files(folder, contents)
+
+
+def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
+    """Write files, each atomically; existing ones are replaced."""
+    for name, content in contents.items():
+        write_atomically(folder / name, content.encode() if isinstance(content, str) else content)
     return [folder / name for name in contents]
 
 
-def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelResults]) -> dict[str, Any]:
+def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[ModelResults]) -> dict[str, Any]:
     """Return all facts and results of the evaluation; infinite perplexities are null."""
     manifest = dataset.manifest
     return {
@@ -99,38 +122,37 @@ def as_json(dataset: TokenDataset, settings: Settings, models: Sequence[ModelRes
                 "encoding": eval_model.config.encoding,
                 "num_parameters": sum(parameter.numel() for parameter in eval_model.model.parameters()),
                 "train_len_tokens": eval_model.config.train_len_tokens,
-                "results": [_finite(dict(zip(_STORED_KEYS, result, strict=True))) for result in results],
+                "results": [_stored(result) for result in results],
             }
-            for name, (eval_model, results) in zip(unique_names(models), models, strict=True)
+            for name, eval_model, results in _named(models)
         ],
     }
 
 
 def as_csv(models: Sequence[ModelResults]) -> str:
-    text = io.StringIO()
-    columns = ("model", "encoding", "train_len_tokens", *_STORED_KEYS)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    for name, (eval_model, results) in zip(unique_names(models), models, strict=True):
-        for result in results:
-            writer.writerow((name, eval_model.config.encoding, eval_model.config.train_len_tokens, *result))
-    return text.getvalue()
+    fields = (STORED_NAMES.get(field, field) for field in PerplexityResult._fields)
+    rows = [
+        (name, eval_model.config.encoding, eval_model.config.train_len_tokens, *result)
+        for name, eval_model, results in _named(models)
+        for result in results
+    ]
+    return csv_text([("model", "encoding", "train_len_tokens", *fields), *rows])
 
 
 def as_table(models: Sequence[ModelResults]) -> str:
     """Return perplexities as text: one row per model, one column per length; the training length is marked."""
     lengths = [result.length_tokens for result in models[0].results]
     rows = [["perplexity at", *(f"{length:,}" for length in lengths)]]
-    for name, (eval_model, results) in zip(unique_names(models), models, strict=True):
+    for name, eval_model, results in _named(models):
         trained = eval_model.config.train_len_tokens
         marks = ["*" if result.length_tokens == trained else " " for result in results]
         cells = [f"{result.perplexity:,.2f}{mark}" for result, mark in zip(results, marks, strict=True)]
         rows.append([name, *cells])
-    return f"{text_table(rows)}\n* training length"
+    return f"{text_table(rows, head=1)}\n* training length"
 
 
-def describe(dataset: TokenDataset, settings: Settings, results: Sequence[LengthResult]) -> str:
-    """Describe the tokens that were read and dropped, one line per length."""
+def coverage_text(dataset: TokenDataset, settings: EvalSettings, results: Sequence[PerplexityResult]) -> str:
+    """Return the numbers of tokens that were read and dropped, one line per length."""
     given = limit_tokens(dataset, settings.max_tokens)
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
     lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
@@ -142,15 +164,26 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
     return "\n".join(lines)
 
 
-def unique_names(models: Sequence[tuple[EvalModel, object]]) -> list[str]:
+def unique_names(eval_models: Sequence[EvalModel]) -> list[str]:
     """Return the models' names; duplicates are replaced by their sources."""
-    names = [eval_model.name for eval_model, _ in models]
-    return [eval_model.source if names.count(eval_model.name) > 1 else eval_model.name for eval_model, _ in models]
+    names = [eval_model.name for eval_model in eval_models]
+    return [each.source if names.count(each.name) > 1 else each.name for each in eval_models]
+
+
+def finite_or_none(value: float) -> float | None:
+    """Return the number as JSON can hold it."""
+    return value if math.isfinite(value) else None
+
+
+def _named(models: Sequence[ModelResults]) -> list[tuple[str, EvalModel, tuple[PerplexityResult, ...]]]:
+    names = unique_names([eval_model for eval_model, _ in models])
+    return [(name, *model) for name, model in zip(names, models, strict=True)]
 
 
 def _data_name(dataset: TokenDataset) -> str:
     return dataset.path.resolve().name
 
 
-def _finite(values: dict[str, Any]) -> dict[str, Any]:
-    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values.items()}
+def _stored(result: PerplexityResult) -> dict[str, Any]:
+    values = result._asdict() | {"perplexity": finite_or_none(result.perplexity)}
+    return {STORED_NAMES.get(field, field): value for field, value in values.items()}

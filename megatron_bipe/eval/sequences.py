@@ -1,8 +1,11 @@
 """Evaluation protocols: how a corpus is split into sequences, independently of the model.
 
 W sequences
+
+Torch-free, like the default options of the evaluation commands here, so that `--help` is fast.
 """
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
@@ -22,6 +25,9 @@ PROTOCOLS: dict[Protocol, str] = {
     "reference": "the authors' protocol: documents in groups of 1000, each group's tokens cut into blocks of L, its "
     "remainder and one full block dropped; L - 1 predictions per block; mean over blocks",
 }
+DEFAULT_PROTOCOL: Protocol = "full"
+EVAL_BATCH_TOKENS = 16_384  # per forward pass
+PROMPT_BATCH_TOKENS = 65_536  # per generation batch, prompts and continuations
 GROUP_DOCUMENTS = 1000  # batch size of `datasets.map` in the authors' script
 
 
@@ -46,6 +52,52 @@ class EvalSequences(NamedTuple):
 
 
 _NONE = EvalSequences(*(np.zeros(0, dtype=np.int64) for _ in EvalSequences._fields))
+
+
+def parse_lengths(text: str) -> list[int]:
+    """Parse `1024,2048` as [1024, 2048], ascending, each once; `1024..4096` is all multiples of 1024 up to 4096.
+
+    Raises:
+        ConfigError: a part is not a number of at least 2, or a range is empty.
+    """
+    parts = [length for part in text.split(",") for length in _multiples(part.strip())]
+    wrong = [part for part in parts if not (part.isascii() and part.isdigit() and int(part) >= 2)]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(map(repr, wrong))} is not a sequence length: a whole number of tokens, 2 or more",
+            remedy="Write --lengths 1024,2048,4096 or 1024..8192",
+            location="--lengths",
+        )
+    return sorted(set(map(int, parts)))
+
+
+def _multiples(text: str) -> list[str]:
+    """Expand `8..32` to 8, 16, 24, 32; return anything else unchanged."""
+    first, dots, last = text.partition("..")
+    if not (dots and all(bound.isascii() and bound.isdigit() for bound in (first, last))):
+        return [text]
+    return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
+
+
+def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
+    """Return the number of tokens available to an evaluation limited to `max_tokens`.
+
+    Raises:
+        ConfigError: `max_tokens` is not positive.
+    """
+    if max_tokens is None:
+        return dataset.num_tokens
+    if max_tokens < 1:
+        raise ConfigError(
+            f"--max-tokens {max_tokens} selects no tokens", remedy="Use 1 or more", location="--max-tokens"
+        )
+    return min(max_tokens, dataset.num_tokens)
+
+
+def check_lengths(dataset: TokenDataset, lengths: Iterable[int], protocol: Protocol, max_tokens: int | None) -> None:
+    """Raise the errors of `cut_sequences` for any of several lengths."""
+    for length in lengths:
+        cut_sequences(dataset, limit_tokens(dataset, max_tokens), length, protocol)
 
 
 def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from megatron_bipe.errors import BipeError
+from megatron_bipe.errors import FAILED, USER_ERROR, BipeError
 from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.launcher_watch import watch_launcher
@@ -22,7 +22,6 @@ import logging
 
 Arguments = TypeVar("Arguments")
 
-FAILED, USER_ERROR = 1, 2  # exit codes
 _HEAD_START_S = 3  # launchers kill all ranks when one exits; the main rank must report first
 
 

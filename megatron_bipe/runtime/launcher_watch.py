@@ -23,8 +23,9 @@ from typing import NamedTuple, NoReturn
 
 import psutil
 
+from megatron_bipe.errors import FAILED
+
 LOOK_S = 1.0
-FAILED = 1  # exit code
 _DEEPSPEED_OF_HOST = "deepspeed.launcher.launch"  # starts the ranks of a host
 _NAMES = {
     *("deepspeed", "ds", "deepspeed.launcher.runner", _DEEPSPEED_OF_HOST),

@@ -18,9 +18,9 @@ from typing import TypeVar
 
 import torch.distributed as dist
 
+from megatron_bipe.errors import FAILED
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.exit_handling import (
-    FAILED,
     abort,
     describe,
     exit_code,

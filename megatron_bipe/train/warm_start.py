@@ -19,8 +19,7 @@ from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.eval_model import EvalModel, check_compatible
-from megatron_bipe.eval.model_loading import load_with_master_weights
+from megatron_bipe.eval.eval_model import EvalModel, check_compatible, load_with_master_weights
 from megatron_bipe.train.run_folder import write_run_folder
 
 # Fields that may differ between a model and the run that continues it; the weights depend on all others.

@@ -10,7 +10,7 @@ from megatron_bipe.config.schema import ModelConfig, TrainConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.eval.model_loading import LazyCheckpointWeights
+from megatron_bipe.eval.eval_model import LazyCheckpointWeights
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.loss import token_losses

@@ -1,4 +1,4 @@
-"""Elements of HTML pages."""
+"""Elements and text of HTML pages."""
 
 import re
 from html.parser import HTMLParser
@@ -42,8 +42,9 @@ def assert_self_contained(html):
         assert tag not in {"script", "link", "iframe", "object", "base"}
         assert attributes.get("src", "data:").startswith("data:")
         assert tag == "a" or "href" not in attributes
+        assert attributes.get("xlink:href", "#").startswith("#")
         assert not any(name.startswith("on") for name in attributes)
-    assert not re.search(r"@import|url\(", html)
+    assert not re.search(r"@import|url\((?!#)", html)  # url(#...) names a part of the page
     [policy] = [a["content"] for _, a in outline.elements if a.get("http-equiv") == "Content-Security-Policy"]
     assert policy.startswith("default-src 'none'")
     return outline

@@ -29,9 +29,9 @@ from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import BipeError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
+from megatron_bipe.eval.quickstart_results import read_losses
 from megatron_bipe.eval.report import prepare_output
-from megatron_bipe.eval.run_losses import read_losses
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
@@ -175,13 +175,13 @@ def built(given: Given, content: str, output: Path | None = None, **more: object
 
 
 def evaluated(given: Given, length: int, **settings: object) -> None:
-    evaluate_perplexity(given.subject(), given.opened(), length, Settings(**settings))
+    evaluate_perplexity(given.subject(), given.opened(), length, EvalSettings(**settings))
 
 
 def diverged(given: Given) -> None:
     subject = given.subject()
     nn.init.constant_(subject.model[1].mlp.down.weight, torch.nan)
-    evaluate_perplexity(subject, given.opened(), 4, Settings())
+    evaluate_perplexity(subject, given.opened(), 4, EvalSettings())
 
 
 def from_tool(name: str, function: str, *arguments: object) -> None:

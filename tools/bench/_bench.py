@@ -12,12 +12,12 @@ from pathlib import Path
 import numpy as np
 import orjson
 import zstandard
-from megatron_bipe.runtime.cpu import cpu_facts
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
+from megatron_bipe.runtime.environment import cpu_facts
 from megatron_bipe.types import TokenizedDocument
 
 TEXT_SUFFIXES = (".py", ".rst", ".txt", ".md", ".html", ".h", ".c", ".hpp", ".js", ".pyi")

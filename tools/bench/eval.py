@@ -29,7 +29,7 @@ from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import build_model
 
@@ -73,7 +73,7 @@ def prepare_ours(model: ModelConfig, encoding: str, folder: Path, length: int, t
     """Set up one batch of `tools/evaluate.py perplexity`."""
     config, dataset = model.model_copy(update={"encoding": encoding}), TokenDataset(folder)
     eval_model = EvalModel(encoding, encoding, build_model(config), config, None, dataset.rule)
-    settings = Settings(
+    settings = EvalSettings(
         max_tokens=tokens + 1, batch_tokens=tokens, device=str(device()), dtype=DTYPES[native_precision()]
     )
     return lambda: print(evaluate_perplexity(eval_model, dataset, length, settings).perplexity, file=sys.stderr)

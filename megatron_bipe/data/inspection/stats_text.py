@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from megatron_bipe.data.inspection.stats import SEQ_LEN_TOKENS, Distribution, Statistics
 from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.text_table import text_table
 
 QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
     "segment length, tokens": lambda statistics: statistics.segment_tokens,
@@ -27,14 +28,14 @@ def stats_table(manifest: Manifest) -> str:
         *_made_with(manifest),
         f"stored as  {manifest.dtype} and one bit per token, fingerprint {manifest.fingerprint[:16]}",
     ]
-    return "\n".join([*head, "", _align([_HEADINGS, *rows, _total_row([manifest])])])
+    return "\n".join([*head, "", text_table([_HEADINGS, *rows, _total_row([manifest])])])
 
 
 def datasets_table(manifests: Mapping[str, Manifest]) -> str:
     """Describe several datasets, by name, with counts and means per dataset and in total."""
     head = dict.fromkeys(line for manifest in manifests.values() for line in _made_with(manifest))
     rows = [[name, *_total_row([manifest])[1:]] for name, manifest in manifests.items()]
-    return "\n".join([*head, "", _align([["dataset", *_HEADINGS[1:]], *rows, _total_row([*manifests.values()])])])
+    return "\n".join([*head, "", text_table([["dataset", *_HEADINGS[1:]], *rows, _total_row([*manifests.values()])])])
 
 
 def distribution_tables(found: Mapping[str, tuple[Manifest, Statistics]]) -> str:
@@ -42,13 +43,15 @@ def distribution_tables(found: Mapping[str, tuple[Manifest, Statistics]]) -> str
     parts = []
     for title, quantity in QUANTITIES.items():
         by_name = {name: quantity(statistics) for name, (_, statistics) in found.items()}
-        parts.append(_align([[title, "counted", "mean", "median", "p95", "max"], *map(_summary_row, by_name.items())]))
-        parts.append(_align(_bin_rows(f"share of {title.split(',')[0]}", by_name)))
+        parts.append(
+            text_table([[title, "counted", "mean", "median", "p95", "max"], *map(_summary_row, by_name.items())])
+        )
+        parts.append(text_table(_bin_rows(f"share of {title.split(',')[0]}", by_name)))
     over = [[f"segments over {CLIP + 1} tokens", "share of segments", "of tokens"]]
     for name, (_, statistics) in found.items():
         lengths = statistics.segment_tokens
         over.append([name, f"{lengths.share_above(CLIP + 1):.3%}", f"{lengths.sum_share_above(CLIP + 1):.3%}"])
-    parts.append(_align(over))
+    parts.append(text_table(over))
     return "\n\n".join([*parts, "\n".join(_notes(found))])
 
 
@@ -149,16 +152,6 @@ def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes
     length = f"{tokens / segments:.2f}" if segments else "-"
     density = f"{1024 * segments / tokens:.2f}" if tokens else "-"
     return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", f"{text_bytes:,}", length, density]
-
-
-def _align(rows: Sequence[Sequence[str]]) -> str:
-    """Align rows as a table, with names to the left and numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = []
-    for first, *rest in rows:
-        cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
-        lines.append("  ".join(cells))
-    return "\n".join(lines)
 
 
 STYLES = ("-", "--", ":", "-.")  # distinguish curves of the same color, since there are ten colors

@@ -1,18 +1,17 @@
 """Accuracy of a model's final numbers on arithmetic problems, by the number of operators."""
 
-import csv
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from tqdm import tqdm
 
-from megatron_bipe.eval.generation import Generator, Limits, generate
-from megatron_bipe.eval.text_table import text_table
-from megatron_bipe.io import write_atomically
+from megatron_bipe.eval.generation import Generator, Limits, generate_batches
+from megatron_bipe.eval.report import write_files
 from megatron_bipe.tasks.arithmetic.problems import Problem, final_answer, problems
+from megatron_bipe.text_table import csv_text, text_table
 
 JSON_NAME, CSV_NAME = "arithmetic.json", "arithmetic.csv"
 SPARE = 1.25  # length limit relative to the longest correct solution: another order of steps may be longer
@@ -57,10 +56,18 @@ def solve_all(
     prompt_tokens, new_tokens = max(prompt.size for prompt in prompts), int(SPARE * longest)
     if (room := generator.max_seq_len_tokens) is not None:  # the correct solution must fit
         new_tokens = max(longest, min(new_tokens, room - prompt_tokens))
-    found = generate(generator, prompts, Limits(new_tokens, batch_tokens), advance)
+    found = generate_batches(generator, prompts, Limits(new_tokens, batch_tokens), advance)
     texts = [generator.tokenizer.decode(ids) for ids in found]
     right = sum(final_answer(text) == problem.value for text, problem in zip(texts, asked, strict=True))
     return Accuracy(asked[0].operators, len(asked), right, prompt_tokens + longest)
+
+
+def measure_accuracies(
+    generator: Generator, name: str, asked: Sequence[Sequence[Problem]], batch_tokens: int
+) -> list[Accuracy]:
+    """Solve the problems of each number of operators with the model `name`; progress is shown on a terminal."""
+    with tqdm(total=sum(map(len, asked)), desc=name, unit=" problems", disable=None) as bar:
+        return [solve_all(generator, each, batch_tokens, bar.update) for each in asked]
 
 
 def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Sequence[Accuracy]]) -> list[Path]:
@@ -68,13 +75,12 @@ def write_results(folder: Path, about: Mapping[str, Any], found: Mapping[str, Se
         {"name": name, "results": [each._asdict() | {"accuracy": each.share} for each in results]}
         for name, results in found.items()
     ]
-    write_atomically(folder / JSON_NAME, json.dumps({**about, "models": models}, indent=2).encode() + b"\n")
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("model", *Accuracy._fields, "accuracy"))
-    writer.writerows((name, *each, each.share) for name, results in found.items() for each in results)
-    write_atomically(folder / CSV_NAME, text.getvalue().encode())
-    return [folder / JSON_NAME, folder / CSV_NAME]
+    rows = [(name, *each, each.share) for name, results in found.items() for each in results]
+    contents = {
+        JSON_NAME: json.dumps({**about, "models": models}, indent=2) + "\n",
+        CSV_NAME: csv_text([("model", *Accuracy._fields, "accuracy"), *rows]),
+    }
+    return write_files(folder, contents)
 
 
 def as_table(found: Mapping[str, Sequence[Accuracy]]) -> str:

@@ -4,25 +4,39 @@ DIR/TASK.json               scores and settings of the evaluation
 DIR/TASK.predictions.json   {id: answer}, the format of the benchmark's evaluator
 DIR/scrolls.csv             Task, ID, Prediction of all tasks evaluated on the split of the latest evaluation; the
                             submission file once it has all seven tasks
+
+Scores are in percent; with several references the best score counts.
+
+Source: Shaham et al. 2022, section 3.4; F1 and exact match on texts normalised as in SQuAD (Rajpurkar et al. 2016),
+ROUGE from Google's `rouge_score` without stemming.
 """
 
 import csv
 import io
 import json
+import re
+import string
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from rouge_score.rouge_scorer import RougeScorer
+from tqdm import tqdm
+
 from megatron_bipe.errors import DataError
-from megatron_bipe.eval.generation import Generator, Limits, generate
-from megatron_bipe.eval.text_table import text_table
+from megatron_bipe.eval.generation import Generator, Limits, generate_batches
 from megatron_bipe.io import write_atomically
 from megatron_bipe.tasks.scrolls.files import Question
-from megatron_bipe.tasks.scrolls.metrics import MAIN, score
-from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, Task
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Metric, Prompter, Task
+from megatron_bipe.text_table import text_table
 
 SUBMISSION_NAME = "scrolls.csv"
 COLUMNS = ("Task", "ID", "Prediction")
+ROUGES = ("rouge1", "rouge2", "rougeL")
+MAIN = {"f1": "f1", "exact_match": "exact_match", "rouge": "geometric_mean"}  # a task's own score by metric
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def result_names(task: Task) -> tuple[str, str]:
@@ -35,9 +49,8 @@ def answer(
     asked: Sequence[Question],
     length_tokens: int,
     batch_tokens: int,
-    advance: Callable[[int], object] | None = None,
 ) -> dict[str, str]:
-    """Generate the model's answer to each question, by its id.
+    """Generate the model's answer to each question, by its id; progress is shown on a terminal.
 
     Args:
         generator: model fine-tuned for the task.
@@ -45,7 +58,6 @@ def answer(
         asked: inputs; `have_outputs` checks them before anything is generated.
         length_tokens: sequence length for prompt and answer together, as in training.
         batch_tokens: as in `Limits`.
-        advance: called with the number of completed answers after each batch.
 
     Raises:
         DataError: there are no questions, the sequence is too short for any prompt, or as in `have_outputs`.
@@ -54,7 +66,8 @@ def answer(
     if not asked:
         raise DataError(f"the split has no examples of {task.name}", remedy="Use another split", location="--data")
     prompts = Prompter(task, length_tokens, generator.tokenizer).prompts([question.input for question in asked])
-    found = generate(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), advance)
+    with tqdm(total=len(asked), desc=task.name, unit=" answers", disable=None) as bar:
+        found = generate_batches(generator, prompts, Limits(task.form.answer_tokens, batch_tokens), bar.update)
     return {question.id: generator.tokenizer.decode(ids).strip() for question, ids in zip(asked, found, strict=True)}
 
 
@@ -124,7 +137,38 @@ def results_table(folder: Path) -> str:
     scores = [result.score for result in found.values() if result.score is not None and not result.limited]
     if len(scores) == len(TASKS) and len({result.split for result in found.values()}) == 1:
         rows.append(("mean", "", "", "", f"{sum(scores) / len(scores):.2f}"))
-    return text_table(rows)
+    return text_table(rows, head=1)
+
+
+def score(metric: Metric, predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """Return the mean scores over all predictions of a task; `MAIN` names the task's own score.
+
+    Args:
+        metric: metric of the task.
+        predictions: at least one.
+        references: at least one per prediction.
+    """
+    if metric == "rouge":
+        return _rouge(predictions, references)
+    one = {"f1": f1, "exact_match": exact_match}[metric]
+    return {metric: 100 * _mean([_best_score(one, *pair) for pair in zip(predictions, references, strict=True)])}
+
+
+def normalise(text: str) -> str:
+    """Lower-case a text and remove punctuation, articles and redundant white space."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """Return 1 if both texts are equal after normalisation, else 0."""
+    return float(normalise(prediction) == normalise(reference))
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Return the harmonic mean of word precision and recall, 0 to 1; 0 if no word is common, even if both are empty."""
+    found, wanted = normalise(prediction).split(), normalise(reference).split()
+    shared = (Counter(found) & Counter(wanted)).total()
+    return 2 * shared / (len(found) + len(wanted)) if shared else 0.0
 
 
 class _Result(NamedTuple):
@@ -168,3 +212,19 @@ def _unreadable(folder: Path, why: str) -> DataError:
 
 def _json(content: Mapping[str, Any]) -> bytes:
     return json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n"
+
+
+def _rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    scorer = RougeScorer(list(ROUGES), use_stemmer=False)
+    scored = [scorer.score_multi(wanted, found) for found, wanted in zip(predictions, references, strict=True)]
+    means = {kind: 100 * _mean([scores[kind].fmeasure for scores in scored]) for kind in ROUGES}
+    product = means["rouge1"] * means["rouge2"] * means["rougeL"]
+    return means | {"geometric_mean": product ** (1 / 3)}
+
+
+def _best_score(one: Callable[[str, str], float], prediction: str, references: Sequence[str]) -> float:
+    return max(one(prediction, reference) for reference in references)
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -48,8 +48,8 @@ def documents():
 
 
 @pytest.fixture(scope="session")
-def make_subject():
-    """Maker of a Subject whose weights are large enough for positions to matter."""
+def make_eval_model():
+    """Maker of an EvalModel whose weights are large enough for positions to matter."""
 
     def make(encoding="bipe_rope", rule=NEWLINE, fingerprint=FINGERPRINT, name="tiny", **changes):
         values = {

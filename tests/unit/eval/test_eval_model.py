@@ -1,4 +1,4 @@
-"""Which datasets a model may be evaluated on."""
+"""Datasets that a model may be evaluated on."""
 
 import logging
 
@@ -13,44 +13,44 @@ SENTENCE = SegmentRule(spec="sentence", token_ids=(13, 29))
 
 
 @pytest.mark.parametrize("encoding", ["rope", "bipe_rope"])
-def test_check_suits_own_data_passes_without_a_warning(make_dataset, make_subject, documents, encoding, caplog):
-    check_compatible(make_subject(encoding), make_dataset(documents))
+def test_check_suits_own_data_passes_without_a_warning(make_dataset, make_eval_model, documents, encoding, caplog):
+    check_compatible(make_eval_model(encoding), make_dataset(documents))
     assert not caplog.records
 
 
 @pytest.mark.parametrize("encoding", ["rope", "bipe_rope"])
-def test_check_suits_other_tokenizer_names_both_fingerprints(make_dataset, make_subject, documents, encoding):
+def test_check_suits_other_tokenizer_names_both_fingerprints(make_dataset, make_eval_model, documents, encoding):
     with raises(DataError, "b" * 64, "a" * 64, location="runs/tiny"):
-        check_compatible(make_subject(encoding), make_dataset(documents, fingerprint="b" * 64))
+        check_compatible(make_eval_model(encoding), make_dataset(documents, fingerprint="b" * 64))
 
 
-def test_check_suits_larger_vocabulary_names_both_sizes(make_dataset, make_subject, documents):
+def test_check_suits_larger_vocabulary_names_both_sizes(make_dataset, make_eval_model, documents):
     with raises(CheckpointError, 40, 41, "corpus", location="runs/tiny"):
-        check_compatible(make_subject(), make_dataset(documents, vocab_size=41))
+        check_compatible(make_eval_model(), make_dataset(documents, vocab_size=41))
 
 
-def test_check_suits_padded_token_table_passes(make_dataset, make_subject, documents):
-    check_compatible(make_subject(vocab_size=64), make_dataset(documents))
+def test_check_suits_padded_token_table_passes(make_dataset, make_eval_model, documents):
+    check_compatible(make_eval_model(vocab_size=64), make_dataset(documents))
 
 
 @pytest.mark.parametrize("rule", [SENTENCE, SegmentRule(spec="fixed:8", token_ids=())])
-def test_check_suits_other_rule_names_both(make_dataset, make_subject, documents, rule):
+def test_check_suits_other_rule_names_both(make_dataset, make_eval_model, documents, rule):
     observed, remedy = (f"'{rule.spec}'", "'newline'", 13), "--segments 'newline'"
     with raises(DataError, *observed, location="runs/tiny", remedy=remedy):
-        check_compatible(make_subject("bipe_alibi"), make_dataset(documents, rule=rule))
+        check_compatible(make_eval_model("bipe_alibi"), make_dataset(documents, rule=rule))
 
 
 @pytest.mark.parametrize("encoding", ["rope", "alibi"])
-def test_check_suits_model_without_segments_takes_any_rule(make_dataset, make_subject, documents, encoding):
-    check_compatible(make_subject(encoding), make_dataset(documents, rule=SENTENCE))
+def test_check_suits_model_without_segments_takes_any_rule(make_dataset, make_eval_model, documents, encoding):
+    check_compatible(make_eval_model(encoding), make_dataset(documents, rule=SENTENCE))
 
 
-def test_check_suits_same_ids_under_another_name_pass(make_dataset, make_subject, documents):
-    check_compatible(make_subject(rule=SegmentRule(spec="[13]", token_ids=(13,))), make_dataset(documents))
+def test_check_suits_same_ids_under_another_name_pass(make_dataset, make_eval_model, documents):
+    check_compatible(make_eval_model(rule=SegmentRule(spec="[13]", token_ids=(13,))), make_dataset(documents))
 
 
-def test_check_suits_unrecorded_training_data_is_warned_about(make_dataset, make_subject, documents, caplog):
+def test_check_suits_unrecorded_training_data_is_warned_about(make_dataset, make_eval_model, documents, caplog):
     with caplog.at_level(logging.WARNING):
-        check_compatible(make_subject(rule=None, fingerprint=None), make_dataset(documents))
+        check_compatible(make_eval_model(rule=None, fingerprint=None), make_dataset(documents))
     assert_warned(caplog, "tokenizer")
     assert_warned(caplog, "segment rule")

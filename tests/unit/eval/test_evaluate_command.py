@@ -5,7 +5,7 @@ import json
 import pytest
 
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from tests.helpers.tools import assert_refuses, call_tool
 
 
@@ -36,30 +36,30 @@ def perplexities(report):
 
 
 def test_command_checkpoint_and_export_of_one_model_agree(
-    command, make_dataset, make_subject, documents, save_run, save_exported, tmp_path
+    command, make_dataset, make_eval_model, documents, save_run, save_exported, tmp_path
 ):
     dataset = make_dataset(documents)
-    eval_model = make_subject("bipe_rope", name="run")
+    eval_model = make_eval_model("bipe_rope", name="run")
     models = [save_run(eval_model, dataset), save_exported(eval_model._replace(name="exported"))]
 
     printed = call_tool("evaluate", *command(models, dataset)).output
 
     found = perplexities(json.loads((tmp_path / "out" / "perplexity.json").read_text()))
-    want = [evaluate_perplexity(eval_model, dataset, length, Settings()).perplexity for length in (8, 16, 32)]
+    want = [evaluate_perplexity(eval_model, dataset, length, EvalSettings()).perplexity for length in (8, 16, 32)]
     assert found == {"run": pytest.approx(want, rel=1e-6), "exported": pytest.approx(want, rel=1e-6)}
     assert f"{want[1]:,.2f}*" in printed and "172 predictions" in printed and "perplexity.png" in printed
 
 
-def test_command_named_step_is_that_checkpoint(evaluate, make_dataset, make_subject, documents, save_run):
+def test_command_named_step_is_that_checkpoint(evaluate, make_dataset, make_eval_model, documents, save_run):
     dataset = make_dataset(documents)
-    run_dir = save_run(make_subject(name="run"), dataset)
+    run_dir = save_run(make_eval_model(name="run"), dataset)
     found = perplexities(evaluate([run_dir, f"{run_dir}@5", f"{run_dir}@10"], dataset))
     assert found["run"] == found["run step 10"] != found["run step 5"]
 
 
-def test_command_protocol_and_limit_reach_the_report(evaluate, make_dataset, make_subject, documents, save_run):
+def test_command_protocol_and_limit_reach_the_report(evaluate, make_dataset, make_eval_model, documents, save_run):
     dataset = make_dataset(documents)
-    run_dir = save_run(make_subject(), dataset)
+    run_dir = save_run(make_eval_model(), dataset)
     report = evaluate([run_dir], dataset, "--protocol", "reference", "--max-tokens", "100", lengths="16,8")
     assert (report["protocol"], report["max_tokens"]) == ("reference", 100)
     [model] = report["models"]
@@ -67,20 +67,20 @@ def test_command_protocol_and_limit_reach_the_report(evaluate, make_dataset, mak
 
 
 def test_command_model_that_does_not_encode_the_longest_window_is_named_before_any_is_run(
-    command, make_dataset, make_subject, documents, save_run, monkeypatch
+    command, make_dataset, make_eval_model, documents, save_run, monkeypatch
 ):
     dataset = make_dataset(documents)
-    runs = [save_run(make_subject(name, name=name), dataset) for name in ("rope", "learned")]
+    runs = [save_run(make_eval_model(name, name=name), dataset) for name in ("rope", "learned")]
     monkeypatch.setattr("megatron_bipe.eval.perplexity.evaluate_perplexity", None)
     arguments = command(runs, dataset, lengths="16,64")
     assert_refuses("evaluate", arguments, ConfigError, 64, 16, "learned", location=f"{runs[1]}@10")
 
 
 def test_command_existing_output_needs_overwrite(
-    command, evaluate, make_dataset, make_subject, documents, save_run, tmp_path
+    command, evaluate, make_dataset, make_eval_model, documents, save_run, tmp_path
 ):
     dataset = make_dataset(documents)
-    run_dir = save_run(make_subject(), dataset)
+    run_dir = save_run(make_eval_model(), dataset)
     first = evaluate([run_dir], dataset)
     arguments = command([run_dir], dataset, lengths="4")
     assert_refuses("evaluate", arguments, ConfigError, "perplexity.json", "--overwrite", location=tmp_path / "out")
@@ -119,7 +119,7 @@ def drop_record(run_dir):
 def test_command_bad_input_is_named_before_anything_is_written(
     command,
     make_dataset,
-    make_subject,
+    make_eval_model,
     documents,
     save_run,
     tmp_path,
@@ -130,21 +130,21 @@ def test_command_bad_input_is_named_before_anything_is_written(
     location,
 ):
     dataset = make_dataset(documents)
-    model = model_of(save_run(make_subject(), dataset))
+    model = model_of(save_run(make_eval_model(), dataset))
     arguments = command([model], dataset, lengths=lengths)
     assert_refuses("evaluate", arguments, error, *observed, location=location)
     assert not list((tmp_path / "out").glob("*"))
 
 
-def test_command_unknown_device_is_named(command, make_dataset, make_subject, documents, save_run):
+def test_command_unknown_device_is_named(command, make_dataset, make_eval_model, documents, save_run):
     dataset = make_dataset(documents)
-    arguments = command([save_run(make_subject(), dataset)], dataset, "--device", "abacus")
+    arguments = command([save_run(make_eval_model(), dataset)], dataset, "--device", "abacus")
     assert_refuses("evaluate", arguments, ConfigError, "'abacus'", location="--device")
 
 
 def test_command_wrong_tokenizer_is_named_with_both_fingerprints(
-    command, make_dataset, make_subject, documents, save_run
+    command, make_dataset, make_eval_model, documents, save_run
 ):
-    run_dir = save_run(make_subject(), make_dataset(documents))
+    run_dir = save_run(make_eval_model(), make_dataset(documents))
     other = make_dataset(documents, fingerprint="b" * 64, name="other")
     assert_refuses("evaluate", command([run_dir], other), DataError, "a" * 64, "b" * 64)

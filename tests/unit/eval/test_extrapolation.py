@@ -1,4 +1,4 @@
-"""Losses by document and place, their intervals, and the report that is made of them."""
+"""Losses by document and position, their intervals, and the report that is made of them."""
 
 import base64
 import json
@@ -13,56 +13,69 @@ from matplotlib.figure import Figure
 
 from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.document_losses import NUM_PLACES, DocumentLosses, evaluate_documents
-from megatron_bipe.eval.extrapolation import NAMES
-from megatron_bipe.eval.extrapolation_plot import draw_extrapolation
-from megatron_bipe.eval.extrapolation_results import Line, Subset, subset_names
-from megatron_bipe.eval.paper import PAPER, paper_subset
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.extrapolation import (
+    NAMES,
+    PAPER,
+    ModelLosses,
+    Subset,
+    paper_subset,
+    subset_names,
+    write_extrapolation,
+)
+from megatron_bipe.eval.perplexity import (
+    NUM_PARTS,
+    DocumentLosses,
+    EvalSettings,
+    evaluate_documents,
+    evaluate_perplexity,
+)
 from tests.helpers.tools import assert_refuses, call_tool
+
+# Stored: scripts read these names.
+RESULT_KEYS = ["length_tokens", "perplexity", "interval", "num_predictions", "num_documents", "by_place"]
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
-def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_subject, documents, protocol):
+def test_evaluate_documents_adds_up_to_the_perplexity(make_dataset, make_eval_model, documents, protocol):
     dataset, eval_model, settings = (
         make_dataset(documents),
-        make_subject(),
-        Settings(protocol=protocol, batch_tokens=40),
+        make_eval_model(),
+        EvalSettings(protocol=protocol, batch_tokens=40),
     )
     for length in (16, 24):
         found = evaluate_documents(eval_model, dataset, length, settings)
         expected = evaluate_perplexity(eval_model, dataset, length, settings)
-        assert found.counts_DP.sum() == expected.num_predictions
+        assert found.counts_MQ.sum() == expected.num_predictions
         assert found.perplexity == pytest.approx(expected.perplexity, rel=1e-12)
-        if protocol == "sliding":  # places are those in the window: its first half counts in the first window alone
-            assert found.counts_DP[:, : NUM_PLACES // 2].sum() == length // 2
+        if protocol == "sliding":  # parts are those of the sequence: its first half counts in the first sequence only
+            assert found.counts_MQ[:, : NUM_PARTS // 2].sum() == length // 2
 
 
-def test_evaluate_documents_puts_each_loss_to_its_document_and_place(make_dataset, make_subject, documents):
-    dataset, eval_model, length = make_dataset(documents), make_subject(), 16
-    found = evaluate_documents(eval_model, dataset, length, Settings())
-    nats, counts = np.zeros((6, NUM_PLACES)), np.zeros((6, NUM_PLACES), int)
+def test_evaluate_documents_puts_each_loss_to_its_document_and_position(make_dataset, make_eval_model, documents):
+    dataset, eval_model, length = make_dataset(documents), make_eval_model(), 16
+    found = evaluate_documents(eval_model, dataset, length, EvalSettings())
+    nats, counts = np.zeros((6, NUM_PARTS)), np.zeros((6, NUM_PARTS), int)
     tokens = np.concatenate(documents)
     for start in range(0, len(tokens) - 1, length):
-        window = tokens[start : start + length + 1].astype(np.int64)
-        ends = sequence_ends(dataset.ends(start, start + len(window) - 1)[None], dataset.rule)
-        ids = [torch.from_numpy(x) for x in (window[None, :-1], *bilevel_ids(ends, 5))]
+        sequence = tokens[start : start + length + 1].astype(np.int64)
+        ends = sequence_ends(dataset.ends(start, start + len(sequence) - 1)[None], dataset.rule)
+        ids = [torch.from_numpy(x) for x in (sequence[None, :-1], *bilevel_ids(ends, 5))]
         with torch.no_grad():
             losses = -eval_model.model(tuple(ids)).log_softmax(-1)[0]
-        for position, token in enumerate(window[1:]):
+        for position, token in enumerate(sequence[1:]):
             document = next(d for d in range(6) if start + position + 1 < sum(map(len, documents[: d + 1])))
             nats[document, position] += float(losses[position, token])
             counts[document, position] += 1
-    np.testing.assert_array_equal(found.counts_DP, counts)
-    np.testing.assert_allclose(found.nats_DP, nats, rtol=1e-5)
-    positions = dict(found.by_place)
+    np.testing.assert_array_equal(found.counts_MQ, counts)
+    np.testing.assert_allclose(found.nats_MQ, nats, rtol=1e-5)
+    positions = dict(found.by_position)
     assert positions[0.5] == pytest.approx(math.exp(nats[:, 0].sum() / counts[:, 0].sum()), rel=1e-5)
     assert len(positions) == 16
 
 
 def losses_of(nats, counts):
     rows = len(nats)
-    spread = np.zeros((rows, NUM_PLACES)), np.zeros((rows, NUM_PLACES), dtype=np.int64)
+    spread = np.zeros((rows, NUM_PARTS)), np.zeros((rows, NUM_PARTS), dtype=np.int64)
     spread[0][:, 0], spread[1][:, 0] = nats, counts
     return DocumentLosses(16, *spread)
 
@@ -107,16 +120,19 @@ def test_subset_names_tell_all_datasets_apart(folders, names):
     assert subset_names([Path("/", folder) for folder in folders]) == names
 
 
-def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(monkeypatch):
+def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(tmp_path, monkeypatch):
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
-    line = Line("m", "m", "rope", 16, (losses_of([3.0, 3.0], [1, 1]),))
-    draw_extrapolation([Subset("arxiv", "f", (line,)), Subset("gutenberg-pg-19", "f", (line,))])
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
+    model = ModelLosses("m", "m", "rope", 16, (losses_of([3.0, 3.0], [1, 1]),))
+    subsets = [Subset("arxiv", "f", (model,)), Subset("gutenberg-pg-19", "f", (model,))]
+    write_extrapolation(tmp_path, EvalSettings(), subsets)
     [figure] = figures
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m", "RoPE, the paper's"]
     columns = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("by sequence length")]
     low, high = columns[1].get_ylim()
-    assert low < 19 and (high > 41 or "RoPE, the paper's 41 at 2,048" in columns[1].texts[0].get_text())
+    notes = [text.get_text() for text in columns[1].texts]
+    assert low < 19 and (high > 41 or any("RoPE, the paper's 41 at 2,048" in note for note in notes))
 
 
 @pytest.fixture
@@ -132,11 +148,11 @@ def command(tmp_path):
 
 
 def test_command_writes_a_page_that_needs_nothing_else(
-    command, make_dataset, make_subject, documents, save_run, tmp_path
+    command, make_dataset, make_eval_model, documents, save_run, tmp_path
 ):
     datasets = [make_dataset(documents, name="arxiv"), make_dataset(documents[::-1], name="own <data>")]
-    subjects = [make_subject("bipe_rope", name="ours & theirs"), make_subject("alibi", name="other")]
-    models = [save_run(eval_model, datasets[0]) for eval_model in subjects]
+    eval_models = [make_eval_model("bipe_rope", name="ours & theirs"), make_eval_model("alibi", name="other")]
+    models = [save_run(eval_model, datasets[0]) for eval_model in eval_models]
 
     call_tool("evaluate", *command(models, datasets))
 
@@ -144,13 +160,14 @@ def test_command_writes_a_page_that_needs_nothing_else(
     assert [subset["name"] for subset in report["subsets"]] == ["arxiv", "own <data>"]
     assert report["subsets"][0]["paper"][0]["name"] == "BiPE-RoPE" and not report["subsets"][1]["paper"]
     for subset, dataset in zip(report["subsets"], datasets, strict=True):
-        for line, eval_model in zip(subset["models"], subjects, strict=True):
+        for line, eval_model in zip(subset["models"], eval_models, strict=True):
             assert [result["length_tokens"] for result in line["results"]] == [8, 16, 24, 32]
-            want = evaluate_perplexity(eval_model, dataset, 24, Settings())
+            want = evaluate_perplexity(eval_model, dataset, 24, EvalSettings())
             result = line["results"][2]
             assert result["perplexity"] == pytest.approx(want.perplexity, rel=1e-6)
             assert result["interval"][0] < result["perplexity"] < result["interval"][1]
             assert (result["num_documents"], result["num_predictions"]) == (6, 172)
+            assert list(result) == RESULT_KEYS and list(result["by_place"][0]) == ["tokens", "perplexity"]
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == sorted(NAMES)
     page = (tmp_path / "out" / "extrapolation.html").read_text()
     picture = (tmp_path / "out" / "extrapolation.png").read_bytes()
@@ -175,10 +192,10 @@ def test_command_writes_a_page_that_needs_nothing_else(
     ],
 )
 def test_command_bad_input_is_named_before_anything_is_written(
-    command, make_dataset, make_subject, documents, save_run, tmp_path, options, error, observed, location
+    command, make_dataset, make_eval_model, documents, save_run, tmp_path, options, error, observed, location
 ):
     dataset = make_dataset(documents)
-    model = options.get("model") or save_run(make_subject(), dataset)
+    model = options.get("model") or save_run(make_eval_model(), dataset)
     arguments = command([model], [dataset], lengths=options.get("lengths", "8"))
     assert_refuses("evaluate", arguments, error, observed, location=location)
     assert not list((tmp_path / "out").glob("*"))

@@ -8,7 +8,7 @@ import torch
 
 from megatron_bipe.data.segments import bilevel_ids, resolve_rule, segment_ends
 from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.eval.generation import Limits, batches, generate, load_generator
+from megatron_bipe.eval.generation import Limits, batches, generate_batches, load_generator
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -18,10 +18,10 @@ NEW = 12
 
 
 @pytest.fixture(params=["bipe_rope", "bipe_alibi", "rope"])
-def exported(request, tmp_path, letters, make_subject):
+def exported(request, tmp_path, letters, make_eval_model):
     """An exported model of letters, and the training model it came from."""
     rule = resolve_rule('["c"]', letters)
-    eval_model = make_subject(
+    eval_model = make_eval_model(
         request.param, rule=rule, vocab_size=letters.vocab_size, train_len_tokens=32, init_std=0.5
     )
     source = TokenizerSource(letters.definition, letters.to_json(), letters.special_ids, letters.encode_batch)
@@ -62,7 +62,7 @@ def test_generation_in_batches_is_the_training_models_choice_token_by_token(expo
     texts = ["abc de", "c", "hello world. c and more of it", "x", "the end c"]
     prompts = [np.concatenate([[1], ids]) for ids in letters.encode_batch(texts)]
     done = []
-    found = generate(generator, prompts, Limits(NEW, batch_tokens=70), done.append)
+    found = generate_batches(generator, prompts, Limits(NEW, batch_tokens=70), done.append)
     assert sum(done) == 5 and len(done) > 1
     expected = [_greedy(eval_model, prompt) for prompt in prompts]
     for tokens, wanted in zip(found, expected, strict=True):
@@ -72,19 +72,19 @@ def test_generation_in_batches_is_the_training_models_choice_token_by_token(expo
 def test_answer_ends_before_eos(exported, letters):
     generator = load_generator(exported[0], "cpu", torch.float32)
     prompt = np.concatenate([[1], letters.encode_batch(["abc de"])[0]])
-    [whole] = generate(generator, [prompt], Limits(NEW))
+    [whole] = generate_batches(generator, [prompt], Limits(NEW))
     stop = whole[5]  # taken for EOS
     generator.tokenizer.special_ids = generator.tokenizer.special_ids | {"eos": stop}
-    [cut] = generate(generator, [prompt], Limits(NEW))
+    [cut] = generate_batches(generator, [prompt], Limits(NEW))
     assert cut == whole[: whole.index(stop)]
 
 
 def test_prompts_that_do_not_fit_the_encoding_are_refused_before_any_is_gone_on_with(exported, letters):
     generator = load_generator(exported[0], "cpu", torch.float32)._replace(max_seq_len_tokens=20)
     prompts = [np.full(length, 5) for length in (3, 9)]
-    assert len(generate(generator, prompts, Limits(11))) == 2
+    assert len(generate_batches(generator, prompts, Limits(11))) == 2
     with raises(ConfigError, 9, 12, 20, location=exported[0]):
-        generate(generator, prompts, Limits(12))
+        generate_batches(generator, prompts, Limits(12))
 
 
 def test_damaged_weights_are_refused(exported):

@@ -20,7 +20,7 @@ from megatron_bipe.data.segments import bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import load_exported_model
-from megatron_bipe.eval.perplexity import Settings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
@@ -28,9 +28,9 @@ from tests.helpers.errors import raises
 
 harness = pytest.importorskip("megatron_bipe.eval.harness", reason="lm_eval is not installed", exc_type=ImportError)
 
-LENGTH = 32  # tokens of a window
+LENGTH = 32  # tokens of a sequence
 TEXT = "the first line. it ends here.\nanother one\n\nand <s> some more of it \u4e16 " * 5
-TEXT = TEXT[: 8 * LENGTH]  # a token a character; the harness gives a shorter last window more context than we do
+TEXT = TEXT[: 8 * LENGTH]  # one token per character; in a shorter last sequence the harness uses more context
 QUESTIONS = [
     {"text": "where\nit is", "choices": [" there.", "\nhere", "x"], "label": 1},
     {"text": "one. two.", "choices": [" three", "  \u00e9 \n."], "label": 0},
@@ -92,14 +92,14 @@ def dataset(tmp_path_factory, write_text_dataset):
 
 
 @pytest.fixture(scope="module")
-def models(tmp_path_factory, dataset, make_subject):
+def models(tmp_path_factory, dataset, make_eval_model):
     """Exported models with their tokenizer, by encoding."""
     tokenizer = load_tokenizer(dataset.path / "tokenizer")
     source = TokenizerSource(tokenizer.definition, tokenizer.to_json(), {"bos": 1}, tokenizer.encode_batch)
     fields = DataFields(dataset.rule.spec, dataset.rule.token_ids, tokenizer.fingerprint, {"bos": 1})
     folders = {}
     for encoding in ("bipe_rope", "bipe_alibi", "rope"):
-        eval_model = make_subject(encoding, vocab_size=tokenizer.vocab_size, train_len_tokens=LENGTH)
+        eval_model = make_eval_model(encoding, vocab_size=tokenizer.vocab_size, train_len_tokens=LENGTH)
         sequences = ids_of(dataset.tokens(0, 20)[None].astype(np.int64), dataset.rule, eval_model.config)
         folders[encoding] = tmp_path_factory.mktemp(encoding) / "model"
         options = ExportOptions(dtype=torch.float32)
@@ -121,7 +121,7 @@ def ids_of(tokens, rule, config):
 
 
 def log_likelihoods(eval_model, tokens):
-    """Of each token but the first, by the training model in one window."""
+    """Return the log-likelihood of each token but the first, by the training model in one sequence."""
     ids = ids_of(np.array([tokens[:-1]]), eval_model.rule, eval_model.config)
     with torch.no_grad():
         return eval_model.model(ids).log_softmax(-1)[0].gather(1, torch.tensor(tokens[1:])[:, None])[:, 0].double()
@@ -145,7 +145,7 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(encoding, models, data
     results = harness.run_tasks(folder, ["our_choice", "our_text"], settings)
     samples = {name: sorted(rows, key=lambda row: row["doc_id"]) for name, rows in results["samples"].items()}
     check_choices([[value[0] for value in row["filtered_resps"]] for row in samples["our_choice"]], folder)
-    ours = evaluate_perplexity(load_exported_model(folder), dataset, LENGTH, Settings())
+    ours = evaluate_perplexity(load_exported_model(folder), dataset, LENGTH, EvalSettings())
     [found, _] = [row["filtered_resps"][0] for row in samples["our_text"]]
     assert ours.num_predictions == 8 * LENGTH
     assert math.exp(-found / ours.num_predictions) == pytest.approx(ours.perplexity, rel=1e-5)
@@ -153,7 +153,7 @@ def test_harness_gives_our_log_likelihoods_and_perplexity(encoding, models, data
 
 
 def perplexity_by_hand(folder, dataset):
-    """What someone with transformers alone computes: windows side by side, each token told from those before it."""
+    """Return what plain transformers computes in adjacent sequences, each token predicted from those before it."""
     hf_model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
     tokens = torch.from_numpy(dataset.tokens(0, 8 * LENGTH + 1).astype(np.int64))
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""The page that a quickstart ends with."""
+"""The page that the quickstart writes."""
 
 import json
 import math
@@ -12,7 +12,7 @@ from megatron_bipe.config.load import dump_yaml
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import BipeError
-from megatron_bipe.eval.perplexity import LengthResult, Settings
+from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult
 from megatron_bipe.eval.quickstart_page import NEXT_STEPS, quickstart_page, split_by_prompts
 from megatron_bipe.eval.report import ModelResults, as_json
 from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, MetricsFile
@@ -24,19 +24,19 @@ TEXTS = ["a <b> & c\nand more text\nin segments.\n", "unused"]
 
 
 def outcome(length, perplexity):
-    return LengthResult(length, perplexity, math.log(min(perplexity, 1e300)), 1.5, 11, 172, 173, 0, 0.25)
+    return PerplexityResult(length, perplexity, math.log(min(perplexity, 1e300)), 1.5, 11, 172, 173, 0, 0.25)
 
 
 @pytest.fixture
-def folder(tmp_path, write_text_dataset, make_subject):
-    """What a quickstart leaves, made by what makes it there."""
+def folder(tmp_path, write_text_dataset, make_eval_model):
+    """The output folder of a quickstart, written by the code that writes it there."""
     folder = tmp_path / "quick <start>"
     for split in ("train", "valid"):
         (folder / "data").mkdir(parents=True, exist_ok=True)
         write_text_dataset(folder / "data" / split, [TEXTS])
     models = []
     for name, values in PERPLEXITIES.items():
-        models.append(ModelResults(make_subject(name, name=name), tuple(map(outcome, (16, 32), values))))
+        models.append(ModelResults(make_eval_model(name, name=name), tuple(map(outcome, (16, 32), values))))
         run_dir = folder / "runs" / name
         run_dir.mkdir(parents=True)
         run = RunConfig.model_validate({"run_dir": str(run_dir), "train": {"precision": "fp32"}})
@@ -47,7 +47,7 @@ def folder(tmp_path, write_text_dataset, make_subject):
             metrics.add({"step": step, "tokens": 512 * step, VALID_LOSS: 5.0 / step})
         metrics.close()
     (folder / "evaluation").mkdir()
-    report = as_json(TokenDataset(folder / "data" / "valid"), Settings(max_tokens=100), models)
+    report = as_json(TokenDataset(folder / "data" / "valid"), EvalSettings(max_tokens=100), models)
     (folder / "evaluation" / "perplexity.json").write_text(json.dumps(report))
     (folder / "logs").mkdir()
     (folder / "logs" / "times.json").write_text(
@@ -67,8 +67,8 @@ def test_page_holds_what_a_newcomer_wants_to_see_and_loads_nothing(folder):
     assert "The effect <shows>." in text and "a <machine>" in text and "fp32" in text
     for value in ("19.50", "20.25", "inf", "2,048", "0.250", "61.0 s", "Train <x>", "1:06 min", "quick <start>"):
         assert value in text
-    assert len(re.findall(r"<svg class", html)) == 4
-    names = re.findall(r'<text class="name s(\d)"[^>]*>([^<]*)<', html)
+    assert len(re.findall(r"<svg ", html)) == 4
+    names = re.findall(r'<text style="[^"]*fill: var\(--line(\d)\)[^"]*"[^>]*>([^<]*)<', html)
     assert set(names) == {("0", "bipe_rope"), ("1", "bipe_alibi"), ("2", "rope ↑"), ("2", "rope")}
 
 

@@ -1,4 +1,4 @@
-"""How a corpus is cut, against plain arithmetic."""
+"""Sequences of each protocol against plain arithmetic."""
 
 import numpy as np
 import pytest

@@ -1,6 +1,6 @@
-"""Commands answer `--help` and errors in their arguments before they import what takes seconds.
+"""Commands answer `--help` and report errors in their arguments before they import slow packages.
 
-One interpreter imports what all commands may import at once, and forks for each question.
+One interpreter imports what every command may import at the top, and forks for each command line.
 """
 
 import json

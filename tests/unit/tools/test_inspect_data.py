@@ -1,4 +1,4 @@
-"""`tools/inspect_data.py` on whole and on damaged datasets."""
+"""`tools/inspect_data.py` on complete and on damaged datasets."""
 
 import json
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Each command once as a process of its own; all else that is tested of commands is called in the tests' process."""
+"""Each command, run once as a separate process; other tests call commands in the tests' process."""
 
 import json
 import shlex

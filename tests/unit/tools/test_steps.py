@@ -1,4 +1,4 @@
-"""Commands in turn and side by side: not twice, with their output kept, and with one error where they fail."""
+"""Commands run in turn and concurrently: none runs twice, output is kept, and a failure is one error."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The plan of the study of encodings, and its table; the commands themselves are tested where they belong."""
+"""The plan of the study of encodings, and its table; the commands themselves are tested elsewhere."""
 
 from pathlib import Path
 
@@ -69,7 +69,7 @@ def test_table_has_a_line_for_each_and_leaves_out_what_is_beyond_reach(study, tm
         text = "\n".join(["encoding,length_tokens,perplexity", *rows])
         (tmp_path / folder / "perplexity.csv").write_text(text)
     found = study.perplexities(tmp_path, {"learned": (256,), "rope": (256, 512)})
-    assert study.curves(found, 256) == [("learned", 256, [(256, 9.5)]), ("rope", 256, [(256, 9.04), (512, 20.5)])]
+    assert list(found.items()) == [("learned", {256: 9.5}), ("rope", {256: 9.04, 512: 20.5})]
     assert study.table(found).splitlines() == [
         "| encoding | 256 | 512 |",
         "| --- | --- | --- |",

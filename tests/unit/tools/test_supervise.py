@@ -1,4 +1,4 @@
-"""tools/supervise.py around small commands in place of launchers."""
+"""tools/supervise.py with small commands instead of launchers."""
 
 import signal
 import subprocess

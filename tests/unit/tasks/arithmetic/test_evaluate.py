@@ -35,7 +35,7 @@ def test_answer_is_right_if_it_ends_with_the_value(monkeypatch, generator, answe
         asked.update(prompts=[prompt.tolist() for prompt in prompts], new_tokens=limits.new_tokens)
         return [ids.tolist() for ids in generator.tokenizer.encode_batch(answers)]
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "generate_batches", generate)
     found = evaluate.solve_all(generator, PROBLEMS, 1000)
     assert (found.operators, found.num_problems, found.num_right) == (2, 3, num_right)
     assert found.share == num_right / 3
@@ -52,7 +52,7 @@ def test_generation_ends_with_the_positions_of_the_model(monkeypatch, generator,
         asked.append(limits.new_tokens)
         return [[] for _ in prompts]
 
-    monkeypatch.setattr(evaluate, "generate", generate)
+    monkeypatch.setattr(evaluate, "generate_batches", generate)
     evaluate.solve_all(generator._replace(max_seq_len_tokens=longest), PROBLEMS, 1000)
     assert asked == [new_tokens]  # always for the longest correct solution, which is refused if it does not fit
 

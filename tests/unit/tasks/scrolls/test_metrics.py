@@ -4,7 +4,7 @@ import pytest
 
 pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 
-from megatron_bipe.tasks.scrolls.metrics import MAIN, exact_match, f1, normalise, score
+from megatron_bipe.tasks.scrolls.evaluate import MAIN, exact_match, f1, normalise, score
 
 # Inputs and results are those in the documentation of the benchmark's metric (tau/scrolls, metrics/scrolls.py).
 PREDICTIONS = ["exact match example", "hello there", "general kenobi"]
