@@ -114,7 +114,7 @@ def documented_commands():
     found = []
     for page in PAGES:
         text = page.read_text("utf-8").replace("\\\n", " ")
-        code = [*re.findall(r"^ {4,}(.*)$|^((?:DS_|OMP_|python |deepspeed ).*)$", text, re.MULTILINE)]
+        code = [*re.findall(r"^ {4,}(.*)$|^(?:\$ )?((?:DS_|OMP_|python |deepspeed ).*)$", text, re.MULTILINE)]
         spans = re.findall(r"`((?:python|deepspeed|mpiexec) [^`]*)`", text)
         for line in [*map("".join, code), *spans]:
             parts = re.split(r"(?<![\w/])(tools/\w+\.py|pretrain\.py)", line.partition(" #")[0])
