@@ -1,7 +1,7 @@
 """MPI ranks of preprocessing: `mpiexec -n N python tools/preprocess.py ...`.
 
-Only this module uses MPI. Ranks share a file system: each processes its own ranges, and they synchronize at barriers.
-A rank that fails ends the others; finished ranges are kept.
+Ranks share a file system: each processes its own ranges, and they synchronize at barriers. A rank that fails ends the
+others; finished ranges are kept. No other module of preprocessing uses MPI.
 """
 
 import os
@@ -54,7 +54,7 @@ def join_ranks() -> Iterator[Ranks]:
     except ImportError as error:
         raise DataError(
             f"This process was started by MPI, but mpi4py cannot be loaded: {error}",
-            remedy="Run pip install 'megatron-bipe[mpi]', or start this without mpiexec and with --workers",
+            remedy="Run pip install -e '.[mpi]', or start this without mpiexec and with --workers",
             location="mpiexec",
         ) from error
     ranks = Ranks(MPI.COMM_WORLD)

@@ -160,7 +160,7 @@ def _train(lines: Iterator[bytes], options: TrainOptions) -> Model:
         raise _size_error(str(error), options) from error
     model: Model = proto.ModelProto.FromString(written.getvalue())  # type: ignore[attr-defined]
     if ensure_stop_piece(model):
-        log.warning("The text has too few full stops after a space: %r took the place of the rarest merge", STOP_PIECE)
+        log.warning("The text has too few full stops after a space: %r replaced the rarest merge", STOP_PIECE)
     return model
 
 

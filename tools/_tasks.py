@@ -35,7 +35,7 @@ def scrolls(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ConfigError(
             f"rouge_score cannot be imported: {error}",
-            remedy="Install it: pip install 'megatron-bipe[scrolls]'",
+            remedy="Install it: pip install -e '.[scrolls]'",
             location="evaluate.py scrolls",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, result_names(task))

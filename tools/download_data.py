@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None) -> None:
         return
     snapshot, num_fetched = download(options)
     print(
-        f"{options.output}: {len(snapshot.files)} file(s) of {snapshot.repo} at commit {snapshot.commit}, all whole; "
-        f"{num_fetched} fetched now"
+        f"{options.output}: {len(snapshot.files)} file(s) of {snapshot.repo} at commit {snapshot.commit}, "
+        f"all complete; {num_fetched} fetched now"
     )
     for next_command in next_commands(known, options.output, (file.path for file in snapshot.files)):
         print(f"Next: {next_command}")

@@ -101,7 +101,7 @@ def harness(arguments: argparse.Namespace) -> None:
     except ImportError as error:
         raise ConfigError(
             f"lm-evaluation-harness cannot be imported: {error}",
-            remedy="Install it: pip install 'megatron-bipe[harness]'",
+            remedy="Install it: pip install -e '.[harness]'",
             location="evaluate.py harness",
         ) from error
     prepare_output(arguments.output, arguments.overwrite, (HARNESS_NAME,))

@@ -114,7 +114,7 @@ def _perplexity(folder: Path, checkpoint: Checkpoint) -> "PerplexityPlot":
             remedy=f"Make one with tools/evaluate.py perplexity --model {source}",
             location=folder,
         )
-    lines = [("window length", *(length for length, _ in rows)), ("---",) * (len(rows) + 1)]
+    lines = [("sequence length", *(length for length, _ in rows)), ("---",) * (len(rows) + 1)]
     table = "\n".join(
         "| " + " | ".join(cells) + " |" for cells in (*lines, ("perplexity", *(value for _, value in rows)))
     )

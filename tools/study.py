@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 CONFIG = Path("examples/extrapolation_cpu.yaml")
 CORPUS = ""  # the defaults of tools/corpus.py
-TITLE = "Perplexity on held-out text, encodings trained alike"
+TITLE = "Perplexity on held-out text, encodings with equal training"
 EVALUATE_EACH = Pattern(
     "Evaluate {each}",
     "python tools/evaluate.py perplexity --model {out}/runs/{each} --data {out}/data/valid --lengths {lengths} "

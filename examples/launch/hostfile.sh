@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Several machines, listed in a file, started by DeepSpeed over ssh; called on one of them:
+# Several machines, listed in a file, started by DeepSpeed over ssh from one of them:
 #
 #   HOSTFILE=my_hosts examples/launch/hostfile.sh [FURTHER OPTIONS OF pretrain.py]
 #
 # Needs pdsh here, ssh without a password to every host, and this folder, its .venv, the data and the run folder under
-# the same path on all of them. Variables that begin with NCCL and PYTHON go along; others by a file .deepspeed_env in
-# this folder, NAME=VALUE a line. Where no ssh is allowed, start it on every host with
+# the same path on all of them. Variables that begin with NCCL and PYTHON are exported; list others in a file
+# .deepspeed_env in this folder, one NAME=VALUE per line. If ssh is not allowed, start it on every host with
 # LAUNCHER_OPTIONS="--no_ssh --node_rank 0" (1, 2, ... by the line of the host) and HEAD set.
 set -euo pipefail
 

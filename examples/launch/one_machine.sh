@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# One machine, one rank a GPU, started by DeepSpeed:
+# One machine, one rank per GPU, started by DeepSpeed:
 #
 #   examples/launch/one_machine.sh [FURTHER OPTIONS OF pretrain.py]
 #
-# GPUS says how many GPUs are taken, from the first on; all there are if it is unset. On a machine that is shared, name
+# GPUS is the number of GPUs to use, from the first on; unset: all. On a shared machine, name
 # them: CUDA_VISIBLE_DEVICES=4,5 examples/launch/one_machine.sh
 #
-# A rank that fails ends the others. Started again, the run goes on from its last checkpoint; to have that done:
+# A rank that fails ends the others. The same command resumes the run from its last checkpoint; to automate this:
 #
 #   python tools/supervise.py RUN_DIR -- examples/launch/one_machine.sh --set run_dir=RUN_DIR
 set -euo pipefail
@@ -17,7 +17,7 @@ PORT=${PORT:-29500} # of this machine; each launch that runs at the same time ne
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
-# DeepSpeed ignores CUDA_VISIBLE_DEVICES where it is told a number of GPUs, and then takes those of other people.
+# Given a number of GPUs, DeepSpeed ignores CUDA_VISIBLE_DEVICES, and would use the GPUs of other users.
 count=()
 if [ -n "${GPUS:-}" ]; then
     if [ -n "${CUDA_VISIBLE_DEVICES:-}" ]; then

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# torchrun, started on every host; each has its own NODE_RANK, from 0, and the same HEAD, the first host's address:
+# torchrun, started on every host, with its own NODE_RANK (from 0) and the same HEAD (address of the first host):
 #
 #   NODES=2 NODE_RANK=1 HEAD=node-1 examples/launch/torchrun.sh [FURTHER OPTIONS OF pretrain.py]
 #
-# A rank that fails ends the others of its host at once, and those of other hosts within seconds.
+# If a rank fails, the other ranks of its host end at once, and those of other hosts within seconds.
 set -euo pipefail
 
 NODES=${NODES:-1}
 NODE_RANK=${NODE_RANK:-0}
-GPUS=${GPUS:-8} # a host
+GPUS=${GPUS:-8} # per host
 HEAD=${HEAD:-127.0.0.1}
 PORT=${PORT:-29500} # of the first host
 CONFIG=${CONFIG:-examples/bipe_rope_151m.yaml}

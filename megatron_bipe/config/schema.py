@@ -4,12 +4,21 @@ Defaults are the 151M BiPE-RoPE recipe of the paper. Rules on a single field are
 several fields are in `validate.py`, and `load.py` reads the values.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
 
-from megatron_bipe.config.encodings import ENCODINGS, RELATIVE, Encoding, Relative, known_absolute, known_encoding
+from megatron_bipe.config.encodings import (
+    ABSOLUTE,
+    ENCODINGS,
+    RELATIVE,
+    Encoding,
+    Relative,
+    known_absolute,
+    known_encoding,
+)
 
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
@@ -20,6 +29,11 @@ PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 # Fields that a resumed run may change with `--allow`: the training state stays valid, but the loss curve changes. Other
 # changes would invalidate the weights, or read some sequences twice and others never.
 ALLOWABLE = ("optimizer", "train.precision", "data")
+
+
+def _choices(names: Iterable[str]) -> Any:
+    """List the values that a validator accepts in the JSON schema, from which docs/configuration.md is generated."""
+    return Field(json_schema_extra={"enum": list(names)})
 
 
 class _Section(BaseModel):
@@ -33,14 +47,16 @@ class RopeScaling(_Section):
     """linear: divide positions by `factor`; dynamic: raise the base once the sequence exceeds `train_len_tokens`; ntk:
     raise the base always; yarn: slow channel pairs as in linear, fast ones unchanged, sharper attention scores."""
     factor: Annotated[float, Field(gt=1.0)]
-    """Target length as a multiple of the training length."""
+    """Target sequence length as a multiple of the training length. Required: it depends on the intended use."""
     original_positions: Positive | None = None
     """yarn: number of positions in a training sequence; null: `train_len_tokens`. Bilevel encodings count segments: the
     sequence length divided by the mean segment length."""
     beta_fast: Annotated[float, Field(gt=0)] = 32.0
-    """yarn: channel pairs with more rotations than this over the original positions are unchanged."""
+    """yarn: channel pairs with more rotations than this over the original positions are unchanged. The default is the
+    value of YaRN's authors for LLaMA."""
     beta_slow: Annotated[float, Field(gt=0)] = 1.0
-    """yarn: channel pairs with fewer rotations than this are scaled by the full factor."""
+    """yarn: channel pairs with fewer rotations than this are scaled by the full factor. The default is the value of
+    YaRN's authors for LLaMA."""
     attention_factor: Annotated[float, Field(gt=0)] | None = None
     """yarn: multiplier of queries and keys; null: 0.1 ln(factor) + 1, which its authors found best."""
 
@@ -53,43 +69,51 @@ class RopeScaling(_Section):
 class ModelConfig(_Section):
     """Architecture of the network: everything that an exported model stores about itself."""
 
-    encoding: Annotated[str, AfterValidator(known_encoding)] = "bipe_rope"
+    encoding: Annotated[str, AfterValidator(known_encoding), _choices(ENCODINGS)] = "bipe_rope"
     """Positional encoding, see docs/encodings.md; `bipe_X` adds positions in segments to the embeddings, and
     attention encodes segment indices with X."""
-    intra_encoding: Annotated[str, AfterValidator(known_absolute)] = "learned"
+    intra_encoding: Annotated[str, AfterValidator(known_absolute), _choices(ABSOLUTE)] = "learned"
     """Absolute part of a bilevel encoding, by the position in the segment; learned: as in the paper."""
     num_layers: Positive = 12
-    """Transformer blocks."""
+    """Number of transformer blocks; the default is that of the 151M model."""
     hidden_size: Positive = 768
-    """Width of the residual stream."""
+    """Width of the residual stream, in channels; the default is that of the 151M model."""
     num_heads: Positive = 12
-    """Query heads; head width is hidden_size / num_heads."""
+    """Number of query heads; the head width is hidden_size / num_heads, 64 by default."""
     num_kv_heads: Positive | None = None
-    """Key/value heads of grouped-query attention; null: as many as query heads."""
+    """Number of key/value heads in grouped-query attention; null: as many as query heads, as in the
+    published models."""
     ffn_size: Positive = 3072
-    """Inner width of the SwiGLU layer."""
+    """Inner width of the SwiGLU feed-forward layer, in channels; the default is that of the 151M model."""
     vocab_size: Positive = 32000
-    """Rows of the token embedding: at least the tokenizer's number of ids (LLaMA: 32,000)."""
+    """Rows of the token embedding: at least the tokenizer's number of ids. The default is that of LLaMA's tokenizer,
+    which the published models use."""
     intra_size: Positive = 1024
-    """Rows of the intra-segment embedding (bipe encodings); positions beyond the last row use the last row."""
+    """Rows of the intra-segment embedding (bipe encodings with a learned absolute part); positions beyond the last row
+    use the last row. The default covers a segment as long as the training sequence."""
     position_range: Positive | None = None
-    """randomized_rope: upper bound of drawn positions; null: 4 x train_len_tokens, the range tested in the paper."""
+    """randomized_rope: upper bound of the positions that are drawn; null: 4 x train_len_tokens, the range tested in the
+    paper."""
     train_len_tokens: Positive = 1024
-    """Sequence length of training: reference of log_scale and RoPE scaling, and rows of the `learned` embedding."""
+    """Sequence length of pretraining, in tokens. It is the reference length of log_scale and rope_scaling, and the
+    number of rows of the `learned` embedding. Keep it when a model is trained further with longer sequences."""
     norm_eps: Annotated[float, Field(gt=0)] = 1e-5
-    """Added to the mean square in RMSNorm."""
+    """Term that RMSNorm adds to the mean square, so that it never divides by zero."""
     init_std: Annotated[float, Field(gt=0)] = 0.02
-    """Standard deviation of the normal initialisation of all matrices."""
+    """Standard deviation of the normal initialization of all matrices, as in LLaMA's implementation in transformers."""
     rope_base: Annotated[float, Field(gt=1)] = 10000.0
-    """Base of the rotary frequencies."""
+    """Base of the rotary frequencies; the default is that of the RoPE paper."""
     rope_scaling: RopeScaling | None = None
-    """Null for training from scratch."""
+    """Scaling of rotary positions beyond the training length; null: none, as for training from scratch."""
     log_scale: bool = False
-    """Multiply queries by ln(position + 1) / ln(train_len_tokens)."""
+    """Multiply queries by ln(position + 1) / ln(train_len_tokens), which sharpens attention in long sequences; false:
+    queries are not scaled."""
     zero_last_row: bool = False
-    """Keep the last row of both embeddings at zero and untrained, as the published models do by accident."""
+    """Keep the last row of the token and the position embedding at zero and untrained. Only reproducing the published
+    models needs this: their code does it by accident."""
     tied_output: bool = False
-    """Use the token embedding as the output projection instead of a separate matrix."""
+    """Use the token embedding as the output projection; false: a separate matrix, as in
+    the published models."""
 
     @property
     def parts(self) -> Encoding:
@@ -173,12 +197,13 @@ class DataConfig(_Section):
     """Dataset folder made by tools/preprocess.py or tools/prepare_task.py. Several are a blend: `{FOLDER: WEIGHT, ...}`
     samples them in proportion to the weights, `[FOLDER, ...]` in proportion to their tokens."""
     valid_path: Path | None = None
-    """Dataset folder for the validation loss; null: no validation."""
+    """Dataset folder for the validation loss; null: no validation, since no held-out dataset exists by default."""
     segments: str | None = None
-    """Segment rule that the dataset must have been made with; null: any."""
+    """Segment rule that the dataset must have been made with; another one is an error. Null: any rule, since the data
+    records its own."""
     verify: bool = True
     """Verify the checksum of each shard in the background when it is first read, and check every minute that the files
-    are unchanged; the shards are distributed over the ranks."""
+    are unchanged; each rank verifies a part of the shards. On by default: damaged tokens would not show in the loss."""
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -195,74 +220,83 @@ class OptimizerConfig(_Section):
     """AdamW with the values of the published recipe."""
 
     lr: Annotated[float, Field(gt=0)] = 1e-4
-    """Peak learning rate."""
+    """Peak learning rate, reached at the end of the warm-up; the default is that of the published recipe."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the decay."""
+    """Learning rate at the end of the decay; with 0 the rate vanishes there."""
     warmup_steps: NonNegative = 10_000
-    """Steps of the linear warm-up from 0 to lr."""
+    """Steps of the linear warm-up from 0 to lr: 2% of the published recipe. 0: none."""
     decay: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    """Shape of the decay after the warm-up, down to min_lr at decay_steps."""
+    """Shape of the decay after the warm-up, down to min_lr at decay_steps; constant: lr is kept."""
     decay_power: Annotated[float, Field(gt=0)] = 1.0
-    """Power of the polynomial; 1 is linear."""
+    """Power of the polynomial decay; 1 is linear, as in the published recipe."""
     decay_steps: Positive | None = None
-    """Step at which min_lr is reached; null: train.steps."""
+    """Step at which min_lr is reached; null: train.steps. Set it if runs of different lengths follow one
+    schedule."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
-    """Decoupled weight decay of matrices and embeddings; norm weights are not decayed."""
+    """Decoupled weight decay of matrices and embeddings, multiplied by the learning rate; norm weights are not
+    decayed."""
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
-    """Adam's moment decay rates."""
+    """Decay rates of Adam's first and second moment, per step; the defaults are Adam's own."""
     eps: Annotated[float, Field(gt=0)] = 1e-8
-    """Adam's denominator offset."""
+    """Term that Adam adds to the denominator; the default is Adam's own."""
     grad_clip: Annotated[float, Field(ge=0)] = 1.0
-    """Largest global L2 norm of the gradient; 0: no clipping."""
+    """Largest global L2 norm of the gradient; a larger gradient is scaled down to it. 0: no clipping."""
 
 
 class TrainConfig(_Section):
     """Length, batch size and intervals of the run."""
 
     steps: Positive = 500_000
-    """Optimizer steps; the published checkpoints are step 500,000."""
+    """Optimizer steps of the run; the published checkpoints are of step 500,000."""
     seq_len_tokens: Positive = 1024
-    """Sequence length."""
+    """Sequence length, in tokens; the default is that of the paper."""
     global_batch: Positive = 256
-    """Sequences per optimizer step, over all ranks."""
+    """Sequences per optimizer step, over all ranks; the default is 8 x 32, inferred from the published code."""
     micro_batch: Positive = 8
-    """Sequences per forward pass on one rank; gradient accumulation follows from the rank count."""
+    """Sequences per forward pass of one model replica. The number of gradient accumulation steps follows: global_batch
+    / (micro_batch x replicas). Lower it if a rank runs out of memory; the result changes only by rounding."""
     precision: Precision = AUTO
     """Compute precision; bf16 keeps fp32 master weights and moments. auto: bf16 where the device multiplies it natively
     (GPUs since A100, CPUs with AVX512_BF16, AMX or Arm BF16), else fp32; a resumed run keeps its precision."""
     seed: NonNegative = 1234
-    """Random seed of the initial weights and the sample order."""
+    """Random seed of the initial weights and of the order of samples; any number is as good as another."""
     init_from: Folder | None = None
     """Model that a new run starts from: an exported folder, or RUN_DIR[@STEP]; the optimizer state is new. Null: random
     weights. A run that has a checkpoint resumes from it instead."""
     log_every: Positive = 10
-    """Steps between progress lines; metrics.jsonl gets every step."""
+    """Steps between progress lines; metrics.jsonl gets every step. Losses are read from the device at these steps only,
+    so that the steps between them need not wait for it."""
     valid_every: NonNegative = 1000
-    """Steps between validation losses; 0: never."""
+    """Steps between validations; 0: never."""
     valid_samples: Positive = 512
-    """Sequences of the validation set per validation, always the same ones."""
+    """Sequences per validation, the same ones each time, so that losses can be compared."""
     save_every: NonNegative = 1000
-    """Steps between checkpoints; 0: only at the end."""
+    """Steps between checkpoints; 0: only at the end. tools/goodput.py estimates the best interval for a cluster."""
     check_replicas_every: NonNegative = 100
-    """Steps between bitwise comparisons of replicated weights across ranks; 0: never."""
+    """Steps between bitwise comparisons of replicated weights across ranks; 0: never. The comparison is cheap at
+    the default: docs/reliability.md has measurements."""
 
 
 class ParallelConfig(_Section):
     """Parallel layout; each group of tensor x context x pipeline ranks holds one replica of the model."""
 
     tensor: Positive = 1
-    """Tensor-parallel ranks: heads, MLP width and vocabulary are sharded over them."""
+    """Number of tensor-parallel ranks, over which heads, feed-forward width and vocabulary are sharded; 1: not
+    sharded."""
     context: Positive = 1
-    """Ranks that each sequence is sharded over, for sequences too long for one; inside attention, heads are sharded."""
+    """Number of ranks over which each sequence is sharded, for sequences whose activations do not fit on one rank;
+    inside attention, heads are sharded instead. 1: not sharded."""
     pipeline: Positive = 1
-    """Pipeline stages that the layers are divided into."""
+    """Number of pipeline stages into which the layers are divided; needs ZeRO 0 or 1. 1: no pipeline."""
     sequence: bool = False
-    """With tensor > 1: also shard the activations between tensor-parallel layers, along the sequence."""
+    """With tensor > 1: also shard the activations between tensor-parallel layers along the sequence, which saves
+    memory."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in backward; selective: all but matrix products and attention; full: complete blocks."""
+    """Activations that backward recomputes instead of keeping them. selective: all but matrix products and attention;
+    full: complete blocks; none: nothing, which is the fastest if memory suffices."""
     timeout_s: Positive = 600
-    """Longest time without progress in a micro-batch, a checkpoint or at the start; then the launch ends, and the ranks
-    it waited for are named. The default is torch's timeout for NCCL collectives."""
+    """Longest time without progress in a micro-batch, a checkpoint or at the start, in seconds. After it the launch
+    ends, and the output names the ranks that it waited for. The default is torch's timeout for NCCL collectives."""
 
     def data_ranks(self, num_ranks: int) -> int:
         """Return the number of model replicas, over which the sequences of a batch are sharded."""
@@ -277,14 +311,16 @@ class CheckpointConfig(_Section):
     """Writing and retention of checkpoints; `train.save_every` is their interval."""
 
     asynchronous: bool = True
-    """Write in the background, from a copy in host memory (12 bytes per parameter, sharded over the ranks); false: wait
-    for the disk."""
+    """Write in the background, from a copy in host memory (12 bytes per parameter, sharded over the ranks), so that
+    training does not wait for the disk; false: wait for it."""
     keep_last: NonNegative = 0
-    """Number of newest checkpoints to keep, including the one just written; 0: all. With 1 there is no fallback."""
+    """Number of newest checkpoints to keep, including the one just written; 0: all, so that nothing is deleted unless
+    asked for. With 1 there is no other checkpoint to use if that one is damaged."""
     keep_every: NonNegative = 0
     """Keep checkpoints of steps that are a multiple of this, regardless of `keep_last`; 0: none."""
     min_free_gib: Annotated[float, Field(ge=0)] = 1.0
-    """Disk space that must remain free after a checkpoint; otherwise it is not written."""
+    """Disk space in GiB that must remain free after a checkpoint; otherwise it is not written, so that logs and metrics
+    still can be."""
 
 
 class HealthConfig(_Section):
@@ -299,18 +335,18 @@ class HealthConfig(_Section):
     spike_window: Annotated[int, Field(ge=2)] = 100
     """Number of good losses that a loss is compared with; until there are that many, none is a spike."""
     max_returns: NonNegative = 3
-    """Rollbacks to the same checkpoint before the run ends with an error."""
+    """Rollbacks to the same checkpoint before the run ends with an error, since more would not help either."""
     compare_ranks_every: NonNegative = 100
     """Steps between comparisons of the compute time of all ranks; 0: never."""
     slow_rank: Annotated[float, Field(ge=1)] = 1.5
-    """A rank is reported as slow if its compute time exceeds the median of all ranks by this factor."""
+    """Factor by which a rank's compute time must exceed the median of all ranks for it to be reported as slow."""
 
 
 class RunConfig(_Section):
     """Configuration of a training run; a YAML file mirrors it section by section."""
 
     run_dir: Path = Path("runs/bipe_rope_151m")
-    """Folder of the run: resolved config, metrics, checkpoints. An existing run is resumed."""
+    """Folder of the run, which receives everything that docs/run_folder.md describes. An existing run is resumed."""
     model: ModelConfig = ModelConfig()
     """The network."""
     data: DataConfig = DataConfig()

@@ -126,8 +126,8 @@ def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
 def sequence_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
     """Return the segment ends of sequences [..., T] for the model.
 
-    For `fixed:N`, segments on disk are counted from the start of a document. They are counted anew from the start of
-    the sequence, so that ids depend only on the sequence. Other rules need no change.
+    For `fixed:N`, segments on disk are counted from the start of a document. This counts them from the start of the
+    sequence, so that ids depend only on the sequence. Other rules need no change.
     """
     if rule.fixed_length is None:
         return ends

@@ -55,8 +55,8 @@ python tools/export_hf.py --checkpoint mine/run --output mine/model
     ),
     (
         "Train on the Pile at the paper's size",
-        "151M parameters, sequences of 1,024 tokens. The dry run estimates a run's resources before it starts. The "
-        "README continues with evaluation and export.",
+        "151M parameters, sequences of 1,024 tokens. The dry run estimates a run's resources before it starts. "
+        "docs/training.md continues with evaluation and export.",
         """
 python tools/download_data.py --output pile
 python tools/preprocess.py --input pile/train \\

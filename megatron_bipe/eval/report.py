@@ -133,7 +133,7 @@ def describe(dataset: TokenDataset, settings: Settings, results: Sequence[Length
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
     lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
     lines += [
-        f"  {r.length_tokens:>9,} tokens: {r.num_sequences:,} windows, {r.num_predictions:,} predictions, "
+        f"  {r.length_tokens:>9,} tokens: {r.num_sequences:,} sequences, {r.num_predictions:,} predictions, "
         f"{r.num_tokens_read:,} tokens read, {r.num_tokens_dropped:,} dropped"
         for r in results
     ]

@@ -14,13 +14,13 @@ from megatron_bipe.types import IntArray
 
 Protocol = Literal["full", "sliding", "reference"]
 PROTOCOLS: dict[Protocol, str] = {
-    "full": "windows of L tokens, each with the next token as its last label, the last window shorter: every token but "
+    "full": "sequences of L tokens, each with the next token as its last label, the last one shorter: every token but "
     "the first is predicted once, at every length; mean over predictions",
-    "sliding": "windows of L tokens, each L/2 after the one before, in which the first L/2 labels are context alone: "
+    "sliding": "sequences of L tokens, each L/2 after the one before, in which the first L/2 labels are context alone: "
     "every token but the first is predicted once, from at least L/2 tokens if as many come before it; mean over "
     "predictions",
     "reference": "the authors' protocol: documents in groups of 1000, each group's tokens cut into blocks of L, its "
-    "remainder and one whole block dropped; L - 1 predictions a block; mean over blocks",
+    "remainder and one full block dropped; L - 1 predictions per block; mean over blocks",
 }
 GROUP_DOCUMENTS = 1000  # batch size of `datasets.map` in the authors' script
 

@@ -42,7 +42,7 @@ print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 """
 PLOT = "perplexity.png"
 _PERPLEXITY = """
-![Perplexity against window length]({plot})
+![Perplexity by sequence length]({plot})
 
 {text}
 """

@@ -97,7 +97,7 @@ def _agree_by_mpi(one_host: bool) -> Rendezvous:
     except ImportError as error:
         raise ConfigError(
             f"MPI started this process, but mpi4py, which exchanges the rendezvous address, cannot be loaded: {error}",
-            remedy="Run pip install 'megatron-bipe[mpi]', or set MASTER_ADDR and MASTER_PORT on all ranks",
+            remedy="Run pip install -e '.[mpi]', or set MASTER_ADDR and MASTER_PORT on all ranks",
             location="mpiexec",
         ) from error
     rendezvous: Rendezvous = MPI.COMM_WORLD.bcast(

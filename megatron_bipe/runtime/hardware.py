@@ -131,7 +131,7 @@ def peak_memory_gib(device: torch.device) -> float:
 def keep_freed_memory(device: torch.device) -> bool:
     """Let glibc reuse freed memory for the next tensors instead of returning it to the system; CPU only.
 
-    By default every large tensor is mapped anew and faulted in page by page, at every step. Measured on two cores with
+    By default every large tensor is mapped and faulted in page by page again at every step. Measured on two cores with
     the quickstart's model: 1.28 times the tokens per second. The process keeps its peak memory until it ends.
 
     Returns:

@@ -1,6 +1,6 @@
 """Parsing of the environment variables that launchers set.
 
-This module does not access the environment itself; `distributed_init.py` does.
+The functions receive the variables as an argument; `distributed_init.py` reads the environment.
 """
 
 import logging

@@ -1,6 +1,6 @@
 """Convert batches of Arrow tables to documents, with the text of only a few rows in memory.
 
-Only readers of tables import this module, because it imports `pyarrow`, an optional package.
+Only readers of tables import this module, because it imports `pyarrow`, which is slow.
 """
 
 from collections.abc import Iterable, Iterator

@@ -3,7 +3,7 @@
 A dataset on the Hub is named `ORG/NAME[/CONFIG][:SPLIT]`; the default split is `train`. Its parts are the shards that
 `datasets` sees, usually one file each. It is streamed: nothing of it is kept on disk, and none of its code is run.
 
-`pyarrow` and `datasets` are optional packages, imported only when such an input is read.
+`pyarrow` and `datasets` are slow to import, and are imported only when such an input is read.
 """
 
 import gc
@@ -39,7 +39,7 @@ def read_parquet(file: Path, start: int, stop: int, keys: Keys) -> Iterator[Pars
     Raises:
         DataError: the file cannot be read or is damaged, or a key leads to no column.
     """
-    with _optional_packages(file):
+    with _import_errors(file):
         from pyarrow.parquet import ParquetFile
 
         from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns, top_columns
@@ -134,7 +134,7 @@ def read_arrow(file: Path, keys: Keys) -> Iterator[Parsed]:
     Raises:
         DataError: as `read_parquet`.
     """
-    with _optional_packages(file):
+    with _import_errors(file):
         import pyarrow
 
         from preprocessing.readers.arrow_rows import parse_batches, reading_table, require_columns
@@ -195,7 +195,7 @@ def read_hub(name: str, part: int, commit: str, keys: Keys) -> Iterator[Parsed]:
     Raises:
         DataError: as `open_hub` and `read_parquet`; or the dataset has no such part.
     """
-    with _optional_packages(name):
+    with _import_errors(name):
         from preprocessing.readers.arrow_rows import parse_batches
     dataset = _hub_dataset(name, commit)
     if part >= dataset.num_shards:
@@ -231,7 +231,7 @@ def _parse_name(name: str) -> tuple[str, str | None, str]:
 
 
 def _hub_dataset(name: str, commit: str | None) -> Any:
-    with _optional_packages(name):
+    with _import_errors(name):
         from datasets import load_dataset
     repo, config, split = _parse_name(name)
     if Path(repo).exists():  # `datasets` would read that
@@ -271,10 +271,12 @@ def _hub_errors(name: str, remedies: Sequence[tuple[type[Exception], str]]) -> I
 
 
 @contextmanager
-def _optional_packages(location: Path | str) -> Iterator[None]:
+def _import_errors(location: Path | str) -> Iterator[None]:
     try:
         yield
     except ImportError as error:
         raise DataError(
-            f"This input needs an optional package: {error}", remedy="Run pip install datasets", location=location
+            f"A package for this input cannot be imported: {error}",
+            remedy="Run make setup, or pip install datasets",
+            location=location,
         ) from error

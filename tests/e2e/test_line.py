@@ -16,6 +16,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import bilevel_ids
 from megatron_bipe.errors import BipeError, CheckpointError, ConfigError, DataError
 from tests.helpers.commands import flags
+from tests.helpers.docs import assert_events_are_documented, documented
 from tests.helpers.errors import assert_error
 from tests.helpers.small_runs import metrics
 from tests.helpers.tools import call_tool, pretrain_error, run_pretrain
@@ -81,6 +82,29 @@ def test_line_training_learns_and_continues_bit_for_bit(line):
     assert resumed == undisturbed
     assert [entry["step"] for entry in resumed if "loss/train_nats" in entry] == list(range(1, 9))
     assert resumed[-1]["loss/valid_nats"] < resumed[0]["loss/train_nats"] - 0.3
+
+
+def test_line_run_folder_has_the_files_and_keys_of_its_page(line):
+    folder = line["folder"] / "undisturbed"  # the one with a profile
+    assert {path.name for path in folder.iterdir()} == {
+        name.rstrip("/") for name in documented("run_folder.md", "| path | contents | written |")
+    } - {"running"}
+    lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert set().union(*lines) == set(documented("run_folder.md", "| key | unit |")) - {"util/mfu"}  # of GPUs
+    assert_events_are_documented(folder)
+    step = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
+    files = {path.relative_to(folder / "checkpoints").as_posix() for path in step.iterdir()}
+    pages = documented("run_folder.md", "| path | contents |\n|---|---|\n| `latest`")
+    assert {re.sub(r"step-\d+|(?<=rank-)\d+", "N", name) for name in files} == {
+        re.sub(r"step-\d+|(?<=rank-)\d+", "N", name) for name in pages if "/" in name
+    }
+    index = json.loads((step / "state.json").read_text())
+    assert set(index) == set(documented("run_folder.md", "| key | meaning |\n|---|---|\n| `format_version`"))
+    assert set(index["loop_state"]) == set(documented("run_folder.md", "| key | meaning |\n|---|---|\n| `step`"))
+    record = json.loads((folder / "data.json").read_text())
+    assert (
+        record.keys() | {"blend"} == documented("run_folder.md", "| key | meaning |\n|---|---|\n| `tokenizer`").keys()
+    )
 
 
 def test_line_exported_model_equals_the_checkpoint(line, exported):

@@ -8,6 +8,7 @@ import torch
 
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.events import read_events
+from tests.helpers.docs import assert_events_are_documented
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
 from tests.helpers.small_runs import metrics, state, train_in_rank
@@ -80,6 +81,7 @@ def test_fault_in_a_row_goes_back_past_its_samples_on_all_ranks(folder: Path, re
     (back,) = _events(folder, case, "return")
     assert (back["step"], back["to_step"], back["samples"]) == (8, 4, [40, 64])
     run_dir = folder / f"{case.fault}-{case.layout}"
+    assert_events_are_documented(run_dir)
     found = [line for line in metrics(run_dir) if "loss/train_nats" in line]
     assert [line["step"] for line in found] == list(range(1, STEPS + 1))
     assert [line["data/samples"] for line in found] == [*range(8, 41, 8), *range(72, 121, 8)]

@@ -12,7 +12,7 @@ class Outline(HTMLParser):
     def __init__(self, html):
         super().__init__()
         self.elements, self.open, self.words = [], [], []
-        self.loader(html)
+        self.feed(html)
         self.close()
         assert not self.open
 

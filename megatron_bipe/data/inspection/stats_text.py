@@ -20,7 +20,7 @@ def stats_table(manifest: Manifest) -> str:
     rows = [_stats_row(s.name, s.documents, s.tokens, s.segments, s.text_bytes) for s in manifest.shards]
     head = [
         *_made_with(manifest),
-        f"stored as  {manifest.dtype} and one bit a token, fingerprint {manifest.fingerprint[:16]}",
+        f"stored as  {manifest.dtype} and one bit per token, fingerprint {manifest.fingerprint[:16]}",
     ]
     return "\n".join([*head, "", _align([_HEADINGS, *rows, _total_row([manifest])])])
 

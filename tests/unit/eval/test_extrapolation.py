@@ -114,7 +114,7 @@ def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(mon
     draw_extrapolation([Subset("arxiv", "f", (line,)), Subset("gutenberg-pg-19", "f", (line,))])
     [figure] = figures
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m", "RoPE, the paper's"]
-    columns = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("by window length")]
+    columns = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("by sequence length")]
     low, high = columns[1].get_ylim()
     assert low < 19 and (high > 41 or "RoPE, the paper's 41 at 2,048" in columns[1].texts[0].get_text())
 

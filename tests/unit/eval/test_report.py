@@ -83,7 +83,7 @@ def test_as_table_aligns_and_marks_the_training_length(models):
 def test_describe_says_what_was_read_and_dropped(make_dataset, documents, models):
     text = describe(make_dataset(documents), Settings(max_tokens=100), models[0].results)
     assert "Protocol full" in text and "Given 100 of the dataset's 173 tokens" in text
-    assert "11 windows, 172 predictions, 173 tokens read, 0 dropped" in text
+    assert "11 sequences, 172 predictions, 173 tokens read, 0 dropped" in text
 
 
 def test_unique_names_of_equal_names_are_what_was_loaded(make_subject):

@@ -69,8 +69,8 @@ def test_export_tool_puts_an_evaluation_into_the_card_if_it_is_of_this_checkpoin
     call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out", "--evaluation", good)
     assert (tmp_path / "out" / "perplexity.png").read_bytes() == b"\x89PNG picture"
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "![Perplexity against window length](perplexity.png)" in card and "c" * 64 in card
-    assert "| window length | 1,024 | 8,192 |\n| --- | --- | --- |\n| perplexity | 20.50 | inf |" in card
+    assert "![Perplexity by sequence length](perplexity.png)" in card and "c" * 64 in card
+    assert "| sequence length | 1,024 | 8,192 |\n| --- | --- | --- |\n| perplexity | 20.50 | inf |" in card
     other = evaluation(tmp_path / "other", f"{run_dir}@6")
     command = ["--checkpoint", run_dir, "--output", tmp_path / "out2", "--evaluation"]
     assert_refuses("export_hf", [*command, other], CheckpointError, f"{run_dir}@6", f"{run_dir}@7", location=other)

@@ -228,7 +228,7 @@ def test_join_ranks_without_mpi_is_alone(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_join_ranks_mpi_job_without_mpi4py_is_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMPI_COMM_WORLD_SIZE", "2")
     monkeypatch.setitem(sys.modules, "mpi4py", None)
-    with raises(DataError, "mpi4py", location="mpiexec", remedy="megatron-bipe[mpi]"), join_ranks():
+    with raises(DataError, "mpi4py", location="mpiexec", remedy="[mpi]"), join_ranks():
         pass
 
 

@@ -32,7 +32,7 @@ def test_download_data_lists_then_fetches_then_finds_all_there(tmp_path: Path, h
     assert "3 file(s), 4.90kB; to fetch: 4.90kB; free on the disk: " in listed
     assert not folder.exists()
     fetched = call_tool("download_data", *options, "--include", "train/*", VAL, "--workers", 2).output
-    assert f"{folder}: 3 file(s) of {repo}, all whole; 3 fetched now" in fetched
+    assert f"{folder}: 3 file(s) of {repo}, all complete; 3 fetched now" in fetched
     assert f"\nNext: python tools/preprocess.py --tokenizer TOKENIZER --workers 8 --input {folder}/tr" in fetched
     assert (folder / VAL).read_bytes() == VAL.encode() * 100
     again = call_tool("download_data", *options, "--dataset", "pile-val", "--verify").output

@@ -125,7 +125,13 @@ def documented_commands():
 
 def test_commands_in_the_pages_have_options_that_exist(answers):
     commands = documented_commands()
-    assert {page for page, _, _ in commands} > {"README.md", "CONTRIBUTING.md", "finetuning.md"}
+    assert {page for page, _, _ in commands} > {
+        "CONTRIBUTING.md",
+        "commands.md",
+        "own_text.md",
+        "training.md",
+        "tutorial.md",
+    }
     for page, script, rest in commands:
         assert script in COMMANDS, (page, script)
         words = rest.split()
@@ -154,3 +160,17 @@ def test_errors_in_arguments_import_nothing_heavy(answers, script):
         code, output, heavy = answers[f"{script} {line}"]
         assert code == 2 and ("none" in output or "abc" in output) and "Traceback" not in output, output
         assert not heavy
+
+
+def test_commands_page_lists_every_command_and_only_options_that_exist(answers):
+    listed = {}
+    for row in re.findall(r"^\| (`.*) \|$", (ROOT / "docs" / "commands.md").read_text("utf-8"), re.MULTILINE):
+        if found := re.match(r"`.*?\b((?:tools/\w+|pretrain)\.py)(?: (\w+)\b)?", row):
+            script, subcommand = found.groups()
+            name = f"{script} {subcommand}" if subcommand in SUBCOMMANDS.get(script, ()) else script
+            listed.setdefault(name, set()).update(re.findall(r"(?<![\w-])--[\w-]+", row))
+    expected = [f"{script} {name}" for script, names in SUBCOMMANDS.items() for name in names]
+    assert sorted(listed) == sorted([*expected, *(script for script in COMMANDS if script not in SUBCOMMANDS)])
+    for name, options in listed.items():
+        known = set(re.findall(r"--[\w-]+", answers[f"{name} --help"][1]))
+        assert options <= known, (name, options - known)

@@ -13,7 +13,7 @@ from tests.helpers.paths import ROOT
 CASES = {  # script -> arguments, exit code, what it prints
     "pretrain": ("--ds_config none.json", 2, "none.json"),
     "corpus": ("--output {out} --max-bytes 0", 2, "--max-bytes"),
-    "download_data": ("--dataset org/name --endpoint {hub} --output {out}", 0, "all whole; 1 fetched"),
+    "download_data": ("--dataset org/name --endpoint {hub} --output {out}", 0, "all complete; 1 fetched"),
     "evaluate": ("perplexity --model none --data none --lengths 8 --output {out}", 2, "none"),
     "export_hf": ("--checkpoint none --output {out}", 2, "none"),
     "generate": ("--model none --prompt x", 2, "none"),
