@@ -1,4 +1,4 @@
-"""Pages of docs/ agree with the code that they describe."""
+"""README.md, CONTRIBUTING.md and docs/ agree with the code and the files that they describe."""
 
 import ast
 import re
@@ -8,6 +8,7 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tools import script
 
 DOCS = ROOT / "docs"
+TESTING = (DOCS / "testing.md").read_text("utf-8")
 SOURCES = [
     ROOT / "pretrain.py",
     *(file for name in ("megatron_bipe", "preprocessing") for file in (ROOT / name).rglob("*.py")),
@@ -54,7 +55,8 @@ def test_troubleshooting_quotes_lines_that_the_code_writes():
 
 def test_links_between_pages_lead_to_files_and_headings():
     broken = set()
-    pages = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "ds_configs" / "README.md", *DOCS.rglob("*.md")]
+    top = [ROOT / name for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md")]
+    pages = [*top, ROOT / "ds_configs" / "README.md", *DOCS.rglob("*.md")]
     for page in pages:
         for path, anchor in re.findall(r"\]\((?!https?:)([^)#\s]*)#?([^)]*)\)", page.read_text("utf-8")):
             target = page.parent / path if path else page
@@ -67,3 +69,28 @@ def _anchors(page: Path) -> set[str]:
     """Return the anchors that GitHub gives to the headings of a page."""
     headings = re.findall(r"^#+ (.*)$", page.read_text("utf-8"), re.MULTILINE)
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_every_contract_names_test_files_that_exist():
+    table = TESTING.split("## Contract -> where it is tested")[1]
+    rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 40
+    for contract, tests in rows:
+        files = re.findall(r"`([^`]+)`", tests)
+        assert files and all((ROOT / "tests" / file).is_file() for file in files), contract
+
+
+def test_every_helper_that_is_described_exists():
+    for file, names in re.findall(r"`(helpers/\w+\.py)`(?:: ((?:`\w+`(?:, )?)+))?", TESTING):
+        source = (ROOT / "tests" / file).read_text("utf-8")
+        assert all(f"def {name}(" in source for name in re.findall(r"\w+", names)), file
+
+
+def test_tour_of_the_code_names_functions_and_classes_that_exist():
+    named = re.findall(r"`([\w/]+\.py): (\w+(?:, \w+)*)`", (ROOT / "CONTRIBUTING.md").read_text("utf-8"))
+    assert len(named) > 40
+    for file, names in named:
+        path = ROOT / file if (ROOT / file).is_file() else ROOT / "megatron_bipe" / file
+        source = path.read_text("utf-8")
+        for name in names.split(", "):
+            assert re.search(rf"^ *(?:def|class) {name}\b", source, re.MULTILINE), f"{file}: {name}"

@@ -11,6 +11,7 @@ import sys
 
 import pytest
 
+from megatron_bipe.config.load import load_run_config
 from tests.helpers.paths import ROOT
 
 HEAVY = {
@@ -18,6 +19,7 @@ HEAVY = {
     *("sklearn", "tensorboard", "torch", "transformers"),
 }
 COMMANDS = ["pretrain.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("[a-z]*.py"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SUBCOMMANDS = {
     "tools/evaluate.py": ("perplexity", "extrapolation", "scrolls", "arithmetic", "harness"),
     "tools/inspect_data.py": ("verify", "stats", "show", "resegment"),
@@ -112,6 +114,51 @@ def test_help_imports_nothing_heavy(answers, script):
         code, output, heavy = answers[f"{script} {name}--help"]
         assert code == 0 and "usage: " in output and name.strip() in output
         assert not heavy
+
+
+def documented_commands():
+    """Return (page, script, rest of the command line) of each command in code blocks and code spans of the pages."""
+    found = []
+    for page in PAGES:
+        text = page.read_text("utf-8").replace("\\\n", " ")
+        code = [*re.findall(r"^ {4,}(.*)$|^(?:\$ )?((?:DS_|OMP_|python |deepspeed ).*)$", text, re.MULTILINE)]
+        spans = re.findall(r"`((?:python|deepspeed|mpiexec) [^`]*)`", text)
+        for line in [*map("".join, code), *spans]:
+            parts = re.split(r"(?<![\w/])(tools/\w+\.py|pretrain\.py)", line.partition(" #")[0])
+            for script, rest in zip(parts[1::2], parts[2::2], strict=True):
+                found.append((page.name, script, re.split(r" (?:--|&&|\|) |; ", rest + " ")[0]))
+    return found
+
+
+def test_commands_in_the_pages_have_options_that_exist(answers):
+    commands = documented_commands()
+    assert {page for page, _, _ in commands} > {
+        "CONTRIBUTING.md",
+        "commands.md",
+        "own_text.md",
+        "training.md",
+        "tutorial.md",
+    }
+    for page, script, rest in commands:
+        assert script in COMMANDS, (page, script)
+        words = rest.split()
+        names = re.split(r"\\?\|", words[0]) if words and script in SUBCOMMANDS else [""]
+        for name in names:
+            assert not name or name in SUBCOMMANDS[script], (page, script, name)
+            known = set(re.findall(r"--[\w-]+", answers[f"{script} {name} --help".replace("  ", " ")][1]))
+            unknown = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", rest)) - known
+            assert not unknown, (page, script, name, unknown)
+        for file in re.findall(r"(?<!\S)(?:examples|ds_configs)/[\w.]+", rest):
+            assert "NAME" in file or (ROOT / file).is_file(), (page, file)
+
+
+def test_settings_in_the_pages_are_fields_of_the_configuration():
+    for page, script, rest in documented_commands():
+        found = re.findall(r"--set '?([a-z][^\s']*=(?:\{[^}]*\})?[^\s']*)", rest)
+        settings = [setting for setting in found if "NAME" not in setting]
+        if script == "pretrain.py" and settings:
+            config = re.search(r"--config (examples/[a-z0-9_.]+)", rest)
+            assert load_run_config(ROOT / config[1] if config else None, settings), page
 
 
 @pytest.mark.parametrize("script", list(ERRORS))
