@@ -201,7 +201,7 @@ def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:
             location=folder,
         )
     lengths, values = zip(*rows, strict=True) if rows else ((), ())
-    lines = [("window length", *lengths), ("---",) * (len(rows) + 1), ("perplexity", *values)]
+    lines = [("sequence length", *lengths), ("---",) * (len(rows) + 1), ("perplexity", *values)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
     return PerplexityPlot(png, f"{about}\n\n{table}")
 

@@ -2,15 +2,14 @@
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
+from typing import TYPE_CHECKING, Any
 
 from megatron_bipe.data.inspection.stats import SEQ_LEN_TOKENS, Distribution, Statistics
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.text_table import text_table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
     "segment length, tokens": lambda statistics: statistics.segment_tokens,
@@ -162,6 +161,9 @@ GRID = "#e6e6e6"
 
 def draw_stats(found: Mapping[str, Statistics]) -> bytes:
     """Return a PNG with the share of segments, sequences and documents in each power of two, by dataset name."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     columns = -(-len(found) // LEGEND_ROWS) if len(found) > 1 else 0
     figure = Figure(figsize=(13.5 + 2.2 * columns, 4.2), dpi=130, facecolor="white", layout="constrained")
     FigureCanvasAgg(figure)
@@ -179,7 +181,7 @@ def draw_stats(found: Mapping[str, Statistics]) -> bytes:
 
 
 def _draw_panel(
-    axes: Axes, title: str, found: Mapping[str, Statistics], quantity: Callable[[Statistics], Distribution]
+    axes: "Axes", title: str, found: Mapping[str, Statistics], quantity: Callable[[Statistics], Distribution]
 ) -> None:
     highest = 1
     for number, (name, statistics) in enumerate(found.items()):
