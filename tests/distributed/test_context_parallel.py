@@ -82,7 +82,7 @@ def in_context_parallel(mesh: Mesh, names: list[str]) -> dict[tuple[str, str], A
                 loss, gradients = loss_and_gradients(model, layers)
             worst = 0.0
             for value in (loss, *gradients.values()):  # as the engine does over ranks with the same weights
-                dist.all_reduce(value, group=layers.sequences._group)
+                dist.all_reduce(value, group=layers.exchange._group)
                 value /= parallel.context
             for key, parameter in model.named_parameters():
                 share = shard_of(parameter)
