@@ -15,10 +15,10 @@ from megatron_bipe.config.load import Sources, load_run_config
 from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import connect_store, join_launch
 from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
-from megatron_bipe.runtime.launcher_watch import watch_launcher
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
 
 _log = logging.getLogger("pretrain")

@@ -21,8 +21,7 @@ from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import locked
 from megatron_bipe.tasks.arithmetic.problems import EQUALS, Problem, problems, write_tokenizer
-from megatron_bipe.tasks.scrolls.files import Row, read_rows
-from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, Encode, Prompter, find_task
+from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, Encode, Prompter, Row, find_task, read_rows
 from megatron_bipe.types import Document, TokenArray, TokenizedDocument
 from preprocessing.commit import (
     SHARD_PREFIX,

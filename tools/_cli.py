@@ -123,7 +123,6 @@ def pick_dtype(name: Precision, device: str) -> "torch.dtype":
     """Return the torch dtype of a `--dtype` option for a model on that device, and warn if bf16 is slow there."""
     import torch
 
-    from megatron_bipe.model.precision import DTYPES
-    from megatron_bipe.runtime.hardware import choose_precision
+    from megatron_bipe.runtime.hardware import DTYPES, choose_precision
 
     return DTYPES[choose_precision(name, torch.device(device), "--dtype").precision]

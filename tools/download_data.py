@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _cli import command
-from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
+from preprocessing.hub.plan import DEFAULT, KNOWN, find_known, next_commands
 
 if TYPE_CHECKING:
     from preprocessing.hub.plan import Plan

@@ -18,8 +18,7 @@ from megatron_bipe.eval.sequences import (
     check_lengths,
     parse_lengths,
 )
-from megatron_bipe.tasks.scrolls.files import questions, read_rows
-from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task
+from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task, questions, read_rows
 
 if TYPE_CHECKING:
     from megatron_bipe.eval.generation import Generator

@@ -15,8 +15,8 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import sha256_of
-from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.runtime.hardware import DTYPES
 from megatron_bipe.runtime.host_collectives import HostCollectives
 
 _log = logging.getLogger(__name__)

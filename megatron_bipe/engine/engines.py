@@ -33,8 +33,7 @@ from megatron_bipe.engine.base import (
 from megatron_bipe.engine.interface import Engine, StepResult
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.transformer import TOKEN_EMBEDDING, LayerPlan, build_model, copy_source, make_plan
-from megatron_bipe.parallel.mesh import Mesh, end_stages_group
-from megatron_bipe.parallel.pipeline_partition import partition_layers
+from megatron_bipe.parallel.mesh import Mesh, end_stages_group, partition_layers
 from megatron_bipe.types import Batch
 
 _log = logging.getLogger(__name__)

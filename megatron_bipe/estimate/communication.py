@@ -13,7 +13,7 @@ from megatron_bipe.config.deepspeed import zero_stage
 from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, tokens_here
-from megatron_bipe.parallel.pipeline_partition import layer_costs, partition_layers
+from megatron_bipe.parallel.mesh import layer_costs, partition_layers
 from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
 
 # Bytes by `communication_data_type`; if it is not set, DeepSpeed exchanges gradients in compute precision.

@@ -14,7 +14,7 @@ from megatron_bipe.config.deepspeed import offloads, zero_stage
 from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
 from megatron_bipe.config.validate import accumulation_steps
 from megatron_bipe.model.positions.base import relative_class
-from megatron_bipe.parallel.pipeline_partition import layer_costs, partition_layers
+from megatron_bipe.parallel.mesh import layer_costs, partition_layers
 from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
 
 FP32_BYTES = 4

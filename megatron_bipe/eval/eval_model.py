@@ -22,7 +22,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.hf.load import build_from_llama, load_exported
 from megatron_bipe.hf.weight_mapping import to_llama
-from megatron_bipe.model.precision import DTYPES
+from megatron_bipe.runtime.hardware import DTYPES
 
 _log = logging.getLogger(__name__)
 

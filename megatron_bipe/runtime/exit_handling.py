@@ -11,9 +11,9 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_bipe.errors import FAILED, USER_ERROR, BipeError
+from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
-from megatron_bipe.runtime.launcher_watch import watch_launcher
 
 if TYPE_CHECKING:
     from megatron_bipe.parallel.mesh import Mesh

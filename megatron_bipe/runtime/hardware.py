@@ -1,4 +1,4 @@
-"""The device that models run on: type, name, bf16 support, peak FLOP/s and memory."""
+"""The device that models run on: type, name, precision, bf16 support, peak FLOP/s and memory."""
 
 import ctypes
 import logging
@@ -21,6 +21,8 @@ from megatron_bipe.runtime.environment import (
 )
 
 _log = logging.getLogger(__name__)
+
+DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by `train.precision`
 
 # Dense bf16 tensor-core peaks with fp32 accumulation from the vendors' data sheets, FLOP/s.
 # The first pattern that matches the device name applies.

@@ -9,8 +9,7 @@ import pytest
 pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.tasks.scrolls.files import questions, read_rows
-from megatron_bipe.tasks.scrolls.tasks import TASKS
+from megatron_bipe.tasks.scrolls.tasks import TASKS, questions, read_rows
 from tests.helpers.commands import flags
 from tests.helpers.errors import assert_error
 from tests.helpers.scrolls import write_benchmark

@@ -32,10 +32,10 @@ from megatron_bipe.eval.eval_model import EvalModel, check_compatible
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.eval.quickstart_results import read_losses
 from megatron_bipe.eval.report import prepare_output
-from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
+from megatron_bipe.hf.weight_mapping import read_authors_checkpoint
 from megatron_bipe.io import locked
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh
@@ -43,8 +43,7 @@ from megatron_bipe.runtime.environment import requested_device
 from megatron_bipe.runtime.launcher_env import Rendezvous, read_launch
 from megatron_bipe.runtime.preemption import parse_duration
 from megatron_bipe.tasks.scrolls.evaluate import answer, results_table
-from megatron_bipe.tasks.scrolls.files import Question
-from megatron_bipe.tasks.scrolls.tasks import TASKS, find_task
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Question, find_task
 from megatron_bipe.train.batch_loader import check_manifest
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.run_folder import check_same_run, write_run_folder

@@ -36,8 +36,8 @@ from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
-from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import Block, build_model
+from megatron_bipe.runtime.hardware import DTYPES
 
 HEAD_TOKENS, SAMPLED_QUERIES = 1024, 64
 KERNELS = {"plain": False, "with key bias": True}

@@ -30,8 +30,8 @@ from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
-from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import build_model
+from megatron_bipe.runtime.hardware import DTYPES
 
 SEPARATORS = (3, 5)
 DYNAMIC, NO_CACHE = "dynamic cache", "no cache"

@@ -32,10 +32,9 @@ from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.engine.base import make_optimizer
 from megatron_bipe.engine.engines import ZeroEngine, start_engine
 from megatron_bipe.engine.interface import Engine
-from megatron_bipe.model.precision import DTYPES
 from megatron_bipe.model.transformer import LocalLayers, build_model, train_flops_per_token
 from megatron_bipe.runtime.distributed_init import join_launch
-from megatron_bipe.runtime.hardware import choose_precision
+from megatron_bipe.runtime.hardware import DTYPES, choose_precision
 from megatron_bipe.types import Batch
 
 ENCODINGS = {"BiPE-RoPE": "bipe_rope", "BiPE-ALiBi": "bipe_alibi", "RoPE": "rope", "ALiBi": "alibi"}

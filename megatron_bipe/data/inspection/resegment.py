@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
-from megatron_bipe.data.inspection.shard_scan import CHUNK_TOKENS, Advance, Segmenter, run_in_order
+from megatron_bipe.data.inspection.verify import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,

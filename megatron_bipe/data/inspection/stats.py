@@ -7,7 +7,7 @@ from typing import Self
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.inspection.shard_scan import Advance, run_in_order
+from megatron_bipe.data.inspection.verify import Advance, run_in_order
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import IdxHeader, damaged_error
 from megatron_bipe.io import unreadable_error

@@ -27,8 +27,7 @@ from tqdm import tqdm
 from megatron_bipe.errors import DataError
 from megatron_bipe.eval.generation import Generator, Limits, generate_batches
 from megatron_bipe.io import write_atomically
-from megatron_bipe.tasks.scrolls.files import Question
-from megatron_bipe.tasks.scrolls.tasks import TASKS, Metric, Prompter, Task
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Metric, Prompter, Question, Task
 from megatron_bipe.text_table import text_table
 
 SUBMISSION_NAME = "scrolls.csv"

@@ -6,7 +6,7 @@ import pytest
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.parallel.pipeline_partition import layer_costs, partition_layers
+from megatron_bipe.parallel.mesh import layer_costs, partition_layers
 
 
 def worst(costs: list[int], bounds: list[int]) -> int:

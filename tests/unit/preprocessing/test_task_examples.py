@@ -9,8 +9,7 @@ from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.errors import DataError
-from megatron_bipe.tasks.scrolls.files import read_rows
-from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, read_rows
 from preprocessing.commit import Contents
 from preprocessing.task_examples import Example, ScrollsOptions, prepare_scrolls, write_examples
 from tests.helpers.errors import raises

@@ -5,8 +5,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from megatron_bipe.runtime import heartbeat
-from megatron_bipe.runtime.heartbeat import Heartbeat, HeartbeatStore, Shutdown, group_ranks_by_location, silent_ranks
+from megatron_bipe.runtime import watchdog
+from megatron_bipe.runtime.watchdog import Heartbeat, HeartbeatStore, Shutdown, group_ranks_by_location, silent_ranks
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def test_heartbeat_keeps_rank_0_until_all_have_finished(ranks):
 
 
 def test_heartbeat_does_not_wait_for_a_store_that_hangs(monkeypatch):
-    monkeypatch.setattr(heartbeat, "ANSWER_S", 0.05)
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.05)
     release = threading.Event()
 
     class Stuck:
@@ -66,7 +66,7 @@ def test_silent_ranks_are_those_without_a_new_beat():
     after[1] = before[1]
     assert list(silent_ranks(before, after, 0)) == [
         "No heartbeat: rank 1 on h1, last at a",
-        "No heartbeat, ever: rank 3",
+        "No watchdog, ever: rank 3",
     ]
     assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the observing rank
     assert list(silent_ranks(heartbeats("a", "a"), heartbeats("a", "a", beats=2), 0)) == []

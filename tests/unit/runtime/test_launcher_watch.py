@@ -9,7 +9,7 @@ import uuid
 
 import pytest
 
-from megatron_bipe.runtime.launcher_watch import LOOK_S
+from megatron_bipe.runtime.child_processes import LOOK_S
 from tests.helpers.commands import MARK, marked
 from tests.helpers.paths import ROOT
 
@@ -32,7 +32,7 @@ else:  # all output goes through its hands
 """
 RANK = """
 import ctypes, pathlib, signal, sys, time
-from megatron_bipe.runtime.launcher_watch import watch_launcher
+from megatron_bipe.runtime.child_processes import watch_launcher
 
 how, file = sys.argv[1], pathlib.Path(sys.argv[2])
 watch_launcher(is_importing=how != "is killed, too")

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe.errors import DataError
-from preprocessing.hub.known_datasets import DEFAULT
+from preprocessing.hub.plan import DEFAULT
 from tests.helpers.hub import Fault, Hub, serve
 from tests.helpers.tools import assert_refuses, call_tool
 

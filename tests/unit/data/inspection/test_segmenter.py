@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.inspection.shard_scan import Segmenter
+from megatron_bipe.data.inspection.verify import Segmenter
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule, fixed_length_ends
 from megatron_bipe.errors import DataError

@@ -10,8 +10,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.tokenizer import load_tokenizer
 from preprocessing.build import BuildOptions, build
 from preprocessing.hub.download import download
-from preprocessing.hub.known_datasets import DEFAULT, KNOWN, find_known, next_commands
-from preprocessing.hub.plan import DownloadOptions
+from preprocessing.hub.plan import DEFAULT, KNOWN, DownloadOptions, find_known, next_commands
 from tests.helpers.hub import serve
 
 

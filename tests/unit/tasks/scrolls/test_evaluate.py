@@ -9,8 +9,7 @@ pytest.importorskip("rouge_score", reason="rouge_score is not installed")
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.tasks.scrolls.evaluate import answer, results_table, score_answers, write_results
-from megatron_bipe.tasks.scrolls.files import Question
-from megatron_bipe.tasks.scrolls.tasks import TASKS
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Question
 from tests.helpers.errors import raises
 
 ASKED = [Question("a", "?", ("the cat", "a dog")), Question("b", "?", ("x y",))]

@@ -8,8 +8,7 @@ import pytest
 
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.tasks.scrolls.files import Question, questions, read_rows
-from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, find_task, first_words
+from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, Question, find_task, first_words, questions, read_rows
 from tests.helpers.errors import raises
 from tests.helpers.paths import LLAMA
 from tests.helpers.scrolls import rows_of, write_benchmark
