@@ -10,10 +10,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from megatron_bipe.config.deepspeed import engine_config, read_ds_config
-from megatron_bipe.config.load import Sources, load_run_config
-from megatron_bipe.config.schema import ALLOWABLE
-from megatron_bipe.config.validate import validate_run
+from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import connect_store, join_launch

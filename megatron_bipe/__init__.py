@@ -1,0 +1,1 @@
+"""Pretraining of language models with bilevel positional encoding; docs/architecture.md describes the packages."""

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from megatron_bipe.config.schema import AUTO, PRECISIONS, Precision
+from megatron_bipe.config import AUTO, PRECISIONS, Precision
 from megatron_bipe.errors import FAILED, USER_ERROR, BipeError, CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime.environment import prepare_environment
 

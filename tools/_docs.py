@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_bipe.config.schema import ALLOWABLE, RopeScaling, RunConfig
+from megatron_bipe.config import ALLOWABLE, RopeScaling, RunConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = f"""\

@@ -12,7 +12,7 @@ from pathlib import Path
 from subprocess import PIPE, STDOUT
 from typing import NamedTuple
 
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config import load_run_config
 from megatron_bipe.errors import BipeError
 from megatron_bipe.io import write_atomically
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals

@@ -11,7 +11,7 @@ from typing import get_args
 
 from _cli import command
 from megatron_bipe.checkpoint.find import find_checkpoint
-from megatron_bipe.config.schema import ComputePrecision
+from megatron_bipe.config import ComputePrecision
 from megatron_bipe.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import add_device_options, check_model_folder, check_output_file, command, pick_device, pick_dtype
-from megatron_bipe.config.schema import AUTO
+from megatron_bipe.config import AUTO
 
 
 @command

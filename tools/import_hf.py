@@ -13,8 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from _cli import check_model_folder, command
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import ConfigError
 
 

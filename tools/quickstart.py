@@ -13,7 +13,7 @@ from pathlib import Path
 
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, TRAIN_EACH_ALONE, Pattern, Stage, fill, run_steps, run_values
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config import load_run_config
 from megatron_bipe.eval.quickstart_results import read_column, verdict
 from megatron_bipe.io import write_atomically
 from megatron_bipe.text_table import text_table

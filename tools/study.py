@@ -13,8 +13,7 @@ from pathlib import Path
 
 from _cli import command
 from _steps import FROM_TEXT_TO_DATA, TRAIN_EACH, Pattern, Stage, fill, run_steps, run_values
-from megatron_bipe.config.encodings import ENCODINGS
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config import ENCODINGS, load_run_config
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.quickstart_results import read_column
 from megatron_bipe.io import write_atomically

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_bipe.checkpoint.find import POINTER, list_steps, step_folder
 from megatron_bipe.checkpoint.manifest import unusable_checkpoint
-from megatron_bipe.config.schema import CheckpointConfig
+from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import fsync_path, write_atomically

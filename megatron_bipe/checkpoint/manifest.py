@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from megatron_bipe.data.manifest import DataRecord, FileRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import write_atomically
-from megatron_bipe.model.layer_factory import Shard
+from megatron_bipe.model import Shard
 
 FORMAT_VERSION = 2
 INDEX, CHECKSUM_NAME = "state.json", "state.json.sha256"

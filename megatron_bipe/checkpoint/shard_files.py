@@ -29,7 +29,7 @@ from megatron_bipe.checkpoint.manifest import (
 )
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.model.layer_factory import Shard
+from megatron_bipe.model import Shard
 from megatron_bipe.tensor_file import write_tensors
 
 WEIGHT = "weight"

@@ -10,12 +10,11 @@ from torch import Tensor
 from megatron_bipe.checkpoint.find import Checkpoint, newest_first
 from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import sha256_of
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import DTYPES
 from megatron_bipe.runtime.host_collectives import HostCollectives
 

@@ -28,10 +28,10 @@ from torch import Tensor
 from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, publish, retire
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
-from megatron_bipe.config.schema import CheckpointConfig
+from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
 
 _log = logging.getLogger(__name__)

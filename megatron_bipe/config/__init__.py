@@ -1,0 +1,49 @@
+"""The run configuration: typed fields, YAML and `--set`, rules between fields, and the settings given to DeepSpeed."""
+
+from megatron_bipe.config.deepspeed import engine_config, offloads, read_ds_config, zero_stage
+from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS
+from megatron_bipe.config.load import Sources, dump_yaml, load_run_config
+from megatron_bipe.config.schema import (
+    ALLOWABLE,
+    AUTO,
+    PRECISIONS,
+    CheckpointConfig,
+    ComputePrecision,
+    DataConfig,
+    HealthConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    Precision,
+    RopeScaling,
+    RunConfig,
+)
+from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
+
+__all__ = [
+    "ABSOLUTE",
+    "ALLOWABLE",
+    "AUTO",
+    "ENCODINGS",
+    "PRECISIONS",
+    "CheckpointConfig",
+    "ComputePrecision",
+    "DataConfig",
+    "HealthConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "Precision",
+    "RopeScaling",
+    "RunConfig",
+    "Sources",
+    "accumulation_steps",
+    "check_data",
+    "dump_yaml",
+    "engine_config",
+    "load_run_config",
+    "offloads",
+    "read_ds_config",
+    "validate_run",
+    "zero_stage",
+]

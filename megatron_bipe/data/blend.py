@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megatron_bipe.config.schema import DataConfig
+from megatron_bipe.config import DataConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import BlendMember, DataRecord
 from megatron_bipe.data.prompt_answer import open_dataset

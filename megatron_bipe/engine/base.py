@@ -20,8 +20,7 @@ from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, StateReader, random_states, set_random_states
 from megatron_bipe.checkpoint.verify import belongs_to_another_run, latest_valid_checkpoint
 from megatron_bipe.checkpoint.writer import CheckpointWriter
-from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.schema import OptimizerConfig, RunConfig
+from megatron_bipe.config import OptimizerConfig, RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.deepspeed_internals import (
     fragments,
@@ -34,12 +33,16 @@ from megatron_bipe.engine.deepspeed_internals import (
     warn_of_unknown_versions,
 )
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model.layer_factory import LayerFactory, shard_of
-from megatron_bipe.model.transformer import LocalLayers, copy_source
-from megatron_bipe.parallel.context_parallel import UlyssesExchange
-from megatron_bipe.parallel.mesh import Mesh, context_group, tensor_group
-from megatron_bipe.parallel.replica_check import Replicas, check_replicas
-from megatron_bipe.parallel.tensor_parallel import TensorParallelLayers
+from megatron_bipe.model import LayerFactory, LocalLayers, copy_source, shard_of
+from megatron_bipe.parallel import (
+    Mesh,
+    Replicas,
+    TensorParallelLayers,
+    UlyssesExchange,
+    check_replicas,
+    context_group,
+    tensor_group,
+)
 from megatron_bipe.runtime.distributed_init import connect_store
 from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives

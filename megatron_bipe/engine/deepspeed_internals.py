@@ -28,8 +28,7 @@ from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
-from megatron_bipe.model.layer_factory import shard_of
-from megatron_bipe.model.transformer import copy_source
+from megatron_bipe.model import copy_source, shard_of
 
 _KNOWN_VERSIONS = {"torch": ("2.11", "2.12", "2.13"), "deepspeed": ("0.19",)}  # their private parts are as used here
 _STEP = "step"  # key of the number of updates in torch's Adam state

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 from torch.profiler import record_function
 
-from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.base import (
     DeepSpeedEngine,
@@ -31,9 +30,8 @@ from megatron_bipe.engine.base import (
     suppress_stdout,
 )
 from megatron_bipe.engine.interface import Engine, StepResult
-from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.transformer import TOKEN_EMBEDDING, LayerPlan, build_model, copy_source, make_plan
-from megatron_bipe.parallel.mesh import Mesh, end_stages_group, partition_layers
+from megatron_bipe.model import TOKEN_EMBEDDING, LayerFactory, LayerPlan, build_model, copy_source, make_plan
+from megatron_bipe.parallel import Mesh, end_stages_group, partition_layers
 from megatron_bipe.types import Batch
 
 _log = logging.getLogger(__name__)

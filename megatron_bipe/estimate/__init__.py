@@ -1,0 +1,1 @@
+"""Estimates before a run: memory, communication, goodput, and the text of `--dry-run`."""

@@ -9,12 +9,9 @@ import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.config import RunConfig, accumulation_steps, zero_stage
 from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, tokens_here
-from megatron_bipe.parallel.mesh import layer_costs, partition_layers
-from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
+from megatron_bipe.parallel import layer_costs, parameters_of_rank, partition_layers
 
 # Bytes by `communication_data_type`; if it is not set, DeepSpeed exchanges gradients in compute precision.
 _EXCHANGED_BYTES = {"fp32": FP32_BYTES, "bf16": 2, "fp16": 2}

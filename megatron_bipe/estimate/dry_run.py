@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.load import dump_yaml
-from megatron_bipe.config.schema import ModelConfig, RunConfig
-from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import DataError
 from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
-from megatron_bipe.model.transformer import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.text_table import text_table
 from megatron_bipe.train.batch_loader import check_manifest

@@ -10,12 +10,9 @@ Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 import itertools
 from typing import Any, NamedTuple
 
-from megatron_bipe.config.deepspeed import offloads, zero_stage
-from megatron_bipe.config.schema import ModelConfig, ParallelConfig, RunConfig
-from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.config import ModelConfig, ParallelConfig, RunConfig, accumulation_steps, offloads, zero_stage
 from megatron_bipe.model.positions.base import relative_class
-from megatron_bipe.parallel.mesh import layer_costs, partition_layers
-from megatron_bipe.parallel.tensor_parallel import parameters_of_rank
+from megatron_bipe.parallel import layer_costs, parameters_of_rank, partition_layers
 
 FP32_BYTES = 4
 

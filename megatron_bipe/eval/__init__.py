@@ -1,0 +1,1 @@
+"""Evaluation of checkpoints and exported models: losses by sequence length, reports, generation, other harnesses."""

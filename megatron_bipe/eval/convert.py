@@ -11,8 +11,7 @@ import torch
 import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint, read_data_record
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ComputePrecision, ModelConfig, RunConfig
+from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig, load_run_config
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
@@ -28,12 +27,13 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel, LazyCheckpointWeights
 from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint
 from megatron_bipe.hf.card import PerplexityPlot
 from megatron_bipe.hf.export import ExportOptions, SampleBatch, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import build_from_llama, read_settings
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
-from megatron_bipe.hf.weight_mapping import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint, to_llama
+from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.runtime.hardware import DTYPES
 
 SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models

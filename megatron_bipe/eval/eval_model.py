@@ -15,8 +15,7 @@ from torch import Tensor, nn
 from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_record
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.checkpoint.verify import read_weights
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig, load_run_config
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError

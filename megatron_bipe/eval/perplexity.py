@@ -25,7 +25,7 @@ from megatron_bipe.eval.sequences import (
     cut_sequences,
     limit_tokens,
 )
-from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model import token_losses
 from megatron_bipe.types import Batch, IntArray
 
 FloatArray = npt.NDArray[np.float64]

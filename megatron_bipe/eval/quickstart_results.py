@@ -16,8 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError

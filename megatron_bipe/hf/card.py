@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.hf.hf_config import DataFields, is_stock
 
 _ABSOLUTE = {"none": "", "learned": "learned embedding", "sinusoidal": "sines and cosines"}

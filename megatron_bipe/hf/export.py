@@ -23,7 +23,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
@@ -31,8 +31,8 @@ from megatron_bipe.hf.load import CONFIG, INDEX, SUMS, WEIGHTS, load_layer, read
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
 from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.io import atomic_directory
+from megatron_bipe.model import build_model, make_plan
 from megatron_bipe.model.positions import functional
-from megatron_bipe.model.transformer import build_model, make_plan
 from megatron_bipe.tensor_file import write_tensors
 
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest mistakes

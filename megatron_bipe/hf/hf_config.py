@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.config import ModelConfig, RopeScaling
 from megatron_bipe.model.positions.functional import stretched_base
 
 # transformers has no NTK type: the model is stored with an increased base, and this key stores the original values.

@@ -13,12 +13,12 @@ from pydantic import ValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.hf_config import rope_fields
 from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.io import sha256_of
-from megatron_bipe.model.transformer import TOKEN_EMBEDDING, build_model
+from megatron_bipe.model import TOKEN_EMBEDDING, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"

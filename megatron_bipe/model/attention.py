@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.base import PreparedPositions, make_relative
 from megatron_bipe.model.positions.functional import log_scale_factors

@@ -27,7 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.activation_checkpointing import Recompute, checkpoint_activations
 from megatron_bipe.model.attention import Attention

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 
-from megatron_bipe.config.schema import ModelConfig, ParallelConfig
+from megatron_bipe.config import ModelConfig, ParallelConfig
 
 
 class Mesh(NamedTuple):

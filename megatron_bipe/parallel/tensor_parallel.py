@@ -16,10 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
-from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model.layer_factory import HeadExchange, NoExchange, Shard
-from megatron_bipe.model.loss import RowSums, gradients_in_place, sum_rows
-from megatron_bipe.model.transformer import RMSNorm, count_parameters, rms_norm
+from megatron_bipe.config import ModelConfig
+from megatron_bipe.model import (
+    HeadExchange,
+    NoExchange,
+    RMSNorm,
+    RowSums,
+    Shard,
+    count_parameters,
+    gradients_in_place,
+    rms_norm,
+    sum_rows,
+)
 from megatron_bipe.parallel.collectives import (
     all_reduce,
     column_parallel_linear,

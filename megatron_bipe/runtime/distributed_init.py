@@ -12,7 +12,7 @@ from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
 if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
 
-    from megatron_bipe.parallel.mesh import Mesh
+    from megatron_bipe.parallel import Mesh
 
 
 def find_launch() -> Launch:
@@ -40,7 +40,7 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
     """
     import torch
 
-    from megatron_bipe.parallel.mesh import Mesh
+    from megatron_bipe.parallel import Mesh
     from megatron_bipe.runtime.hardware import device_type
 
     env = os.environ

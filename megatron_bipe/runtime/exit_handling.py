@@ -16,7 +16,7 @@ from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
 
 if TYPE_CHECKING:
-    from megatron_bipe.parallel.mesh import Mesh
+    from megatron_bipe.parallel import Mesh
 
 import logging
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_bipe.config.schema import AUTO, ComputePrecision, Precision
+from megatron_bipe.config import AUTO, ComputePrecision, Precision
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import (
     DEVICE,

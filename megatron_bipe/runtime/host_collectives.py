@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import rank_name
 
 T = TypeVar("T")

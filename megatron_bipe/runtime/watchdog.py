@@ -23,7 +23,7 @@ from typing import NamedTuple, TypeVar
 import torch.distributed as dist
 
 from megatron_bipe.errors import FAILED
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import (
     abort,
     describe,

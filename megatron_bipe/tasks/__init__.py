@@ -1,0 +1,1 @@
+"""Fine-tuning tasks: files, prompts, metrics and evaluation, one package for each."""

@@ -8,8 +8,7 @@ import numpy as np
 from torch import Tensor
 from torch.profiler import record_function
 
-from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.config.validate import accumulation_steps, check_data
+from megatron_bipe.config import RunConfig, accumulation_steps, check_data
 from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import label_weight, make_batch
@@ -18,7 +17,7 @@ from megatron_bipe.data.manifest import DataRecord, Manifest
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.errors import DataError
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.types import Batch, IntArray
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import StepResult
-from megatron_bipe.model.transformer import train_flops_per_token
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.model import train_flops_per_token
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
 from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.rollback import Reading

@@ -17,7 +17,7 @@ from torch.autograd.profiler_util import FunctionEvent
 from torch.profiler import ProfilerActivity, profile
 
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 
 _log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median_low
 from typing import NamedTuple
 
-from megatron_bipe.config.schema import HealthConfig, RunConfig
+from megatron_bipe.config import HealthConfig, RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.errors import HealthError
 from megatron_bipe.train.batch_loader import BatchLoader

@@ -22,17 +22,23 @@ import torch
 
 from megatron_bipe.checkpoint.commit import tidy
 from megatron_bipe.checkpoint.find import list_steps, read_data_record
-from megatron_bipe.config.deepspeed import zero_stage
-from megatron_bipe.config.load import dump_yaml, load_run_config
-from megatron_bipe.config.schema import ALLOWABLE, AUTO, ComputePrecision, RunConfig
-from megatron_bipe.config.validate import accumulation_steps
+from megatron_bipe.config import (
+    ALLOWABLE,
+    AUTO,
+    ComputePrecision,
+    RunConfig,
+    accumulation_steps,
+    dump_yaml,
+    load_run_config,
+    zero_stage,
+)
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
-from megatron_bipe.model.transformer import count_parameters
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.model import count_parameters
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
 
 # Fields that a resumed run may change freely.

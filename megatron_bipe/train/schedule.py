@@ -2,7 +2,7 @@
 
 import math
 
-from megatron_bipe.config.schema import OptimizerConfig
+from megatron_bipe.config import OptimizerConfig
 
 
 def learning_rate(config: OptimizerConfig, total_steps: int, step: int) -> float:

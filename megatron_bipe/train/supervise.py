@@ -22,9 +22,7 @@ from types import FrameType
 from typing import IO, NamedTuple
 
 from megatron_bipe.checkpoint.find import newest_first
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
-from megatron_bipe.config.validate import validate_run
+from megatron_bipe.config import RunConfig, load_run_config, validate_run
 from megatron_bipe.errors import FAILED, USER_ERROR, ConfigError
 from megatron_bipe.runtime.child_processes import ChildProcess
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SIGNALS

@@ -3,9 +3,9 @@
 import logging
 from dataclasses import dataclass
 
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
-from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import DTYPES, keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest

@@ -14,7 +14,7 @@ from megatron_bipe.checkpoint.commit import begin, publish
 from megatron_bipe.checkpoint.find import list_steps
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
-from megatron_bipe.config.schema import ModelConfig, RunConfig
+from megatron_bipe.config import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.data.manifest import DataRecord

@@ -1,0 +1,1 @@
+"""Downloads from the Hugging Face Hub that can be resumed and are verified."""

@@ -1,0 +1,1 @@
+"""Input files of all formats: their division into ranges, and their documents."""

@@ -32,10 +32,10 @@ from megatron_bipe.eval.eval_model import EvalModel, check_compatible
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.eval.quickstart_results import read_losses
 from megatron_bipe.eval.report import prepare_output
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.weight_mapping import read_authors_checkpoint
 from megatron_bipe.io import locked
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh

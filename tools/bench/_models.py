@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import AUTO, ComputePrecision, ModelConfig
+from megatron_bipe.config import AUTO, ComputePrecision, ModelConfig
 from megatron_bipe.runtime.child_processes import leave_with_parent
 from megatron_bipe.runtime.hardware import choose_precision, device_type, keep_freed_memory, peak_memory_gib
 from megatron_bipe.types import Batch

@@ -29,14 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import command
 from bench._bench import describe_machine
 from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure, native_precision
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.model import attention
-from megatron_bipe.model.attention import Attention, causal_attention
-from megatron_bipe.model.loss import token_losses
+from megatron_bipe.config import ModelConfig, load_run_config
+from megatron_bipe.model import Attention, Block, attention, build_model, causal_attention, token_losses
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
-from megatron_bipe.model.transformer import Block, build_model
 from megatron_bipe.runtime.hardware import DTYPES
 
 HEAD_TOKENS, SAMPLED_QUERIES = 1024, 64

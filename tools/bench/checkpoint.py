@@ -27,8 +27,7 @@ from bench._bench import describe_machine
 from bench._models import make_batch
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.verify import check_complete
-from megatron_bipe.config.deepspeed import engine_config, read_ds_config
-from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config import engine_config, load_run_config, read_ds_config
 from megatron_bipe.engine.engines import start_engine
 from megatron_bipe.runtime.distributed_init import join_launch
 

@@ -26,13 +26,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where _cli is
 
-from megatron_bipe.data.parallel_map import Advance, run_in_order
-
 from _cli import command
 from bench._bench import NEWLINE_RULE, describe_machine, make_dataset, median_seconds
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.inspection.verify import find_problems
+from megatron_bipe.data.inspection.verify import Advance, find_problems, run_in_order
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids
 from megatron_bipe.data.shard_layout import SUFFIXES
 from megatron_bipe.data.shuffle import SampleOrder

@@ -25,12 +25,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import command
 from bench._bench import describe_machine, make_dataset, median_seconds
 from bench._models import PEER, SEGMENT_TOKENS, Prepare, device, make_peer, measure, native_precision
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig, load_run_config
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
-from megatron_bipe.model.transformer import build_model
+from megatron_bipe.model import build_model
 from megatron_bipe.runtime.hardware import DTYPES
 
 SEPARATORS = (3, 5)

@@ -26,13 +26,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/, where
 from _cli import command
 from bench._bench import describe_machine
 from bench._models import PEER, Measurement, Prepare, device, make_batch, make_peer, measure
-from megatron_bipe.config.deepspeed import engine_config, read_ds_config
-from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig, engine_config, load_run_config, read_ds_config
 from megatron_bipe.engine.base import make_optimizer
 from megatron_bipe.engine.engines import ZeroEngine, start_engine
 from megatron_bipe.engine.interface import Engine
-from megatron_bipe.model.transformer import LocalLayers, build_model, train_flops_per_token
+from megatron_bipe.model import LocalLayers, build_model, train_flops_per_token
 from megatron_bipe.runtime.distributed_init import join_launch
 from megatron_bipe.runtime.hardware import DTYPES, choose_precision
 from megatron_bipe.types import Batch

@@ -6,7 +6,7 @@ B batch · T positions (t: of this rank) · D width
 import torch
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions.functional import sinusoids
 

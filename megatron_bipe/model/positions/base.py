@@ -10,8 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from megatron_bipe.config.encodings import ABSOLUTE
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ABSOLUTE, ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 
 

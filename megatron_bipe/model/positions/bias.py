@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory, local_heads
 from megatron_bipe.model.positions.base import RelativeEncoding
 from megatron_bipe.model.positions.functional import (

@@ -6,7 +6,7 @@ B batch · T positions · N heads · H head width
 import torch
 from torch import Tensor
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions import functional
 from megatron_bipe.model.positions.base import RelativeEncoding

@@ -1,0 +1,1 @@
+"""Arithmetic modulo 11, solved step by step."""

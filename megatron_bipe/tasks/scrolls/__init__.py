@@ -1,0 +1,1 @@
+"""SCROLLS: seven tasks of summaries and questions over long texts."""

@@ -11,8 +11,8 @@ from tokenizers import models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, read_authors_checkpoint
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.weight_mapping import PUBLISHED_SEPARATORS, read_authors_checkpoint
 from tests.helpers.errors import raises
 from tests.helpers.tools import assert_refuses, call_tool
 

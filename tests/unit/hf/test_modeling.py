@@ -7,10 +7,11 @@ from safetensors.torch import load_file
 
 from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.load import build_from_llama
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
-from megatron_bipe.hf.weight_mapping import read_authors_checkpoint, to_llama
+from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.loss import token_losses
 from tests.helpers.hf import NEAR, PUBLISHED_ENCODINGS, ids_of
 

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import load_file
 
 from megatron_bipe.config.schema import ModelConfig
-from megatron_bipe.hf.weight_mapping import from_llama, read_authors_checkpoint, to_llama
+from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
+from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.transformer import build_model
