@@ -10,8 +10,8 @@ from pathlib import Path
 import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
-FOLDERS = ("megatron_bipe", "preprocessing", "tools", "docs", "examples", "ds_configs", ".ci")  # later "tests", too
-EXCLUDED = ("tools/bench", "tools/glossary.yaml")
+FOLDERS = ("megatron_bipe", "preprocessing", "tests", "tools", "docs", "examples", "ds_configs", ".ci")
+EXCLUDED = ("tests/golden/", "tests/unit/tools/test_glossary.py", "tools/glossary.yaml")
 SUFFIXES = {".py", ".md", ".yaml", ".sh", ".sbatch", ".toml", ".txt", ".cff", ".html", ".css"}
 NAMES = {"Makefile", "run"}
 

@@ -32,7 +32,7 @@ def cases() -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         "huge and negative": (-1e4 + logits, labels),
         "label far above": (far, labels),
         "label far below": (-far, labels),
-        "all alike": (torch.full_like(logits, 3.0), labels),
+        "all equal": (torch.full_like(logits, 3.0), labels),
         "bf16": (4 * logits.bfloat16(), labels),
     }
 

@@ -56,7 +56,7 @@ def test_write_report_makes_three_files_that_can_be_read(make_dataset, documents
 
     assert [file.name for file in files] == ["perplexity.json", "perplexity.csv", "perplexity.png"]
     assert sorted(folder.iterdir()) == sorted(files)
-    content = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    content = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["protocol"] == "full" and "predicted once" in content["protocol_means"]
     assert content["data"]["fingerprint"] == dataset.manifest.fingerprint
     assert (content["data"]["num_tokens"], content["data"]["num_tokens_given"]) == (173, 100)

@@ -129,7 +129,7 @@ def test_build_malformed_lines_are_named_and_counted_up_to_the_limit(
         build(strict)
     with raises(DataError, "manifest.json", location=strict.output):
         TokenDataset(strict.output)
-    build(replace(strict, max_malformed=2))  # goes on with what was done
+    build(replace(strict, max_malformed=2))  # continues with what was done
     assert content(strict.output) == content(tmp_path / "out")
 
 
@@ -187,15 +187,15 @@ def test_build_overwrite_replaces_all_of_an_earlier_dataset(
 
 
 @pytest.mark.parametrize(
-    "place", ["notes.md", "arxiv/notes.md", "tokenizer/notes.md", "pictures/a/b.png", "arxiv/unfinished/job.json"]
+    "name", ["notes.md", "arxiv/notes.md", "tokenizer/notes.md", "pictures/a/b.png", "arxiv/unfinished/job.json"]
 )
 def test_build_overwrite_never_touches_foreign_files(
-    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], place: str
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], name: str
 ) -> None:
-    foreign = tmp_path / "out" / place
+    foreign = tmp_path / "out" / name
     foreign.parent.mkdir(parents=True)
     foreign.write_text("precious")
-    with raises(DataError, place, location=tmp_path / "out"):
+    with raises(DataError, name, location=tmp_path / "out"):
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], overwrite=True))
     assert foreign.read_text() == "precious"
 
@@ -401,7 +401,7 @@ def test_build_lines_longer_than_ranges_are_complete_in_any_order_of_reading(
     file = tmp_path / ("in.jsonl" + {bytes: "", zstandard.compress: ".zst", gzip.compress: ".gz"}[pack])
     file.write_bytes(pack(lines.encode()))
     options = options_for(tmp_path, tokenizer_folder, file, shard_tokens=1)
-    for order in (1, -1):  # backwards: no range goes on from the one before
+    for order in (1, -1):  # backwards: no range continues the one before
         monkeypatch.setattr(build_module, "split_evenly", lambda numbers, weights, count: [numbers[::order]])  # noqa: B023
         output = tmp_path / str(order)
         build(replace(options, output=output))
@@ -450,9 +450,9 @@ def test_build_shard_is_filled_to_the_last_token(tmp_path: Path, tokenizer_folde
     (tmp_path / "a.jsonl").write_text(line * 2)
     (tmp_path / "b.jsonl").write_text(line * 2)
     files = [tmp_path / "a.jsonl", tmp_path / "b.jsonl"]
-    (whole,) = build(options_for(tmp_path, tokenizer_folder, *files, name="whole")).values()
+    (single,) = build(options_for(tmp_path, tokenizer_folder, *files, name="single")).values()
     for documents, shards in ((4, [4]), (3, [3, 1]), (2, [2, 2]), (1, [1, 1, 1, 1])):
-        more = {"shard_tokens": documents * whole.num_tokens // 4, "name": str(documents)}
+        more = {"shard_tokens": documents * single.num_tokens // 4, "name": str(documents)}
         (manifest,) = build(options_for(tmp_path, tokenizer_folder, *files, **more)).values()
         assert [shard.documents for shard in manifest.shards] == shards
 

@@ -63,7 +63,7 @@ def tokenizer(request: pytest.FixtureRequest, tokenizer_folder: Path) -> Tokeniz
         name = "tokenizer.model" if request.param.endswith(".model") else "tokenizer.json"
         return load_tokenizer(tokenizer_folder / name)
     if not LLAMA.exists():
-        pytest.skip(reason="the LLaMA tokenizer is not beside the repository")
+        pytest.skip(reason="the LLaMA tokenizer is not next to the repository")
     return load_tokenizer(LLAMA)
 
 

@@ -1,4 +1,4 @@
-"""Counts over the ranges: line numbers of whole files, limits, and pieces that must fit together."""
+"""Counts over the ranges: line numbers of complete files, limits, and pieces that must fit together."""
 
 import pytest
 

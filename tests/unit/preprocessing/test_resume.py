@@ -146,8 +146,8 @@ def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_resumes(
     options: BuildOptions, undisturbed: Path, overwrite: bool
 ) -> None:
     options = replace(options, partition_by=None, split=None, shard_tokens=4000, overwrite=overwrite, backend="stock")
-    whole = replace(options, output=options.output.with_name("whole"))
-    build(whole)
+    uninterrupted = replace(options, output=options.output.with_name("uninterrupted"))
+    build(uninterrupted)
     for number in itertools.count(40, 61):
         shutil.rmtree(options.output, ignore_errors=True)
         if overwrite:
@@ -158,7 +158,7 @@ def test_build_that_dies_at_any_step_leaves_no_broken_dataset_and_resumes(
         if not died:
             break
         build(options)
-        assert content(options.output) == content(whole.output)
+        assert content(options.output) == content(uninterrupted.output)
 
 
 @pytest.mark.parametrize("number", range(4))
@@ -353,7 +353,7 @@ def test_build_disk_full_at_any_write_is_one_error_and_the_next_run_resumes(
     options: BuildOptions, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = replace(options, partition_by=None, split=None, shard_tokens=4000)
-    build(replace(options, output=tmp_path / "whole"))
+    build(replace(options, output=tmp_path / "uninterrupted"))
     fsync = os.fsync
     for number in itertools.count(0, 7):
         left = iter(range(number))
@@ -370,7 +370,7 @@ def test_build_disk_full_at_any_write_is_one_error_and_the_next_run_resumes(
         written = next(left, None) is not None
         if not written:
             build(options)
-        assert content(options.output) == content(tmp_path / "whole")
+        assert content(options.output) == content(tmp_path / "uninterrupted")
         if written:
             break
         shutil.rmtree(options.output)
@@ -455,5 +455,5 @@ def test_preprocess_killed_resumes_and_ends_with_the_same_bytes(tmp_path: Path, 
     with range_sizes(*DEFAULT_SIZES):  # those of the process
         again = call_tool("preprocess", *options("out"))
         assert "ranges are done" in again.output
-        call_tool("preprocess", *options("whole"), "--workers", 1)
-    assert content(tmp_path / "out") == content(tmp_path / "whole")
+        call_tool("preprocess", *options("uninterrupted"), "--workers", 1)
+    assert content(tmp_path / "out") == content(tmp_path / "uninterrupted")

@@ -29,7 +29,7 @@ def example(prompt, answer, location="somewhere"):
     return Example(np.array(prompt), np.array(answer), len(prompt) + len(answer), location)
 
 
-GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the window
+GOOD = [example([1, 5, 13], [7, 2]), example([1], [4, 4, 4, 4, 4, 4, 2])]  # the second fills the sequence
 
 
 def test_write_examples_makes_a_dataset_that_verifies(tmp_path, contents):

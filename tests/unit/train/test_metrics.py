@@ -144,13 +144,13 @@ def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
     assert_warned(caplog, path, "step 3")
 
 
-@pytest.mark.parametrize("owed", [False, True])
-def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_pending(run, owed):
+@pytest.mark.parametrize("pending", [False, True])
+def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_pending(run, pending):
     metrics = _do(run, [1, 2])
     metrics.valid(2, 2.0)
     metrics.close()
-    again = _do(run, [], start=2, valid_owed=owed)
-    if owed:
+    again = _do(run, [], start=2, valid_owed=pending)
+    if pending:
         again.valid(2, 2.0)
     again.close()
     assert [("loss/valid_nats" in line) for line in _lines(run)] == [False, False, True]

@@ -1,4 +1,4 @@
-"""Downloads against a stand-in for the Hub: whole or not at all, going on where they stopped, nothing fetched twice."""
+"""Downloads from a fake Hub are complete or leave nothing, resume where they stopped, and fetch nothing twice."""
 
 import errno
 import json
@@ -89,7 +89,7 @@ def test_download_include_fetches_what_matches_and_a_later_run_the_rest(options:
     hub.requests.clear()
     download(options)
     assert set(content(options.output)) == set(FILES)
-    assert hub.downloads("*") == []  # README.md is no large file
+    assert hub.downloads("*") == []  # README.md is not a large file
 
 
 def test_download_connection_cut_goes_on_from_there(only_first: DownloadOptions, hub: Hub, source: Path) -> None:

@@ -258,15 +258,15 @@ def test_read_rows_file_cut_short_is_one_error(write: Callable[[pa.Table], Path]
 
 def test_read_arrow_stream_cut_between_batches_is_an_error(tmp_path: Path) -> None:
     table = a_table()
-    write_stream(tmp_path / "whole.arrow", table)
-    whole = (tmp_path / "whole.arrow").read_bytes()
-    with pa.ipc.open_stream(source := pa.BufferReader(whole)) as stream:
+    write_stream(tmp_path / "intact.arrow", table)
+    intact = (tmp_path / "intact.arrow").read_bytes()
+    with pa.ipc.open_stream(source := pa.BufferReader(intact)) as stream:
         ends = [source.tell() for _ in stream]
     for end in ends:
-        (tmp_path / "t.arrow").write_bytes(whole[:end])
+        (tmp_path / "t.arrow").write_bytes(intact[:end])
         with raises(DataError, location=tmp_path / "t.arrow"):
             all_of(tmp_path / "t.arrow")
-    (tmp_path / "t.arrow").write_bytes(whole[: ends[0]] + whole[-8:] + whole[ends[0] :])  # an end before the end
+    (tmp_path / "t.arrow").write_bytes(intact[: ends[0]] + intact[-8:] + intact[ends[0] :])  # an end before the end
     with raises(DataError, location=tmp_path / "t.arrow"):
         all_of(tmp_path / "t.arrow")
 
