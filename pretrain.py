@@ -22,7 +22,7 @@ _log = logging.getLogger("pretrain")
 
 
 def main(args: argparse.Namespace, launch: Launch) -> None:
-    """Train the configured run, or describe it with `--dry-run`; exit with `CONTINUE_LATER` if it was preempted.
+    """Train the configured run, or describe it with `--dry-run`; exit with `EXIT_RESUMABLE` if it was preempted.
 
     The configuration is checked before torch and DeepSpeed are imported, so that its errors appear at once.
     """

@@ -78,8 +78,8 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     File systems that cannot exchange two names, such as NFS, need two renames; if a process is killed between them, the
     next call restores the old folder. The draft has the name of `path`, since some files depend on it.
 
-    Checkpoints and preprocessing have their own commit: many processes write a checkpoint, and work of preprocessing
-    that was interrupted is kept and resumed.
+    Checkpoints and preprocessing do not use this function: many processes write a checkpoint, and interrupted
+    preprocessing is kept and resumed.
 
     Args:
         path: folder to make. Its parent is created.
@@ -126,7 +126,7 @@ def _tidy(work: Path, path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Exchange the names of two folders in one step, by renameat2(2); return False if it cannot be done."""
+    """Exchange the names of two folders atomically, by renameat2(2); return False if it cannot be done."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "renameat2"):
         return False
@@ -159,12 +159,12 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 @contextmanager
 def locked(folder: Path, begin: Callable[[], None] | None = None, *, output: Path | None = None) -> Iterator[None]:
-    """Hold a lock on a folder that all processes of this run share; the last one to leave removes an empty folder.
+    """Hold a lock on a folder, shared by all processes of this run; the last one to leave removes the folder if empty.
 
     The lock is released when its processes end. Over NFS, the kernel turns it into a lock on the server, which holds
     for all hosts (flock(2), since Linux 2.6.12). On file systems without locks, nothing is locked.
-    `filelock` does not replace it: its file lock cannot be shared, its shared lock is a SQLite database, and where
-    there are no locks it takes a lock file that a killed process leaves behind.
+    `filelock` does not replace it: its file lock cannot be shared, its shared lock is a SQLite database, and without
+    locks it falls back to a lock file that a killed process leaves behind.
 
     Args:
         folder: folder to lock; created if it does not exist.

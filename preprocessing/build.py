@@ -30,7 +30,7 @@ from preprocessing.workers import Ranks, Task, process_ranges, range_weight, spl
 
 SHARD_TOKENS = 1 << 30  # 2 GiB of uint16: few files for the full Pile, each small enough to copy again
 CHECK_SHARE = 0.001  # costs about 1% of the time: the stock tokenizer is ten times slower
-FIRST_CHARS = 200_000  # of the input, compared before the run
+FIRST_CHARS = 200_000  # of the input, tokenized by both libraries and compared before the run
 
 log = logging.getLogger(__name__)
 
@@ -63,7 +63,7 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
 
     Args:
         options: options of the command.
-        ranks: the processes that share the work; each calls this function.
+        ranks: the MPI ranks among which the work is divided; each calls this function.
 
     Returns:
         Manifests by folder on rank 0; an empty dictionary on the others.
@@ -179,7 +179,7 @@ def _choose_backend(plan: _Plan, options: BuildOptions) -> BackendName:
 
 def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks) -> dict[Path, Manifest]:
     work = WorkFolder(options.output)
-    # One rank reads the state on disk, because others may see a change earlier or later.
+    # Only rank 0 reads the state on disk, because other ranks may see a change earlier or later.
     if ranks.run_on_first(partial(work.has, PUBLISHED_NAME)):
         return finish_publishing(work) if ranks.rank == 0 else {}
     fall_back = options.on_difference == "fall-back"

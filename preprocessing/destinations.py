@@ -24,7 +24,7 @@ from megatron_bipe.io import atomic_file
 SPLIT_NAME = re.compile(r"[a-z][a-z0-9_]*")
 RESERVED_SPLITS = ("tokenizer", "unfinished")
 SPLIT_EXAMPLE = "train=0.99,valid=0.005,test=0.005"
-HASH_BYTES = 16  # two texts of a corpus of 10^12 share one by chance once in 10^14 corpora
+HASH_BYTES = 16  # the probability that two texts of a corpus of 10^12 share a hash is below 10^-14
 ROWS_A_ROUND = 1 << 26  # 1 GiB of hashes, and about three times that while they are sorted
 HASHES_NAME, DROPPED_NAME = "hashes.npy", "dropped.npy"
 
@@ -50,7 +50,7 @@ class Split:
     bounds: tuple[float, ...]  # the last is 1
 
     def choose(self, digest: bytes) -> str:
-        """Return the split into whose share the hash of a text falls, taken as a number in [0, 1)."""
+        """Return the split whose share contains the hash of a text, read as a number in [0, 1)."""
         fraction = int.from_bytes(digest[:8], "little") / 2**64
         return self.names[min(bisect.bisect_right(self.bounds, fraction), len(self.names) - 1)]
 

@@ -2,7 +2,7 @@
 
 Each rank, and each of its workers, has its own contiguous slice, because consecutive ranges of a compressed file are
 read without seeking back. A worker that has finished its slice takes the second half of the longest remaining one, so
-all end at about the same time. Only numbers cross between processes.
+all end at about the same time. Processes exchange only the numbers of ranges and their progress.
 
 `concurrent.futures` is not used: it gives the next range to whichever process is idle, and when a process dies, it
 reports neither its exit code nor its range.
@@ -112,7 +112,8 @@ def range_weight(pieces: Sequence[Piece]) -> float:
 def process_ranges(job: Job, task: Task, numbers: list[int], num_workers: int, advance: Advance) -> Iterator[int]:
     """Run the task for each range, and yield its number when it is done, in any order.
 
-    The numbers are ascending. One worker means this process. The processes stop at the end, also by an exception.
+    The numbers must be ascending. With one worker, this process does the work. Worker processes are stopped at the end
+    and on an exception.
 
     Raises:
         DataError: the task failed, or a worker process died.

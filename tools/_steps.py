@@ -1,4 +1,4 @@
-"""Run commands of this project, in turn or concurrently: each is shown, its output kept, and nothing done twice."""
+"""Run commands of this project, in turn or concurrently; show and log each, and skip those whose result exists."""
 
 import json
 import os
@@ -22,7 +22,7 @@ from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 TIMES_FILE = Path("logs/times.json")  # in the folder of the steps
 FREE_PORT = "FREE_PORT"  # in a command: a port of this host that nothing listens on, chosen when the command starts
 POLL_S = 0.1
-LAST_LINES = 20  # of a log, shown when its command fails
+LAST_LINES = 20  # lines of a log that are shown when its command fails
 # Lines of DeepSpeed's log, and warnings whose location is in an installed package, with the source line below them.
 _NOISE = re.compile(
     r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\] \[(INFO|WARNING)\] "
@@ -97,7 +97,7 @@ TRAIN_EACH_ALONE = Pattern(
 
 
 def run_values(config: Path, settings: Sequence[str], corpus: str) -> dict[str, object]:
-    """Return the values that `TRAIN_EACH` and the steps before it need; `corpus` is options of tools/corpus.py."""
+    """Return the values that `TRAIN_EACH` and the steps before it need; `corpus` has options of tools/corpus.py."""
     run = load_run_config(config, list(settings))
     return {
         "config": config,
@@ -167,10 +167,11 @@ def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float])
 def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
     """Run commands concurrently, except those whose results exist, and note the seconds of each by its title.
 
-    Progress is shown, and the full output of each kept in `FOLDER/logs`. When one fails, the others are ended.
+    Progress is shown, and the full output of each command is kept in `FOLDER/logs`. When one fails, the others are
+    ended.
 
     Raises:
-        BipeError: a command failed; its log is the location. Or another command made an existing result.
+        BipeError: a command failed (the location is its log), or another command made an existing result.
     """
     runs = [_Run(step, folder, f"{step.name}: " if len(steps) > 1 else "") for step in steps]
     running = [run for run in runs if not run.is_done()]
@@ -194,7 +195,7 @@ class _Run:
         self.step, self._prefix = step, prefix
         self.child: ChildProcess | None = None
         self._log = folder / "logs" / f"{step.title.replace(' ', '_').replace(',', '')}.log"
-        # independent of where the folder is
+        # The recorded command does not depend on the location of the folder.
         words = (re.sub(rf"(^|=){re.escape(str(folder))}/", r"\1OUTPUT/", word) for word in step.command)
         self._made_by = "$ " + shlex.join(words)
 
@@ -234,7 +235,7 @@ class _Run:
         """Return the seconds that the step took; raise `BipeError` if it failed."""
         assert self.child is not None
         seconds = time.monotonic() - self._began_s
-        end_all([self.child])  # its processes that still have its output open
+        end_all([self.child])  # ends processes of the command that still have its output open
         self._reader.result()
         code = self.child.process.returncode
         if code != 0 or not self.step.result.exists():

@@ -1,8 +1,10 @@
 """Atomic publication of checkpoints, and deletion of old ones.
 
-    RUN/checkpoints/writing-step-00000100-TOKEN/   being written
-    RUN/checkpoints/replaced-step-00000100/        an earlier one of the same step, while it is being replaced
-    RUN/checkpoints/removing-step-00000100/        being deleted
+Folders have these names while the checkpoints of a run change:
+
+    RUN/checkpoints/writing-step-00000100-TOKEN/   a checkpoint that is being written
+    RUN/checkpoints/replaced-step-00000100/        an earlier checkpoint of the same step, which is being replaced
+    RUN/checkpoints/removing-step-00000100/        a checkpoint that is being deleted
 
 If the process dies at any point, the previous checkpoint and pointer remain valid; `tidy` removes leftovers.
 """
@@ -25,7 +27,7 @@ _WRITING, _REPLACED, _REMOVING = "writing-", "replaced-", "removing-"
 
 
 def begin(run_dir: Path, step: int, token: str, room_bytes: int) -> Path:
-    """Make the temporary folder that a checkpoint is written in.
+    """Create the temporary folder in which a checkpoint is written.
 
     Args:
         run_dir: folder of the run.
@@ -83,7 +85,7 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
 
 
 def retire(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
-    """Delete superseded checkpoints, after the newest one is published."""
+    """Delete superseded checkpoints; call this after publishing the newest one."""
     tidy(run_dir)
     for step in superseded(list_steps(run_dir), newest, config):
         _remove(step_folder(run_dir, step))
@@ -92,7 +94,7 @@ def retire(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
 def superseded(steps: list[int], newest: int, config: CheckpointConfig) -> list[int]:
     """Return the steps whose checkpoints are not to be kept.
 
-    Steps after the newest are never returned: a run that was rolled back left them, perhaps because they are damaged.
+    Steps after `newest` are never returned: they remain from before the run rolled back, or were rejected as damaged.
     """
     if config.keep_last == 0:
         return []

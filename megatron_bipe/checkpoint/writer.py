@@ -1,11 +1,11 @@
-"""Writes checkpoints, in the background where configured.
+"""Write checkpoints, in the background if configured.
 
 The training state changes only in an optimizer step. A save therefore blocks the training loop only while ranks agree
 to begin it: a thread copies the state to host memory during the next micro-batches, the next optimizer step waits for
 the copy, and the thread then writes the files.
 
-Ranks report the results of their writes through the launch's store, because a collective in a thread could be ordered
-differently relative to those of training on each rank.
+Ranks report the results of their writes through the launch's `torch.distributed.Store`, because collectives of the
+thread and of the training loop could run in a different order on each rank.
 """
 
 import json
@@ -39,7 +39,7 @@ _WRITE_TIMEOUT = timedelta(days=7)  # limit for slow writes; the watchdog handle
 
 
 class _Save(NamedTuple):
-    """One save by this rank."""
+    """Arguments of one save on this rank."""
 
     run_dir: Path
     temporary: Path
@@ -54,10 +54,10 @@ class CheckpointWriter:
     """A writer of one engine's checkpoints; all ranks call each method together.
 
     Args:
-        config: how checkpoints are written and kept.
-        mesh: this process among the ranks.
+        config: settings of writing and keeping checkpoints.
+        mesh: this rank's coordinates.
         host: host-side collectives over all ranks.
-        connect: opens a connection to the launch's store that only this object uses.
+        connect: opens a connection to the launch's store; only this object uses it.
     """
 
     def __init__(
@@ -231,7 +231,7 @@ class StagingBuffer:
         return torch.cuda.current_stream().record_event() if self._stream else None
 
     def take(self, fragments: Sequence[Fragment], mark: torch.cuda.Event | None) -> list[Fragment]:
-        """Copy the fragments, and return when the copy is complete. It remains valid until the next call."""
+        """Return copies of the fragments once they are complete; they remain valid until the next call."""
         with torch.cuda.stream(self._stream):  # no effect if it is None
             if self._stream and mark:
                 self._stream.wait_event(mark)

@@ -34,7 +34,7 @@ class Encoding(NamedTuple):
     segments: the absolute part receives the position in the segment, the relative part the index of the segment."""
 
 
-# MODULE:NAME of each absolute part, as in `Relative.made_by`.
+# MODULE:NAME of each absolute part, as in `Relative.class_path`.
 ABSOLUTE: Mapping[str, str | None] = {
     NONE: None,
     "learned": "absolute:learned",

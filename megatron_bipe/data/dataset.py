@@ -1,4 +1,7 @@
-"""A dataset folder as one concatenated array of tokens, and the sequences cut from it. Torch-free."""
+"""A dataset folder as one concatenated array of tokens, the sequences cut from it, and the search for dataset folders.
+
+This module does not import torch.
+"""
 
 from pathlib import Path
 from typing import Self
@@ -94,12 +97,12 @@ class TokenDataset:
         return parts[0] if len(parts) == 1 else np.concatenate([np.zeros(0, np.bool_), *parts])
 
     def document_bounds(self) -> IntArray:
-        """Return the first token of each document and the end of the last, int64 [documents + 1]; reads all indices."""
+        """Read from all .idx files the first token of each document and the end of the last, int64 [documents + 1]."""
         bounds = [shard.document_bounds[1:] + start for shard, start in zip(self.shards, self._starts, strict=False)]
         return np.concatenate([np.zeros(1, np.int64), *bounds])
 
     def num_sequences(self, seq_len_tokens: int) -> int:
-        """Return the number of sequences in an epoch; raise DataError if the dataset is shorter than one."""
+        """Return the number of sequences in an epoch; raise DataError if the dataset has none."""
         if seq_len_tokens < 1:
             raise ValueError(f"seq_len_tokens is {seq_len_tokens}; it must be at least 1")
         if self.num_tokens <= seq_len_tokens:
@@ -129,7 +132,7 @@ class TokenDataset:
         within_B = starts_B - self._starts[shard_B]
         crosses_B = starts_B + seq_len_tokens + 1 > self._starts[shard_B + 1]
         tokens = np.empty((indices_B.size, seq_len_tokens + 1), dtype=self.dtype)
-        # One byte more than the bits of a sequence fill, since they may start inside a byte.
+        # The bits of a sequence may start inside a byte, so they can extend over one byte more than they fill.
         packed = np.zeros((indices_B.size, seq_len_tokens // 8 + 2), dtype=np.uint8)
         locations = zip(shard_B.tolist(), within_B.tolist(), crosses_B.tolist(), strict=True)
         for row, (shard, within, crosses) in enumerate(locations):
@@ -146,7 +149,7 @@ class TokenDataset:
         return tokens, sequence_ends(ends, self.rule)
 
     def answers(self, indices_B: IntArray) -> IntArray | None:
-        """Return the labels [first, stop) of each sequence that count in the loss, int64 [B, 2]; None if all count."""
+        """Return the range [first, stop) of labels in the loss for each sequence, int64 [B, 2]; None: all labels."""
         del indices_B
         return None
 
@@ -164,7 +167,7 @@ class TokenDataset:
         return pieces
 
     def _check_ids(self, tokens: TokenArray, starts_B: IntArray) -> None:
-        """Reject ids that only a damaged file can hold; an embedding lookup would return garbage or crash a device."""
+        """Reject ids that only a damaged file can hold; looking them up would return garbage or crash the device."""
         vocab_size = self.manifest.tokenizer.vocab_size
         # Negative ids are large as unsigned numbers, so one bound is enough.
         unsigned = tokens.view(f"u{tokens.dtype.itemsize}")

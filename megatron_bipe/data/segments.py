@@ -1,7 +1,7 @@
 """Segment rules, and the two ids of a token that follow from the segment ends.
 
 A rule is data: its name and its resolved token ids are stored with the dataset, the checkpoint and the exported model.
-Torch-free.
+This module does not import torch.
 """
 
 import difflib
@@ -71,7 +71,7 @@ class SegmentRule(BaseModel):
 def resolve_rule(spec: str, vocabulary: Vocabulary) -> SegmentRule:
     """Resolve the name of a rule to token ids of one vocabulary.
 
-    Source: He et al. 2024, section 3; `reference` is what the authors' code does with LLaMA's ids 869 and 13.
+    Source: He et al. 2024, section 3; `reference` gives LLaMA's ids 869 and 13, which the authors' code uses.
 
     Args:
         spec: one of `RULE_FORMS`.
@@ -126,8 +126,8 @@ def segment_ends(tokens_T: TokenArray, rule: SegmentRule) -> BoolArray:
 def sequence_ends(ends: BoolArray, rule: SegmentRule) -> BoolArray:
     """Return the segment ends of sequences [..., T] for the model.
 
-    For `fixed:N`, segments on disk are counted from the start of a document. This counts them from the start of the
-    sequence, so that ids depend only on the sequence. Other rules need no change.
+    For `fixed:N`, segments on disk are counted from the start of a document. This function counts them from the start
+    of the sequence, so that ids depend only on the sequence. Other rules need no change.
     """
     if rule.fixed_length is None:
         return ends
@@ -238,7 +238,14 @@ def _closes_sentence(text: str) -> bool:
 
 
 def fixed_length_ends(bounds_D1: IntArray, length: int, start: int, stop: int) -> BoolArray:
-    """Mark every `length`-th token of each document, for tokens [start, stop); `bounds_D1` holds document bounds."""
+    """Return True for every `length`-th token of each document, among the tokens [start, stop) of a dataset.
+
+    Args:
+        bounds_D1: first token of each document, and the end of the last.
+        length: tokens per segment.
+        start: first token.
+        stop: end of the tokens.
+    """
     ends_T = np.zeros(stop - start, dtype=np.bool_)
     first = max(int(np.searchsorted(bounds_D1, start, side="right")) - 1, 0)
     last = int(np.searchsorted(bounds_D1, stop, side="left"))

@@ -271,7 +271,7 @@ class DeepSpeedEngine:
             model: this rank's part.
             run: the run configuration.
             ds_config: see `start_engine`.
-            model_group: see `PlainGradients`.
+            model_group: see `GradientClipper`.
             mpu: DeepSpeed's groups, unless the model provides them.
         """
         optimizer = make_optimizer(model, run.optimizer)

@@ -1,15 +1,15 @@
-"""Every use of private parts of DeepSpeed and torch; the rest of the package uses documented interfaces only.
+"""Access to private attributes of DeepSpeed's optimizers and of torch, which other modules of this package do not need.
 
-The largest use is access to the training state of each DeepSpeed optimizer as a list of fragments. DeepSpeed's
+Most of this module presents the training state of any DeepSpeed optimizer as a list of fragments. DeepSpeed's
 optimizers store the fp32 weights, and with them Adam's state, in different tensors:
 
-    fp32, no ZeRO             the parameters themselves
-    bf16, no ZeRO             an fp32 copy of each parameter
-    stages in bf16, ZeRO 1, 2 this rank's part of all copies, concatenated: one flat tensor per group of parameters
-    ZeRO 3                    a part of every copy, concatenated in flat tensors
+    fp32 without ZeRO                    the parameters themselves
+    bf16 without ZeRO                    an fp32 copy of each parameter
+    pipeline stages in bf16, ZeRO 1, 2   this rank's part of all fp32 copies: one flat tensor per parameter group
+    ZeRO 3                               a part of every fp32 copy, concatenated in flat tensors
 
-Such a tensor is called a master here. Fragments are views of masters and of their Adam state, so that writing into them
-loads a checkpoint.
+Such a tensor of fp32 weights is called a master here. Fragments are views of masters and of their Adam state, so
+writing into them loads a checkpoint.
 """
 
 import logging
@@ -30,7 +30,7 @@ from torch.distributed import distributed_c10d
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, StateReader
 from megatron_bipe.model import copy_source, shard_of
 
-_KNOWN_VERSIONS = {"torch": ("2.11", "2.12", "2.13"), "deepspeed": ("0.19",)}  # their private parts are as used here
+_KNOWN_VERSIONS = {"torch": ("2.11", "2.12", "2.13"), "deepspeed": ("0.19",)}  # checked against their private APIs
 _STEP = "step"  # key of the number of updates in torch's Adam state
 
 
@@ -38,7 +38,7 @@ _log = logging.getLogger(__name__)
 
 
 def warn_of_unknown_versions() -> None:
-    """Log a warning if the installed torch or DeepSpeed is not one whose private parts this module was written for."""
+    """Log a warning if the installed torch or DeepSpeed is not a version that this module was written for."""
     for name, version in (("torch", torch.__version__), ("deepspeed", deepspeed.__version__)):
         if version.rsplit(".", 1)[0] not in _KNOWN_VERSIONS[name]:
             known = ", ".join(_KNOWN_VERSIONS[name])
@@ -112,7 +112,7 @@ def reset_adam_state(optimizer: Any) -> None:
 
 @torch.no_grad()
 def load_optimizer_state(module: nn.Module, optimizer: Any, reader: StateReader) -> None:
-    """Load this rank's optimizer state and compute weights; all ranks call this together."""
+    """Load this rank's fp32 weights and Adam state, and update the model's weights; all ranks call this together."""
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()
     _zero_moments(optimizer, reader.index.optimizer_steps)

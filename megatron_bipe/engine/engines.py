@@ -1,7 +1,7 @@
-"""The two engines, and the choice between them.
+"""The two engines, which run the model's list of layers (the plan), and the choice between them.
 
-ZeroEngine       the plan as one sequential module under DeepSpeed's standard engine: ZeRO 0 to 3, no pipeline
-PipelineEngine   the plan as pipeline stages under DeepSpeed's pipeline engine: ZeRO 0 and 1
+ZeroEngine       one sequential module under DeepSpeed's standard engine: ZeRO 0 to 3, no pipeline
+PipelineEngine   pipeline stages under DeepSpeed's pipeline engine: ZeRO 0 and 1
 """
 
 import itertools
@@ -43,7 +43,7 @@ def start_engine(run: RunConfig, ds_config: dict[str, Any], mesh: Mesh, data: Da
     Args:
         run: the validated run configuration.
         ds_config: result of `config.deepspeed.engine_config`.
-        mesh: this process among the ranks.
+        mesh: this rank's coordinates.
         data: record of the training data, stored in checkpoints.
     """
     kind = PipelineEngine if mesh.pipeline > 1 else ZeroEngine

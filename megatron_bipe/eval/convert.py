@@ -1,4 +1,4 @@
-"""Conversion of models to exported folders: of a run's checkpoint, and of a model in the authors' layout."""
+"""Export of models to folders that transformers loads: a run's checkpoint, or a model in the authors' layout."""
 
 import json
 import logging
@@ -66,13 +66,13 @@ def export_checkpoint(
     evaluation: Path | None = None,
     **options: Any,
 ) -> float:
-    """Write a checkpoint as an exported folder, with its recipe on the model card; return the parity error.
+    """Export a checkpoint, with its recipe on the model card; return the largest relative difference of the logits.
 
     Args:
-        checkpoint: the checkpoint.
+        checkpoint: checkpoint to export.
         output: folder to make.
         dtype: precision of the stored weights; None: that of training.
-        evaluation: results of tools/evaluate.py perplexity, for the model card.
+        evaluation: folder with results of tools/evaluate.py perplexity, for the model card.
         options: further fields of `ExportOptions`.
 
     Raises:
@@ -123,7 +123,7 @@ def read_published(folder: Path, tokenizer_folder: Path | None, segments: str | 
 
 
 def export_published(published: Published, output: Path, overwrite: bool) -> float:
-    """Write a model in the authors' layout as an exported folder; return the parity error.
+    """Export a model in the authors' layout; return the largest relative difference of the logits.
 
     Raises:
         CheckpointError: as in `export_model`.
@@ -158,7 +158,7 @@ def random_sequences(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int
 
 
 def _training_sequences(run: RunConfig, record: DataRecord) -> SampleBatch:
-    """Return two sequences of the training data with their position ids; random ones if the data is gone."""
+    """Return two sequences of the training data with their position ids, or random ones without the data."""
     try:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         if blend.record.fingerprint == record.fingerprint:
@@ -221,7 +221,7 @@ class _IdsOnly:
 
 
 def _rule(spec: str, tokenizer: Vocabulary | None, vocab_size: int) -> SegmentRule:
-    """Return the segment rule; without a tokenizer, the reference rule is the authors' ids."""
+    """Return the segment rule; without a tokenizer, `reference` resolves to the authors' ids."""
     if tokenizer is not None:
         return resolve_rule(spec, tokenizer)
     if spec == "reference":

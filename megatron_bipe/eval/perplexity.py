@@ -1,6 +1,7 @@
 """Losses of a model on a dataset at one sequence length: in total, and by document and position in the sequence.
 
-B batch · T positions of a sequence · P predictions of a sequence · D width · M documents · Q equal parts of a sequence
+B batch · T positions of a sequence · P predictions of a sequence · K predictions in one call of the head · D width
+V vocabulary · M documents · Q equal parts of a sequence
 """
 
 import math
@@ -33,7 +34,7 @@ HEAD_TOKENS = 2048  # tokens per call of the head: 260 MB of fp32 logits for LLa
 NUM_PARTS = 16  # equal parts of a sequence
 NUM_RESAMPLES = 1000
 INTERVAL = 0.95
-LEAST_DOCUMENTS = 2  # fewer have no interval
+LEAST_DOCUMENTS = 2  # with fewer there is no interval
 
 
 class EvalSettings(NamedTuple):
@@ -56,11 +57,11 @@ class PerplexityResult(NamedTuple):
     perplexity: float
     """exp(nats_per_token); infinite on overflow."""
     nats_per_token: float
-    """Mean loss by the protocol."""
+    """Mean loss as the protocol defines it."""
     bits_per_byte: float | None
-    """Total loss over the raw text's UTF-8 bytes; only if the protocol reads the full dataset."""
+    """Total loss divided by the raw text's UTF-8 bytes; None unless the protocol reads the full dataset."""
     num_sequences: int
-    """Number of sequences; the last one of `full` may be shorter."""
+    """Number of sequences; with protocol `full` the last one may be shorter."""
     num_predictions: int
     num_tokens_read: int
     num_tokens_dropped: int
@@ -69,7 +70,7 @@ class PerplexityResult(NamedTuple):
 
 
 class DocumentLosses(NamedTuple):
-    """Sums over all predictions at one sequence length."""
+    """Sums of the losses of all predictions at one sequence length."""
 
     length_tokens: int
     nats_MQ: FloatArray
@@ -96,7 +97,7 @@ class DocumentLosses(NamedTuple):
         ]
 
     def interval(self) -> tuple[float, float] | None:
-        """Return the central `INTERVAL` of the perplexities of resampled corpora.
+        """Return the bootstrap confidence interval of the perplexity, at the level `INTERVAL`.
 
         Each resample draws as many documents as the corpus has, with replacement; the draws are the same for every
         model and length. Return None if fewer than `LEAST_DOCUMENTS` have predictions.
@@ -124,7 +125,7 @@ def evaluate_perplexity(
     settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
 ) -> PerplexityResult:
-    """Run the model over all sequences of one length.
+    """Return the perplexity over all sequences of one length.
 
     Memory holds the activations of one batch and the logits of `HEAD_TOKENS` tokens, whatever the length.
 
@@ -133,7 +134,7 @@ def evaluate_perplexity(
         dataset: a dataset accepted by `check_compatible`.
         length_tokens: sequence length.
         settings: protocol, limits, device and precision.
-        progress: called with the number of tokens after each batch.
+        progress: called after each batch with its number of tokens.
 
     Raises:
         ConfigError: an impossible length or setting.
@@ -156,7 +157,7 @@ def evaluate_documents(
     settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
 ) -> DocumentLosses:
-    """Run the model over all sequences of one length; arguments and errors as in `evaluate_perplexity`."""
+    """Sum the losses by document and sequence part; arguments and errors are those of `evaluate_perplexity`."""
     sequences = cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
     bounds = np.asarray(dataset.document_bounds())
     num_documents = len(bounds) - 1
@@ -262,9 +263,9 @@ def _result(
     seconds: float,
 ) -> PerplexityResult:
     num_predictions = int(sequences.num_predictions.sum())
-    # `reference` defines the mean over blocks of the block means, which is the same because its blocks have one size.
-    # The authors weight a batch's mean by its blocks, also in the last, smaller batch (accelerate trims their eight
-    # replicas to the existing blocks), so on one process their result is this mean too.
+    # `reference` is defined as the mean of the blocks' means, which equals this mean, since all blocks have equal size.
+    # The authors repeat a batch's mean eight times, once per block, and accelerate truncates the repetitions of the
+    # last, smaller batch to its number of blocks; on one process, their result therefore equals this mean, too.
     nats = total_nats / num_predictions
     complete = sequences.num_tokens == dataset.num_tokens
     text_bytes = dataset.manifest.text_bytes

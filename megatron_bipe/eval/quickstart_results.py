@@ -138,15 +138,9 @@ def read_losses(run_dir: Path) -> RunLosses:
         try:
             _append_line(losses, json.loads(line))
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(
-                f"line {number} is damaged: {line[:60]!r}",
-                remedy="Give the folder of a run that has started",
-                location=path,
-            ) from error
+            raise DataError(f"line {number} is damaged: {line[:60]!r}", remedy=REMEDY, location=path) from error
     if not losses.train:
-        raise DataError(
-            "the file has no training step", remedy="Give the folder of a run that has started", location=path
-        )
+        raise DataError("the file has no training step", remedy=REMEDY, location=path)
     return losses
 
 

@@ -167,7 +167,7 @@ def _take(remaining: dict[str, T], location: str | Path, name: str) -> T:
 def _refuse_remaining(remaining: Mapping[str, object], location: str | Path) -> None:
     if remaining:
         raise CheckpointError(
-            f"{len(remaining)} weight(s) belong to no layer of the configured model: {_first_names(remaining)}",
+            f"{len(remaining)} weights belong to no layer of the configured model: {_first_names(remaining)}",
             remedy="Check that the weights and the configuration belong to the same model",
             location=location,
         )

@@ -12,7 +12,8 @@
 
 A layer takes and returns one payload, so that the list runs as an `nn.Sequential` or as pipeline stages; parameters
 are named `<layer index>.<name>` in both. Layers with parameters come from a `LayerFactory`, so that the model does not
-depend on how they are sharded.
+depend on how they are sharded; `LocalLayers` is the factory of unsharded ones. This file also defines how weights are
+initialized and how a tied output shares the token embedding.
 
 B batch · T positions · D width · F feed-forward width · V vocabulary (lower case: this rank's shard)
 """
@@ -85,9 +86,9 @@ def build_model(
 
 
 def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) -> list[int]:
-    """Return the number of parameters of each layer of the plan, in order, on a rank with the layers of `layers`.
+    """Return the number of parameters of each layer of the plan, in order, on a rank whose factory is `layers`.
 
-    A tied output counts with layer 0. No memory is allocated.
+    The weight of a tied output is counted once, in layer 0. No memory is allocated.
     """
     with torch.device("meta"):
         built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
@@ -97,8 +98,8 @@ def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) ->
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:
     """Return the FLOPs of forward and backward for one token of a sequence, without recomputation.
 
-    Each matrix weight costs two per token in forward and four in backward; attention scores and mixing count only the
-    causal half. Embedding lookups, norms and softmax are not counted.
+    Each matrix weight costs two per token in forward and four in backward. Of the attention scores and the weighted
+    sums of values, only the causal half is counted. Embedding lookups, norms and softmax are not counted.
     """
     heads_width = config.num_heads * config.head_width
     attention_weights = config.hidden_size * (2 * config.num_heads + 2 * config.kv_heads) * config.head_width
@@ -128,8 +129,8 @@ class Embedding(nn.Module):
     def forward(self, ids: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Map (tokens, intra ids, inter ids), each int64 [B, T], to (hidden [B, t, D], positions int64 [B, T]).
 
-        The positions, which attention encodes, are inter-segment ids or token positions. They are those of full
-        sequences, since attention sees full sequences.
+        The returned positions, which attention encodes, are inter-segment ids or token positions. They cover all T
+        positions on every rank, since attention sees unsharded sequences.
 
         Raises:
             ConfigError: the sequences are longer than the encoding allows.
@@ -288,7 +289,7 @@ class Head(nn.Module):
 
 # Tied output
 #
-# If one rank has both layers, they shard one parameter. If they are on different pipeline stages, the head has a copy,
+# If one rank has both layers, they share one parameter. If they are on different pipeline stages, the head has a copy,
 # which is initialized from the embedding and receives the same gradient, the sum of both, at every update.
 # The copy is not a parameter of the model: checkpoints, the gradient norm and parameter counts skip it.
 
@@ -299,14 +300,14 @@ def tie(head: Any, embedding: Any) -> None:
 
 
 def init_tied_copy(head: Any, embedding: Any) -> None:
-    """Initialize the head from a copy of the embedding, and mark it as such."""
+    """Initialize the head's weight with a copy of the embedding's, and mark it as a copy."""
     with torch.no_grad():
         head.output.weight.copy_(embedding.token.weight)
     head.output.weight.copy_of = TOKEN_EMBEDDING
 
 
 def copy_source(parameter: Tensor) -> str | None:
-    """Return the plan's name of the parameter that this one copies, or None if it is not a copy."""
+    """Return the name, in the plan, of the parameter that this one copies; None if it is not a copy."""
     name: str | None = getattr(parameter, "copy_of", None)
     return name
 
@@ -342,7 +343,7 @@ def layer_seed(seed: int, index: int) -> int:
 
 
 class LocalLayers:
-    """A `LayerFactory` of plain torch layers: the full model on one rank, for its shard of the sequences."""
+    """A `LayerFactory` of unsharded torch layers; `exchange` shards the sequences if there is context parallelism."""
 
     rank, ranks = 0, 1
 

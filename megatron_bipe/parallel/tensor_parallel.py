@@ -1,10 +1,12 @@
 """Tensor parallelism: the factory of layers that are sharded over ranks, and the loss over a sharded vocabulary.
 
-With sequence parallelism the residual stream, and all token-wise work on it, is sharded along the positions: layers
-that are sharded by width all-gather their input and reduce-scatter their output, instead of two all-reduces. Replicated
-weights (norms, the intra-segment embedding) then see only some of the tokens, so their gradients are summed over ranks.
+With sequence parallelism the residual stream, and all token-wise computation on it, is sharded along the positions.
+Tensor-parallel layers then all-gather their input and reduce-scatter their output, instead of all-reducing it.
+Replicated weights (norms, the intra-segment embedding) see only some of the tokens, so their gradients are summed over
+ranks.
 
-B batch · T positions · K tokens · D width · V vocabulary (lower case: this rank's shard)
+B batch · T positions · K tokens · D width · F inner width · V vocabulary (lower case: this rank's shard)
+
 Source: Shoeybi et al. 2019 (arXiv 1909.08053); Korthikanti et al. 2022 (arXiv 2205.05198).
 """
 
@@ -91,12 +93,12 @@ class TensorParallelLayers:
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
-    """Return the parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
+    """Return the number of parameters of each layer of the plan on one of `ranks` tensor-parallel ranks."""
     return count_parameters(config, TensorParallelLayers(cast(ProcessGroup, _NoGroup(ranks))))
 
 
 class _NoGroup(NamedTuple):
-    """A stand-in, without processes, for the group that layers require when they are made."""
+    """A stand-in, without processes, for the group that the constructors of layers require."""
 
     ranks: int
 
@@ -108,7 +110,7 @@ class _NoGroup(NamedTuple):
 
 
 class ColumnParallelLinear(nn.Linear):
-    """A shard of y = x W^T: every rank has all of x and computes some of y."""
+    """y = x W^T with W sharded by rows: every rank has the full x and computes its shard of y."""
 
     def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
         super().__init__(width_in, width_out // split.group.size(), bias=False)
@@ -187,7 +189,7 @@ class ReplicatedNorm(RMSNorm):
 
 
 def mark_shard(weight: Tensor, shard: Shard) -> None:
-    """Record how a parameter is sharded, for this project and (under DeepSpeed's name) for its gradient norm."""
+    """Record how a parameter is sharded; DeepSpeed's gradient norm reads `tensor_model_parallel`."""
     weight.shard = shard  # type: ignore[attr-defined]
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 

@@ -10,8 +10,8 @@ two processes, `deepspeed` and `deepspeed.launcher.launch`, and the first one do
 checks every second that the launchers among its ancestors are alive.
 
 Only ancestors that are known launchers count. Shells, `nohup`, `ssh`, containers and batch systems may start a rank or
-a launcher and end on purpose (decision 0023). A rank with a stop request continues until it has saved: a signal to the
-process group, as from the supervisor, also ends `deepspeed` at once.
+a launcher and end on purpose (decision 0023). A rank that has received a stop signal no longer checks its launchers, so
+that it can save: if the signal was sent to the process group, as by the supervisor, it also ended `deepspeed` at once.
 """
 
 import ctypes
@@ -34,11 +34,11 @@ import psutil
 
 from megatron_bipe.errors import FAILED
 
-GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model, and all end within 10 seconds
+GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model; all processes end within 10 seconds
 _POLL_S = 0.05
 
-# The first line is the id of the group, written by the command's process before it executes the command; the second one
-# is sent after the group has ended. End of file instead of a line means that the writer has died.
+# The guard reads two lines. The first is the id of the group, written by the command's process before it executes the
+# command; the second is sent after the group has ended. End of file instead of a line means that the writer has died.
 _GUARD = f"""
 read -r group || exit 0
 read -r ended && exit 0
@@ -47,7 +47,7 @@ for second in {" ".join(map(str, range(GRACE_S)))}; do kill -s 0 -- "-$group" ||
 kill -s KILL -- "-$group"
 """
 
-LOOK_S = 1.0  # between two looks at the launchers
+LOOK_S = 1.0  # between two checks of the launchers
 _DEEPSPEED_OF_HOST = "deepspeed.launcher.launch"  # starts the ranks of a host
 _LAUNCHER_NAMES = {
     *("deepspeed", "ds", "deepspeed.launcher.runner", _DEEPSPEED_OF_HOST),
@@ -80,7 +80,7 @@ class ChildProcess:
         assert self._guard.stdin is not None
         pipe = self._guard.stdin.fileno()
 
-        def name_group() -> None:  # in the command's process: this one may be killed before it could do so
+        def name_group() -> None:  # runs in the command's process: this one may be killed before it could write
             os.write(pipe, f"{os.getpid()}\n".encode())
 
         try:
@@ -196,8 +196,8 @@ def watch_launcher(*, is_importing: bool = False) -> None:
     """Start to watch the launchers of this process, if it has any; call it from the main thread.
 
     Args:
-        is_importing: also let the kernel kill this process with its parent (Linux), until the next call without it: the
-            watch is a thread, which cannot run while a library is being loaded.
+        is_importing: also let the kernel kill this process with its parent (Linux), until the next call without this
+            argument: the watch is a thread, which cannot run while a library is being loaded.
     """
     launchers = _start()
     is_child_of_one = any(launcher.process.pid == os.getppid() for launcher in launchers)
@@ -248,7 +248,7 @@ def _watch(launchers: Sequence[_Launcher], signals: int) -> None:
         readable, _, _ = select.select([signals], [], [], LOOK_S)
         if readable and _STOP_SIGNALS.intersection(os.read(signals, 1024)):
             return
-        if ended:  # since the last check: a stop signal that ended it has also reached this process by now
+        if ended:  # found at the last check: a stop signal that ended it would have arrived here by now
             _end_rank(f"its launcher {ended[0].name} (process {ended[0].process.pid}) has ended without it")
         ended = [launcher for launcher in launchers if launcher.has_ended()]
 

@@ -1,7 +1,7 @@
-"""Ends a launch in which a rank died or hangs, and names that rank.
+"""End a launch in which a rank died or hangs, and name that rank.
 
-A collective waits for missing ranks forever, and does not know which they are. So each rank has a thread that sends
-heartbeats to the store of the launch. A process that was killed or suspended, or whose host failed, sends none; a
+A collective waits for missing ranks, and does not know which they are. So each rank has a thread that sends heartbeats
+to the launch's `torch.distributed.Store`. A process that was killed or suspended, or whose host failed, sends none; a
 process in an endless loop sends heartbeats from another location than the ranks that wait for it.
 """
 
@@ -41,7 +41,7 @@ REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the firs
 ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
 
-STORE_ERRORS = (dist.DistError, TimeoutError)  # exceptions of HeartbeatStore without a working store
+STORE_ERRORS = (dist.DistError, TimeoutError)  # raised by HeartbeatStore if the store does not work
 T = TypeVar("T")
 
 
@@ -65,16 +65,18 @@ class Shutdown(NamedTuple):
 
 
 class HeartbeatStore:
-    """Access of one rank to the store of a launch.
+    """One rank's access to the store of a launch.
 
-    The store may be in the process of rank 0, which can hang, so no call waits for it longer than `ANSWER_S`.
+    The store may be in the process of rank 0, which can hang, so no call waits longer than `ANSWER_S`, except `finish`.
 
     Args:
         store: a connection that nothing else uses.
         rank: this rank.
-        num_ranks: ranks of the launch.
+        num_ranks: number of ranks of the launch.
 
-    All methods raise `torch.distributed.DistError` if the store is gone, and `TimeoutError` if it does not answer.
+    Raises:
+        torch.distributed.DistError: by any method, if the store is gone.
+        TimeoutError: by any method, if the store does not answer.
     """
 
     def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
@@ -144,11 +146,11 @@ Observe = Callable[[Heartbeats, Heartbeats, int], Iterable[str]]
 class Watchdog:
     """Context manager that ends this rank when it fails or hangs, or when another rank has failed.
 
-    An error in its block ends the process after a message, and so does work without progress for `timeout_s`.
+    An error in its `with` block ends the process after a message, and so does work without progress for `timeout_s`.
 
     Args:
-        mesh: this rank, with the parallel layout.
-        timeout_s: longest time between two calls of `mark` or `heartbeat`, or two micro-batches.
+        mesh: this rank's coordinates in the parallel layout.
+        timeout_s: longest permitted time between two calls of `mark` or `heartbeat`, or two micro-batches.
         connect: opens a connection to the store of the launch, given a timeout in seconds.
     """
 

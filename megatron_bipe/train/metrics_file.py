@@ -1,4 +1,4 @@
-"""The two logs of a run, in JSON lines.
+"""The two logs of a run, in JSON lines; docs/run_folder.md lists their keys.
 
     RUN/metrics.jsonl    one line for each step and each validation, in order, without duplicates
     RUN/events.jsonl     {"time": seconds since 1970, "event": "start" | "stop" | ..., and the fields of the event}

@@ -1,4 +1,4 @@
-"""Training loop: from the newest valid checkpoint of a run to a step; `Trainer.train` is the order of one step."""
+"""The training loop: resume from the newest valid checkpoint and train; `Trainer.train` shows the order of one step."""
 
 import logging
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ class Trainer:
         engine: engine that was started for this run.
         loader: source of training and validation batches.
         watchdog: watchdog that the caller has entered.
-        stop_request: requests to stop; ranks agree on them from now on.
-        profile: profiler of some steps.
+        stop_request: requests to stop the run; `run` makes all ranks agree on them.
+        profile: profiler of the configured steps.
     """
 
     config: RunConfig
@@ -47,7 +47,8 @@ class Trainer:
         """Load the newest valid checkpoint, if there is one, and train until `stop_step` updates are done.
 
         Returns:
-            True if the run reached `stop_step`, False if it was preempted. A run that is beyond it is not trained.
+            True if the run has reached `stop_step`, False if it was preempted. A run that is already beyond `stop_step`
+            is not trained.
         """
         config, mesh, engine = self.config, self.mesh, self.engine
         engine.on_forward(self.watchdog.heartbeat)
@@ -73,13 +74,13 @@ class Trainer:
         return finished
 
     def train(self, state: TrainState, metrics: Metrics, rollback: Rollback, stop_step: int) -> TrainState:
-        """Do updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.
+        """Make updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.
 
         Args:
             state: training state at the start; modified.
             metrics: receives every step.
             rollback: checks the steps, and loads a checkpoint after several bad ones in a row.
-            stop_step: number of updates at the end.
+            stop_step: total number of updates of the run at which to stop.
 
         Returns:
             The training state at the end.
@@ -120,7 +121,7 @@ class Trainer:
                 is_last = stopping or step == stop_step
                 engine.save(self.config.run_dir, step, loop_state=state.model_dump(mode="json"), final=is_last)
                 metrics.restart_clock()
-                save_pending = False  # a stop requested meanwhile is seen after the next step, which is saved
+                save_pending = False  # a stop requested during the save is seen after the next step, and saved again
         return state
 
     def _load_state(self) -> TrainState:

@@ -47,7 +47,7 @@ from preprocessing.progress import LINE_EVERY_S
 
 LOCK_WAIT_S = 1.0
 ATTEMPTS = 3  # to get a file with the right checksum
-WAITS_S = (10.0, 20.0, 40.0, 80.0)  # while no byte arrives: the network is down, or the Hub is busy
+WAITS_S = (10.0, 20.0, 40.0, 80.0)  # between attempts while no byte arrives: the network is down, or the Hub is busy
 
 T = TypeVar("T")
 Result = TypeVar("Result")
@@ -66,8 +66,8 @@ def download(options: DownloadOptions) -> Outcome:
     """Fetch the selected files that the folder lacks, and verify all of them.
 
     Raises:
-        DataError: as `make_plan`; another run in the same folder, files of other origin, too little space, or files
-            that do not arrive intact. The next run resumes from what has arrived.
+        DataError: as in `make_plan`; also for another run in the same folder, files of other origin, too little space,
+            or files that do not arrive intact. The next run resumes from the bytes that have arrived.
     """
     require_at_least("--workers", options.workers, 1)
     snapshot = find_snapshot(options)
@@ -194,7 +194,7 @@ def _alone_in(folder: Path) -> Iterator[None]:
         yield
 
 
-class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker when another one, or the user, ended the run
+class Stopped(Exception):  # noqa: N818 - not an error: it ends a worker after another one, or the user, has ended the run
     """Signal to a worker that the run has ended."""
 
 
@@ -210,7 +210,7 @@ class _LogWriter:
 
 
 class Meter:
-    """Bytes of all workers, as a bar on a terminal or a log line every half minute; also stops the workers."""
+    """Progress of all workers in bytes, as a bar on a terminal or a log line every half minute; also stops them."""
 
     def __init__(self, what: str, total_bytes: int) -> None:
         self._lock, self._stopped = threading.Lock(), threading.Event()
@@ -275,7 +275,7 @@ def run_in_threads(
     note: Callable[[T, Result], None],
     meter: Meter,
 ) -> None:
-    """Run `work` in threads, and `note` with each result in this one; the first error stops all."""
+    """Run `work` in threads, and `note` with each result in the calling thread; the first error stops all."""
     with ThreadPoolExecutor(workers) as pool:
         try:
             futures = {pool.submit(work, item): item for item in items}

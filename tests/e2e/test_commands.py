@@ -92,7 +92,7 @@ def test_training_learns_and_continues_bit_for_bit(commands):
 
 
 def test_run_folder_has_the_files_and_keys_of_its_page(commands):
-    folder = commands["folder"] / "undisturbed"  # the one with a profile
+    folder = commands["folder"] / "uninterrupted"  # the one with a profile
     assert {path.name for path in folder.iterdir()} == {
         name.rstrip("/") for name in documented("run_folder.md", "| path | contents | written |")
     } - {"running"}

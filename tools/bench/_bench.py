@@ -37,7 +37,7 @@ def describe_machine(*packages: str) -> str:
 
 
 def median_seconds(contenders: Mapping[str, Callable[[int], object]], repeats: int) -> dict[str, float]:
-    """Time contenders alternately in this process; each gets the number of the repeat.
+    """Time contenders alternately in this process; each is called with the number of the repetition.
 
     An additional first call, which warms the caches, is not counted.
     """
@@ -74,7 +74,7 @@ def collect_corpus(file: Path, roots: Sequence[Path], max_bytes: float) -> int:
     """Write the distinct text files below `roots` as lines of a .jsonl.zst, and return the bytes of their text."""
     text_bytes = 0
     digests: set[bytes] = set()
-    # The order is that of hashes, so that the first part of a corpus resembles all of it.
+    # Files are in the order of a hash of their paths, so that the first part of a corpus resembles all of it.
     sources = sorted(_text_files(roots), key=lambda path: hashlib.md5(os.fsencode(path)).digest())
     with file.open("wb") as raw, zstandard.ZstdCompressor().stream_writer(raw) as stream:
         for source in sources:

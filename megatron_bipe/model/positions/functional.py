@@ -1,7 +1,8 @@
 """Formulas of the positional encodings. This file imports only torch, nothing else of the project.
 
-The model's encodings apply them to positions of full sequences. An exported model contains a copy of this file,
-`functional_bipe.py`, and applies them to the positions in its cache.
+The model's encodings (`rotary.py`, `bias.py`, `absolute.py`) apply them to positions of full sequences. An exported
+model contains a copy of this file, `functional_bipe.py`; its encodings (`hf/encodings_bipe.py`) apply them to the
+positions in its cache.
 
 B batch · T positions · S keys · N query heads · H head width · D width
 """
@@ -36,7 +37,7 @@ def alibi_slopes(num_heads: int) -> list[float]:
 
 
 def alibi_key_channels(back_BS: Tensor) -> Tensor:
-    """Return the 7 bias channels of keys, int64 [B, S, 7]; see `model.positions.alibi.KeyBias`.
+    """Return the 7 bias channels of keys, int64 [B, S, 7]; see `model.positions.bias.KeyBias`.
 
     Args:
         back_BS: distance of each key to the last one, int64, in positions.

@@ -59,7 +59,7 @@ def test_train_text_without_a_full_stop_after_a_space_still_gets_its_token(
 ) -> None:
     inputs = write_lines(tmp_path / "in.jsonl", *["some words without any stop at all and more words"] * 9)
     tokenizer = load_tokenizer(train_tokenizer(TrainOptions(inputs, 290, tmp_path / "made")))
-    assert "took the place of the rarest merge" in caplog.text
+    assert "replaced the rarest merge" in caplog.text
     assert [tokenizer.text_of(int(i)) for i in tokenizer.encode_batch(["words .\n"])[0]][-2:] == [" .", "\n"]
     assert tokenizer.vocab_size == 290
 

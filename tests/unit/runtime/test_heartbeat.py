@@ -66,7 +66,7 @@ def test_silent_ranks_are_those_without_a_new_beat():
     after[1] = before[1]
     assert list(silent_ranks(before, after, 0)) == [
         "No heartbeat: rank 1 on h1, last at a",
-        "No watchdog, ever: rank 3",
+        "No heartbeat, ever: rank 3",
     ]
     assert next(silent_ranks(before, before, 0)).startswith("No heartbeat: rank 1")  # not of the observing rank
     assert list(silent_ranks(heartbeats("a", "a"), heartbeats("a", "a", beats=2), 0)) == []
