@@ -1,4 +1,4 @@
-"""Evaluate trained models: perplexity by sequence length on one dataset or several, and tasks that they answer."""
+"""Evaluate trained models: perplexity by sequence length on one dataset or several, and fine-tuning tasks."""
 
 import argparse
 import sys

@@ -149,11 +149,11 @@ class _Stages(PipelineModule):  # type: ignore[misc]
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
-        tables = [p for name, p in self.named_parameters() if TOKEN_EMBEDDING in (name, copy_source(p))]
+        embeddings = [p for name, p in self.named_parameters() if TOKEN_EMBEDDING in (name, copy_source(p))]
         group = end_stages_group(mesh) if tied_output else None
-        self._tied = [(table, group) for table in tables if group is not None]
-        for table in filter(copy_source, tables):
-            table.ds_pipe_replicated = True  # counted once in the gradient norm
+        self._tied = [(embedding, group) for embedding in embeddings if group is not None]
+        for embedding in filter(copy_source, embeddings):
+            embedding.ds_pipe_replicated = True  # counted once in the gradient norm
 
     def forward(self, payload: Any) -> Any:
         with record_function("forward"):

@@ -1,1 +1,1 @@
-"""Evaluation of checkpoints and exported models: losses by sequence length, reports, generation, other harnesses."""
+"""Evaluation of models: losses by sequence length, reports, generation, other harnesses; and their conversion."""

@@ -30,7 +30,9 @@ class Attention(nn.Module):
     slice of the rows that tensor parallelism assigns to a rank therefore holds complete groups.
     """
 
-    def __init__(self, config: ModelConfig, layers: LayerFactory, tables: PreparedPositions | None = None) -> None:
+    def __init__(
+        self, config: ModelConfig, layers: LayerFactory, prepared_positions: PreparedPositions | None = None
+    ) -> None:
         super().__init__()
         width, head_width = config.hidden_size, config.head_width
         self.head_width = head_width
@@ -38,7 +40,7 @@ class Attention(nn.Module):
         self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
         self.exchange = layers.exchange
         self.encoding = make_relative(config, layers)
-        self._tables = tables or PreparedPositions()
+        self._prepared_positions = prepared_positions or PreparedPositions()
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 
@@ -52,7 +54,7 @@ class Attention(nn.Module):
         v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
         if self.log_scale_tokens is not None:
             q_BnTH = q_BnTH * log_scale_factors(positions_BT, self.log_scale_tokens).to(q_BnTH.dtype)
-        prepared = self._tables.prepared(self.encoding, positions_BT, q_BnTH.dtype)
+        prepared = self._prepared_positions.prepared(self.encoding, positions_BT, q_BnTH.dtype)
         reach_n = self.encoding.reach(q_BnTH, k_BgTH) if prefers_windowed_attention(q_BnTH) else None
         q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)
         if reach_n is None:

@@ -173,12 +173,12 @@ class Block(nn.Module):
         config: ModelConfig,
         layers: LayerFactory,
         recompute: Recompute = "none",
-        tables: PreparedPositions | None = None,
+        prepared_positions: PreparedPositions | None = None,
     ) -> None:
         super().__init__()
         self._run = checkpoint_activations(self._residuals, recompute)
         self.attention_norm = layers.norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layers, tables)
+        self.attention = Attention(config, layers, prepared_positions)
         self.mlp_norm = layers.norm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config, layers)
 

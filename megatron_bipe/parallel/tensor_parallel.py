@@ -41,17 +41,17 @@ from megatron_bipe.parallel.collectives import (
 
 
 @dataclass(frozen=True)
-class Split:
+class ShardGroup:
     """Group over which layers are sharded; `sequence` shards the residual stream along the positions, too."""
 
     group: ProcessGroup
     sequence: bool = False
 
-    def leave(self, partial: Tensor) -> Tensor:
+    def reduce_output(self, partial: Tensor) -> Tensor:
         """Reduce the partial outputs of a sharded layer into the residual stream."""
         return scatter(partial, self.group) if self.sequence else reduce_from_ranks(partial, self.group)
 
-    def replicated(self, weight: Tensor) -> Tensor:
+    def prepare_replicated(self, weight: Tensor) -> Tensor:
         """Prepare a replicated weight for use on this rank's shard of the residual stream."""
         return copy_to_ranks(weight, self.group) if self.sequence else weight
 
@@ -60,36 +60,36 @@ class TensorParallelLayers:
     """A `LayerFactory` of layers that are sharded over a group."""
 
     def __init__(self, group: ProcessGroup, sequence: bool = False, exchange: HeadExchange | None = None) -> None:
-        self._split = Split(group, sequence)
+        self._shard_group = ShardGroup(group, sequence)
         self.exchange = exchange or NoExchange()
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
-        return ColumnParallelLinear(width_in, width_out, blocks, self._split)
+        return ColumnParallelLinear(width_in, width_out, blocks, self._shard_group)
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
-        return RowParallelLinear(width_in, width_out, self._split)
+        return RowParallelLinear(width_in, width_out, self._shard_group)
 
     def vocab_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        return VocabParallelEmbedding(rows, width, padding_row, self._split)
+        return VocabParallelEmbedding(rows, width, padding_row, self._shard_group)
 
     def replicated_embedding(self, rows: int, width: int, padding_row: int | None) -> nn.Module:
-        return ReplicatedEmbedding(rows, width, padding_row, self._split)
+        return ReplicatedEmbedding(rows, width, padding_row, self._shard_group)
 
     def local_sequence_ids(self, ids_Bt: Tensor) -> Tensor:
-        return own_tokens(ids_Bt, self._split.group) if self._split.sequence else ids_Bt
+        return own_tokens(ids_Bt, self._shard_group.group) if self._shard_group.sequence else ids_Bt
 
     def per_head_embedding(self, rows: int, num_heads: int) -> nn.Module:
-        return PerHeadEmbedding(rows, num_heads, self._split)
+        return PerHeadEmbedding(rows, num_heads, self._shard_group)
 
     def norm(self, width: int, eps: float) -> nn.Module:
-        return ReplicatedNorm(width, eps, self._split)
+        return ReplicatedNorm(width, eps, self._shard_group)
 
     def output(self, width_in: int, rows: int) -> nn.Module:
-        return ColumnParallelLinear(width_in, rows, 1, self._split)
+        return ColumnParallelLinear(width_in, rows, 1, self._shard_group)
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
-        return token_losses(logits_Btv, self.exchange.local_positions(labels_BT), self._split.group)
+        return token_losses(logits_Btv, self.exchange.local_positions(labels_BT), self._shard_group.group)
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
@@ -112,80 +112,80 @@ class _NoGroup(NamedTuple):
 class ColumnParallelLinear(nn.Linear):
     """y = x W^T with W sharded by rows: every rank has the full x and computes its shard of y."""
 
-    def __init__(self, width_in: int, width_out: int, blocks: int, split: Split) -> None:
-        super().__init__(width_in, width_out // split.group.size(), bias=False)
-        self._split = split
-        mark_shard(self.weight, Shard(0, blocks, split.group.rank(), split.group.size()))
+    def __init__(self, width_in: int, width_out: int, blocks: int, shard_group: ShardGroup) -> None:
+        super().__init__(width_in, width_out // shard_group.group.size(), bias=False)
+        self._shard_group = shard_group
+        mark_shard(self.weight, Shard(0, blocks, shard_group.group.rank(), shard_group.group.size()))
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
         """Map [B, T, D] or [B, t, D] to this rank's shard of the output, [B, T, ...]."""
-        return column_parallel_linear(hidden_BTD, self.weight, self._split.group, self._split.sequence)
+        return column_parallel_linear(hidden_BTD, self.weight, self._shard_group.group, self._shard_group.sequence)
 
 
 class RowParallelLinear(nn.Linear):
     """y = x W^T with a sharded x: the partial outputs of the ranks are summed."""
 
-    def __init__(self, width_in: int, width_out: int, split: Split) -> None:
-        super().__init__(width_in // split.group.size(), width_out, bias=False)
-        self._split = split
-        mark_shard(self.weight, Shard(1, 1, split.group.rank(), split.group.size()))
+    def __init__(self, width_in: int, width_out: int, shard_group: ShardGroup) -> None:
+        super().__init__(width_in // shard_group.group.size(), width_out, bias=False)
+        self._shard_group = shard_group
+        mark_shard(self.weight, Shard(1, 1, shard_group.group.rank(), shard_group.group.size()))
 
     def forward(self, inner_BTf: Tensor) -> Tensor:
         """Map this rank's shard of the input, [B, T, ...], to [B, T, D] or [B, t, D]."""
-        return self._split.leave(F.linear(inner_BTf, self.weight))
+        return self._shard_group.reduce_output(F.linear(inner_BTf, self.weight))
 
 
 class VocabParallelEmbedding(nn.Embedding):
     """A token embedding sharded by rows: each rank looks up the ids in its shard, and the results are summed."""
 
-    def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
-        ranks, here = split.group.size(), rows // split.group.size()
-        self._first = split.group.rank() * here
+    def __init__(self, rows: int, width: int, padding_row: int | None, shard_group: ShardGroup) -> None:
+        ranks, here = shard_group.group.size(), rows // shard_group.group.size()
+        self._first = shard_group.group.rank() * here
         padding = None if padding_row is None else padding_row % rows - self._first
         super().__init__(here, width, padding_idx=padding if padding is not None and 0 <= padding < here else None)
-        self._split = split
-        mark_shard(self.weight, Shard(0, 1, split.group.rank(), ranks))
+        self._shard_group = shard_group
+        mark_shard(self.weight, Shard(0, 1, shard_group.group.rank(), ranks))
 
     def forward(self, tokens_BT: Tensor) -> Tensor:
         """Map ids of the full vocabulary [B, T] to [B, T, D] or [B, t, D]."""
         local_BT = tokens_BT - self._first
         mine_BT = (local_BT >= 0) & (local_BT < self.num_embeddings)
         found_BTD = super().forward(local_BT.where(mine_BT, 0))
-        return self._split.leave(found_BTD * mine_BT[..., None])
+        return self._shard_group.reduce_output(found_BTD * mine_BT[..., None])
 
 
 class ReplicatedEmbedding(nn.Embedding):
     """An embedding that is replicated on every rank."""
 
-    def __init__(self, rows: int, width: int, padding_row: int | None, split: Split) -> None:
+    def __init__(self, rows: int, width: int, padding_row: int | None, shard_group: ShardGroup) -> None:
         super().__init__(rows, width, padding_idx=padding_row)
-        self._split = split
+        self._shard_group = shard_group
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Map [B, T] to [B, T, D], or to [B, t, D] for this rank's positions."""
-        if self._split.sequence:
-            ids_BT = own_tokens(ids_BT, self._split.group)
-        return F.embedding(ids_BT, self._split.replicated(self.weight), self.padding_idx)
+        if self._shard_group.sequence:
+            ids_BT = own_tokens(ids_BT, self._shard_group.group)
+        return F.embedding(ids_BT, self._shard_group.prepare_replicated(self.weight), self.padding_idx)
 
 
 class PerHeadEmbedding(nn.Embedding):
     """An embedding with one column per head, sharded by columns."""
 
-    def __init__(self, rows: int, num_heads: int, split: Split) -> None:
-        ranks = split.group.size()
+    def __init__(self, rows: int, num_heads: int, shard_group: ShardGroup) -> None:
+        ranks = shard_group.group.size()
         super().__init__(rows, num_heads // ranks)
-        mark_shard(self.weight, Shard(1, 1, split.group.rank(), ranks))
+        mark_shard(self.weight, Shard(1, 1, shard_group.group.rank(), ranks))
 
 
 class ReplicatedNorm(RMSNorm):
     """A norm whose weight is replicated on every rank."""
 
-    def __init__(self, width: int, eps: float, split: Split) -> None:
+    def __init__(self, width: int, eps: float, shard_group: ShardGroup) -> None:
         super().__init__(width, eps)
-        self._split = split
+        self._shard_group = shard_group
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return rms_norm(hidden_BTD, self._split.replicated(self.weight), self.eps)
+        return rms_norm(hidden_BTD, self._shard_group.prepare_replicated(self.weight), self.eps)
 
 
 def mark_shard(weight: Tensor, shard: Shard) -> None:

@@ -66,7 +66,7 @@ def make_dataset(folder: Path, num_tokens: int, rule: SegmentRule = NEWLINE_RULE
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, rule), DOCUMENT_TOKENS, ""))
             records.append(writer.finish())
     tokenizer = TokenizerRecord(name="none", fingerprint="0" * 64, vocab_size=VOCAB_SIZE, special_ids={})
-    Manifest(tokenizer=tokenizer, rule=rule, dtype="uint16", shards=tuple(records), source={}).save(folder)
+    Manifest(tokenizer=tokenizer, rule=rule, dtype=dtype.name, shards=tuple(records), source={}).save(folder)
     return TokenDataset(folder)
 
 

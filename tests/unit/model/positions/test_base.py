@@ -137,7 +137,7 @@ def test_rotary_tables_are_prepared_once_for_all_blocks_and_follow_the_positions
         model((position_ids % 20, position_ids % 5, position_ids // 5)).sum().backward()
         assert len(prepared) == sequences
     del position_ids
-    tables = model[1].attention._tables._of
+    tables = model[1].attention._prepared_positions._of
     gc.collect()
     assert len(tables) == 0
 
