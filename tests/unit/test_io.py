@@ -178,7 +178,7 @@ def each_way(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest
         for name in "ab":
             (tmp_path / name).rmdir()
         if not can:
-            pytest.skip("this file system cannot exchange names")
+            pytest.skip(reason="this file system cannot exchange names")
     return request.param
 
 
