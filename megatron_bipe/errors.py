@@ -1,7 +1,8 @@
 """User-facing errors: each message states what was seen, the rule, the remedy and the location.
 
-Command-line tools exit with code 2 on a `BipeError` (the user can fix it). Any other exception is a defect or a machine
-failure; they then exit with code 1 and a traceback.
+Command-line tools exit with code 2 on a `BipeError` (the user can fix it), or with code 1 if the error is transient:
+the same command may succeed later without a change. Any other exception is a defect; they then exit with code 1 and a
+traceback.
 """
 
 from pathlib import Path
@@ -17,9 +18,11 @@ class BipeError(Exception):
         message: what was seen, and the rule that it breaks.
         remedy: how to fix it, as an imperative sentence.
         location: file, field or command that the message is about.
+        transient: True if the same command may succeed later without a change, such as after a lock is released.
     """
 
-    def __init__(self, message: str, *, remedy: str = "", location: str | Path = "") -> None:
+    def __init__(self, message: str, *, remedy: str = "", location: str | Path = "", transient: bool = False) -> None:
+        self.transient = transient
         self.message = message
         self.remedy = remedy
         self.location = str(location)
@@ -28,11 +31,16 @@ class BipeError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling, which does not restore keyword arguments by default."""
-        return _rebuild, (type(self), self.message, self.remedy, self.location)
+        return _rebuild, (type(self), self.message, self.remedy, self.location, self.transient)
 
 
-def _rebuild(kind: type[BipeError], message: str, remedy: str, location: str) -> BipeError:
-    return kind(message, remedy=remedy, location=location)
+def _rebuild(kind: type[BipeError], message: str, remedy: str, location: str, transient: bool) -> BipeError:
+    return kind(message, remedy=remedy, location=location, transient=transient)
+
+
+def exit_code(error: BaseException) -> int:
+    """Return 2 if the user can fix the error, else 1."""
+    return USER_ERROR if isinstance(error, BipeError) and not error.transient else FAILED
 
 
 def _sentence(text: str) -> str:

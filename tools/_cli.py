@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bipe.config import AUTO, PRECISIONS, Precision
-from megatron_bipe.errors import FAILED, USER_ERROR, BipeError, CheckpointError, ConfigError, DataError
+from megatron_bipe.errors import FAILED, BipeError, CheckpointError, ConfigError, DataError, exit_code
 from megatron_bipe.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             return end.code if isinstance(end.code, int) else int(end.code is not None)
         except BipeError as error:
             sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            return USER_ERROR
+            return exit_code(error)
         except BrokenPipeError:
             if not _stdout_has_lost_its_reader():  # another pipe broke, such as that of a dead worker
                 raise

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from megatron_bipe.errors import FAILED, USER_ERROR, BipeError
+from megatron_bipe.errors import BipeError, exit_code
 from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
@@ -63,11 +63,6 @@ def describe(error: BaseException, name: str) -> str:
     if isinstance(error, BipeError):
         return f"{type(error).__name__}: {error}" + (f"  ({name})" if name else "")
     return f"{name} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
-
-
-def exit_code(error: BaseException) -> int:
-    """Return 2 if the user can fix the error, else 1."""
-    return USER_ERROR if isinstance(error, BipeError) else FAILED
 
 
 def write_stderr(text: str) -> None:

@@ -22,12 +22,11 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from megatron_bipe.errors import FAILED
+from megatron_bipe.errors import FAILED, exit_code
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import (
     abort,
     describe,
-    exit_code,
     layout_coordinates,
     rank_name,
     write_stderr,

@@ -26,7 +26,8 @@ from megatron_bipe.io import fsync_path
 _log = logging.getLogger(__name__)
 
 EVENTS = "events.jsonl"
-START, STOP, DONE = "start", "stop", "done"
+START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
+SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
