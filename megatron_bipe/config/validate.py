@@ -5,7 +5,15 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_bipe.config.load import Sources
-from megatron_bipe.config.schema import DataConfig, ModelConfig, OptimizerConfig, RopeScaling, RunConfig, TrainConfig
+from megatron_bipe.config.schema import (
+    DataConfig,
+    ModelConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RopeScaling,
+    RunConfig,
+    TrainConfig,
+)
 from megatron_bipe.errors import ConfigError
 
 _DEFAULTS = Sources()  # if the caller gives none
@@ -194,7 +202,6 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
     sequence_axes = (tensor,) if parallel.sequence else ()
     sharded_sizes: list[tuple[str, int, tuple[tuple[str, int], ...]]] = [
         ("model.num_heads", model.num_heads, (tensor, context)),
-        ("model.num_kv_heads", model.kv_heads, (tensor, context)),
         ("model.ffn_size", model.ffn_size, (tensor,)),
         ("model.vocab_size", model.vocab_size, (tensor,)),
         ("train.seq_len_tokens", run.train.seq_len_tokens, (context, *sequence_axes)),
@@ -204,6 +211,7 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
         if size % math.prod(parts.values()):
             by = " x ".join(f"parallel.{axis}={ranks}" for axis, ranks in parts.items())
             yield f"{name}={size} is not a multiple of {by}, which shards it"
+    yield from _shared_groups(model, parallel)
     if parallel.sequence and parallel.tensor == 1:
         yield (
             "parallel.sequence=True shards sequences over tensor-parallel ranks, but parallel.tensor=1; set "
@@ -214,6 +222,18 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
             f"parallel.pipeline={parallel.pipeline} exceeds {model.num_layers + 1}, one stage for each of the "
             f"model.num_layers={model.num_layers} blocks and one for the head; lower it"
         )
+
+
+def _shared_groups(model: ModelConfig, parallel: ParallelConfig) -> Iterator[str]:
+    """Check the rules for key/value heads, of which ranks may hold replicas."""
+    ranks, kv_heads = parallel.tensor * parallel.context, model.kv_heads
+    if kv_heads % ranks and ranks % kv_heads:
+        yield (
+            f"model.num_kv_heads={kv_heads} is neither a multiple nor a divisor of parallel.tensor={parallel.tensor} x "
+            f"parallel.context={parallel.context} = {ranks}, which share these heads"
+        )
+    elif (rows := 2 * kv_heads * model.head_width) % parallel.tensor:
+        yield f"the {rows} rows of keys and values are not a multiple of parallel.tensor={parallel.tensor}"
 
 
 def _batches(train: TrainConfig, data_ranks: int) -> Iterator[str]:

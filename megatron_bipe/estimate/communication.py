@@ -66,6 +66,11 @@ def _tensor(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
         yield Traffic("tensor", "reduce-scatters", num_calls, num_calls * full_bytes * ring)
     else:
         yield Traffic("tensor", "all-reduces", num_calls, num_calls * full_bytes * 2 * ring)
+    model = run.model
+    if model.kv_heads % parallel.tensor:
+        num_gathers = _passes(run) * _most_blocks(run) * micro_batches
+        qkv_bytes = tokens_here(run) * (model.num_heads + 2 * model.kv_heads) * model.head_width * compute_width(run)
+        yield Traffic("tensor", "queries, keys, values", num_gathers, num_gathers * qkv_bytes * ring)
 
 
 def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
@@ -76,7 +81,8 @@ def _context(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
     times = _passes(run) * _most_blocks(run) * micro_batches
     sent = tokens_here(run) * model.head_width / parallel.tensor * (parallel.context - 1) / parallel.context
     sent *= times * compute_width(run)
-    yield Traffic("context", "queries, keys, values", times, sent * (model.num_heads + 2 * model.kv_heads))
+    kv_heads = max(model.kv_heads, parallel.tensor * parallel.context)  # replicas included
+    yield Traffic("context", "queries, keys, values", times, sent * (model.num_heads + 2 * kv_heads))
     yield Traffic("context", "attention output", times, sent * model.num_heads)
 
 

@@ -99,7 +99,8 @@ def block_bytes_per_token(
     if recompute == "full":
         return stream * width + input_ids
     split = parallel.tensor
-    queries, keys = model.num_heads * model.head_width / split, model.kv_heads * model.head_width / split
+    kv_heads = max(model.kv_heads, split * parallel.context)  # replicas included
+    queries, keys = model.num_heads * model.head_width / split, kv_heads * model.head_width / split
     ffn, head_sums = model.ffn_size / split, model.num_heads / split * FP32_BYTES
     relative = relative_class(model)
     channels = relative.num_extra_channels(model.head_width)
@@ -107,9 +108,11 @@ def block_bytes_per_token(
     biased = 1 + channels / model.head_width  # queries, keys, values and output are wider
     attention_output = queries * biased * width + head_sums
     if recompute == "selective":  # saves inputs, matrix products, attention, and received tensors
-        products = queries + 2 * keys + 2 * ffn + 2 * model.hidden_size
+        projection = (model.num_heads + 2 * model.kv_heads) * model.head_width
+        products = projection / split + 2 * ffn + 2 * model.hidden_size
         received = 2 * stream + (2 * model.hidden_size if parallel.sequence else 0) if parallel.tensor > 1 else 0
         received += 2 * queries + 2 * keys if parallel.context > 1 else 0
+        received += projection if model.kv_heads % split else 0
         return (stream + products + received) * width + attention_output + scores + input_ids
     norms = 2 * (stream * width + between * FP32_BYTES)  # inputs, and one fp32 number per token
     gathered = 2 * model.hidden_size * width  # unsharded inputs of the split matrices

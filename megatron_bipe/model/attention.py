@@ -28,6 +28,9 @@ class Attention(nn.Module):
 
     The rows of `qkv` are ordered by group: R query heads, then the group's key head, then its value head. A contiguous
     slice of the rows that tensor parallelism assigns to a rank therefore holds complete groups.
+
+    If more ranks share the heads than there are groups, each group is split: every part has some of its queries, and a
+    replica of its key and value. If tensor-parallel ranks then hold incomplete groups, they gather the projection.
     """
 
     def __init__(
@@ -35,8 +38,14 @@ class Attention(nn.Module):
     ) -> None:
         super().__init__()
         width, head_width = config.hidden_size, config.head_width
+        ranks = layers.ranks * layers.exchange.ranks
         self.head_width = head_width
-        self.queries_per_group = config.num_heads // config.kv_heads
+        self.parts = max(1, ranks // config.kv_heads)  # of each group
+        self.queries_per_group = config.num_heads // config.kv_heads // self.parts
+        self.gather_columns = layers.gather_columns if config.kv_heads % layers.ranks else None
+        groups = config.kv_heads * self.parts // layers.ranks
+        first = layers.rank * groups if self.gather_columns else 0
+        self.own_groups = range(first, first + groups)  # in the tensor that `_groups` receives, in parts
         self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
         self.exchange = layers.exchange
         self.encoding = make_relative(config, layers)
@@ -47,8 +56,7 @@ class Attention(nn.Module):
     def forward(self, hidden_BtD: Tensor, positions_BT: Tensor) -> Tensor:
         """Return the attention output [B, t, D]; the encoding sees `positions_BT` of full sequences."""
         per_group = self.queries_per_group
-        qkv_BtGRH = self.qkv(hidden_BtD).unflatten(-1, (-1, per_group + 2, self.head_width))
-        qkv_BTgRH = self.exchange.to_heads(qkv_BtGRH)
+        qkv_BTgRH = self.exchange.to_heads(self._groups(self.qkv(hidden_BtD)))
         q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
         k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
         v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
@@ -62,6 +70,21 @@ class Attention(nn.Module):
         else:
             mixed_BnTH = windowed_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
         return self.out(self.exchange.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
+
+    def _groups(self, qkv_Btf: Tensor) -> Tensor:
+        """Return this rank's groups [B, t, G, R + 2, H] of a projection."""
+        per_group = self.queries_per_group
+        if self.gather_columns:
+            qkv_Btf = self.gather_columns(qkv_Btf)
+        qkv_BtGRH = qkv_Btf.unflatten(-1, (-1, self.parts * per_group + 2, self.head_width))
+        if self.parts == 1:
+            return qkv_BtGRH
+        groups = []
+        for number in self.own_groups:
+            group, part = divmod(number, self.parts)
+            queries_BtRH = qkv_BtGRH[:, :, group, part * per_group : (part + 1) * per_group]
+            groups.append(torch.cat([queries_BtRH, qkv_BtGRH[:, :, group, -2:]], dim=2))
+        return torch.stack(groups, dim=2)
 
 
 def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:

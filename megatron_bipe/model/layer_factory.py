@@ -63,6 +63,9 @@ class LayerFactory(Protocol):
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """Make a bias-free linear layer with sharded output; each of its `blocks` equal parts is sharded separately."""
 
+    def gather_columns(self, x_BTf: Tensor) -> Tensor:
+        """Return the output of a `column` layer on all ranks."""
+
     def row(self, width_in: int, width_out: int) -> nn.Module:
         """Make a bias-free linear layer with sharded input; the outputs are summed into the residual stream."""
 

@@ -354,6 +354,9 @@ class LocalLayers:
         del blocks
         return nn.Linear(width_in, width_out, bias=False)
 
+    def gather_columns(self, x_BTF: Tensor) -> Tensor:
+        return x_BTF
+
     def row(self, width_in: int, width_out: int) -> nn.Module:
         return nn.Linear(width_in, width_out, bias=False)
 

@@ -6,6 +6,7 @@ Each function is the adjoint of another, so that autograd gives every rank the g
     to_ranks    identity               sum over ranks
     from_ranks  sum over ranks         identity
     scatter     own tokens of the sum  all ranks' tokens
+    gather      all ranks' columns     own columns of the sum
 
 `split_linear` is a matrix product preceded by `to_ranks` or by an all-gather.
 
@@ -55,6 +56,11 @@ def scatter(x_BTD: Tensor, group: ProcessGroup) -> Tensor:
     return _Scatter.apply(x_BTD, group)  # type: ignore[no-untyped-call]
 
 
+def gather_columns(x_BTf: Tensor, group: ProcessGroup) -> Tensor:
+    """Return the outputs of a column-parallel layer on all ranks: [B, T, f] -> [B, T, F]."""
+    return _GatherColumns.apply(x_BTf, group)  # type: ignore[no-untyped-call]
+
+
 def own_tokens(x_BT: Tensor, group: ProcessGroup) -> Tensor:
     """Return this rank's slice of positions of a replicated tensor, without gradient or communication."""
     return x_BT.chunk(group.size(), dim=TOKENS_DIM)[group.rank()]
@@ -74,8 +80,8 @@ def _start_all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
     return functional.all_reduce(x.contiguous(), op, group)
 
 
-def _start_reduce_scatter(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
-    started: Tensor = _reduce_scatter_op(x.contiguous(), op, TOKENS_DIM, group)
+def _start_reduce_scatter(x: Tensor, op: str, group: ProcessGroup, dim: int = TOKENS_DIM) -> Tensor:
+    started: Tensor = _reduce_scatter_op(x.contiguous(), op, dim, group)
     return started
 
 
@@ -84,12 +90,12 @@ def _waited(x: Tensor) -> Tensor:
     return done
 
 
-def _all_gather(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _waited(_all_gather_op(x.contiguous(), TOKENS_DIM, group))
+def _all_gather(x: Tensor, group: ProcessGroup, dim: int = TOKENS_DIM) -> Tensor:
+    return _waited(_all_gather_op(x.contiguous(), dim, group))
 
 
-def _reduce_scatter(x: Tensor, group: ProcessGroup) -> Tensor:
-    return _waited(_start_reduce_scatter(x, "sum", group))
+def _reduce_scatter(x: Tensor, group: ProcessGroup, dim: int = TOKENS_DIM) -> Tensor:
+    return _waited(_start_reduce_scatter(x, "sum", group, dim))
 
 
 class _ToRanks(torch.autograd.Function):
@@ -130,6 +136,17 @@ class _SplitLinear(torch.autograd.Function):
         pending = start(grad_BTf @ weight_fD, "sum", ctx.group)
         grad_fD = grad_BTf.flatten(0, 1).T @ hidden_BTD.flatten(0, 1)
         return _waited(pending), grad_fD, None, None
+
+
+class _GatherColumns(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: ProcessGroup) -> Tensor:
+        ctx.group = group
+        return _all_gather(x, group, x.ndim - 1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _reduce_scatter(grad, ctx.group, grad.ndim - 1), None
 
 
 class _Scatter(torch.autograd.Function):

@@ -34,6 +34,7 @@ from megatron_bipe.parallel.collectives import (
     all_reduce,
     column_parallel_linear,
     copy_to_ranks,
+    gather_columns,
     own_tokens,
     reduce_from_ranks,
     scatter,
@@ -66,6 +67,9 @@ class TensorParallelLayers:
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         return ColumnParallelLinear(width_in, width_out, blocks, self._shard_group)
+
+    def gather_columns(self, x_BTf: Tensor) -> Tensor:
+        return gather_columns(x_BTf, self._shard_group.group)
 
     def row(self, width_in: int, width_out: int) -> nn.Module:
         return RowParallelLinear(width_in, width_out, self._shard_group)

@@ -22,6 +22,7 @@ MODELS = {
     "bipe_alibi": {"encoding": "bipe_alibi"},
     "grouped rope": {"encoding": "rope", "num_kv_heads": 2},
     "grouped alibi": {"encoding": "alibi", "num_kv_heads": 2},
+    "one group": {"encoding": "rope", "num_kv_heads": 1},
     "xpos": {"encoding": "xpos"},
     "nope": {"encoding": "bipe_nope"},
 }

@@ -21,6 +21,8 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 MODELS = {
     **{name: {"encoding": name} for name in ("bipe_rope", "bipe_alibi", "rope", "alibi")},
     "grouped": {"encoding": "bipe_alibi", "num_kv_heads": 4},
+    "shared groups": {"encoding": "bipe_rope", "num_kv_heads": 2},
+    "one group": {"encoding": "bipe_alibi", "num_kv_heads": 1},
     "dynamic scaling": {"encoding": "rope", "rope_scaling": {"type": "dynamic", "factor": 4.0}, "train_len_tokens": 8},
     "t5": {"encoding": "bipe_t5", "num_kv_heads": 4},
     "xpos": {"encoding": "xpos"},

@@ -22,7 +22,7 @@ FAST_STEPS = 4
 OF_TWO = [
     Layout("bipe_alibi", pipeline=2, zero=0, recompute="full", clip=0.0),
     Layout(tensor=2, zero=3, sequence=True),
-    Layout("alibi", tensor=2, zero=0, model="zero_last_row: true, num_kv_heads: 2"),
+    Layout("alibi", tensor=2, zero=0, model="zero_last_row: true, num_kv_heads: 1"),
     Layout("rope", context=2, zero=2, recompute="selective"),
 ]
 OF_FOUR = [
@@ -38,7 +38,7 @@ SLOW_OF_FOUR = [
     Layout(tensor=4, zero=0, sequence=True),
     Layout(tensor=2, zero=3, sequence=True),
     Layout("bipe_alibi", tensor=2, zero=2, sequence=True, model="num_kv_heads: 2"),
-    Layout(tensor=4, sequence=True, model="zero_last_row: true"),
+    Layout(tensor=4, sequence=True, model="zero_last_row: true, num_kv_heads: 2"),
     Layout(pipeline=2, model="num_kv_heads: 1, zero_last_row: true"),
     Layout(tensor=2, pipeline=2, sequence=True, precision="bf16"),
     Layout("bipe_alibi", tensor=2, zero=3, precision="bf16"),

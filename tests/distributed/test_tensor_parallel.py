@@ -20,6 +20,8 @@ LOSS_TOLERANCE, GRADIENT_TOLERANCE = 1e-6, 1e-5
 MODELS = {
     **{name: {"encoding": name} for name in ("bipe_rope", "bipe_alibi", "rope", "alibi")},
     "grouped": {"encoding": "bipe_alibi", "num_kv_heads": 4},
+    "one group": {"encoding": "bipe_rope", "num_kv_heads": 1},
+    "one group with slopes": {"encoding": "bipe_alibi", "num_kv_heads": 1, "log_scale": True},
     "t5": {"encoding": "t5", "num_kv_heads": 4},
     "sinusoidal": {"encoding": "bipe_xpos", "intra_encoding": "sinusoidal"},
     "no intra": {"encoding": "bipe_xpos", "intra_encoding": "none"},

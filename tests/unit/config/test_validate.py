@@ -134,6 +134,16 @@ def test_validate_layout_that_does_not_divide_names_the_values(parallel, observe
         validate_run(load_run_config(None, [f"parallel={parallel}"]), num_ranks=8, sources=Sources(Path("run.yaml")))
 
 
+def test_validate_key_value_heads_may_be_replicated_but_not_unevenly():
+    model = ["model.hidden_size=384", "model.num_heads=24", "model.num_kv_heads=2"]
+    validate_run(load_run_config(None, [*model, "parallel={tensor: 4, context: 2}"]), num_ranks=8)
+    with raises(ConfigError, "model.num_kv_heads=3", "parallel.tensor=4", "parallel.context=2"):
+        validate_run(load_run_config(None, [*model[:2], "model.num_kv_heads=3", "parallel={tensor: 4, context: 2}"]), 8)
+    odd = ["model.hidden_size=24", "model.num_heads=8", "model.num_kv_heads=1", "model.encoding=alibi"]
+    with raises(ConfigError, "6 rows", "parallel.tensor=8"):
+        validate_run(load_run_config(None, [*odd, "parallel={tensor: 8}"]), 8)
+
+
 @pytest.mark.parametrize(
     ("parallel", "divisors"),
     [

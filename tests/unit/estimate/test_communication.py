@@ -53,6 +53,11 @@ def test_context_ranks_exchange_twice_a_block_and_as_often_backward():
     assert found["context", "attention output"] == (times, times * HIDDEN / 4 * 3 / 4)
 
 
+def test_tensor_ranks_with_fewer_key_value_heads_gather_the_projection():
+    found = sent(0, 4, "parallel.tensor=2", "model.num_kv_heads=1")
+    assert found["tensor", "queries, keys, values"] == (16 * 2 * 12, 16 * 2 * 12 * HIDDEN * 14 / 12 / 2)
+
+
 def test_pipeline_stages_send_hidden_states_ids_and_gradients():
     found = sent(1, 4, "parallel.pipeline=4")
     assert found["pipeline", "hidden states"] == found["pipeline", "their gradients"] == (32, 32 * HIDDEN)
