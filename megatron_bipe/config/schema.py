@@ -361,3 +361,8 @@ class RunConfig(_Section):
     """Writing and retention of checkpoints."""
     health: HealthConfig = HealthConfig()
     """Response to training anomalies."""
+
+    @property
+    def decay_end(self) -> int | None:
+        """Step at which the learning rate reaches `optimizer.min_lr`; None: it does not decay."""
+        return None if self.optimizer.decay == "constant" else self.optimizer.decay_steps or self.train.steps

@@ -47,7 +47,8 @@ _FREE = {
     "data.path",  # its content is compared by data.json
     "data.valid_path",
     "data.segments",
-    "train.steps",  # the decay then ends at the new number, unless optimizer.decay_steps is set
+    "train.steps",  # but not the end of the decay, which follows it by default: see `_differences`
+    "optimizer.decay_steps",
     "train.micro_batch",
     "train.log_every",
     "train.valid_every",
@@ -168,6 +169,14 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[_Difference]:
     for key, value in after.items():
         if key not in _FREE and before.get(key) != value:
             yield _Difference(key, f"{key} was {before.get(key)!r} and is now {value!r}")
+    if old.decay_end and new.decay_end and old.decay_end != new.decay_end:
+        fields = ("optimizer.decay_steps" if run.optimizer.decay_steps else "train.steps" for run in (old, new))
+        was, now = (f"{run.decay_end} ({field})" for run, field in zip((old, new), fields, strict=True))
+        yield _Difference(
+            "optimizer.decay_steps",
+            f"the decay of the learning rate ended at step {was} and now ends at step {now}, which changes the rate of "
+            f"all later steps; --set optimizer.decay_steps={old.decay_end} keeps it",
+        )
 
 
 def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[_Difference]:
