@@ -35,6 +35,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     ds_values = read_ds_config(args.ds_config)
 
     from megatron_bipe.data.dataset import open_tokenizer
+    from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
@@ -52,7 +53,10 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     watch_launcher()
     mesh = join_launch(launch).with_layout(run.parallel)
     run, precision = resolve_precision(run, mesh.device, args.allow)
+    check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
+    for setting in ignored_settings(ds_values) if mesh.is_main else ():
+        _log.warning("without effect in %s: %s", args.ds_config, setting)
     if args.dry_run is not None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, num_ranks, precision))
