@@ -56,6 +56,7 @@ _VALUES: dict[str, tuple[type, ...]] = {  # keys without a model, and the types 
     "dump_state": _SWITCH,
     "dataloader_drop_last": _SWITCH,
 }
+_KINDS: dict[tuple[type, ...], str] = {_SWITCH: "true or false", _NUMBER: "a number", _COUNT: "an integer"}
 _QUIET = "DeepSpeed's log is off; pretrain.py --profile shows times and memory"
 _IGNORED = {  # accepted, because files for other trainers have them; reported unless off
     "steps_per_print": "train.log_every of the run sets the interval of progress lines",
@@ -196,8 +197,7 @@ def _wrong_types(ds_values: dict[str, Any]) -> Iterator[str]:
         value = found.get(key)
         fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if key in found and value not in (None, AUTO) and not fits:
-            kind = {_SWITCH: "true or false", _NUMBER: "a number", _COUNT: "an integer"}.get(types, "a string")
-            yield f"{key}={json.dumps(value)} must be {kind}"
+            yield f"{key}={json.dumps(value)} must be {_KINDS.get(types, 'a string')}"
 
 
 def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:
