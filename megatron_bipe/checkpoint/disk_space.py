@@ -38,7 +38,7 @@ class DiskPlan(NamedTuple):
         existing = f", and {self.num_existing:,} exist" if self.num_existing else ""
         kept = _size(self.num_kept * self.checkpoint_bytes)
         return (
-            f"{_size(self.checkpoint_bytes)} each, {self.num_kept:,} are kept at the end: {kept}{existing}; "
+            f"{_size(self.checkpoint_bytes)} each, {self.num_kept:,} kept at the end: {kept}{existing}; "
             f"{_size(self.free_bytes)} are free at {self.folder}"
         )
 

@@ -58,7 +58,7 @@ def test_plan_disk_counts_what_a_run_keeps(plan, settings, kept, existing):
 def test_plan_disk_says_size_number_and_free_space_of_the_disk_and_warns_if_it_is_too_small(plan, tmp_path):
     settings = ["train.steps=100", "train.save_every=10"]
     fits = plan(10.5, [], *settings)
-    for part in ("1.0 GB each", "10 are kept", "10.0 GB", "10.5 GB are free", str(tmp_path)):
+    for part in ("1.0 GB each", "10 kept", "10.0 GB", "10.5 GB are free", str(tmp_path)):
         assert part in str(fits)
     assert fits.warnings() == [] and fits.folder == tmp_path
     [warning] = plan(7.5, [], *settings).warnings()

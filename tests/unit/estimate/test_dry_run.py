@@ -26,7 +26,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "8 model replicas x 4 micro-batches x 8 sequences",
         "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",
         "tools/preprocess.py",
-        "2.0 GB each, 500 are kept",
+        "2.0 GB each, 500 kept",
     ):
         assert part in text
 
