@@ -7,7 +7,7 @@ import argparse
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
@@ -35,6 +35,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     ds_values = read_ds_config(args.ds_config)
 
     from megatron_bipe.data.dataset import open_tokenizer
+    from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
@@ -47,17 +48,24 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         start_summary,
         write_run_folder,
     )
+    from megatron_bipe.train.start_check import check_start, start_warnings
     from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
     mesh = join_launch(launch).with_layout(run.parallel)
     run, precision = resolve_precision(run, mesh.device, args.allow)
+    check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
+    if mesh.is_main:
+        _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
     if args.dry_run is not None:
         if mesh.is_main:
             sys.stdout.write(describe(run, ds_config, num_ranks, precision))
+            check_start(run, mesh._replace(num_ranks=num_ranks), args.allow)
+            _log_warnings(start_warnings(run))
         return
-    _log_lines(start_summary(run, ds_config, mesh, precision))
+    if mesh.is_main:
+        _log_lines(start_summary(run, ds_config, mesh, precision))
     loader = BatchLoader(run, mesh)
     tokenizer = open_tokenizer(loader.dataset)
     stop_step = min(run.train.steps, args.stop_step or run.train.steps)
@@ -69,6 +77,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     ):
         engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:
+            _log_warnings(start_warnings(run))
             write_run_folder(run, loader.record, tokenizer)
             if run.train.init_from is not None:
                 from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
@@ -88,6 +97,11 @@ def _log_lines(text: str) -> None:
         _log.info(line)
 
 
+def _log_warnings(texts: Iterable[str]) -> None:
+    for text in texts:
+        _log.warning(text)
+
+
 def _check_counts(args: argparse.Namespace) -> None:
     for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None)):
         if value is not None and value < 1:
@@ -100,7 +114,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--ds_config", type=Path, required=True, help="DeepSpeed configuration, see ds_configs/")
     parser.add_argument("--config", type=Path, help="run configuration, see examples/ (default: 151M BiPE-RoPE)")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="override one field")
-    parser.add_argument("--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="describe the run and exit")
+    parser.add_argument(
+        "--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="describe and check the run, and exit"
+    )
     parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"allow changes: {', '.join(ALLOWABLE)}")
     parser.add_argument("--stop-step", type=int, help="save and exit after this step; the schedule is unchanged")
     parser.add_argument("--stop-at", metavar="TIME", help="save and exit after this time (23h50m), with exit code 75")

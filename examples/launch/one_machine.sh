@@ -13,9 +13,11 @@ set -euo pipefail
 
 CONFIG=${CONFIG:-examples/bipe_rope_151m.yaml}
 DS_CONFIG=${DS_CONFIG:-ds_configs/zero2.json}
-PORT=${PORT:-29500} # of this machine; each launch that runs at the same time needs its own
 
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+# Each launch that runs at the same time needs its own port of this machine; by default a free one is chosen.
+PORT=${PORT:-$(python -c 'from megatron_bipe.runtime.distributed_init import free_port; print(free_port())')}
 
 # Given a number of GPUs, DeepSpeed ignores CUDA_VISIBLE_DEVICES, and would use the GPUs of other users.
 count=()

@@ -70,6 +70,7 @@ class CheckpointWriter:
         self._copied.set()
         self._thread = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[str] | None = None
+        self._failures = 0  # saves in a row
         self.waited_s = 0.0  # total time that training was blocked by checkpoints
 
     def save(
@@ -89,25 +90,31 @@ class CheckpointWriter:
             fragments: fragments that this rank writes; views of the live state.
             random: states of this rank's random number generators.
             final: wait until the checkpoint is written, and raise on failure. Otherwise a failure is logged as a
-                warning, and with `checkpoint.asynchronous` training continues during the write.
+                warning, and with `checkpoint.asynchronous` training continues during the write; but if this failure
+                would reach `checkpoint.max_failures`, the save is made like a final one.
 
         Raises:
-            CheckpointError: on all ranks, if `final` and the checkpoint could not be written.
+            CheckpointError: on all ranks, if `final` and the checkpoint could not be written, or for the
+                `checkpoint.max_failures`-th time in a row.
         """
         waited_s = self.finish()
+        must_succeed = final or 0 < self._config.max_failures <= self._failures + 1
         began_s = time.perf_counter()
         num_bytes = self._host.all_reduce_sum(sum(x.nbytes for f in fragments for x in f.state.values()))
         temporary, error = self._begin(run_dir, info.step, num_bytes)
         if temporary is not None:
             save = _Save(run_dir, temporary, info, fragments, random, num_bytes, began_s - waited_s)
-            if self._config.asynchronous and not final:
+            if self._config.asynchronous and not must_succeed:
                 self._copied.clear()
                 self._pending = self._thread.submit(self._write_in_background, save, self._copy.mark())
             else:
                 error = self._write(save, fragments)
+        if self._pending is None:
+            self._count(error)
         self.waited_s += time.perf_counter() - began_s
-        if error and final:
-            raise CheckpointError(error, remedy=FREE_SPACE, location=run_dir / "checkpoints")
+        if error and must_succeed:
+            in_a_row = "" if final else f"{self._failures} checkpoints in a row failed, checkpoint.max_failures: "
+            raise CheckpointError(f"{in_a_row}{error}", remedy=FREE_SPACE, location=run_dir / "checkpoints")
         if error:
             self._warn(info.step, run_dir, error)
 
@@ -126,11 +133,14 @@ class CheckpointWriter:
         """Wait for a pending save, and return the seconds waited."""
         began_s = time.perf_counter()
         if self._pending is not None:
-            self._pending.result()
+            self._count(self._pending.result())
             self._pending = None
         waited_s = time.perf_counter() - began_s
         self.waited_s += waited_s
         return waited_s
+
+    def _count(self, error: str) -> None:
+        self._failures = self._failures + 1 if error else 0
 
     def _begin(self, run_dir: Path, step: int, num_bytes: int) -> tuple[Path | None, str]:
         """Return the temporary folder or an error, the same on all ranks."""

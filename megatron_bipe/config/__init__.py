@@ -2,7 +2,7 @@
 
 from megatron_bipe.config.deepspeed import engine_config, offloads, read_ds_config, zero_stage
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS
-from megatron_bipe.config.load import Sources, dump_yaml, load_run_config
+from megatron_bipe.config.load import Sources, dump_yaml, load_run_config, nearest, validation_problems
 from megatron_bipe.config.schema import (
     ALLOWABLE,
     AUTO,
@@ -42,8 +42,10 @@ __all__ = [
     "dump_yaml",
     "engine_config",
     "load_run_config",
+    "nearest",
     "offloads",
     "read_ds_config",
     "validate_run",
+    "validation_problems",
     "zero_stage",
 ]

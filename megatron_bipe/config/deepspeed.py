@@ -5,6 +5,7 @@ disagrees with the run is an error that names both, because silently preferring 
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,11 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     """Return the content of the DeepSpeed JSON file as written.
 
     Raises:
-        ConfigError: the file is missing or is not a JSON object.
+        ConfigError: the file is missing, is not a JSON object, or has a key twice.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text, object_pairs_hook=_without_duplicates, parse_constant=_refuse_constant)
     except FileNotFoundError:
         raise ConfigError(
             "there is no such DeepSpeed configuration", remedy="Choose one of ds_configs/", location=path
@@ -38,6 +40,18 @@ def read_ds_config(path: Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise ConfigError("a DeepSpeed configuration must be a JSON object", location=path)
     return values
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; of two equal keys, JSON parsers keep the last one."""
+    repeated = [key for key, count in Counter(key for key, _ in pairs).items() if count > 1]
+    if repeated:
+        raise ValueError(f"the key {', '.join(map(repr, repeated))} appears twice in one object")
+    return dict(pairs)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"{name} is not a JSON number")
 
 
 def zero_stage(ds_config: dict[str, Any]) -> Any:
@@ -68,10 +82,12 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
     stage = zero_stage(result)
     for key, (owner, value) in _owned(run, num_ranks, stage).items():
         seen = _get(result, key)
-        if seen not in (None, AUTO) and seen != value:
+        if key != "steps_per_print" and seen not in (None, AUTO) and seen != value:
             problems.append(f'{key}={seen!r}, but {owner} of the run requires {value!r}; write "auto"')
         _set(result, key, value)
-    problems += [f'{key}="auto", which no field of the run replaces; write a value' for key in _autos(result)]
+    problems += [
+        f'{key}="auto", which no field of the run replaces; write a value, or remove it' for key in _autos(result)
+    ]
     if run.parallel.pipeline > 1 and stage in (2, 3):
         problems.append(
             f"parallel.pipeline={run.parallel.pipeline} with zero_optimization.stage={stage}: the pipeline engine "
@@ -113,7 +129,7 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "bf16.enabled": (by_precision, train.precision == "bf16"),
         "data_types.grad_accum_dtype": (by_stage, accumulation_dtype),
         "fp16.enabled": (by_precision, False),
-        "steps_per_print": ("the progress log", _QUIET),
+        "steps_per_print": ("the progress log", _QUIET),  # any value is accepted: the loop has its own interval
     }
 
 

@@ -50,9 +50,8 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
     try:
         run = RunConfig.model_validate(values)
     except ValidationError as error:
-        known = list(_keys(RunConfig))
-        keys = ", ".join(".".join(map(str, entry["loc"])) for entry in error.errors())
-        message = "; ".join(_problem(entry, known) for entry in error.errors())
+        keys = ", ".join(_overridden(".".join(map(str, entry["loc"])), overrides) for entry in error.errors())
+        message = "; ".join(validation_problems(error, RunConfig))
         raise ConfigError(message, location=Sources(path, overrides).location(keys)) from None
     if "train_len_tokens" not in run.model.model_fields_set:
         model = run.model.model_copy(update={"train_len_tokens": run.train.seq_len_tokens})
@@ -116,8 +115,21 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         raise ConfigError(f"{text!r} is not a YAML value: {message}", location=f"--set {override}") from None
 
 
-def _problem(entry: Mapping[str, Any], known: Sequence[str]) -> str:
-    key = ".".join(str(part) for part in entry["loc"])
+def _overridden(key: str, overrides: Sequence[str]) -> str:
+    """Return the keys of `--set` options in the section `key`, which is unknown, or else `key`."""
+    names = [override.partition("=")[0].strip() for override in overrides]
+    return ", ".join(name for name in names if name.startswith(f"{key}.")) or key
+
+
+def validation_problems(error: ValidationError, model: type[BaseModel], section: str = "") -> list[str]:
+    """Return a text for each problem that `model`, of the given section, has with its values."""
+    prefix = f"{section}." if section else ""
+    known = list(_keys(model, prefix))
+    return [_problem(entry, known, prefix) for entry in error.errors()]
+
+
+def _problem(entry: Mapping[str, Any], known: Sequence[str], prefix: str) -> str:
+    key = prefix + ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"unknown key {key!r}, did you mean {nearest(key, known)!r}?"
     return f"{key}={entry['input']!r}: {entry['msg'].removeprefix('Value error, ')}"
@@ -135,7 +147,8 @@ def _similarity(key: str, candidate: str) -> float:
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    for name, field in section.model_fields.items():
+    for field_name, field in section.model_fields.items():
+        name = field.alias or field_name
         yield prefix + name
         for inner in (field.annotation, *get_args(field.annotation)):
             if isinstance(inner, type) and issubclass(inner, BaseModel):

@@ -318,6 +318,10 @@ class CheckpointConfig(_Section):
     asked for. With 1 there is no other checkpoint to use if that one is damaged."""
     keep_every: NonNegative = 0
     """Keep checkpoints of steps that are a multiple of this, regardless of `keep_last`; 0: none."""
+    max_failures: NonNegative = 3
+    """Checkpoints in a row that could not be written, after which the run ends with an error, since it would lose all
+    further steps; 0: never. The one that decides is not written in the background; with 1, none is. A few failures
+    may pass, such as of a disk that is full for a while."""
     min_free_gib: Annotated[float, Field(ge=0)] = 1.0
     """Disk space in GiB that must remain free after a checkpoint; otherwise it is not written, so that logs and metrics
     still can be."""
@@ -361,3 +365,8 @@ class RunConfig(_Section):
     """Writing and retention of checkpoints."""
     health: HealthConfig = HealthConfig()
     """Response to training anomalies."""
+
+    @property
+    def decay_end(self) -> int | None:
+        """Step at which the learning rate reaches `optimizer.min_lr`; None: it does not decay."""
+        return None if self.optimizer.decay == "constant" else self.optimizer.decay_steps or self.train.steps

@@ -4,16 +4,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from megatron_bipe.checkpoint.disk_space import plan_disk
 from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import BipeError
 from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.text_table import text_table
-from megatron_bipe.train.batch_loader import check_manifest
 
 
 def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice) -> str:
@@ -24,9 +24,6 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
         ds_config: result of `config.deepspeed.engine_config`.
         num_ranks: ranks of the described launch.
         precision: the chosen precision and its reason.
-
-    Raises:
-        ConfigError: an existing dataset does not fit the run.
     """
     stages = stage_memories(run, ds_config, num_ranks)
     parts = [
@@ -38,6 +35,7 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
         "# Memory per rank of each stage, GiB (estimate)\n" + _memory_table(stages),
         "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
         "# Length\n" + _length(run, num_ranks),
+        "# Checkpoints\n" + f"{plan_disk(run, sum(count_parameters(run.model)))}\n",
         "# Data\n" + _data(run),
     ]
     return "\n".join(parts)
@@ -124,16 +122,12 @@ def _length(run: RunConfig, num_ranks: int) -> str:
 
 
 def _data(run: RunConfig) -> str:
-    folders = [*run.data.folders, *([run.data.valid_path] if run.data.valid_path else [])]
     try:
-        found = {folder: Manifest.load(folder) for folder in folders}
-    except DataError as error:
+        manifests = [Manifest.load(folder) for folder in run.data.folders]
+        weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
+        slots = count_slots(weights, run.data.folders)
+    except BipeError as error:
         return f"not usable yet: {error}\n"
-    for folder, manifest in found.items():
-        check_manifest(run, manifest, folder)
-    manifests = [found[folder] for folder in run.data.folders]
-    weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]
-    slots = count_slots(weights, run.data.folders)
     rows = zip(run.data.folders, manifests, slots, strict=True)
     return "".join(_dataset_line(run, folder, manifest, slots / PATTERN_SLOTS) for folder, manifest, slots in rows)
 

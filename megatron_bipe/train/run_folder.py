@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import torch
 
 from megatron_bipe.checkpoint.commit import tidy
+from megatron_bipe.checkpoint.disk_space import plan_disk
 from megatron_bipe.checkpoint.find import list_steps, read_data_record
 from megatron_bipe.config import (
     ALLOWABLE,
@@ -47,7 +48,8 @@ _FREE = {
     "data.path",  # its content is compared by data.json
     "data.valid_path",
     "data.segments",
-    "train.steps",  # the decay then ends at the new number, unless optimizer.decay_steps is set
+    "train.steps",  # but not the end of the decay, which follows it by default: see `_differences`
+    "optimizer.decay_steps",
     "train.micro_batch",
     "train.log_every",
     "train.valid_every",
@@ -113,12 +115,12 @@ def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_
         yield
 
 
-def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = ()) -> None:
+def check_same_run(run: RunConfig, record: DataRecord | None, allow: Collection[str] = ()) -> None:
     """Check that the run folder can be resumed with this configuration and data.
 
     Args:
         run: the requested run configuration.
-        record: record of its training data.
+        record: record of its training data; None: compare the configuration only.
         allow: names of `ALLOWABLE` that may differ from the existing run.
 
     Raises:
@@ -134,7 +136,9 @@ def check_same_run(run: RunConfig, record: DataRecord, allow: Collection[str] = 
     if not list_steps(run.run_dir):
         return
     old_run = load_run_config(run.run_dir / "config.yaml")
-    found = [*_differences(old_run, run), *_data_differences(read_data_record(run.run_dir), record)]
+    found = [*_differences(old_run, run)]
+    if record is not None:
+        found += _data_differences(read_data_record(run.run_dir), record)
     refused = [difference for difference in found if difference.allowable not in allow]
     if refused:
         names = sorted({difference.allowable for difference in refused if difference.allowable})
@@ -168,6 +172,14 @@ def _differences(old: RunConfig, new: RunConfig) -> Iterator[_Difference]:
     for key, value in after.items():
         if key not in _FREE and before.get(key) != value:
             yield _Difference(key, f"{key} was {before.get(key)!r} and is now {value!r}")
+    if old.decay_end and new.decay_end and old.decay_end != new.decay_end:
+        fields = ("optimizer.decay_steps" if run.optimizer.decay_steps else "train.steps" for run in (old, new))
+        was, now = (f"{run.decay_end} ({field})" for run, field in zip((old, new), fields, strict=True))
+        yield _Difference(
+            "optimizer.decay_steps",
+            f"the decay of the learning rate ended at step {was} and now ends at step {now}, which changes the rate of "
+            f"all later steps; --set optimizer.decay_steps={old.decay_end} keeps it",
+        )
 
 
 def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[_Difference]:
@@ -223,8 +235,9 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
     per_rank = f"{threads} thread{'s' * (threads > 1)} each" if mesh.device.type == "cpu" else "one GPU each"
     axes = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline, "data": replicas}
     layout = " x ".join(f"{size} {axis}" for axis, size in axes.items() if size > 1) or "one model replica"
+    num_parameters = sum(count_parameters(run.model))
     rows = {
-        "model": f"{run.model.encoding}, {sum(count_parameters(run.model)):,} parameters",
+        "model": f"{run.model.encoding}, {num_parameters:,} parameters",
         "device": f"{mesh.num_ranks} rank{'s' * (mesh.num_ranks > 1)}, {per_rank}: {device_name(mesh.device)}",
         "precision": f"{precision.precision} ({precision.reason})",
         "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
@@ -232,6 +245,7 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
         f"of {train.micro_batch} x {train.seq_len_tokens}",
         "length": f"{train.steps:,} steps, {train.steps * tokens_per_step:,} tokens",
         "run folder": str(run.run_dir),
+        "checkpoints": str(plan_disk(run, num_parameters)),
     }
     return _aligned(rows)
 

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import socket
 import stat
 import subprocess
 
@@ -89,9 +90,10 @@ def test_launch_script_gives_deepspeed_options_that_it_has(name):
 
 
 def test_launch_script_gives_torchrun_options_that_it_has():
-    given = launched("torchrun.sh", "torchrun")[0]
+    several = re.search(r"rendezvous=\((--nnodes.*)\)", commands_of("torchrun.sh"))[1]
+    given = [*re.findall(r"--[a-z-]+", several), *launched("torchrun.sh", "torchrun")[0]]
     assert len(given) == 5
-    get_args_parser().parse_args([*(word for option in given for word in (option, "1")), "pretrain.py"])
+    get_args_parser().parse_args(["--standalone", *(word for option in given for word in (option, "1")), "pretrain.py"])
 
 
 def test_launch_hostfile_is_one_that_deepspeed_reads():
@@ -133,9 +135,38 @@ def test_launch_one_machine_leaves_the_gpus_to_cuda_visible_devices(variables, o
     (tmp_path / "deepspeed").write_text('#!/usr/bin/env bash\necho "got $CUDA_VISIBLE_DEVICES: $*"\n')
     (tmp_path / "deepspeed").chmod(0o755)
     env = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "GPUS": "", "CUDA_VISIBLE_DEVICES": ""}
-    ended = run(str(SCRIPTS / "one_machine.sh"), env=env | variables)
+    ended = run(str(SCRIPTS / "one_machine.sh"), env=env | {"PORT": "2950"} | variables)
     visible = variables.get("CUDA_VISIBLE_DEVICES", "")
-    assert f"got {visible}: {options}--master_port 29500 pretrain.py" in ended.output
+    assert f"got {visible}: {options}--master_port 2950 pretrain.py" in ended.output
+
+
+@pytest.fixture
+def echo(tmp_path):
+    """Return a function that runs a launch script with launchers that print their arguments."""
+    for name in ("deepspeed", "torchrun"):
+        (tmp_path / name).write_text('#!/usr/bin/env bash\necho "got $*"\n')
+        (tmp_path / name).chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}"
+    return lambda script, **env: run(str(SCRIPTS / script), env={"PATH": path, "GPUS": "2", **env})
+
+
+def test_launch_on_one_machine_chooses_a_free_port(echo):
+    ports = {re.search(r"--master_port (\d+) ", echo("one_machine.sh").output)[1] for _ in range(2)}
+    assert len(ports) == 2 and "29500" not in ports
+    assert "got --standalone --nproc-per-node 2 pretrain.py" in echo("torchrun.sh").output
+
+
+def test_launch_torchrun_on_a_port_in_use_is_refused_on_the_first_host_only(echo):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        refused = echo("torchrun.sh", NODES="2", PORT=port)
+        assert refused.code == 2 and port in refused.output and "PORT" in refused.output
+        second = echo("torchrun.sh", NODES="2", NODE_RANK="1", PORT=port, HEAD="node-1")
+    options = f"--nnodes 2 --node-rank 1 --master-addr node-1 --master-port {port} --nproc-per-node 2"
+    assert f"got {options} pretrain.py" in second.output
+    assert f"--master-port {port}" in echo("torchrun.sh", PORT=port).output
 
 
 def test_launch_one_machine_with_two_choices_of_gpus_is_refused():
@@ -154,14 +185,14 @@ def test_launch_script_trains_two_ranks(name, text_dataset, tmp_path, free_port)
         (tmp_path / "srun").write_text(SRUN)
         (tmp_path / "srun").chmod(0o755)
     env = {
-        "one_machine.sh": {"GPUS": "2", "PORT": port},
+        "one_machine.sh": {"GPUS": "2"},
         "hostfile.sh": {"HOSTFILE": str(hosts), "HEAD": "127.0.0.1", "PORT": port}
         | {"LAUNCHER_OPTIONS": "--no_ssh --node_rank 0"},
         "slurm.sbatch": {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
         | {"SLURM_JOB_ID": str(int(port)), "SLURM_SUBMIT_DIR": str(ROOT), "SLURM_NTASKS": "64"}
         | {"RUN_DIR": str(tmp_path / "run")},
         "mpi.sh": {"RANKS": "2", "MPI_OPTIONS": "--oversubscribe"},
-        "torchrun.sh": {"GPUS": "2", "PORT": port},
+        "torchrun.sh": {"GPUS": "2"},
     }[name]
     run_dir = tmp_path / "run"
     ended = run(str(SCRIPTS / name), *options(text_dataset, run_dir), env=env)

@@ -184,6 +184,9 @@ def test_model_that_is_not_there_cannot_be_evaluated(commands):
     assert CheckpointError.__name__ in output and str(folder / "none") in output
 
 
-def test_dry_run_describes_without_training(tmp_path):
-    [described] = run_pretrain(["--dry-run", "--set", "run_dir=/none/such"], tmp_path)
-    assert "163,203,840" in described.output
+def test_dry_run_describes_without_training_and_fails_like_the_start(commands, tmp_path):
+    [described] = run_pretrain(["--dry-run", "--set", f"run_dir={tmp_path / 'new'}"], tmp_path / "log", code=2)
+    assert "163,203,840" in described.output and described.output.count("DataError: ") == 1
+    [fits] = run_pretrain([*flags(commands["data"]), "--dry-run"], tmp_path / "fits")
+    assert "# Checkpoints" in fits.output and "Error" not in fits.output
+    assert not (tmp_path / "new").exists()

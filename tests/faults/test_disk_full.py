@@ -39,7 +39,7 @@ def engine_on(mesh: Mesh, run_dir: Path, asynchronous: bool) -> tuple[Any, Mesh]
     from megatron_bipe.config.schema import CheckpointConfig
 
     run = run_config(Layout(zero=1), run_dir)
-    checkpoint = CheckpointConfig(asynchronous=asynchronous, min_free_gib=0)
+    checkpoint = CheckpointConfig(asynchronous=asynchronous, min_free_gib=0, max_failures=0)
     return start_engine_of(run.model_copy(update={"checkpoint": checkpoint}), mesh, 1)
 
 

@@ -27,6 +27,7 @@ from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.engine.ds_settings import check_settings
 from megatron_bipe.errors import BipeError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
@@ -234,6 +235,14 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a pipeline with ZeRO-2": lambda _: with_ds_config({"zero_optimization": {"stage": 2}}, "parallel.pipeline=2"),
         "a file that is not there": lambda given: read_ds_config(given.folder / "ds.json"),
         "a file that is not JSON": lambda given: read_ds_config(given.file("ds.json", "{")),
+        "a key given twice": lambda given: read_ds_config(given.file("ds.json", '{"bf16": {}, "bf16": {}}')),
+        "a misspelt section": lambda _: check_settings({"zero_optimisation": {"stage": 2}}, "ds.json"),
+        "a misspelt key and a deprecated one": lambda _: check_settings(
+            {"zero_optimization": {"stage": 2, "overlap_com": True, "cpu_offload": True}}, "ds.json"
+        ),
+        "a section without effect": lambda _: check_settings(
+            {"activation_checkpointing": {"profile": True}}, "ds.json"
+        ),
     },
     "Layouts": {
         "ranks that hold no complete replica": lambda _: check("parallel={tensor: 2, context: 2, pipeline: 3}"),

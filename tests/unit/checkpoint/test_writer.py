@@ -131,6 +131,35 @@ def test_save_that_fails_is_a_warning_unless_it_is_the_last(tmp_path, live, monk
     assert list_steps(tmp_path) == [10, 40]
 
 
+@pytest.mark.parametrize("asynchronous", [False, True])
+@pytest.mark.parametrize("name", ["begin", "write_fragments"])  # before and in the write
+def test_save_that_fails_too_often_in_a_row_ends_the_run(tmp_path, live, monkeypatch, name, asynchronous):
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    def save(step, *, fails):
+        with monkeypatch.context() as patch:
+            if fails:
+                patch.setattr(module, name, fail)
+            saver.save(tmp_path, checkpoint_info(step), live[1], {}, final=False)
+            saver.finish()
+
+    saver = make_saver(asynchronous=asynchronous, max_failures=3)
+    for step, fails in enumerate([True, True, False, True, True], start=1):
+        save(step, fails=fails)
+    assert list_steps(tmp_path) == [3]
+    with raises(CheckpointError, 3, "checkpoint.max_failures", "No space left", location=tmp_path / "checkpoints"):
+        save(6, fails=True)
+    saver = make_saver(asynchronous=asynchronous, max_failures=0)
+    for step in range(7, 12):
+        save(step, fails=True)
+    saver = make_saver(asynchronous=asynchronous, max_failures=1)
+    save(12, fails=False)
+    with raises(CheckpointError, 1, "checkpoint.max_failures"):
+        save(13, fails=True)
+    assert list_steps(tmp_path) == [3, 12]
+
+
 def test_save_without_memory_for_the_copy_is_a_warning_and_training_continues(tmp_path, live, monkeypatch, caplog):
     _, fragments = live
     saver = make_saver()

@@ -65,6 +65,11 @@ def test_engine_config_states_on_nvme_are_refused(key):
         )
 
 
+def test_engine_config_interval_of_deepspeeds_own_log_may_be_any():
+    quiet = engine_config(load_run_config(None, BF16), {}, 1, "x")["steps_per_print"]
+    assert engine_config(load_run_config(None, BF16), {"steps_per_print": 10}, 1, "x")["steps_per_print"] == quiet
+
+
 def test_engine_config_literal_that_agrees_is_fine():
     assert engine_config(load_run_config(None, BF16), {"train_batch_size": 256}, 1, "x")["train_batch_size"] == 256
 
@@ -104,7 +109,17 @@ def test_engine_config_section_that_is_none_is_named(sections, named):
         engine_config(load_run_config(None, BF16), sections, 1, "ds.json")
 
 
-@pytest.mark.parametrize(("text", "observed"), [("{", ["column 2"]), ("[]", []), ("", ["column 1"])])
+@pytest.mark.parametrize(
+    ("text", "observed"),
+    [
+        ("{", ["column 2"]),
+        ("[]", []),
+        ("", ["column 1"]),
+        ('{"zero_optimization": {"stage": 1, "stage": 2}}', ["'stage'"]),
+        ('{"bf16": {}, "fp16": {}, "bf16": {}}', ["'bf16'"]),
+        ('{"gradient_clipping": NaN}', ["NaN"]),
+    ],
+)
 def test_read_ds_config_damaged_file_is_named(tmp_path, text, observed):
     path = tmp_path / "ds.json"
     path.write_text(text)

@@ -180,6 +180,7 @@ def test_load_missing_file_lists_what_is_there(tmp_path):
     [
         ("train.steps", "'train.steps'"),
         ("train.steps.deep=1", "'steps'"),
+        ("trian.steps=1", "'trian'"),
         ("train.steps=[1", "'[1'"),
         ("data.path={a: 1, a: 2}", "'a'"),
     ],

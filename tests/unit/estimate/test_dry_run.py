@@ -1,10 +1,8 @@
 """The description that --dry-run prints."""
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.runtime.hardware import PrecisionChoice
-from tests.helpers.errors import raises
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
@@ -28,6 +26,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "8 model replicas x 4 micro-batches x 8 sequences",
         "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",
         "tools/preprocess.py",
+        "2.0 GB each, 500 kept",
     ):
         assert part in text
 
@@ -48,17 +47,6 @@ def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_da
     assert f"{big}: 75.00% of the sequences; 4,000 tokens" in weighted and "reads it 9.60 times" in weighted
     by_tokens = described(load_run_config(None, [f"data.path=[{small}, {big}]", *length]), {}, num_ranks=1)
     assert by_tokens.count("reads it 10.24 times") == 2
-
-
-def test_describe_data_that_the_run_would_refuse_is_refused(tmp_path, write_dataset):
-    write_dataset(tmp_path / "data", [[[1] * 1000]])
-    small = ["model.vocab_size=8", "train.seq_len_tokens=100"]
-    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
-        described(load_run_config(None, [*BF16, f"data.path={tmp_path / 'data'}", *small]), {}, num_ranks=1)
-    write_dataset(tmp_path / "other", [[[1] * 1000]], vocab_size=8)
-    paths = [f"data.path={tmp_path / 'other'}", f"data.valid_path={tmp_path / 'data'}"]
-    with raises(ConfigError, "model.vocab_size=8", "100 ids", location=tmp_path / "data"):
-        described(load_run_config(None, [*BF16, *paths, *small]), {}, num_ranks=1)
 
 
 def test_describe_empty_dataset_is_described(tmp_path, write_dataset):

@@ -113,6 +113,39 @@ def test_same_run_allowable_changes_need_permission_by_name(run, record, setting
     check_same_run(changed, data, [allowed])
 
 
+LATER, KEPT = "train.steps=600000", "optimizer.decay_steps=500000"  # the default of train.steps
+COSINE, CONSTANT = "optimizer.decay=cosine", "optimizer.decay=constant"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_named"),
+    [
+        ([], [LATER], True),
+        ([], ["train.steps=400000"], True),
+        ([COSINE], [COSINE, LATER], True),
+        ([], ["optimizer.decay_steps=600000"], True),
+        ([KEPT], [LATER], True),
+        ([], [LATER, KEPT], False),
+        ([KEPT], [KEPT, LATER], False),
+        ([], [KEPT], False),
+        ([CONSTANT], [CONSTANT, LATER], False),
+        ([CONSTANT], [CONSTANT, KEPT], False),  # without effect
+    ],
+)
+def test_same_run_end_of_the_decay_changes_only_with_permission(tmp_path, record, run, before, after, is_named):
+    base = [f"run_dir={run.run_dir}", "train.precision=bf16"]
+    old, new = load_run_config(None, [*base, *before]), load_run_config(None, [*base, *after])
+    write_run_folder(old, record, load_tokenizer(tmp_path / "dataset" / "tokenizer"))
+    _checkpoint(run, 10)
+    check_same_run(new, record, ["optimizer"])
+    if is_named:
+        observed = ("train.steps" if before != [KEPT] else "optimizer.decay_steps", 500_000, new.decay_end)
+        with raises(CheckpointError, *observed, KEPT, location=run.run_dir, remedy="--allow optimizer"):
+            check_same_run(new, record, ["data"])
+    else:
+        check_same_run(new, record)
+
+
 @pytest.mark.parametrize("setting", ["model.num_layers=2", "train.seed=1", "train.global_batch=8"])
 def test_same_run_what_gives_the_state_another_meaning_is_never_allowed(run, record, setting):
     _checkpoint(run, 10)

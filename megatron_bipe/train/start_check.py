@@ -1,0 +1,89 @@
+"""Checks of a run before its engine starts, for `--dry-run`, and warnings about a run that can start."""
+
+import os
+from collections.abc import Callable, Collection, Iterator
+
+from megatron_bipe.checkpoint.disk_space import plan_disk
+from megatron_bipe.checkpoint.find import find_model, list_steps
+from megatron_bipe.config import RunConfig, load_run_config
+from megatron_bipe.data.dataset import open_tokenizer
+from megatron_bipe.errors import BipeError, ConfigError
+from megatron_bipe.model import count_parameters
+from megatron_bipe.parallel import Mesh
+from megatron_bipe.train.batch_loader import BatchLoader
+from megatron_bipe.train.run_folder import check_same_run
+
+_SAID = ("data.valid_path", "train.valid_samples")  # a resumed run may change them, but its curves break there
+
+
+def check_start(run: RunConfig, mesh: Mesh, allow: Collection[str] = ()) -> None:
+    """Check data, tokenizer and folder of a run as its start does, except that no lock is taken.
+
+    Args:
+        run: the run configuration, validated, its precision resolved.
+        mesh: first rank of the planned launch.
+        allow: as in `check_same_run`.
+
+    Raises:
+        BipeError: the only problem.
+        ConfigError: lists all problems, if there are several.
+    """
+    problems = list(_problems(run, mesh, allow))
+    if len(problems) == 1:
+        raise problems[0]
+    if problems:
+        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
+        raise ConfigError(f"the run cannot start, for {len(problems)} reasons: {listed}", location="--dry-run")
+
+
+def start_warnings(run: RunConfig) -> list[str]:
+    """Return warnings about a run that may start or resume, whose folder holds the configuration of its last start."""
+    found = plan_disk(run, sum(count_parameters(run.model))).warnings()
+    end = run.decay_end
+    if end is not None and run.train.steps > end and run.optimizer.min_lr == 0:
+        found.append(
+            f"the learning rate is 0 from step {end} on, where its decay ends: the last {run.train.steps - end} steps "
+            "will change nothing. Set optimizer.min_lr, or a later optimizer.decay_steps"
+        )
+    if list_steps(run.run_dir):
+        before, now = (config.model_dump(mode="json") for config in (load_run_config(run.run_dir / "config.yaml"), run))
+        for section, field in (key.split(".") for key in _SAID):
+            was, value = before[section][field], now[section][field]
+            if was not in (None, value):
+                found.append(
+                    f"{section}.{field} was {was!r} and is now {value!r}: validation losses before and after this "
+                    "start may be of different samples"
+                )
+    return found
+
+
+def _problems(run: RunConfig, mesh: Mesh, allow: Collection[str]) -> Iterator[BipeError]:
+    loader = None
+    try:
+        loader = BatchLoader(run, mesh)
+    except BipeError as error:
+        yield error
+    checks: list[Callable[[], object]] = [
+        lambda: open_tokenizer(loader.dataset) if loader else None,
+        lambda: check_same_run(run, loader.record if loader else None, allow),
+        lambda: _check_writable(run),
+        lambda: find_model(run.train.init_from) if run.train.init_from and not list_steps(run.run_dir) else None,
+    ]
+    for check in checks:
+        try:
+            check()
+        except BipeError as error:
+            yield error
+
+
+def _check_writable(run: RunConfig) -> None:
+    existing = run.run_dir.absolute()
+    while not existing.exists():
+        existing = existing.parent
+    if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        seen = "may not be written to" if existing.is_dir() else "is not a folder"
+        raise ConfigError(
+            f"{existing} {seen}, so that the run folder cannot be written",
+            remedy="Choose another one with --set run_dir=OTHER",
+            location=run.run_dir,
+        )
