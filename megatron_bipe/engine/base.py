@@ -76,6 +76,7 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
             f"the rendezvous port is in use, perhaps by another launch on this host: {error}",
             remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
             location=f"MASTER_PORT of {rank_name(mesh)}",
+            transient=True,  # the other launch may end, as when a supervisor restarts this one
         ) from error
 
 
