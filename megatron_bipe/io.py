@@ -228,7 +228,7 @@ def _describe_holder(stream: IO[str]) -> str:
         job = f" ({holder['job']})" if holder["job"] else ""
         return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
     except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or being written
-        return "another process"
+        return "an unknown process"
 
 
 def _open(folder: Path, kind: int, output: Path, progress: Callable[[], str]) -> IO[str]:

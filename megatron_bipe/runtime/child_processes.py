@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 
 from megatron_bipe.errors import FAILED
+from megatron_bipe.runtime.environment import FAILURE_FILE
 
 GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model; all processes end within 10 seconds
 _POLL_S = 0.05
@@ -292,8 +293,16 @@ def _set_parent_death_signal(number: int) -> None:
 
 def _end_rank(reason: str) -> NoReturn:
     name = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()} (process {os.getpid()})"
+    record_failure(f"{name} leaves: {reason}")
     try:
         sys.stderr.write(f"{name} leaves: {reason}\n")
         sys.stderr.flush()
     finally:  # the output may be a pipe that ended with the launcher
         os._exit(FAILED)
+
+
+def record_failure(text: str) -> None:
+    """Append the reason why this rank ends to the file of the supervisor, if there is one on this host."""
+    with suppress(KeyError, OSError):
+        file = os.open(os.environ[FAILURE_FILE], os.O_WRONLY | os.O_APPEND)
+        os.write(file, text.encode() + b"\0")

@@ -12,9 +12,8 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_bipe.errors import BipeError, exit_code
-from megatron_bipe.runtime.child_processes import watch_launcher
+from megatron_bipe.runtime.child_processes import record_failure, watch_launcher
 from megatron_bipe.runtime.distributed_init import find_launch
-from megatron_bipe.runtime.environment import FAILURE_FILE
 from megatron_bipe.runtime.launcher_env import Launch
 
 if TYPE_CHECKING:
@@ -112,9 +111,7 @@ def abort(text: str, code: int, cause: str = "") -> NoReturn:
         code: exit code.
         cause: what a supervisor of this launch repeats, if this rank is the first one to call this; "": the message.
     """
-    with suppress(KeyError, OSError):  # no supervisor, or one on another host
-        file = os.open(os.environ[FAILURE_FILE], os.O_WRONLY | os.O_APPEND)
-        os.write(file, brief(cause or text).encode() + b"\0")
+    record_failure(brief(cause or text))
     try:
         sys.stdout.flush()
         write_stderr(text)
