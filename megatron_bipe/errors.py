@@ -5,10 +5,18 @@ the same command may succeed later without a change. Any other exception is a de
 traceback.
 """
 
+import errno
 from pathlib import Path
 from typing import Any
 
 FAILED, USER_ERROR = 1, 2  # exit codes
+
+# Errors of a disk or a file server that may be over when the same file is read again.
+_TRANSIENT_ERRNOS = {
+    *(errno.EIO, errno.ESTALE, errno.EREMOTEIO, errno.EAGAIN, errno.EINTR, errno.EBUSY, errno.ENOLCK),
+    *(errno.ETIMEDOUT, errno.ENOTCONN, errno.ESHUTDOWN, errno.ECONNRESET, errno.ECONNABORTED, errno.ECONNREFUSED),
+    *(errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH),
+}
 
 
 class BipeError(Exception):
@@ -31,7 +39,7 @@ class BipeError(Exception):
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Support pickling, which does not restore keyword arguments by default."""
-        return _rebuild, (type(self), self.message, self.remedy, self.location, self.transient)
+        return _rebuild, (type(self), self.message, self.remedy, self.location, is_transient(self))
 
 
 def _rebuild(kind: type[BipeError], message: str, remedy: str, location: str, transient: bool) -> BipeError:
@@ -40,7 +48,18 @@ def _rebuild(kind: type[BipeError], message: str, remedy: str, location: str, tr
 
 def exit_code(error: BaseException) -> int:
     """Return 2 if the user can fix the error, else 1."""
-    return USER_ERROR if isinstance(error, BipeError) and not error.transient else FAILED
+    return USER_ERROR if isinstance(error, BipeError) and not is_transient(error) else FAILED
+
+
+def is_transient(error: BaseException | None) -> bool:
+    """Return True if the same command may succeed later: the error says so, or it was caused by a file server."""
+    while error is not None:
+        if isinstance(error, BipeError) and error.transient:
+            return True
+        if isinstance(error, OSError) and error.errno in _TRANSIENT_ERRNOS:
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def _sentence(text: str) -> str:

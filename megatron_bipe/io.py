@@ -4,9 +4,11 @@ import ctypes
 import errno
 import fcntl
 import hashlib
+import json
 import os
 import resource
 import shutil
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -158,7 +160,14 @@ def unreadable_error(path: Path, error: OSError) -> DataError:
 
 
 @contextmanager
-def locked(folder: Path, begin: Callable[[], None] | None = None, *, output: Path | None = None) -> Iterator[None]:
+def locked(
+    folder: Path,
+    begin: Callable[[], None] | None = None,
+    *,
+    output: Path | None = None,
+    job: str = "",
+    progress: Callable[[], str] = str,
+) -> Iterator[None]:
     """Hold a lock on a folder, shared by all processes of this run; the last one to leave removes the folder if empty.
 
     The lock is released when its processes end. Over NFS, the kernel turns it into a lock on the server, which holds
@@ -170,17 +179,20 @@ def locked(folder: Path, begin: Callable[[], None] | None = None, *, output: Pat
         folder: folder to lock; created if it does not exist.
         begin: called first, while no other process holds the lock.
         output: location of errors; None: the parent of `folder`.
+        job: name of this process's batch job, which an error of another run reports.
+        progress: returns how far the run that holds the lock is, for the error.
 
     Raises:
-        DataError: another run holds the lock, or the folder cannot be created.
+        DataError: another run holds the lock (transient), or the folder cannot be created.
     """
     output = output or folder.parent
-    stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH, output)
+    stream = _open(folder, fcntl.LOCK_EX if begin else fcntl.LOCK_SH, output, progress)
     try:
         if begin:
             begin()
+            _record_holder(stream, job)
             if not _lock(stream, fcntl.LOCK_SH):
-                raise _busy(output)
+                raise _busy(folder, output, progress)
         yield
     finally:
         with suppress(OSError):  # other processes may be leaving at the same time
@@ -191,7 +203,35 @@ def locked(folder: Path, begin: Callable[[], None] | None = None, *, output: Pat
             folder.rmdir()  # succeeds only if it is empty
 
 
-def _open(folder: Path, kind: int, output: Path) -> IO[str]:
+def lock_holder(folder: Path) -> str:
+    """Return the process that holds the lock of a folder, its host, job and start; "" if the lock is free."""
+    try:
+        with (folder / LOCK_NAME).open("r+") as stream:
+            return "" if _lock(stream, fcntl.LOCK_EX) else _describe_holder(stream)
+    except OSError:  # nothing is locked, or the launch will report why it cannot lock this
+        return ""
+
+
+def _record_holder(stream: IO[str], job: str) -> None:
+    """Replace the content of the lock file by a description of this process."""
+    since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
+    with suppress(OSError):  # the lock holds without it, also on a full disk
+        stream.truncate(0)
+        stream.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": since}))
+        stream.flush()
+
+
+def _describe_holder(stream: IO[str]) -> str:
+    try:
+        stream.seek(0)
+        holder = json.load(stream)
+        job = f" ({holder['job']})" if holder["job"] else ""
+        return f"process {holder['pid']} on {holder['host']}{job}, since {holder['since']}"
+    except (OSError, ValueError, KeyError, TypeError):  # of an earlier version, or being written
+        return "an unknown process"
+
+
+def _open(folder: Path, kind: int, output: Path, progress: Callable[[], str]) -> IO[str]:
     deadline_s = time.monotonic() + LOCK_WAIT_S
     while True:
         try:
@@ -206,7 +246,7 @@ def _open(folder: Path, kind: int, output: Path) -> IO[str]:
                 return stream
             stream.close()
         if time.monotonic() > deadline_s:
-            raise _busy(output)
+            raise _busy(folder, output, progress)
         time.sleep(0.1)
 
 
@@ -221,9 +261,11 @@ def _lock(stream: IO[str], kind: int) -> bool:
     return True
 
 
-def _busy(output: Path) -> DataError:
+def _busy(folder: Path, output: Path, progress: Callable[[], str]) -> DataError:
+    facts = ", ".join(filter(None, (lock_holder(folder), progress())))
     return DataError(
-        "Another run is writing to this folder",
+        f"Another run is writing to this folder{': ' * bool(facts)}{facts}",
         remedy="Wait for it to end, stop it, or name another folder",
         location=output,
+        transient=True,
     )

@@ -1,11 +1,14 @@
 r"""Supervise a run: start its launcher, and restart it after each failure until the run is done.
 
-After -- comes any command that starts pretrain.py on all ranks. After a failure its processes are ended, and it is
-started again after a wait that doubles while no new checkpoint appears. Signals to stop are forwarded: after SIGTERM
-and SIGINT, remaining processes are killed when --grace is over; after SIGUSR1 the run has unlimited time to save.
+After -- comes any command that starts pretrain.py on all ranks. RUN_DIR is its run_dir: events.jsonl there decides
+whether the run is done. After a failure its processes are ended, and it is started again after a wait that doubles
+while no new checkpoint appears. While another launch trains in the folder, this waits.
 
-Exit codes: 0 the run is done; 1 it failed too often without a new checkpoint; 2 the message says what you can do about
-it; 75 it was asked to stop, and saved: start this again later.
+Requests to stop are forwarded: after SIGTERM, SIGINT (Ctrl-C) and SIGHUP, remaining processes are killed when --grace
+is over; after SIGUSR1 the run has unlimited time to save. A second Ctrl-C kills them at once.
+
+Exit codes: 0 the run is done; 1 it failed too often without a new checkpoint, or was asked to stop and did not save; 2
+the message says what you can do about it; 75 it was asked to stop, and saved: start this again later.
 
 Examples:
     python tools/supervise.py runs/a -- examples/launch/one_machine.sh --set run_dir=runs/a
@@ -20,6 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _cli import command
+from megatron_bipe.errors import FAILED
 from megatron_bipe.runtime.child_processes import GRACE_S
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, parse_duration
 from megatron_bipe.train.supervise import Patience, Supervisor, fill_hosts, run_on_stop, supervise
@@ -28,17 +32,18 @@ from megatron_bipe.train.supervise import Patience, Supervisor, fill_hosts, run_
 @command
 def main(argv: Sequence[str] | None) -> None:
     given = _parser().parse_args(argv)
-    supervisor = Supervisor(parse_duration(given.grace))
+    supervisor = Supervisor(given.run_dir, parse_duration(given.grace) if given.grace else None)
     patience = Patience(given.failures, parse_duration(given.first_wait), parse_duration(given.longest_wait))
 
     def launch_command() -> list[str]:
         if not given.hosts_command:
             return list(given.command)
         limits = given.ranks_per_host, given.least_hosts
-        return fill_hosts(given.command, given.run_dir, supervisor, given.hosts_command, *limits)
+        return fill_hosts(given.command, supervisor, given.hosts_command, *limits)
 
-    code = supervise(given.run_dir, supervisor, patience, launch_command)
-    if code == EXIT_RESUMABLE and given.on_stop:
+    code = supervise(supervisor, patience, launch_command)
+    was_stopped = code == EXIT_RESUMABLE or (code == FAILED and supervisor.asked is not None)
+    if was_stopped and given.on_stop:
         run_on_stop(shlex.split(given.on_stop), supervisor)
     sys.exit(code)
 
@@ -52,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--longest-wait", default="10m", metavar="TIME", help="longest wait (default: %(default)s)")
     add(
         "--grace",
-        default=f"{GRACE_S}s",
         metavar="TIME",
-        help="time to save and exit after SIGTERM or SIGINT, before processes are killed (default: %(default)s)",
+        help="time to save and exit after a request to stop, before processes are killed (default: parallel.timeout_s "
+        f"of a run that trains, else {GRACE_S}s)",
     )
     add("--on-stop", metavar="COMMAND", help="command for when the run was asked to stop, such as: scontrol requeue ID")
     add("--hosts-command", metavar="COMMAND", help="prints the available hosts; fills {nodes} and {hosts}")

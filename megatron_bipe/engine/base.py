@@ -3,6 +3,7 @@
 import io
 import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
@@ -63,6 +64,9 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         ConfigError: another launch on this host uses the port.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, module=r"torch\.distributed"
+    )  # DeepSpeed's calls of torch
     if mesh.is_main:
         warn_of_unknown_versions()
     skip_operator_probe()
@@ -76,6 +80,7 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
             f"the rendezvous port is in use, perhaps by another launch on this host: {error}",
             remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
             location=f"MASTER_PORT of {rank_name(mesh)}",
+            transient=True,  # the other launch may end, as when a supervisor restarts this one
         ) from error
 
 

@@ -121,4 +121,5 @@ def _raise(reports: list[str], step: int) -> None:
         remedy="Continue from the last checkpoint with the same command. If the same rank differs again, suspect its "
         "hardware and exclude its node",
         location=f"step {step}",
+        transient=True,  # a restart discards the difference; a defective rank shows again, and the supervisor gives up
     )

@@ -11,7 +11,7 @@ checks every second that the launchers among its ancestors are alive.
 
 Only ancestors that are known launchers count. Shells, `nohup`, `ssh`, containers and batch systems may start a rank or
 a launcher and end on purpose (decision 0023). A rank that has received a stop signal no longer checks its launchers, so
-that it can save: if the signal was sent to the process group, as by the supervisor, it also ended `deepspeed` at once.
+that it can save: if the signal was sent to the process group, as by a terminal, it also ended `deepspeed` at once.
 """
 
 import ctypes
@@ -33,6 +33,7 @@ from typing import Any, NamedTuple, NoReturn
 import psutil
 
 from megatron_bipe.errors import FAILED
+from megatron_bipe.runtime.environment import FAILURE_FILE
 
 GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model; all processes end within 10 seconds
 _POLL_S = 0.05
@@ -49,14 +50,15 @@ kill -s KILL -- "-$group"
 
 LOOK_S = 1.0  # between two checks of the launchers
 _DEEPSPEED_OF_HOST = "deepspeed.launcher.launch"  # starts the ranks of a host
+_DEEPSPEED_NAMES = {"deepspeed", "ds", "deepspeed.launcher.runner", _DEEPSPEED_OF_HOST}
 _LAUNCHER_NAMES = {
-    *("deepspeed", "ds", "deepspeed.launcher.runner", _DEEPSPEED_OF_HOST),
+    *_DEEPSPEED_NAMES,
     *("torchrun", "torch.distributed.run", "torch.distributed.launch"),
     *("mpiexec", "mpirun", "orterun", "orted", "prterun", "prte", "prted", "mpiexec.hydra", "hydra_pmi_proxy"),
 }
 _NUM_WORDS = 4  # words of a command line that may be the name, as in: python -u -m NAME
 _SET_BY_DEEPSPEED = "CROSS_RANK"  # variable in the environment of ranks
-_STOP_SIGNALS = {signal.SIGTERM, signal.SIGUSR1}
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)  # they ask a rank to save and exit
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
@@ -105,14 +107,42 @@ class ChildProcess:
             return False
         return True
 
+    def ask_to_stop(self, number: int) -> None:
+        """Send a signal to the processes of the group, except to launchers of DeepSpeed that have ranks on this host.
+
+        `deepspeed.launcher.launch` kills its ranks 30 seconds after SIGTERM, and `deepspeed` exits at once. Without the
+        signal both wait for the ranks, however long these take to save, and pass on their exit code.
+        """
+        group = [(process, _launcher_name(process)) for process in self._members()]
+        has_ranks = any(name == _DEEPSPEED_OF_HOST and process.children() for process, name in group)
+        if not has_ranks:
+            self.send(number)
+            return
+        for process, name in group:
+            if name not in _DEEPSPEED_NAMES:
+                with suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
+
     def is_over(self) -> bool:
-        """Return True if neither the command nor any other process of its group is left."""
+        """Return True if neither the command nor any other process of its group is left.
+
+        Zombies do not count: orphans stay zombies in a container whose process 1 does not reap them.
+        """
         if self.process.poll() is None:
             return False
         with suppress(ChildProcessError):  # as process 1 of a container, reap orphans
             while os.waitpid(-self.process.pid, os.WNOHANG)[0]:
                 pass
-        return not self.send(0)
+        return not self.send(0) or not self._members()
+
+    def _members(self) -> list[psutil.Process]:
+        """Return the living processes of the group."""
+        found = []
+        for process in psutil.process_iter():
+            with suppress(OSError, psutil.Error):  # it has just ended
+                if os.getpgid(process.pid) == self.process.pid and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
 
     def kill(self) -> None:
         """Kill the remaining processes, and end the guard."""
@@ -219,14 +249,17 @@ def _start() -> Sequence[_Launcher]:
 
 
 def _find_launchers() -> list[_Launcher]:
-    launchers = []
-    for process in psutil.Process().parents():
-        try:
-            names = [PurePath(word).name for word in process.cmdline()[:_NUM_WORDS]]
-        except psutil.Error:  # it has ended, or belongs to another user
-            continue
-        launchers += [_Launcher(name, process) for name in names if name in _LAUNCHER_NAMES][:1]
-    return launchers
+    named = [_Launcher(_launcher_name(process), process) for process in psutil.Process().parents()]
+    return [launcher for launcher in named if launcher.name]
+
+
+def _launcher_name(process: psutil.Process) -> str:
+    """Return the name of a known launcher; "" for another process."""
+    try:
+        names = [PurePath(word).name for word in process.cmdline()[:_NUM_WORDS]]
+    except psutil.Error:  # it has ended, or belongs to another user
+        return ""
+    return next((name for name in names if name in _LAUNCHER_NAMES), "")
 
 
 def _is_orphan(pid: int) -> bool:
@@ -246,7 +279,7 @@ def _watch(launchers: Sequence[_Launcher], signals: int) -> None:
     ended: list[_Launcher] = []
     while True:
         readable, _, _ = select.select([signals], [], [], LOOK_S)
-        if readable and _STOP_SIGNALS.intersection(os.read(signals, 1024)):
+        if readable and set(STOP_SIGNALS).intersection(os.read(signals, 1024)):
             return
         if ended:  # found at the last check: a stop signal that ended it would have arrived here by now
             _end_rank(f"its launcher {ended[0].name} (process {ended[0].process.pid}) has ended without it")
@@ -260,8 +293,16 @@ def _set_parent_death_signal(number: int) -> None:
 
 def _end_rank(reason: str) -> NoReturn:
     name = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()} (process {os.getpid()})"
+    record_failure(f"{name} leaves: {reason}")
     try:
         sys.stderr.write(f"{name} leaves: {reason}\n")
         sys.stderr.flush()
     finally:  # the output may be a pipe that ended with the launcher
         os._exit(FAILED)
+
+
+def record_failure(text: str) -> None:
+    """Append the reason why this rank ends to the file of the supervisor, if there is one on this host."""
+    with suppress(KeyError, OSError):
+        file = os.open(os.environ[FAILURE_FILE], os.O_WRONLY | os.O_APPEND)
+        os.write(file, text.encode() + b"\0")

@@ -3,6 +3,7 @@
 This module does not import torch: libgomp and DeepSpeed read their variables once, when they are loaded.
 
     BIPE_DEVICE=cpu|cuda      device of models; unset: the GPU if there is one
+    BIPE_FAILURE_FILE=PATH    file to which ranks append why they end; the supervisor sets it
     ONEDNN_MAX_CPU_ISA=AVX2   oneDNN's instruction set limit, for example to emulate a CPU without native bf16
 """
 
@@ -16,8 +17,9 @@ from megatron_bipe.errors import ConfigError
 
 DeviceType = Literal["cpu", "cuda"]
 
-DEVICE = "BIPE_DEVICE"
+DEVICE, FAILURE_FILE = "BIPE_DEVICE", "BIPE_FAILURE_FILE"
 _DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda")
+_BATCH_SYSTEMS = {"SLURM": "SLURM_JOB_ID", "PBS": "PBS_JOBID", "LSF": "LSB_JOBID"}  # with the variable of the job
 _GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows Subsystem for Linux
 
 
@@ -49,14 +51,23 @@ def prepare_environment() -> None:
     Without a GPU, `OMP_WAIT_POLICY` defaults to PASSIVE: by default a waiting libgomp thread keeps its core busy, so on
     a machine with other load it takes the core from the thread that it waits for (measured in docs/performance.md).
 
+    torch's C++ log has errors only by default: its warning about a lost connection prints 25 lines of C++ stack.
+
     Raises:
         ConfigError: as in `requested_device`.
     """
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     if requested_device() == "cpu":
         os.environ["DS_ACCELERATOR"] = "cpu"
     if requested_device() == "cpu" or not has_gpu_driver():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def batch_job() -> str:
+    """Return the name of the batch job that this process belongs to, such as "SLURM job 12"; "" if there is none."""
+    found = [f"{name} job {os.environ[key]}" for name, key in _BATCH_SYSTEMS.items() if os.environ.get(key)]
+    return found[0] if found else ""
 
 
 def has_gpu_driver() -> bool:

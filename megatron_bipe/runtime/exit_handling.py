@@ -1,6 +1,7 @@
 """Messages of a rank: its log, and its exit after an error, at once and with a message that names the rank."""
 
 import os
+import re
 import signal
 import socket
 import sys
@@ -11,7 +12,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 from megatron_bipe.errors import BipeError, exit_code
-from megatron_bipe.runtime.child_processes import watch_launcher
+from megatron_bipe.runtime.child_processes import record_failure, watch_launcher
 from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
 
@@ -23,6 +24,10 @@ import logging
 Arguments = TypeVar("Arguments")
 
 _HEAD_START_S = 3  # launchers kill all ranks when one exits; the main rank must report first
+_COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # files in which an operation with other ranks fails
+_LOST = re.compile(r"connection|peer|remote|socket|timed out|broken pipe|nccl", re.IGNORECASE)
+_SOURCE = re.compile(r"^\[[^]]*:\d+\] ")  # gloo begins its messages with the location in its source
+_BRIEF_LINES = 4
 
 
 def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) -> None:
@@ -31,6 +36,7 @@ def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) ->
     An error that the user can fix usually occurs on all ranks. The main rank reports it; another rank that is still
     alive after a delay had an error of its own, and reports that.
     """
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until training begins, Ctrl-C ends this process without a traceback
     watch_launcher(is_importing=True)
     launch = None
     try:
@@ -56,13 +62,38 @@ def layout_coordinates(mesh: "Mesh") -> str:
 def describe(error: BaseException, name: str) -> str:
     """Return the text that reports an error: its message if the user can fix it, else a traceback.
 
+    A collective that has lost its connection shows only that another rank has ended, so it becomes one line, too.
+
     Args:
         error: the exception.
         name: name and location of the rank.
     """
     if isinstance(error, BipeError):
         return f"{type(error).__name__}: {error}" + (f"  ({name})" if name else "")
+    if _is_lost_connection(error):
+        return f"{name} lost the connection to another rank: {one_line(error)}"
     return f"{name} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+
+
+def _is_lost_connection(error: BaseException) -> bool:
+    """Return True if a collective failed because another rank has ended or cannot be reached."""
+    frames = traceback.extract_tb(error.__traceback__)
+    is_collective = bool(frames) and any(part in frames[-1].filename for part in _COLLECTIVES)
+    return is_collective and _LOST.search(str(error)) is not None
+
+
+def one_line(error: BaseException) -> str:
+    """Return the type of an error and the first line of its message."""
+    line = _SOURCE.sub("", next(iter(str(error).strip().splitlines()), ""))
+    return f"{type(error).__name__}: {line.partition('. This is typically')[0]}".rstrip(": ")
+
+
+def brief(text: str) -> str:
+    """Shorten the report of an error to a few lines; of a traceback, its last line remains."""
+    lines = text.strip().splitlines()
+    if any(line.startswith("Traceback") for line in lines):
+        return f"{lines[0]} {lines[-1]}"
+    return "\n".join(lines[:_BRIEF_LINES])
 
 
 def write_stderr(text: str) -> None:
@@ -72,8 +103,15 @@ def write_stderr(text: str) -> None:
         sys.stderr.flush()
 
 
-def abort(text: str, code: int) -> NoReturn:
-    """Print a message and end the process at once: a normal exit would wait for threads that wait for other ranks."""
+def abort(text: str, code: int, cause: str = "") -> NoReturn:
+    """Print a message and end the process at once: a normal exit would wait for threads that wait for other ranks.
+
+    Args:
+        text: message to print.
+        code: exit code.
+        cause: what a supervisor of this launch repeats, if this rank is the first one to call this; "": the message.
+    """
+    record_failure(brief(cause or text))
     try:
         sys.stdout.flush()
         write_stderr(text)

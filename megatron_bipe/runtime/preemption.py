@@ -5,21 +5,27 @@ stop at the same point. A request before the first step takes effect there.
 
     SIGTERM    sent by launchers, SLURM and clouds before they kill
     SIGUSR1    sent by SLURM ahead of the time limit: #SBATCH --signal=USR1@300
+    SIGINT     Ctrl-C; a second one ends the process at once
+    SIGHUP     the terminal or the connection to it was closed; ignored under nohup
     --stop-at  time limit, from the start of this process
 """
 
 import math
+import os
 import re
 import signal
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType
 from typing import TypeVar
 
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.child_processes import STOP_SIGNALS
 
 EXIT_RESUMABLE = 75  # exit code of a saved run that can be resumed; EX_TEMPFAIL of sysexits.h
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+SECOND_AFTER_S = 0.3  # a terminal and a launcher may both send the signal of one Ctrl-C
 
 _UNITS_S = {"d": 86400, "h": 3600, "m": 60, "s": 1}
 _DURATION = re.compile("".join(rf"(?:(\d+){unit})?" for unit in _UNITS_S))
@@ -38,17 +44,20 @@ class StopRequest:
     def __init__(self, after_s: float = math.inf, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._stop_at_s = clock, clock() + after_s
         self._signal: signal.Signals | None = None
+        self._interrupted_at_s = math.inf
         self._any_rank: Callable[[bool], bool] = bool
         self._is_agreed = False
 
     def install_handlers(self) -> None:
-        """Install handlers that record SIGTERM and SIGUSR1 instead of exiting."""
-        for number in SIGNALS:
-            signal.signal(number, self._on_signal)
+        """Install handlers that record the signals instead of exiting."""
+        install_stop_handlers(self._on_signal)
 
     def remove_handlers(self) -> None:
-        """Ignore the signals, which launchers send to the remaining ranks once the first one has exited."""
-        for number in SIGNALS:
+        """Ignore the signals, which launchers send to the remaining ranks once the first one has exited.
+
+        A second Ctrl-C still ends this process.
+        """
+        for number in set(STOP_SIGNALS) - {signal.SIGINT}:
             signal.signal(number, signal.SIG_IGN)
 
     def agree_by(self, any_rank: Callable[[bool], bool]) -> None:
@@ -80,7 +89,19 @@ class StopRequest:
             yield item
 
     def _on_signal(self, number: int, _: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._clock() - self._interrupted_at_s > SECOND_AFTER_S:
+                os.write(sys.stderr.fileno(), b"interrupted again: this rank exits without saving\n")
+                os._exit(EXIT_INTERRUPTED)
+            self._interrupted_at_s = min(self._interrupted_at_s, self._clock())
         self._signal = signal.Signals(number)
+
+
+def install_stop_handlers(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call `handler` for each signal that asks to stop; SIGHUP stays ignored if it is, as under nohup."""
+    for number in STOP_SIGNALS:
+        if number != signal.SIGHUP or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def parse_duration(text: str) -> float:

@@ -22,12 +22,14 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from megatron_bipe.errors import FAILED, exit_code
+from megatron_bipe.errors import FAILED, USER_ERROR, exit_code
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import (
     abort,
+    brief,
     describe,
     layout_coordinates,
+    one_line,
     rank_name,
     write_stderr,
 )
@@ -39,6 +41,10 @@ REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the firs
 
 ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
+# Files with the innermost Python frame of a thread that waits for work, in the standard library and here.
+_IDLE_FILES = ("threading.py", "queue.py", "selectors.py", "thread.py", "child_processes.py")
+_RESUME = "The same command resumes the run from its last checkpoint."
+_KILLED = "A rank without a heartbeat was killed (for example because memory was full), is suspended, or lost its host."
 
 STORE_ERRORS = (dist.DistError, TimeoutError)  # raised by HeartbeatStore if the store does not work
 T = TypeVar("T")
@@ -192,7 +198,7 @@ class Watchdog:
         if error is not None:
             # The launcher ends the remaining ranks when one has died; report the error first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._fail(describe(error, self._label()), type(error).__name__, exit_code(error), silent_ranks)
+            self._fail(describe(error, self._label()), one_line(error), exit_code(error), silent_ranks)
             self._thread.join(REPORT_WAIT_S)  # it ends this process once the first failed rank has reported why
             abort(f"{self._label()} leaves", exit_code(error))
         self._over.set()
@@ -231,7 +237,8 @@ class Watchdog:
         end = store.shutdown_request()
         if end is not None:
             stack = f"\n{self._label()} is in\n{self._stack()}" if end.stacks else ""
-            abort(f"{self._label()} leaves: {end.text}{stack}", end.code)
+            text = end.text if self._mesh.is_main else end.text.partition("\n")[0]
+            abort(f"{self._label()} leaves: {text}{stack}", end.code, cause=end.text)
 
     def _connected(self) -> HeartbeatStore:
         """Return the store; a rank that ends before its first heartbeat connects only to report the end."""
@@ -239,17 +246,19 @@ class Watchdog:
             self._store = HeartbeatStore(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
         return self._store
 
-    def _fail(self, text: str, reason: str, code: int, observe: Observe) -> None:
+    def _fail(self, text: str, why: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""
         store = self._store
         if store is None:
             abort(text, code)
         try:
             if not store.is_first_to_fail():
-                write_stderr(f"{self._label()} failed, too: {reason}")
+                write_stderr(f"{self._label()} failed, too: {why}")
                 return
         except STORE_ERRORS as error:
-            abort(f"{text}\n{_state_of_store(error)}", code)
+            abort(
+                f"{text}\n{_state_of_store(error)}. {_RESUME}", code, cause=f"{brief(text)}\n{_state_of_store(error)}"
+            )
         write_stderr(text)
         try:
             before = store.read_all()
@@ -257,25 +266,29 @@ class Watchdog:
             seen = "\n".join(observe(before, store.read_all(), self._mesh.rank))
             self._over.set()
             stacks = observe is group_ranks_by_location  # if ranks wait for one that is stuck, all stacks are needed
-            store.request_shutdown(Shutdown(f"{self._label()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
+            store.request_shutdown(Shutdown(f"{self._label()} failed first: {why}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others check every beat; when this rank exits, their collectives fail
         except STORE_ERRORS as error:
             seen = _state_of_store(error)
-        abort(seen or f"{self._label()} leaves", code)
+        if "No heartbeat" in seen:
+            seen += f"\n{_KILLED} {_RESUME}"
+        elif code != USER_ERROR:
+            seen += f"\n{self._label()} failed first: {why}. {_RESUME}"
+        abort(seen.strip() or f"{self._label()} leaves", code, cause=f"{brief(text)}\n{seen}")
 
     def _no_progress(self) -> str:
         slow = "If it was only slow, raise parallel.timeout_s"
         return f"{self._label()} has made no progress for {self._timeout_s:g} s. {slow}. It is in\n{self._stack()}"
 
     def _stack(self) -> str:
-        """Return the stacks of all threads except this one, the training thread last."""
+        """Return the stacks of all threads except this one and idle ones, the training thread last."""
         frames = {ident: frame for ident, frame in sys._current_frames().items() if ident != threading.get_ident()}
         names = {thread.ident: thread.name for thread in threading.enumerate()}
         others = [
             f"  thread {names.get(ident, ident)}:\n{''.join(traceback.format_stack(frame, _THREAD_FRAMES))}"
             for ident, frame in frames.items()
-            if ident != self._training_thread
+            if ident != self._training_thread and Path(frame.f_code.co_filename).name not in _IDLE_FILES
         ]
         return "".join([*others, *traceback.format_stack(frames[self._training_thread])]).rstrip()
 

@@ -13,7 +13,7 @@ from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.metrics_file import STEP_TIME, TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.train_state import Samples, TrainState
 
@@ -127,7 +127,7 @@ class Metrics:
     def _open(self, start: TrainState) -> None:
         self.restart_clock()
         if self._mesh.is_main:
-            self._file = MetricsFile(self._run.run_dir / "metrics.jsonl", start.step, start.valid_owed)
+            self._file = MetricsFile(self._run.run_dir / METRICS, start.step, start.valid_owed)
             # TensorBoard drops earlier events from this step on, so the lines kept for this step are added again.
             self._board = SummaryWriter(str(self._run.run_dir / "tensorboard"), purge_step=start.step)
             for line in self._file.last_lines:

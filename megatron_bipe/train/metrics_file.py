@@ -14,6 +14,7 @@ began, and its last line how it ended.
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -25,7 +26,8 @@ from megatron_bipe.io import fsync_path
 
 _log = logging.getLogger(__name__)
 
-EVENTS = "events.jsonl"
+METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+LOCK_FOLDER = "running"  # in the run folder, too
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
@@ -87,6 +89,15 @@ def scan(path: Path, last_step: int, valid_owed: bool = False) -> Kept:
             step_time_s += values.get(STEP_TIME, 0.0)
             last_lines = [*(line for line in last_lines if line["step"] == step), values]
     return Kept(size_bytes, step_time_s, last_lines)
+
+
+def last_step_text(run_dir: Path) -> str:
+    """Return the last step in the metrics of a run as text; "" if there is none."""
+    try:
+        last_lines = scan(run_dir / METRICS, sys.maxsize).last_lines
+    except OSError:
+        return ""
+    return f"last step {last_lines[0]['step']}" if last_lines else ""
 
 
 class Events:

@@ -40,7 +40,9 @@ from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
+from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
 
 # Fields that a resumed run may change freely.
 _FREE = {
@@ -107,10 +109,16 @@ def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_
     interrupted save are deleted.
 
     Raises:
-        DataError: another launch holds the lock.
+        DataError: another launch holds the lock (transient).
         CheckpointError, ConfigError: as in `check_same_run`.
     """
-    with locked(run.run_dir / "running", partial(tidy, run.run_dir)) if is_main else nullcontext():
+    lock = locked(
+        run.run_dir / LOCK_FOLDER,
+        partial(tidy, run.run_dir),
+        job=batch_job(),
+        progress=partial(last_step_text, run.run_dir),
+    )
+    with lock if is_main else nullcontext():
         check_same_run(run, record, allow)
         yield
 

@@ -1,36 +1,30 @@
 """Supervision of a run: its launcher is started, and started again after failures until the run is done.
 
-After a launch has ended, the supervisor decides what to do next:
+After a launch has ended, the supervisor decides what to do next. Only the run itself knows whether it is done, so its
+event log decides before exit codes, which launchers change: `deepspeed` exits with 0 if its inner process is killed.
 
-it reached the end of the run                    done
-it received a stop request, and saved            exit, to be resumed later
+it recorded its end                              done
+it recorded a stop on request                    exit, to be resumed later
 it ended with an error that the user must fix    give up: a restart would fail again
-it ended otherwise, with a new checkpoint        restart
-it ended otherwise, too often without one        give up
+the supervisor was asked to stop                 exit, to be resumed later; without a new checkpoint
+it ended otherwise, too often without a new one  give up
+it ended otherwise                               restart
 """
 
+import itertools
 import logging
-import math
 import shlex
-import signal
-import tempfile
-import time
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from types import FrameType
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
-from megatron_bipe.checkpoint.find import newest_first
 from megatron_bipe.config import RunConfig, load_run_config, validate_run
-from megatron_bipe.errors import FAILED, USER_ERROR, ConfigError
-from megatron_bipe.runtime.child_processes import ChildProcess
-from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SIGNALS
-from megatron_bipe.train.metrics_file import STOP, read_events
-
-EXIT_WAIT_S = 60.0  # for the remaining processes of a launch to exit by themselves
-POLL_S = 0.2
-URGENT_SIGNALS = (signal.SIGTERM, signal.SIGINT)  # they leave the run no more than the grace period
+from megatron_bipe.errors import FAILED as EXIT_FAILED
+from megatron_bipe.errors import USER_ERROR, BipeError, ConfigError, is_transient
+from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
+from megatron_bipe.train.metrics_file import DONE, EVENTS, FAILED, STOP, Events, read_events
+from megatron_bipe.train.supervised_launch import Ended, Supervisor, mark
 
 _log = logging.getLogger(__name__)
 
@@ -42,13 +36,6 @@ class Next(Enum):
     LATER = "later"
     AGAIN = "again"
     GIVE_UP = "give up"
-
-
-class Mark(NamedTuple):
-    """Progress of a run, from its folder."""
-
-    num_events: int
-    newest_step: int  # of the checkpoint to resume from; -1 if there is none
 
 
 class Patience(NamedTuple):
@@ -63,40 +50,32 @@ class Patience(NamedTuple):
         return float(min(self.longest_wait_s, self.first_wait_s * 2 ** max(0, fruitless - 1)))
 
 
-def mark(run_dir: Path) -> Mark:
-    newest = newest_first(run_dir)
-    return Mark(len(read_events(run_dir)), newest[0].step if newest else -1)
-
-
-def was_stopped(run_dir: Path, before: Mark) -> bool:
-    """Return True if the run has stopped on request since `before`; some launchers do not forward its exit code."""
-    return any(event["event"] == STOP for event in read_events(run_dir)[before.num_events :])
-
-
-def decide(code: int, stopped: bool, asked: bool, fruitless: int, patience: Patience) -> Next:
+def decide(ended: Ended, asked: bool, fruitless: int, patience: Patience) -> Next:
     """Return the next action.
 
     Args:
-        code: exit code of the launcher.
-        stopped: True if the run stopped on request.
+        ended: result of the launch.
         asked: True if the supervisor itself received a stop request.
         fruitless: launches in a row without a new checkpoint, including this one.
         patience: limits of restarts.
     """
-    if code == 0:
+    if ended.record == DONE:
         return Next.DONE
-    if stopped or asked or code == EXIT_RESUMABLE:
+    if ended.record == STOP or ended.code == EXIT_RESUMABLE:
         return Next.LATER
-    if code == USER_ERROR or fruitless >= patience.failures:
+    if ended.code == USER_ERROR:
         return Next.GIVE_UP
-    return Next.AGAIN
+    if asked:
+        return Next.LATER
+    return Next.GIVE_UP if fruitless >= patience.failures else Next.AGAIN
 
 
 def usable_hosts(run_dir: Path, hosts: Sequence[str], ranks_per_host: int, least: int) -> Sequence[str]:
     """Return the largest prefix of `hosts` that fits the layout and global batch; all of them before the first start.
 
     Raises:
-        ConfigError: there are fewer than `least`, or no number of hosts from `least` on fits.
+        ConfigError: there are fewer than `least`, or no number of hosts from `least` on fits; transient if the run has
+            begun.
     """
     config = run_dir / "config.yaml"
     run = load_run_config(config) if config.is_file() else None
@@ -108,6 +87,7 @@ def usable_hosts(run_dir: Path, hosts: Sequence[str], ranks_per_host: int, least
         f"be divisible by the data-parallel ranks, with {ranks_per_host} ranks per host",
         remedy="Wait for more hosts, or lower --least-hosts",
         location=run_dir,
+        transient=run is not None,  # it has begun, so there were enough
     )
 
 
@@ -119,129 +99,106 @@ def _fits(run: RunConfig, num_ranks: int) -> bool:
     return True
 
 
-class Supervisor:
-    """Runner of commands, one after the other, that forwards signals to the current one.
-
-    Processes that remain `grace_s` after SIGTERM or SIGINT are killed.
-    """
-
-    def __init__(self, grace_s: float) -> None:
-        self.asked: int | None = None  # the signal that asked to stop
-        self._grace_s = grace_s
-        self._kill_at_s = math.inf
-        self._launched: ChildProcess | None = None
-        for number in (*SIGNALS, signal.SIGINT):
-            signal.signal(number, self._forward)
-
-    def launch(self, command: Sequence[str]) -> int:
-        """Run a command, end the processes that it leaves, and return its exit code: 128 + N for signal N."""
-        with self._start(command, "after --") as child:
-            self._launched = child
-            if self.asked:  # it came while the command was being started
-                self._forward(self.asked, None)
-            code = self._wait_for(child)
-            self._launched = None
-            child.send(signal.SIGTERM)
-            self._wait_until(child.is_over, time.monotonic() + EXIT_WAIT_S)
-            child.kill()
-        return code if code >= 0 else 128 - code
-
-    def output(self, command: Sequence[str], option: str) -> str:
-        """Run a command, and return what it printed."""
-        with tempfile.TemporaryFile("w+") as file, self._start(command, option, stdout=file) as child:
-            self._wait_for(child)
-            file.seek(0)
-            return file.read()
-
-    def call(self, command: Sequence[str], option: str) -> int:
-        """Run a command, and return its exit code."""
-        with self._start(command, option) as child:
-            return self._wait_for(child)
-
-    def wait(self, seconds: float) -> None:
-        """Wait, or return early if a signal arrives."""
-        end_s = time.monotonic() + seconds
-        while time.monotonic() < end_s and not self.asked:
-            time.sleep(POLL_S)
-
-    def _start(self, command: Sequence[str], option: str, stdout: IO[str] | None = None) -> ChildProcess:
-        self._kill_at_s = math.inf
-        try:
-            return ChildProcess(command, stdout=stdout)
-        except OSError as error:
-            raise ConfigError(
-                f"{command[0]!r} cannot be started: {error.strerror}", remedy="Check the command", location=option
-            ) from error
-
-    def _wait_for(self, child: ChildProcess) -> int:
-        self._wait_until(lambda: child.process.poll() is not None)
-        if child.process.returncode is None:
-            child.kill()
-        return int(child.process.returncode)
-
-    def _wait_until(self, is_over: Callable[[], bool], limit_s: float = math.inf) -> None:
-        while not is_over() and time.monotonic() < min(limit_s, self._kill_at_s):
-            time.sleep(POLL_S)
-
-    def _forward(self, number: int, _: FrameType | None) -> None:
-        self.asked = number
-        if number in URGENT_SIGNALS:
-            self._kill_at_s = min(self._kill_at_s, time.monotonic() + self._grace_s)
-        if self._launched is not None:
-            self._launched.send(number)
-
-
-def supervise(
-    run_dir: Path, supervisor: Supervisor, patience: Patience, launch_command: Callable[[], Sequence[str]]
-) -> int:
+def supervise(supervisor: Supervisor, patience: Patience, launch_command: Callable[[], Sequence[str]]) -> int:
     """Launch a run until it is done, is asked to stop, or has failed too often; return the supervisor's exit code.
 
     Args:
-        run_dir: run folder, from which progress is read.
         supervisor: runner of the launches.
         patience: limits of restarts.
         launch_command: called before each launch; returns its command.
     """
     fruitless = 0
-    while True:
-        before = mark(run_dir)
-        code = supervisor.launch(launch_command())
-        new = mark(run_dir).newest_step != before.newest_step  # lower if a damaged one was skipped
-        fruitless = 0 if new else fruitless + 1
-        following = decide(code, was_stopped(run_dir, before), bool(supervisor.asked), fruitless, patience)
-        wait_s = patience.wait_s(fruitless)
+    for attempt in itertools.count(1):
+        supervisor.wait_for_lock()
+        if supervisor.asked:
+            break
+        before = mark(supervisor.run_dir).newest_step
+        ended = _launch(supervisor, launch_command)
+        newest = mark(supervisor.run_dir).newest_step
+        fruitless = 0 if newest != before else fruitless + 1  # lower if a damaged one was skipped
+        following = decide(ended, bool(supervisor.asked), fruitless, patience)
+        wait_s = patience.wait_s(fruitless) if following is Next.AGAIN else None
         text = {
             Next.DONE: "the run is done",
-            Next.LATER: "the run was asked to stop, and can be resumed",
-            Next.AGAIN: f"{'after' if new else 'without'} a new checkpoint; starting again in {wait_s:g} s",
-            Next.GIVE_UP: f"{fruitless} launches in a row without a new checkpoint; giving up",
-        }
-        _log.warning("supervise: exit code %d: %s%s", code, text[following], _goodput_text(run_dir))
+            Next.LATER: _stop_text(ended, newest, newest != before),
+            Next.AGAIN: f"{'without' if fruitless else 'after'} a new checkpoint; starting again in {wait_s} s",
+            Next.GIVE_UP: "this error must be fixed first"
+            if ended.code == USER_ERROR
+            else f"{fruitless} launches in a row without a new checkpoint; giving up",
+        }[following]
+        _log.warning("supervise: %s: %s%s", ended, text, _goodput_text(supervisor.run_dir))
+        is_failure = following in (Next.AGAIN, Next.GIVE_UP) or (following is Next.LATER and not ended.lost_nothing)
+        if is_failure:
+            _report_failure(supervisor.run_dir, ended, attempt, wait_s)
         if following is Next.DONE:
             return 0
         if following is Next.GIVE_UP:
-            return code if code == USER_ERROR else FAILED
-        if following is Next.AGAIN:
-            supervisor.wait(wait_s)
-        if following is Next.LATER or supervisor.asked:
-            return EXIT_RESUMABLE
+            return USER_ERROR if ended.code == USER_ERROR else EXIT_FAILED
+        if following is Next.LATER:
+            return EXIT_FAILED if is_failure else EXIT_RESUMABLE
+        supervisor.wait(patience.wait_s(fruitless))
+    return EXIT_RESUMABLE
+
+
+def _launch(supervisor: Supervisor, launch_command: Callable[[], Sequence[str]]) -> Ended:
+    """Launch the run; if its command cannot be determined now, but perhaps later, return that as a failed launch."""
+    try:
+        return supervisor.launch(launch_command())
+    except BipeError as error:
+        if not is_transient(error):
+            raise
+        return Ended(EXIT_FAILED, error=f"{type(error).__name__}: {error}")
+
+
+def _stop_text(ended: Ended, newest: int, is_new: bool) -> str:
+    """Explain how a launch that was asked to stop has ended.
+
+    Args:
+        ended: result of the launch.
+        newest: step of the newest checkpoint; -1 if there is none.
+        is_new: True if the launch saved it.
+    """
+    saved = f"saved step {newest}" if is_new else "saved nothing"
+    if not ended.lost_nothing:
+        how = f"ended before it had recorded that; it {saved}, and later steps are lost"
+    else:
+        how = saved if is_new else f"{saved}, because there was nothing new to save"
+    resumes = f"resumes from step {newest}" if newest >= 0 else "starts from the beginning"
+    return f"the run was asked to stop, and {how}. The same command {resumes}"
+
+
+def _report_failure(run_dir: Path, ended: Ended, attempt: int, wait_s: float | None) -> None:
+    """Log why a launch failed, and record it in the run folder, if there is one."""
+    why = ended.error
+    if not why and ended.code == 0:
+        why = (
+            f"{run_dir / EVENTS} does not record the end of the run: a process of the launcher was killed, or the "
+            "command trains in another folder"
+        )
+    _log.warning("supervise: %s", why or "no rank has reported why; see the output above")
+    facts = {"exit_code": ended.code, "signal": ended.signal_name, "why": why, "attempt": attempt, "wait_s": wait_s}
+    if run_dir.is_dir():
+        try:
+            Events(run_dir, is_main=True).add(FAILED, by="supervisor", **facts)
+        except OSError as error:
+            _log.warning("supervise: the failure cannot be recorded in %s: %s", run_dir / EVENTS, error)
 
 
 def fill_hosts(
-    command: Sequence[str], run_dir: Path, supervisor: Supervisor, hosts_command: str, ranks_per_host: int, least: int
+    command: Sequence[str], supervisor: Supervisor, hosts_command: str, ranks_per_host: int, least: int
 ) -> list[str]:
     """Return a command with {nodes} and {hosts} filled in from the hosts that `hosts_command` prints.
 
     Raises:
-        ConfigError: the command cannot be started, or as in `usable_hosts`.
+        ConfigError: the command cannot be started or failed, or as in `usable_hosts`.
     """
     listed = supervisor.output(shlex.split(hosts_command), "--hosts-command")
-    hosts = usable_hosts(run_dir, listed.split(), ranks_per_host, least)
+    hosts = usable_hosts(supervisor.run_dir, listed.split(), ranks_per_host, least)
     return [part.replace("{nodes}", str(len(hosts))).replace("{hosts}", ",".join(hosts)) for part in command]
 
 
 def run_on_stop(command: Sequence[str], supervisor: Supervisor) -> None:
-    """Run the --on-stop command; an error is only logged, because the run has been saved."""
+    """Run the --on-stop command; an error is only logged, because the run can be resumed."""
     try:
         code = supervisor.call(command, "--on-stop")
     except ConfigError as error:

@@ -189,7 +189,10 @@ def _alone_in(folder: Path) -> Iterator[None]:
             stack.enter_context(WeakFileLock(folder / LOCK_NAME, timeout=LOCK_WAIT_S))
         except TimeoutError as error:
             raise DataError(
-                "Another run is downloading into this folder", remedy="Wait for it, or name another", location=folder
+                "Another run is downloading into this folder",
+                remedy="Wait for it, or name another",
+                location=folder,
+                transient=True,
             ) from error
         yield
 

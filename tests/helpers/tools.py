@@ -16,9 +16,9 @@ import pytest
 import pretrain
 from megatron_bipe.errors import BipeError
 from megatron_bipe.runtime import watchdog
+from megatron_bipe.runtime.child_processes import STOP_SIGNALS
 from megatron_bipe.runtime.exit_handling import run_rank
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous
-from megatron_bipe.runtime.preemption import SIGNALS
 from tests.helpers.paths import ROOT
 from tests.helpers.ranks import Ended, run_programs
 
@@ -100,7 +100,7 @@ def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
     """Return the error that pretrain.py raises, as rank 0 of a launch, before it starts the engine and its watchdog."""
     args = pretrain.parse_args(_pretrain_arguments(arguments))
     launch = Launch(0, 0, num_ranks, num_ranks, Rendezvous("127.0.0.1", 1))
-    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)
         patch.setattr(watchdog, "Watchdog", mock.Mock(side_effect=AssertionError("the arguments are accepted")))

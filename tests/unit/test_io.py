@@ -5,6 +5,7 @@ import fcntl
 import os
 import shutil
 import signal
+import socket
 import time
 from collections.abc import Callable
 from functools import partial
@@ -13,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe import io
-from megatron_bipe.errors import DataError
-from megatron_bipe.io import LOCK_NAME, atomic_directory, locked, unfinished_path
+from megatron_bipe.errors import DataError, exit_code
+from megatron_bipe.io import LOCK_NAME, atomic_directory, lock_holder, locked, unfinished_path
 from tests.helpers.errors import raises
 
 
@@ -43,6 +44,26 @@ def test_locked_processes_of_a_run_share_it_and_no_other_run_begins(folder: Path
         with raises(DataError, location=folder.parent):
             enter(folder, begin)
     enter(folder, begin)
+
+
+def test_locked_busy_names_who_holds_it_and_may_be_tried_again(folder: Path) -> None:
+    assert lock_holder(folder) == ""
+    with locked(folder, begin, job="SLURM job 7"):
+        assert f"process {os.getpid()} on {socket.gethostname()} (SLURM job 7), since 2" in lock_holder(folder)
+        with (
+            raises(DataError, os.getpid(), "SLURM job 7", "step 41", location=folder.parent) as caught,
+            locked(folder, begin, progress=lambda: "step 41"),
+        ):
+            pass
+        assert exit_code(caught.value) == 1
+    assert lock_holder(folder) == ""
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"pid": 1}'])
+def test_locked_by_another_version_is_reported_without_its_holder(folder: Path, content: str) -> None:
+    with locked(folder):
+        (folder / LOCK_NAME).write_text(content)
+        assert lock_holder(folder) == "an unknown process"
 
 
 def test_locked_begins_alone(folder: Path) -> None:

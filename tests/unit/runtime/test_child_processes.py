@@ -97,3 +97,59 @@ def test_child_process_that_cannot_be_started_leaves_no_guard(monkeypatch):
     with pytest.raises(FileNotFoundError):
         ChildProcess(["/no/such"])
     assert not marked(mark)
+
+
+LAUNCHER = """
+import signal, subprocess, sys
+rank = "trap 'echo asked; exit 75' TERM; echo up; while :; do sleep 0.1; done"
+sys.exit(subprocess.Popen(["bash", "-c", rank]).wait() if "deepspeed.launcher.launch" in sys.argv[0] else
+         subprocess.Popen([sys.executable, sys.argv[1]]).wait())
+"""
+
+
+def test_child_process_asked_to_stop_spares_the_launchers_of_deepspeed_which_would_kill_ranks(tmp_path):
+    for name in ("deepspeed", "deepspeed.launcher.launch"):
+        (tmp_path / name).write_text(LAUNCHER)
+    command = [sys.executable, str(tmp_path / "deepspeed"), str(tmp_path / "deepspeed.launcher.launch")]
+    with ChildProcess(command, stdout=subprocess.PIPE, text=True) as child:
+        assert child.process.stdout.readline() == "up\n"
+        child.ask_to_stop(signal.SIGTERM)
+        assert child.process.wait(LIMIT_S) == 75 and child.process.stdout.read() == "asked\n"
+
+
+def test_child_process_asked_to_stop_signals_deepspeed_that_has_no_ranks_here(tmp_path):
+    (tmp_path / "deepspeed").write_text(LAUNCHER)
+    (tmp_path / "pdsh").write_text("import time; print('up', flush=True); time.sleep(300)")
+    with ChildProcess([sys.executable, tmp_path / "deepspeed", tmp_path / "pdsh"], stdout=subprocess.PIPE) as child:
+        assert child.process.stdout.readline() == b"up\n"
+        child.ask_to_stop(signal.SIGTERM)
+        assert child.process.wait(LIMIT_S) == -signal.SIGTERM
+
+
+# The leader ends after its child, whose parent, in another group, does not reap it.
+ZOMBIE = """
+import os, time
+group = os.getpgid(0)
+parent = os.fork()
+if parent == 0:
+    child = os.fork()
+    if child == 0:
+        os._exit(0)
+    os.setpgid(0, 0)
+    print("up", flush=True)
+    time.sleep(300)
+time.sleep(0.2)
+"""
+
+
+def test_child_process_is_over_although_nobody_reaps_a_zombie_of_its_group(tmp_path):
+    mark = uuid.uuid4().hex
+    child = ChildProcess([sys.executable, "-c", ZOMBIE], env={MARK: mark}, stdout=subprocess.PIPE)
+    try:
+        child.process.wait(LIMIT_S)
+        assert child.send(0), "the zombie is expected to be in the group"
+        assert child.is_over()
+    finally:
+        child.kill()
+        for pid in marked(mark):
+            os.kill(pid, signal.SIGKILL)

@@ -1,6 +1,7 @@
 """Exit codes and messages of a rank that fails, in a separate process."""
 
 import os
+import signal
 import sys
 import threading
 
@@ -8,7 +9,7 @@ import pytest
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.exit_handling import run_rank
+from megatron_bipe.runtime.exit_handling import describe, run_rank
 from megatron_bipe.runtime.watchdog import Watchdog
 from tests.helpers.ranks import run_programs
 
@@ -62,6 +63,47 @@ def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(abort):
 def test_run_rank_of_an_incomplete_launch_exits_with_code_2(abort):
     code, output = abort(None, RANK="1")
     assert code == 2 and "ConfigError: " in output and "RANK=1" in output
+
+
+def test_run_rank_that_is_interrupted_before_training_ends_without_a_traceback(tmp_path):
+    ended = run_programs(_interrupted, [], tmp_path)[0]
+    assert ended == (-signal.SIGINT, "")
+
+
+def _interrupted():
+    run_rank(lambda *_: os.kill(os.getpid(), signal.SIGINT), None)
+
+
+def test_run_rank_tells_a_supervisor_why_it_ends_in_few_words(abort, tmp_path):
+    file = tmp_path / "failures"
+    file.touch()
+    abort(ValueError("broken"), BIPE_FAILURE_FILE=str(file))
+    abort(DataError("no data"), BIPE_FAILURE_FILE=str(file))
+    first, second, _ = file.read_text().split("\0")
+    assert first.startswith("rank 0 of 1 on ") and first.endswith("ValueError: broken") and "\n" not in first
+    assert "no data" in second
+    abort(ValueError("broken"), BIPE_FAILURE_FILE=str(tmp_path / "on another host"))
+    assert not (tmp_path / "on another host").exists()
+
+
+LOST = "[/build/gloo/pair.cc:537] Read error [::1]:4: Connection reset by peer. This is typically caused so. GLHF!"
+
+
+@pytest.mark.parametrize(
+    ("file", "message", "is_brief"),
+    [
+        ("/lib/torch/distributed/c10d.py", LOST, True),
+        ("/lib/torch/distributed/c10d.py", "tensors must have the same shape", False),
+        ("/lib/model.py", LOST, False),
+    ],
+)
+def test_describe_lost_connection_is_one_line_and_other_failures_have_a_traceback(file, message, is_brief):
+    try:
+        exec(compile("raise RuntimeError(message)", file, "exec"), {"message": message})
+    except RuntimeError as error:
+        text = describe(error, "rank 0")
+    assert text.startswith("rank 0 ") and message.split(". ")[0].rpartition("] ")[2] in text, text
+    assert is_brief == ("\n" not in text) == ("GLHF" not in text and "Traceback" not in text), text
 
 
 def test_run_rank_that_succeeds_returns(abort):

@@ -6,19 +6,20 @@ import signal
 import pytest
 
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.preemption import SIGNALS, StopRequest, parse_duration
+from megatron_bipe.runtime.child_processes import STOP_SIGNALS
+from megatron_bipe.runtime.preemption import StopRequest, parse_duration
 from tests.helpers.errors import raises
 
 
 @pytest.fixture
 def handlers():
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     yield
     for number, handler in before.items():
         signal.signal(number, handler)
 
 
-@pytest.mark.parametrize("number", SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_stop_request_records_a_signal(handlers, number):
     request = StopRequest()
     request.install_handlers()
@@ -31,9 +32,27 @@ def test_stop_request_with_removed_handlers_is_not_ended_by_a_signal(handlers):
     request = StopRequest()
     request.install_handlers()
     request.remove_handlers()
-    assert [signal.getsignal(number) for number in SIGNALS] == [signal.SIG_IGN] * 2
+    ignored = {number for number in STOP_SIGNALS if signal.getsignal(number) is signal.SIG_IGN}
+    assert ignored == {signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP}  # a second SIGINT still ends the process
     os.kill(os.getpid(), signal.SIGTERM)
     assert request.reason == ""
+
+
+def test_stop_request_leaves_sighup_ignored_as_under_nohup(handlers):
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    StopRequest().install_handlers()
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+
+
+def test_stop_request_second_interrupt_ends_the_process_but_not_two_signals_of_one(handlers, monkeypatch, capfd):
+    now, codes = [0.0], []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    request = StopRequest(clock=lambda: now[0])
+    request.install_handlers()
+    for now[0], expected in ((1.0, []), (1.1, []), (3.0, [130])):
+        os.kill(os.getpid(), signal.SIGINT)
+        assert codes == expected and request.reason == "SIGINT"
+    assert "without saving" in capfd.readouterr().err
 
 
 def test_stop_request_obeys_a_time_limit():

@@ -9,7 +9,8 @@ import pytest
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import HealthError
-from megatron_bipe.runtime.preemption import SIGNALS, StopRequest
+from megatron_bipe.runtime.child_processes import STOP_SIGNALS
+from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import Events, read_events
 from megatron_bipe.train.profile import Profile
@@ -82,7 +83,7 @@ def test_train_asked_to_stop_before_the_first_step_does_none(start):
 @pytest.fixture
 def stop_request():
     """Return a stop request with installed signal handlers."""
-    before = {number: signal.getsignal(number) for number in SIGNALS}
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     request = StopRequest()
     request.install_handlers()
     yield request

@@ -4,30 +4,40 @@ import pytest
 
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import dump_yaml, load_run_config
-from megatron_bipe.errors import ConfigError
+from megatron_bipe.errors import ConfigError, exit_code
 from megatron_bipe.train.metrics_file import Events
-from megatron_bipe.train.supervise import Next, Patience, decide, mark, usable_hosts, was_stopped
+from megatron_bipe.train.supervise import Next, Patience, decide, usable_hosts
+from megatron_bipe.train.supervised_launch import Ended, mark, record_since
 from tests.helpers.errors import raises
 
 PATIENCE = Patience(failures=3, first_wait_s=10.0, longest_wait_s=60.0)
 
 
 @pytest.mark.parametrize(
-    ("code", "stopped", "asked", "fruitless", "expected"),
+    ("code", "record", "asked", "fruitless", "expected"),
     [
-        (0, False, False, 0, Next.DONE),
-        (0, False, True, 0, Next.DONE),  # the end came before the signal
-        (75, False, False, 1, Next.LATER),
-        (1, True, False, 1, Next.LATER),  # a launcher that does not forward exit codes
-        (143, False, True, 3, Next.LATER),  # before the first checkpoint
-        (2, False, False, 1, Next.GIVE_UP),
-        (1, False, False, 3, Next.GIVE_UP),
-        (137, False, False, 2, Next.AGAIN),
-        (1, False, False, 0, Next.AGAIN),
+        (0, "done", False, 0, Next.DONE),
+        (0, "done", True, 0, Next.DONE),  # the end came before the signal
+        (137, "done", False, 0, Next.DONE),  # the launcher was killed after the end
+        (0, "start", False, 1, Next.AGAIN),  # deepspeed, when its inner process was killed
+        (0, "", False, 3, Next.GIVE_UP),
+        (75, "", False, 1, Next.LATER),
+        (1, "stop", False, 1, Next.LATER),  # a launcher that does not forward exit codes
+        (143, "", True, 3, Next.LATER),  # before the first step
+        (2, "start", True, 1, Next.GIVE_UP),  # the last checkpoint could not be saved
+        (2, "", False, 1, Next.GIVE_UP),
+        (1, "start", False, 3, Next.GIVE_UP),
+        (137, "start", False, 2, Next.AGAIN),
+        (1, "start", False, 0, Next.AGAIN),
     ],
 )
-def test_decide_by_how_a_launch_ended(code, stopped, asked, fruitless, expected):
-    assert decide(code, stopped, asked, fruitless, PATIENCE) is expected
+def test_decide_by_how_a_launch_ended(code, record, asked, fruitless, expected):
+    assert decide(Ended(code, record), asked, fruitless, PATIENCE) is expected
+
+
+@pytest.mark.parametrize(("code", "name"), [(137, "SIGKILL"), (247, "SIGKILL"), (143, "SIGTERM"), (1, ""), (75, "")])
+def test_exit_code_of_a_signal_is_named_also_that_of_deepspeed(code, name):
+    assert Ended(code).signal_name == name and name in str(Ended(code))
 
 
 def test_patience_waits_twice_as_long_each_time_up_to_a_limit():
@@ -40,9 +50,10 @@ def test_progress_mark_counts_events_and_checkpoints(tmp_path):
     step_folder(tmp_path, 20).mkdir(parents=True)
     before = mark(tmp_path)
     assert before == (1, 20)
-    assert not was_stopped(tmp_path, before)
-    Events(tmp_path, True).add("stop", step=20)
-    assert was_stopped(tmp_path, before) and not was_stopped(tmp_path, mark(tmp_path))
+    assert record_since(tmp_path, before) == ""
+    for event in ("start", "bad step", "stop", "failed"):
+        Events(tmp_path, True).add(event, step=20)
+    assert record_since(tmp_path, before) == "stop" and record_since(tmp_path, mark(tmp_path)) == ""
 
 
 def test_progress_mark_after_a_damaged_checkpoint_moves_with_new_ones(tmp_path):
@@ -71,8 +82,15 @@ def test_usable_hosts_are_as_many_as_share_the_batch_evenly(run_dir, up, used):
 
 
 def test_usable_hosts_fewer_than_the_least_are_refused_by_name(run_dir):
-    with raises(ConfigError, "2 hosts", "a, b", 3, location=run_dir, remedy="--least-hosts"):
+    with raises(ConfigError, "2 hosts", "a, b", 3, location=run_dir, remedy="--least-hosts") as caught:
         usable_hosts(run_dir, ["a", "b"], 4, 3)
+    assert exit_code(caught.value) == 1  # there were enough before, and there may be again
+
+
+def test_usable_hosts_too_few_for_a_new_run_are_for_the_user_to_fix(tmp_path):
+    with raises(ConfigError, "1 hosts", location=tmp_path) as caught:
+        usable_hosts(tmp_path, ["a"], 4, 3)
+    assert exit_code(caught.value) == 2
 
 
 def test_usable_hosts_none_at_all_is_refused(run_dir):
