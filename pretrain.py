@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
@@ -65,7 +66,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     with (
         lock_run_dir(run, loader.record, args.allow, mesh.is_main),
         loader.checking_shards(),
-        Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
+        Watchdog(mesh, run.parallel.timeout_s, partial(connect_store, name=str(run.run_dir))) as watchdog,
     ):
         engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:

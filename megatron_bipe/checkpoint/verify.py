@@ -7,7 +7,7 @@ from pathlib import Path
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_bipe.checkpoint.find import Checkpoint, newest_first
+from megatron_bipe.checkpoint.find import Checkpoint, newest_first, step_folder
 from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config import RunConfig, load_run_config
@@ -37,7 +37,8 @@ def latest_valid_checkpoint(
     Raises:
         CheckpointError: on all ranks, if there are checkpoints but none is valid; states the problem of each.
     """
-    candidates = host.broadcast_object(newest_first(run_dir))
+    steps = host.broadcast_object([checkpoint.step for checkpoint in newest_first(run_dir)])
+    candidates = [Checkpoint(step_folder(run_dir, step), run_dir, step) for step in steps]
     rejected: list[str] = []
     for checkpoint in candidates:
         found = host.all_gather_object(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))

@@ -134,14 +134,15 @@ class CheckpointWriter:
 
     def _begin(self, run_dir: Path, step: int, num_bytes: int) -> tuple[Path | None, str]:
         """Return the temporary folder or an error, the same on all ranks."""
-        begun: tuple[Path | None, str] = None, ""
+        folder, error_text = "", ""
         if self._mesh.is_main:
             room_bytes = num_bytes + int(self._config.min_free_gib * 2**30)
             try:
-                begun = begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes), ""
+                folder = str(begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes))
             except (OSError, BipeError) as error:
-                begun = None, _text(error)
-        return self._host.broadcast_object(begun)
+                error_text = _text(error)
+        folder, error_text = self._host.broadcast_object([folder, error_text])
+        return (Path(folder) if folder else None), error_text
 
     def _write_in_background(self, save: _Save, mark: torch.cuda.Event | None) -> str:
         """Copy and write the state in the thread; a failure is logged immediately."""

@@ -39,11 +39,12 @@ from megatron_bipe.parallel import (
     Replicas,
     TensorParallelLayers,
     UlyssesExchange,
+    all_gather_json,
     check_replicas,
     context_group,
     tensor_group,
 )
-from megatron_bipe.runtime.distributed_init import connect_store
+from megatron_bipe.runtime.distributed_init import connect_store, host_store, port_error
 from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.types import Batch
@@ -67,16 +68,14 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         warn_of_unknown_versions()
     skip_operator_probe()
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+    store = None if dist.is_initialized() else host_store(mesh)
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ConfigError(
-            f"the rendezvous port is in use, perhaps by another launch on this host: {error}",
-            remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
-            location=f"MASTER_PORT of {rank_name(mesh)}",
-        ) from error
+        raise port_error(str(error)) from error
+    del store  # torch's group has the same server
 
 
 def check_precision(mesh: Mesh, run: RunConfig) -> None:
@@ -85,9 +84,8 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
     Raises:
         ConfigError: on all ranks, if `train.precision=auto` resolved differently on different hosts.
     """
-    seen: list[Any] = [None] * mesh.num_ranks
-    dist.all_gather_object(seen, (run.train.precision, rank_name(mesh)))
-    first_by_precision = dict(reversed(seen))
+    seen = all_gather_json([run.train.precision, rank_name(mesh)])
+    first_by_precision: dict[str, str] = dict(reversed(seen))
     if len(first_by_precision) > 1:
         found = ", ".join(f"{precision} on {name}" for precision, name in sorted(first_by_precision.items()))
         raise ConfigError(
@@ -290,7 +288,7 @@ class DeepSpeedEngine:
         self._run, self.host = run, HostCollectives(self._mesh)
         set_group_timeouts(_collective_timeout(run.parallel.timeout_s))
         self._saver = CheckpointWriter(
-            run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s)
+            run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s, str(run.run_dir))
         )
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 

@@ -22,7 +22,7 @@ from typing import NamedTuple, TypeVar
 
 import torch.distributed as dist
 
-from megatron_bipe.errors import FAILED, exit_code
+from megatron_bipe.errors import FAILED, USER_ERROR, exit_code
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.exit_handling import (
     abort,
@@ -62,6 +62,11 @@ class Shutdown(NamedTuple):
     code: int
     stacks: bool = False  # True if each rank must print its stacks
 
+    @property
+    def is_valid(self) -> bool:
+        """True if a rank can have sent it: a launch that ends in this way has failed."""
+        return isinstance(self.text, str) and self.code in (FAILED, USER_ERROR) and isinstance(self.stacks, bool)
+
 
 class HeartbeatStore:
     """One rank's access to the store of a launch.
@@ -87,7 +92,7 @@ class HeartbeatStore:
 
     def read_all(self) -> Heartbeats:
         """Return the last heartbeat of every rank."""
-        return {rank: self._ask(partial(self._read_heartbeat, rank)) for rank in range(self._num_ranks)}
+        return {rank: self._ask(partial(self._read, f"rank-{rank}", Heartbeat)) for rank in range(self._num_ranks)}
 
     def is_first_to_fail(self) -> bool:
         """Register a failure; return True if it is the first one of the launch."""
@@ -99,8 +104,9 @@ class HeartbeatStore:
         self._ask(lambda: self._store.set("end", json.dumps(end)))
 
     def shutdown_request(self) -> Shutdown | None:
-        """Return the shutdown request, if there is one."""
-        return self._ask(lambda: Shutdown(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
+        """Return the shutdown request, if there is one; a value that no rank can have written is ignored."""
+        end = self._ask(lambda: self._read("end", Shutdown))
+        return end if end is not None and end.is_valid else None
 
     def finish(self, timeout_s: float) -> None:
         """Report the end; rank 0, which may host the store, waits until every rank has called this."""
@@ -110,9 +116,12 @@ class HeartbeatStore:
             self._store.wait(["all finished"], timedelta(seconds=timeout_s))
         self._executor.shutdown()
 
-    def _read_heartbeat(self, rank: int) -> Heartbeat | None:
-        key = f"rank-{rank}"
-        return Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _read(self, key: str, kind: Callable[..., T]) -> T | None:
+        """Return a value of the store; None if there is none, or if it was not written by a rank."""
+        try:
+            return kind(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        except (ValueError, TypeError):
+            return None
 
     def _ask(self, call: Callable[[], T]) -> T:
         return self._executor.submit(call).result(ANSWER_S)
