@@ -13,7 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, BinaryIO
 
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import DataError, writing
 
 PARTIAL_SUFFIX = ".partial"  # appended to the name of a file that is still being written
 LOCK_NAME = "lock"
@@ -48,13 +48,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = partial_path(path)
     try:
-        with partial.open("wb") as stream:
+        with writing(path), partial.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error tells more
+            partial.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -100,7 +101,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise DataError("The output folder is not empty", remedy="Name another, or overwrite it", location=path)
 
-    with locked(work, begin, output=path):
+    with locked(work, begin, output=path), writing(path):
         try:
             draft.mkdir(parents=True)
             yield draft

@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bipe.errors import writing
+
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _ALIGNMENT = 8  # bytes to which the start of the first tensor is aligned
 _CHUNK_BYTES = 1 << 22  # small enough that a chunk is still in the CPU cache when it is written after hashing
@@ -51,7 +53,7 @@ def write_tensors(
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as stream:
+    with writing(path), path.open("wb", buffering=0) as stream:
         heading = [memoryview(len(header).to_bytes(8, "little")), memoryview(header)]
         for view in itertools.chain(heading, (_bytes((read or tensors.__getitem__)(name)) for name in tensors)):
             for start in range(0, len(view), _CHUNK_BYTES):

@@ -16,12 +16,13 @@ import logging
 import os
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from megatron_bipe.io import fsync_path
+from megatron_bipe.train.log_file import LogFile
 
 _log = logging.getLogger(__name__)
 
@@ -50,20 +51,20 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int, valid_owed: bool = False) -> None:
-        self._file = path.open("ab")
+        path.touch()
         kept = scan(path, last_step, valid_owed)
-        self._file.truncate(kept.size_bytes)
+        os.truncate(path, kept.size_bytes)
+        self._file = LogFile(path)
         self.step_time_s = kept.step_time_s
         self.last_lines = kept.last_lines
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Append a line; numbers that are not finite become null, as JSON has none."""
-        self._file.write(orjson.dumps(values) + b"\n")
-        self._file.flush()
+        self._file.add(orjson.dumps(values) + b"\n")
         self.step_time_s += values.get(STEP_TIME, 0.0)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.write(sync=True)
 
     def close(self) -> None:
         self._file.close()
@@ -98,16 +99,15 @@ class Events:
     """
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self._path, self.is_main = run_dir / EVENTS, is_main
+        self.is_main = is_main
+        self._file = LogFile(run_dir / EVENTS)
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event and sync it to disk; numbers that are not finite become null, as JSON has none."""
-        if not self.is_main:
-            return
-        is_truncated = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
-        with self._path.open("ab") as file:
-            file.write(b"\n" * is_truncated + orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n")
-        fsync_path(self._path)
+        if self.is_main:
+            line = orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n"
+            self._file.add(b"\n" * _is_truncated(self._file.path) + line)
+            self._file.write(sync=True)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -115,6 +115,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / EVENTS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [event for event in map(_parsed, lines) if {"time", "event"} <= event.keys()]
+
+
+def _is_truncated(path: Path) -> bool:
+    """Return True if a crash has left the last line of a file incomplete."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+    return False
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

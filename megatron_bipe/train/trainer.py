@@ -59,7 +59,7 @@ class Trainer:
         events = Events(config.run_dir, mesh.is_main)
         self.stop_request.agree_by(engine.host.any_rank)
         events.add(START, step=state.step, ranks=mesh.num_ranks)
-        began_at_s = read_events(config.run_dir)[0]["time"] if mesh.is_main else None
+        began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         rollback = Rollback(config, engine, self.loader, events, state)
         state = self.train(state, metrics, rollback, stop_step)

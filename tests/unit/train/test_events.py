@@ -1,8 +1,12 @@
 """Recorded events of a run."""
 
+import errno
+import os
+
 import orjson
 
 from megatron_bipe.train.metrics_file import EVENTS, Events, read_events
+from tests.helpers.errors import assert_warned
 
 
 def test_events_are_read_back_in_order_over_several_starts(tmp_path):
@@ -35,6 +39,26 @@ def test_events_a_damaged_line_costs_no_other(tmp_path):
     location = intact.index(b"\n") + 5
     (tmp_path / EVENTS).write_bytes(intact[:location] + b"\xff" + intact[location + 1 :])
     assert [event["step"] for event in read_events(tmp_path)] == [0, 2]
+
+
+def test_events_on_a_disk_that_fails_follow_later(tmp_path, monkeypatch, caplog):
+    events = Events(tmp_path, True)
+    events.add("start", step=0)
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", _fail)
+        events.add("stop", step=1)
+    (tmp_path / EVENTS).rename(tmp_path / "aside")
+    (tmp_path / EVENTS).mkdir()
+    events.add("start", step=1)
+    assert_warned(caplog, tmp_path / EVENTS, "Stale")
+    (tmp_path / EVENTS).rmdir()
+    (tmp_path / "aside").rename(tmp_path / EVENTS)
+    events.add("done", step=2)
+    assert [event["event"] for event in read_events(tmp_path)] == ["start", "stop", "start", "done"]
+
+
+def _fail(*_):
+    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
 
 
 def test_events_other_ranks_write_nothing(tmp_path):
