@@ -40,6 +40,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
+    from megatron_bipe.train.metrics_file import record_failure
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import (
         end_summary,
@@ -66,7 +67,12 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     with (
         lock_run_dir(run, loader.record, args.allow, mesh.is_main),
         loader.checking_shards(),
-        Watchdog(mesh, run.parallel.timeout_s, partial(connect_store, name=str(run.run_dir))) as watchdog,
+        Watchdog(
+            mesh,
+            run.parallel.timeout_s,
+            partial(connect_store, name=str(run.run_dir)),
+            partial(record_failure, run.run_dir),
+        ) as watchdog,
     ):
         engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:

@@ -112,6 +112,11 @@ def as_user_error(error: BaseException) -> BaseException:
     return DataError(problem, remedy=remedy, location=path, transient=code in _TRANSIENT)
 
 
+def is_transient(error: BaseException) -> bool:
+    """Return True for a failure of a disk or file server that may pass."""
+    return isinstance(error, OSError) and error.errno in _TRANSIENT
+
+
 def failed_path(error: OSError) -> str:
     """Return the path that an operation failed for, the target of a copy; empty if the error names none."""
     path = error.filename2 or error.filename or ""

@@ -34,6 +34,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> WrittenFile:
     """Write a safetensors file and fsync it before returning.
 
@@ -44,6 +45,7 @@ def write_tensors(
         tensors: contiguous CPU tensors, wider dtypes before narrower ones.
         metadata: content of the header's `__metadata__` entry.
         read: returns a tensor by name, called once per name and in order; `tensors` then only gives dtypes and shapes.
+        advance: called after each chunk.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -61,6 +63,7 @@ def write_tensors(
                 digest.update(chunk)
                 while chunk:  # a nearly full disk accepts only part of a chunk, then fails
                     chunk = chunk[stream.write(chunk) :]
+                advance()
         os.fsync(stream.fileno())
         return WrittenFile(stream.tell(), digest.hexdigest())
 

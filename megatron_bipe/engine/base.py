@@ -3,7 +3,7 @@
 import io
 import logging
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -47,6 +47,7 @@ from megatron_bipe.parallel import (
 from megatron_bipe.runtime.distributed_init import connect_store, host_store, port_error
 from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.types import Batch
 
 _WATCHDOG_HEAD_START_S = 30  # a hang is first seen by the watchdog, then by the timeout of collectives
@@ -251,6 +252,7 @@ class DeepSpeedEngine:
     _saver: CheckpointWriter
     _engine: Any  # DeepSpeed's engine
     _optimizer: Any  # DeepSpeed's wrapper of the optimizer
+    _observer = Observer()
     _plain: GradientClipper | None = None
     _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
@@ -292,8 +294,9 @@ class DeepSpeedEngine:
         )
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
-    def on_forward(self, to: Callable[[], None]) -> None:
-        self._engine.module.register_forward_pre_hook(lambda *_: to())
+    def observe(self, observer: Observer) -> None:
+        self._observer = self._saver.observer = observer
+        self._engine.module.register_forward_pre_hook(lambda *_: observer.progress())
 
     def pop_forward_seconds(self) -> float:
         return self._own_time.pop_seconds()
@@ -312,15 +315,23 @@ class DeepSpeedEngine:
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         self._saver.finish()
         return latest_valid_checkpoint(
-            run_dir, lambda index: belongs_to_another_run(index, self._run, self._data), self._mesh, self.host
+            run_dir,
+            lambda index: belongs_to_another_run(index, self._run, self._data),
+            self._mesh,
+            self.host,
+            self._observer,
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
         self._saver.finish()
         reader = StateReader(folder)
-        load_optimizer_state(self._engine.module, self._optimizer, reader)
+        load_optimizer_state(self._engine.module, self._optimizer, reader, self._in_rounds)
         set_random_states(reader.random(self._mesh.rank), self._mesh.device)
         return reader.index.loop_state
+
+    def _in_rounds(self, work: Iterable[object]) -> None:
+        for _ in self.host.in_rounds(work):
+            self._observer.progress()
 
     def _fragments_to_write(self) -> list[Fragment]:
         """Return the fragments that this rank writes; ranks with replicated fragments each write a part of them."""

@@ -148,8 +148,8 @@ def _use_loopback(launch: Launch) -> None:
         env.update(MASTER_PORT=agents.get("port").decode(), **{_AGENT_HOSTS_STORE: str(False)})
     env["MASTER_ADDR"] = LOOPBACK
     if any(name == _LOOPBACK_INTERFACE for _, name in socket.if_nameindex()):
-        for library in ("GLOO", "NCCL"):
-            env.setdefault(f"{library}_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+        env.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={_LOOPBACK_INTERFACE}")  # without "=", the start of a name
 
 
 def _own_gpu(launch: Launch, num_gpus: int) -> int:

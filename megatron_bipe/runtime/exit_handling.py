@@ -66,6 +66,12 @@ def describe(error: BaseException, name: str) -> str:
     return f"{name} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
 
 
+def summarize(error: BaseException) -> str:
+    """Return the type and the first line of the message of an error."""
+    error = as_user_error(error)
+    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}".rstrip(": ")
+
+
 def write_stderr(text: str) -> None:
     """Write a message to stderr in one call, so that those of several ranks do not mix; ignore a closed pipe."""
     with suppress(BrokenPipeError):

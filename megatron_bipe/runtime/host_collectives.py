@@ -5,6 +5,8 @@ plain JSON values, so that no rank runs what another process sends; named tuples
 """
 
 import json
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -12,6 +14,9 @@ import torch.distributed as dist
 
 from megatron_bipe.parallel import Mesh, all_gather_json, broadcast_json
 from megatron_bipe.runtime.exit_handling import rank_name
+
+ROUND_S = 5.0  # duration of a round
+_END = object()
 
 
 class HostCollectives:
@@ -39,6 +44,21 @@ class HostCollectives:
     def all_gather_object(self, thing: Any) -> list[Any]:
         """Return the JSON values of all ranks, by rank."""
         return [json.loads(json.dumps(thing))] if self._group is None else all_gather_json(thing, self._group)
+
+    def in_rounds(self, work: Iterable[object]) -> Iterator[None]:
+        """Do work on all ranks that may take much longer on some of them; yield after each round on every rank.
+
+        A rank that has finished takes part in the remaining rounds, so that it need not wait long for the others.
+
+        Args:
+            work: this rank's work, in steps; it contains no collectives.
+        """
+        steps, is_done = iter(work), False
+        while self.any_rank(not is_done):
+            until_s = time.monotonic() + ROUND_S
+            while not is_done and time.monotonic() < until_s:
+                is_done = next(steps, _END) is _END
+            yield
 
     def _all_reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         numbers = torch.tensor(number)

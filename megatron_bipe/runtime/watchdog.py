@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -29,6 +29,7 @@ from megatron_bipe.runtime.exit_handling import (
     describe,
     layout_coordinates,
     rank_name,
+    summarize,
     write_stderr,
 )
 
@@ -37,6 +38,7 @@ LOOK_S = 2.5  # between the two observations that show which ranks send none
 _THREAD_FRAMES = 4  # innermost frames shown of threads other than the training thread
 REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the first one
 
+FIRST_CONTACT_S = 5.0  # a rank that fails before its first heartbeat waits this long for the store
 ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
 
@@ -160,9 +162,17 @@ class Watchdog:
         mesh: this rank's coordinates in the parallel layout.
         timeout_s: longest permitted time between two calls of `mark` or `heartbeat`, or two micro-batches.
         connect: opens a connection to the store of the launch, given a timeout in seconds.
+        record: called on the rank that fails first, with what is known of the failure; it must not wait long.
     """
 
-    def __init__(self, mesh: Mesh, timeout_s: float, connect: Callable[[float], dist.Store]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        timeout_s: float,
+        connect: Callable[[float], dist.Store],
+        record: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self._record = record
         self._mesh, self._timeout_s, self._connect = mesh, timeout_s, connect
         self._name = f"{rank_name(mesh)} ({layout_coordinates(mesh)})"
         self._training_thread = threading.get_ident()
@@ -201,7 +211,7 @@ class Watchdog:
         if error is not None:
             # The launcher ends the remaining ranks when one has died; report the error first.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
-            self._fail(describe(error, self._label()), type(error).__name__, exit_code(error), silent_ranks)
+            self._fail(describe(error, self._label()), summarize(error), exit_code(error), silent_ranks)
             self._thread.join(REPORT_WAIT_S)  # it ends this process once the first failed rank has reported why
             abort(f"{self._label()} leaves", exit_code(error))
         self._over.set()
@@ -219,9 +229,12 @@ class Watchdog:
             try:
                 self._beat(beats)
             except dist.DistError as error:
+                if self._mesh.rank == 1:  # one of those that rank 0, which has the store, leaves behind
+                    self._record_failure(_state_of_store(error))
                 abort(f"{self._label()} leaves: {_state_of_store(error)}", FAILED)
             except TimeoutError as error:
                 if is_stuck:
+                    self._record_failure(f"no progress for {self._timeout_s:g} s", _state_of_store(error))
                     abort(f"{self._no_progress()}\n{_state_of_store(error)}", FAILED)
             if is_stuck and failed_at_s == math.inf:
                 failed_at_s = self._clock_s
@@ -242,22 +255,29 @@ class Watchdog:
             stack = f"\n{self._label()} is in\n{self._stack()}" if end.stacks else ""
             abort(f"{self._label()} leaves: {end.text}{stack}", end.code)
 
-    def _connected(self) -> HeartbeatStore:
+    def _connected(self, timeout_s: float | None = None) -> HeartbeatStore:
         """Return the store; a rank that ends before its first heartbeat connects only to report the end."""
         if self._store is None:
-            self._store = HeartbeatStore(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+            store = self._connect(timeout_s or self._timeout_s)
+            self._store = HeartbeatStore(store, self._mesh.rank, self._mesh.num_ranks)
         return self._store
+
+    def _record_failure(self, reason: str, seen: str = "") -> None:
+        others = {"seen": seen.splitlines()} if seen else {}
+        self._record({"rank": self._mesh.rank, "name": self._name, "at": self._location, "reason": reason} | others)
 
     def _fail(self, text: str, reason: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""
-        store = self._store
-        if store is None:
+        if self._store is None and self._mesh.num_ranks == 1:  # there is no one to tell
+            self._record_failure(reason)
             abort(text, code)
         try:
+            store = self._connected(FIRST_CONTACT_S)
             if not store.is_first_to_fail():
                 write_stderr(f"{self._label()} failed, too: {reason}")
                 return
         except STORE_ERRORS as error:
+            self._record_failure(reason, _state_of_store(error))
             abort(f"{text}\n{_state_of_store(error)}", code)
         write_stderr(text)
         try:
@@ -265,12 +285,14 @@ class Watchdog:
             time.sleep(LOOK_S)
             seen = "\n".join(observe(before, store.read_all(), self._mesh.rank))
             self._over.set()
+            self._record_failure(reason, seen)
             stacks = observe is group_ranks_by_location  # if ranks wait for one that is stuck, all stacks are needed
             store.request_shutdown(Shutdown(f"{self._label()} failed first: {reason}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others check every beat; when this rank exits, their collectives fail
         except STORE_ERRORS as error:
             seen = _state_of_store(error)
+            self._record_failure(reason, seen)
         abort(seen or f"{self._label()} leaves", code)
 
     def _no_progress(self) -> str:

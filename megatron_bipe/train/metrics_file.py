@@ -14,14 +14,17 @@ began, and its last line how it ended.
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
+from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.train.log_file import LogFile
 
 _log = logging.getLogger(__name__)
@@ -29,6 +32,7 @@ _log = logging.getLogger(__name__)
 EVENTS = "events.jsonl"
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
+RECORD_WAIT_S = 5.0
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
@@ -99,15 +103,49 @@ class Events:
     """
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self.is_main = is_main
+        self.is_main, self._lock = is_main, threading.Lock()
         self._file = LogFile(run_dir / EVENTS)
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event and sync it to disk; numbers that are not finite become null, as JSON has none."""
-        if self.is_main:
+        if not self.is_main:
+            return
+        with self._lock:  # a background thread reports checkpoints
             line = orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n"
             self._file.add(b"\n" * _is_truncated(self._file.path) + line)
             self._file.write(sync=True)
+
+
+class RunObserver(Observer):
+    """Observer that records what happens to checkpoints, and passes on the progress.
+
+    Args:
+        events: event log.
+        heartbeat: called on progress.
+    """
+
+    def __init__(self, events: Events, heartbeat: Callable[[], None]) -> None:
+        self._events, self._heartbeat = events, heartbeat
+
+    def progress(self) -> None:
+        self._heartbeat()
+
+    def saved(self, step: int, num_bytes: int, seconds: float) -> None:
+        self._events.add(SAVED, step=step, bytes=num_bytes, seconds=seconds)
+
+    def save_failed(self, step: int, reason: str) -> None:
+        self._events.add(SAVE_FAILED, step=step, reason=reason)
+
+    def fell_back(self, to_step: int, skipped: Mapping[int, str]) -> None:
+        reasons = [{"step": step, "reason": reason} for step, reason in skipped.items()]
+        self._events.add(FELL_BACK, to_step=to_step, skipped=reasons)
+
+
+def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
+    """Record why a launch ends, on any rank; the disk may be what fails, so do not wait long for it."""
+    recorder = threading.Thread(target=partial(Events(run_dir, True).add, FAILED, **failure), daemon=True)
+    recorder.start()
+    recorder.join(RECORD_WAIT_S)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:

@@ -58,7 +58,7 @@ def test_join_launch_reads_what_a_launcher_set(environment):
 def test_join_launch_on_one_host_uses_its_loopback_interface(environment):
     environment.update(LAUNCH, WORLD_SIZE="4", RANK="1", GLOO_SOCKET_IFNAME="eth7")
     join_launch()
-    assert (environment["MASTER_ADDR"], environment["NCCL_SOCKET_IFNAME"]) == ("127.0.0.1", "lo")
+    assert (environment["MASTER_ADDR"], environment["NCCL_SOCKET_IFNAME"]) == ("127.0.0.1", "=lo")
     assert environment["GLOO_SOCKET_IFNAME"] == "eth7"  # the user's choice
 
 

@@ -2,10 +2,12 @@
 
 import errno
 import os
+import threading
 
 import orjson
 
-from megatron_bipe.train.metrics_file import EVENTS, Events, read_events
+from megatron_bipe.train import metrics_file
+from megatron_bipe.train.metrics_file import EVENTS, Events, RunObserver, read_events, record_failure
 from tests.helpers.errors import assert_warned
 
 
@@ -59,6 +61,31 @@ def test_events_on_a_disk_that_fails_follow_later(tmp_path, monkeypatch, caplog)
 
 def _fail(*_):
     raise OSError(errno.ESTALE, os.strerror(errno.ESTALE))
+
+
+def test_events_show_what_happened_to_checkpoints(tmp_path):
+    signs = []
+    observer = RunObserver(Events(tmp_path, True), lambda: signs.append(1))
+    observer.progress()
+    observer.saved(10, 12_000, 0.5)
+    observer.save_failed(20, "No space left on device")
+    observer.fell_back(10, {20: "its SHA-256 differs"})
+    record_failure(tmp_path, {"rank": 3, "reason": "ValueError"})
+    saved, failed, fell_back, end = read_events(tmp_path)
+    assert signs == [1]
+    assert (saved["event"], saved["step"], saved["bytes"], saved["seconds"]) == ("saved", 10, 12_000, 0.5)
+    assert (failed["event"], failed["step"], failed["reason"]) == ("save failed", 20, "No space left on device")
+    assert (fell_back["event"], fell_back["to_step"]) == ("fell back", 10)
+    assert fell_back["skipped"] == [{"step": 20, "reason": "its SHA-256 differs"}]
+    assert (end["event"], end["rank"]) == ("failed", 3)
+
+
+def test_events_failure_on_a_disk_that_hangs_does_not_keep_the_rank(tmp_path, monkeypatch):
+    monkeypatch.setattr(metrics_file, "RECORD_WAIT_S", 0.01)
+    released = threading.Event()
+    monkeypatch.setattr(Events, "add", lambda *_, **__: released.wait(20))
+    record_failure(tmp_path, {"rank": 0})
+    released.set()
 
 
 def test_events_other_ranks_write_nothing(tmp_path):
