@@ -8,6 +8,7 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
+from functools import partial
 from pathlib import Path
 
 from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
@@ -40,6 +41,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
+    from megatron_bipe.train.metrics_file import record_failure
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.run_folder import (
         end_summary,
@@ -73,7 +75,12 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     with (
         lock_run_dir(run, loader.record, args.allow, mesh.is_main),
         loader.checking_shards(),
-        Watchdog(mesh, run.parallel.timeout_s, connect_store) as watchdog,
+        Watchdog(
+            mesh,
+            run.parallel.timeout_s,
+            partial(connect_store, name=str(run.run_dir)),
+            partial(record_failure, run.run_dir),
+        ) as watchdog,
     ):
         engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:

@@ -5,21 +5,28 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
+import math
 import os
 import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, TypeVar
 
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import DataError, is_transient, writing
 
 PARTIAL_SUFFIX = ".partial"  # appended to the name of a file that is still being written
 LOCK_NAME = "lock"
 LOCK_WAIT_S = 10.0  # time for the processes of a killed run to exit
+READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that failed is repeated
+_CHUNK_BYTES = 1 << 22
+
+T = TypeVar("T")
+_log = logging.getLogger(__name__)
 
 
 def fsync_path(path: Path) -> None:
@@ -33,8 +40,48 @@ def fsync_path(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex; raise `OSError` if it is missing or unreadable."""
-    with path.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    steps = hashing(path)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            return str(end.value)
+
+
+def hashing(path: Path) -> Generator[None, None, str]:
+    """Hash a file as `sha256_of` does, and yield after each chunk."""
+    for pause_s in (*READ_PAUSES_S, math.inf):
+        try:
+            return (yield from _hash_once(path))
+        except OSError as error:
+            _pause_or_raise(error, pause_s)
+    raise AssertionError
+
+
+def _hash_once(path: Path) -> Generator[None, None, str]:
+    digest = hashlib.sha256()
+    with path.open("rb", buffering=0) as stream:
+        while chunk := stream.read(_CHUNK_BYTES):
+            digest.update(chunk)
+            yield
+    return digest.hexdigest()
+
+
+def read_again(read: Callable[[], T]) -> T:
+    """Return what `read` returns; after an error of the disk that may pass, call it again, a few times."""
+    for pause_s in (*READ_PAUSES_S, math.inf):
+        try:
+            return read()
+        except OSError as error:
+            _pause_or_raise(error, pause_s)
+    raise AssertionError
+
+
+def _pause_or_raise(error: OSError, pause_s: float) -> None:
+    if pause_s == math.inf or not is_transient(error):
+        raise error
+    _log.warning("%s; reading again in %g s", error, pause_s)
+    time.sleep(pause_s)
 
 
 def partial_path(path: Path) -> Path:
@@ -50,13 +97,14 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
     """
     partial = partial_path(path)
     try:
-        with partial.open("wb") as stream:
+        with writing(path), partial.open("wb") as stream:
             yield stream
             stream.flush()
             os.fsync(stream.fileno())
         partial.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        with suppress(OSError):  # the first error tells more
+            partial.unlink(missing_ok=True)
         raise
     fsync_path(path.parent)
 
@@ -102,7 +150,7 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise DataError("The output folder is not empty", remedy="Name another, or overwrite it", location=path)
 
-    with locked(work, begin, output=path):
+    with locked(work, begin, output=path), writing(path):
         try:
             draft.mkdir(parents=True)
             yield draft

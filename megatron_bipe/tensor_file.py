@@ -15,6 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bipe.errors import writing
+
 _DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8"}
 _ALIGNMENT = 8  # bytes to which the start of the first tensor is aligned
 _CHUNK_BYTES = 1 << 22  # small enough that a chunk is still in the CPU cache when it is written after hashing
@@ -32,6 +34,7 @@ def write_tensors(
     tensors: Mapping[str, Tensor],
     metadata: Mapping[str, str],
     read: Callable[[str], Tensor] | None = None,
+    advance: Callable[[], None] = lambda: None,
 ) -> WrittenFile:
     """Write a safetensors file and fsync it before returning.
 
@@ -42,6 +45,7 @@ def write_tensors(
         tensors: contiguous CPU tensors, wider dtypes before narrower ones.
         metadata: content of the header's `__metadata__` entry.
         read: returns a tensor by name, called once per name and in order; `tensors` then only gives dtypes and shapes.
+        advance: called after each chunk.
     """
     entries: dict[str, object] = {"__metadata__": dict(metadata)}
     end = 0
@@ -51,7 +55,7 @@ def write_tensors(
     header = json.dumps(entries).encode()
     header += b" " * (-len(header) % _ALIGNMENT)
     digest = hashlib.sha256()
-    with path.open("wb", buffering=0) as stream:
+    with writing(path), path.open("wb", buffering=0) as stream:
         heading = [memoryview(len(header).to_bytes(8, "little")), memoryview(header)]
         for view in itertools.chain(heading, (_bytes((read or tensors.__getitem__)(name)) for name in tensors)):
             for start in range(0, len(view), _CHUNK_BYTES):
@@ -59,6 +63,7 @@ def write_tensors(
                 digest.update(chunk)
                 while chunk:  # a nearly full disk accepts only part of a chunk, then fails
                     chunk = chunk[stream.write(chunk) :]
+                advance()
         os.fsync(stream.fileno())
         return WrittenFile(stream.tell(), digest.hexdigest())
 

@@ -17,7 +17,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from megatron_bipe.data.manifest import Count, Record, ShardRecord
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import DataError, failed_path
 from megatron_bipe.io import LOCK_NAME, unreadable_error, write_atomically
 from preprocessing.destinations import Destination
 from preprocessing.document_tokenizer import BackendName
@@ -177,7 +177,7 @@ class WorkFolder:
             raise DataError(
                 f"The output cannot be written: {error.strerror or error}",
                 remedy=f"{fix}, and run the same command again: finished shards are kept",
-                location=error.filename or self.path,
+                location=failed_path(error) or self.path,
             ) from error
 
 

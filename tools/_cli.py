@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from megatron_bipe.config import AUTO, PRECISIONS, Precision
-from megatron_bipe.errors import FAILED, BipeError, CheckpointError, ConfigError, DataError, exit_code
+from megatron_bipe.errors import FAILED, BipeError, CheckpointError, ConfigError, DataError, as_user_error, exit_code
 from megatron_bipe.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -37,19 +37,31 @@ def command(main: Callable[[Sequence[str] | None], None]) -> Callable[..., int]:
             sys.stdout.flush()
         except SystemExit as end:  # from argparse, or a command that chooses its exit code
             return end.code if isinstance(end.code, int) else int(end.code is not None)
-        except BipeError as error:
-            sys.stderr.write(f"{type(error).__name__}: {error}\n")
-            return exit_code(error)
         except BrokenPipeError:
             if not _stdout_has_lost_its_reader():  # another pipe broke, such as that of a dead worker
                 raise
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _discard_stdout()
+        except Exception as error:
+            user_error = as_user_error(error)
+            if not isinstance(user_error, BipeError):
+                raise
+            sys.stderr.write(f"{type(user_error).__name__}: {user_error}\n")
+            try:
+                sys.stdout.flush()
+            except OSError:  # stdout is the file that cannot be written
+                _discard_stdout()
+            return exit_code(user_error)
         except KeyboardInterrupt:
             sys.stderr.write("Interrupted.\n")
             return FAILED
         return 0
 
     return run
+
+
+def _discard_stdout() -> None:
+    """Redirect stdout, which Python flushes at the exit."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _stdout_has_lost_its_reader() -> bool:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.io import read_again
 
 POINTER = "latest"
 
@@ -100,7 +101,7 @@ def step_folder(run_dir: Path, step: int) -> Path:
 
 def _pointed_at(run_dir: Path) -> int | None:
     try:
-        return _step_of((run_dir / "checkpoints" / POINTER).read_text(encoding="utf-8").strip())
+        return _step_of(read_again((run_dir / "checkpoints" / POINTER).read_bytes).decode().strip())
     except (OSError, UnicodeDecodeError):
         return None
 

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from megatron_bipe.data.manifest import DataRecord, FileRecord
-from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import write_atomically
+from megatron_bipe.errors import CheckpointError, is_transient
+from megatron_bipe.io import read_again, write_atomically
 from megatron_bipe.model import Shard
 
 FORMAT_VERSION = 2
@@ -87,13 +87,13 @@ def load_index(folder: Path) -> CheckpointManifest:
         CheckpointError: it is missing, was changed after it was written, or is of another version.
     """
     try:
-        text, checksum = (folder / INDEX).read_bytes(), (folder / CHECKSUM_NAME).read_bytes()
+        text, checksum = (read_again((folder / name).read_bytes) for name in (INDEX, CHECKSUM_NAME))
     except FileNotFoundError as error:
         raise unusable_checkpoint(
             folder, f"{Path(error.filename).name} is missing, which every checkpoint has"
         ) from None
     except OSError as error:
-        raise unusable_checkpoint(folder, f"{INDEX} cannot be read: {error}") from error
+        raise unreadable_checkpoint(folder, INDEX, error) from error
     if checksum != _checksum_line(text):
         raise unusable_checkpoint(
             folder, f"{INDEX} does not match {CHECKSUM_NAME}: one was changed after it was written"
@@ -116,6 +116,13 @@ def unusable_checkpoint(folder: Path, seen: str) -> CheckpointError:
         remedy="Continue from another step of the run: RUN_DIR@STEP names one",
         location=folder,
     )
+
+
+def unreadable_checkpoint(folder: Path, name: str, error: OSError) -> CheckpointError:
+    """Return the error for a file of a checkpoint that cannot be read, which does not prove that it is damaged."""
+    found = unusable_checkpoint(folder, f"{name} cannot be read: {error.strerror or error}")
+    found.transient = is_transient(error)
+    return found
 
 
 def _checksum_line(text: bytes) -> bytes:

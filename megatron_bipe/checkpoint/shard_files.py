@@ -8,7 +8,7 @@ it. A reader of any layout requests the slice that it needs. docs/checkpoints.md
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -63,7 +63,13 @@ def rank_file(rank: int) -> str:
     return f"rank-{rank:05d}.safetensors"
 
 
-def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], random: Mapping[str, Tensor]) -> FileRecord:
+def write_fragments(
+    folder: Path,
+    rank: int,
+    fragments: Sequence[Fragment],
+    random: Mapping[str, Tensor],
+    advance: Callable[[], None] = lambda: None,
+) -> FileRecord:
     """Write the file of one rank, and sync it to the disk.
 
     Args:
@@ -71,13 +77,14 @@ def write_fragments(folder: Path, rank: int, fragments: Sequence[Fragment], rand
         rank: rank that the file is named after.
         fragments: the rank's fragments; copied to CPU memory if they are on a GPU.
         random: states of random number generators by name, uint8 [bytes].
+        advance: called after each chunk.
     """
     path = folder / rank_file(rank)
     held = [fragment for fragment in fragments if fragment.size]
     tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
     tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
     info = {f.name: _saved(f, path.name).model_dump() for f in held}
-    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(info)})._asdict())
+    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(info)}, advance=advance)._asdict())
 
 
 def write_index(folder: Path, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:

@@ -1,28 +1,40 @@
 """Verification that a checkpoint is undamaged and belongs to this run, by all ranks before it is loaded."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_bipe.checkpoint.find import Checkpoint, newest_first
-from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
+from megatron_bipe.checkpoint.find import Checkpoint, newest_first, step_folder
+from megatron_bipe.checkpoint.manifest import (
+    INDEX,
+    CheckpointManifest,
+    load_index,
+    unreadable_checkpoint,
+    unusable_checkpoint,
+)
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import sha256_of
+from megatron_bipe.io import hashing
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import DTYPES
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 
 _log = logging.getLogger(__name__)
 
 
 def latest_valid_checkpoint(
-    run_dir: Path, foreign: Callable[[CheckpointManifest], str], mesh: Mesh, host: HostCollectives
+    run_dir: Path,
+    foreign: Callable[[CheckpointManifest], str],
+    mesh: Mesh,
+    host: HostCollectives,
+    observer: Observer | None = None,
 ) -> Checkpoint | None:
     """Return a run's newest valid checkpoint, or None if it has no checkpoints. Every rank calls this.
 
@@ -33,27 +45,42 @@ def latest_valid_checkpoint(
         foreign: returns why an index belongs to another run, or "".
         mesh: this process among the ranks.
         host: host-side collectives over all ranks.
+        observer: learns of the progress, and of a checkpoint that is skipped.
 
     Raises:
-        CheckpointError: on all ranks, if there are checkpoints but none is valid; states the problem of each.
+        CheckpointError: on all ranks, if there are checkpoints but none is valid; states the problem of each. It is
+            transient if one of them could not be read.
     """
-    candidates = host.broadcast_object(newest_first(run_dir))
-    rejected: list[str] = []
+    observer = observer or Observer()
+    steps = host.broadcast_object([checkpoint.step for checkpoint in newest_first(run_dir)])
+    candidates = [Checkpoint(step_folder(run_dir, step), run_dir, step) for step in steps]
+    rejected: dict[int, str] = {}
+    is_unreadable = False
     for checkpoint in candidates:
-        found = host.all_gather_object(_problem(checkpoint, foreign, mesh.rank, mesh.num_ranks))
-        problems = list(dict.fromkeys(problem for problem in found if problem))
+        own = _Verdict()
+        for _ in host.in_rounds(_judge(checkpoint, foreign, mesh, own)):
+            observer.progress()
+        verdicts = host.all_gather_object([own.problem, own.is_transient])
+        problems = list(dict.fromkeys(problem for problem, _ in verdicts if problem))
         if not problems:
             if rejected and mesh.is_main:
-                _log.warning("falling back to the checkpoint of step %d: %s", checkpoint.step, "; ".join(rejected))
+                _log.warning("falling back to the checkpoint of step %d: %s", checkpoint.step, _listed(rejected))
+                observer.fell_back(checkpoint.step, rejected)
             return checkpoint
-        rejected.append(f"that of step {checkpoint.step}: {'; '.join(problems)}")
+        rejected[checkpoint.step] = "; ".join(problems)
+        is_unreadable = is_unreadable or any(is_transient for _, is_transient in verdicts)
     if rejected:
         raise CheckpointError(
-            f"no checkpoint of the run can be resumed: {'; '.join(rejected)}",
+            f"no checkpoint of the run can be resumed: {_listed(rejected)}",
             remedy="Restore one of them from a backup, or start a new run with --set run_dir=OTHER",
             location=run_dir,
+            transient=is_unreadable,
         )
     return None
+
+
+def _listed(rejected: Mapping[int, str]) -> str:
+    return "; ".join(f"that of step {step}: {problem}" for step, problem in rejected.items())
 
 
 def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> CheckpointManifest:
@@ -62,6 +89,17 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
     """
+    steps = _checking(checkpoint, part, parts)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            index: CheckpointManifest = end.value
+            return index
+
+
+def _checking(checkpoint: Checkpoint, part: int, parts: int) -> Generator[None, None, CheckpointManifest]:
+    """Do the work of `check_complete`, and yield after each chunk of a file."""
     folder = checkpoint.folder
     index = load_index(folder)
     if index.step != checkpoint.step:
@@ -72,9 +110,9 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
             size = (folder / name).stat().st_size
             if size != record.bytes:
                 raise unusable_checkpoint(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
-            found = sha256_of(folder / name)
+            found = yield from hashing(folder / name)
         except OSError as error:
-            raise unusable_checkpoint(folder, f"{name} cannot be read: {error.strerror or error}") from error
+            raise unreadable_checkpoint(folder, name, error) from error
         if found != record.sha256:
             raise unusable_checkpoint(folder, f"the SHA-256 of {name} is {found}; {INDEX} says {record.sha256}")
     return index
@@ -98,12 +136,23 @@ def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: Data
     return ""
 
 
-def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str], part: int, parts: int) -> str:
-    """Return the problem with a subset of the files or with the index, or ""."""
+@dataclass
+class _Verdict:
+    """What a rank has found about its files of a checkpoint, and about the index."""
+
+    problem: str = ""  # empty if there is none
+    is_transient: bool = False
+
+
+def _judge(
+    checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str], mesh: Mesh, verdict: _Verdict
+) -> Iterator[None]:
+    """Check this rank's subset of the files in steps, and set the verdict."""
     try:
-        return foreign(check_complete(checkpoint, part, parts))
+        index = yield from _checking(checkpoint, mesh.rank, mesh.num_ranks)
+        verdict.problem = foreign(index)
     except CheckpointError as error:
-        return error.message
+        verdict.problem, verdict.is_transient = error.message, error.transient
 
 
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:

@@ -10,14 +10,17 @@ thread and of the training loop could run in a different order on each rank.
 
 import json
 import logging
+import math
 import shutil
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -33,9 +36,12 @@ from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 
 _log = logging.getLogger(__name__)
-_WRITE_TIMEOUT = timedelta(days=7)  # limit for slow writes; the watchdog handles ranks that died or hang
+_WRITE_TIMEOUT_S = 7 * 86400.0  # limit for slow writes; the watchdog handles ranks that died or hang
+_TELL_S = 5.0  # between two messages about the progress of a write
+_PROGRESS = "progress"  # key of their number
 
 
 class _Save(NamedTuple):
@@ -72,6 +78,9 @@ class CheckpointWriter:
         self._pending: Future[str] | None = None
         self._failures = 0  # saves in a row
         self.waited_s = 0.0  # total time that training was blocked by checkpoints
+        self.observer = Observer()
+        self._is_awaited = False  # True while the training loop waits for a write
+        self._told_s = -math.inf  # when this rank last told the others of its progress
 
     def save(
         self,
@@ -108,10 +117,13 @@ class CheckpointWriter:
                 self._copied.clear()
                 self._pending = self._thread.submit(self._write_in_background, save, self._copy.mark())
             else:
-                error = self._write(save, fragments)
+                with self._awaiting():
+                    error = self._write(save, fragments)
         if self._pending is None:
             self._count(error)
         self.waited_s += time.perf_counter() - began_s
+        if error and self._mesh.is_main:
+            self.observer.save_failed(info.step, error)
         if error and must_succeed:
             in_a_row = "" if final else f"{self._failures} checkpoints in a row failed, checkpoint.max_failures: "
             raise CheckpointError(f"{in_a_row}{error}", remedy=FREE_SPACE, location=run_dir / "checkpoints")
@@ -133,7 +145,8 @@ class CheckpointWriter:
         """Wait for a pending save, and return the seconds waited."""
         began_s = time.perf_counter()
         if self._pending is not None:
-            self._count(self._pending.result())
+            with self._awaiting():
+                self._count(self._pending.result())
             self._pending = None
         waited_s = time.perf_counter() - began_s
         self.waited_s += waited_s
@@ -144,14 +157,15 @@ class CheckpointWriter:
 
     def _begin(self, run_dir: Path, step: int, num_bytes: int) -> tuple[Path | None, str]:
         """Return the temporary folder or an error, the same on all ranks."""
-        begun: tuple[Path | None, str] = None, ""
+        folder, error_text = "", ""
         if self._mesh.is_main:
             room_bytes = num_bytes + int(self._config.min_free_gib * 2**30)
             try:
-                begun = begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes), ""
+                folder = str(begin(run_dir, step, uuid.uuid4().hex[:8], room_bytes))
             except (OSError, BipeError) as error:
-                begun = None, _text(error)
-        return self._host.broadcast_object(begun)
+                error_text = _text(error)
+        folder, error_text = self._host.broadcast_object([folder, error_text])
+        return (Path(folder) if folder else None), error_text
 
     def _write_in_background(self, save: _Save, mark: torch.cuda.Event | None) -> str:
         """Copy and write the state in the thread; a failure is logged immediately."""
@@ -165,28 +179,65 @@ class CheckpointWriter:
         error = self._write(save, copies)
         if error:
             self._warn(save.info.step, save.run_dir, error)
+            if self._mesh.is_main:
+                self.observer.save_failed(save.info.step, error)
         return error
 
     def _write(self, save: _Save, fragments: Sequence[Fragment] | None) -> str:
         """Write this rank's file; the main rank publishes the checkpoint. Return the error, the same on all ranks."""
+        key = save.temporary.name
         try:
             if fragments is None:
                 raise MemoryError("the copy to host memory failed; set checkpoint.asynchronous=false")
-            own = write_fragments(save.temporary, self._mesh.rank, fragments, save.random).model_dump()
+            advance = partial(self._advance, key)
+            own = write_fragments(save.temporary, self._mesh.rank, fragments, save.random, advance).model_dump()
         except Exception as error:
             own = {"error": f"rank {self._mesh.rank} on {socket.gethostname()}: {_text(error)}"}
         if self._mesh.num_ranks == 1:
             return self._conclude(save, {0: own})
         store = self._open_store()
-        key = save.temporary.name
         store.set(f"{key}/{self._mesh.rank}", json.dumps(own))
         if self._mesh.is_main:
-            reports = {rank: json.loads(store.get(f"{key}/{rank}")) for rank in range(self._mesh.num_ranks)}
+            reports = {rank: json.loads(self._get(key, str(rank))) for rank in range(self._mesh.num_ranks)}
             store.set(f"{key}/end", self._conclude(save, reports))
             for rank in reports:
                 store.delete_key(f"{key}/{rank}")
-        end: bytes = store.get(f"{key}/end")
-        return end.decode()
+        return self._get(key, "end").decode()
+
+    def _advance(self, key: str) -> None:
+        """Record progress of a write, and tell ranks that wait for this one."""
+        now_s = time.monotonic()
+        if now_s - self._told_s > _TELL_S:
+            self._told_s = now_s
+            self._record_progress()
+            if self._mesh.num_ranks > 1:
+                self._open_store().add(f"{key}/{_PROGRESS}", 1)
+
+    def _get(self, key: str, name: str) -> bytes:
+        """Return a value that another rank sets when it has written its files; its progress counts as this rank's."""
+        store, seen = self._open_store(), -1
+        until_s = time.monotonic() + _WRITE_TIMEOUT_S
+        while not store.check([f"{key}/{name}"]) and time.monotonic() < until_s:
+            with suppress(dist.DistStoreError):  # a timeout
+                store.wait([f"{key}/{name}"], timedelta(seconds=_TELL_S))
+            found = store.add(f"{key}/{_PROGRESS}", 0)
+            if found != seen:
+                seen = found
+                self._record_progress()
+        value: bytes = store.get(f"{key}/{name}")
+        return value
+
+    def _record_progress(self) -> None:
+        if self._is_awaited:
+            self.observer.progress()
+
+    @contextmanager
+    def _awaiting(self) -> Iterator[None]:
+        self._is_awaited = True
+        try:
+            yield
+        finally:
+            self._is_awaited = False
 
     def _conclude(self, save: _Save, reports: Mapping[int, Mapping[str, str]]) -> str:
         """Publish the files of all ranks, or delete them if a rank failed; return the error or ""."""
@@ -206,6 +257,7 @@ class CheckpointWriter:
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", _text(error))
         took_s = time.perf_counter() - save.began_s
+        self.observer.saved(save.info.step, save.num_bytes, took_s)
         _log.info("step %d | saved %s | %.2f GB in %.1f s", save.info.step, folder, save.num_bytes / 1e9, took_s)
         return ""
 
@@ -217,7 +269,6 @@ class CheckpointWriter:
     def _open_store(self) -> dist.Store:
         if self._store is None:
             self._store = self._connect()
-            self._store.set_timeout(_WRITE_TIMEOUT)
         return self._store
 
 

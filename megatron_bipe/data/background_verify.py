@@ -15,7 +15,7 @@ from typing import NamedTuple, Self
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import Suffix, damaged_error
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import unreadable_error
+from megatron_bipe.io import read_again, unreadable_error
 
 FIRST_LOOK_S, LOOK_S = 1.0, 60.0  # delay before the first check, and interval between checks
 READ: tuple[Suffix, ...] = ("bin", "seg")  # the files that training reads
@@ -94,19 +94,22 @@ class BackgroundVerifier:
 
     def _sha256(self, path: Path) -> str | None:
         """Hash a file at a limited rate. Return None if the verifier is stopped meanwhile."""
-        digest = hashlib.sha256()
         try:
-            with path.open("rb", buffering=0) as stream:
-                while True:
-                    began_s = time.perf_counter()
-                    chunk = stream.read(_CHUNK_BYTES)
-                    digest.update(chunk)
-                    if not chunk:
-                        return digest.hexdigest()
-                    if self._stopping.wait((time.perf_counter() - began_s) * (1 / _WORK_SHARE - 1)):
-                        return None
+            return read_again(lambda: self._hash_once(path))
         except OSError as error:
             raise unreadable_error(path, error) from error
+
+    def _hash_once(self, path: Path) -> str | None:
+        digest = hashlib.sha256()
+        with path.open("rb", buffering=0) as stream:
+            while True:
+                began_s = time.perf_counter()
+                chunk = stream.read(_CHUNK_BYTES)
+                digest.update(chunk)
+                if not chunk:
+                    return digest.hexdigest()
+                if self._stopping.wait((time.perf_counter() - began_s) * (1 / _WORK_SHARE - 1)):
+                    return None
 
 
 def _stat(path: Path) -> _FileStamp:

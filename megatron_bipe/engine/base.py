@@ -4,7 +4,7 @@ import io
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
@@ -40,13 +40,15 @@ from megatron_bipe.parallel import (
     Replicas,
     TensorParallelLayers,
     UlyssesExchange,
+    all_gather_json,
     check_replicas,
     context_group,
     tensor_group,
 )
-from megatron_bipe.runtime.distributed_init import connect_store
+from megatron_bipe.runtime.distributed_init import connect_store, host_store, port_error
 from megatron_bipe.runtime.exit_handling import rank_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.types import Batch
 
 _WATCHDOG_HEAD_START_S = 30  # a hang is first seen by the watchdog, then by the timeout of collectives
@@ -71,17 +73,14 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         warn_of_unknown_versions()
     skip_operator_probe()
     backend = "nccl" if mesh.device.type == "cuda" else "gloo"
+    store = None if dist.is_initialized() else host_store(mesh)
     try:
         deepspeed.init_distributed(dist_backend=backend, timeout=_collective_timeout(timeout_s))
     except dist.DistNetworkError as error:
         if "EADDRINUSE" not in str(error):
             raise
-        raise ConfigError(
-            f"the rendezvous port is in use, perhaps by another launch on this host: {error}",
-            remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
-            location=f"MASTER_PORT of {rank_name(mesh)}",
-            transient=True,  # the other launch may end, as when a supervisor restarts this one
-        ) from error
+        raise port_error(str(error)) from error
+    del store  # torch's group has the same server
 
 
 def check_precision(mesh: Mesh, run: RunConfig) -> None:
@@ -90,9 +89,8 @@ def check_precision(mesh: Mesh, run: RunConfig) -> None:
     Raises:
         ConfigError: on all ranks, if `train.precision=auto` resolved differently on different hosts.
     """
-    seen: list[Any] = [None] * mesh.num_ranks
-    dist.all_gather_object(seen, (run.train.precision, rank_name(mesh)))
-    first_by_precision = dict(reversed(seen))
+    seen = all_gather_json([run.train.precision, rank_name(mesh)])
+    first_by_precision: dict[str, str] = dict(reversed(seen))
     if len(first_by_precision) > 1:
         found = ", ".join(f"{precision} on {name}" for precision, name in sorted(first_by_precision.items()))
         raise ConfigError(
@@ -258,6 +256,7 @@ class DeepSpeedEngine:
     _saver: CheckpointWriter
     _engine: Any  # DeepSpeed's engine
     _optimizer: Any  # DeepSpeed's wrapper of the optimizer
+    _observer = Observer()
     _plain: GradientClipper | None = None
     _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
@@ -295,12 +294,13 @@ class DeepSpeedEngine:
         self._run, self.host = run, HostCollectives(self._mesh)
         set_group_timeouts(_collective_timeout(run.parallel.timeout_s))
         self._saver = CheckpointWriter(
-            run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s)
+            run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s, str(run.run_dir))
         )
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
-    def on_forward(self, to: Callable[[], None]) -> None:
-        self._engine.module.register_forward_pre_hook(lambda *_: to())
+    def observe(self, observer: Observer) -> None:
+        self._observer = self._saver.observer = observer
+        self._engine.module.register_forward_pre_hook(lambda *_: observer.progress())
 
     def pop_forward_seconds(self) -> float:
         return self._own_time.pop_seconds()
@@ -319,15 +319,23 @@ class DeepSpeedEngine:
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         self._saver.finish()
         return latest_valid_checkpoint(
-            run_dir, lambda index: belongs_to_another_run(index, self._run, self._data), self._mesh, self.host
+            run_dir,
+            lambda index: belongs_to_another_run(index, self._run, self._data),
+            self._mesh,
+            self.host,
+            self._observer,
         )
 
     def load(self, folder: Path) -> dict[str, Any]:
         self._saver.finish()
         reader = StateReader(folder)
-        load_optimizer_state(self._engine.module, self._optimizer, reader)
+        load_optimizer_state(self._engine.module, self._optimizer, reader, self._in_rounds)
         set_random_states(reader.random(self._mesh.rank), self._mesh.device)
         return reader.index.loop_state
+
+    def _in_rounds(self, work: Iterable[object]) -> None:
+        for _ in self.host.in_rounds(work):
+            self._observer.progress()
 
     def _fragments_to_write(self) -> list[Fragment]:
         """Return the fragments that this rank writes; ranks with replicated fragments each write a part of them."""

@@ -13,7 +13,7 @@ writing into them loads a checkpoint.
 """
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -111,14 +111,21 @@ def reset_adam_state(optimizer: Any) -> None:
 
 
 @torch.no_grad()
-def load_optimizer_state(module: nn.Module, optimizer: Any, reader: StateReader) -> None:
-    """Load this rank's fp32 weights and Adam state, and update the model's weights; all ranks call this together."""
+def load_optimizer_state(
+    module: nn.Module, optimizer: Any, reader: StateReader, in_rounds: Callable[[Iterable[object]], None]
+) -> None:
+    """Load this rank's fp32 weights and Adam state, and update the model's weights; all ranks call this together.
+
+    `in_rounds` does the reading, which takes long and contains no collectives.
+    """
     if isinstance(optimizer, DeepSpeedZeroOptimizer_Stage3):
         optimizer.checkpoint_event_prologue()
     _zero_moments(optimizer, reader.index.optimizer_steps)
-    for fragment in fragments(module, optimizer):
-        for kind, view in fragment.state.items():
-            view.copy_(reader.run(kind, fragment))
+    in_rounds(
+        view.copy_(reader.run(kind, fragment))
+        for fragment in fragments(module, optimizer)
+        for kind, view in fragment.state.items()
+    )
     _update_compute_weights(optimizer)
 
 

@@ -1,6 +1,6 @@
 """The interface between the training loop and an engine; the loop does not depend on DeepSpeed otherwise."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -8,6 +8,7 @@ from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.types import Batch
 
 
@@ -59,8 +60,12 @@ class Engine(Protocol):
     def load(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint of any layout and return its loop state; in the same layout a resume is bit-identical."""
 
-    def on_forward(self, to: Callable[[], None]) -> None:
-        """Call `to` at each forward pass of this rank's part, including that of a middle pipeline stage."""
+    def observe(self, observer: Observer) -> None:
+        """Tell `observer` of checkpoints and of progress.
+
+        Each forward pass of this rank's part is progress, including that of a middle pipeline stage, and so are parts
+        of the reading and writing of a checkpoint, while the training loop waits for them.
+        """
 
     def pop_forward_seconds(self) -> float:
         """Return the seconds of this rank's forward passes since the last call, without waits for other stages."""

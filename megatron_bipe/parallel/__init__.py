@@ -1,5 +1,6 @@
 """Distribution of the model over ranks: the mesh, sharded layers, collectives, and the comparison of replicas."""
 
+from megatron_bipe.parallel.collectives import all_gather_json, broadcast_json
 from megatron_bipe.parallel.context_parallel import UlyssesExchange
 from megatron_bipe.parallel.mesh import (
     Mesh,
@@ -17,6 +18,8 @@ __all__ = [
     "Replicas",
     "TensorParallelLayers",
     "UlyssesExchange",
+    "all_gather_json",
+    "broadcast_json",
     "check_replicas",
     "context_group",
     "end_stages_group",

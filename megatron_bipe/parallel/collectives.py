@@ -1,6 +1,7 @@
-"""Differentiable collectives between ranks that shard layers or sequences.
+"""Collectives between ranks: differentiable ones for sharded layers and sequences, and those of plain data.
 
-Each function is the adjoint of another, so that autograd gives every rank the gradient that one process would compute.
+Each differentiable function is the adjoint of another, so that autograd gives every rank the gradient that one process
+would compute.
 
     forward                            backward
     to_ranks    identity               sum over ranks
@@ -13,9 +14,11 @@ Each function is the adjoint of another, so that autograd gives every rank the g
 B batch · T positions · D width · R ranks · X remaining dimensions (lower case: this rank's shard)
 """
 
+import json
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed._functional_collectives as functional
 import torch.nn.functional as F
 from torch import Tensor
@@ -74,6 +77,43 @@ def all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:
 def all_to_all(x_RX: Tensor, group: ProcessGroup) -> Tensor:
     """Exchange parts: element r of the result is from rank r, which had it at this rank's index."""
     return _waited(functional.all_to_all_single(x_RX.contiguous(), None, None, group))
+
+
+def all_gather_json(value: Any, group: ProcessGroup | None = None) -> list[Any]:
+    """Return the JSON values of all ranks of a group (None: of the launch), by rank.
+
+    torch's collectives of objects unpickle what they receive, so that any process that reaches the port of a rank could
+    run code there.
+    """
+    data = _json_bytes(value).to(_device_of(group))
+    sizes = [data.new_zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, sizes[0].new_tensor([len(data)]), group=group)
+    padded = F.pad(data, (0, int(max(sizes)) - len(data)))
+    gathered = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(gathered, padded, group=group)
+    return [_parsed(part[: int(size)]) for part, size in zip(gathered, sizes, strict=True)]
+
+
+def broadcast_json(value: Any, group: ProcessGroup | None = None) -> Any:
+    """Return the JSON value of the first rank of the launch; see `all_gather_json`."""
+    data = _json_bytes(value).to(_device_of(group))
+    size = data.new_tensor([len(data)], dtype=torch.int64)
+    dist.broadcast(size, 0, group=group)
+    sent = data if dist.get_rank() == 0 else data.new_empty(int(size))
+    dist.broadcast(sent, 0, group=group)
+    return _parsed(sent)
+
+
+def _json_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+
+
+def _parsed(data_B: Tensor) -> Any:
+    return json.loads(data_B.cpu().numpy().tobytes())
+
+
+def _device_of(group: ProcessGroup | None) -> torch.device:
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 def _start_all_reduce(x: Tensor, op: str, group: ProcessGroup) -> Tensor:

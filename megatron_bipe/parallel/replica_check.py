@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from megatron_bipe.errors import DivergenceError
+from megatron_bipe.parallel.collectives import all_gather_json
 
 _CHUNK = 1 << 20  # elements at a time, which temporarily take 8 bytes each
 _FACTOR = 0x9E3779B97F4A7C15 - (1 << 64)  # odd, with well-mixed bits: 2^64 over the golden ratio, as int64
@@ -113,11 +114,9 @@ def _listed(names: list[str]) -> str:
 
 
 def _raise(reports: list[str], step: int) -> None:
-    gathered: list[list[str]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(gathered, reports)
     raise DivergenceError(
         f"after step {step} ranks differ in tensors that must be bit-identical. "
-        + " ".join(line for lines in gathered for line in lines),
+        + " ".join(line for lines in all_gather_json(reports) for line in lines),
         remedy="Continue from the last checkpoint with the same command. If the same rank differs again, suspect its "
         "hardware and exclude its node",
         location=f"step {step}",

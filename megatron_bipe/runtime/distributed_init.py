@@ -1,5 +1,6 @@
 """Joining a launch: reads the variables of its launcher, and sets those of torch and DeepSpeed."""
 
+import errno
 import os
 import socket
 from datetime import timedelta
@@ -8,6 +9,11 @@ from typing import TYPE_CHECKING
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import DEVICE, prepare_environment
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
+
+LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
+
+_AGENT_HOSTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun sets it to True, and torch reads it
+_START_S = 600.0  # limit for rank 0 to start
 
 if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
@@ -30,7 +36,8 @@ def find_launch() -> Launch:
 def join_launch(launch: Launch | None = None) -> "Mesh":
     """Select device and threads of this rank, and set the environment variables of torch and DeepSpeed.
 
-    On CPU, the cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set.
+    On CPU, the cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set. Ranks that are
+    all on one host communicate over its loopback interface, which other hosts cannot reach.
 
     Args:
         launch: result of `find_launch`; None: call it.
@@ -53,6 +60,8 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
         MASTER_ADDR=launch.rendezvous.address,
         MASTER_PORT=str(launch.rendezvous.port),
     )
+    if _is_on_one_host(launch):
+        _use_loopback(launch)
     if device_type() == "cuda":
         device = torch.device("cuda", _own_gpu(launch, torch.cuda.device_count()))
         torch.cuda.set_device(device)
@@ -63,8 +72,52 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
     return Mesh(launch.rank, launch.local_rank, launch.num_ranks, launch.num_local_ranks, device)
 
 
-def connect_store(timeout_s: float) -> "dist.Store":
+def host_store(mesh: "Mesh") -> "dist.Store | None":
+    """Start the store of a launch on one host, on its main rank, before torch does.
+
+    torch's own store accepts connections to all interfaces from anyone, and what clients write there is obeyed.
+
+    Returns:
+        The store; keep it until torch has created the group of all ranks, which shares its server.
+
+    Raises:
+        ConfigError: another process uses the port.
+    """
+    import torch.distributed as dist
+
+    if not (mesh.is_main and _is_on_one_host(mesh)):
+        return None
+    port = int(os.environ["MASTER_PORT"])
+    with socket.socket() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # an earlier launch may have used it recently
+        try:
+            listener.bind((LOOPBACK, port))
+            listener.listen(mesh.num_ranks)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            raise port_error(str(error)) from error
+        socket_fd = listener.detach()
+    return dist.TCPStore(
+        LOOPBACK, port, is_master=True, wait_for_workers=False, multi_tenant=True, master_listen_fd=socket_fd
+    )
+
+
+def port_error(seen: str) -> ConfigError:
+    """Return the error for a rendezvous port that another process uses."""
+    return ConfigError(
+        f"the rendezvous port is in use, perhaps by another launch on this host: {seen}",
+        remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
+        location=f"MASTER_PORT={os.environ.get('MASTER_PORT')} on {socket.gethostname()}",
+    )
+
+
+def connect_store(timeout_s: float, name: str = "") -> "dist.Store":
     """Return a new connection to the store of the joined launch, which rank 0 or torchrun hosts.
+
+    Args:
+        timeout_s: longest wait for the store.
+        name: separates the keys of different runs, should two launches have the same port.
 
     Raises:
         torch.distributed.DistError: no connection within `timeout_s`.
@@ -75,7 +128,28 @@ def connect_store(timeout_s: float) -> "dist.Store":
     timeout = timedelta(seconds=timeout_s)
     store = dist.TCPStore(env["MASTER_ADDR"], int(env["MASTER_PORT"]), is_master=False, timeout=timeout)
     attempt = env.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun keeps its store when it restarts all ranks
-    return dist.PrefixStore(f"attempt-{attempt}", store)
+    return dist.PrefixStore(f"attempt-{attempt} {name}", store)
+
+
+def _is_on_one_host(ranks: "Launch | Mesh") -> bool:
+    return ranks.num_local_ranks == ranks.num_ranks
+
+
+def _use_loopback(launch: Launch) -> None:
+    """Let the ranks of a launch on one host listen on its loopback interface only.
+
+    torchrun's store, which listens on all interfaces, then only carries the port of rank 0's.
+    """
+    env = os.environ
+    if env.get(_AGENT_HOSTS_STORE) == str(True):
+        agents = connect_store(_START_S)
+        if launch.is_main:
+            agents.set("port", str(free_port()))
+        env.update(MASTER_PORT=agents.get("port").decode(), **{_AGENT_HOSTS_STORE: str(False)})
+    env["MASTER_ADDR"] = LOOPBACK
+    if any(name == _LOOPBACK_INTERFACE for _, name in socket.if_nameindex()):
+        env.setdefault("GLOO_SOCKET_IFNAME", _LOOPBACK_INTERFACE)
+        env.setdefault("NCCL_SOCKET_IFNAME", f"={_LOOPBACK_INTERFACE}")  # without "=", the start of a name
 
 
 def _own_gpu(launch: Launch, num_gpus: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, NoReturn, TypeVar
 
-from megatron_bipe.errors import BipeError, exit_code
+from megatron_bipe.errors import BipeError, as_user_error, exit_code
 from megatron_bipe.runtime.child_processes import record_failure, watch_launcher
 from megatron_bipe.runtime.distributed_init import find_launch
 from megatron_bipe.runtime.launcher_env import Launch
@@ -43,7 +43,7 @@ def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) ->
         launch = find_launch()
         main(arguments, launch)
     except Exception as error:
-        if launch is not None and not launch.is_main and isinstance(error, BipeError):
+        if launch is not None and not launch.is_main and isinstance(as_user_error(error), BipeError):
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # let the launcher end this rank now
             time.sleep(_HEAD_START_S)
         abort(describe(error, rank_name(launch) if launch else ""), exit_code(error))
@@ -68,8 +68,9 @@ def describe(error: BaseException, name: str) -> str:
         error: the exception.
         name: name and location of the rank.
     """
-    if isinstance(error, BipeError):
-        return f"{type(error).__name__}: {error}" + (f"  ({name})" if name else "")
+    user_error = as_user_error(error)
+    if isinstance(user_error, BipeError):
+        return f"{type(user_error).__name__}: {user_error}" + (f"  ({name})" if name else "")
     if _is_lost_connection(error):
         return f"{name} lost the connection to another rank: {one_line(error)}"
     return f"{name} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
@@ -84,6 +85,7 @@ def _is_lost_connection(error: BaseException) -> bool:
 
 def one_line(error: BaseException) -> str:
     """Return the type of an error and the first line of its message."""
+    error = as_user_error(error)
     line = _SOURCE.sub("", next(iter(str(error).strip().splitlines()), ""))
     return f"{type(error).__name__}: {line.partition('. This is typically')[0]}".rstrip(": ")
 

@@ -1,17 +1,22 @@
 """Collectives of a few bytes between the hosts of all ranks, over a gloo group.
 
-They do not involve the device: reading a value from it would wait for all the work that is queued there.
+They do not involve the device: reading a value from it would wait for all the work that is queued there. Objects are
+plain JSON values, so that no rank runs what another process sends; named tuples and paths arrive as lists and strings.
 """
 
-from typing import Any, TypeVar
+import json
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from megatron_bipe.parallel import Mesh
+from megatron_bipe.parallel import Mesh, all_gather_json, broadcast_json
 from megatron_bipe.runtime.exit_handling import rank_name
 
-T = TypeVar("T")
+ROUND_S = 5.0  # duration of a round
+_END = object()
 
 
 class HostCollectives:
@@ -22,9 +27,8 @@ class HostCollectives:
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._num_ranks = mesh.num_ranks
         self._group = dist.new_group(backend="gloo") if mesh.num_ranks > 1 else None
-        self.names = self.all_gather_object(rank_name(mesh))  # with their hosts
+        self.names: list[str] = self.all_gather_object(rank_name(mesh))  # with their hosts
 
     def any_rank(self, here: bool) -> bool:
         """Return True if `here` is true on any rank."""
@@ -33,20 +37,28 @@ class HostCollectives:
     def all_reduce_sum(self, number: int) -> int:
         return self._all_reduce(number, dist.ReduceOp.SUM)
 
-    def broadcast_object(self, thing: T) -> T:
-        """Return the main rank's object; those of other ranks are ignored."""
-        things: list[Any] = [thing]
-        if self._group is not None:
-            dist.broadcast_object_list(things, src=0, group=self._group)
-        received: T = things[0]
-        return received
+    def broadcast_object(self, thing: Any) -> Any:
+        """Return the main rank's JSON value; those of other ranks are ignored."""
+        return json.loads(json.dumps(thing)) if self._group is None else broadcast_json(thing, self._group)
 
-    def all_gather_object(self, thing: T) -> list[T]:
-        """Return the objects of all ranks, by rank."""
-        things: list[Any] = [thing] * self._num_ranks
-        if self._group is not None:
-            dist.all_gather_object(things, thing, group=self._group)
-        return things
+    def all_gather_object(self, thing: Any) -> list[Any]:
+        """Return the JSON values of all ranks, by rank."""
+        return [json.loads(json.dumps(thing))] if self._group is None else all_gather_json(thing, self._group)
+
+    def in_rounds(self, work: Iterable[object]) -> Iterator[None]:
+        """Do work on all ranks that may take much longer on some of them; yield after each round on every rank.
+
+        A rank that has finished takes part in the remaining rounds, so that it need not wait long for the others.
+
+        Args:
+            work: this rank's work, in steps; it contains no collectives.
+        """
+        steps, is_done = iter(work), False
+        while self.any_rank(not is_done):
+            until_s = time.monotonic() + ROUND_S
+            while not is_done and time.monotonic() < until_s:
+                is_done = next(steps, _END) is _END
+            yield
 
     def _all_reduce(self, number: int, operation: dist.ReduceOp.RedOpType) -> int:
         numbers = torch.tensor(number)

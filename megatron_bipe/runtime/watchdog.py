@@ -18,7 +18,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch.distributed as dist
 
@@ -39,6 +39,7 @@ LOOK_S = 2.5  # between the two observations that show which ranks send none
 _THREAD_FRAMES = 4  # innermost frames shown of threads other than the training thread
 REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the first one
 
+FIRST_CONTACT_S = 5.0  # a rank that fails before its first heartbeat waits this long for the store
 ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
 # Files with the innermost Python frame of a thread that waits for work, in the standard library and here.
@@ -68,6 +69,11 @@ class Shutdown(NamedTuple):
     code: int
     stacks: bool = False  # True if each rank must print its stacks
 
+    @property
+    def is_valid(self) -> bool:
+        """True if a rank can have sent it: a launch that ends in this way has failed."""
+        return isinstance(self.text, str) and self.code in (FAILED, USER_ERROR) and isinstance(self.stacks, bool)
+
 
 class HeartbeatStore:
     """One rank's access to the store of a launch.
@@ -93,7 +99,7 @@ class HeartbeatStore:
 
     def read_all(self) -> Heartbeats:
         """Return the last heartbeat of every rank."""
-        return {rank: self._ask(partial(self._read_heartbeat, rank)) for rank in range(self._num_ranks)}
+        return {rank: self._ask(partial(self._read, f"rank-{rank}", Heartbeat)) for rank in range(self._num_ranks)}
 
     def is_first_to_fail(self) -> bool:
         """Register a failure; return True if it is the first one of the launch."""
@@ -105,8 +111,9 @@ class HeartbeatStore:
         self._ask(lambda: self._store.set("end", json.dumps(end)))
 
     def shutdown_request(self) -> Shutdown | None:
-        """Return the shutdown request, if there is one."""
-        return self._ask(lambda: Shutdown(*json.loads(self._store.get("end"))) if self._store.check(["end"]) else None)
+        """Return the shutdown request, if there is one; a value that no rank can have written is ignored."""
+        end = self._ask(lambda: self._read("end", Shutdown))
+        return end if end is not None and end.is_valid else None
 
     def finish(self, timeout_s: float) -> None:
         """Report the end; rank 0, which may host the store, waits until every rank has called this."""
@@ -116,9 +123,12 @@ class HeartbeatStore:
             self._store.wait(["all finished"], timedelta(seconds=timeout_s))
         self._executor.shutdown()
 
-    def _read_heartbeat(self, rank: int) -> Heartbeat | None:
-        key = f"rank-{rank}"
-        return Heartbeat(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+    def _read(self, key: str, kind: Callable[..., T]) -> T | None:
+        """Return a value of the store; None if there is none, or if it was not written by a rank."""
+        try:
+            return kind(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+        except (ValueError, TypeError):
+            return None
 
     def _ask(self, call: Callable[[], T]) -> T:
         return self._executor.submit(call).result(ANSWER_S)
@@ -157,9 +167,17 @@ class Watchdog:
         mesh: this rank's coordinates in the parallel layout.
         timeout_s: longest permitted time between two calls of `mark` or `heartbeat`, or two micro-batches.
         connect: opens a connection to the store of the launch, given a timeout in seconds.
+        record: called on the rank that fails first, with what is known of the failure; it must not wait long.
     """
 
-    def __init__(self, mesh: Mesh, timeout_s: float, connect: Callable[[float], dist.Store]) -> None:
+    def __init__(
+        self,
+        mesh: Mesh,
+        timeout_s: float,
+        connect: Callable[[float], dist.Store],
+        record: Callable[[Mapping[str, Any]], None] = lambda _: None,
+    ) -> None:
+        self._record = record
         self._mesh, self._timeout_s, self._connect = mesh, timeout_s, connect
         self._name = f"{rank_name(mesh)} ({layout_coordinates(mesh)})"
         self._training_thread = threading.get_ident()
@@ -216,9 +234,12 @@ class Watchdog:
             try:
                 self._beat(beats)
             except dist.DistError as error:
+                if self._mesh.rank == 1:  # one of those that rank 0, which has the store, leaves behind
+                    self._record_failure(_state_of_store(error))
                 abort(f"{self._label()} leaves: {_state_of_store(error)}", FAILED)
             except TimeoutError as error:
                 if is_stuck:
+                    self._record_failure(f"no progress for {self._timeout_s:g} s", _state_of_store(error))
                     abort(f"{self._no_progress()}\n{_state_of_store(error)}", FAILED)
             if is_stuck and failed_at_s == math.inf:
                 failed_at_s = self._clock_s
@@ -240,37 +261,45 @@ class Watchdog:
             text = end.text if self._mesh.is_main else end.text.partition("\n")[0]
             abort(f"{self._label()} leaves: {text}{stack}", end.code, cause=end.text)
 
-    def _connected(self) -> HeartbeatStore:
+    def _connected(self, timeout_s: float | None = None) -> HeartbeatStore:
         """Return the store; a rank that ends before its first heartbeat connects only to report the end."""
         if self._store is None:
-            self._store = HeartbeatStore(self._connect(self._timeout_s), self._mesh.rank, self._mesh.num_ranks)
+            store = self._connect(timeout_s or self._timeout_s)
+            self._store = HeartbeatStore(store, self._mesh.rank, self._mesh.num_ranks)
         return self._store
+
+    def _record_failure(self, why: str, seen: str = "") -> None:
+        others = {"seen": seen.splitlines()} if seen else {}
+        self._record({"rank": self._mesh.rank, "name": self._name, "at": self._location, "reason": why} | others)
 
     def _fail(self, text: str, why: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""
-        store = self._store
-        if store is None:
+        if self._store is None and self._mesh.num_ranks == 1:  # there is no one to tell
+            self._record_failure(why)
             abort(text, code)
         try:
+            store = self._connected(FIRST_CONTACT_S)
             if not store.is_first_to_fail():
                 write_stderr(f"{self._label()} failed, too: {why}")
                 return
         except STORE_ERRORS as error:
-            abort(
-                f"{text}\n{_state_of_store(error)}. {_RESUME}", code, cause=f"{brief(text)}\n{_state_of_store(error)}"
-            )
+            state = _state_of_store(error)
+            self._record_failure(why, state)
+            abort(f"{text}\n{state}. {_RESUME}", code, cause=f"{brief(text)}\n{state}")
         write_stderr(text)
         try:
             before = store.read_all()
             time.sleep(LOOK_S)
             seen = "\n".join(observe(before, store.read_all(), self._mesh.rank))
             self._over.set()
+            self._record_failure(why, seen)
             stacks = observe is group_ranks_by_location  # if ranks wait for one that is stuck, all stacks are needed
             store.request_shutdown(Shutdown(f"{self._label()} failed first: {why}\n{seen}".rstrip(), code, stacks))
             if stacks:
                 time.sleep(2 * BEAT_S)  # the others check every beat; when this rank exits, their collectives fail
         except STORE_ERRORS as error:
             seen = _state_of_store(error)
+            self._record_failure(why, seen)
         if "No heartbeat" in seen:
             seen += f"\n{_KILLED} {_RESUME}"
         elif code != USER_ERROR:

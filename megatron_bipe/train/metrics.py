@@ -6,13 +6,12 @@ import math
 import time
 from typing import Any
 
-from torch.utils.tensorboard import SummaryWriter
-
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
+from megatron_bipe.train.log_file import Board
 from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.train_state import Samples, TrainState
@@ -107,7 +106,7 @@ class Metrics:
         """Sync all lines to disk; call it before a checkpoint, after which its steps are not repeated."""
         if self._mesh.is_main:
             self._file.sync()
-            self._board.flush()
+            self._board.write()
 
     def drop_after(self, start: TrainState) -> None:
         """Drop all metrics after `start`; those steps are repeated with other samples."""
@@ -129,7 +128,7 @@ class Metrics:
         if self._mesh.is_main:
             self._file = MetricsFile(self._run.run_dir / METRICS, start.step, start.valid_owed)
             # TensorBoard drops earlier events from this step on, so the lines kept for this step are added again.
-            self._board = SummaryWriter(str(self._run.run_dir / "tensorboard"), purge_step=start.step)
+            self._board = Board(self._run.run_dir / "tensorboard", start.step)
             for line in self._file.last_lines:
                 if line["step"] == start.step:
                     self._add_to_board(line)
@@ -150,8 +149,8 @@ class Metrics:
             )
 
     def _add_to_board(self, line: dict[str, Any]) -> None:
-        for key in line.keys() - {"step", "tokens", TIME}:
-            self._board.add_scalar(key, math.nan if line[key] is None else line[key], line["step"])
+        scalars = {key: value for key, value in line.items() if key not in ("step", "tokens", TIME)}
+        self._board.add(line["step"], scalars)
 
     def _progress_line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
         step, total = readings[-1].step, self._run.train.steps

@@ -15,14 +15,18 @@ import json
 import logging
 import os
 import sys
+import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import orjson
 
-from megatron_bipe.io import fsync_path
+from megatron_bipe.runtime.observer import Observer
+from megatron_bipe.train.log_file import LogFile
 
 _log = logging.getLogger(__name__)
 
@@ -30,6 +34,7 @@ METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
 LOCK_FOLDER = "running"  # in the run folder, too
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
+RECORD_WAIT_S = 5.0
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 
@@ -52,20 +57,20 @@ class MetricsFile:
     """
 
     def __init__(self, path: Path, last_step: int, valid_owed: bool = False) -> None:
-        self._file = path.open("ab")
+        path.touch()
         kept = scan(path, last_step, valid_owed)
-        self._file.truncate(kept.size_bytes)
+        os.truncate(path, kept.size_bytes)
+        self._file = LogFile(path)
         self.step_time_s = kept.step_time_s
         self.last_lines = kept.last_lines
 
     def add(self, values: Mapping[str, Any]) -> None:
         """Append a line; numbers that are not finite become null, as JSON has none."""
-        self._file.write(orjson.dumps(values) + b"\n")
-        self._file.flush()
+        self._file.add(orjson.dumps(values) + b"\n")
         self.step_time_s += values.get(STEP_TIME, 0.0)
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        self._file.write(sync=True)
 
     def close(self) -> None:
         self._file.close()
@@ -109,16 +114,49 @@ class Events:
     """
 
     def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self._path, self.is_main = run_dir / EVENTS, is_main
+        self.is_main, self._lock = is_main, threading.Lock()
+        self._file = LogFile(run_dir / EVENTS)
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event and sync it to disk; numbers that are not finite become null, as JSON has none."""
         if not self.is_main:
             return
-        is_truncated = self._path.exists() and not self._path.read_bytes().endswith(b"\n")  # by a crash
-        with self._path.open("ab") as file:
-            file.write(b"\n" * is_truncated + orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n")
-        fsync_path(self._path)
+        with self._lock:  # a background thread reports checkpoints
+            line = orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n"
+            self._file.add(b"\n" * _is_truncated(self._file.path) + line)
+            self._file.write(sync=True)
+
+
+class RunObserver(Observer):
+    """Observer that records what happens to checkpoints, and passes on the progress.
+
+    Args:
+        events: event log.
+        heartbeat: called on progress.
+    """
+
+    def __init__(self, events: Events, heartbeat: Callable[[], None]) -> None:
+        self._events, self._heartbeat = events, heartbeat
+
+    def progress(self) -> None:
+        self._heartbeat()
+
+    def saved(self, step: int, num_bytes: int, seconds: float) -> None:
+        self._events.add(SAVED, step=step, bytes=num_bytes, seconds=seconds)
+
+    def save_failed(self, step: int, reason: str) -> None:
+        self._events.add(SAVE_FAILED, step=step, reason=reason)
+
+    def fell_back(self, to_step: int, skipped: Mapping[int, str]) -> None:
+        reasons = [{"step": step, "reason": reason} for step, reason in skipped.items()]
+        self._events.add(FELL_BACK, to_step=to_step, skipped=reasons)
+
+
+def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
+    """Record why a launch ends, on any rank; the disk may be what fails, so do not wait long for it."""
+    recorder = threading.Thread(target=partial(Events(run_dir, True).add, FAILED, **failure), daemon=True)
+    recorder.start()
+    recorder.join(RECORD_WAIT_S)
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
@@ -126,6 +164,14 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
     path = run_dir / EVENTS
     lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
     return [event for event in map(_parsed, lines) if {"time", "event"} <= event.keys()]
+
+
+def _is_truncated(path: Path) -> bool:
+    """Return True if a crash has left the last line of a file incomplete."""
+    with suppress(OSError), path.open("rb") as file:
+        file.seek(-1, os.SEEK_END)
+        return file.read() != b"\n"
+    return False
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

@@ -89,9 +89,11 @@ class Profile:
         wall_s = self._now_s() - self._began_s
         profiler.stop()
         self._profiler = None
-        self._folder.mkdir(parents=True, exist_ok=True)
-        trace = self._folder / f"rank_{self._mesh.rank}.json.gz"
-        profiler.export_chrome_trace(str(trace))
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            profiler.export_chrome_trace(str(self._folder / f"rank_{self._mesh.rank}.json.gz"))
+        except OSError as error:
+            _log.warning("--profile: the trace cannot be written: %s. Training continues", error)
         if self._mesh.is_main:
             seconds = seconds_by_part(profiler.events(), on_gpu=self._mesh.device.type == "cuda")
             _log.info("%s", table(seconds, wall_s, self._steps))

@@ -130,7 +130,10 @@ class Rollback:
 
     def check_steps(self, readings: Sequence[Reading]) -> None:
         """Check the next steps, with the readings of the main rank."""
-        for bad in self._detector.check_steps(self._host.broadcast_object(readings)):
+        received = [
+            Reading(step, (first, stop), *rest) for step, (first, stop), *rest in self._host.broadcast_object(readings)
+        ]
+        for bad in self._detector.check_steps(received):
             self._report(bad)
         self._steps_compared += len(readings)
         if 0 < self._run.health.compare_ranks_every <= self._steps_compared:

@@ -2,6 +2,7 @@
 
 import logging
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
@@ -12,7 +13,7 @@ from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
 from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import DONE, START, STOP, Events, read_events
+from megatron_bipe.train.metrics_file import DONE, START, STOP, VALIDATION, Events, RunObserver, read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
@@ -43,6 +44,10 @@ class Trainer:
     stop_request: StopRequest
     profile: Profile
 
+    @cached_property
+    def events(self) -> Events:
+        return Events(self.config.run_dir, self.mesh.is_main)
+
     def run(self, stop_step: int) -> bool:
         """Load the newest valid checkpoint, if there is one, and train until `stop_step` updates are done.
 
@@ -51,15 +56,15 @@ class Trainer:
             is not trained.
         """
         config, mesh, engine = self.config, self.mesh, self.engine
-        engine.on_forward(self.watchdog.heartbeat)
+        engine.observe(RunObserver(self.events, self.watchdog.heartbeat))
         state = self._load_state()
         if state.step > stop_step:
             _log.info("the run is already at step %d, beyond the requested %d", state.step, stop_step)
         keep_freed_memory(mesh.device)  # start-up and loading have already returned their memory
-        events = Events(config.run_dir, mesh.is_main)
+        events = self.events
         self.stop_request.agree_by(engine.host.any_rank)
         events.add(START, step=state.step, ranks=mesh.num_ranks)
-        began_at_s = read_events(config.run_dir)[0]["time"] if mesh.is_main else None
+        began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         rollback = Rollback(config, engine, self.loader, events, state)
         state = self.train(state, metrics, rollback, stop_step)
@@ -142,6 +147,7 @@ class Trainer:
         if not self.stop_request.is_agreed:
             state.valid_owed = False
             metrics.valid(state.step, loss)
+            self.events.add(VALIDATION, step=state.step, loss_nats=loss)
         return self.stop_request.is_agreed
 
 

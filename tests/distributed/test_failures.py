@@ -5,13 +5,16 @@ The faults occur concurrently, each in a launch of two forked tensor-parallel ra
 """
 
 import re
+import signal
 import socket
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 
+from megatron_bipe.train.metrics_file import read_events, record_failure
 from tests.helpers.commands import options, run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.ranks import run_programs, run_ranks
@@ -29,6 +32,7 @@ class Failed(NamedTuple):
 
     codes: list[int]
     outputs: list[str]  # of each rank
+    recorded: list[tuple[int, str, str, str]]  # failures in events.jsonl: rank, location, reason, what it saw
 
     @property
     def output(self) -> str:
@@ -54,7 +58,9 @@ def failed(request, tmp_path_factory, text_dataset):
             2,
             env=ProcessFault(*fault, location="step 3").variables,
         )
-        return Failed([rank.code for rank in ranks], [rank.output for rank in ranks])
+        events = [event for event in read_events(work_dir / "run") if event["event"] == "failed"]
+        recorded = [(event["rank"], event["at"], event["reason"], "\n".join(event.get("seen", []))) for event in events]
+        return Failed([rank.code for rank in ranks], [rank.output for rank in ranks], recorded)
 
     with ThreadPoolExecutor(len(faults)) as pool:
         return dict(zip(faults, pool.map(launch, faults), strict=True))
@@ -62,7 +68,7 @@ def failed(request, tmp_path_factory, text_dataset):
 
 @pytest.mark.parametrize("fault", [*FAST, *slow(SLOW)], ids=str)
 def test_failure_ends_all_ranks_at_its_step(failed, fault):
-    codes, outputs = failed[fault]
+    codes, outputs, _ = failed[fault]
     assert all(code != 0 for code in codes), outputs
     assert "step 2/1000" in outputs[0] and "step 3/1000" not in outputs[0], outputs[0]
 
@@ -71,10 +77,13 @@ def test_failure_rank_that_raises_is_named_with_its_traceback(failed):
     output = failed["raise", 1].output
     assert f"{NAMES[1]}, at step 3, failed:" in output, output
     assert "ValueError: an injected fault" in output and output.count("Traceback") == 1, output
+    assert failed["raise", 1].recorded == [(1, "step 3", "ValueError: an injected fault", "")]
 
 
 def test_failure_rank_that_is_killed_is_named_by_the_others(failed):
     assert f"{NAMES[1]}, last at " in failed["SIGKILL", 1].outputs[0], failed["SIGKILL", 1].output
+    [(rank, _, _, seen)] = failed["SIGKILL", 1].recorded
+    assert rank == 0 and f"No heartbeat: {NAMES[1]}" in seen
 
 
 @pytest.mark.slow
@@ -82,10 +91,14 @@ def test_failure_rank_0_that_is_killed_ends_the_store(failed):
     output = failed["SIGKILL", 0].outputs[1]
     assert f"{NAMES[1]}, at step 3, micro-batch 1," in output, output
     assert re.search("store .* is gone", output), output
+    [(rank, *_)] = failed["SIGKILL", 0].recorded
+    assert rank == 1
 
 
 def test_failure_rank_that_is_stopped_is_named_by_the_others(failed):
     output = failed["SIGSTOP", 1].outputs[0]
+    [(rank, _, reason, seen)] = failed["SIGSTOP", 1].recorded
+    assert rank == 0 and f"{TIMEOUT_S} s" in reason and f"No heartbeat: {NAMES[1]}" in seen
     assert re.search(rf"{re.escape(NAMES[0])}, at step 3, micro-batch 1, .* {TIMEOUT_S} s", output), output
     assert f"{NAMES[1]}, last at " in output, output
 
@@ -119,6 +132,33 @@ def leave_early(mesh):
 
 def test_watchdog_waits_for_ranks_that_end_before_their_first_beat(tmp_path):
     assert len(run_ranks(leave_early, 2, tmp_path)) == 2
+
+
+def fail_early(folder):
+    """Fail on rank 1 before its first beat, while rank 0 waits for it."""
+    from megatron_bipe.config.schema import ParallelConfig
+    from megatron_bipe.engine.base import start_deepspeed
+    from megatron_bipe.errors import DataError
+    from megatron_bipe.runtime.distributed_init import connect_store, join_launch
+    from megatron_bipe.runtime.watchdog import Watchdog
+
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # a launcher would else end rank 0 first
+    mesh = join_launch()
+    start_deepspeed(mesh, 60)
+    with Watchdog(mesh.with_layout(ParallelConfig()), 60, connect_store, partial(record_failure, folder)):
+        if mesh.rank == 1:
+            raise DataError("an injected fault", location="there")
+        time.sleep(60)
+
+
+def test_failure_before_the_first_beat_ends_the_others_and_is_on_record(tmp_path):
+    ranks = run_programs(fail_early, [tmp_path], tmp_path, 2)
+    assert [rank.code for rank in ranks] == [2, 2], ranks
+    name = f"rank 1 of 2 on {HOST}"
+    assert f"{name} (stage 0, data 1, context 0, tensor 0), at the start, failed first: DataError" in ranks[0].output
+    [event] = read_events(tmp_path)
+    assert (event["event"], event["rank"], event["at"]) == ("failed", 1, "the start")
+    assert name in event["name"] and event["reason"].startswith("DataError: an injected fault"), event
 
 
 @pytest.mark.slow

@@ -50,7 +50,7 @@ class Notes:
         self.calls.append(("load", folder.name))
         return self.loop_states[folder]
 
-    def on_forward(self, to):
+    def observe(self, observer):
         pass
 
     def heartbeat(self):

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -14,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe import io
-from megatron_bipe.errors import DataError, exit_code
+from megatron_bipe.errors import DataError, as_user_error, exit_code
 from megatron_bipe.io import LOCK_NAME, atomic_directory, lock_holder, locked, unfinished_path
-from tests.helpers.errors import raises
+from tests.helpers.errors import assert_error, raises
 
 
 @pytest.fixture(autouse=True)
@@ -363,3 +364,44 @@ def test_atomic_directory_killed_at_any_step_leaves_the_old_or_the_new_folder(
         assert list(path.parent.iterdir()) == [path] * path.exists()
     states = ["old", "between the renames", "new"] if exists and each_way == "two renames" else ["old", "new"]
     assert list(dict.fromkeys(seen)) == states and not killed
+
+
+@pytest.mark.parametrize(
+    ("error", "location", "transient"),
+    [
+        (OSError(errno.ENOSPC, "full"), "", False),
+        (OSError(errno.EROFS, "read-only", "/out/a"), "/out/a", False),
+        (OSError(errno.EACCES, "denied", b"/out/a"), "/out/a", False),
+        (OSError(errno.ENOSPC, "full", "/in/a", None, "/out/a"), "/out/a", False),
+        (OSError(errno.EIO, "input/output"), "", True),
+        (OSError(errno.ESTALE, "stale", "/out/a"), "/out/a", True),
+        (RuntimeError("No space left on device (os error 28)"), "", False),  # of libraries in Rust
+    ],
+)
+def test_failure_of_a_disk_is_an_error_for_the_user(error: Exception, location: str, transient: bool) -> None:
+    found = as_user_error(error)
+    assert_error(found, DataError, location=location)
+    assert isinstance(found, DataError) and found.transient == transient and exit_code(error) == (1 if transient else 2)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError("no number"), OSError(errno.EPERM, "a process"), OSError(errno.EINVAL, "x", "y"), ValueError("28")],
+)
+def test_failure_of_anything_else_stays_a_defect(error: Exception) -> None:
+    assert as_user_error(error) is error and exit_code(error) == 1
+
+
+def test_atomic_writes_on_a_full_disk_name_the_file_and_leave_nothing(tmp_path: Path) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (5, hard))
+    try:
+        with pytest.raises(OSError, match="large") as file_error:
+            io.write_atomically(tmp_path / "file", b"more than that")
+        with pytest.raises(OSError, match="large") as folder_error, atomic_directory(tmp_path / "folder") as draft:
+            (draft / "file").write_bytes(b"more than that")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert_error(as_user_error(file_error.value), DataError, location=tmp_path / "file", remedy="ulimit -f")
+    assert_error(as_user_error(folder_error.value), DataError, location=tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []

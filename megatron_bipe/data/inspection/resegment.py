@@ -25,7 +25,7 @@ from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import SUFFIXES, Suffix, pack_seg, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import DataError, failed_path
 from megatron_bipe.io import atomic_directory, partial_path, unfinished_path
 
 UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
@@ -92,7 +92,7 @@ def resegment(
         raise DataError(
             f"The new dataset cannot be written: {error.strerror or error}",
             remedy="Free space or name another folder, then run the same command again",
-            location=error.filename or output,
+            location=failed_path(error) or output,
         ) from error
     return new
 

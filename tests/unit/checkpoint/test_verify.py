@@ -1,8 +1,13 @@
 """Checks of a checkpoint before it is read; tests/faults has every kind of damage, on several ranks."""
 
+import errno
+import os
+from pathlib import Path
+
 import pytest
 import torch
 
+from megatron_bipe import io
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.manifest import load_index
 from megatron_bipe.checkpoint.verify import belongs_to_another_run, check_complete, latest_valid_checkpoint
@@ -13,8 +18,9 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 from tests.helpers.checkpoints import write_checkpoint
-from tests.helpers.errors import raises
+from tests.helpers.errors import assert_warned, raises
 
 MESH = Mesh(0, 0, 1, 1, torch.device("cpu"))
 TOKENIZER = TokenizerRecord(name="t", fingerprint="a" * 64, vocab_size=100, special_ids={})
@@ -68,6 +74,67 @@ def test_of_another_run_names_what_no_run_can_change(index, settings, data, expe
 def test_of_another_run_reads_the_configuration_of_another_version(index):
     index = index.model_copy(update={"config": {"model": {"unknown": 1}}})
     assert "cannot be read" in belongs_to_another_run(index, load_run_config(None), None)
+
+
+class Recorder(Observer):
+    """Observer that keeps what it receives."""
+
+    def __init__(self):
+        self.num_signs, self.fell = 0, []
+
+    def progress(self):
+        self.num_signs += 1
+
+    def fell_back(self, to_step, skipped):
+        self.fell.append((to_step, dict(skipped)))
+
+
+def _choose(tmp_path, recorder=None):
+    return latest_valid_checkpoint(tmp_path, lambda index: "", MESH, HostCollectives(MESH), recorder)
+
+
+def _fail_to_read(monkeypatch, times, number=errno.EIO, step=20):
+    """Let the first reads of a file of this step fail."""
+    real, left = Path.open, [times]
+
+    def opened(path, *args, **options):
+        if path.name == "rank-00000.safetensors" and path.parent.name == f"step-{step:08d}" and left[0] > 0:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path, *args, **options)
+
+    monkeypatch.setattr(io, "READ_PAUSES_S", (0.0, 0.0))
+    monkeypatch.setattr(Path, "open", opened)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE])
+def test_latest_valid_checkpoint_is_read_again_after_an_error_that_passes(tmp_path, monkeypatch, caplog, number):
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
+    _fail_to_read(monkeypatch, 2, number)
+    recorder = Recorder()
+    assert _choose(tmp_path, recorder).step == 20
+    assert recorder.fell == [] and recorder.num_signs > 0
+    assert_warned(caplog, os.strerror(number), "rank-00000.safetensors")
+
+
+def test_latest_valid_checkpoint_that_stays_unreadable_is_skipped_on_record(tmp_path, monkeypatch):
+    for step in (10, 20):
+        write_checkpoint(tmp_path, step, {"0.x": torch.ones(3)})
+    _fail_to_read(monkeypatch, 3)
+    recorder = Recorder()
+    assert _choose(tmp_path, recorder).step == 10
+    [(to_step, skipped)] = recorder.fell
+    assert to_step == 10 and list(skipped) == [20] and "cannot be read: Input/output error" in skipped[20]
+
+
+@pytest.mark.parametrize(("number", "transient"), [(errno.EIO, True), (errno.EACCES, False)])
+def test_no_readable_checkpoint_is_an_error_that_may_pass_if_the_disk_failed(tmp_path, monkeypatch, number, transient):
+    write_checkpoint(tmp_path, 20, {"0.x": torch.ones(3)})
+    _fail_to_read(monkeypatch, 3, number)
+    with raises(CheckpointError, 20, location=tmp_path) as caught:
+        _choose(tmp_path)
+    assert caught.value.transient == transient
 
 
 def test_latest_valid_checkpoint_skips_those_of_another_run(tmp_path):

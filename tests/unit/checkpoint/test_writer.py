@@ -1,9 +1,13 @@
 """Saves in the background write the state at the time of the save, and the loop waits only for the copy."""
 
+import math
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_bipe.checkpoint import writer as module
 from megatron_bipe.checkpoint.find import find_checkpoint, list_steps
@@ -13,6 +17,7 @@ from megatron_bipe.config.schema import CheckpointConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.runtime.observer import Observer
 from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.errors import assert_warned, raises
 
@@ -194,3 +199,54 @@ def test_save_warns_of_old_checkpoints_that_cannot_be_deleted(tmp_path, live, mo
     make_saver(keep_last=1).save(tmp_path, checkpoint_info(10), fragments, {}, final=True)
     assert_warned(caplog, "OSError: no permission")
     assert list_steps(tmp_path) == [10]
+
+
+class Recorder(Observer):
+    """Observer that keeps what it receives."""
+
+    def __init__(self):
+        self.num_signs, self.saves = 0, []
+
+    def progress(self):
+        self.num_signs += 1
+
+    def saved(self, step, num_bytes, seconds):
+        self.saves.append((step, num_bytes))
+
+    def save_failed(self, step, reason):
+        self.saves.append((step, reason))
+
+
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_saves_are_recorded_and_waiting_for_one_is_progress(tmp_path, live, monkeypatch, asynchronous):
+    saver = make_saver(asynchronous=asynchronous)
+    saver.observer = recorder = Recorder()
+    saver.save(tmp_path, checkpoint_info(10), live[1], {}, final=True)
+    assert recorder.num_signs > 0
+    monkeypatch.setattr(module, "write_fragments", lambda *_: 1 / 0)
+    saver.save(tmp_path, checkpoint_info(20), live[1], {}, final=False)
+    saver.finish()
+    with raises(CheckpointError):
+        saver.save(tmp_path, checkpoint_info(30), live[1], {}, final=True)
+    assert recorder.saves[0] == (10, 12_000)
+    assert [(step, "ZeroDivisionError" in reason) for step, reason in recorder.saves[1:]] == [(20, True), (30, True)]
+
+
+def test_writes_of_other_ranks_are_progress_of_those_that_wait(live, monkeypatch):
+    monkeypatch.setattr(module, "_TELL_S", 0.01)
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    stores = [dist.TCPStore("127.0.0.1", server.port) for _ in range(2)]
+    ranks = [
+        CheckpointWriter(CheckpointConfig(), MESH._replace(rank=rank, num_ranks=2), None, lambda: stores.pop())
+        for rank in range(2)
+    ]
+    ranks[0].observer = recorder = Recorder()
+    with ThreadPoolExecutor(1) as pool, ranks[0]._awaiting():
+        waiting = pool.submit(ranks[0]._get, "save", "1")
+        for num_signs in (1, 2, 3):
+            ranks[1]._advance("save")
+            ranks[1]._told_s = -math.inf
+            while recorder.num_signs < num_signs:
+                time.sleep(0.001)
+        server.set("save/1", "written")
+        assert waiting.result(20) == b"written"

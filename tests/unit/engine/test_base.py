@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine import base
 from megatron_bipe.engine.base import check_precision, start_deepspeed
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.mesh import Mesh
@@ -17,10 +18,10 @@ MESH = Mesh(0, 0, 3, 3, torch.device("cpu"))
 
 @pytest.mark.parametrize("others", [("fp32", "fp32"), ("fp32", "bf16")])
 def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others):
-    def gather(seen, own):
-        seen[:] = [own, *((precision, f"rank {rank}") for rank, precision in enumerate(others, 1))]
+    def gather(own):
+        return [own, *([precision, f"rank {rank}"] for rank, precision in enumerate(others, 1))]
 
-    monkeypatch.setattr(dist, "all_gather_object", gather)
+    monkeypatch.setattr(base, "all_gather_json", gather)
     run = load_run_config(None, ["train.precision=fp32"])
     if len({"fp32", *others}) == 1:
         check_precision(MESH, run)

@@ -6,9 +6,10 @@ from unittest import mock
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.distributed_init import join_launch
+from megatron_bipe.runtime.distributed_init import connect_store, host_store, join_launch
 from tests.helpers.errors import raises
 
 LAUNCH = {
@@ -27,7 +28,15 @@ def environment(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     threads = torch.get_num_threads()
     with mock.patch.dict(os.environ):
-        for name in (*LAUNCH, "LOCAL_SIZE", "OMP_NUM_THREADS", "BIPE_DEVICE", "DS_ACCELERATOR"):
+        for name in (
+            *LAUNCH,
+            "LOCAL_SIZE",
+            "OMP_NUM_THREADS",
+            "GLOO_SOCKET_IFNAME",
+            "NCCL_SOCKET_IFNAME",
+            "BIPE_DEVICE",
+            "DS_ACCELERATOR",
+        ):
             os.environ.pop(name, None)
         yield os.environ
     torch.set_num_threads(threads)
@@ -44,6 +53,27 @@ def test_join_launch_reads_what_a_launcher_set(environment):
     mesh = join_launch()
     assert (mesh.rank, mesh.local_rank, mesh.num_ranks, mesh.num_local_ranks) == (5, 1, 8, 4)
     assert not mesh.is_main
+
+
+def test_join_launch_on_one_host_uses_its_loopback_interface(environment):
+    environment.update(LAUNCH, WORLD_SIZE="4", RANK="1", GLOO_SOCKET_IFNAME="eth7")
+    join_launch()
+    assert (environment["MASTER_ADDR"], environment["NCCL_SOCKET_IFNAME"]) == ("127.0.0.1", "=lo")
+    assert environment["GLOO_SOCKET_IFNAME"] == "eth7"  # the user's choice
+
+
+def test_join_launch_on_one_host_takes_only_the_port_of_rank_0_from_torchruns_store(environment):
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    environment.update(LAUNCH, WORLD_SIZE="4", RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(agent.port))
+    environment.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="2")
+    mesh = join_launch()
+    own_port = environment["MASTER_PORT"]
+    assert int(own_port) != agent.port and environment["TORCHELASTIC_USE_AGENT_STORE"] == "False"
+    environment.update(RANK="1", MASTER_PORT=str(agent.port), TORCHELASTIC_USE_AGENT_STORE="True")
+    assert host_store(join_launch()) is None and environment["MASTER_PORT"] == own_port
+    store = host_store(mesh)
+    connect_store(5).set("key", "value")
+    assert store.get("attempt-2 /key") == b"value"
 
 
 def test_join_launch_sets_torchs_variables_from_another_launcher(environment):

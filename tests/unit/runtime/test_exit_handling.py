@@ -1,5 +1,6 @@
 """Exit codes and messages of a rank that fails, in a separate process."""
 
+import errno
 import os
 import signal
 import sys
@@ -57,6 +58,13 @@ def test_run_rank_with_a_user_error_exits_with_code_2_and_one_message(abort):
     code, output = abort(DataError("no data", remedy="Make some", location="there"))
     assert code == 2
     assert output.replace("before", "").strip().startswith("DataError: no data. Make some.  [there]")
+    assert "Traceback" not in output
+
+
+@pytest.mark.parametrize(("number", "expected"), [(errno.ENOSPC, 2), (errno.EROFS, 2), (errno.EIO, 1)])
+def test_run_rank_on_a_disk_that_fails_exits_with_one_message(abort, number, expected):
+    code, output = abort(OSError(number, os.strerror(number), "/run/config.yaml"))
+    assert code == expected and "DataError: " in output and "[/run/config.yaml]" in output, output
     assert "Traceback" not in output
 
 

@@ -1,5 +1,6 @@
 """Heartbeats that ranks exchange, and the report about a rank that hangs."""
 
+import json
 import threading
 
 import pytest
@@ -34,6 +35,15 @@ def test_heartbeat_has_one_first_failure_and_all_ranks_learn_of_the_end(ranks):
     assert ranks[0].shutdown_request() is None
     ranks[1].request_shutdown(Shutdown("rank 1 failed", 2))
     assert ranks[0].shutdown_request() == Shutdown("rank 1 failed", 2)
+
+
+@pytest.mark.parametrize("crafted", [["bye", 0, False], ["bye", 75, False], ["bye"], [1, 1, True], 7, None, "\xff{"])
+def test_heartbeat_end_that_no_rank_can_have_requested_is_not_obeyed(crafted):
+    store = dist.HashStore()
+    rank = HeartbeatStore(store, 0, 2)
+    store.set("end", json.dumps(crafted) if crafted != "\xff{" else crafted)
+    store.set("rank-1", "not json")
+    assert rank.shutdown_request() is None and rank.read_all() == {0: None, 1: None}
 
 
 def test_heartbeat_keeps_rank_0_until_all_have_finished(ranks):

@@ -56,6 +56,12 @@ def test_train_shows_progress_after_the_first_step_then_when_due(start, caplog, 
     assert [int(line.split("/")[0].split()[-1]) for line in caplog.messages if "/12 |" in line] == shown
 
 
+def test_train_records_each_validation(start):
+    done = start()
+    events = [event for event in read_events(done.run_dir) if event["event"] == "validation"]
+    assert [(event["step"], event["loss_nats"]) for event in events] == [(2, 1.0), (4, 1.0), (6, 1.0)]
+
+
 def test_train_stopped_early_saves_and_keeps_the_schedule(start):
     done = start(start=3, stop=5)
     assert done.notes.of("save") == [4, 5]

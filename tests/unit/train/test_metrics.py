@@ -3,12 +3,13 @@
 import json
 import math
 import os
+import resource
+from contextlib import contextmanager
 
 import orjson
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tensorboard.summary.writer import event_file_writer
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.interface import StepResult
@@ -23,9 +24,7 @@ MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
 
 
 @pytest.fixture
-def run(tmp_path, monkeypatch):
-    # Files that are made within one second are read in the order of a counter, as text: 9 after 10.
-    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
+def run(tmp_path):
     (tmp_path / "run").mkdir()
     return load_run_config(None, [f"run_dir={tmp_path / 'run'}", "train.steps=6"])
 
@@ -169,11 +168,41 @@ def test_metrics_reach_tensorboard_once_over_a_restart_and_a_return(run):
     assert [(line["step"], line["loss/train_nats"]) for line in _lines(run)] == expected
 
 
-def test_metrics_sync_waits_for_the_thread_that_writes_tensorboard(run, monkeypatch):
-    metrics, waited = _do(run, [1]), []
-    monkeypatch.setattr(metrics._board, "flush", lambda: waited.append(True))
-    metrics.sync()
-    assert waited == [True]
+@contextmanager
+def _file_size_limit(limit_bytes):
+    """Let the system refuse to write beyond this size of any file, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("room_bytes", [-50, 0, 1, 100])
+def test_metrics_of_steps_on_a_full_disk_follow_in_order_when_there_is_room(run, caplog, room_bytes):
+    metrics = _do(run, [1, 2])
+    with _file_size_limit((run.run_dir / "metrics.jsonl").stat().st_size + room_bytes):
+        for step in (3, 4):
+            metrics.step(step, (0, 8), StepResult(torch.tensor(float(step)), 0.5), lr=1e-4)
+            metrics.flush()
+        metrics.sync()
+    assert_warned(caplog, run.run_dir / "metrics.jsonl", "File too large")
+    assert len([record for record in caplog.records if "metrics.jsonl" in record.getMessage()]) == 1
+    metrics.step(5, (0, 8), StepResult(torch.tensor(5.0), 0.5), lr=1e-4)
+    metrics.close()
+    assert [line["step"] for line in _lines(run)] == [1, 2, 3, 4, 5]
+    assert _scalars(run, "loss/train_nats") == [(step, float(step)) for step in range(1, 6)]
+
+
+def test_metrics_and_tensorboard_on_a_disk_that_stays_full_end_with_a_warning(run, caplog):
+    metrics = _do(run, [1])
+    with _file_size_limit(1):
+        metrics.step(2, (0, 8), StepResult(torch.tensor(2.0), 0.5), lr=1e-4)
+        metrics.close()
+    assert_warned(caplog, "metrics.jsonl", "lacks")
+    assert_warned(caplog, "tfevents", "lacks")
+    assert [line["step"] for line in _lines(run)] == [1]
 
 
 def test_metrics_tensorboard_file_cut_off_by_a_kill_loses_nothing_before_the_checkpoint(run):
