@@ -10,13 +10,13 @@ thread and of the training loop could run in a different order on each rank.
 
 import json
 import logging
-import shutil
 import socket
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, publish, retire
+from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, delete, publish, retire
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config import CheckpointConfig
@@ -189,7 +189,8 @@ class CheckpointWriter:
             except Exception as error:
                 errors = [_text(error)]
         if errors:
-            shutil.rmtree(save.temporary, ignore_errors=True)
+            with suppress(OSError):
+                delete(save.temporary)
             return "; ".join(errors)
         try:
             retire(save.run_dir, save.info.step, self._config)
