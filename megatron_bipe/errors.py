@@ -15,7 +15,6 @@ from typing import Any
 FAILED, USER_ERROR = 1, 2  # exit codes
 
 
-
 class BipeError(Exception):
     """Base of all errors that the user can fix.
 

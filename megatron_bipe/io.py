@@ -121,7 +121,9 @@ def unfinished_path(path: Path) -> Path:
 
 
 @contextmanager
-def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def atomic_directory(
+    path: Path, *, overwrite: bool = False, check: Callable[[Path], None] = lambda _: None
+) -> Iterator[Path]:
     """Yield an empty draft folder that becomes `path` if the block succeeds and is removed if it fails.
 
     A process that is killed leaves the complete old folder or the complete new one; the next call removes its draft.
@@ -134,9 +136,12 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     Args:
         path: folder to make. Its parent is created.
         overwrite: replace a folder that is not empty, with all that it holds.
+        check: called with a folder that will be replaced, before the block and again after it; raises an error if the
+            folder holds anything that must not be deleted.
 
     Raises:
-        DataError: the folder is not empty and must not be replaced, or another process is making it.
+        DataError: the folder is not empty and must not be replaced, another process is making it, or a foreign folder
+            has the name of its draft.
         OSError: a disk operation failed.
     """
     path = path.resolve()
@@ -149,13 +154,18 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             raise DataError("The output is a file; it must be a folder", remedy="Name another", location=path)
         if path.exists() and any(path.iterdir()) and not overwrite:
             raise DataError("The output folder is not empty", remedy="Name another, or overwrite it", location=path)
+        if path.exists():
+            check(path)
 
+    _require_own_draft(work, path.name)
     with locked(work, begin, output=path), writing(path):
         try:
             draft.mkdir(parents=True)
             yield draft
             for file in (*draft.rglob("*"), draft):
                 fsync_path(file)
+            if path.exists():
+                check(path)  # something may have been added meanwhile
             if not overwrite or not path.exists():
                 draft.rename(path)  # fails if the folder is no longer empty
             elif not _exchange(draft, path):
@@ -164,6 +174,15 @@ def atomic_directory(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
             fsync_path(path.parent)
         finally:
             _tidy(work, path)
+
+
+def _require_own_draft(work: Path, name: str) -> None:
+    """Raise `DataError` if another program made the folder: an interrupted run leaves its lock file and one draft."""
+    drafts = {path.name for path in (work / "draft").iterdir()} if (work / "draft").is_dir() else set()
+    is_foreign = bool(drafts - {name}) or (work / "replaced").exists()
+    if is_foreign and not (work / LOCK_NAME).exists():
+        what = f"The folder has the name of an unfinished output, but no file {LOCK_NAME!r} of such a run"
+        raise DataError(what, remedy="Move it away, or name another output", location=work)
 
 
 def _tidy(work: Path, path: Path) -> None:

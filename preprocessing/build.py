@@ -16,7 +16,14 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import locked
 from megatron_bipe.types import Document
 from preprocessing import destinations
-from preprocessing.commit import Contents, finish_publishing, has_output, publish, remove_if_empty, require_own
+from preprocessing.commit import (
+    Contents,
+    finish_publishing,
+    publish,
+    recorded_files,
+    remove_if_empty,
+    require_own,
+)
 from preprocessing.destinations import Split
 from preprocessing.document_tokenizer import BackendChoice, BackendName, Recipe, choose_backend
 from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
@@ -79,7 +86,7 @@ def build(options: BuildOptions, ranks: Ranks | None = None) -> dict[Path, Manif
     try:
         with work.writing(), ExitStack() as held:
             if ranks.rank == 0:
-                require_own(options.output)
+                require_own(work)
                 held.enter_context(locked(work.path, partial(_begin, work, plan, options)))
             ranks.wait_for_all()
             if ranks.rank > 0:
@@ -157,7 +164,8 @@ def _plan(options: BuildOptions) -> _Plan:
 
 
 def _begin(work: WorkFolder, plan: _Plan, options: BuildOptions) -> None:
-    work.begin(plan.job(options), has_output=has_output(options.output), overwrite=options.overwrite)
+    require_own(work)  # again: another run may have ended while this one waited
+    work.begin(plan.job(options), recorded_files(work), overwrite=options.overwrite)
 
 
 def _has_begun(work: WorkFolder, num_ranges: int) -> bool:

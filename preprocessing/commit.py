@@ -4,18 +4,24 @@ Every step can be interrupted and repeated: a shard that was moved is found at i
 """
 
 import hashlib
+import itertools
 import re
-import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, ValidationError
+
+from megatron_bipe.data.dataset import dataset_files, foreign_paths
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
     Manifest,
     PromptAnswerRecord,
+    Record,
+    Sha256,
     ShardRecord,
     TokenizerRecord,
 )
@@ -24,14 +30,21 @@ from megatron_bipe.data.shard import choose_dtype
 from megatron_bipe.data.shard_layout import SUFFIXES, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path
+from megatron_bipe.io import fsync_path, partial_path, write_atomically
 from preprocessing.destinations import Destination
-from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
+from preprocessing.work_dir import (
+    CLEARED_NAME,
+    FILES_NAME,
+    JOB_NAME,
+    PUBLISHED_NAME,
+    WORK_FOLDER,
+    RangeRecord,
+    WorkFolder,
+)
 
 SHARD_PREFIX = "tokens"
-RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME)  # names that no dataset folder may have
-OWN_FILE = re.compile(rf"({SHARD_PREFIX}-\d+\.(bin|idx|seg)|{re.escape(MANIFEST_NAME)})({re.escape(PARTIAL_SUFFIX)})?")
-LEVELS = 2  # levels of dataset folders below the output: split and partition
+DATASETS_NAME = "datasets.json"  # record of the datasets below the output, if it is split or partitioned
+RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME, DATASETS_NAME)  # names that no dataset folder may have
 
 
 @dataclass(frozen=True)
@@ -44,23 +57,38 @@ class Contents:
     examples: PromptAnswerRecord | None = None  # None: the documents are text
 
 
+class OutputRecord(Record):
+    """Content of `datasets.json`: the datasets that one job made in folders below its output."""
+
+    datasets: dict[Annotated[str, Field(pattern=r"^(\w[\w.-]*/)?\w[\w.-]*$")], Sha256]
+    """Fingerprint of each dataset's manifest, by folder relative to the output."""
+
+
 def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents) -> dict[Path, Manifest]:
     """Turn the shards of all ranges into datasets, and remove the work folder.
 
     Returns:
         Manifests by folder, in the order of the datasets' first documents.
     """
+    require_own(work)  # something may have been added since the start
     if not work.has(CLEARED_NAME):
-        clear_output(work.output)
+        clear_output(work)
         work.mark(CLEARED_NAME)
     shards: dict[Destination, list[tuple[Path, ShardRecord]]] = {}
     for number, record in enumerate(records):
         for entry in record.shards:
             shards.setdefault(entry.destination, []).append((work.range_folder(number), entry.shard))
+    folders = dataset_folders(work.output, list(shards))
+    for destination, folder in folders.items():
+        _require_complete(folder, shards[destination])  # before the first one is moved
+    record_files(work, {folder: len(shards[destination]) for destination, folder in folders.items()})
     made = {
         folder: publish_dataset(folder, shards[destination], contents, destination)
-        for destination, folder in dataset_folders(work.output, list(shards)).items()
+        for destination, folder in folders.items()
     }
+    if work.output not in made:
+        below = {folder.relative_to(work.output).as_posix(): manifest.fingerprint for folder, manifest in made.items()}
+        write_atomically(work.output / DATASETS_NAME, OutputRecord(datasets=below).model_dump_json(indent=1).encode())
     for folder in {work.output, *(folder.parent for folder in made)}:
         fsync_path(folder)
     work.mark(PUBLISHED_NAME)
@@ -71,8 +99,7 @@ def publish(work: WorkFolder, records: Sequence[RangeRecord], contents: Contents
 def finish_publishing(work: WorkFolder) -> dict[Path, Manifest]:
     """Remove the work folder of a complete output, and return the manifests by folder."""
     work.remove()
-    folders = [folder for folder in _dataset_folders_in(work.output, LEVELS) if (folder / MANIFEST_NAME).exists()]
-    return {folder: Manifest.load(folder) for folder in folders}
+    return recorded_datasets(work.output)
 
 
 def publish_dataset(
@@ -82,7 +109,7 @@ def publish_dataset(
     folder.mkdir(parents=True, exist_ok=True)
     renamed = []
     for number, (origin, record) in enumerate(shards):
-        name = f"{SHARD_PREFIX}-{number:05d}"
+        name = shard_name(number)
         for suffix in SUFFIXES:
             _move(shard_path(origin, record.name, suffix), shard_path(folder, name, suffix))
         renamed.append(record.model_copy(update={"name": name}))
@@ -109,16 +136,21 @@ def publish_dataset(
     return manifest
 
 
+def _require_complete(folder: Path, shards: list[tuple[Path, ShardRecord]]) -> None:
+    for number, (origin, record) in enumerate(shards):
+        for suffix in SUFFIXES:
+            path = shard_path(origin, record.name, suffix)
+            if not path.exists() and not shard_path(folder, shard_name(number), suffix).exists():
+                raise DataError(
+                    "A finished shard is missing from the unfinished output",
+                    remedy=f"Remove the folder {WORK_FOLDER!r}, and run the same command again with --overwrite",
+                    location=path,
+                )
+
+
 def _move(origin: Path, target: Path) -> None:
-    try:
+    with suppress(FileNotFoundError):  # an earlier attempt moved it
         origin.replace(target)
-    except FileNotFoundError as error:
-        if not target.exists():  # otherwise an earlier attempt moved it
-            raise DataError(
-                "A finished shard is missing from the unfinished output",
-                remedy=f"Remove the folder {WORK_FOLDER!r}, and run the same command again with --overwrite",
-                location=origin,
-            ) from error
 
 
 def dataset_folders(output: Path, destinations: Sequence[Destination]) -> dict[Destination, Path]:
@@ -141,62 +173,82 @@ def partition_slug(value: str, taken: set[str]) -> str:
     return f"{slug or 'partition'}-{hashlib.sha256(value.encode()).hexdigest()[:8]}"
 
 
-def has_output(folder: Path) -> bool:
-    """Return True if the folder holds any part of a dataset, finished or not."""
-    return any(path.name != WORK_FOLDER for path in folder.iterdir())
+def recorded_datasets(output: Path) -> dict[Path, Manifest]:
+    """Return the manifests, by folder, of the datasets that an output's own records name; others are not looked for.
+
+    A folder counts only if its manifest is still the one on record. A damaged record names nothing.
+    """
+    found: dict[Path, Manifest] = {}
+    with suppress(DataError):
+        found[output] = Manifest.load(output)
+    below: Mapping[str, str] = {}
+    with suppress(OSError, ValidationError):
+        below = OutputRecord.model_validate_json((output / DATASETS_NAME).read_bytes()).datasets
+    for name, fingerprint in below.items():
+        with suppress(DataError):
+            manifest = Manifest.load(output / name)
+            if manifest.fingerprint == fingerprint:
+                found[output / name] = manifest
+    return found
 
 
-def require_own(folder: Path) -> None:
-    """Raise `DataError` if the output is a file, or holds a path that this tool did not write."""
+def recorded_files(work: WorkFolder) -> set[str]:
+    """Return the files, relative to the output, that a record there lists; only these are ever deleted or replaced.
+
+    While a job is unfinished, its own record counts: a dataset that was added meanwhile is not the job's.
+    """
+    if work.has(JOB_NAME) and work.has(FILES_NAME):
+        return work.load_files()
+    datasets = recorded_datasets(work.output)
+    files = {path.relative_to(work.output).as_posix() for folder in datasets for path in dataset_files(folder)}
+    if set(datasets) - {work.output}:
+        files |= {DATASETS_NAME, partial_path(Path(DATASETS_NAME)).name}
+    return files | work.load_files()
+
+
+def record_files(work: WorkFolder, num_shards: Mapping[Path, int]) -> None:
+    """Record the files that publication is going to write, given the number of shards of each dataset's folder."""
+    names = {DATASETS_NAME, partial_path(Path(DATASETS_NAME)).name}
+    for folder, count in num_shards.items():
+        manifest, tokenizer = folder / MANIFEST_NAME, folder / TOKENIZER_FOLDER
+        shards = (shard_path(folder, shard_name(n), suffix) for n in range(count) for suffix in SUFFIXES)
+        files = (manifest, partial_path(manifest), *shards, *(tokenizer / name for name in COMPANIONS))
+        names |= {path.relative_to(work.output).as_posix() for path in files}
+    work.save_files(names)
+
+
+def shard_name(number: int) -> str:
+    return f"{SHARD_PREFIX}-{number:05d}"
+
+
+def require_own(work: WorkFolder) -> None:
+    """Raise `DataError` if the output is a file, or holds a path that no record of this tool lists."""
+    folder = work.output
     if not folder.exists():
         return
     if not folder.is_dir():
         raise DataError("The output must be a folder, but this is a file", remedy="Name another", location=folder)
-    foreign = next(_foreign(folder, LEVELS), None)
+    own = {folder / name for name in recorded_files(work)}
+    others = (path for path in foreign_paths(folder, own) if not path.is_relative_to(work.path))
+    foreign = next(itertools.chain(work.foreign_paths(), others), None)
     if foreign is not None:
         raise DataError(
-            f"The output folder holds a path that is not part of a dataset: {foreign.relative_to(folder)}",
+            f"The output folder holds a path that no record of this tool lists: {foreign.relative_to(folder)}",
             remedy="Name another folder, or move it away",
             location=folder,
         )
 
 
-def clear_output(folder: Path) -> None:
-    """Remove all datasets, each manifest first, so that a partly removed dataset never looks finished."""
-    for part in _dataset_folders_in(folder, LEVELS):
-        (part / MANIFEST_NAME).unlink(missing_ok=True)
-        for path in list(part.iterdir()):
-            if OWN_FILE.fullmatch(path.name):
-                path.unlink()
-        shutil.rmtree(part / TOKENIZER_FOLDER, ignore_errors=True)
-        if part != folder and not any(part.iterdir()):
-            part.rmdir()
+def clear_output(work: WorkFolder) -> None:
+    """Delete the recorded files, manifests first, so that a partly removed dataset never looks finished."""
+    files = {work.output / name for name in work.load_files()}
+    for path in sorted(files, key=lambda path: (path.name != MANIFEST_NAME, path)):
+        path.unlink(missing_ok=True)
+    for folder in sorted({parent for path in files for parent in path.parents}, reverse=True):
+        if folder.is_relative_to(work.output) and folder != work.output:
+            remove_if_empty(folder)
 
 
 def remove_if_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-def _foreign(folder: Path, levels: int) -> Iterator[Path]:
-    """Yield the paths that this tool did not write."""
-    for path in sorted(folder.iterdir()):
-        if not path.is_dir() or path.is_symlink():
-            if OWN_FILE.fullmatch(path.name) is None or path.is_symlink():
-                yield path
-        elif path.name == TOKENIZER_FOLDER:
-            yield from (file for file in path.iterdir() if file.name not in COMPANIONS)
-        elif path.name == WORK_FOLDER and levels == LEVELS:
-            continue
-        elif levels:
-            yield from _foreign(path, levels - 1)
-        else:
-            yield path
-
-
-def _dataset_folders_in(folder: Path, levels: int) -> Iterator[Path]:
-    """Yield the folders that may hold a dataset, inner ones first."""
-    for path in sorted(folder.iterdir()) if levels else []:
-        if path.is_dir() and path.name not in RESERVED:
-            yield from _dataset_folders_in(path, levels - 1)
-    yield folder

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
+from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord, ShardRecord
 from megatron_bipe.data.segments import resolve_rule, segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
@@ -24,11 +24,11 @@ from megatron_bipe.tasks.arithmetic.problems import EQUALS, Problem, problems, w
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, Encode, Prompter, Row, find_task, read_rows
 from megatron_bipe.types import Document, TokenArray, TokenizedDocument
 from preprocessing.commit import (
-    SHARD_PREFIX,
     Contents,
     clear_output,
-    has_output,
     publish_dataset,
+    record_files,
+    recorded_files,
     remove_if_empty,
     require_own,
 )
@@ -188,27 +188,35 @@ def write_examples(
     work, existed = WorkFolder(output), output.exists()
     try:
         with work.writing():
-            require_own(output)
-            with locked(work.path, partial(_begin, work, overwrite)):
+            require_own(work)
+            with locked(work.path, partial(_begin, work, contents, overwrite)):
                 try:
-                    return _write(work, contents, tqdm(examples, total=total, unit=" examples", disable=None))
-                finally:
+                    shard = _write(work, contents, tqdm(examples, total=total, unit=" examples", disable=None))
+                except BaseException:
                     work.remove()
+                    raise
+                return _publish(work, shard, contents)
     finally:
         if not existed:
             remove_if_empty(output)
 
 
-def _begin(work: WorkFolder, overwrite: bool) -> None:
-    work.require_replaceable(has_output(work.output), overwrite)
-    work.remove()
+def _begin(work: WorkFolder, contents: Contents, overwrite: bool) -> None:
+    assert contents.examples is not None
+    require_own(work)  # again: another run may have ended while this one waited
+    job = {
+        "examples": contents.examples.model_dump(mode="json"),
+        "source": contents.source,
+        "tokenizer": contents.tokenizer.fingerprint,
+        "rule": contents.rule.model_dump(mode="json"),
+    }
+    work.begin(job, recorded_files(work), overwrite=overwrite)
 
 
-def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) -> Manifest:
+def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) -> ShardRecord:
     assert contents.examples is not None
     seq_len_tokens, dtype = contents.examples.seq_len_tokens, choose_dtype(contents.tokenizer.vocab_size)
-    folder = work.range_folder(0)
-    with ShardWriter(folder, SHARD_PREFIX, dtype) as writer:
+    with ShardWriter(work.range_folder(0), "000", dtype) as writer:
         for example in examples:
             _require_fitting(example, seq_len_tokens)
             text_bytes = (0, example.text_bytes)  # prompt and answer together
@@ -217,9 +225,16 @@ def _write(work: WorkFolder, contents: Contents, examples: Iterable[Example]) ->
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, contents.rule), size, ""))
         if not writer.num_documents:
             raise DataError("There are no examples", remedy="Give files that contain some", location=work.output)
-        record = writer.finish()
-    clear_output(work.output)
-    return publish_dataset(work.output, [(folder, record)], contents, Destination("", ""))
+        return writer.finish()
+
+
+def _publish(work: WorkFolder, shard: ShardRecord, contents: Contents) -> Manifest:
+    require_own(work)  # something may have been added since the start
+    clear_output(work)
+    record_files(work, {work.output: 1})
+    made = publish_dataset(work.output, [(work.range_folder(0), shard)], contents, Destination("", ""))
+    work.remove()
+    return made
 
 
 def _require_fitting(example: Example, seq_len_tokens: int) -> None:

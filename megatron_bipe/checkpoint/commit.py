@@ -9,21 +9,25 @@ Folders have these names while the checkpoints of a run change:
 If the process dies at any point, the previous checkpoint and pointer remain valid; `tidy` removes leftovers.
 """
 
+import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 from megatron_bipe.checkpoint.find import POINTER, list_steps, step_folder
-from megatron_bipe.checkpoint.manifest import unusable_checkpoint
+from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX, unusable_checkpoint
 from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import fsync_path, write_atomically
+from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path, write_atomically
 
 FREE_SPACE = "Free space there, or keep fewer checkpoints with checkpoint.keep_last"
 
 _GIB = 2**30
 _WRITING, _REPLACED, _REMOVING = "writing-", "replaced-", "removing-"
+_LEFTOVER = re.compile(rf"({_WRITING}|{_REPLACED}|{_REMOVING})step-\d{{8,}}(-\w+)?")
+_OWN_FILE = re.compile(rf"(rank-\d{{5,}}\.safetensors|{INDEX}|{CHECKSUM_NAME})({PARTIAL_SUFFIX})?")
 
 
 def begin(run_dir: Path, step: int, token: str, room_bytes: int) -> Path:
@@ -110,9 +114,11 @@ def tidy(run_dir: Path) -> None:
     """
     folder = run_dir / "checkpoints"
     for path in folder.iterdir() if folder.is_dir() else ():
+        if not _LEFTOVER.fullmatch(path.name) or not path.is_dir() or path.is_symlink():
+            continue
         if path.name.startswith((_WRITING, _REMOVING)):
-            shutil.rmtree(path, ignore_errors=True)
-        elif path.name.startswith(_REPLACED):
+            delete(path)
+        else:
             final = path.with_name(path.name.removeprefix(_REPLACED))
             if final.exists():
                 _remove(path)
@@ -120,9 +126,18 @@ def tidy(run_dir: Path) -> None:
                 path.rename(final)
 
 
+def delete(folder: Path) -> None:
+    """Delete the files of a checkpoint, and its folder unless it holds others, which are not of the run."""
+    for path in folder.iterdir():
+        if _OWN_FILE.fullmatch(path.name) and not path.is_dir():
+            path.unlink(missing_ok=True)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _remove(folder: Path) -> None:
     """Rename a folder, so that it is no longer a checkpoint, and delete it."""
-    removing = folder.with_name(f"{_REMOVING}{folder.name}")
+    removing = folder.with_name(f"{_REMOVING}{folder.name.removeprefix(_REPLACED)}")
     if folder.exists():
         folder.rename(removing)
-        shutil.rmtree(removing, ignore_errors=True)
+        delete(removing)

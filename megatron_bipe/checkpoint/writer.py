@@ -11,7 +11,6 @@ thread and of the training loop could run in a different order on each rank.
 import json
 import logging
 import math
-import shutil
 import socket
 import threading
 import time
@@ -28,7 +27,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, publish, retire
+from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, delete, publish, retire
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config import CheckpointConfig
@@ -250,7 +249,8 @@ class CheckpointWriter:
             except Exception as error:
                 errors = [_text(error)]
         if errors:
-            shutil.rmtree(save.temporary, ignore_errors=True)
+            with suppress(OSError):
+                delete(save.temporary)
             return "; ".join(errors)
         try:
             retire(save.run_dir, save.info.step, self._config)

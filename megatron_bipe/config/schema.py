@@ -269,7 +269,7 @@ class TrainConfig(_Section):
     valid_every: NonNegative = 1000
     """Steps between validations; 0: never."""
     valid_samples: Positive = 512
-    """Sequences per validation, the same ones each time, so that losses can be compared."""
+    """Sequences per validation, the same ones each time and in every layout, so that losses can be compared."""
     save_every: NonNegative = 1000
     """Steps between checkpoints; 0: only at the end. tools/goodput.py estimates the best interval for a cluster."""
     check_replicas_every: NonNegative = 100

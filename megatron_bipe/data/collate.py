@@ -64,6 +64,12 @@ def make_batch(
     return Batch(*(torch.from_numpy(array) for array in (inputs, intra, inter, labels, *weights)))
 
 
+def with_row_weights(batch: Batch[torch.Tensor], rows_B: npt.NDArray[np.float32]) -> Batch[torch.Tensor]:
+    """Return the batch with the weights of its labels multiplied by one weight per sequence, fp32 [B]."""
+    weights_BT = torch.ones(batch.labels_BT.shape) if batch.weights_BT is None else batch.weights_BT
+    return batch._replace(weights_BT=weights_BT * torch.from_numpy(rows_B)[:, None])
+
+
 def _weights(answers_B2: IntArray, seq_len_tokens: int, weight: float) -> npt.NDArray[np.float32]:
     """Return fp32 weights [B, T]: `weight` within the answers, 0 elsewhere."""
     position_T = np.arange(seq_len_tokens)

@@ -3,6 +3,7 @@
 This module does not import torch.
 """
 
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -12,10 +13,10 @@ import numpy.typing as npt
 from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
 from megatron_bipe.data.segments import SegmentRule, sequence_ends
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import damaged_error, packed_bytes
-from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
+from megatron_bipe.data.shard_layout import SUFFIXES, damaged_error, packed_bytes, shard_path
+from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import allow_open_files
+from megatron_bipe.io import allow_open_files, partial_path
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 FILES_PER_SHARD = 2  # files per shard that stay open: tokens and segment ends
@@ -189,6 +190,38 @@ def _unpack(packed_BK: npt.NDArray[np.uint8], shift_B: IntArray, count: int) -> 
     # If 8 - shift is 8, the next byte contributes nothing: uint8 << 8 is 0.
     low, high = packed_BK[:, :-1] >> shift, (packed_BK[:, 1:].astype(np.uint16) << (8 - shift)).astype(np.uint8)
     return np.unpackbits(low | high, axis=1, count=count, bitorder="little").view(np.bool_)
+
+
+def dataset_files(folder: Path) -> set[Path]:
+    """Return the paths of a dataset's files: its manifest, those that this lists, and those of its tokenizer.
+
+    Only these may be deleted or replaced with the dataset. Listed files may be missing.
+
+    Raises:
+        DataError: the manifest is missing or damaged, so it lists nothing.
+    """
+    shards = Manifest.load(folder).shards
+    tokenizer = (folder / TOKENIZER_FOLDER / name for name in COMPANIONS)
+    return {
+        *(folder / name for name in (MANIFEST_NAME, partial_path(Path(MANIFEST_NAME)))),
+        *(shard_path(folder, shard.name, suffix) for shard in shards for suffix in SUFFIXES),
+        *tokenizer,
+    }
+
+
+def foreign_paths(folder: Path, own: Collection[Path]) -> Iterator[Path]:
+    """Yield the files below a folder that are not in `own`, and empty folders that hold none of these, in order.
+
+    Links are never own.
+    """
+    parents = {parent for path in own for parent in path.parents}
+    for path in sorted(folder.iterdir()):
+        if path.is_dir() and not path.is_symlink():
+            if path not in parents and not any(path.iterdir()):
+                yield path
+            yield from foreign_paths(path, own)
+        elif path.is_symlink() or path not in own:
+            yield path
 
 
 MAX_FOLDERS_IN_MESSAGE = 8  # maximum number of folders named in one message

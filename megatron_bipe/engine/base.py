@@ -170,6 +170,13 @@ def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
 
 
+def loss_sums(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
+    """Return the weighted sum of losses and the sum of the weights, fp64 [2], which hardly depends on the order."""
+    losses_BT = losses_BT.double()
+    weights_BT = torch.ones_like(losses_BT) if weights_BT is None else weights_BT.double()
+    return torch.stack([(losses_BT * weights_BT).sum(), weights_BT.sum()])
+
+
 class ForwardTimer:
     """Sum of the durations of a module's forward passes, to distinguish a slow rank from those that wait for it.
 
@@ -301,6 +308,16 @@ class DeepSpeedEngine:
     def observe(self, observer: Observer) -> None:
         self._observer = self._saver.observer = observer
         self._engine.module.register_forward_pre_hook(lambda *_: observer.progress())
+
+    def _mean_held_out(self, sums: list[Tensor]) -> float:
+        """Return the weighted mean loss over all ranks from their sums: the same fp32 number however they are sharded.
+
+        Args:
+            sums: results of `loss_sums` for the losses that this rank has computed.
+        """
+        total = torch.stack([torch.zeros(2, dtype=torch.float64, device=self._mesh.device), *sums]).sum(0)
+        dist.all_reduce(total)
+        return float((total[0] / total[1]).float())
 
     def pop_forward_seconds(self) -> float:
         return self._own_time.pop_seconds()

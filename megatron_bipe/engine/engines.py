@@ -21,6 +21,7 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.engine.base import (
     DeepSpeedEngine,
     check_precision,
+    loss_sums,
     make_grid,
     make_layers,
     make_topology,
@@ -71,7 +72,7 @@ class ZeroEngine(DeepSpeedEngine):
         losses = []
         for batch in micro_batches:
             with record_function("forward"):
-                loss = self._loss(batch)
+                loss = mean_loss(*self._losses(batch))
             self._engine.backward(loss)
             losses.append(loss.detach())
             self._engine.step()
@@ -80,14 +81,15 @@ class ZeroEngine(DeepSpeedEngine):
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
         self._engine.eval()
         with torch.no_grad():
-            losses = torch.stack([self._loss(batch) for batch in batches])
+            sums = [loss_sums(*self._losses(batch)) for batch in batches]
         self._engine.train()
-        return float(self._mean_over_ranks(losses.mean()))
+        return self._mean_held_out(sums)
 
-    def _loss(self, batch: Batch[Tensor]) -> Tensor:
+    def _losses(self, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return the losses of this rank's tokens, and their weights."""
         tokens, intra, inter, labels, weights = on_device(batch, self._mesh.device)
         losses = self._layers.token_losses(self._engine((tokens, intra, inter)), labels)
-        return mean_loss(losses, None if weights is None else self._layers.exchange.local_positions(weights))
+        return losses, None if weights is None else self._layers.exchange.local_positions(weights)
 
     def _mean_over_ranks(self, value: Tensor) -> Tensor:
         dist.all_reduce(value)
@@ -107,6 +109,7 @@ class PipelineEngine(DeepSpeedEngine):
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)
         if mesh.sequence:  # tensor-parallel ranks hold different positions, so DeepSpeed must not partition payloads
             ds_config = ds_config | {"pipeline": {"pipe_partitioned": False, "grad_partitioned": False}}
+        self._stages = module
         self._initialize(module, run, ds_config, module.mpu().get_model_parallel_group())
 
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
@@ -115,15 +118,14 @@ class PipelineEngine(DeepSpeedEngine):
         return StepResult(loss, self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        total, count = 0.0, 0
+        self._stages.held_out_sums.clear()
         for _, group in itertools.groupby(batches, key=lambda batch: batch.tokens_BT.shape):
             same_shape = list(group)  # stages assume one shape until it is reset
             self._engine.reset_activation_shape()
-            mean = self._engine.eval_batch(self._payloads(same_shape), num_micro_batches=len(same_shape))
-            total, count = total + float(mean) * len(same_shape), count + len(same_shape)
+            self._engine.eval_batch(self._payloads(same_shape), num_micro_batches=len(same_shape), bcast_loss=False)
         self._engine.reset_activation_shape()
         self._engine.module.train()
-        return total / count
+        return self._mean_held_out(self._stages.held_out_sums)
 
     def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Yield the inputs of the first stage, (tokens, intra, inter), and of the last: labels and optional weights."""
@@ -139,16 +141,19 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         self, plan: list[LayerPlan], bounds: list[int], layers: LayerFactory, mesh: Mesh, tied_output: bool
     ) -> None:
         self._bounds = bounds
+        held_out_sums: list[Tensor] = []  # results of `loss_sums` in evaluation, on ranks of the last stage
 
         def loss(logits_BTv: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
             labels_BT, *weights = labels
             with record_function("forward"):
-                return mean_loss(
-                    layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.local_positions, weights)
-                )
+                losses = layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.local_positions, weights)
+                if not torch.is_grad_enabled():
+                    held_out_sums.append(loss_sums(*losses))
+                return mean_loss(*losses)
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)
+        self.held_out_sums = held_out_sums
         embeddings = [p for name, p in self.named_parameters() if TOKEN_EMBEDDING in (name, copy_source(p))]
         group = end_stages_group(mesh) if tied_output else None
         self._tied = [(embedding, group) for embedding in embeddings if group is not None]

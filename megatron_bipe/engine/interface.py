@@ -32,7 +32,7 @@ class Engine(Protocol):
         """
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        """Return the mean loss in nats per token over the batches of all ranks, equally many on each."""
+        """Return the weighted mean loss in nats per token over the batches of all ranks, equally many on each."""
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         """Return this run's newest checkpoint that passes verification of every byte, or None if it has no checkpoints.

@@ -45,7 +45,7 @@ REMOTE_CODE = {
 } | {"functional_bipe.py": Path(functional.__file__)}
 GENERATION, CARD = "generation_config.json", "README.md"
 _WRITTEN = {CONFIG, GENERATION, CARD, PLOT, INDEX, SUMS, *TOKENIZER_FILES}
-_WEIGHTS_OR_CODE = re.compile(r"model(-\d+-of-\d+)?\.safetensors|\w+_bipe\.py")  # code files of all versions
+_CODE = re.compile(r"\w+_bipe\.py")  # of all versions
 
 
 SampleBatch = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
@@ -181,11 +181,11 @@ def _draft(folder: Path, overwrite: bool) -> Iterator[Path]:
     if folder.exists() and not overwrite:
         raise CheckpointError("the output folder exists", remedy="Choose another, or add --overwrite", location=folder)
     if folder.exists():
-        _check_replaceable(folder)
+        _check_replaceable(folder)  # before anything is written
     with ExitStack() as stack:
         try:
             folder.parent.mkdir(parents=True, exist_ok=True)
-            draft = stack.enter_context(atomic_directory(folder, overwrite=overwrite))
+            draft = stack.enter_context(atomic_directory(folder, overwrite=overwrite, check=_check_replaceable))
         except OSError as error:
             what = f"the folder cannot be created: {error.strerror}"
             raise CheckpointError(what, remedy="Choose another", location=folder) from error
@@ -193,13 +193,19 @@ def _draft(folder: Path, overwrite: bool) -> Iterator[Path]:
 
 
 def _check_replaceable(folder: Path) -> None:
-    """Refuse to replace anything but a model folder without foreign files."""
-    if not folder.is_dir() or (any(folder.iterdir()) and not (folder / CONFIG).is_file()):
-        what = f"the output exists and is not an exported model: it has no {CONFIG}"
+    """Refuse to replace anything but an exported model without foreign files: its checksums list its weights."""
+    is_empty = folder.is_dir() and not any(folder.iterdir())
+    missing = next((name for name in (CONFIG, SUMS) if not (folder / name).is_file()), "")
+    if missing and not is_empty:
+        what = f"the output exists and is not an exported model: it has no {missing}"
         raise CheckpointError(what, remedy="Choose another output", location=folder)
-    names = (path.name for path in folder.iterdir() if path.is_file())
-    ours = {name for name in names if name in _WRITTEN or _WEIGHTS_OR_CODE.fullmatch(name)}
-    foreign = sorted({path.name for path in folder.iterdir()} - ours)
+    sums = "" if is_empty else (folder / SUMS).read_text("utf-8", "replace")
+    ours = _WRITTEN | {line.partition("  ")[2] for line in sums.splitlines()}
+    foreign = sorted(
+        path.name
+        for path in folder.iterdir()
+        if not path.is_file() or path.is_symlink() or not (path.name in ours or _CODE.fullmatch(path.name))
+    )
     if foreign:
         what = f"the output has foreign files: {', '.join(foreign[:3])}{', ...' if len(foreign) > 3 else ''}"
         raise CheckpointError(what, remedy="Move them, or choose another output", location=folder)

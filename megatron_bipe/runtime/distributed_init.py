@@ -109,6 +109,7 @@ def port_error(seen: str) -> ConfigError:
         f"the rendezvous port is in use, perhaps by another launch on this host: {seen}",
         remedy="Choose another port: deepspeed --master_port N, torchrun --master-port N, or MASTER_PORT",
         location=f"MASTER_PORT={os.environ.get('MASTER_PORT')} on {socket.gethostname()}",
+        transient=True,  # the other launch may end, as when a supervisor restarts this one
     )
 
 

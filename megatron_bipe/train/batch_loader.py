@@ -11,12 +11,11 @@ from torch.profiler import record_function
 from megatron_bipe.config import RunConfig, accumulation_steps, check_data
 from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.collate import label_weight, make_batch
+from megatron_bipe.data.collate import label_weight, make_batch, with_row_weights
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import DataRecord, Manifest
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.errors import DataError
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.types import Batch, IntArray
 
@@ -95,14 +94,24 @@ class BatchLoader:
         return reading_s
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
-        """Yield this rank's shard of the validation sequences, always the same ones."""
+        """Yield this rank's shard of the validation sequences, always the same ones.
+
+        All ranks get equally many batches of one shape. Where the sequences do not fill them, the last sequence is
+        repeated with weight 0, so that the mean is over the sequences of the run whatever the number of ranks.
+        """
         assert self._valid is not None
-        seq_len_tokens = self._train.seq_len_tokens
-        weight = label_weight(self._valid, self._valid_sequences, seq_len_tokens)
-        local = self._valid_sequences.reshape(self._mesh.data_ranks, -1)[self._mesh.data_rank]
-        for sequences in np.split(local, range(self._train.micro_batch, local.size, self._train.micro_batch)):
+        seq_len_tokens, data_ranks = self._train.seq_len_tokens, self._mesh.data_ranks
+        sequences = self._valid_sequences
+        weight = label_weight(self._valid, sequences, seq_len_tokens)
+        micro_batch = min(self._train.micro_batch, -(-sequences.size // data_ranks))
+        padding = -sequences.size % (data_ranks * micro_batch)
+        shape = (data_ranks, -1, micro_batch)
+        local = np.pad(sequences, (0, padding), "edge").reshape(shape)[self._mesh.data_rank]
+        counts = np.pad(np.ones(sequences.size, np.float32), (0, padding)).reshape(shape)[self._mesh.data_rank]
+        for indices_B, counts_B in zip(local, counts, strict=True):
             self._shard_check.raise_if_failed()
-            yield make_batch(self._valid, sequences, seq_len_tokens, self._clip, weight)
+            batch = make_batch(self._valid, indices_B, seq_len_tokens, self._clip, weight)
+            yield with_row_weights(batch, counts_B) if padding else batch
 
     def _own_shards(self) -> list[Shard]:
         """Return the shards that this rank verifies: one rank of each model replica takes part."""
@@ -113,17 +122,9 @@ class BatchLoader:
         return [shard for dataset in datasets for shard in dataset.shards][mesh.data_rank :: mesh.data_ranks]
 
     def _choose_valid_sequences(self, dataset: TokenDataset) -> IntArray:
-        """Return sequences spread evenly over the set, the same number of full micro-batches for each model replica."""
-        num_sequences, data_ranks = dataset.num_sequences(self._train.seq_len_tokens), self._mesh.data_ranks
-        wanted = min(self._train.valid_samples, num_sequences)
-        unit = data_ranks * (self._train.micro_batch if wanted >= data_ranks * self._train.micro_batch else 1)
-        count = wanted // unit * unit
-        if count == 0:
-            raise DataError(
-                f"{wanted} validation sequences cannot be sharded over {data_ranks} data-parallel ranks",
-                remedy="Raise train.valid_samples, use a larger validation set, or set data.valid_path=null",
-                location=dataset.path,
-            )
+        """Return sequences spread evenly over the set; they do not depend on the number of ranks."""
+        num_sequences = dataset.num_sequences(self._train.seq_len_tokens)
+        count = min(self._train.valid_samples, num_sequences)
         return np.linspace(0, num_sequences - 1, count).astype(np.int64)
 
 

@@ -164,7 +164,8 @@ class Rollback:
             times = self._returns[newest.step] - 1
             raise self._error(f"the run has returned to step {newest.step} {times} times before")
         state = TrainState.at(newest.step, self._run.train.global_batch, self._engine.load(newest.folder))
-        self._skipped += [step.reading.samples for step in bad]
+        # An earlier checkpoint than the one at the start may list samples that had been passed by then.
+        self._skipped = sorted({*self._skipped, *state.pass_over, *(step.reading.samples for step in bad)})
         state.pass_over = [part for part in self._skipped if part[1] > state.samples]
         skipped = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
         self._events.add("return", step=bad[-1].reading.step, to_step=newest.step, samples=skipped)

@@ -15,13 +15,14 @@ from tests.helpers.layouts import FP32, LR, Layout, Placed, run_config, run_plac
 from tests.helpers.tiers import selected, slow
 
 SEQ, GLOBAL, STEPS = 16, 16, 4  # as layouts.py has them
+NUM_VALID = 41
 ONE = Layout()
 FAST = [Layout(zero=1), Layout(pipeline=2, zero=1), Layout(tensor=2, zero=2, sequence=True)]
 SLOW = [Layout(zero=3), Layout(context=2, zero=1)]
 
 
 def train(mesh, layouts, data, work_dir):
-    """Return losses and norms of `STEPS` updates, and a held-out loss, by layout."""
+    """Return losses and norms of `STEPS` updates, and the held-out losses before and after, by layout."""
     from megatron_bipe.train.batch_loader import BatchLoader
 
     found = {}
@@ -29,12 +30,13 @@ def train(mesh, layouts, data, work_dir):
         run_dir = Path(work_dir) / str(number)
         engine, mesh_here = start(layout, mesh, run_dir)
         loader = BatchLoader(_run(layout, data, run_dir), mesh_here)
+        at_start = engine.eval_loss(loader.valid_batches())
         results = [engine.train_step(loader.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
         found[layout] = (
             losses,
             [float(result.grad_norm) for result in results],
-            engine.eval_loss(loader.valid_batches()),
+            [at_start, engine.eval_loss(loader.valid_batches())],
         )
     return found
 
@@ -48,9 +50,9 @@ def _run(layout, data, run_dir):
 def data(tmp_path_factory, write_dataset):
     """Write examples with answers of one token up to a full sequence, so that micro-batches differ in their numbers."""
     folder, generator = tmp_path_factory.mktemp("answers"), np.random.default_rng(5)
-    for name in ("train", "valid"):
+    for name, count in (("train", 40), ("valid", NUM_VALID)):
         documents = []
-        for _ in range(40):
+        for _ in range(count):
             length = int(generator.integers(2, SEQ + 1))
             prompt = int(generator.integers(1, length))
             tokens = generator.integers(2, 64, length).tolist()
@@ -78,17 +80,26 @@ def test_loss_over_answers_is_that_of_one_process_in_every_layout(found, layout)
         assert its_losses == pytest.approx(losses, rel=FP32.loss)
         assert its_norms == pytest.approx(norms, rel=FP32.norm)
         assert its_held_out == pytest.approx(held_out, rel=FP32.loss)
+        if layout.tensor == layout.context == 1:  # the same sums, in another order
+            assert its_held_out[0] == held_out[0]
 
 
-def _expected(data, folder):
-    """Compute the loss of the first global batch by plain loops over the answers of its examples."""
+def test_held_out_loss_is_the_mean_over_all_examples_though_they_do_not_fill_the_batches(found, data, tmp_path):
+    [(_, _, [at_start, _])] = found[Placed(1, ONE)]
+    assert at_start == pytest.approx(_expected(data, tmp_path, "valid", range(NUM_VALID)), rel=FP32.loss)
+
+
+def _expected(data, folder, name="train", indices=None):
+    """Compute the initial loss by plain loops over the answers of examples, by default of the first global batch."""
     run = _run(ONE, data, folder / "plain")
-    dataset = open_dataset(data / "train")
+    dataset = open_dataset(data / name)
     model = build_model(run.model, run.train.seed)
     from megatron_bipe.data.blend import Blend
 
+    if indices is None:
+        indices = Blend([dataset], None, SEQ, run.train.seed).sequence_indices(0, GLOBAL)
     total, count = 0.0, 0
-    for window in Blend([dataset], None, SEQ, run.train.seed).sequence_indices(0, GLOBAL):
+    for window in indices:
         (prompt, answer) = (dataset.tokens(*bounds) for bounds in _documents(dataset, int(window)))
         tokens = torch.from_numpy(np.concatenate([prompt, answer]).astype(np.int64))[None]
         starts, intra, inter = 0, [], []  # a segment ends after a 5

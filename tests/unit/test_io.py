@@ -405,3 +405,36 @@ def test_atomic_writes_on_a_full_disk_name_the_file_and_leave_nothing(tmp_path: 
     assert_error(as_user_error(file_error.value), DataError, location=tmp_path / "file", remedy="ulimit -f")
     assert_error(as_user_error(folder_error.value), DataError, location=tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_atomic_directory_refuses_the_draft_of_another_program(tmp_path: Path) -> None:
+    path = tmp_path / "made"
+    for name in ("draft", "replaced"):
+        write(unfinished_path(path) / name, OLD)
+        with raises(DataError, "lock", location=unfinished_path(path)):
+            make(path)
+        assert content(unfinished_path(path) / name) == OLD and not path.exists()
+        (unfinished_path(path) / "lock").touch()  # a run of this project was killed here
+        make(path, overwrite=True)
+        assert content(path) == NEW and list(tmp_path.iterdir()) == [path]
+        shutil.rmtree(path)
+
+
+def test_atomic_directory_checks_a_folder_before_and_after_the_block(old: Path) -> None:
+    def check(folder: Path) -> None:
+        if (folder / "notes.txt").exists():
+            raise DataError("a foreign file", location=folder)
+
+    def make_checked(then: object = None) -> None:
+        with atomic_directory(old, overwrite=True, check=check) as draft:
+            write(draft, NEW)
+            if then:
+                write(old, {"notes.txt": "mine"})
+
+    for then in (True, False):
+        with raises(DataError, location=old):
+            make_checked(then)
+        assert content(old) == OLD | {"notes.txt": "mine"} and list(old.parent.iterdir()) == [old]
+    (old / "notes.txt").unlink()
+    make_checked()
+    assert content(old) == NEW

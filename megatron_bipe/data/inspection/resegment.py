@@ -6,16 +6,16 @@ The new dataset becomes the output in one step, after its manifest is written.
 import hashlib
 import os
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 import numpy as np
 
-from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, dataset_files, foreign_paths, open_tokenizer
 from megatron_bipe.data.inspection.verify import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import (
-    MANIFEST_NAME,
     TOKENIZER_FOLDER,
     FileRecord,
     Manifest,
@@ -23,10 +23,9 @@ from megatron_bipe.data.manifest import (
 )
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import SUFFIXES, Suffix, pack_seg, shard_path
-from megatron_bipe.data.tokenizer import COMPANIONS
+from megatron_bipe.data.shard_layout import Suffix, pack_seg, shard_path
 from megatron_bipe.errors import DataError, failed_path
-from megatron_bipe.io import atomic_directory, partial_path, unfinished_path
+from megatron_bipe.io import atomic_directory, unfinished_path
 
 UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
@@ -71,10 +70,9 @@ def resegment(
     old = dataset.manifest
     rule = resolve_rule(spec, tokenizer)
     output = Path(output).resolve()
-    names = _file_names(old)
-    _check_output(output, dataset.path.resolve(), names, overwrite)
+    _check_output(output, dataset.path.resolve(), overwrite)
     try:
-        with atomic_directory(output, overwrite=overwrite) as folder:
+        with atomic_directory(output, overwrite=overwrite, check=_refuse_foreign) as folder:
             job = _Job(folder, rule, old.tokenizer.vocab_size)
             shards = run_in_order(partial(_resegment_shard, job), dataset.shards, workers, advance)
             new = Manifest(
@@ -87,7 +85,6 @@ def resegment(
             )
             tokenizer.copy_to(folder / TOKENIZER_FOLDER)
             new.save(folder)
-            _check_output(output, dataset.path.resolve(), names, overwrite)  # it may have changed meanwhile
     except OSError as error:
         raise DataError(
             f"The new dataset cannot be written: {error.strerror or error}",
@@ -129,7 +126,7 @@ def _link_or_copy(origin: Path, target: Path) -> None:
         shutil.copyfile(origin, target)
 
 
-def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) -> None:
+def _check_output(output: Path, source: Path, overwrite: bool) -> None:
     """Raise an error if the output must not be replaced, before anything is written."""
     if output.is_relative_to(source) or source.is_relative_to(unfinished_path(output)):
         raise DataError(
@@ -142,7 +139,7 @@ def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) 
     if output.is_mount():
         what = "The output is a mount point, which cannot be replaced"
         raise DataError(what, remedy="Name a folder inside it", location=output)
-    _refuse_foreign(output, names | _names_in(output))
+    _refuse_foreign(output)
     if any(output.iterdir()) and not overwrite:
         raise DataError(
             "The output folder holds a dataset, or part of one",
@@ -151,28 +148,15 @@ def _check_output(output: Path, source: Path, names: set[str], overwrite: bool) 
         )
 
 
-def _file_names(manifest: Manifest) -> set[str]:
-    """Return the file names of a dataset, without those of its tokenizer."""
-    manifests = {MANIFEST_NAME, partial_path(Path(MANIFEST_NAME)).name}
-    return manifests | {shard_path(Path(), shard.name, suffix).name for shard in manifest.shards for suffix in SUFFIXES}
-
-
-def _names_in(folder: Path) -> set[str]:
-    """Return the file names of the dataset in a folder; none if it has no valid manifest."""
-    try:
-        return _file_names(Manifest.load(folder))
-    except DataError:
-        return set()
-
-
-def _refuse_foreign(folder: Path, names: set[str]) -> None:
-    foreign = [path for path in folder.iterdir() if path.name not in names and path.name != TOKENIZER_FOLDER]
-    foreign += [path for path in folder.iterdir() if path.name in names and path.is_dir()]
-    if (folder / TOKENIZER_FOLDER).is_dir():
-        foreign += [path for path in (folder / TOKENIZER_FOLDER).iterdir() if path.name not in COMPANIONS]
+def _refuse_foreign(folder: Path) -> None:
+    """Raise an error if the folder holds anything but a dataset, whose files its manifest lists."""
+    own: set[Path] = set()
+    with suppress(DataError):  # without a valid manifest, no file is known to be of a dataset
+        own = dataset_files(folder)
+    foreign = next(foreign_paths(folder, own), None)
     if foreign:
         raise DataError(
-            f"The folder holds something that is not part of this dataset: {min(foreign).relative_to(folder)}",
+            f"The folder holds something that no manifest in it lists: {foreign.relative_to(folder)}",
             remedy="Name another folder, or move it elsewhere",
             location=folder,
         )

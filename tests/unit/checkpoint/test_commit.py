@@ -15,11 +15,13 @@ from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
 from tests.helpers.errors import raises
 
+RANK_FILE = "rank-00000.safetensors"
+
 
 def write(run_dir, step, text="x"):
     folder = begin(run_dir, step, "token", 0)
-    (folder / "file").write_text(text)
-    return folder, {"file": FileRecord(bytes=len(text), sha256="0" * 64)}
+    (folder / RANK_FILE).write_text(text)
+    return folder, {RANK_FILE: FileRecord(bytes=len(text), sha256="0" * 64)}
 
 
 def save(run_dir, step, text="x"):
@@ -48,8 +50,8 @@ def test_begin_makes_no_checkpoint_and_removes_an_earlier_attempt(tmp_path):
 
 def test_publish_of_a_file_cut_short_is_an_error_and_no_checkpoint(tmp_path):
     folder, files = write(tmp_path, 10, "four")
-    (folder / "file").write_text("fou")
-    with raises(CheckpointError, "file", "3 bytes", 4, location=folder):
+    (folder / RANK_FILE).write_text("fou")
+    with raises(CheckpointError, RANK_FILE, "3 bytes", 4, location=folder):
         publish(folder, tmp_path, 10, files)
     assert list_steps(tmp_path) == []
 
@@ -67,7 +69,7 @@ def test_begin_without_room_is_an_error_that_says_how_much(tmp_path, monkeypatch
 def test_publish_of_the_same_step_again_replaces_the_checkpoint(tmp_path):
     save(tmp_path, 10, "old")
     folder = save(tmp_path, 10, "new")
-    assert (folder / "file").read_text() == "new"
+    assert (folder / RANK_FILE).read_text() == "new"
     retire(tmp_path, 10, CheckpointConfig())
     assert names(tmp_path) == ["latest", "step-00000010"]
 
@@ -108,7 +110,7 @@ def test_publish_killed_at_any_step_leaves_a_complete_checkpoint(tmp_path, monke
                 break
         tidy(run_dir)
         found = find_checkpoint(run_dir)
-        seen.add((found.folder / "file").read_text())
+        seen.add((found.folder / RANK_FILE).read_text())
         assert not [name for name in names(run_dir) if name.startswith(("writing", "removing", "replaced"))]
         assert list_steps(run_dir) in ([10], sorted({10, step}))
         save(run_dir, step, "again")
@@ -147,9 +149,33 @@ def test_retire_after_a_rollback_keeps_later_checkpoints(tmp_path):
 def test_retire_cut_short_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
     for step in (10, 20):
         save(tmp_path, step)
-    monkeypatch.setattr(shutil, "rmtree", lambda path, ignore_errors: None)  # it dies before the first file
+    monkeypatch.setattr(module, "delete", lambda folder: None)  # it dies before the first file
     retire(tmp_path, 20, CheckpointConfig(keep_last=1))
     assert list_steps(tmp_path) == [20]
     monkeypatch.undo()
     tidy(tmp_path)
     assert names(tmp_path) == ["latest", "step-00000020"]
+
+
+def test_retire_and_tidy_delete_no_file_that_a_checkpoint_does_not_have(tmp_path):
+    for step in (10, 20):
+        save(tmp_path, step)
+    folder = tmp_path / "checkpoints"
+    kept = [
+        folder / name
+        for name in (
+            "writing-notes/rank-00000.safetensors",
+            "removing-step-1/notes.md",
+            "replaced-by-hand/notes.md",
+            "writing-step-00000030-token/notes.md",
+            "step-00000010/results.json",
+        )
+    ]
+    for path in kept:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("precious")
+    retire(tmp_path, 20, CheckpointConfig(keep_last=1))
+    tidy(tmp_path)
+    assert list_steps(tmp_path) == [20]
+    kept[-1] = folder / "removing-step-00000010/results.json"
+    assert {path for path in folder.rglob("*.*") if path.parent.name != "step-00000020"} == set(kept)

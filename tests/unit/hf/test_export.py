@@ -259,6 +259,18 @@ def test_export_over_something_else_refuses(export, tmp_path):
         export(name="file/m")
 
 
+def test_export_replaces_no_model_that_others_made(export, tmp_path):
+    """Only the checksums that an export writes show that a folder is one, and which weights are its own."""
+    export()
+    target, sums = tmp_path / "m", (tmp_path / "m/SHA256SUMS").read_text()
+    for listed in (None, sums.replace("model.safetensors", "model-00001-of-00002.safetensors")):
+        (target / "SHA256SUMS").unlink() if listed is None else (target / "SHA256SUMS").write_text(listed)
+        before = {path: path.stat().st_ino for path in target.iterdir()}
+        with raises(CheckpointError, "model.safetensors" if listed else "SHA256SUMS", location=target):
+            export(overwrite=True)
+        assert {path: path.stat().st_ino for path in target.iterdir()} == before
+
+
 @pytest.mark.parametrize("failing", [1, 2])
 def test_export_that_cannot_replace_another_keeps_the_old_one(export, tmp_path, monkeypatch, failing):
     target, calls, rename = export(), [], Path.rename

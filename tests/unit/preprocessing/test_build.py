@@ -23,8 +23,9 @@ from megatron_bipe.errors import DataError
 from preprocessing import build as build_module
 from preprocessing import range_worker
 from preprocessing.build import BuildOptions, build
-from preprocessing.commit import clear_output, partition_slug
+from preprocessing.commit import clear_output, partition_slug, recorded_files
 from preprocessing.readers import inputs as inputs_module
+from preprocessing.work_dir import WorkFolder
 from tests.helpers.errors import raises
 
 
@@ -198,6 +199,102 @@ def test_build_overwrite_never_touches_foreign_files(
     with raises(DataError, name, location=tmp_path / "out"):
         build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], overwrite=True))
     assert foreign.read_text() == "precious"
+
+
+def test_build_overwrite_never_deletes_what_its_own_records_do_not_list(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
+) -> None:
+    """Datasets below the output that other commands made, and files of our names without a record."""
+
+    def refuses(foreign: str) -> None:
+        before = content(tmp_path / "out")
+        for output in ({"partition_by": "meta.pile_set_name"}, {"split": "train=0.5,valid=0.5"}, {}):
+            options = options_for(tmp_path, tokenizer_folder, inputs["gz"], overwrite=True, **output)
+            with raises(DataError, foreign, location=tmp_path / "out", remedy="move"):
+                build(options)
+        assert content(tmp_path / "out") == before
+
+    partitioned = {"partition_by": "meta.pile_set_name"}
+    for name, more in (("out/pile", {}), ("out/subsets", partitioned), ("out/train", {})):
+        build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], name=name, **more))
+        refuses(name.removeprefix("out/"))
+        shutil.move(tmp_path / name, tmp_path / "away" / name)
+    build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], **partitioned))
+    shutil.copytree(tmp_path / "out" / "arxiv", tmp_path / "out" / "other")  # its manifest names a partition, too
+    refuses("other")
+    (tmp_path / "out" / "other").rename(tmp_path / "away" / "other")
+    shutil.rmtree(tmp_path / "out" / "arxiv")
+    shutil.copytree(tmp_path / "away/out/pile", tmp_path / "out" / "arxiv")  # not the dataset on record
+    refuses("arxiv")
+    shutil.rmtree(tmp_path / "out")
+    shutil.copytree(tmp_path / "away/out/pile", tmp_path / "out")
+    (tmp_path / "out" / "manifest.json").unlink()
+    refuses("tokenizer")
+
+
+@pytest.mark.parametrize("name", ["notes.md", "00000/000.bin", "tokens-00000.bin", "a/b/notes.md"])
+def test_build_work_folder_without_a_record_is_refused(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], name: str
+) -> None:
+    foreign = tmp_path / "out" / "unfinished" / name
+    foreign.parent.mkdir(parents=True)
+    foreign.write_text("precious")
+    for overwrite in (False, True):
+        with raises(DataError, f"unfinished/{name.partition('/')[0]}", location=tmp_path / "out"):
+            build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], overwrite=overwrite))
+        assert foreign.read_text() == "precious"
+
+
+def test_build_foreign_files_beside_the_record_of_a_job_are_refused(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]
+) -> None:
+    options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"])
+    with mock.patch.object(build_module, "publish", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+        build(options)
+    for name in ("00000/notes.md", "mine/000.bin", "notes.md"):
+        foreign = options.output / "unfinished" / name
+        foreign.parent.mkdir(exist_ok=True)
+        foreign.write_text("precious")
+        for change in ({}, {"overwrite": True}, {"overwrite": True, "append_eos": True}):
+            with raises(DataError, "unfinished/" + name.removesuffix("/000.bin"), location=options.output):
+                build(replace(options, **change))
+        assert foreign.read_text() == "precious"
+        foreign.unlink()
+        if name.startswith("mine"):
+            foreign.parent.rmdir()
+    build(options)
+    assert [path.name for path in options.output.glob("unfinished*")] == []
+
+
+def test_build_dataset_added_during_the_run_is_not_replaced(
+    tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build(options_for(tmp_path, tokenizer_folder, inputs["jsonl"], name="other"))
+    options = options_for(tmp_path, tokenizer_folder, inputs["gz"], overwrite=True)
+    publish = build_module.publish
+
+    def add(*given: object) -> object:
+        shutil.copytree(tmp_path / "other", options.output, dirs_exist_ok=True)
+        return publish(*given)
+
+    with monkeypatch.context() as patch, raises(DataError, "manifest.json", location=options.output):
+        patch.setattr(build_module, "publish", add)
+        build(options)
+    with raises(DataError, "manifest.json", location=options.output):
+        build(options)
+    assert content(options.output).items() > content(tmp_path / "other").items()
+
+
+def test_build_damaged_records_list_nothing(tmp_path: Path, tokenizer_folder: Path, inputs: dict[str, Path]) -> None:
+    options = options_for(tmp_path, tokenizer_folder, inputs["jsonl"], partition_by="meta.pile_set_name")
+    build(options)
+    record = options.output / "datasets.json"
+    for damaged in ("", "{", "[]", '{"datasets": {"../away": "%s"}}' % ("0" * 64)):
+        record.write_text(damaged)
+        before = content(options.output)
+        with raises(DataError, "arxiv", location=options.output):
+            build(replace(options, overwrite=True))
+        assert content(options.output) == before
 
 
 def test_build_output_that_is_a_file_is_an_error(
@@ -490,7 +587,10 @@ def test_clear_output_removes_each_manifest_first(
     iterdir, unlink, removed = Path.iterdir, Path.unlink, []
     monkeypatch.setattr(Path, "iterdir", lambda path: sorted(iterdir(path), reverse=True))
     monkeypatch.setattr(Path, "unlink", lambda path, **more: removed.append(path) or unlink(path, **more))
-    clear_output(tmp_path / "out")
+    work = WorkFolder(tmp_path / "out")
+    work.begin({}, recorded_files(work), overwrite=True)
+    clear_output(work)
+    work.remove()
     first = {path.parent.name: path.name for path in reversed(removed)}
-    assert first == dict.fromkeys(("arxiv", "gutenberg-pg-19", "out"), "manifest.json")
-    assert list((tmp_path / "out").iterdir()) == []
+    assert first | dict.fromkeys(("arxiv", "gutenberg-pg-19"), "manifest.json") == first
+    assert list((tmp_path / "out").rglob("*.*")) == []

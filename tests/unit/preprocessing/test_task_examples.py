@@ -1,5 +1,7 @@
 """Datasets of examples are written completely or not at all."""
 
+from unittest import mock
+
 import numpy as np
 import pytest
 
@@ -10,8 +12,10 @@ from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.errors import DataError
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, read_rows
+from preprocessing import task_examples
 from preprocessing.commit import Contents
 from preprocessing.task_examples import Example, ScrollsOptions, prepare_scrolls, write_examples
+from preprocessing.work_dir import WorkFolder
 from tests.helpers.errors import raises
 from tests.helpers.scrolls import write_benchmark
 from tests.helpers.tools import assert_refuses, call_tool
@@ -81,6 +85,29 @@ def test_output_is_replaced_only_when_asked_and_foreign_files_never(tmp_path, co
         write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
     with raises(DataError, "no examples", location=tmp_path / "none"):
         write_examples(tmp_path / "none", contents, [], overwrite=False)
+
+
+def test_unfinished_work_of_another_job_is_dropped_only_when_told(tmp_path, contents):
+    work = WorkFolder(tmp_path / "out")
+    work.begin({"of": "preprocess"}, [], overwrite=False)
+    with raises(DataError, location=work.path, remedy="--overwrite"):
+        write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
+    assert work.has("job.json")
+    write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
+    assert not work.path.exists() and open_dataset(tmp_path / "out").num_sequences(LENGTH) == 2
+
+
+@pytest.mark.parametrize("step", ["_write", "publish_dataset"])
+def test_killed_run_is_repeated_by_the_same_command(tmp_path, contents, monkeypatch, step):
+    write_examples(tmp_path / "out", contents, GOOD[:1], overwrite=False)
+    with monkeypatch.context() as patch:
+        patch.setattr(task_examples, step, mock.Mock(side_effect=KeyboardInterrupt))
+        patch.setattr(WorkFolder, "remove", lambda work: None)
+        with pytest.raises(KeyboardInterrupt):
+            write_examples(tmp_path / "out", contents, GOOD, overwrite=True)
+    write_examples(tmp_path / "out", contents, GOOD, overwrite=False)
+    assert open_dataset(tmp_path / "out").num_sequences(LENGTH) == 2
+    assert not (tmp_path / "out" / "unfinished").exists()
 
 
 # SCROLLS

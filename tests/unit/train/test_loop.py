@@ -172,6 +172,21 @@ def test_train_second_rollback_also_skips_the_samples_of_the_first(start):
     assert done.notes.of("step")[-4:] == [256 * number for number in (2, 7, 8, 9)]
 
 
+def test_train_rollback_to_an_older_checkpoint_also_skips_the_samples_that_it_lists(start):
+    first = start("train.save_every=2", "health.patience=2")
+    notes = first.notes
+    for step in (4, 6):  # damaged since
+        step_folder(first.run_dir, step).rmdir()
+    notes.loop_states[step_folder(first.run_dir, 2)]["pass_over"] = [[256 * 3, 256 * 4]]
+    notes.calls.clear()
+    notes.bad_samples = [256 * step for step in (5, 6)]
+    state = TrainState(step=4, samples=256 * 5)  # that sample was skipped before
+    done = start("health.patience=2", state=state, notes=notes)
+    assert notes.of("load") == ["step-00000002"]
+    assert notes.of("step") == [256 * number for number in (5, 6, 2, 4, 7, 8)]
+    assert done.end.step == 6 and done.end.samples == 256 * 9
+
+
 def test_train_trouble_that_is_detected_late_leads_to_the_same_result(start):
     done = start(
         "train.save_every=2", "health.patience=2", "train.log_every=5", "train.valid_every=0", bad_steps=[3, 4]

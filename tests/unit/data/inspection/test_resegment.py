@@ -151,6 +151,15 @@ def test_resegment_onto_what_is_no_dataset_is_refused_even_when_told_to_overwrit
     assert file.read_text() == "mine"
 
 
+def test_resegment_replaces_no_files_without_a_manifest_that_lists_them(folder: Path, tmp_path: Path) -> None:
+    resegment(folder, "sentence", tmp_path / "new")
+    (tmp_path / "new" / "manifest.json").unlink()
+    before = content(tmp_path / "new")
+    with raises(DataError, "part-00000.bin", location=tmp_path / "new"):
+        resegment(folder, "sentence", tmp_path / "new", overwrite=True)
+    assert content(tmp_path / "new") == before
+
+
 @pytest.mark.parametrize("name", ["old", "old/inner", "link"])
 def test_resegment_onto_itself_is_refused_and_harmless(folder: Path, tmp_path: Path, name: str) -> None:
     (tmp_path / "link").symlink_to(folder)
