@@ -8,15 +8,17 @@ import os
 import resource
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO
 
 from megatron_bipe.errors import DataError
 
 PARTIAL_SUFFIX = ".partial"  # appended to the name of a file that is still being written
 LOCK_NAME = "lock"
+HASH_THREADS = 8  # hashlib releases the GIL; more threads than this wait for the disk
 LOCK_WAIT_S = 10.0  # time for the processes of a killed run to exit
 
 
@@ -33,6 +35,27 @@ def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex; raise `OSError` if it is missing or unreadable."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the SHA-256 of each file, in order, reading several at a time; raise as `sha256_of` in the file's turn."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        yield from pool.map(sha256_of, paths)
+
+
+def check_inner_name(name: str) -> str:
+    """Return a name that was read from a file, if it names something inside the folder that it is relative to.
+
+    Every reader of names (indices, manifests, lists of checksums) calls this before it joins a name to a folder.
+    Symbolic links are followed: a cache of the Hub consists of them, and whoever made one could write to the folder.
+
+    Raises:
+        ValueError: the name is empty, absolute or contains `..` or a null character.
+    """
+    parts = PurePosixPath(name).parts
+    if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file inside the folder")
+    return name
 
 
 def partial_path(path: Path) -> Path:

@@ -1,19 +1,21 @@
-"""Verification that a checkpoint is undamaged and belongs to this run, by all ranks before it is loaded."""
+"""Verification that a checkpoint is undamaged and belongs to its run, before any of its weights are used."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_bipe.checkpoint.find import Checkpoint, newest_first
+from megatron_bipe.checkpoint.find import Checkpoint, newest_first, read_data_record
 from megatron_bipe.checkpoint.manifest import INDEX, CheckpointManifest, load_index, unusable_checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import sha256_of
+from megatron_bipe.io import sha256_of_all
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import DTYPES
 from megatron_bipe.runtime.host_collectives import HostCollectives
@@ -66,13 +68,15 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
     index = load_index(folder)
     if index.step != checkpoint.step:
         raise unusable_checkpoint(folder, f"its {INDEX} is of step {index.step}")
-    for name in sorted(index.files)[part::parts]:
+    names = sorted(index.files)[part::parts]
+    hashes = sha256_of_all(folder / name for name in names)
+    for name in names:
         record = index.files[name]
         try:
             size = (folder / name).stat().st_size
             if size != record.bytes:
                 raise unusable_checkpoint(folder, f"{name} has {size} bytes; {INDEX} says {record.bytes}")
-            found = sha256_of(folder / name)
+            found = next(hashes)
         except OSError as error:
             raise unusable_checkpoint(folder, f"{name} cannot be read: {error.strerror or error}") from error
         if found != record.sha256:
@@ -106,13 +110,56 @@ def _problem(checkpoint: Checkpoint, foreign: Callable[[CheckpointManifest], str
         return error.message
 
 
+def read_run(checkpoint: Checkpoint) -> tuple[RunConfig, DataRecord]:
+    """Return the configuration and the data record of a checkpoint's run folder, which the checkpoint must confirm.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or describes another model, tokenizer or segment rule.
+    """
+    run = load_run_config(checkpoint.run_dir / "config.yaml")
+    record = read_data_record(checkpoint.run_dir)
+    if difference := belongs_to_another_run(load_index(checkpoint.folder), run, record):
+        raise CheckpointError(
+            f"config.yaml and data.json do not fit the checkpoint of step {checkpoint.step}: {difference}",
+            remedy="Copy the complete run folder again, or undo the change of these files",
+            location=checkpoint.run_dir,
+        )
+    return run, record
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """The weights of a checkpoint by the plan's names, on the CPU: read on access and not cached.
+
+    All files of the checkpoint are verified before the first weight is read.
+
+    Raises:
+        CheckpointError: the index is damaged; on access, a file is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._names = tuple(load_index(checkpoint.folder).parameters)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.full(WEIGHT, name).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _reader(self) -> StateReader:
+        check_complete(self._checkpoint)
+        return StateReader(self._checkpoint.folder)
+
+
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return all weights by the plan's names, in the run's compute precision, on the CPU.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    check_complete(checkpoint)
     dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
-    reader = StateReader(checkpoint.folder)
-    return {name: reader.full(WEIGHT, name).to(dtype) for name in reader.index.parameters}
+    return dict(CheckpointWeights(checkpoint, dtype))
