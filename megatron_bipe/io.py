@@ -52,8 +52,8 @@ def check_inner_name(name: str) -> str:
     Raises:
         ValueError: the name is empty, absolute or contains `..` or a null character.
     """
-    parts = PurePosixPath(name).parts
-    if not parts or parts[0] == "/" or ".." in parts or "\0" in name:
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
         raise ValueError(f"{name!r} is not the name of a file inside the folder")
     return name
 

@@ -157,7 +157,7 @@ def test_command_damaged_data_is_refused_unless_it_is_not_to_be_verified(
     dataset = make_dataset(documents)
     models = [save_run(make_eval_model("bipe_rope", name="run"), dataset)]
     path = dataset.shards[1].path(suffix)
-    path.write_bytes(path.read_bytes()[:-1] + b"\1")
+    path.write_bytes(path.read_bytes()[:-2] + b"\x0f\0")  # also a valid token
     expected = dataset.manifest.shards[1].files[suffix].sha256
     assert_refuses("evaluate", command(models, dataset), DataError, expected, location=path)
     if suffix != "idx":
