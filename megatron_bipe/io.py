@@ -12,15 +12,17 @@ import resource
 import shutil
 import socket
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, TypeVar
 
 from megatron_bipe.errors import DataError, is_transient, writing
 
 PARTIAL_SUFFIX = ".partial"  # appended to the name of a file that is still being written
 LOCK_NAME = "lock"
+HASH_THREADS = 8  # hashlib releases the GIL; more threads than this wait for the disk
 LOCK_WAIT_S = 10.0  # time for the processes of a killed run to exit
 READ_PAUSES_S = (0.5, 2.0, 8.0)  # before a read that failed is repeated
 _CHUNK_BYTES = 1 << 22
@@ -82,6 +84,27 @@ def _pause_or_raise(error: OSError, pause_s: float) -> None:
         raise error
     _log.warning("%s; reading again in %g s", error, pause_s)
     time.sleep(pause_s)
+
+
+def sha256_of_all(paths: Iterable[Path]) -> Iterator[str]:
+    """Yield the SHA-256 of each file, in order, reading several at a time; raise as `sha256_of` in the file's turn."""
+    with ThreadPoolExecutor(HASH_THREADS) as pool:
+        yield from pool.map(sha256_of, paths)
+
+
+def check_inner_name(name: str) -> str:
+    """Return a name that was read from a file, if it names something inside the folder that it is relative to.
+
+    Every reader of names (indices, manifests, lists of checksums) calls this before it joins a name to a folder.
+    Symbolic links are followed: a cache of the Hub consists of them, and whoever made one could write to the folder.
+
+    Raises:
+        ValueError: the name is empty, absolute or contains `..` or a null character.
+    """
+    path = PurePosixPath(name)
+    if not path.parts or path.is_absolute() or ".." in path.parts or "\0" in name:
+        raise ValueError(f"{name!r} is not the name of a file inside the folder")
+    return name
 
 
 def partial_path(path: Path) -> Path:

@@ -13,10 +13,11 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Annotated, NamedTuple, Self
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import Field
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import atomic_file
@@ -34,7 +35,7 @@ HashRows = npt.NDArray[np.uint64]
 class Destination(NamedTuple):
     """Dataset that a document goes to."""
 
-    split: str  # "" if the output is not split
+    split: Annotated[str, Field(pattern=rf"^({SPLIT_NAME.pattern})?$")]  # "" if the output is not split
     partition: str  # "" if the output is not partitioned
 
 

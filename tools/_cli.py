@@ -115,6 +115,14 @@ def add_device_options(parser: argparse.ArgumentParser, dtype: Precision = "fp32
     )
 
 
+def add_trust_option(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--trust-remote-code",
+        action="store_true",
+        help="run Python code that the folder names, with your permissions (default: such code is refused or ignored)",
+    )
+
+
 def pick_device(name: str) -> str:
     """Return the torch device of a `--device` option; `auto` is `BIPE_DEVICE`, else a GPU if there is one."""
     import torch

@@ -1,12 +1,13 @@
 """Evaluate trained models: perplexity by sequence length on one dataset or several, and fine-tuning tasks."""
 
 import argparse
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import add_device_options, check_model_folder, command, parse_range, pick_device, pick_dtype
+from _cli import add_device_options, add_trust_option, check_model_folder, command, parse_range, pick_device, pick_dtype
 from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
@@ -21,11 +22,13 @@ from megatron_bipe.eval.sequences import (
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task, questions, read_rows
 
 if TYPE_CHECKING:
+    from megatron_bipe.data.dataset import TokenDataset
     from megatron_bipe.eval.generation import Generator
     from megatron_bipe.eval.perplexity import EvalSettings
 
 HARNESS_NAME = "harness.json"
 DEFAULT = "(default: %(default)s)"
+_log = logging.getLogger(__name__)
 
 
 @command
@@ -45,6 +48,7 @@ def perplexity(given: argparse.Namespace) -> None:
 
     settings = _settings(given)
     prepare_output(given.output, given.overwrite)
+    _verify_data(given, [dataset])
     eval_models = load_eval_models(given.model, [dataset], lengths)
     models = [evaluate_model(eval_model, dataset, lengths, settings) for eval_model in eval_models]
     files = write_report(given.output, dataset, settings, models)
@@ -65,12 +69,23 @@ def extrapolation(given: argparse.Namespace) -> None:
 
     settings = _settings(given)
     prepare_output(given.output, given.overwrite, NAMES)
+    _verify_data(given, datasets)
     eval_models = load_eval_models(given.model, datasets, lengths)
     for dataset in datasets:  # a dataset that is too short fails before anything is run
         check_lengths(dataset, lengths, settings.protocol, settings.max_tokens)
     named = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
     subsets = [evaluate_subset(name, dataset, eval_models, lengths, settings) for name, dataset in named]
     print("Written:", *write_extrapolation(given.output, settings, subsets))
+
+
+def _verify_data(given: argparse.Namespace, datasets: Sequence["TokenDataset"]) -> None:
+    """Compare the files of datasets with their manifests, or say that this is not done."""
+    from megatron_bipe.data.inspection.verify import check_checksums
+
+    if not given.verify:
+        _log.warning("The checksums of %s are not verified (--no-verify)", ", ".join(str(d.path) for d in datasets))
+    for dataset in datasets if given.verify else ():
+        check_checksums(dataset)
 
 
 def _settings(given: argparse.Namespace) -> "EvalSettings":
@@ -151,7 +166,7 @@ def _load_generator(folder: Path, given: argparse.Namespace) -> "Generator":
     disable_progress_bar()
     set_verbosity_error()  # it warns about the training length, which these models may exceed
     device = pick_device(given.device)
-    return load_generator(folder, device, pick_dtype(given.dtype, device))
+    return load_generator(folder, device, pick_dtype(given.dtype, device), given.trust_remote_code)
 
 
 def harness(given: argparse.Namespace) -> None:
@@ -173,6 +188,7 @@ def harness(given: argparse.Namespace) -> None:
         max_length_tokens=given.max_length,
         device=device,
         dtype=str(pick_dtype(given.dtype, device)).removeprefix("torch."),
+        trust_remote_code=given.trust_remote_code,
     )
     results = run_tasks(given.model, given.tasks.split(","), settings)
     write_results(given.output / HARNESS_NAME, given.model, settings, results)
@@ -234,6 +250,7 @@ def _add_length_options(command: argparse.ArgumentParser, written: str) -> None:
     add("--lengths", required=True, metavar="N,N,...", help="sequence lengths in tokens; N..M: multiples of N up to M")
     add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {DEFAULT}")
     add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
+    add("--no-verify", dest="verify", action="store_false", help="do not read all of the data to verify its checksums")
     add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens per forward pass {DEFAULT}")
     _add_common(command, written)
 
@@ -250,6 +267,7 @@ def _add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--length", type=int, default=SEQ_LEN_TOKENS, metavar="N", help=f"sequence length of fine-tuning {DEFAULT}")
     add("--limit", type=int, metavar="N", help="only the first N inputs")
     add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"maximum tokens at once {DEFAULT}")
+    add_trust_option(command)
     _add_common(command, "scores and answers of one or more tasks")
     command.set_defaults(run=scrolls)
 
@@ -262,6 +280,7 @@ def _add_arithmetic(command: argparse.ArgumentParser) -> None:
     add("--problems", type=int, default=200, metavar="N", help=f"problems per number of operators {DEFAULT}")
     add("--seed", type=int, default=0, help=f"seed of the choice of problems {DEFAULT}")
     add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"maximum tokens at once {DEFAULT}")
+    add_trust_option(command)
     _add_common(command, "arithmetic.json and .csv")
     command.set_defaults(run=arithmetic)
 
@@ -271,11 +290,17 @@ def _add_harness(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
     add("--tasks", required=True, metavar="NAME,NAME,...", help="tasks, groups or patterns such as 'lambada*'")
-    add("--include", type=Path, metavar="DIR", help="folder of your own task files")
+    add(
+        "--include",
+        type=Path,
+        metavar="DIR",
+        help="folder of your own task files",
+    )
     add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
     add("--limit", type=int, metavar="N", help="only the first N samples of each task")
     add("--batch-size", type=int, default=8, metavar="N", help=f"requests per forward pass {DEFAULT}")
     add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
+    add_trust_option(command)
     _add_common(command, HARNESS_NAME)
     command.set_defaults(run=harness)
 

@@ -4,9 +4,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from _cli import add_device_options, check_model_folder, check_output_file, command, pick_device, pick_dtype
+from _cli import (
+    add_device_options,
+    add_trust_option,
+    check_model_folder,
+    check_output_file,
+    command,
+    pick_device,
+    pick_dtype,
+)
 from megatron_bipe.config import AUTO
 
 
@@ -19,6 +26,7 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument("--temperature", type=float, default=0.8, help="0: greedy (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: %(default)s)")
     add_device_options(parser, AUTO)
+    add_trust_option(parser)
     parser.add_argument("--output", type=Path, help="also write the texts to this file")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing file")
     arguments = parser.parse_args(argv)
@@ -34,19 +42,17 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def continue_prompts(arguments: argparse.Namespace) -> list[str]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
+    from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from megatron_bipe.hf.load import check_folder
+    from megatron_bipe.hf.transformers_models import load_auto_tokenizer, load_causal_lm
 
-    check_folder(arguments.model)
     disable_progress_bar()
     set_verbosity_error()  # it warns about the training length, which these models may exceed
-    tokenizer = AutoTokenizer.from_pretrained(arguments.model, trust_remote_code=True)
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    model: Any = AutoModelForCausalLM.from_pretrained(arguments.model, trust_remote_code=True, dtype=dtype)
-    model.to(device).eval()
+    model = load_causal_lm(arguments.model, dtype, trust_remote_code=arguments.trust_remote_code).to(device)
+    tokenizer = load_auto_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
     sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
     texts = []
     for prompt in arguments.prompt:

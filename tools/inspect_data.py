@@ -5,6 +5,7 @@
 
 import argparse
 import json
+import logging
 import os
 import shutil
 import sys
@@ -24,6 +25,9 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import RULE_FORMS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
+
+_UNVERIFIED = "Checksums are not verified here; `inspect_data.py verify` does that."
+_log = logging.getLogger(__name__)
 
 
 @command
@@ -56,6 +60,7 @@ def verify(arguments: argparse.Namespace) -> None:
 def stats(arguments: argparse.Namespace) -> None:
     """Print the counts of the manifests, then distributions of lengths; write the plot and JSON if requested."""
     _require_workers(arguments)
+    _log.info(_UNVERIFIED)
     if arguments.sample_tokens < 1:
         raise DataError(
             f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", location="--sample-tokens"
@@ -80,6 +85,7 @@ def stats(arguments: argparse.Namespace) -> None:
 def show(arguments: argparse.Namespace) -> None:
     if arguments.tokens < 1:
         raise DataError(f"--tokens {arguments.tokens} shows nothing", remedy="Give 1 or more", location="--tokens")
+    _log.info(_UNVERIFIED)
     dataset = TokenDataset(arguments.folder)
     width = shutil.get_terminal_size((120, 24)).columns
     tokenizer = open_tokenizer(dataset)

@@ -8,11 +8,11 @@ docs/checkpoints.md describes the fields.
 
 import hashlib
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
-from megatron_bipe.data.manifest import DataRecord, FileRecord
+from megatron_bipe.data.manifest import DataRecord, FileRecord, InnerName
 from megatron_bipe.errors import CheckpointError, is_transient
 from megatron_bipe.io import read_again, write_atomically
 from megatron_bipe.model import Shard
@@ -39,7 +39,7 @@ class _Strict(BaseModel):
 class SavedRun(_Strict):
     """Location of a fragment."""
 
-    file: str
+    file: InnerName
     tensor_rank: int  # index of its shard; 0 if the parameter is unsharded
     start: int
     size: int
@@ -69,8 +69,15 @@ class CheckpointManifest(_Strict):
     config: dict[str, Any]
     data: DataRecord | None
     loop_state: dict[str, Any]
-    files: dict[str, FileRecord]  # all other files of the folder
+    files: dict[InnerName, FileRecord]  # all other files of the folder
     parameters: dict[str, SavedParameter]  # in the order of the plan
+
+    @model_validator(mode="after")
+    def _check_files(self) -> Self:
+        named = {run.file for parameter in self.parameters.values() for run in parameter.runs}
+        if unlisted := sorted(named - self.files.keys()):
+            raise ValueError(f"parameters are in files without a checksum: {', '.join(unlisted)}")
+        return self
 
 
 def save_index(folder: Path, index: CheckpointManifest) -> None:

@@ -1,14 +1,16 @@
-"""Verification that a checkpoint is undamaged and belongs to this run, by all ranks before it is loaded."""
+"""Verification that a checkpoint is undamaged and belongs to its run, before any of its weights are used."""
 
 import logging
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from megatron_bipe.checkpoint.find import Checkpoint, newest_first, step_folder
+from megatron_bipe.checkpoint.find import Checkpoint, newest_first, read_data_record, step_folder
 from megatron_bipe.checkpoint.manifest import (
     INDEX,
     CheckpointManifest,
@@ -104,7 +106,8 @@ def _checking(checkpoint: Checkpoint, part: int, parts: int) -> Generator[None, 
     index = load_index(folder)
     if index.step != checkpoint.step:
         raise unusable_checkpoint(folder, f"its {INDEX} is of step {index.step}")
-    for name in sorted(index.files)[part::parts]:
+    names = sorted(index.files)[part::parts]
+    for name in names:
         record = index.files[name]
         try:
             size = (folder / name).stat().st_size
@@ -155,13 +158,56 @@ def _judge(
         verdict.problem, verdict.is_transient = error.message, error.transient
 
 
+def read_run(checkpoint: Checkpoint) -> tuple[RunConfig, DataRecord]:
+    """Return the configuration and the data record of a checkpoint's run folder, which the checkpoint must confirm.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or describes another model, tokenizer or segment rule.
+    """
+    run = load_run_config(checkpoint.run_dir / "config.yaml")
+    record = read_data_record(checkpoint.run_dir)
+    if difference := belongs_to_another_run(load_index(checkpoint.folder), run, record):
+        raise CheckpointError(
+            f"config.yaml and data.json do not fit the checkpoint of step {checkpoint.step}: {difference}",
+            remedy="Copy the complete run folder again, or undo the change of these files",
+            location=checkpoint.run_dir,
+        )
+    return run, record
+
+
+class CheckpointWeights(Mapping[str, Tensor]):
+    """The weights of a checkpoint by the plan's names, on the CPU: read on access and not cached.
+
+    All files of the checkpoint are verified before the first weight is read.
+
+    Raises:
+        CheckpointError: the index is damaged; on access, a file is missing or damaged.
+    """
+
+    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype) -> None:
+        self._checkpoint, self._dtype = checkpoint, dtype
+        self._names = tuple(load_index(checkpoint.folder).parameters)
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._reader.full(WEIGHT, name).to(self._dtype)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    @cached_property
+    def _reader(self) -> StateReader:
+        check_complete(self._checkpoint)
+        return StateReader(self._checkpoint.folder)
+
+
 def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     """Return all weights by the plan's names, in the run's compute precision, on the CPU.
 
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    check_complete(checkpoint)
     dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
-    reader = StateReader(checkpoint.folder)
-    return {name: reader.full(WEIGHT, name).to(dtype) for name in reader.index.parameters}
+    return dict(CheckpointWeights(checkpoint, dtype))

@@ -10,7 +10,7 @@ from typing import Self
 import numpy as np
 import numpy.typing as npt
 
-from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest
+from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, sequence_ends
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import SUFFIXES, damaged_error, packed_bytes, shard_path
@@ -263,5 +263,24 @@ def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
     if not folder.is_dir():  # else the name would be looked up on the Hub
         raise DataError("the tokenizer's files are missing", remedy="Copy the complete dataset", location=folder)
     tokenizer = load_tokenizer(folder)
-    dataset.check_tokenizer(tokenizer.fingerprint, folder)
+    check_recorded_tokenizer(tokenizer, dataset.manifest.tokenizer, dataset.path / MANIFEST_NAME)
     return tokenizer
+
+
+def check_recorded_tokenizer(tokenizer: Tokenizer, record: TokenizerRecord, location: Path) -> None:
+    """Raise DataError unless a tokenizer's files define the ids that were recorded when the data was made.
+
+    Args:
+        tokenizer: the tokenizer as loaded.
+        record: its record.
+        location: file with the record, for the message.
+    """
+    found = {"fingerprint": tokenizer.fingerprint, "special_ids": tokenizer.special_ids}
+    for key, value in found.items():
+        if value != (recorded := getattr(record, key)):
+            raise DataError(
+                f"the tokenizer's {key} is {value}; {location.name} records {recorded}: its files are not those with "
+                "which the data was made",
+                remedy="Copy the folder with the tokenizer's files again",
+                location=tokenizer.definition.parent,
+            )

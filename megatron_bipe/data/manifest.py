@@ -6,16 +6,17 @@ from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard_layout import FORMAT_VERSION, SUFFIXES, Suffix
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import unreadable_error, write_atomically
+from megatron_bipe.io import check_inner_name, unreadable_error, write_atomically
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"  # the tokenizer's files, next to the manifest and in a run folder
 Count = Annotated[int, Field(ge=0)]
+InnerName = Annotated[str, AfterValidator(check_inner_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -36,7 +37,7 @@ class FileRecord(Record):
 class ShardRecord(Record):
     """One shard: three files of the same name."""
 
-    name: Annotated[str, Field(pattern=r"^[^/\\.][^/\\]*$")]
+    name: Annotated[InnerName, Field(pattern=r"^[^/\\.][^/\\]*$")]
     """File name without the suffix; no folder, no leading dot."""
     documents: Count
     """Number of documents, each of which is one sequence of the index."""

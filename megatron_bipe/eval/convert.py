@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import yaml
 
-from megatron_bipe.checkpoint.find import Checkpoint, read_data_record
-from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig, load_run_config
+from megatron_bipe.checkpoint.find import Checkpoint
+from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run
+from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
+from megatron_bipe.data.dataset import check_recorded_tokenizer
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.segments import (
     SegmentRule,
@@ -25,7 +27,7 @@ from megatron_bipe.data.segments import (
 )
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
-from megatron_bipe.eval.eval_model import EvalModel, LazyCheckpointWeights
+from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint
 from megatron_bipe.hf.card import PerplexityPlot
@@ -76,11 +78,12 @@ def export_checkpoint(
         options: further fields of `ExportOptions`.
 
     Raises:
-        CheckpointError: as in `export_model`, or the evaluation is not one of this checkpoint.
+        CheckpointError: as in `export_model` and `read_run`, or the evaluation is not one of this checkpoint.
+        DataError: the run folder's tokenizer is not the one that it was trained with.
     """
-    run = load_run_config(checkpoint.run_dir / "config.yaml")
-    record = read_data_record(checkpoint.run_dir)
+    run, record = read_run(checkpoint)
     tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
+    check_recorded_tokenizer(tokenizer, record.tokenizer, checkpoint.run_dir / "data.json")
     recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
     recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
     facts = {
@@ -89,7 +92,7 @@ def export_checkpoint(
         "Recipe": f"`{recipe.strip()}`",
     }
     return export_model(
-        LazyCheckpointWeights(checkpoint),
+        CheckpointWeights(checkpoint, DTYPES[run.train.precision]),
         run.model,
         output,
         DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),

@@ -4,7 +4,7 @@ Users name a model by an exported folder, or by a run folder as `RUN_DIR[@STEP]`
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,10 +12,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from megatron_bipe.checkpoint.find import Checkpoint, find_model, read_data_record
-from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
-from megatron_bipe.checkpoint.verify import read_weights
-from megatron_bipe.config import ModelConfig, load_run_config
+from megatron_bipe.checkpoint.find import Checkpoint, find_model
+from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run, read_weights
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError
@@ -48,7 +47,9 @@ def load_eval_model(spec: str) -> EvalModel:
         CheckpointError: there is no such model, or it is incomplete or damaged.
     """
     checkpoint = find_model(spec)
-    return load_exported_model(Path(spec)) if checkpoint is None else _load_checkpoint(checkpoint, spec)
+    if checkpoint is None:
+        return load_exported_model(Path(spec))
+    return _load_checkpoint(checkpoint, read_weights(checkpoint), spec)
 
 
 def load_eval_models(
@@ -77,7 +78,8 @@ def load_with_master_weights(spec: str) -> tuple[EvalModel, Mapping[str, Tensor]
     if checkpoint is None:
         eval_model = load_exported_model(Path(spec))
         return eval_model, named_weights(eval_model)
-    return _load_checkpoint(checkpoint, spec), LazyCheckpointWeights(checkpoint, torch.float32)
+    weights = CheckpointWeights(checkpoint, torch.float32)
+    return _load_checkpoint(checkpoint, weights, spec), weights
 
 
 def named_weights(eval_model: EvalModel) -> dict[str, Tensor]:
@@ -85,10 +87,11 @@ def named_weights(eval_model: EvalModel) -> dict[str, Tensor]:
     return {name: weight.detach() for name, weight in eval_model.model.named_parameters()}
 
 
-def _load_checkpoint(checkpoint: Checkpoint, spec: str) -> EvalModel:
-    config = load_run_config(checkpoint.run_dir / "config.yaml").model
-    model = build_from_llama(to_llama(read_weights(checkpoint), config), config, checkpoint.folder)
-    record = read_data_record(checkpoint.run_dir)
+def _load_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Tensor], spec: str) -> EvalModel:
+    run, record = read_run(checkpoint)
+    config, dtype = run.model, DTYPES[run.train.precision]
+    rounded = {name: weight.to(dtype) for name, weight in weights.items()}
+    model = build_from_llama(to_llama(rounded, config), config, checkpoint.folder)
     run_name = checkpoint.run_dir.resolve().name
     name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
@@ -154,25 +157,3 @@ def check_length(eval_model: EvalModel, length_tokens: int) -> None:
             remedy=f"Use --lengths of at most {longest}, or remove the model",
             location=eval_model.source,
         )
-
-
-class LazyCheckpointWeights(Mapping[str, Tensor]):
-    """The weights of a checkpoint, read on access and not cached.
-
-    Args:
-        checkpoint: the checkpoint.
-        dtype: dtype of the weights; None: the run's compute precision, as in `read_weights`.
-    """
-
-    def __init__(self, checkpoint: Checkpoint, dtype: torch.dtype | None = None) -> None:
-        self._reader = StateReader(checkpoint.folder)
-        self._dtype = dtype or DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._reader.full(WEIGHT, name).to(self._dtype)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._reader.index.parameters)
-
-    def __len__(self) -> int:
-        return len(self._reader.index.parameters)

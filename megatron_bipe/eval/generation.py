@@ -7,12 +7,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.sequences import PROMPT_BATCH_TOKENS
-from megatron_bipe.hf.load import check_folder, model_config, read_settings
+from megatron_bipe.hf.load import model_config, read_settings
+from megatron_bipe.hf.transformers_models import load_causal_lm
 from megatron_bipe.types import TokenArray
 
 
@@ -34,15 +34,14 @@ class Limits(NamedTuple):
     """Maximum tokens of a batch, including padding and continuations; a single prompt is always accepted."""
 
 
-def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
-    """Load the model and the tokenizer of an exported folder.
+def load_generator(folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Generator:
+    """Load the model and the tokenizer of an exported folder; `trust_remote_code` as in `load_causal_lm`.
 
     Raises:
         CheckpointError: the folder is not an exported model, is damaged, or its tokenizer has no EOS token.
         DataError: its tokenizer cannot be read.
     """
     config = model_config(read_settings(folder), folder)
-    check_folder(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.eos_id is None:
         raise CheckpointError(
@@ -50,15 +49,8 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
             remedy="Fine-tune and evaluate a model whose tokenizer has one",
             location=folder,
         )
-    try:
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, dtype=dtype)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"transformers cannot load the model: {' '.join(str(error).split())[:300]}",
-            remedy="Give a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
-            location=folder,
-        ) from error
-    return Generator(model.to(device).eval(), tokenizer, config.max_seq_len_tokens)
+    model = load_causal_lm(folder, dtype, trust_remote_code=trust_remote_code)
+    return Generator(model.to(device), tokenizer, config.max_seq_len_tokens)
 
 
 def generate_batches(

@@ -5,18 +5,24 @@ Source: Gao et al., "A framework for few-shot language model evaluation" (Eleuth
 
 import difflib
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
 from lm_eval import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
-from megatron_bipe.errors import CheckpointError, ConfigError
-from megatron_bipe.hf.load import check_folder, read_settings
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.hf.load import read_settings
+from megatron_bipe.hf.transformers_models import load_auto_tokenizer, load_causal_lm
 from megatron_bipe.io import write_atomically
+
+# `!function`, and an `include` of a path that is absolute or has `..`; lists of includes are refused as well
+_CODE = re.compile(r"!(function|!python)\b.*|^\s*[\"']?include[\"']?\s*:\s*([\"']?[/~]|.*\.\.|\[|$).*", re.MULTILINE)
 
 
 class HarnessSettings(NamedTuple):
@@ -35,6 +41,8 @@ class HarnessSettings(NamedTuple):
     device: str = "cpu"
     dtype: str = "float32"
     """Name of the torch dtype."""
+    trust_remote_code: bool = False
+    """Run the code that the model folder or the task files name."""
 
 
 class SingleBosHFLM(HFLM):  # type: ignore[misc]
@@ -59,27 +67,21 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
 
     Raises:
         CheckpointError: the folder is not an exported model, or cannot be loaded.
-        ConfigError: there is no such task.
+        ConfigError: there is no such task, or a task file names code that is not trusted.
     """
     read_settings(folder)
-    check_folder(folder)
+    if settings.include_path is not None and not settings.trust_remote_code:
+        _refuse_code(settings.include_path)
     manager = TaskManager(include_path=settings.include_path)
     _check_known(tasks, manager)
-    try:
-        model = SingleBosHFLM(
-            pretrained=str(folder),
-            trust_remote_code=True,
-            device=settings.device,
-            dtype=settings.dtype,
-            batch_size=settings.batch_size,
-            max_length=settings.max_length_tokens,
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"the harness cannot load the model: {' '.join(str(error).split())[:300]}",
-            remedy="Give a folder with weights and tokenizer, made by tools/export_hf.py or tools/import_hf.py",
-            location=folder,
-        ) from error
+    trust = settings.trust_remote_code
+    loaded = load_causal_lm(folder, getattr(torch, settings.dtype), trust_remote_code=trust)
+    model = SingleBosHFLM(
+        pretrained=loaded.to(settings.device),
+        tokenizer=load_auto_tokenizer(folder, trust_remote_code=trust),
+        batch_size=settings.batch_size,
+        max_length=settings.max_length_tokens,
+    )
     results: dict[str, Any] = simple_evaluate(
         model=model,
         tasks=list(tasks),
@@ -101,6 +103,17 @@ def write_results(path: Path, folder: Path, settings: HarnessSettings, results: 
 def results_table(results: dict[str, Any]) -> str:
     """Return the harness's own table."""
     return str(make_table(results))
+
+
+def _refuse_code(include_path: Path) -> None:
+    """Raise ConfigError if a task file names a Python function, or a file outside the folder, which might."""
+    for file in sorted(include_path.rglob("*.y*ml")):
+        if named := _CODE.search(file.read_text("utf-8", "replace")):
+            raise ConfigError(
+                f"the task file names code, or a file outside its folder: {named[0].strip()}",
+                remedy="Read that code, then add --trust-remote-code",
+                location=file,
+            )
 
 
 def _check_known(tasks: Sequence[str], manager: TaskManager) -> None:

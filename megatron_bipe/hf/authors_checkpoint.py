@@ -15,7 +15,17 @@ from torch import Tensor
 
 from megatron_bipe.config import ModelConfig, RopeScaling
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, llama_shape, read_safetensors, read_settings, shard_names
+from megatron_bipe.hf.checksums import check_files
+from megatron_bipe.hf.load import (
+    CONFIG,
+    INDEX,
+    WEIGHTS,
+    llama_shape,
+    read_safetensors,
+    read_settings,
+    shard_names,
+    weight_files,
+)
 from megatron_bipe.hf.weight_mapping import INTRA_EMBEDDING, from_llama
 
 # Separator ids that are fixed in the authors' code: LLaMA's newline byte and its period after a space. They are the
@@ -102,14 +112,18 @@ def _model_config(settings: Mapping[str, Any], weights: Mapping[str, Tensor], lo
 def _read_weights(folder: Path) -> dict[str, Tensor]:
     """Read safetensors if there are any, else pickles restricted to tensors."""
     if (folder / WEIGHTS).is_file() or (folder / INDEX).is_file():
-        return read_safetensors(folder)
+        files = weight_files(folder)
+        check_files(folder, [CONFIG, *files])
+        return read_safetensors(folder, files)
     names = [_BIN]
     if (folder / _BIN_INDEX).is_file():
         names = shard_names(folder / _BIN_INDEX, _REMEDY)
-    weights: dict[str, Tensor] = {}
     for name in names:
         if not (folder / name).is_file():
             raise CheckpointError(f"there is neither {WEIGHTS} nor {name}", remedy=_REMEDY, location=folder)
+    check_files(folder, [CONFIG, *names])
+    weights: dict[str, Tensor] = {}
+    for name in names:
         try:
             weights |= torch.load(folder / name, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError, TypeError, ValueError) as error:

@@ -40,6 +40,13 @@ inputs = tokenizer("Once upon a time", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=50)[0]))
 ```
 """
+# The first sentence names the versions that can load the folder.
+_VERSION = """
+The code in this folder needs transformers 5 or later. Version 4 cannot load it.
+"""
+_STOCK_VERSION = """
+This is a stock LLaMA model, which transformers 4.57 and later can load.
+"""
 PLOT = "perplexity.png"
 _PERPLEXITY = """
 ![Perplexity by sequence length]({plot})
@@ -92,7 +99,8 @@ def model_card(
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     code = "" if is_stock(config) else ", trust_remote_code=True"
     measured = _PERPLEXITY.format(plot=PLOT, text=perplexity.text) if perplexity else ""
-    text = _HEAD.format(title=title, rows=table, figure=figure, code=code, perplexity=measured)
+    version = _STOCK_VERSION if is_stock(config) else _VERSION
+    text = _HEAD.format(title=title, rows=table, figure=figure, code=code, perplexity=measured) + version
     return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
 
 

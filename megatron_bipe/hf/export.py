@@ -9,7 +9,6 @@ B batch · T positions · V vocabulary
 
 import hashlib
 import json
-import logging
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -20,15 +19,15 @@ from typing import Any, NamedTuple
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor
-from transformers import AutoModelForCausalLM
-from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
+from megatron_bipe.hf.checksums import SUMS, write_checksums
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
-from megatron_bipe.hf.load import CONFIG, INDEX, SUMS, WEIGHTS, load_layer, read_settings, write_checksums
+from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, load_layer
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
+from megatron_bipe.hf.transformers_models import load_own_export
 from megatron_bipe.hf.weight_mapping import LlamaWeights
 from megatron_bipe.io import atomic_directory
 from megatron_bipe.model import build_model, make_plan
@@ -49,9 +48,6 @@ _CODE = re.compile(r"\w+_bipe\.py")  # of all versions
 
 
 SampleBatch = tuple[Tensor, Tensor, Tensor]  # tokens, intra ids, inter ids: int64 [B, T] each
-
-
-_AUTO = "AutoModelForCausalLM"
 
 
 class ExportOptions(NamedTuple):
@@ -99,7 +95,6 @@ def export_model(
     with _draft(Path(folder), options.overwrite) as draft:
         shapes = _stored_weights(config, options.dtype)
         files = _write_weights(LlamaWeights(weights, config), shapes, draft, options.max_shard_bytes)
-        write_checksums(draft, files)
         settings = hf_settings(config, data, options.dtype)
         _write_json(draft / CONFIG, settings)
         _write_json(draft / GENERATION, generation_settings(config, data))
@@ -107,6 +102,7 @@ def export_model(
             _write_code(draft)
         if tokenizer is not None:
             write_tokenizer(tokenizer, draft, config.vocab_size)
+        write_checksums(draft, files)
         figure = parity(weights, config, options.dtype, draft, sequences)
         if not figure <= TOLERANCE:
             raise CheckpointError(
@@ -252,28 +248,12 @@ def trained_logits(
 
 def exported_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
     """Return the logits, fp32 [B, T, V], of a folder with its own code, weights read layer by layer."""
-    settings = read_settings(folder)
     try:
-        # Once this package's code is registered, the Auto class would use it instead of the folder's.
-        code = settings.get("auto_map", {}).get(_AUTO)
-        kind: Any = get_class_from_dynamic_module(code, folder) if code else AutoModelForCausalLM
-        with _silence_accelerate():
-            model = kind.from_pretrained(folder, dtype=torch.float32, local_files_only=True, device_map={"": "disk"})
-        return model.eval()(tokens_BT, use_cache=False).logits
-    except (ValueError, RuntimeError, OSError) as error:
+        logits_BTV: Tensor = load_own_export(folder, torch.float32)(tokens_BT, use_cache=False).logits
+        return logits_BTV
+    except (CheckpointError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"the exported model cannot be loaded and run: {error}",
             remedy="Report this as a bug",
             location=folder,
         ) from error
-
-
-@contextmanager
-def _silence_accelerate() -> Iterator[None]:
-    """Suppress accelerate's message that weights are on disk, which is intended here."""
-    logger = logging.getLogger("accelerate.big_modeling")
-    before, logger.disabled = logger.disabled, True
-    try:
-        yield
-    finally:
-        logger.disabled = before

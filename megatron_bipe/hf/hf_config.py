@@ -65,7 +65,7 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
     }
     if stock:
         more = {"max_position_embeddings": _max_position_embeddings(config), "hidden_act": "silu"}
-        return settings | more | {"attention_bias": False, "mlp_bias": False}
+        return settings | _rope_of_version_4(settings) | more | {"attention_bias": False, "mlp_bias": False}
     code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
     return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
 
@@ -108,13 +108,34 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
     return {"rope_parameters": parameters}
 
 
+def _rope_of_version_4(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base and scaling in the keys of transformers 4 and of programs that read them as it does."""
+    rope = dict(settings["rope_parameters"])
+    return {"rope_theta": rope.pop("rope_theta"), "rope_scaling": None if rope["rope_type"] == "default" else rope}
+
+
+def _rope_parameters(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return base and scaling in the form of `rope_parameters`, from either spelling.
+
+    Raises:
+        ValueError: both are there and differ, so that programs would compute different models.
+    """
+    scaling = settings.get("rope_scaling") or {"rope_type": "default"}
+    old = {"rope_theta": settings.get("rope_theta", 10000.0), **scaling}
+    old.setdefault("rope_type", old.pop("type", None))
+    new: dict[str, Any] = settings.get("rope_parameters") or old
+    if "rope_theta" in settings and new != old:
+        raise ValueError(f"rope_parameters {new} and rope_theta, rope_scaling {old} differ")
+    return new
+
+
 def rope_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `ModelConfig` that the keys describe.
 
     Raises:
-        KeyError, TypeError, ValidationError: a key is missing, has the wrong type, or an impossible value.
+        KeyError, TypeError, ValueError: a key is missing, has the wrong type, or an impossible value.
     """
-    rope = settings.get("rope_parameters") or {"rope_type": "default", "rope_theta": 10000.0}
+    rope = _rope_parameters(settings)
     if (ntk := settings.get(_NTK)) is not None:
         return {"rope_base": ntk["rope_theta"], "rope_scaling": RopeScaling(type="ntk", factor=ntk["factor"])}
     kind, scaling = rope["rope_type"], None

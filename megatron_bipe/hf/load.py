@@ -1,10 +1,7 @@
-"""Loading and verification of an exported model, as the training model that every evaluation runs on.
-
-SHA256SUMS holds the checksums of the weight files in the format of `sha256sum --check`.
-"""
+"""Loading and verification of an exported model, as the training model that every evaluation runs on."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,16 +12,14 @@ from torch import Tensor, nn
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.checksums import check_files
 from megatron_bipe.hf.hf_config import rope_fields
 from megatron_bipe.hf.weight_mapping import from_llama
-from megatron_bipe.io import sha256_of
+from megatron_bipe.io import check_inner_name
 from megatron_bipe.model import TOKEN_EMBEDDING, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"
-
-
-SUMS = "SHA256SUMS"
 
 
 class LoadedModel(NamedTuple):
@@ -47,8 +42,10 @@ def load_exported(folder: str | Path) -> LoadedModel:
     """
     folder = Path(folder)
     settings = read_settings(folder)
+    files = weight_files(folder)
+    check_files(folder, [CONFIG, *files])
     config = model_config(settings, folder / CONFIG)
-    weights = read_safetensors(folder)
+    weights = read_safetensors(folder, files)
     model = build_from_llama(weights, config, folder)
     return LoadedModel(model, config, next(model.parameters()).dtype, data_fields(settings, folder / CONFIG))
 
@@ -107,7 +104,7 @@ def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
         first = error.errors(include_url=False)[0]
         what = f"{'.'.join(map(str, first['loc']))}: {first['msg']}, not {first['input']!r}"
         raise CheckpointError(f"impossible value for {what}", remedy=_REMEDY, location=location) from error
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise CheckpointError(f"a key has the wrong form: {error}", remedy=_REMEDY, location=location) from error
     if config.bilevel and data_fields(settings, location) is None:
         raise CheckpointError(
@@ -152,24 +149,33 @@ def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] |
 
 
 def shard_names(index: Path, remedy: str) -> list[str]:
-    """Return the sorted file names in an index of shards."""
+    """Return the sorted file names in an index of shards, all of which are inside its folder."""
     try:
-        return sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        return sorted(map(check_inner_name, set(json.loads(index.read_text("utf-8"))["weight_map"].values())))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError("the index of shards is damaged", remedy=remedy, location=index) from error
+        raise CheckpointError(f"the index of shards is damaged: {error}", remedy=remedy, location=index) from error
 
 
-def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Read all weights of a model folder, from one file or from the shards in its index."""
-    files = [folder / WEIGHTS]
+def weight_files(folder: Path) -> list[str]:
+    """Return the names of the files that hold a model folder's weights, and of their index if there is one.
+
+    Raises:
+        CheckpointError: the index is damaged, or a file is missing.
+    """
+    names = [WEIGHTS]
     if (folder / INDEX).is_file():
-        files = [folder / name for name in shard_names(folder / INDEX, _REMEDY)]
+        names = [INDEX, *shard_names(folder / INDEX, _REMEDY)]
+    for name in names:
+        if not (folder / name).is_file():
+            raise CheckpointError(f"the weights {name} are missing", remedy=_REMEDY, location=folder)
+    return names
+
+
+def read_safetensors(folder: Path, names: Iterable[str]) -> dict[str, Tensor]:
+    """Read all weights of a model folder from the safetensors files among `names`, which the caller has verified."""
     weights: dict[str, Tensor] = {}
-    for file in files:
-        if not file.is_file():
-            raise CheckpointError(f"the weights {file.name} are missing", remedy=_REMEDY, location=folder)
+    for file in (folder / name for name in names if name != INDEX):
         try:
-            check_file(file)
             with safe_open(str(file), framework="pt") as shard:
                 weights.update({name: shard.get_tensor(name) for name in shard.keys()})  # noqa: SIM118
         except (SafetensorError, OSError) as error:
@@ -209,56 +215,3 @@ def load_layer(
         own[name] = weights[TOKEN_EMBEDDING if tied else f"{index}.{name}"].to(dtype).float()
     layer.load_state_dict(own, assign=True)
     return layer.eval()
-
-
-def write_checksums(folder: Path, sums: Mapping[str, str]) -> None:
-    """Write SHA256SUMS; `sums` maps each weight file's name to its lower-case hex digest."""
-    (folder / SUMS).write_text("".join(f"{digest}  {name}\n" for name, digest in sums.items()), "utf-8")
-
-
-def check_folder(folder: Path) -> None:
-    """Verify all files of a model folder that have a checksum.
-
-    Raises:
-        CheckpointError: a file is missing or differs from its checksum, or the checksums cannot be read.
-    """
-    for name, digest in _read_checksums(folder).items():
-        _verify(folder / name, digest)
-
-
-def check_file(path: Path) -> None:
-    """Verify a file of a model folder if it has a checksum; other tools do not write any.
-
-    Raises:
-        CheckpointError: the file differs from its checksum, or the checksums cannot be read.
-    """
-    digest = _read_checksums(path.parent).get(path.name)
-    if digest is not None:
-        _verify(path, digest)
-
-
-def _verify(path: Path, digest: str) -> None:
-    try:
-        found = sha256_of(path)
-    except OSError as error:
-        what = f"the weights {path.name} cannot be read: {error.strerror}"
-        raise CheckpointError(what, remedy="Copy or export the model again", location=path.parent) from error
-    if found != digest:
-        raise CheckpointError(
-            f"the weights differ from the exported ones: their SHA-256 is {found}, {SUMS} lists {digest}",
-            remedy=f"Copy or export the model again; if they were changed on purpose, remove {SUMS}",
-            location=path,
-        )
-
-
-def _read_checksums(folder: Path) -> dict[str, str]:
-    """Return the checksums by file name; empty if the folder has none."""
-    listing = folder / SUMS
-    if not listing.is_file():
-        return {}
-    try:
-        return {name: digest for digest, name in (line.split("  ", 1) for line in listing.read_text().splitlines())}
-    except ValueError as error:
-        raise CheckpointError(
-            "the file is not a list of checksums", remedy="Export the model again, or remove the file", location=listing
-        ) from error

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 
 import tokenizers
 from tokenizers import processors
-from transformers import AutoTokenizer
 
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.transformers_models import load_auto_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
 _ROLES = ("bos", "eos", "unk", "pad")
@@ -111,7 +111,7 @@ def _prepend_bos(backend: tokenizers.Tokenizer, bos_id: int) -> None:
 
 def check_tokenizer(folder: Path, source: TokenizerSource, texts: Sequence[str] = HARD_TEXTS) -> None:
     """Raise CheckpointError if `AutoTokenizer` encodes a text differently from training, with or without BOS."""
-    loaded = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=True)
+    loaded = load_auto_tokenizer(folder)
     opening = [source.special_ids["bos"]] if "bos" in source.special_ids else []
     for text, trained in zip(texts, source.encode(texts), strict=True):
         expected = [int(token) for token in trained]

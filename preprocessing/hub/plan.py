@@ -17,6 +17,7 @@ from huggingface_hub.utils import filter_repo_objects
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
+from megatron_bipe.data.manifest import InnerName
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import PARTIAL_SUFFIX, partial_path, unreadable_error, write_atomically
 from preprocessing.hub.transfer import HubFile, Snapshot, disk_errors, list_snapshot
@@ -43,7 +44,7 @@ class Receipt(BaseModel):
 
     repo: str
     commit: str
-    files: dict[str, Entry] = {}
+    files: dict[InnerName, Entry] = {}
 
     @classmethod
     def load(cls, folder: Path) -> "Receipt | None":

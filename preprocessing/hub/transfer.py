@@ -9,7 +9,7 @@ import errno
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from httpx2 import HTTPError, InvalidURL, TransportError
@@ -29,7 +29,7 @@ from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import sha256_of
+from megatron_bipe.io import check_inner_name, sha256_of
 
 BUSY = (429, 500, 502, 503, 504)  # HTTP status codes after which the same request may succeed later
 LIST_TIMEOUT_S = 30.0
@@ -81,13 +81,14 @@ def list_snapshot(repo: str, revision: str | None, endpoint: str | None) -> Snap
 
 
 def _hub_file(repo: str, entry: RepoFile) -> HubFile:
-    path = PurePosixPath(entry.path)
-    if path.is_absolute() or ".." in path.parts:
+    try:
+        check_inner_name(entry.path)
+    except ValueError as error:
         raise DataError(
-            f"The repository lists a file {entry.path!r}, which would be outside the output folder",
+            f"The repository lists a file that would be outside the output folder: {error}",
             remedy="Do not use this repository",
             location=repo,
-        )
+        ) from error
     if entry.lfs is None:
         return HubFile(entry.path, entry.size, f"git-sha1:{entry.blob_id}")
     return HubFile(entry.path, entry.size, f"sha256:{entry.lfs.sha256}")

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
+from megatron_bipe.io import check_inner_name
 from preprocessing.readers.hub_dataset import open_hub
 from preprocessing.readers.lines import reading
 
@@ -119,7 +120,8 @@ def saved_files(folder: Path) -> list[Path]:
         )
     try:
         with reading(listing):
-            files = [folder / entry["filename"] for entry in json.loads(listing.read_bytes())["_data_files"]]
+            entries = json.loads(listing.read_bytes())["_data_files"]
+            files = [folder / check_inner_name(entry["filename"]) for entry in entries]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"This does not list files as `Dataset.save_to_disk` does ({type(error).__name__}: {error})",

@@ -6,11 +6,11 @@ import torch
 import yaml
 
 from megatron_bipe.checkpoint.find import find_checkpoint
+from megatron_bipe.checkpoint.verify import CheckpointWeights
 from megatron_bipe.config.schema import ModelConfig, TrainConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.eval.eval_model import LazyCheckpointWeights
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.model.loss import token_losses
@@ -76,7 +76,7 @@ def test_training_begins_from_the_model_that_the_run_names(tmp_path, text_datase
     assert losses(run_dir)[0] == pytest.approx(first_loss(model, text_dataset, config), rel=1e-5)
     assert "continuing" in onwards.output  # from its own checkpoint, not from the model again
     trained = build_model(config)
-    trained.load_state_dict(dict(LazyCheckpointWeights(find_checkpoint(f"{run_dir}@2"), torch.float32)))
+    trained.load_state_dict(dict(CheckpointWeights(find_checkpoint(f"{run_dir}@2"), torch.float32)))
     expected = first_loss(trained, text_dataset, config)
     assert losses(next_dir)[0] == pytest.approx(expected, rel=1e-5)
     assert expected != pytest.approx(losses(run_dir)[0], rel=1e-3)

@@ -14,7 +14,7 @@ from megatron_bipe.config.load import load_run_config
 
 
 def write_checkpoint(run_dir: Path, step: int, weights: Mapping[str, Tensor]) -> Path:
-    """Write `weights` as the newest checkpoint of the run folder."""
+    """Write `weights` as the newest checkpoint of the run folder, with the configuration in it, if there is one."""
     held = []
     for name, weight in weights.items():
         flat = weight.float().flatten()
@@ -28,10 +28,11 @@ def publish_fragments(run_dir: Path, step: int, by_rank: Sequence[Sequence[Fragm
     """Write the fragments of ranks as the newest checkpoint of the run folder."""
     folder = begin(run_dir, step, "test", 0)
     files = {rank_file(rank): write_fragments(folder, rank, held, {}) for rank, held in enumerate(by_rank)}
-    write_index(folder, checkpoint_info(step), files)
+    config = run_dir / "config.yaml"
+    write_index(folder, checkpoint_info(step, config if config.exists() else None), files)
     publish(folder, run_dir, step, files)
 
 
-def checkpoint_info(step: int) -> CheckpointInfo:
-    """Return the checkpoint information of a run of the default configuration."""
-    return CheckpointInfo(step, step, {"ranks": 1}, load_run_config(None).model_dump(mode="json"), None, {})
+def checkpoint_info(step: int, path: Path | None = None) -> CheckpointInfo:
+    """Return the checkpoint information of a run, with the configuration of `path`, or the default one."""
+    return CheckpointInfo(step, step, {"ranks": 1}, load_run_config(path).model_dump(mode="json"), None, {})

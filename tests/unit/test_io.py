@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import os
+import re
 import resource
 import shutil
 import signal
@@ -438,3 +439,26 @@ def test_atomic_directory_checks_a_folder_before_and_after_the_block(old: Path) 
     (old / "notes.txt").unlink()
     make_checked()
     assert content(old) == NEW
+
+
+@pytest.mark.parametrize("name", ["a", "model-00001-of-00002.safetensors", "data/train.parquet", "..a", "a..b/c.", "~"])
+def test_inner_name_of_a_file_in_the_folder_is_returned(name: str) -> None:
+    assert io.check_inner_name(name) == name
+
+
+@pytest.mark.parametrize("name", ["", ".", "./.", "/", "/a", "//a", "..", "../a", "a/..", "a/../../b", "a\0b"])
+def test_inner_name_outside_the_folder_is_refused(name: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(repr(name))):
+        io.check_inner_name(name)
+
+
+def test_sha256_of_all_is_in_order_and_raises_in_the_files_turn(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in "abcdefghijkl"]
+    for path in paths:
+        path.write_text(path.name * 1000)
+    assert list(io.sha256_of_all(paths)) == [io.sha256_of(path) for path in paths]
+    paths[3].unlink()
+    hashes = io.sha256_of_all(paths)
+    assert [next(hashes) for _ in range(3)] == [io.sha256_of(path) for path in paths[:3]]
+    with pytest.raises(FileNotFoundError):
+        next(hashes)

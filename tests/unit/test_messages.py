@@ -119,6 +119,7 @@ class Given:
         settings = json.loads((folder / "config.json").read_text()) | changes
         kept = {key: value for key, value in settings.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
+        (folder / "SHA256SUMS").unlink()
         return folder
 
     def export_over(self, name: str) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset, dataset_files, foreign_paths, open_tokenizer
-from megatron_bipe.data.inspection.verify import CHUNK_TOKENS, Advance, Segmenter, run_in_order
+from megatron_bipe.data.inspection.verify import CHUNK_TOKENS, Advance, Segmenter, check_checksum, run_in_order
 from megatron_bipe.data.manifest import (
     TOKENIZER_FOLDER,
     FileRecord,
@@ -25,7 +25,7 @@ from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import Suffix, pack_seg, shard_path
 from megatron_bipe.errors import DataError, failed_path
-from megatron_bipe.io import atomic_directory, unfinished_path
+from megatron_bipe.io import atomic_directory, sha256_of, unfinished_path
 
 UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
@@ -62,8 +62,8 @@ def resegment(
         advance: called with the number of tokens processed.
 
     Raises:
-        DataError: the dataset is incomplete or holds ids outside its vocabulary, the vocabulary has no token for the
-            rule, the output must not be replaced, or the disk is full. Nothing of the new dataset is left then.
+        DataError: the dataset is incomplete or damaged or holds ids outside its vocabulary, the vocabulary has no token
+            for the rule, the output must not be replaced, or the disk is full. Nothing of the new dataset is left then.
     """
     dataset = TokenDataset(source)
     tokenizer = open_tokenizer(dataset)
@@ -100,19 +100,23 @@ def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
     shard = Shard(shard.folder, record)  # a new reader, whose index is freed after this shard
     segmenter = Segmenter(shard, job.rule, job.vocab_size)
     path = shard_path(job.folder, shard.name, "seg")
-    sha256, num_segments = hashlib.sha256(), 0
+    sha256, tokens_sha256, num_segments = hashlib.sha256(), hashlib.sha256(), 0
     with path.open("wb") as stream:
         header = pack_seg(shard.num_tokens, b"")
         stream.write(header)
         sha256.update(header)
         for start in range(0, shard.num_tokens, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, shard.num_tokens)
-            packed = segmenter.packed_ends(shard.tokens(start, stop), start)
+            tokens_T = shard.tokens(start, stop)
+            tokens_sha256.update(tokens_T.data)
+            packed = segmenter.packed_ends(tokens_T, start)
             num_segments += int(np.bitwise_count(packed).sum())
             stream.write(packed.data)
             sha256.update(packed.data)
             advance(stop - start)
         size = stream.tell()
+    check_checksum(shard, "bin", tokens_sha256.hexdigest())
+    check_checksum(shard, "idx", sha256_of(shard.path("idx")))
     for suffix in UNCHANGED:
         _link_or_copy(shard.path(suffix), shard_path(job.folder, shard.name, suffix))
     files: dict[Suffix, FileRecord] = {**record.files, "seg": FileRecord(bytes=size, sha256=sha256.hexdigest())}

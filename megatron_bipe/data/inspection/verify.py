@@ -23,7 +23,7 @@ from megatron_bipe.data.segments import SegmentRule, fixed_length_ends, resolve_
 from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged_error, packed_bytes
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import sha256_of, unreadable_error
+from megatron_bipe.io import sha256_of, sha256_of_all, unreadable_error
 from megatron_bipe.types import TokenArray
 
 Item = TypeVar("Item")
@@ -55,6 +55,29 @@ def find_problems(
     work = [(dataset, shard.record) for dataset in datasets for shard in dataset.shards if shard.record]
     for problems in run_in_order(partial(_shard_problems, sample=sample), work, workers, advance):
         yield from problems
+
+
+def check_checksums(dataset: TokenDataset) -> None:
+    """Verify the checksums of all files of a dataset, several at a time; ids and bits are not compared.
+
+    Raises:
+        DataError: a file is missing or was changed after it was written.
+    """
+    files = [(shard, suffix) for shard in dataset.shards for suffix in SUFFIXES]
+    hashes = sha256_of_all(shard.path(suffix) for shard, suffix in files)
+    for shard, suffix in files:
+        try:
+            check_checksum(shard, suffix, next(hashes))
+        except OSError as error:
+            raise unreadable_error(shard.path(suffix), error) from error
+
+
+def check_checksum(shard: Shard, suffix: Suffix, found: str) -> None:
+    """Raise DataError if the SHA-256 of a shard's file, computed by the caller, is not that of the manifest."""
+    assert shard.record is not None  # shards of a dataset have one
+    expected = shard.record.files[suffix].sha256
+    if found != expected:
+        raise damaged_error(shard.path(suffix), f"its SHA-256 is {found}; the manifest says {expected}")
 
 
 def _tokenizer_problems(dataset: TokenDataset) -> Iterator[DataError]:

@@ -1,6 +1,7 @@
 """Checks of a checkpoint before it is read; tests/faults has every kind of damage, on several ranks."""
 
 import errno
+import hashlib
 import os
 from pathlib import Path
 
@@ -9,7 +10,7 @@ import torch
 
 from megatron_bipe import io
 from megatron_bipe.checkpoint.find import find_checkpoint
-from megatron_bipe.checkpoint.manifest import load_index
+from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX, load_index
 from megatron_bipe.checkpoint.verify import belongs_to_another_run, check_complete, latest_valid_checkpoint
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import RunConfig
@@ -148,3 +149,14 @@ def test_latest_valid_checkpoint_skips_those_of_another_run(tmp_path):
     )
     with raises(CheckpointError, "step 20", "step 10", "foreign", location=tmp_path, remedy="run_dir"):
         latest_valid_checkpoint(tmp_path, lambda index: "foreign", MESH, HostCollectives(MESH))
+
+
+@pytest.mark.parametrize("name", ["../rank-00000.safetensors", "/rank-00000.safetensors", "rank-00001.safetensors"])
+def test_index_that_names_a_file_outside_or_without_a_checksum_is_refused(tmp_path, name):
+    folder = write_checkpoint(tmp_path, 10, {"0.x": torch.ones(3)})
+    text = (folder / INDEX).read_bytes().replace(b'"file": "rank-00000.safetensors"', f'"file": "{name}"'.encode())
+    assert name.encode() in text
+    (folder / INDEX).write_bytes(text)
+    (folder / CHECKSUM_NAME).write_text(f"{hashlib.sha256(text).hexdigest()}  {INDEX}\n")
+    with raises(CheckpointError, name, location=folder):
+        check_complete(find_checkpoint(tmp_path))

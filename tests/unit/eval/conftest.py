@@ -76,10 +76,11 @@ def save_run(tmp_path):
     def save(eval_model, dataset, steps=(5, 10)):
         run_dir = tmp_path / eval_model.name
         model = {k: v for k, v in eval_model.config.model_dump(mode="json").items() if v is not None}
+        run_dir.mkdir()
+        (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"precision": "fp32"}}))
         for step in steps:
             weights = {name: weight * (step / steps[-1]) for name, weight in eval_model.model.state_dict().items()}
             write_checkpoint(run_dir, step, weights)
-        (run_dir / "config.yaml").write_text(yaml.safe_dump({"model": model, "train": {"precision": "fp32"}}))
         (run_dir / "data.json").write_text(dataset.manifest.record.model_dump_json())
         return run_dir
 

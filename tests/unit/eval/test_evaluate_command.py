@@ -148,3 +148,17 @@ def test_command_wrong_tokenizer_is_named_with_both_fingerprints(
     run_dir = save_run(make_eval_model(), make_dataset(documents))
     other = make_dataset(documents, fingerprint="b" * 64, name="other")
     assert_refuses("evaluate", command([run_dir], other), DataError, "a" * 64, "b" * 64)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx", "seg"])
+def test_command_damaged_data_is_refused_unless_it_is_not_to_be_verified(
+    command, make_dataset, make_eval_model, documents, save_run, suffix
+):
+    dataset = make_dataset(documents)
+    models = [save_run(make_eval_model("bipe_rope", name="run"), dataset)]
+    path = dataset.shards[1].path(suffix)
+    path.write_bytes(path.read_bytes()[:-2] + b"\x0f\0")  # also a valid token
+    expected = dataset.manifest.shards[1].files[suffix].sha256
+    assert_refuses("evaluate", command(models, dataset), DataError, expected, location=path)
+    if suffix != "idx":
+        assert str(dataset.path) in call_tool("evaluate", *command(models, dataset, "--no-verify")).output

@@ -107,12 +107,15 @@ def test_models_that_cannot_answer_are_refused(exported, tmp_path):
     folder, _ = exported
     with raises(CheckpointError, "config.json", location=folder / "none"):
         load_generator(folder / "none", "cpu", torch.float32)
+    sums = (folder / "SHA256SUMS").read_text()
+    (folder / "SHA256SUMS").unlink()
     settings = json.loads((folder / "tokenizer_config.json").read_text())
     del settings["eos_token"]
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     with raises(CheckpointError, "end-of-sequence", location=folder):
         load_generator(folder, "cpu", torch.float32)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "</s>"}))
+    (folder / "SHA256SUMS").write_text("".join(line for line in sums.splitlines(keepends=True) if "safetens" in line))
     (folder / "model.safetensors").unlink()
     with raises(CheckpointError, "model.safetensors", "No such file", location=folder):
         load_generator(folder, "cpu", torch.float32)

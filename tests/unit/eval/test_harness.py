@@ -202,3 +202,16 @@ def test_run_tasks_with_bad_input_refuses(encoding, models, tasks, tmp_path):
         (folder / name).unlink()
     with raises(CheckpointError, "tokenizer", location=folder):
         harness.run_tasks(folder, ["our_choice"], settings)
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["process_docs: !function utils.run", "include: ../other.yaml", "'include': /other.yaml", "include: [a.yaml]"],
+)
+def test_task_files_that_name_code_are_refused(models, tmp_path, line):
+    file = tmp_path / "tasks" / "inner" / "a.yaml"
+    file.parent.mkdir(parents=True)
+    file.write_text(f"task: a\n{line}\n")
+    settings = harness.HarnessSettings(include_path=tmp_path / "tasks")
+    with raises(ConfigError, line.split()[-1], location=file, remedy="--trust-remote-code"):
+        harness.run_tasks(models["rope"], ["a"], settings)

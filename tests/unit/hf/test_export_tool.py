@@ -10,9 +10,11 @@ from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
-from megatron_bipe.errors import CheckpointError
+from megatron_bipe.errors import CheckpointError, DataError
+from megatron_bipe.eval.eval_model import load_eval_model, load_with_master_weights
 from megatron_bipe.hf.load import load_exported
 from tests.helpers.checkpoints import write_checkpoint
+from tests.helpers.errors import raises
 from tests.helpers.tools import assert_refuses, call_tool
 
 
@@ -83,3 +85,40 @@ def test_export_tool_without_data_record_refuses(run_dir, tmp_path):
     command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
     assert_refuses("export_hf", command, CheckpointError, location=run_dir / "data.json")
     assert not (tmp_path / "out").exists()
+
+
+def damage_weights(run_dir):
+    [path] = run_dir.glob("checkpoints/*/*.safetensors")
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    return path.parent, "rank-00000.safetensors"
+
+
+def edit_config(run_dir):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["model"]["rope_base"] = 20000.0
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    return run_dir, "another model"
+
+
+@pytest.mark.parametrize("damage", [damage_weights, edit_config])
+def test_a_damaged_checkpoint_is_neither_exported_nor_evaluated(run_dir, tmp_path, damage):
+    location, observed = damage(run_dir)
+    command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
+    assert_refuses("export_hf", command, CheckpointError, observed, location=location)
+    assert not (tmp_path / "out").exists()
+    for load in (load_eval_model, load_with_master_weights):
+        with raises(CheckpointError, observed, location=location):
+            load(str(run_dir))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "observed"),
+    [("tokenizer.json", None, "fingerprint"), ("tokenizer_config.json", {"bos_token": "</s>"}, "'bos': 1")],
+)
+def test_export_of_a_run_with_another_tokenizer_refuses(run_dir, tmp_path, name, content, observed):
+    path = run_dir / "tokenizer" / name
+    path.write_text(json.dumps(content) if content else path.read_text().replace('"w7"', '"w_7"'))
+    command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
+    assert_refuses("export_hf", command, DataError, observed, "data.json", location=run_dir / "tokenizer")

@@ -10,7 +10,7 @@ from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 from megatron_bipe.hf.weight_mapping import to_llama
-from tests.helpers.errors import raises
+from tests.helpers.errors import assert_warned, raises
 
 
 def export(plan, config, folder, fields, tokens, **options):
@@ -61,6 +61,7 @@ YARN = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
 
 
 def edit_config(folder, **changes):
+    (folder / "SHA256SUMS").unlink(missing_ok=True)  # as the error for a changed file says
     path = folder / "config.json"
     settings = json.loads(path.read_text())
     path.write_text(json.dumps({k: v for k, v in (settings | changes).items() if v is not ...}))
@@ -129,13 +130,56 @@ def test_load_of_weights_with_a_flipped_bit_refuses(folder):
 
 
 def test_load_goes_by_the_checksums_of_sha256sum(folder):
-    sha256 = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-    assert (folder / "SHA256SUMS").read_text() == f"{sha256}  model.safetensors\n"
-    (folder / "SHA256SUMS").write_text(f"{sha256}  another\n")
+    listed = dict(line.split("  ")[::-1] for line in (folder / "SHA256SUMS").read_text().splitlines())
+    names = {path.name for path in folder.iterdir()} - {"SHA256SUMS", "README.md"}
+    assert listed == {name: hashlib.sha256((folder / name).read_bytes()).hexdigest() for name in names}
+    (folder / "SHA256SUMS").write_text(f"{listed['model.safetensors'].upper()} *model.safetensors\n")
     load_exported(folder)
     (folder / "SHA256SUMS").write_text("nothing\n")
     with raises(CheckpointError, "checksums", location=folder / "SHA256SUMS"):
         load_exported(folder)
+
+
+def test_load_names_the_files_that_have_no_checksum(folder, caplog):
+    load_exported(folder)
+    assert not caplog.records
+    lines = (folder / "SHA256SUMS").read_text().splitlines(keepends=True)
+    (folder / "SHA256SUMS").write_text("".join(line for line in lines if "safetensors" in line))  # earlier versions
+    load_exported(folder)
+    assert_warned(caplog, folder, "checksum of them: config.json")
+    (folder / "SHA256SUMS").unlink()
+    load_exported(folder)
+    assert_warned(caplog, folder, "config.json, model.safetensors")
+
+
+def test_load_of_a_changed_config_refuses(folder):
+    path = folder / "config.json"
+    path.write_text(path.read_text().replace('"rope_theta": 10000.0', '"rope_theta": 10001.0'))
+    with raises(CheckpointError, "SHA256SUMS", location=path, remedy="SHA256SUMS"):
+        load_exported(folder)
+
+
+@pytest.mark.parametrize("name", ["../model.safetensors", "/tmp/model.safetensors", "a/../../b", "..", "", "."])
+def test_names_outside_the_folder_are_refused(folder, name):
+    sums = folder / "SHA256SUMS"
+    listed = sums.read_text()
+    sums.write_text(f"{'0' * 64}  {name}\n")
+    with raises(CheckpointError, name, location=sums):
+        load_exported(folder)
+    sums.write_text(listed)
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    with raises(CheckpointError, name, location=index):
+        load_exported(folder)
+
+
+def test_load_of_two_spellings_of_the_base_that_differ_refuses(folder):
+    edit_config(folder, rope_theta=500000.0)
+    with raises(CheckpointError, "10000.0", "500000.0", location=folder / "config.json"):
+        load_exported(folder)
+    edit_config(folder, rope_parameters=..., rope_scaling={"type": "linear", "factor": 2.0})
+    config = load_exported(folder).config
+    assert (config.rope_base, config.rope_scaling) == (500000.0, RopeScaling(type="linear", factor=2.0))
 
 
 def test_load_of_damaged_weights_refuses(folder):
@@ -152,6 +196,7 @@ def test_load_of_damaged_weights_refuses(folder):
 
 
 def test_load_with_missing_shard_or_damaged_index_refuses(folder):
+    (folder / "SHA256SUMS").unlink()
     weights = load_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
     save_file(weights, folder / "a.safetensors")

@@ -98,7 +98,13 @@ def test_begin_damaged_job_is_an_error(work: WorkFolder, content: str) -> None:
         work.begin(JOB, [], overwrite=True)
 
 
-@pytest.mark.parametrize("content", ["", "{}", "[]", "\xff"])
+OUTSIDE = (
+    '{"shards": [{"destination": ["../x", ""], "shard": {}}], "ends": [], "lines": 0, "documents": 0, "empty": 0, '
+    '"duplicates": 0, "malformed": 0, "first_malformed": [], "backend": "tokenizers", "malformed_pieces": []}'
+)
+
+
+@pytest.mark.parametrize("content", ["", "{}", "[]", "\xff", OUTSIDE])
 def test_load_range_damaged_record_is_an_error(work: WorkFolder, content: str) -> None:
     (work.range_folder(0) / "range.json").write_bytes(content.encode("latin-1"))
     assert work.is_done(0)

@@ -15,8 +15,9 @@ from megatron_bipe.data.inspection import resegment as module
 from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.shard_layout import Suffix
 from megatron_bipe.errors import DataError
-from megatron_bipe.io import unfinished_path
+from megatron_bipe.io import sha256_of, unfinished_path
 from preprocessing.build import BuildOptions, build
 from tests.helpers.errors import assert_error, raises
 
@@ -250,6 +251,16 @@ def test_resegment_of_a_token_outside_the_vocabulary_names_it_and_leaves_nothing
     tokens.write_bytes(damaged_error)
     token = int(np.frombuffer(damaged_error, "<u2")[2])
     with raises(DataError, 2, 4, token, 288, location=tokens):
+        resegment(folder, "sentence", tmp_path / "new")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_resegment_of_a_changed_file_names_it_and_leaves_nothing(folder: Path, tmp_path: Path, suffix: Suffix) -> None:
+    path = folder / f"part-00002.{suffix}"
+    path.write_bytes(path.read_bytes()[:-2] + b"\x07\x00")
+    expected = Manifest.load(folder).shards[2].files[suffix].sha256
+    with raises(DataError, sha256_of(path), expected, location=path):
         resegment(folder, "sentence", tmp_path / "new")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["old"]
 

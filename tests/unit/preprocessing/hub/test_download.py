@@ -364,7 +364,10 @@ def test_download_while_another_runs_in_the_folder_is_refused(options: DownloadO
     assert content(options.output) == {}
 
 
-@pytest.mark.parametrize("text", ["", "{", '{"repo": "owner/corpus", "commit": 3}', "[]"])
+OUTSIDE = '{"repo": "a/b", "commit": "c", "files": {"../x": {"checksum": "", "size_bytes": 1, "modified_ns": 1}}}'
+
+
+@pytest.mark.parametrize("text", ["", "{", '{"repo": "owner/corpus", "commit": 3}', "[]", OUTSIDE])
 def test_download_damaged_receipt_is_explained(options: DownloadOptions, text: str) -> None:
     options.output.mkdir()
     (options.output / RECEIPT_NAME).write_text(text)

@@ -368,6 +368,13 @@ def test_saved_files_dataset_in_shards_gives_all_rows_in_order(saved: Path) -> N
     assert texts_of(groups) == [f"text {n} é" for n in range(24)]
 
 
+@pytest.mark.parametrize("name", ["/data-00000-of-00012.arrow", "../saved/data-00000-of-00012.arrow"])
+def test_saved_files_outside_the_folder_are_refused(saved: Path, name: str) -> None:
+    (saved / "state.json").write_text(json.dumps({"_data_files": [{"filename": name}]}))
+    with raises(DataError, name, location=saved / "state.json"):
+        saved_files(saved)
+
+
 def test_saved_files_order_is_that_of_the_state_file(saved: Path) -> None:
     state = json.loads((saved / "state.json").read_text())
     state["_data_files"].reverse()
