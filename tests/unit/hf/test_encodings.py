@@ -104,6 +104,7 @@ EXPORTED = [
     {"encoding": "rope", "rope_scaling": YARN},
     {"encoding": "rope", "rope_scaling": SCALINGS[2]},
     {"encoding": "rope", "rope_scaling": DYNAMIC},
+    {"encoding": "bipe_rope", "rope_scaling": DYNAMIC.model_copy(update={"original_positions": 20})},
     {"encoding": "bipe_nope", "intra_encoding": "sinusoidal", "intra_size": 4},
 ]
 

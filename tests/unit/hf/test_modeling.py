@@ -64,6 +64,7 @@ def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_
         {"num_kv_heads": 1, "log_scale": True},
         {"rope_scaling": RopeScaling(type="linear", factor=3.0)},
         {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "log_scale": True},
+        {"rope_scaling": RopeScaling(type="dynamic", factor=2.0, original_positions=16)},
         {"num_heads": 2, "rope_base": 500.0, "zero_last_row": True},
         {"num_heads": 1, "norm_eps": 1e-2},
     ],
