@@ -112,9 +112,8 @@ def biased_mask(bias_BTSN: Tensor, mask: Tensor) -> Tensor:
     """Return the score bias where the mask [B, 1, T, S] admits a key, and near minus infinity elsewhere."""
     bias_BNTS = bias_BTSN.permute(0, 3, 1, 2)
     bias_BNTS = F.pad(bias_BNTS, (0, mask.shape[-1] - bias_BNTS.shape[-1]))  # a fresh static cache has empty slots
-    if mask.dtype == torch.bool:
-        return bias_BNTS.masked_fill(~mask, torch.finfo(bias_BNTS.dtype).min)
-    return bias_BNTS + mask
+    masked = ~mask if mask.dtype == torch.bool else mask < 0
+    return bias_BNTS.masked_fill(masked, torch.finfo(bias_BNTS.dtype).min)  # a sum could overflow to minus infinity
 
 
 class Encoding(NamedTuple):

@@ -160,9 +160,9 @@ def shard_names(index: Path, remedy: str) -> list[str]:
 
 
 def read_safetensors(folder: Path) -> dict[str, Tensor]:
-    """Read all weights of a model folder, from one file or from the shards in its index."""
+    """Read all weights of a model folder, from one file or else, as transformers does, from the shards in its index."""
     files = [folder / WEIGHTS]
-    if (folder / INDEX).is_file():
+    if not files[0].is_file() and (folder / INDEX).is_file():
         files = [folder / name for name in shard_names(folder / INDEX, _REMEDY)]
     weights: dict[str, Tensor] = {}
     for file in files:

@@ -154,6 +154,7 @@ def test_load_of_damaged_weights_refuses(folder):
 def test_load_with_missing_shard_or_damaged_index_refuses(folder):
     weights = load_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").unlink()
     save_file(weights, folder / "a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": "b.safetensors"}}))
     with raises(CheckpointError, "b.safetensors", location=folder, remedy=EXPORT):
