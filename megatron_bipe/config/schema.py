@@ -23,6 +23,7 @@ from megatron_bipe.config.encodings import (
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 ComputePrecision = Literal["bf16", "fp32"]
+StoredPrecision = Literal["bf16", "fp16", "fp32"]  # of an exported model
 Precision = Literal["auto", "bf16", "fp32"]
 AUTO: Literal["auto"] = "auto"
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)

@@ -11,7 +11,7 @@ import torch
 import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint, read_data_record
-from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig, load_run_config
+from megatron_bipe.config import ModelConfig, RunConfig, StoredPrecision, load_run_config
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
@@ -36,6 +36,7 @@ from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.runtime.hardware import DTYPES
 
+_STORED = DTYPES | {"fp16": torch.float16}  # by --dtype
 SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models
 _log = logging.getLogger(__name__)
 
@@ -62,7 +63,7 @@ class Published(NamedTuple):
 def export_checkpoint(
     checkpoint: Checkpoint,
     output: Path,
-    dtype: ComputePrecision | None = None,
+    dtype: StoredPrecision | None = None,
     evaluation: Path | None = None,
     **options: Any,
 ) -> float:
@@ -96,7 +97,7 @@ def export_checkpoint(
         _training_sequences(run, record),
         _source(tokenizer),
         ExportOptions(
-            dtype=DTYPES[dtype or run.train.precision],
+            dtype=_STORED[dtype or run.train.precision],
             title=output.name,
             facts=facts,
             perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,

@@ -5,6 +5,7 @@ Keys that LLaMA has keep LLaMA's names. `rope_parameters` has the form of transf
 """
 
 import inspect
+import os
 import shutil
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,9 +61,9 @@ class BipeConfig(PreTrainedConfig):
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
         """Save as transformers does, with the code files that `auto_map` names."""
-        super().save_pretrained(save_directory, **kwargs)  # type: ignore[no-untyped-call]
+        super().save_pretrained(save_directory, *args, **kwargs)
         from .functional_bipe import rotate  # another file only where the formulas come from a package
 
         functional = inspect.getsourcefile(rotate)

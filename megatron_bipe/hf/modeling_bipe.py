@@ -4,6 +4,7 @@ B batch · T new tokens · D width · V vocabulary · N query heads · G key/val
 """
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 from .configuration_bipe import BipeConfig
 from .encodings_bipe import Encoding, Tables, biased_mask, encode
@@ -167,9 +168,11 @@ class BipePreTrainedModel(PreTrainedModel):
     _supports_attention_backend = True
     _can_compile_fullgraph = True
 
-    def save_pretrained(self, save_directory: str | Path, is_main_process: bool = True, **kwargs: Any) -> None:
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         """Save as transformers does, with the code that the folder needs and the checksums of weights and code."""
-        super().save_pretrained(save_directory, is_main_process=is_main_process, **kwargs)
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
         if not is_main_process:
             return
         folder = Path(save_directory)
