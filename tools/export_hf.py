@@ -11,7 +11,7 @@ from typing import get_args
 
 from _cli import command
 from megatron_bipe.checkpoint.find import find_checkpoint
-from megatron_bipe.config import ComputePrecision
+from megatron_bipe.config import StoredPrecision
 from megatron_bipe.errors import ConfigError
 
 
@@ -41,7 +41,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--output", required=True, type=Path, metavar="DIR", help="model folder to make")
     add(
         "--dtype",
-        choices=get_args(ComputePrecision),
+        choices=get_args(StoredPrecision),
         help="precision of the stored weights (default: that of training)",
     )
     add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")

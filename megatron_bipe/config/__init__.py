@@ -17,6 +17,7 @@ from megatron_bipe.config.schema import (
     Precision,
     RopeScaling,
     RunConfig,
+    StoredPrecision,
 )
 from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
 
@@ -37,6 +38,7 @@ __all__ = [
     "RopeScaling",
     "RunConfig",
     "Sources",
+    "StoredPrecision",
     "accumulation_steps",
     "check_data",
     "dump_yaml",

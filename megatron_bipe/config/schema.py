@@ -23,6 +23,7 @@ from megatron_bipe.config.encodings import (
 Positive = Annotated[int, Field(gt=0)]
 NonNegative = Annotated[int, Field(ge=0)]
 ComputePrecision = Literal["bf16", "fp32"]
+StoredPrecision = Literal["bf16", "fp16", "fp32"]  # of an exported model
 Precision = Literal["auto", "bf16", "fp32"]
 AUTO: Literal["auto"] = "auto"
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -44,13 +45,13 @@ class RopeScaling(_Section):
     """Scaling of rotary positions beyond the training length."""
 
     type: Literal["linear", "dynamic", "ntk", "yarn"]
-    """linear: divide positions by `factor`; dynamic: raise the base once the sequence exceeds `train_len_tokens`; ntk:
-    raise the base always; yarn: slow channel pairs as in linear, fast ones unchanged, sharper attention scores."""
+    """linear: divide positions by `factor`; dynamic: raise the base once the sequence exceeds `original_positions`;
+    ntk: raise the base always; yarn: slow channel pairs as in linear, fast ones unchanged, sharper attention scores."""
     factor: Annotated[float, Field(gt=1.0)]
     """Target sequence length as a multiple of the training length. Required: it depends on the intended use."""
     original_positions: Positive | None = None
-    """yarn: number of positions in a training sequence; null: `train_len_tokens`. Bilevel encodings count segments: the
-    sequence length divided by the mean segment length."""
+    """yarn: number of positions in a training sequence. Bilevel encodings count segments: the sequence length divided
+    by the mean segment length. dynamic: longest sequence, in tokens, that keeps the base. Null: `train_len_tokens`."""
     beta_fast: Annotated[float, Field(gt=0)] = 32.0
     """yarn: channel pairs with more rotations than this over the original positions are unchanged. The default is the
     value of YaRN's authors for LLaMA."""
@@ -60,9 +61,10 @@ class RopeScaling(_Section):
     attention_factor: Annotated[float, Field(gt=0)] | None = None
     """yarn: multiplier of queries and keys; null: 0.1 ln(factor) + 1, which its authors found best."""
 
-    def yarn_only(self) -> list[str]:
-        """Return the yarn-only fields that differ from their defaults."""
-        keys = ("original_positions", "beta_fast", "beta_slow", "attention_factor")
+    def unused(self) -> list[str]:
+        """Return the fields without meaning for `type` that differ from their defaults."""
+        yarn_only = ("beta_fast", "beta_slow", "attention_factor")
+        keys = {"yarn": (), "dynamic": yarn_only}.get(self.type, ("original_positions", *yarn_only))
         return [key for key in keys if getattr(self, key) != type(self).model_fields[key].default]
 
 

@@ -140,9 +140,9 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
     name = "model.rope_scaling"
     if scaling.type in ("ntk", "dynamic") and model.head_width == 2:
         yield f"{name}.type={scaling.type} scales all channel pairs but one, and heads of 2 channels have only one"
+    for key in scaling.unused():
+        yield f"{name}.{key} has no meaning for {name}.type={scaling.type}; remove it"
     if scaling.type != "yarn":
-        for key in scaling.yarn_only():
-            yield f"{name}.{key} has no meaning for {name}.type={scaling.type}; remove it"
         return
     original = scaling.original_positions or model.train_len_tokens
     if scaling.beta_fast <= scaling.beta_slow:

@@ -12,7 +12,7 @@ import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run
-from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig
+from megatron_bipe.config import ModelConfig, RunConfig, StoredPrecision
 from megatron_bipe.data.blend import open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import check_recorded_tokenizer
@@ -38,6 +38,7 @@ from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.runtime.hardware import DTYPES
 
+_STORED = DTYPES | {"fp16": torch.float16}  # by --dtype
 SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models
 _log = logging.getLogger(__name__)
 
@@ -64,7 +65,7 @@ class Published(NamedTuple):
 def export_checkpoint(
     checkpoint: Checkpoint,
     output: Path,
-    dtype: ComputePrecision | None = None,
+    dtype: StoredPrecision | None = None,
     evaluation: Path | None = None,
     **options: Any,
 ) -> float:
@@ -99,7 +100,7 @@ def export_checkpoint(
         _training_sequences(run, record),
         _source(tokenizer),
         ExportOptions(
-            dtype=DTYPES[dtype or run.train.precision],
+            dtype=_STORED[dtype or run.train.precision],
             title=output.name,
             facts=facts,
             perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,

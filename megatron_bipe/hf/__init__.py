@@ -8,6 +8,10 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeModel
 
+# A saved model has the `auto_map` and the code with which it loads elsewhere.
+BipeConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
+BipeModel.register_for_auto_class()  # type: ignore[no-untyped-call]
+BipeForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)

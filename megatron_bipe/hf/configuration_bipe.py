@@ -4,6 +4,10 @@ Keys that LLaMA has keep LLaMA's names. `rope_parameters` has the form of transf
 (default, linear, dynamic or yarn) and the parameters of the scaled types.
 """
 
+import inspect
+import os
+import shutil
+from pathlib import Path
 from typing import Any, ClassVar
 
 from transformers import PreTrainedConfig
@@ -56,6 +60,16 @@ class BipeConfig(PreTrainedConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         self.num_key_value_heads = self.num_key_value_heads or self.num_attention_heads
         super().__post_init__(**kwargs)  # type: ignore[no-untyped-call]
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], *args: Any, **kwargs: Any) -> None:
+        """Save as transformers does, with the code files that `auto_map` names."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        from .functional_bipe import rotate  # another file only where the formulas come from a package
+
+        functional = inspect.getsourcefile(rotate)
+        for file in Path(__file__).parent.glob("*_bipe.py"):
+            source = functional if file.name == "functional_bipe.py" and functional else file
+            shutil.copyfile(source, Path(save_directory) / file.name)
 
     def validate_architecture(self) -> None:
         """Raise ValueError if the fields contradict each other; the model calls it when it is built."""

@@ -61,8 +61,9 @@ def _tables(
     scaling, width, device = config.rope_parameters or {}, config.head_dim, position_BT.device
     base, kind = float(scaling.get("rope_theta", 10000.0)), scaling.get("rope_type", "default")
     if kind == "dynamic":
-        counts_B1 = count_tokens(config, position_BT.shape[1], cached, attention_mask, "dynamic RoPE scaling")
-        excess_B11 = counts_B1[..., None].clamp(min=config.train_len_tokens).double() / config.train_len_tokens
+        original = scaling.get("original_max_position_embeddings") or config.train_len_tokens
+        counts_B1 = count_tokens(original, position_BT.shape[1], cached, attention_mask, "dynamic RoPE scaling")
+        excess_B11 = counts_B1[..., None].clamp(min=original).double() / original
         factor = scaling["factor"]
         base_B11 = stretched_base(base, width, factor * excess_B11 - (factor - 1)).float().to(device)
         return rotary_tables(position_BT, rotary_frequencies(width, base_B11, device))
@@ -111,9 +112,8 @@ def biased_mask(bias_BTSN: Tensor, mask: Tensor) -> Tensor:
     """Return the score bias where the mask [B, 1, T, S] admits a key, and near minus infinity elsewhere."""
     bias_BNTS = bias_BTSN.permute(0, 3, 1, 2)
     bias_BNTS = F.pad(bias_BNTS, (0, mask.shape[-1] - bias_BNTS.shape[-1]))  # a fresh static cache has empty slots
-    if mask.dtype == torch.bool:
-        return bias_BNTS.masked_fill(~mask, torch.finfo(bias_BNTS.dtype).min)
-    return bias_BNTS + mask
+    masked = ~mask if mask.dtype == torch.bool else mask < 0
+    return bias_BNTS.masked_fill(masked, torch.finfo(bias_BNTS.dtype).min)  # a sum could overflow to minus infinity
 
 
 class Encoding(NamedTuple):
@@ -156,9 +156,8 @@ def _stretch_positions(
     config: BipeConfig, position_BT: Tensor, cached: CachedPositions | None, attention_mask: Tensor | None
 ) -> Tensor:
     """Stretch positions to the average spacing of those drawn in training."""
-    counts = count_tokens(config, position_BT.shape[1], cached, attention_mask, "position stretching").to(
-        position_BT.device
-    )
+    trained, num_new = config.train_len_tokens, position_BT.shape[1]
+    counts = count_tokens(trained, num_new, cached, attention_mask, "position stretching").to(position_BT.device)
     if int(counts.max()) > config.drawn_range:
         raise ValueError(f"{int(counts.max())} tokens exceed the {config.drawn_range} positions of {config.encoding}")
-    return position_BT * config.drawn_range // counts.clamp(min=config.train_len_tokens)
+    return position_BT * config.drawn_range // counts.clamp(min=trained)

@@ -37,6 +37,10 @@ from megatron_bipe.tensor_file import write_tensors
 # Largest difference of a logit over the largest logit, both in fp32. Measured: up to 3.5e-7; the smallest mistakes
 # tried (slope factor 95 instead of 96, separator in the next segment) give at least 1e-3 at initial weights (std 0.02).
 TOLERANCE = 2e-5
+# The same if the exported model computes in fp16, and the training model in fp32 from weights that are not rounded.
+# Measured: 1e-3 at initial weights (std 0.02), up to 1.1e-2 at std 0.2; activations that overflow give NaN.
+TOLERANCE_FP16 = 0.05
+_TOKENS_IN_FP16 = 128  # enough to show an overflow; processors without fp16 arithmetic are slow
 # Files of an exported folder, and the source file of each.
 REMOTE_CODE = {
     f"{name}_bipe.py": Path(__file__).with_name(f"{name}_bipe.py")
@@ -89,7 +93,8 @@ def export_model(
         Largest difference of a logit over the largest logit, both models in fp32 from the exported weights.
 
     Raises:
-        CheckpointError: the folder exists, the weights do not fit, or the exported model differs from the trained one.
+        CheckpointError: the folder exists, the weights do not fit the configuration or the dtype, or the exported model
+            differs from the trained one.
     """
     options = options or ExportOptions()
     with _draft(Path(folder), options.overwrite) as draft:
@@ -111,9 +116,13 @@ def export_model(
                 remedy="Use the segment rule of the training data; if it is the same, report this as a bug",
                 location=folder,
             )
+        facts = dict(options.facts)
+        if options.dtype == torch.float16:
+            half = _check_fp16(weights, config, draft, sequences, folder)
+            facts["Computed in fp16"] = f"logits differ from the training model's by at most {half:.1e} of the largest"
         if options.perplexity is not None:
             (draft / PLOT).write_bytes(options.perplexity.png)
-        more = (tokenizer is not None, options.facts, options.perplexity)
+        more = (tokenizer is not None, facts, options.perplexity)
         card = model_card(options.title, config, data, figure, shapes.values(), *more)
         (draft / CARD).write_text(card, "utf-8")
     return figure
@@ -167,7 +176,15 @@ def _read_for_storage(weights: Mapping[str, Tensor], shapes: Mapping[str, Tensor
             + (problem or f"{name} is {list(weight.shape)}, expected {list(like.shape)}"),
             remedy="Check that the weights and the configuration belong to the same model",
         )
-    return weight.to(like.dtype).contiguous()
+    stored = weight.to(like.dtype).contiguous()
+    if stored.isinf().any() and weight.isfinite().all():
+        raise CheckpointError(
+            f"{name} has a weight of magnitude {float(weight.abs().max()):g}, the largest number of fp16 is "
+            f"{torch.finfo(like.dtype).max:g}",
+            remedy="Store the weights with --dtype bf16 or fp32",
+            location=name,
+        )
+    return stored
 
 
 @contextmanager
@@ -228,9 +245,35 @@ def parity(
     """
     with torch.inference_mode():
         expected_BTV = trained_logits(weights, config, dtype, sequences)
-        found_BTV = exported_logits(folder, sequences[0])
-        scale = float(expected_BTV.abs().max())
-        return float(found_BTV.sub_(expected_BTV).abs_().max()) / max(scale, torch.finfo(torch.float32).tiny)
+        return _relative_difference(exported_logits(folder, sequences[0]), expected_BTV)
+
+
+def _relative_difference(found_BTV: Tensor, expected_BTV: Tensor) -> float:
+    """Return the largest difference over the largest expected value; overwrites `found_BTV`."""
+    scale = float(expected_BTV.abs().max())
+    return float(found_BTV.sub_(expected_BTV).abs_().max()) / max(scale, torch.finfo(torch.float32).tiny)
+
+
+def _check_fp16(
+    weights: Mapping[str, Tensor], config: ModelConfig, draft: Path, sequences: SampleBatch, location: Path
+) -> float:
+    """Return the largest relative difference of the logits computed in fp16, on the start of the first sequence.
+
+    Raises:
+        CheckpointError: it exceeds `TOLERANCE_FP16`.
+    """
+    tokens_BT, intra_BT, inter_BT = (ids_BT[:1, :_TOKENS_IN_FP16] for ids_BT in sequences)
+    with torch.inference_mode():
+        expected_BTV = trained_logits(weights, config, torch.float32, (tokens_BT, intra_BT, inter_BT))
+        half = _relative_difference(exported_logits(draft, tokens_BT, torch.float16), expected_BTV)
+    if not half <= TOLERANCE_FP16:
+        raise CheckpointError(
+            f"computed in fp16, the logits differ from the training model's by {half:.2e} of the largest, the limit is "
+            f"{TOLERANCE_FP16:g}: the range or the precision of fp16 does not suffice for this model",
+            remedy="Store the weights with --dtype bf16 or fp32",
+            location=location,
+        )
+    return half
 
 
 def trained_logits(
@@ -246,11 +289,17 @@ def trained_logits(
     return logits_BTV
 
 
-def exported_logits(folder: Path, tokens_BT: Tensor) -> Tensor:
-    """Return the logits, fp32 [B, T, V], of a folder with its own code, weights read layer by layer."""
+def exported_logits(folder: Path, tokens_BT: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+    """Return the logits, fp32 [B, T, V], of a folder with its own code, weights read layer by layer.
+
+    Args:
+        folder: the model folder.
+        tokens_BT: token ids.
+        dtype: precision of the computation.
+    """
     try:
-        logits_BTV: Tensor = load_own_export(folder, torch.float32)(tokens_BT, use_cache=False).logits
-        return logits_BTV
+        logits_BTV: Tensor = load_own_export(folder, dtype)(tokens_BT, use_cache=False).logits
+        return logits_BTV.float()
     except (CheckpointError, ValueError, RuntimeError, OSError) as error:
         raise CheckpointError(
             f"the exported model cannot be loaded and run: {error}",

@@ -105,6 +105,8 @@ def rope_settings(config: ModelConfig) -> dict[str, Any]:
         parameters["original_max_position_embeddings"] = scaling.original_positions or config.train_len_tokens
         fields = {name: getattr(scaling, name) for name in _YARN_FIELDS}
         parameters |= {name: value for name, value in fields.items() if value is not None}
+    elif scaling.original_positions is not None:
+        parameters["original_max_position_embeddings"] = scaling.original_positions
     return {"rope_parameters": parameters}
 
 
@@ -144,6 +146,9 @@ def rope_fields(settings: Mapping[str, Any]) -> dict[str, Any]:
         fields = {name: rope[name] for name in _YARN_FIELDS if rope.get(name) is not None}
         fields["original_positions"] = None if original == settings["train_len_tokens"] else original
         scaling = RopeScaling(type=kind, factor=rope["factor"], **fields)
+    elif kind == "dynamic":
+        original = rope.get("original_max_position_embeddings")
+        scaling = RopeScaling(type=kind, factor=rope["factor"], original_positions=original)
     elif kind != "default":
         scaling = RopeScaling(type=kind, factor=rope["factor"])
     return {"rope_base": rope["rope_theta"], "rope_scaling": scaling}

@@ -157,13 +157,13 @@ def shard_names(index: Path, remedy: str) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[str]:
-    """Return the names of the files that hold a model folder's weights, and of their index if there is one.
+    """Return the names of the files with a model's weights: one file or else, as in transformers, an index and shards.
 
     Raises:
         CheckpointError: the index is damaged, or a file is missing.
     """
     names = [WEIGHTS]
-    if (folder / INDEX).is_file():
+    if not (folder / WEIGHTS).is_file() and (folder / INDEX).is_file():
         names = [INDEX, *shard_names(folder / INDEX, _REMEDY)]
     for name in names:
         if not (folder / name).is_file():

@@ -3,7 +3,10 @@
 B batch · T new tokens · D width · V vocabulary · N query heads · G key/value heads · H head width
 """
 
-from typing import Any
+import hashlib
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -14,11 +17,14 @@ from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils.generic import ModelOutput
 
 from .configuration_bipe import BipeConfig
 from .encodings_bipe import Encoding, Tables, biased_mask, encode
 from .functional_bipe import NUM_T5_BUCKETS, rotate, sinusoids
 from .positions_bipe import PositionIds, find_position_ids, read_cache_positions, real_tokens, write_cache_positions
+
+Output = TypeVar("Output", bound=ModelOutput)
 
 
 class BipeRMSNorm(nn.Module):
@@ -64,8 +70,8 @@ class BipeAttention(nn.Module):
 
     def forward(
         self, hidden_BTD: Tensor, encoding: Encoding, mask: Tensor | None, past_key_values: Cache | None, **kwargs: Any
-    ) -> Tensor:
-        """Return the attention output [B, T, D]."""
+    ) -> tuple[Tensor, Tensor | None]:
+        """Return the attention output [B, T, D], and the weights [B, N, T, S] if the implementation computes them."""
         heads = (-1, self.head_dim)
         q_BNTH = self.q_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
         k_BGTH = self.k_proj(hidden_BTD).unflatten(-1, heads).transpose(1, 2)
@@ -91,8 +97,8 @@ class BipeAttention(nn.Module):
             mask = biased_mask(self.relative_bias(encoding.buckets), mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, _eager_attention)
         scaling = self.head_dim**-0.5
-        mixed_BTNH, _ = attend(self, q_BNTH, k_BGTH, v_BGTH, mask, dropout=0.0, scaling=scaling, **kwargs)
-        return self.o_proj(mixed_BTNH[..., : self.head_dim].flatten(2))
+        mixed_BTNH, weights = attend(self, q_BNTH, k_BGTH, v_BGTH, mask, dropout=0.0, scaling=scaling, **kwargs)
+        return self.o_proj(mixed_BTNH[..., : self.head_dim].flatten(2)), weights
 
 
 def _rotate(x_BNTH: Tensor, tables: Tables) -> Tensor:
@@ -108,11 +114,20 @@ def _expand_channels(x_BNTH: Tensor, channels: Tensor) -> Tensor:
 def _eager_attention(
     _module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float, **_: Any
 ) -> tuple[Tensor, Tensor]:
-    """Compute attention with plain matrix products and return its weights; transformers always passes a mask."""
+    """Compute attention with plain matrix products and return its weights; transformers always passes a mask.
+
+    Scores are fp32, also under autocast: with ALiBi's bias those of masked keys exceed the range of fp16, and those of
+    other keys the precision of bf16. Masked scores are replaced, because a large bias would outweigh fp16's minimum.
+    """
     groups = q.shape[1] // k.shape[1]
     k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-    scores = q @ k.transpose(-1, -2) * scaling
-    weights = F.softmax(scores if mask is None else scores + mask, dim=-1, dtype=torch.float32).to(q.dtype)
+    wide = torch.promote_types(q.dtype, torch.float32)
+    with torch.autocast(q.device.type, enabled=False):
+        scores = q.to(wide) @ k.to(wide).transpose(-1, -2) * scaling
+        if mask is not None:
+            masked = mask <= torch.finfo(mask.dtype).min
+            scores = (scores + mask).masked_fill(masked, torch.finfo(wide).min)
+        weights = F.softmax(scores, dim=-1).to(v.dtype)
     return (weights @ v).transpose(1, 2), weights
 
 
@@ -133,10 +148,10 @@ class BipeDecoderLayer(GradientCheckpointingLayer):
         mask: Tensor | None,
         past_key_values: Cache | None = None,
         **kwargs: Any,
-    ) -> Tensor:
-        attended = self.self_attn(self.input_layernorm(hidden_BTD), encoding, mask, past_key_values, **kwargs)
+    ) -> tuple[Tensor, Tensor | None]:
+        attended, weights = self.self_attn(self.input_layernorm(hidden_BTD), encoding, mask, past_key_values, **kwargs)
         hidden_BTD = hidden_BTD + attended
-        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD))
+        return hidden_BTD + self.mlp(self.post_attention_layernorm(hidden_BTD)), weights
 
 
 class BipePreTrainedModel(PreTrainedModel):
@@ -152,6 +167,31 @@ class BipePreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    def save_pretrained(
+        self, save_directory: str | os.PathLike[str], is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
+        """Save as transformers does, with the code that the folder needs and the checksums of weights and code."""
+        super().save_pretrained(save_directory, is_main_process, *args, **kwargs)
+        if not is_main_process:
+            return
+        folder = Path(save_directory)
+        lines = []
+        for file in sorted([*folder.glob("*.safetensors"), *folder.glob("*_bipe.py")]):
+            with file.open("rb") as content:
+                lines.append(f"{hashlib.file_digest(content, 'sha256').hexdigest()}  {file.name}\n")
+        (folder / "SHA256SUMS").write_text("".join(lines), "utf-8")
+
+    def resize_token_embeddings(self, *args: Any, **kwargs: Any) -> nn.Embedding:
+        """Resize as transformers does; the last row is then a token like any other, which is trained."""
+        before = self.config.vocab_size
+        resized: nn.Embedding = super().resize_token_embeddings(*args, **kwargs)
+        if self.config.vocab_size != before and self.config.zero_last_row:
+            self.config.zero_last_row = False
+            for module in self.modules():
+                if isinstance(module, nn.Embedding):
+                    module.padding_idx = None
+        return resized
 
 
 class BipeModel(BipePreTrainedModel):
@@ -179,15 +219,18 @@ class BipeModel(BipePreTrainedModel):
         inputs_embeds: Tensor | None = None,
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
+        output_attentions: bool | None = None,
+        return_dict: bool | None = None,
         **kwargs: Any,
-    ) -> BaseModelOutputWithPast:
+    ) -> BaseModelOutputWithPast | tuple[Any, ...]:
         """Return final hidden states [B, T, D] of the new tokens.
 
         `input_ids` excludes the tokens in `past_key_values`; `attention_mask` [B, S] covers the cached tokens too and
         is 0 at padding, which may be on the left, the right or both.
 
         Raises:
-            ValueError: the arguments do not determine the positions of the tokens.
+            ValueError: the arguments do not determine the positions of the tokens, or ask for weights that the
+                attention implementation does not compute.
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("pass exactly one of input_ids and inputs_embeds")
@@ -195,6 +238,15 @@ class BipeModel(BipePreTrainedModel):
             raise ValueError("position_ids are not accepted: positions are derived from input_ids and attention_mask")
         hidden = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         use_cache = self.config.use_cache if use_cache is None else use_cache
+        if output_hidden_states is None:
+            output_hidden_states = self.config.output_hidden_states
+        if output_attentions is None:
+            output_attentions = self.config.output_attentions
+        if output_attentions and self.config._attn_implementation != "eager":
+            raise ValueError(
+                f"output_attentions=True needs attn_implementation='eager', not {self.config._attn_implementation!r}, "
+                "which does not compute the weights: model.set_attn_implementation('eager')"
+            )
         recomputes = self.gradient_checkpointing and self.training
         if use_cache and past_key_values is None and not recomputes:
             past_key_values = DynamicCache(config=self.config)
@@ -211,16 +263,19 @@ class BipeModel(BipePreTrainedModel):
         if not fused and self.config._attn_implementation not in ("sdpa", "eager"):
             raise ValueError(f"{self.config.encoding} adds a score bias: use attn_implementation='sdpa' or 'eager'")
         mask = create_causal_mask(self.config, hidden, attention_mask, past_key_values, allow_is_causal_skip=fused)
-        states = [hidden]
+        states, attentions = [hidden], []
         for layer in self.layers:
-            hidden = layer(hidden, encoding, mask, past_key_values=past_key_values, **kwargs)
+            hidden, weights = layer(hidden, encoding, mask, past_key_values=past_key_values, **kwargs)
             states += [hidden] if output_hidden_states else []
+            attentions += [weights] if output_attentions else []
         hidden = self.norm(hidden)
-        return BaseModelOutputWithPast(
+        result = BaseModelOutputWithPast(
             last_hidden_state=hidden,
             past_key_values=past_key_values,
             hidden_states=(*states[:-1], hidden) if output_hidden_states else None,
+            attentions=tuple(attentions) if output_attentions else None,
         )
+        return _returned(result, return_dict, self.config)
 
     def _add_absolute_encoding(self, hidden_BTD: Tensor, position_ids: PositionIds, real_BT: Tensor) -> Tensor:
         """Add the absolute part of the encoding to the hidden states."""
@@ -236,6 +291,10 @@ class BipeModel(BipePreTrainedModel):
         if not torch.compiler.is_compiling() and int(position_BT.max()) >= rows:
             raise ValueError(f"{int(position_BT.max()) + 1} tokens exceed the {rows} rows of the learned embedding")
         return hidden_BTD + self.embed_positions(position_BT)
+
+
+def _returned(result: Output, return_dict: bool | None, config: BipeConfig) -> Output | tuple[Any, ...]:
+    return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
@@ -296,6 +355,7 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         return_dict = kwargs.pop("return_dict", None)
         if labels is not None and use_cache is None:
             use_cache = False
+        kwargs["return_dict"] = True
         outputs = self.model(input_ids, attention_mask, past_key_values, inputs_embeds, use_cache, **kwargs)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(outputs.last_hidden_state[:, kept])
@@ -303,6 +363,10 @@ class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **loss_options)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
         )
-        return result if return_dict is not False else result.to_tuple()
+        return _returned(result, return_dict, self.config)

@@ -168,19 +168,19 @@ def num_keys(num_new: int, cached: CachedPositions | None) -> int:
 
 
 def count_tokens(
-    config: BipeConfig, num_new: int, cached: CachedPositions | None, attention_mask: Tensor | None, what: str
+    limit_tokens: int, num_new: int, cached: CachedPositions | None, attention_mask: Tensor | None, what: str
 ) -> Tensor:
     """Count the real tokens of each row, int64 [B, 1] or [1, 1], for encodings that depend on the length.
 
     Raises:
-        ValueError: a cache would be continued beyond the training length, up to which earlier keys do not change.
+        ValueError: a cache would be continued beyond the limit, up to which earlier keys do not change.
     """
     num_cached = 0 if cached is None else cached.num_cached
-    trained, total = config.train_len_tokens, num_cached + num_new
+    total = num_cached + num_new
     counts = torch.full((1, 1), total) if attention_mask is None else attention_mask.sum(-1, keepdim=True)
-    if num_cached and int(counts.max()) > trained:
+    if num_cached and int(counts.max()) > limit_tokens:
         raise ValueError(
-            f"{total} tokens exceed the training length {trained}: {what} then changes the encoding of all earlier "
-            "tokens with each new one, so a cache cannot be continued. Use generate(..., use_cache=False)"
+            f"{total} tokens exceed the original length {limit_tokens}: {what} then changes the encoding of all "
+            "earlier tokens with each new one, so a cache cannot be continued. Use generate(..., use_cache=False)"
         )
     return counts

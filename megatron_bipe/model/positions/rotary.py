@@ -68,7 +68,7 @@ def rotary_frequencies(config: ModelConfig, seq_len_tokens: int) -> tuple[Tensor
         case "ntk":
             return functional.rotary_frequencies(width, functional.stretched_base(base, width, factor)), 1.0
         case "dynamic":
-            excess = max(1.0, seq_len_tokens / config.train_len_tokens)
+            excess = max(1.0, seq_len_tokens / (scaling.original_positions or config.train_len_tokens))
             stretched = functional.stretched_base(base, width, factor * excess - (factor - 1))
             return functional.rotary_frequencies(width, stretched), 1.0
         case "yarn":

@@ -66,6 +66,14 @@ def test_validate_default_run_passes_and_accumulates():
             [6, "model.rope_scaling.beta_slow", "linear"],
         ),
         (
+            ["model.rope_scaling={type: dynamic, factor: 16, original_positions: 6, beta_slow: 2}"],
+            ["model.rope_scaling.beta_slow", "model.rope_scaling.type=dynamic"],
+        ),
+        (
+            ["model.rope_scaling={type: ntk, factor: 16, original_positions: 6}"],
+            ["model.rope_scaling.original_positions", "model.rope_scaling.type=ntk"],
+        ),
+        (
             ["model.encoding=rope", "model.hidden_size=24", "model.rope_scaling={type: ntk, factor: 2}"],
             ["model.rope_scaling.type=ntk", 2],
         ),

@@ -5,7 +5,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
-from megatron_bipe.hf.export import ExportOptions, export_model
+from megatron_bipe.hf.export import REMOTE_CODE, ExportOptions, export_model, exported_logits
+from megatron_bipe.hf.load import check_folder, load_exported
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from tests.helpers.hf import NEAR
 
@@ -64,6 +65,45 @@ def test_trainer_learns_with_checkpointing_as_without_and_saves(fresh, tiny, pla
     assert losses[0][-1] < losses[0][0] - 0.5
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "False")
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), fresh.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("encoding", ["bipe_alibi", "t5"])
+def test_saved_model_loads_elsewhere_with_its_own_code(encoding, tiny, plan_of, hf_of, tokens_of, tmp_path):
+    config, tokens = tiny(encoding=encoding), tokens_of(2, 20)
+    model = hf_of(plan_of(config), config)
+    model.save_pretrained(tmp_path / "saved")
+    for name, source in REMOTE_CODE.items():
+        assert (tmp_path / "saved" / name).read_bytes() == source.read_bytes()
+    torch.testing.assert_close(exported_logits(tmp_path / "saved", tokens), model(tokens).logits, **NEAR)
+    assert {*REMOTE_CODE, "model.safetensors"} == {
+        line.split()[1] for line in (tmp_path / "saved" / "SHA256SUMS").read_text().splitlines()
+    }
+    check_folder(tmp_path / "saved")
+    assert load_exported(tmp_path / "saved").config == config.model_copy(update={"num_kv_heads": 4})
+
+
+def test_model_saved_over_another_is_the_new_one(folder, fresh):
+    fresh.lm_head.weight.data[0] += 1
+    fresh.save_pretrained(folder)
+    assert torch.equal(load_exported(folder).model.state_dict()["3.output.weight"], fresh.lm_head.weight)
+    fresh.save_pretrained(folder, is_main_process=False)
+    check_folder(folder)
+
+
+def test_resized_vocabulary_trains_its_last_row_also_after_loading(tiny, plan_of, hf_of, tokens_of, tmp_path):
+    config, tokens = tiny(zero_last_row=True), tokens_of(1, 20)
+    model = hf_of(plan_of(config), config)
+    model.resize_token_embeddings(64)
+    assert model.config.zero_last_row  # as large as before
+    model.resize_token_embeddings(66, mean_resizing=False)
+    tokens[0, 3] = 65
+    model.save_pretrained(tmp_path / "saved")
+    for resized in (model, AutoModelForCausalLM.from_pretrained(tmp_path / "saved")):
+        logits = resized(tokens, labels=tokens)
+        assert logits.logits.shape == (1, 20, 66)
+        logits.loss.backward()
+        assert resized.model.embed_tokens.weight.grad[65].any()
+    assert load_exported(tmp_path / "saved").config.vocab_size == 66
 
 
 def test_lora_trains_its_own_weights_alone_generates_and_merges(fresh, tokens_of, tmp_path):

@@ -90,6 +90,38 @@ def test_model_on_padded_batch_gives_unpadded_results(encoding, intra, implement
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("encoding", ENCODINGS)
+def test_eager_attention_in_half_precision_is_finite_and_near(encoding, tiny, plan_of, hf_of):
+    num_tokens = 1200  # as many segments: the steepest bias times sqrt(8) is 81,000, beyond fp16
+    config = tiny(encoding=encoding, train_len_tokens=num_tokens, init_std=0.02)
+    model, tokens = hf_of(plan_of(config), config), torch.full((1, num_tokens), 3)
+    mask = torch.ones_like(tokens)
+    mask[0, :5] = 0
+    with torch.no_grad():
+        expected = model(tokens, attention_mask=mask).logits[:, 5:]
+        model.set_attn_implementation("eager")
+        with torch.autocast("cpu", torch.float16):
+            found = [model(tokens, attention_mask=mask).logits[:, 5:]]
+        for dtype in (torch.float16, torch.bfloat16):
+            logits = model.to(dtype)(tokens, attention_mask=mask).logits
+            assert logits.isfinite().all()
+            found.append(logits[:, 5:])
+    for logits, near in zip(found, (2e-3, 2e-3, 2e-2), strict=True):  # half of it is rounding to the dtype
+        assert float((logits.float() - expected).abs().max() / expected.abs().max()) < near
+
+
+def test_bias_does_not_overflow_where_keys_are_masked(tiny, plan_of, hf_of, tokens_of):
+    config = tiny(encoding="t5")
+    model, tokens, mask = hf_of(plan_of(config), config).half(), tokens_of(1, 8), torch.ones(1, 8, dtype=torch.long)
+    mask[0, :3] = 0
+    for layer in model.model.layers:
+        layer.self_attn.relative_bias.weight.data.fill_(-40.0)
+    for implementation in ("sdpa", "eager"):
+        model.set_attn_implementation(implementation)
+        with torch.no_grad():
+            assert model(tokens, attention_mask=mask).logits.isfinite().all()
+
+
 EXPORTED = [
     {"encoding": "xpos"},
     {"encoding": "t5", "num_kv_heads": 2},
@@ -104,6 +136,7 @@ EXPORTED = [
     {"encoding": "rope", "rope_scaling": YARN},
     {"encoding": "rope", "rope_scaling": SCALINGS[2]},
     {"encoding": "rope", "rope_scaling": DYNAMIC},
+    {"encoding": "bipe_rope", "rope_scaling": DYNAMIC.model_copy(update={"original_positions": 20})},
     {"encoding": "bipe_nope", "intra_encoding": "sinusoidal", "intra_size": 4},
 ]
 

@@ -5,6 +5,7 @@ import tokenizers
 import torch
 import yaml
 from tokenizers import models, pre_tokenizers
+from transformers import AutoModelForCausalLM
 
 from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
@@ -53,6 +54,26 @@ def test_export_tool_turns_a_run_into_a_model(run_dir, tmp_path):
     assert loaded.data["tokenizer_fingerprint"] == load_tokenizer(run_dir / "tokenizer").fingerprint
     card = (tmp_path / "out" / "README.md").read_text()
     assert "a" * 64 in card and "weight_decay: 0.01" in card and "| Step | 7 |" in card
+
+
+def test_export_tool_stores_fp16_and_says_how_it_computes(run_dir, tmp_path):
+    call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out", "--dtype", "fp16")
+    assert load_exported(tmp_path / "out").dtype == torch.float16
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "out").dtype == torch.float16
+    assert "| Computed in fp16 | logits differ" in (tmp_path / "out" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("name", "scale", "observed"),
+    [("1.mlp.down.weight", 1e8, ("down_proj", 65504)), ("1.mlp.gate_up.weight", 5e3, ("fp16",))],
+    ids=["a weight", "activations"],
+)
+def test_export_tool_refuses_a_model_beyond_the_range_of_fp16(run_dir, tmp_path, tiny, plan_of, name, scale, observed):
+    weights = plan_of(tiny(init_std=0.02)).state_dict()
+    write_checkpoint(run_dir, 8, weights | {name: weights[name] * scale})
+    command = ["--checkpoint", run_dir, "--output", tmp_path / "out", "--dtype", "fp16"]
+    assert_refuses("export_hf", command, CheckpointError, *observed, "--dtype bf16")
+    assert not (tmp_path / "out").exists()
 
 
 def evaluation(folder, source):

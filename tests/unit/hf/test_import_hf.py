@@ -10,10 +10,11 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, read_authors_checkpoint
 from megatron_bipe.hf.load import load_exported
-from tests.helpers.errors import raises
+from tests.helpers.errors import assert_warned, raises
 from tests.helpers.tools import assert_refuses, call_tool
 
 
@@ -108,7 +109,7 @@ def test_pickle_with_code_is_not_run(published, tmp_path, monkeypatch):
         ({"num_attention_heads": 3}, [64], "config.json"),
         ({"rope_scaling": "linear"}, ["rope_scaling", "'linear'"], "config.json"),
         ({"rope_scaling": {"type": "yarn", "factor": 16.0}}, ["rope_scaling 'yarn'"], "config.json"),
-        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, ["dynamic", 64, 128], "config.json"),
+        ({"hidden_act": "gelu"}, ["hidden_act 'gelu'"], "config.json"),
         ({"tie_word_embeddings": True}, ["tied"], "config.json"),
         ({"rms_norm_eps": ...}, ["'rms_norm_eps'"], "config.json"),
         ({"num_hidden_layers": 4}, ["model.layers.3."], ""),
@@ -118,6 +119,46 @@ def test_read_of_impossible_model_refuses(published, changes, observed, location
     edit(published, **changes)
     with raises(CheckpointError, *observed, location=location or None):
         read_authors_checkpoint(published)
+
+
+@pytest.mark.parametrize("num_rows", [1025, 2048])
+def test_import_cuts_the_rows_of_the_intra_table_that_the_authors_code_never_reads(
+    published, tmp_path, num_rows, caplog
+):
+    weights = load_file(published / "model.safetensors")
+    table = torch.randn(num_rows, 64, generator=torch.Generator().manual_seed(0))
+    save_file(weights | {"model.embeds.0.weight": table}, published / "model.safetensors")
+    edit(published, train_scale=num_rows)
+    found = read_authors_checkpoint(published)
+    assert_warned(caplog, 1024, num_rows - 1)
+    assert torch.equal(found.weights["0.intra.weight"], table[:1024])
+    assert (found.config.intra_size, found.config.intra_clip) == (1024, 1023)
+    assert found.config.train_len_tokens == num_rows
+    assert not found.config.zero_last_row  # row 1023 has learned, unlike the last one of their table
+    call_tool("import_hf", "--input", published, "--output", tmp_path / "out")
+    assert load_file(tmp_path / "out" / "model.safetensors")["model.embed_intra.weight"].shape == (1024, 64)
+
+
+def test_import_of_dynamic_scaling_refers_to_max_position_embeddings(golden, tmp_path):
+    folder = Path(shutil.copytree(golden / "models" / "bipe_rope", tmp_path / "published"))
+    edit(folder, rope_scaling={"type": "dynamic", "factor": 2.0}, max_position_embeddings=64)
+    config = read_authors_checkpoint(folder).config
+    assert config.rope_scaling == RopeScaling(type="dynamic", factor=2.0, original_positions=64)
+    assert config.train_len_tokens == 128
+    call_tool("import_hf", "--input", folder, "--output", tmp_path / "out")
+    assert load_exported(tmp_path / "out").config == config
+    edit(folder, max_position_embeddings=...)
+    assert read_authors_checkpoint(folder).config.rope_scaling.original_positions == 2048
+
+
+def test_import_ignores_what_the_authors_code_ignores(published, golden, tmp_path, caplog):
+    edit(published, rope_scaling={"type": "dynamic", "factor": 2.0})
+    assert read_authors_checkpoint(published).config.rope_scaling is None
+    rotary = Path(shutil.copytree(golden / "models" / "bipe_rope", tmp_path / "rotary"))
+    edit(rotary, rope_theta=500000.0, train_scale=...)
+    config = read_authors_checkpoint(rotary).config
+    assert (config.rope_base, config.train_len_tokens) == (10000.0, 256)
+    assert_warned(caplog, "rope_theta", 500000.0)
 
 
 def test_read_without_or_with_damaged_weights_refuses(published):

@@ -199,6 +199,7 @@ def test_load_with_missing_shard_or_damaged_index_refuses(folder):
     (folder / "SHA256SUMS").unlink()
     weights = load_file(folder / "model.safetensors")
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").unlink()
     save_file(weights, folder / "a.safetensors")
     index.write_text(json.dumps({"weight_map": dict.fromkeys(weights, "a.safetensors") | {"x": "b.safetensors"}}))
     with raises(CheckpointError, "b.safetensors", location=folder, remedy=EXPORT):

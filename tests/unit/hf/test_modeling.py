@@ -64,6 +64,7 @@ def test_model_on_oracle_matches_logits_loss_and_gradients(encoding, oracle, hf_
         {"num_kv_heads": 1, "log_scale": True},
         {"rope_scaling": RopeScaling(type="linear", factor=3.0)},
         {"rope_scaling": RopeScaling(type="dynamic", factor=2.0), "log_scale": True},
+        {"rope_scaling": RopeScaling(type="dynamic", factor=2.0, original_positions=16)},
         {"num_heads": 2, "rope_base": 500.0, "zero_last_row": True},
         {"num_heads": 1, "norm_eps": 1e-2},
     ],
@@ -144,6 +145,42 @@ def test_eager_attention_equals_sdpa(model, tokens_of):
         found = model(tokens, attention_mask=mask).logits
         model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **NEAR)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_eager_attention_returns_its_weights(model, tokens_of, checkpointing):
+    tokens, mask = tokens_of(2, 20), torch.ones(2, 20, dtype=torch.long)
+    mask[0, :4] = 0
+    model.set_attn_implementation("eager")
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+    found = model.train(checkpointing)(tokens, attention_mask=mask, output_attentions=True)
+    model.config.output_attentions = True
+    by_config = model(tokens, attention_mask=mask, return_dict=False)[-1]
+    model.config.output_attentions = False
+    assert model(tokens).attentions is None
+    model.gradient_checkpointing_disable()
+    model.eval().set_attn_implementation("sdpa")
+    assert len(found.attentions) == len(by_config) == 2
+    for weights, same in zip(found.attentions, by_config, strict=True):
+        assert weights.shape == (2, 4, 20, 20) and torch.equal(weights, same)
+        torch.testing.assert_close(weights.sum(-1), torch.ones(2, 4, 20))
+        assert not weights.triu(1)[1].any() and not weights[0, :, 4:, :4].any()
+
+
+def test_outputs_are_those_of_the_call_or_else_of_the_configuration(bilevel, tokens_of):
+    tokens = tokens_of(1, 5)
+    with pytest.raises(ValueError, match=r"'eager'.*'sdpa'"):
+        bilevel(tokens, output_attentions=True)
+    states = bilevel(tokens, output_hidden_states=True).hidden_states
+    bilevel.config.output_hidden_states, bilevel.config.return_dict = True, False
+    by_config = bilevel(tokens, use_cache=False)
+    base = bilevel.model(tokens, use_cache=False)
+    bilevel.config.output_hidden_states, bilevel.config.return_dict = False, True
+    assert torch.equal(base[0], states[-1])
+    for found in (by_config[1], base[1]):
+        assert all(torch.equal(*pair) for pair in zip(found, states, strict=True))
+    assert isinstance(bilevel.model(tokens, return_dict=False), tuple)
 
 
 def test_labels_give_the_shifted_mean_loss(model, tokens_of):

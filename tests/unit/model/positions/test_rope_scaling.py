@@ -23,11 +23,11 @@ def ours(head_width, base, seq_len_tokens=TRAINED, **scaling):
     return rotary_frequencies(config.model_copy(update={"rope_scaling": RopeScaling(**scaling)}), seq_len_tokens)
 
 
-def theirs(head_width, base, seq_len_tokens=None, **parameters):
+def theirs(head_width, base, seq_len_tokens=None, max_positions=TRAINED, **parameters):
     config = LlamaConfig(
         hidden_size=2 * head_width,
         num_attention_heads=2,
-        max_position_embeddings=TRAINED,
+        max_position_embeddings=max_positions,
         rope_parameters={"rope_theta": base, **parameters},
     )
     return ROPE_INIT_FUNCTIONS[parameters["rope_type"]](config, torch.device("cpu"), seq_len=seq_len_tokens)
@@ -51,6 +51,12 @@ def test_linear_equals_transformers(width, base, factor):
 def test_dynamic_equals_transformers(width, base, factor, seq_len_tokens):
     found = ours(width, base, seq_len_tokens, type="dynamic", factor=factor)
     check(found, theirs(width, base, seq_len_tokens, rope_type="dynamic", factor=factor))
+
+
+@pytest.mark.parametrize("seq_len_tokens", [299, 300, 301, 5000])
+def test_dynamic_of_another_original_length_equals_transformers(seq_len_tokens):
+    found = ours(64, 10_000.0, seq_len_tokens, type="dynamic", factor=4.0, original_positions=300)
+    check(found, theirs(64, 10_000.0, seq_len_tokens, 300, rope_type="dynamic", factor=4.0))
 
 
 @pytest.mark.parametrize(("width", "base", "factor"), itertools.product(WIDTHS, BASES, (2.0, 4.0, 16.0)))
