@@ -12,7 +12,7 @@ import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint, read_data_record
 from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig, load_run_config
-from megatron_bipe.data.blend import open_blend
+from megatron_bipe.data.blend import Blend, open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.segments import (
@@ -80,7 +80,9 @@ def export_checkpoint(
     """
     run = load_run_config(checkpoint.run_dir / "config.yaml")
     record = read_data_record(checkpoint.run_dir)
-    tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
+    blend = _training_data(run, record)
+    special_in_text = _special_in_text(checkpoint.run_dir, record, blend)
+    tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER, special_in_text)
     recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
     recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
     facts = {
@@ -92,8 +94,14 @@ def export_checkpoint(
         LazyCheckpointWeights(checkpoint),
         run.model,
         output,
-        DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),
-        _training_sequences(run, record),
+        DataFields(
+            record.rule.spec,
+            record.rule.token_ids,
+            record.tokenizer.fingerprint,
+            tokenizer.special_ids,
+            special_in_text,
+        ),
+        _training_sequences(run, record, blend),
         _source(tokenizer),
         ExportOptions(
             dtype=DTYPES[dtype or run.train.precision],
@@ -157,23 +165,50 @@ def random_sequences(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int
     return torch.from_numpy(tokens), torch.from_numpy(intra), torch.from_numpy(inter)
 
 
-def _training_sequences(run: RunConfig, record: DataRecord) -> SampleBatch:
-    """Return two sequences of the training data with their position ids, or random ones without the data."""
+def _training_data(run: RunConfig, record: DataRecord) -> Blend | None:
+    """Open the data that the run was trained on; None if it is no longer there."""
     try:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
-        if blend.record.fingerprint == record.fingerprint:
-            sequences = np.arange(min(2, blend.num_sequences))
-            batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
-            return batch.tokens_BT, batch.intra_BT, batch.inter_BT
-        folders = ", ".join(map(str, run.data.folders))
-        _log.info("%s: no longer the data of this run; comparing on random tokens", folders)
     except (ConfigError, DataError) as error:
         _log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
-    return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
+        return None
+    if blend.record.fingerprint == record.fingerprint:
+        return blend
+    folders = ", ".join(map(str, run.data.folders))
+    _log.info("%s: no longer the data of this run; comparing on random tokens", folders)
+    return None
+
+
+def _special_in_text(run_dir: Path, record: DataRecord, blend: Blend | None) -> bool:
+    """Return `special_in_text` of the training data; runs of earlier versions do not record it, but their data does."""
+    special_in_text = record.special_in_text
+    if special_in_text is None and blend is not None:
+        special_in_text = blend.record.special_in_text
+    if special_in_text is None:
+        _log.warning(
+            "%s does not record whether its data was made with --special-in-text: the exported tokenizer encodes names "
+            "of special tokens in a text as plain characters",
+            run_dir,
+        )
+    return bool(special_in_text)
+
+
+def _training_sequences(run: RunConfig, record: DataRecord, blend: Blend | None) -> SampleBatch:
+    """Return two sequences of the training data with their position ids, or random ones without the data."""
+    if blend is None:
+        return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
+    sequences = np.arange(min(2, blend.num_sequences))
+    try:
+        batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
+    except DataError as error:
+        _log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
+        return _training_sequences(run, record, None)
+    return batch.tokens_BT, batch.intra_BT, batch.inter_BT
 
 
 def _source(tokenizer: Tokenizer) -> TokenizerSource:
-    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch)
+    encode, special_in_text = tokenizer.encode_batch, tokenizer.special_in_text
+    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, encode, special_in_text)
 
 
 def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:

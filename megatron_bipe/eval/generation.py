@@ -41,9 +41,10 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype) -> Generator:
         CheckpointError: the folder is not an exported model, is damaged, or its tokenizer has no EOS token.
         DataError: its tokenizer cannot be read.
     """
-    config = model_config(read_settings(folder), folder)
+    settings = read_settings(folder)
+    config = model_config(settings, folder)
     check_folder(folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, settings.get("special_in_text") is True)
     if tokenizer.eos_id is None:
         raise CheckpointError(
             "the tokenizer has no end-of-sequence token, which every answer must end with",

@@ -51,9 +51,13 @@ A segment ends with a separator token, which belongs to it. Positions are derive
 `model.bilevel_ids(input_ids, attention_mask)` returns them. Batches may be padded on either side if the attention
 mask marks the padding; generation supports the dynamic and the static cache.
 """
-_SPECIAL = """
+_SPECIAL_AS_TEXT = """
 As in training, the tokenizer prepends BOS to a text and encodes the names of special tokens in a text as plain
 characters; `split_special_tokens=False` changes that.
+"""
+_SPECIAL_AS_TOKENS = """
+As in training, the tokenizer prepends BOS to a text, and the name of a special token in a text becomes that token;
+`split_special_tokens=True` changes that.
 """
 
 
@@ -92,8 +96,9 @@ def model_card(
     table = "\n".join(f"| {name} | {_cell(value)} |" for name, value in rows.items())
     code = "" if is_stock(config) else ", trust_remote_code=True"
     measured = _PERPLEXITY.format(plot=PLOT, text=perplexity.text) if perplexity else ""
+    special = (_SPECIAL_AS_TOKENS if data.special_in_text else _SPECIAL_AS_TEXT) if has_tokenizer else ""
     text = _HEAD.format(title=title, rows=table, figure=figure, code=code, perplexity=measured)
-    return text + (_SEGMENTS if config.bilevel else "") + (_SPECIAL if has_tokenizer else "")
+    return text + (_SEGMENTS if config.bilevel else "") + special
 
 
 def _describe_encoding(config: ModelConfig) -> str:

@@ -23,6 +23,8 @@ class DataFields(NamedTuple):
     """SHA-256 of the tokenizer's definition; None if no tokenizer is known."""
     special_ids: Mapping[str, int]
     """Token ids by role (bos, eos, unk, pad), if they exist."""
+    special_in_text: bool | None = None
+    """True if names of special tokens in the text became these tokens; None: not recorded."""
 
 
 def is_stock(config: ModelConfig) -> bool:
@@ -60,6 +62,7 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         "zero_last_row": config.zero_last_row,
         "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "special_in_text": data.special_in_text,
         "tie_word_embeddings": config.tied_output,
         **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
     }

@@ -292,9 +292,10 @@ def test_export_of_weights_of_another_model_refuses(export, tmp_path, changes, o
     assert left_behind(tmp_path) == []
 
 
-def source_of(folder):
-    tokenizer = load_tokenizer(folder)
-    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch)
+def source_of(folder, special_in_text=False):
+    tokenizer = load_tokenizer(folder, special_in_text)
+    more = (tokenizer.special_ids, tokenizer.encode_batch, tokenizer.special_in_text)
+    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), *more)
 
 
 @pytest.fixture(scope="module")
@@ -355,6 +356,45 @@ def test_exported_llama_tokenizer_gives_training_ids(export, tiny):
     folder = export(config, tokenizer=source_of(LLAMA))
     check_tokenizer(folder, source_of(LLAMA))
     assert load_tokenizer(folder).fingerprint == load_tokenizer(LLAMA).fingerprint
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory, text_file):
+    """Return a tokenizer with special tokens of chats, one of which removes the spaces around it."""
+    folder = byte_level_folder(tmp_path_factory.mktemp("chat") / "tokenizer", text_file)
+    backend = tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    backend.add_special_tokens(["<|user|>", tokenizers.AddedToken("<|end|>", lstrip=True, rstrip=True)])
+    backend.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+CHAT = "<|user|>Hello<|end|> \n<|user|> again <|end|>"
+
+
+@pytest.mark.parametrize("encoding", ["bipe_rope", "rope"])
+@pytest.mark.parametrize("special_in_text", [True, False])
+def test_exported_tokenizer_gives_training_ids_of_special_tokens_in_text(
+    export, chat_folder, fields, encoding, special_in_text, tiny
+):
+    source, known = source_of(chat_folder, special_in_text), fields._replace(special_in_text=special_in_text)
+    folder = export(tiny(encoding=encoding, vocab_size=520), data=known, tokenizer=source)
+    loaded = AutoTokenizer.from_pretrained(folder)
+    [trained] = source.encode([CHAT])
+    user = loaded.convert_tokens_to_ids("<|user|>")
+    assert (user in trained) == special_in_text
+    assert loaded(CHAT, add_special_tokens=False).input_ids == trained.tolist()
+    assert loaded(CHAT).input_ids == [source.special_ids["bos"], *trained.tolist()]
+    assert load_exported(folder).data["special_in_text"] is special_in_text
+    other = AutoTokenizer.from_pretrained(folder, split_special_tokens=special_in_text)
+    assert (user in other(CHAT).input_ids) != special_in_text  # as the card says
+    assert ("that token" in (folder / "README.md").read_text()) == special_in_text
+
+
+def test_export_with_other_ids_of_special_tokens_in_text_than_training_refuses(export, chat_folder, tiny, tmp_path):
+    source = source_of(chat_folder, special_in_text=True)._replace(special_in_text=False)
+    with raises(CheckpointError, "<|", location=source.definition):
+        export(tiny(vocab_size=520), "out/m", tokenizer=source)
+    assert left_behind(tmp_path / "out") == []
 
 
 def test_export_with_another_tokenizer_than_training_refuses(export, tmp_path, text_file, tiny):

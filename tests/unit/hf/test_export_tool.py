@@ -6,6 +6,7 @@ import torch
 import yaml
 from tokenizers import models, pre_tokenizers
 
+from megatron_bipe.checkpoint.find import read_data_record
 from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
@@ -83,3 +84,23 @@ def test_export_tool_without_data_record_refuses(run_dir, tmp_path):
     command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
     assert_refuses("export_hf", command, CheckpointError, location=run_dir / "data.json")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("recorded", [True, False, None])
+@pytest.mark.parametrize("has_data", [True, False])
+def test_export_tool_passes_on_how_special_tokens_in_text_were_encoded(
+    run_dir, tmp_path, write_dataset, recorded, has_data
+):
+    record = read_data_record(run_dir)
+    if has_data:  # it is named in config.yaml; of data of earlier versions too, the manifest records it
+        known = {"tokenizer": record.tokenizer, "rule": record.rule, "vocab_size": 60}
+        manifest = write_dataset(tmp_path / "gone", [[list(range(2, 60))]], special_in_text=True, **known)
+        record = record.model_copy(update={"fingerprint": manifest.fingerprint})
+    record = record.model_copy(update={"special_in_text": recorded})
+    (run_dir / "data.json").write_text(record.model_dump_json())
+    ended = call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out")
+    expected = has_data if recorded is None else recorded
+    assert load_exported(tmp_path / "out").data["special_in_text"] is expected
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["split_special_tokens"] is not expected
+    assert ("--special-in-text" in ended.output) == (recorded is None and not has_data)
