@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint, read_data_record
 from megatron_bipe.config import ComputePrecision, ModelConfig, RunConfig, load_run_config
@@ -27,8 +26,9 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel, LazyCheckpointWeights
 from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+from megatron_bipe.eval.training_facts import recipe, training_facts
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint
-from megatron_bipe.hf.card import PerplexityPlot
+from megatron_bipe.hf.card import CardFacts, PerplexityPlot
 from megatron_bipe.hf.export import ExportOptions, SampleBatch, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import build_from_llama, read_settings
@@ -64,6 +64,7 @@ def export_checkpoint(
     output: Path,
     dtype: ComputePrecision | None = None,
     evaluation: Path | None = None,
+    card: CardFacts | None = None,
     **options: Any,
 ) -> float:
     """Export a checkpoint, with its recipe on the model card; return the largest relative difference of the logits.
@@ -73,6 +74,7 @@ def export_checkpoint(
         output: folder to make.
         dtype: precision of the stored weights; None: that of training.
         evaluation: folder with results of tools/evaluate.py perplexity, for the model card.
+        card: languages and datasets for the model card, whose other facts are those of the run.
         options: further fields of `ExportOptions`.
 
     Raises:
@@ -83,13 +85,12 @@ def export_checkpoint(
     blend = _training_data(run, record)
     special_in_text = _special_in_text(checkpoint.run_dir, record, blend)
     tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER, special_in_text)
-    recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
-    recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
-    facts = {
-        "Step": f"{checkpoint.step:,}",
-        "Training data fingerprint": f"`{record.fingerprint}`",
-        "Recipe": f"`{recipe.strip()}`",
-    }
+    card = (card or CardFacts())._replace(
+        title=output.resolve().name,
+        rows=training_facts(checkpoint, run, record),
+        recipe=recipe(run),
+        perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,
+    )
     return export_model(
         LazyCheckpointWeights(checkpoint),
         run.model,
@@ -105,9 +106,7 @@ def export_checkpoint(
         _source(tokenizer),
         ExportOptions(
             dtype=DTYPES[dtype or run.train.precision],
-            title=output.name,
-            facts=facts,
-            perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,
+            card=card,
             **options,
         ),
     )
@@ -148,7 +147,11 @@ def export_published(published: Published, output: Path, overwrite: bool) -> flo
         DataFields(rule.spec, rule.token_ids, published.fingerprint, special_ids),
         random_sequences(model.config, rule, model.config.train_len_tokens),
         _source(tokenizer) if tokenizer else None,
-        ExportOptions(dtype=model.dtype, overwrite=overwrite, title=output.name, facts={"Converted from": origin}),
+        ExportOptions(
+            dtype=model.dtype,
+            overwrite=overwrite,
+            card=CardFacts(title=output.resolve().name, rows={"Converted from": origin}),
+        ),
     )
 
 

@@ -3,13 +3,14 @@
 After this import the Auto classes run this package's code instead of the code in a model folder.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_bipe.hf.configuration_bipe import BipeConfig
-from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeModel
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeForSequenceClassification, BipeModel
 
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BipeConfig, BipeForSequenceClassification, exist_ok=True)
 
-__all__ = ["BipeConfig", "BipeForCausalLM", "BipeModel"]
+__all__ = ["BipeConfig", "BipeForCausalLM", "BipeForSequenceClassification", "BipeModel"]

@@ -25,7 +25,7 @@ from transformers.dynamic_module_utils import get_class_from_dynamic_module
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
+from megatron_bipe.hf.card import PLOT, CardFacts, model_card
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.load import CONFIG, INDEX, SUMS, WEIGHTS, load_layer, read_settings, write_checksums
 from megatron_bipe.hf.tokenizer_files import TOKENIZER_FILES, TokenizerSource, write_tokenizer
@@ -60,11 +60,8 @@ class ExportOptions(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
-    title: str = "BiPE language model"
-    facts: Mapping[str, str] = {}
-    """Rows for the model card: recipe, data fingerprint, step, ..."""
-    perplexity: PerplexityPlot | None = None
-    """Evaluation results for the model card."""
+    card: CardFacts = CardFacts()
+    """Facts for the model card: name, data, step, recipe, evaluation results, ..."""
 
 
 def export_model(
@@ -115,10 +112,9 @@ def export_model(
                 remedy="Use the segment rule of the training data; if it is the same, report this as a bug",
                 location=folder,
             )
-        if options.perplexity is not None:
-            (draft / PLOT).write_bytes(options.perplexity.png)
-        more = (tokenizer is not None, options.facts, options.perplexity)
-        card = model_card(options.title, config, data, figure, shapes.values(), *more)
+        if options.card.perplexity is not None:
+            (draft / PLOT).write_bytes(options.card.perplexity.png)
+        card = model_card(options.card, config, data, figure, shapes.values())
         (draft / CARD).write_text(card, "utf-8")
     return figure
 

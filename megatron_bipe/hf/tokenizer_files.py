@@ -15,9 +15,9 @@ from tokenizers import processors
 from transformers import AutoTokenizer
 
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.hf_config import with_padding
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_ROLES = ("bos", "eos", "unk", "pad")
 _SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 # Each text gets different ids in some tokenizer class, normaliser or version.
@@ -88,9 +88,8 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],  # the default adds token_type_ids
     }
-    for role in _ROLES:
-        if role in source.special_ids:
-            settings[f"{role}_token"] = backend.id_to_token(source.special_ids[role])
+    for role, token in with_padding(source.special_ids).items():
+        settings[f"{role}_token"] = backend.id_to_token(token)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
     check_tokenizer(folder, source, (*HARD_TEXTS, *_texts_with_added_tokens(backend)))
 
