@@ -259,7 +259,6 @@ def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_
         "text_key": options.text_key,
         "partition_by": options.partition_by,
         "split_by": options.split,
-        "special_in_text": options.special_in_text,
         "document_starts_with": "bos",
         "document_ends_with": "eos" if options.append_eos else None,
         "lines": counts.num_lines,

@@ -129,7 +129,7 @@ def publish_dataset(
         rule=contents.rule,
         dtype="uint16" if choose_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
         shards=tuple(renamed),
-        source=contents.source | chosen,
+        source=contents.source | {"special_in_text": tokenizer.special_in_text} | chosen,
         examples=contents.examples,
     )
     manifest.save(folder)

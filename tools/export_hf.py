@@ -27,10 +27,12 @@ def main(argv: Sequence[str] | None) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     from megatron_bipe.eval.convert import export_checkpoint
+    from megatron_bipe.hf.card import CardFacts
 
     disable_progress_bar()
+    card = CardFacts(languages=given.language, datasets=given.datasets)
     options = {"max_shard_bytes": int(given.max_shard_gb * 1e9), "overwrite": given.overwrite}
-    error = export_checkpoint(checkpoint, given.output, given.dtype, given.evaluation, **options)
+    error = export_checkpoint(checkpoint, given.output, given.dtype, given.evaluation, card, **options)
     print(f"{given.output}: logits differ from the training model's by at most {error:.1e} of the largest")
 
 
@@ -46,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--max-shard-gb", type=float, default=5.0, metavar="GB", help="largest weight file (default: %(default)s)")
     add("--evaluation", type=Path, metavar="DIR", help="results of evaluate.py perplexity, for the model card")
+    add("--language", nargs="+", default=(), metavar="CODE", help="languages for the model card, such as en")
+    add("--datasets", nargs="+", default=(), metavar="NAME", help="training data on the Hub, for the model card")
     add("--overwrite", action="store_true", help="replace an existing model")
     return parser
 

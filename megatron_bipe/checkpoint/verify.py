@@ -20,6 +20,7 @@ from megatron_bipe.checkpoint.manifest import (
 )
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config import RunConfig, load_run_config
+from megatron_bipe.data.dataset import describe_special_in_text
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import hashing
@@ -134,6 +135,9 @@ def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: Data
     if data is not None and index.data is not None:
         if index.data.tokenizer.fingerprint != data.tokenizer.fingerprint:
             return "it is of a run with another tokenizer"
+        made = (index.data.special_in_text, data.special_in_text)
+        if None not in made and made[0] != made[1]:
+            return f"it is of a run on data made {describe_special_in_text(made[0])}"
         if index.data.rule != data.rule:
             return f"it is of a run with the segment rule {index.data.rule.spec}"
     return ""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.config import DataConfig
-from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.dataset import TokenDataset, describe_special_in_text
 from megatron_bipe.data.manifest import BlendMember, DataRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import SegmentRule
@@ -38,7 +38,8 @@ class Blend:
         seed: seed of the shuffle; every epoch of every dataset has its own permutation.
 
     Raises:
-        DataError: a dataset is shorter than a sequence, or its tokenizer, segment rule or content differs.
+        DataError: a dataset is shorter than a sequence, or its tokenizer, segment rule, content or treatment of
+            special tokens in the text differs.
         ConfigError: a weight is too small for one slot of the pattern.
     """
 
@@ -75,7 +76,9 @@ class Blend:
         )
         text = json.dumps([[member.fingerprint, member.slots] for member in members], separators=(",", ":"))
         fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        return records[0].model_copy(update={"fingerprint": fingerprint, "blend": members})
+        special_in_text = _with_known_option(self.datasets).manifest.special_in_text
+        changes = {"fingerprint": fingerprint, "blend": members, "special_in_text": special_in_text}
+        return records[0].model_copy(update=changes)
 
     def sequence_indices(self, first_sample: int, count: int) -> IntArray:
         """Return the sequence number of each sample in [first_sample, first_sample + count), int64 [count].
@@ -218,8 +221,13 @@ def _content(dataset: TokenDataset) -> str:
     return "text" if dataset.manifest.examples is None else "examples"
 
 
+def _with_known_option(datasets: Sequence[TokenDataset]) -> TokenDataset:
+    """Return the first dataset that records `special_in_text`, or else the first one."""
+    return next((dataset for dataset in datasets if dataset.manifest.special_in_text is not None), datasets[0])
+
+
 def _check_compatible(datasets: Sequence[TokenDataset]) -> None:
-    first = datasets[0]
+    first, known = datasets[0], _with_known_option(datasets)
     problems = []
     for other in datasets[1:]:
         pairs = {
@@ -232,10 +240,13 @@ def _check_compatible(datasets: Sequence[TokenDataset]) -> None:
             for what, (one, another) in pairs.items()
             if one != another
         ]
+        if other.manifest.special_in_text not in (None, known.manifest.special_in_text):
+            made = [f"{each.path} {describe_special_in_text(each.manifest.special_in_text)}" for each in (known, other)]
+            problems.append(f"{made[0]}, {made[1]}")
     if problems:
         raise DataError(
-            "the datasets of a blend must have the same tokenizer and segment rule, and must all contain text or all "
-            f"contain examples: {'; '.join(problems)}",
-            remedy="Make them with the same --tokenizer and --segments, or remove those that differ",
+            "the datasets of a blend must have the same tokenizer and segment rule, must all contain text or all "
+            "contain examples, and must all be made with or all without --special-in-text: " + "; ".join(problems),
+            remedy="Make them with the same --tokenizer, --segments and --special-in-text, or remove those that differ",
             location="data.path",
         )

@@ -87,6 +87,22 @@ class TokenDataset:
                 location=location,
             )
 
+    def check_special_in_text(self, expected: bool | None, location: str | Path) -> None:
+        """Raise DataError if names of special tokens in the text became other ids than expected; None: not recorded.
+
+        Args:
+            expected: `special_in_text` of the model or run.
+            location: source of `expected`, for the message.
+        """
+        own = self.manifest.special_in_text
+        if None not in (own, expected) and own != expected:
+            raise DataError(
+                f"the dataset {self.path} was made {describe_special_in_text(own)}, but {location} "
+                f"{describe_special_in_text(expected)}: the name of a special token in a text has other ids in each",
+                remedy="Make the dataset again with the same choice of --special-in-text, or use another one",
+                location=location,
+            )
+
     def tokens(self, start: int, stop: int) -> TokenArray:
         """Read tokens [start, stop) in the storage dtype."""
         parts = [self.shards[shard].tokens(low, high) for shard, low, high in self._pieces(start, stop)]
@@ -178,6 +194,10 @@ class TokenDataset:
             raise token_out_of_range_error(self.shards[shard], position, int(tokens[row, column]), vocab_size)
 
 
+def describe_special_in_text(special_in_text: bool | None) -> str:
+    return f"with{'' if special_in_text else 'out'} --special-in-text"
+
+
 def token_out_of_range_error(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
     """Return the error for a token outside the vocabulary, at `position` of a shard."""
     what = f"token {position} (byte {position * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
@@ -262,7 +282,7 @@ def open_tokenizer(dataset: TokenDataset) -> Tokenizer:
     folder = dataset.path / TOKENIZER_FOLDER
     if not folder.is_dir():  # else the name would be looked up on the Hub
         raise DataError("the tokenizer's files are missing", remedy="Copy the complete dataset", location=folder)
-    tokenizer = load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder, bool(dataset.manifest.special_in_text))
     check_recorded_tokenizer(tokenizer, dataset.manifest.tokenizer, dataset.path / MANIFEST_NAME)
     return tokenizer
 

@@ -100,6 +100,8 @@ class DataRecord(Record):
     """Fingerprint of the dataset's manifest; for a blend, a hash of its members' fingerprints and slots."""
     blend: tuple[BlendMember, ...] = ()
     """The datasets of a blend, in order; empty for a single dataset."""
+    special_in_text: bool | None = None
+    """See `Manifest.special_in_text`."""
 
 
 class Manifest(Record):
@@ -114,7 +116,7 @@ class Manifest(Record):
     shards: tuple[ShardRecord, ...]
     """Shards in the order of concatenation."""
     source: dict[str, Any]
-    """Inputs and options that the dataset was made from. Informational and for `resume`, not compared."""
+    """Inputs and options that the dataset was made from. Informational, except for `special_in_text`."""
     examples: PromptAnswerRecord | None = None
     """Set if the documents are prompts and answers, None if they are text."""
 
@@ -152,9 +154,20 @@ class Manifest(Record):
         return hashlib.sha256(text.encode()).hexdigest()
 
     @property
+    def special_in_text(self) -> bool | None:
+        """True if names of special tokens in the text became these tokens, False if plain text; None: not recorded."""
+        recorded = self.source.get("special_in_text")
+        return recorded if isinstance(recorded, bool) else None
+
+    @property
     def record(self) -> DataRecord:
         """The record that a model trained on this dataset keeps."""
-        return DataRecord(tokenizer=self.tokenizer, rule=self.rule, fingerprint=self.fingerprint)
+        return DataRecord(
+            tokenizer=self.tokenizer,
+            rule=self.rule,
+            fingerprint=self.fingerprint,
+            special_in_text=self.special_in_text,
+        )
 
     def save(self, folder: Path) -> None:
         """Write `manifest.json` atomically. Call this last: it completes the dataset."""

@@ -39,6 +39,7 @@ class Tokenizer(ABC):
         files: the definition and its settings files; `copy_to` stores them with a dataset or a model.
         special_ids: ids by role: always `bos`, and `eos`, `unk`, `pad` if they exist.
         vocab_size: largest id plus one.
+        special_in_text: True if the name of a special token in a text becomes that token.
     """
 
     definition: Path
@@ -47,6 +48,7 @@ class Tokenizer(ABC):
     fingerprint: str
     vocab_size: int
     special_ids: dict[str, int]
+    special_in_text: bool
 
     @property
     def bos_id(self) -> int:
@@ -77,7 +79,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def to_json(self) -> bytes:
-        """Return a `tokenizer.json`. It is converted from a SentencePiece model, whose ids the caller must compare."""
+        """Return a `tokenizer.json` for these ids; one converted from a SentencePiece model must be compared."""
 
     def copy_to(self, folder: Path) -> None:
         """Copy the tokenizer's files into `folder`, where `load_tokenizer(folder)` then finds the same tokenizer."""
@@ -99,6 +101,7 @@ class JsonTokenizer(Tokenizer):
             raise _damaged(definition, error) from error
         # By default, the library turns "<s>" in raw text into the BOS token.
         self._backend.encode_special_tokens = not special_in_text
+        self.special_in_text = special_in_text
         self._backend.no_truncation()
         self._backend.no_padding()
         self.definition, self.files, self.name = definition, files, name
@@ -107,6 +110,12 @@ class JsonTokenizer(Tokenizer):
         self.vocab_size = max(vocabulary.values(), default=-1) + 1
         unknown = spec.get("model", {}).get("unk_token")
         self.special_ids = _special_ids(files, vocabulary, {"unk": unknown} if unknown else {}, definition)
+        if special_in_text:  # tokens that only a settings file calls special are found in a text, too
+            names = {token for token, number in vocabulary.items() if number in self.special_ids.values()}
+            known = {token.content for token in self._backend.get_added_tokens_decoder().values()}
+            if self._backend.add_special_tokens(sorted(names - known)):
+                content = self._backend.to_str().encode()
+        self._json = content
         self._spec = spec
         self._texts: dict[int, str | None] | None = None
 
@@ -127,11 +136,13 @@ class JsonTokenizer(Tokenizer):
         return self._texts.get(token_id)
 
     def to_json(self) -> bytes:
-        return self.definition.read_bytes()
+        return self._json
 
 
 class SentencePieceTokenizer(Tokenizer):
     """A `tokenizer.model`, run by the `sentencepiece` library; control symbols in raw text are plain text."""
+
+    special_in_text = False
 
     def __init__(self, definition: Path, files: list[Path], name: str) -> None:
         content = definition.read_bytes()

@@ -8,12 +8,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-import yaml
 
 from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run
 from megatron_bipe.config import ModelConfig, RunConfig, StoredPrecision
-from megatron_bipe.data.blend import open_blend
+from megatron_bipe.data.blend import Blend, open_blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import check_recorded_tokenizer
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
@@ -29,8 +28,9 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+from megatron_bipe.eval.training_facts import recipe, training_facts
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint
-from megatron_bipe.hf.card import PerplexityPlot
+from megatron_bipe.hf.card import CardFacts, PerplexityPlot
 from megatron_bipe.hf.export import ExportOptions, SampleBatch, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import build_from_llama, read_settings
@@ -67,6 +67,7 @@ def export_checkpoint(
     output: Path,
     dtype: StoredPrecision | None = None,
     evaluation: Path | None = None,
+    card: CardFacts | None = None,
     **options: Any,
 ) -> float:
     """Export a checkpoint, with its recipe on the model card; return the largest relative difference of the logits.
@@ -76,6 +77,7 @@ def export_checkpoint(
         output: folder to make.
         dtype: precision of the stored weights; None: that of training.
         evaluation: folder with results of tools/evaluate.py perplexity, for the model card.
+        card: languages and datasets for the model card, whose other facts are those of the run.
         options: further fields of `ExportOptions`.
 
     Raises:
@@ -83,27 +85,32 @@ def export_checkpoint(
         DataError: the run folder's tokenizer is not the one that it was trained with.
     """
     run, record = read_run(checkpoint)
-    tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER)
+    blend = _training_data(run, record)
+    special_in_text = _special_in_text(checkpoint.run_dir, record, blend)
+    tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER, special_in_text)
     check_recorded_tokenizer(tokenizer, record.tokenizer, checkpoint.run_dir / "data.json")
-    recipe_fields = run.model_dump(mode="json", exclude={"run_dir", "data"})
-    recipe = yaml.safe_dump(recipe_fields, default_flow_style=True, width=1 << 20)
-    facts = {
-        "Step": f"{checkpoint.step:,}",
-        "Training data fingerprint": f"`{record.fingerprint}`",
-        "Recipe": f"`{recipe.strip()}`",
-    }
+    card = (card or CardFacts())._replace(
+        title=output.resolve().name,
+        rows=training_facts(checkpoint, run, record),
+        recipe=recipe(run),
+        perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,
+    )
     return export_model(
         CheckpointWeights(checkpoint, DTYPES[run.train.precision]),
         run.model,
         output,
-        DataFields(record.rule.spec, record.rule.token_ids, record.tokenizer.fingerprint, tokenizer.special_ids),
-        _training_sequences(run, record),
+        DataFields(
+            record.rule.spec,
+            record.rule.token_ids,
+            record.tokenizer.fingerprint,
+            tokenizer.special_ids,
+            special_in_text,
+        ),
+        _training_sequences(run, record, blend),
         _source(tokenizer),
         ExportOptions(
             dtype=_STORED[dtype or run.train.precision],
-            title=output.name,
-            facts=facts,
-            perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,
+            card=card,
             **options,
         ),
     )
@@ -144,7 +151,11 @@ def export_published(published: Published, output: Path, overwrite: bool) -> flo
         DataFields(rule.spec, rule.token_ids, published.fingerprint, special_ids),
         random_sequences(model.config, rule, model.config.train_len_tokens),
         _source(tokenizer) if tokenizer else None,
-        ExportOptions(dtype=model.dtype, overwrite=overwrite, title=output.name, facts={"Converted from": origin}),
+        ExportOptions(
+            dtype=model.dtype,
+            overwrite=overwrite,
+            card=CardFacts(title=output.resolve().name, rows={"Converted from": origin}),
+        ),
     )
 
 
@@ -161,23 +172,50 @@ def random_sequences(config: ModelConfig, rule: SegmentRule, seq_len_tokens: int
     return torch.from_numpy(tokens), torch.from_numpy(intra), torch.from_numpy(inter)
 
 
-def _training_sequences(run: RunConfig, record: DataRecord) -> SampleBatch:
-    """Return two sequences of the training data with their position ids, or random ones without the data."""
+def _training_data(run: RunConfig, record: DataRecord) -> Blend | None:
+    """Open the data that the run was trained on; None if it is no longer there."""
     try:
         blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
-        if blend.record.fingerprint == record.fingerprint:
-            sequences = np.arange(min(2, blend.num_sequences))
-            batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
-            return batch.tokens_BT, batch.intra_BT, batch.inter_BT
-        folders = ", ".join(map(str, run.data.folders))
-        _log.info("%s: no longer the data of this run; comparing on random tokens", folders)
     except (ConfigError, DataError) as error:
         _log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
-    return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
+        return None
+    if blend.record.fingerprint == record.fingerprint:
+        return blend
+    folders = ", ".join(map(str, run.data.folders))
+    _log.info("%s: no longer the data of this run; comparing on random tokens", folders)
+    return None
+
+
+def _special_in_text(run_dir: Path, record: DataRecord, blend: Blend | None) -> bool:
+    """Return `special_in_text` of the training data; runs of earlier versions do not record it, but their data does."""
+    special_in_text = record.special_in_text
+    if special_in_text is None and blend is not None:
+        special_in_text = blend.record.special_in_text
+    if special_in_text is None:
+        _log.warning(
+            "%s does not record whether its data was made with --special-in-text: the exported tokenizer encodes names "
+            "of special tokens in a text as plain characters",
+            run_dir,
+        )
+    return bool(special_in_text)
+
+
+def _training_sequences(run: RunConfig, record: DataRecord, blend: Blend | None) -> SampleBatch:
+    """Return two sequences of the training data with their position ids, or random ones without the data."""
+    if blend is None:
+        return random_sequences(run.model, record.rule, run.train.seq_len_tokens)
+    sequences = np.arange(min(2, blend.num_sequences))
+    try:
+        batch = make_batch(blend, sequences, run.train.seq_len_tokens, run.model.intra_clip)
+    except DataError as error:
+        _log.info("Comparing on random tokens, since the training data cannot be read: %s", error)
+        return _training_sequences(run, record, None)
+    return batch.tokens_BT, batch.intra_BT, batch.inter_BT
 
 
 def _source(tokenizer: Tokenizer) -> TokenizerSource:
-    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch)
+    encode, special_in_text = tokenizer.encode_batch, tokenizer.special_in_text
+    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, encode, special_in_text)
 
 
 def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:

@@ -38,6 +38,8 @@ class EvalModel(NamedTuple):
     """Fingerprint of the training data's tokenizer; None: not recorded."""
     rule: SegmentRule | None
     """Segment rule of the training data; None: not recorded."""
+    special_in_text: bool | None = None
+    """See `data.manifest.Manifest.special_in_text`."""
 
 
 def load_eval_model(spec: str) -> EvalModel:
@@ -58,12 +60,13 @@ def load_eval_models(
     """Load models, each as `load_eval_model`, and check that they can be evaluated on the datasets at the lengths.
 
     Raises:
-        BipeError: as in `load_eval_model`, `check_compatible` and `check_length`.
+        BipeError: as in `load_eval_model`, `check_compatible`, `TokenDataset.check_special_in_text` and `check_length`.
     """
     eval_models = [load_eval_model(spec) for spec in specs]
     for eval_model in eval_models:
         for dataset in datasets:
             check_compatible(eval_model, dataset)
+            dataset.check_special_in_text(eval_model.special_in_text, eval_model.source)
         check_length(eval_model, max(lengths_tokens))
     return eval_models
 
@@ -95,7 +98,7 @@ def _load_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Tensor], spec
     run_name = checkpoint.run_dir.resolve().name
     name = f"{run_name} step {checkpoint.step:,}" if checkpoint.run_dir != Path(spec) else run_name
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
-    return EvalModel(name, source, model, config, record.tokenizer.fingerprint, record.rule)
+    return EvalModel(name, source, model, config, record.tokenizer.fingerprint, record.rule, record.special_in_text)
 
 
 def load_exported_model(folder: Path) -> EvalModel:
@@ -116,7 +119,15 @@ def load_exported_model(folder: Path) -> EvalModel:
             location=folder,
         ) from error
     fingerprint = known.get("tokenizer_fingerprint")
-    return EvalModel(folder.resolve().name, str(folder), loaded.model, loaded.config, fingerprint, rule)
+    return EvalModel(
+        folder.resolve().name,
+        str(folder),
+        loaded.model,
+        loaded.config,
+        fingerprint,
+        rule,
+        known.get("special_in_text"),
+    )
 
 
 def check_compatible(eval_model: EvalModel, dataset: TokenDataset) -> None:

@@ -41,8 +41,9 @@ def load_generator(folder: Path, device: str, dtype: torch.dtype, trust_remote_c
         CheckpointError: the folder is not an exported model, is damaged, or its tokenizer has no EOS token.
         DataError: its tokenizer cannot be read.
     """
-    config = model_config(read_settings(folder), folder)
-    tokenizer = load_tokenizer(folder)
+    settings = read_settings(folder)
+    config = model_config(settings, folder)
+    tokenizer = load_tokenizer(folder, settings.get("special_in_text") is True)
     if tokenizer.eos_id is None:
         raise CheckpointError(
             "the tokenizer has no end-of-sequence token, which every answer must end with",

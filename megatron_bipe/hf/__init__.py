@@ -3,10 +3,10 @@
 After this import the Auto classes run this package's code instead of the code in a model folder.
 """
 
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from megatron_bipe.hf.configuration_bipe import BipeConfig
-from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeModel
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeForSequenceClassification, BipeModel
 
 # A saved model has the `auto_map` and the code with which it loads elsewhere.
 BipeConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
@@ -15,5 +15,6 @@ BipeForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)
+AutoModelForSequenceClassification.register(BipeConfig, BipeForSequenceClassification, exist_ok=True)
 
-__all__ = ["BipeConfig", "BipeForCausalLM", "BipeModel"]
+__all__ = ["BipeConfig", "BipeForCausalLM", "BipeForSequenceClassification", "BipeModel"]

@@ -51,6 +51,7 @@ class BipeConfig(PreTrainedConfig):
     zero_last_row: bool = False  # last row of both embeddings is zero and untrained, as published
     segments: dict[str, Any] | None = None  # {"spec": name of the rule, "token_ids": its separators}
     tokenizer_fingerprint: str | None = None  # sha256 of the training data's tokenizer
+    special_in_text: bool | None = None  # names of special tokens in the training text became them; None: not recorded
     use_cache: bool = True
     pad_token_id: int | None = None
     bos_token_id: int | None = None

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.hf.card import PLOT, PerplexityPlot, model_card
+from megatron_bipe.hf.card import PLOT, CardFacts, model_card
 from megatron_bipe.hf.checksums import SUMS, write_checksums
 from megatron_bipe.hf.hf_config import DataFields, generation_settings, hf_settings
 from megatron_bipe.hf.load import CONFIG, INDEX, WEIGHTS, load_layer
@@ -60,11 +60,8 @@ class ExportOptions(NamedTuple):
     dtype: torch.dtype = torch.bfloat16
     max_shard_bytes: int = 5 * 10**9
     overwrite: bool = False
-    title: str = "BiPE language model"
-    facts: Mapping[str, str] = {}
-    """Rows for the model card: recipe, data fingerprint, step, ..."""
-    perplexity: PerplexityPlot | None = None
-    """Evaluation results for the model card."""
+    card: CardFacts = CardFacts()
+    """Facts for the model card: name, data, step, recipe, evaluation results, ..."""
 
 
 def export_model(
@@ -116,14 +113,14 @@ def export_model(
                 remedy="Use the segment rule of the training data; if it is the same, report this as a bug",
                 location=folder,
             )
-        facts = dict(options.facts)
+        facts = options.card
         if options.dtype == torch.float16:
             half = _check_fp16(weights, config, draft, sequences, folder)
-            facts["Computed in fp16"] = f"logits differ from the training model's by at most {half:.1e} of the largest"
-        if options.perplexity is not None:
-            (draft / PLOT).write_bytes(options.perplexity.png)
-        more = (tokenizer is not None, facts, options.perplexity)
-        card = model_card(options.title, config, data, figure, shapes.values(), *more)
+            row = f"logits differ from the training model's by at most {half:.1e} of the largest"
+            facts = facts._replace(rows={**facts.rows, "Computed in fp16": row})
+        if facts.perplexity is not None:
+            (draft / PLOT).write_bytes(facts.perplexity.png)
+        card = model_card(facts, config, data, figure, shapes.values())
         (draft / CARD).write_text(card, "utf-8")
     return figure
 

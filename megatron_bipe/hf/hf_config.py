@@ -23,6 +23,18 @@ class DataFields(NamedTuple):
     """SHA-256 of the tokenizer's definition; None if no tokenizer is known."""
     special_ids: Mapping[str, int]
     """Token ids by role (bos, eos, unk, pad), if they exist."""
+    special_in_text: bool | None = None
+    """True if names of special tokens in the text became these tokens; None: not recorded."""
+
+
+def with_padding(special_ids: Mapping[str, int]) -> dict[str, int]:
+    """Return the ids by role with one for padding: that of the tokenizer, else `unk`, else `eos`.
+
+    A text tokenized with byte fallback has no `unk`. `eos` is the second choice, because collators of training exclude
+    the padding token from the loss, so that a model which is fine-tuned with it does not learn to end a text.
+    """
+    pad_id = next((special_ids[role] for role in ("pad", "unk", "eos") if role in special_ids), None)
+    return dict(special_ids) if pad_id is None else {**special_ids, "pad": pad_id}
 
 
 def is_stock(config: ModelConfig) -> bool:
@@ -38,6 +50,7 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
     """Return the content of `config.json`; a stock model has the same extra keys, which LLaMA ignores."""
     stock = is_stock(config)
     name = "Llama" if stock else "Bipe"
+    special_ids = with_padding(data.special_ids)
     settings: dict[str, Any] = {
         "architectures": [f"{name}ForCausalLM"],
         "model_type": name.lower(),
@@ -60,21 +73,23 @@ def hf_settings(config: ModelConfig, data: DataFields, dtype: torch.dtype) -> di
         "zero_last_row": config.zero_last_row,
         "segments": {"spec": data.segments_spec, "token_ids": list(data.token_ids)},
         "tokenizer_fingerprint": data.tokenizer_fingerprint,
+        "special_in_text": data.special_in_text,
         "tie_word_embeddings": config.tied_output,
-        **{f"{role}_token_id": data.special_ids.get(role) for role in ("bos", "eos", "pad")},
+        **{f"{role}_token_id": special_ids.get(role) for role in ("bos", "eos", "pad")},
     }
     if stock:
         more = {"max_position_embeddings": _max_position_embeddings(config), "hidden_act": "silu"}
         return settings | _rope_of_version_4(settings) | more | {"attention_bias": False, "mlp_bias": False}
     code = {"AutoConfig": "configuration_bipe.BipeConfig", "AutoModel": "modeling_bipe.BipeModel"}
-    return settings | {"auto_map": code | {"AutoModelForCausalLM": "modeling_bipe.BipeForCausalLM"}}
+    for task in ("CausalLM", "SequenceClassification"):
+        code[f"AutoModelFor{task}"] = f"modeling_bipe.BipeFor{task}"
+    return settings | {"auto_map": code}
 
 
 def generation_settings(config: ModelConfig, data: DataFields) -> dict[str, Any]:
     """Return the content of `generation_config.json`."""
-    settings: dict[str, Any] = {
-        f"{r}_token_id": data.special_ids[r] for r in ("bos", "eos", "pad") if r in data.special_ids
-    }
+    special_ids = with_padding(data.special_ids)
+    settings: dict[str, Any] = {f"{r}_token_id": special_ids[r] for r in ("bos", "eos", "pad") if r in special_ids}
     dynamic = config.rope_scaling is not None and config.rope_scaling.type == "dynamic"
     if dynamic or config.parts.positions == "drawn":
         settings["use_cache"] = False  # beyond the training length each new token changes every cached key

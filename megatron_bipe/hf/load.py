@@ -31,7 +31,8 @@ class LoadedModel(NamedTuple):
     dtype: torch.dtype
     """Dtype of the stored weights and of `model`."""
     data: dict[str, Any] | None
-    """tokenizer_fingerprint (may be None), segments_spec, token_ids of the training data; None: not recorded."""
+    """tokenizer_fingerprint and special_in_text (both may be None), segments_spec, token_ids of the training data;
+    None: not recorded."""
 
 
 def load_exported(folder: str | Path) -> LoadedModel:
@@ -145,7 +146,7 @@ def data_fields(settings: Mapping[str, Any], location: Path) -> dict[str, Any] |
             remedy='Write it as {"spec": name of the rule, "token_ids": [its separators]}',
             location=location,
         ) from error
-    return {"tokenizer_fingerprint": settings.get("tokenizer_fingerprint")} | fields
+    return {name: settings.get(name) for name in ("tokenizer_fingerprint", "special_in_text")} | fields
 
 
 def shard_names(index: Path, remedy: str) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import GenerationMixin, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
-from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_layers import GenericForSequenceClassification, GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.generic import ModelOutput
@@ -295,6 +295,20 @@ class BipeModel(BipePreTrainedModel):
 
 def _returned(result: Output, return_dict: bool | None, config: BipeConfig) -> Output | tuple[Any, ...]:
     return result if (config.return_dict if return_dict is None else return_dict) else result.to_tuple()
+
+
+class BipeForSequenceClassification(BipePreTrainedModel):
+    """Classifier of texts: a linear layer over the last token that is not padding, as in transformers' LLaMA."""
+
+    def __init__(self, config: BipeConfig) -> None:
+        super().__init__(config)
+        self.num_labels: int = config.num_labels  # type: ignore[assignment]
+        self.model = BipeModel(config)
+        self.score = nn.Linear(config.hidden_size, self.num_labels, bias=False)
+        self.post_init()  # type: ignore[no-untyped-call]
+
+    # Its constructor is not inherited: it would look the model up in the Auto classes, which may not know it.
+    forward = GenericForSequenceClassification.forward
 
 
 class BipeForCausalLM(BipePreTrainedModel, GenerationMixin):

@@ -6,7 +6,7 @@ generic class, which runs `tokenizer.json` unchanged. The ids are compared in an
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,10 +14,10 @@ import tokenizers
 from tokenizers import processors
 
 from megatron_bipe.errors import CheckpointError
+from megatron_bipe.hf.hf_config import with_padding
 from megatron_bipe.hf.transformers_models import load_auto_tokenizer
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json")
-_ROLES = ("bos", "eos", "unk", "pad")
 _SPACE = "\u2581"  # SentencePiece's symbol for a space
 
 # Each text gets different ids in some tokenizer class, normaliser or version.
@@ -51,7 +51,9 @@ class TokenizerSource(NamedTuple):
     special_ids: Mapping[str, int]
     """Token ids by role: bos, and if they exist eos, unk and pad."""
     encode: Callable[[Sequence[str]], Sequence[Iterable[int]]]
-    """Encodes plain texts as training does, without special tokens."""
+    """Encodes texts as training does, without BOS and EOS."""
+    special_in_text: bool = False
+    """True if `encode` turns the name of a special token in a text into that token."""
 
 
 def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> None:
@@ -81,17 +83,22 @@ def write_tokenizer(source: TokenizerSource, folder: Path, num_rows: int) -> Non
         )
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        # As in the training data, "<s>" within a text is three plain characters.
-        "split_special_tokens": True,
+        "split_special_tokens": not source.special_in_text,  # True: "<s>" within a text is three plain characters
         "clean_up_tokenization_spaces": False,
         "padding_side": "left",
         "model_input_names": ["input_ids", "attention_mask"],  # the default adds token_type_ids
     }
-    for role in _ROLES:
-        if role in source.special_ids:
-            settings[f"{role}_token"] = backend.id_to_token(source.special_ids[role])
+    for role, token in with_padding(source.special_ids).items():
+        settings[f"{role}_token"] = backend.id_to_token(token)
     (folder / "tokenizer_config.json").write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
-    check_tokenizer(folder, source)
+    check_tokenizer(folder, source, (*HARD_TEXTS, *_texts_with_added_tokens(backend)))
+
+
+def _texts_with_added_tokens(backend: tokenizers.Tokenizer) -> Iterator[str]:
+    """Yield texts that contain each added token: at the start, within a word, between spaces and at the end."""
+    for token in backend.get_added_tokens_decoder().values():
+        name = token.content
+        yield f"{name}user{name} said {name} \n{name}"
 
 
 def _prepends_bos(backend: tokenizers.Tokenizer, bos_id: int) -> bool:

@@ -40,6 +40,7 @@ class BatchLoader:
             self._valid = open_dataset(run.data.valid_path)
             check_manifest(run, self._valid.manifest, run.data.valid_path)
             self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
+            self._valid.check_special_in_text(self.record.special_in_text, "data.path")
             if run.model.bilevel:
                 self._valid.check_rule(self.dataset.rule, "data.path")
             self._valid_sequences = self._choose_valid_sequences(self._valid)

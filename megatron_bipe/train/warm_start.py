@@ -1,6 +1,7 @@
 """Warm start: writes the weights of a model as checkpoint 0 of a run, from which `pretrain.py` resumes."""
 
 import json
+import logging
 import shlex
 from collections.abc import Iterator, Mapping
 from itertools import groupby
@@ -16,11 +17,13 @@ from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.dataset import open_tokenizer
+from megatron_bipe.data.dataset import describe_special_in_text, open_tokenizer
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible, load_with_master_weights
 from megatron_bipe.train.run_folder import write_run_folder
+
+_log = logging.getLogger(__name__)
 
 # Fields that may differ between a model and the run that continues it; the weights depend on all others.
 _FREE = {"init_std", "train_len_tokens"}
@@ -71,8 +74,21 @@ def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tenso
     blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
     for dataset in blend.datasets:
         check_compatible(eval_model, dataset)
+    _warn_if_special_tokens_change(eval_model, blend.record)
     write_run_folder(run, blend.record, open_tokenizer(blend.datasets[0]))
     return write_step_zero(run, blend.record, weights)
+
+
+def _warn_if_special_tokens_change(eval_model: EvalModel, data: DataRecord) -> None:
+    """Log a warning if this run treats special tokens in text differently, which fine-tuning on chats may intend."""
+    before, now = eval_model.special_in_text, data.special_in_text
+    if None not in (before, now) and before != now:
+        _log.warning(
+            "%s was trained on data made %s; the data of this run was made %s, and so will its export be",
+            eval_model.source,
+            describe_special_in_text(before),
+            describe_special_in_text(now),
+        )
 
 
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:

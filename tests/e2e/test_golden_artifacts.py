@@ -126,13 +126,22 @@ def test_exported_model_gives_the_same_logits(golden, exported_again, expected, 
         torch.testing.assert_close(found, wanted, rtol=0, atol=TOLERANCE)
 
 
+def assert_kept(old, new):
+    """Assert that later versions only add keys, and replace null, such as for the padding token."""
+    if isinstance(old, dict):
+        for key in old:
+            assert_kept(old[key], new[key])
+    else:
+        assert old in (None, new)
+
+
 def test_stored_checkpoint_exports_to_the_same_files(exported_again):
     stored = GOLDEN / "exported"
     found, wanted = (load_file(folder / "model.safetensors") for folder in (exported_again, stored))
     assert found.keys() == wanted.keys()
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)
     for name in ("config.json", "generation_config.json", "tokenizer_config.json", "tokenizer.json"):
-        assert read_json(exported_again / name) == read_json(stored / name), name
+        assert_kept(read_json(stored / name), read_json(exported_again / name))
     for path in stored.iterdir():
         assert (exported_again / path.name).is_file() or path.suffix == ".py", path.name
 

@@ -28,10 +28,12 @@ def write_dataset(
     vocab_size: int = 100,
     tokenizer: TokenizerRecord | None = None,
     examples: PromptAnswerRecord | None = None,
+    special_in_text: bool | None = None,
 ) -> Manifest:
     """Write documents of token ids; segment ends follow from the rule."""
+    source = {"by": "test"} | ({} if special_in_text is None else {"special_in_text": special_in_text})
     with mock.patch("os.fsync"):  # test_shard.py tests it; here it would cost most of the time
-        return _write(folder, shards, rule, vocab_size, tokenizer, examples)
+        return _write(folder, shards, rule, vocab_size, tokenizer, examples, source)
 
 
 def _write(
@@ -41,6 +43,7 @@ def _write(
     vocab_size: int,
     tokenizer: TokenizerRecord | None,
     examples: PromptAnswerRecord | None,
+    source: dict[str, object],
 ) -> Manifest:
     dtype = choose_dtype(vocab_size)
     records = []
@@ -58,7 +61,7 @@ def _write(
         rule=rule,
         dtype=dtype.name,
         shards=tuple(records),
-        source={"by": "test"},
+        source=source,
         examples=examples,
     )
     manifest.save(folder)

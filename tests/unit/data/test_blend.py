@@ -238,6 +238,19 @@ def test_blend_of_another_tokenizer_or_rule_names_both_folders_and_values(datase
         Blend([datasets[0], TokenDataset(tmp_path / "other")], [1, 1], SEQ, SEED)
 
 
+def test_blend_of_data_with_and_without_special_tokens_in_text_names_both(datasets, tmp_path, write_dataset):
+    folders = [tmp_path / name for name in ("plain", "chat", "unknown")]
+    for folder, special_in_text in zip(folders, (False, True, None), strict=True):
+        write_dataset(folder, [[list(range(2, 60))]], special_in_text=special_in_text)
+    plain, chat, unknown = map(TokenDataset, folders)
+    for members in ([plain, chat], [unknown, chat, plain]):
+        with raises(DataError, plain.path, chat.path, location="data.path", remedy="--special-in-text"):
+            Blend(members, None, SEQ, SEED)
+    assert Blend([unknown, chat], None, SEQ, SEED).record.special_in_text is True
+    assert Blend([plain], None, SEQ, SEED).record.special_in_text is False
+    assert Blend([unknown, *datasets], None, SEQ, SEED).record.special_in_text is None
+
+
 def test_blend_with_a_dataset_shorter_than_a_sequence_names_it(datasets, tmp_path, write_dataset):
     for tokens in ([1] * SEQ, []):
         write_dataset(tmp_path / "short", [[tokens]])

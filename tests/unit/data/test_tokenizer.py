@@ -115,6 +115,17 @@ def test_encode_batch_special_strings_are_plain_text(piece_folder: Path) -> None
     assert [tokenizer.decode(tokens.tolist()) for tokens in ids[:-1]] == list(WITH_SPECIALS[:-1])
 
 
+def test_encode_batch_special_in_text_finds_tokens_that_only_the_settings_call_special(tmp_path: Path) -> None:
+    backend = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[S]": 0, "[": 1, "S": 2, "]": 3}, unk_token="S"))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "[S]"}')
+    for special, expected in ((False, [1, 2, 3]), (True, [0])):
+        loaded = load_tokenizer(tmp_path, special)
+        assert loaded.encode_batch(["[S]"])[0].tolist() == expected
+        assert tokenizers.Tokenizer.from_str(loaded.to_json().decode()).encode("[S]").ids == expected
+
+
 def test_encode_batch_special_in_text_makes_special_tokens(piece_folder: Path) -> None:
     ids = load_tokenizer(piece_folder, special_in_text=True).encode_batch(WITH_SPECIALS)
     assert all(np.isin(tokens, (0, 1, 2)).any() for tokens in ids)

@@ -4,9 +4,10 @@ import logging
 
 import pytest
 
+from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, DataError
-from megatron_bipe.eval.eval_model import check_compatible
+from megatron_bipe.eval.eval_model import check_compatible, load_eval_models
 from tests.helpers.errors import assert_warned, raises
 
 SENTENCE = SegmentRule(spec="sentence", token_ids=(13, 29))
@@ -54,3 +55,22 @@ def test_check_suits_unrecorded_training_data_is_warned_about(make_dataset, make
         check_compatible(make_eval_model(rule=None, fingerprint=None), make_dataset(documents))
     assert_warned(caplog, "tokenizer")
     assert_warned(caplog, "segment rule")
+
+
+@pytest.mark.parametrize("recorded", [True, False, None])
+@pytest.mark.parametrize("of_data", [True, False, None])
+def test_evaluation_of_other_ids_of_special_tokens_in_text_is_refused(
+    make_dataset, make_eval_model, write_dataset, documents, save_run, recorded, of_data
+):
+    trained = make_dataset(documents)
+    for dataset, special_in_text in ((trained, recorded), (other := trained.path.with_name("other"), of_data)):
+        folder = getattr(dataset, "path", dataset)
+        known = {"tokenizer": trained.manifest.tokenizer, "rule": trained.rule, "vocab_size": 40}
+        write_dataset(folder, [documents], special_in_text=special_in_text, **known)
+    run_dir = save_run(make_eval_model(), TokenDataset(trained.path))
+    if None in (recorded, of_data) or recorded == of_data:
+        [eval_model] = load_eval_models([str(run_dir)], [TokenDataset(other)], [16])
+        assert eval_model.special_in_text is recorded
+    else:
+        with raises(DataError, other, location=f"{run_dir}@10", remedy="--special-in-text"):
+            load_eval_models([str(run_dir)], [TokenDataset(other)], [16])

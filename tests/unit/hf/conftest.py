@@ -6,7 +6,10 @@ import pytest
 import torch
 
 from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends
+from megatron_bipe.hf.card import CardFacts
 from megatron_bipe.hf.configuration_bipe import BipeConfig
+from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields, hf_settings
 from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
 from megatron_bipe.hf.weight_mapping import to_llama
@@ -16,6 +19,10 @@ from tests.helpers.paths import ORACLE
 
 SEPARATORS = (3, 5)
 DATA = DataFields("[3,5]", SEPARATORS, "f" * 64, {"bos": 1, "eos": 2})
+
+
+CARD = CardFacts("Tiny", {"Data": "a|b"}, {"train.steps": "3"}, ["en"], ["org/data"])
+FP32 = ExportOptions(dtype=torch.float32, card=CARD)
 
 
 def tiny_config(**changes):
@@ -100,3 +107,32 @@ def oracle():
     if not ORACLE.is_dir():
         pytest.skip(reason="the full oracle is not next to the repository")
     return ORACLE
+
+
+@pytest.fixture
+def sequences(tokens_of):
+    tokens = tokens_of(2, 40)
+    rule = SegmentRule(spec="[3,5]", token_ids=(3, 5))
+    return (tokens, *map(torch.from_numpy, bilevel_ids(segment_ends(tokens.numpy(), rule), 11)))
+
+
+@pytest.fixture
+def export(tmp_path, tiny, plan_of, fields, sequences):
+    """Return a function that exports a model to a folder of tmp_path and returns the folder."""
+
+    def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
+        config = config or tiny()
+        weights = weights or plan_of(config).state_dict()
+        export_model(weights, config, tmp_path / name, data, sequences, tokenizer, FP32._replace(**options))
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def text_file(tmp_path_factory):
+    path = tmp_path_factory.mktemp("text") / "text.txt"
+    text = "The end . Of it...\n\tdef f(x): return 10 * x  # héé ﬁne 漢字\n".splitlines(keepends=True)
+    code = Path(__file__).with_name("test_export.py").read_text("utf-8")
+    path.write_text("".join(line * 3 for line in text) + code, "utf-8")
+    return path

@@ -5,48 +5,33 @@ import re
 from pathlib import Path
 
 import pytest
-import sentencepiece
-import tokenizers
 import torch
 from safetensors.torch import load_file
-from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForCausalLM,
+)
 
 from megatron_bipe.config.schema import RopeScaling
-from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf import export as export_module
 from megatron_bipe.hf.export import TOLERANCE, ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, TokenizerSource, check_tokenizer
+from megatron_bipe.hf.tokenizer_files import HARD_TEXTS, check_tokenizer
 from megatron_bipe.hf.weight_mapping import to_llama
 from tests.helpers.errors import raises
-from tests.helpers.hf import PUBLISHED_ENCODINGS
+from tests.helpers.hf import (
+    PUBLISHED_ENCODINGS,
+    WITHOUT_THE_PACKAGE,
+    byte_level_folder,
+    run_python,
+    sentencepiece_folder,
+    source_of,
+)
 from tests.helpers.paths import LLAMA
-from tests.helpers.ranks import run_programs
-
-FP32 = ExportOptions(dtype=torch.float32, title="Tiny", facts={"Recipe": "steps: 3", "Data": "a|b"})
-
-
-@pytest.fixture
-def sequences(tokens_of):
-    tokens = tokens_of(2, 40)
-    rule = SegmentRule(spec="[3,5]", token_ids=(3, 5))
-    return (tokens, *map(torch.from_numpy, bilevel_ids(segment_ends(tokens.numpy(), rule), 11)))
-
-
-@pytest.fixture
-def export(tmp_path, tiny, plan_of, fields, sequences):
-    """Return a function that exports a model to a folder of tmp_path and returns the folder."""
-
-    def make(config=None, name="m", *, weights=None, data=fields, tokenizer=None, **options):
-        config = config or tiny()
-        weights = weights or plan_of(config).state_dict()
-        export_model(weights, config, tmp_path / name, data, sequences, tokenizer, FP32._replace(**options))
-        return tmp_path / name
-
-    return make
 
 
 def left_behind(folder):
@@ -61,7 +46,7 @@ def test_exported_model_loads_through_auto_classes_and_equals_the_training_model
     config = tiny(encoding=encoding, num_kv_heads=2)
     plan = plan_of(config)
     figure = export_model(
-        plan.state_dict(), config, tmp_path / "m-1.0", fields, sequences, None, FP32._replace(dtype=dtype)
+        plan.state_dict(), config, tmp_path / "m-1.0", fields, sequences, None, ExportOptions(dtype=dtype)
     )
     assert figure < TOLERANCE
     assert left_behind(tmp_path) == ["m-1.0"]
@@ -129,40 +114,16 @@ def test_export_writes_everything_a_user_needs(export, tiny, plan_of):
     assert (settings["bos_token_id"], settings["eos_token_id"]) == (1, 2)
     assert settings["tokenizer_fingerprint"] == "f" * 64
     card = (folder / "README.md").read_text()
-    for needed in ("# Tiny", "steps: 3", "a\\|b", "`[3,5]`, separator ids 3, 5", "of the largest logit", "f" * 64):
+    for needed in (
+        "# Tiny",
+        "| train.steps | 3 |",
+        "a\\|b",
+        "`[3,5]`, separator ids 3, 5",
+        "of the largest logit",
+        "f" * 64,
+    ):
         assert needed in card
     assert "trust_remote_code=True" in card
-
-
-def run_python(code, folder, tmp_path):
-    """Run `code` with `folder` without importing our package; return the words of lines that start with ">"."""
-    [ended] = run_programs(
-        exec, [ISOLATED + code, {"folder": str(folder), "cache": str(tmp_path / "cache")}], tmp_path / "log"
-    )
-    assert ended.code == 0, ended.output
-    return [word for line in ended.output.splitlines() if line.startswith("> ") for word in line[2:].split()]
-
-
-# The cache of remote code is chosen when transformers is imported, which has happened; it may be on the path, too.
-ISOLATED = """
-import sys
-import torch
-from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, dynamic_module_utils
-
-if dynamic_module_utils.HF_MODULES_CACHE in sys.path:
-    sys.path.remove(dynamic_module_utils.HF_MODULES_CACHE)
-dynamic_module_utils.HF_MODULES_CACHE = cache
-for name in [name for name in sys.modules if name.partition(".")[0] == "megatron_bipe"]:
-    del sys.modules[name]
-"""
-WITHOUT_THE_PACKAGE = """
-class Absent:
-    def find_spec(self, name, *_):
-        if name.split(".")[0] == "megatron_bipe":
-            raise ModuleNotFoundError(name)
-sys.meta_path.insert(0, Absent())
-load = AutoModelForCausalLM.from_pretrained
-"""
 
 
 def test_remote_code_runs_where_this_package_is_not_installed_and_travels_on(export, tmp_path):
@@ -302,48 +263,6 @@ def test_export_of_weights_of_another_model_refuses(export, tmp_path, changes, o
     with raises(CheckpointError, *observed):
         export(tiny(**changes), weights=plan_of(tiny()).state_dict())
     assert left_behind(tmp_path) == []
-
-
-def source_of(folder):
-    tokenizer = load_tokenizer(folder)
-    return TokenizerSource(tokenizer.definition, tokenizer.to_json(), tokenizer.special_ids, tokenizer.encode_batch)
-
-
-@pytest.fixture(scope="module")
-def text_file(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    text = "The end . Of it...\n\tdef f(x): return 10 * x  # héé ﬁne 漢字\n".splitlines(keepends=True)
-    path.write_text("".join(line * 3 for line in text) + Path(__file__).read_text("utf-8"), "utf-8")
-    return path
-
-
-def sentencepiece_folder(folder, text_file):
-    folder.mkdir()
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(text_file),
-        model_prefix=str(folder / "tokenizer"),
-        vocab_size=500,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        split_digits=True,
-        minloglevel=2,
-    )
-    return folder
-
-
-def byte_level_folder(folder, text_file):
-    folder.mkdir()
-    tokenizer = tokenizers.Tokenizer(models.BPE())
-    tokenizer.normalizer = normalizers.NFC()
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=400, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet)
-    tokenizer.train([str(text_file)], trainer)
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
 
 
 @pytest.mark.parametrize("make", [sentencepiece_folder, byte_level_folder])

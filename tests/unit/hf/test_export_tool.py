@@ -4,11 +4,13 @@ import pytest
 import tokenizers
 import torch
 import yaml
+from huggingface_hub import ModelCard
 from tokenizers import models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
+from megatron_bipe.checkpoint.find import read_data_record
 from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
-from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
+from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, DataError
@@ -53,7 +55,27 @@ def test_export_tool_turns_a_run_into_a_model(run_dir, tmp_path):
     assert loaded.data["segments_spec"] == "[3,5]"
     assert loaded.data["tokenizer_fingerprint"] == load_tokenizer(run_dir / "tokenizer").fingerprint
     card = (tmp_path / "out" / "README.md").read_text()
-    assert "a" * 64 in card and "weight_decay: 0.01" in card and "| Step | 7 |" in card
+    assert "a" * 64 in card and "| optimizer.weight_decay | 0.01 |" in card and "| Step | 7 |" in card
+    assert "| Tokens seen in training | 57,344 |" in card  # 7 steps of 256 sequences of 32 tokens
+
+
+def test_export_tool_puts_metrics_data_and_languages_into_the_card(run_dir, tmp_path):
+    lines = [
+        {"step": 6, "tokens": 5, "loss/train_nats": 9.0},
+        {"step": 7, "tokens": 1234567, "loss/train_nats": 2.5},
+        {"step": 7, "loss/valid_nats": 3.25},
+        {"step": 8, "loss/train_nats": 1.0},
+    ]
+    (run_dir / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines) + '{"step": 7, "lo')
+    record = read_data_record(run_dir)
+    members = [BlendMember(path=f"data/{n}", fingerprint=n * 64, slots=s) for n, s in (("a", 7500), ("b", 2500))]
+    (run_dir / "data.json").write_text(record.model_copy(update={"blend": tuple(members)}).model_dump_json())
+    given = ("--language", "en", "de", "--datasets", "org/corpus")
+    call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out", *given)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert (card.data.language, card.data.datasets) == (["en", "de"], ["org/corpus"])
+    for row in ("1,234,567", "2.5000 nats", "3.2500 nats", "75.00% `a`; 25.00% `b`", "@inproceedings", 'name = "out"'):
+        assert row in card.text, row
 
 
 def test_export_tool_stores_fp16_and_says_how_it_computes(run_dir, tmp_path):
@@ -143,3 +165,23 @@ def test_export_of_a_run_with_another_tokenizer_refuses(run_dir, tmp_path, name,
     path.write_text(json.dumps(content) if content else path.read_text().replace('"w7"', '"w_7"'))
     command = ["--checkpoint", run_dir, "--output", tmp_path / "out"]
     assert_refuses("export_hf", command, DataError, observed, "data.json", location=run_dir / "tokenizer")
+
+
+@pytest.mark.parametrize("recorded", [True, False, None])
+@pytest.mark.parametrize("has_data", [True, False])
+def test_export_tool_passes_on_how_special_tokens_in_text_were_encoded(
+    run_dir, tmp_path, write_dataset, recorded, has_data
+):
+    record = read_data_record(run_dir)
+    if has_data:  # it is named in config.yaml; of data of earlier versions too, the manifest records it
+        known = {"tokenizer": record.tokenizer, "rule": record.rule, "vocab_size": 60}
+        manifest = write_dataset(tmp_path / "gone", [[list(range(2, 60))]], special_in_text=True, **known)
+        record = record.model_copy(update={"fingerprint": manifest.fingerprint})
+    record = record.model_copy(update={"special_in_text": recorded})
+    (run_dir / "data.json").write_text(record.model_dump_json())
+    ended = call_tool("export_hf", "--checkpoint", run_dir, "--output", tmp_path / "out")
+    expected = has_data if recorded is None else recorded
+    assert load_exported(tmp_path / "out").data["special_in_text"] is expected
+    settings = json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())
+    assert settings["split_special_tokens"] is not expected
+    assert ("--special-in-text" in ended.output) == (recorded is None and not has_data)

@@ -16,7 +16,7 @@ from unittest import mock
 import pytest
 import zstandard
 
-from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
@@ -529,7 +529,9 @@ def test_build_special_in_text_and_append_eos_make_special_tokens(
         (manifest,) = build(options_for(tmp_path, tokenizer_folder, tmp_path / "a.txt", **more)).values()
         ids = TokenDataset(tmp_path / output).tokens(0, manifest.num_tokens).tolist()
         assert (ids.count(1), ids[-1] == 2) == (1 + special, eos)
-        assert manifest.source["special_in_text"] == special
+        assert manifest.record.special_in_text is special
+        tokenizer = open_tokenizer(TokenDataset(tmp_path / output))  # gives the ids of the data
+        assert tokenizer.encode_batch(["a<s>b"])[0].tolist() == ids[1 : len(ids) - eos]
         assert manifest.source["document_ends_with"] == ("eos" if eos else None)
     assert "slower" not in caplog.text  # the fast tokenizer was compared with the one that does the same
 

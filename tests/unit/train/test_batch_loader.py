@@ -134,6 +134,15 @@ def test_batch_loader_validation_set_of_another_tokenizer_is_refused(run, write_
         BatchLoader(run, _mesh())
 
 
+def test_batch_loader_validation_set_with_other_ids_of_special_tokens_in_text_is_refused(run, write_dataset):
+    documents = [[list(range(2, 100))]]
+    write_dataset(run.data.path, documents, special_in_text=True)
+    BatchLoader(run, _mesh())  # the validation set does not record it
+    write_dataset(run.data.valid_path, documents, special_in_text=False)
+    with raises(DataError, run.data.valid_path, location="data.path", remedy="--special-in-text"):
+        BatchLoader(run, _mesh())
+
+
 def test_batch_loader_validation_set_of_another_rule_is_refused_if_segments_matter(run, write_dataset):
     other = SegmentRule(spec="fixed:3", token_ids=())
     write_dataset(run.data.valid_path, [[[1] * 90]], rule=other)

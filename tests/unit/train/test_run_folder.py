@@ -165,6 +165,17 @@ def test_same_run_other_tokenizer_or_rule_is_never_allowed(run, record, field):
         check_same_run(run, other, ALLOWABLE)
 
 
+def test_same_run_on_data_with_other_ids_of_special_tokens_in_text_is_never_allowed(run, record, tmp_path):
+    _checkpoint(run, 10)
+    plain, chat = (record.model_copy(update={"special_in_text": value}) for value in (False, True))
+    check_same_run(run, plain)  # earlier versions did not record it
+    write_run_folder(run, plain, load_tokenizer(tmp_path / "dataset" / "tokenizer"))
+    assert read_data_record(run.run_dir) == plain
+    check_same_run(run, record)
+    with raises(CheckpointError, "with --special-in-text", "without --special-in-text", location=run.run_dir):
+        check_same_run(run, chat, ALLOWABLE)
+
+
 def test_same_run_unknown_name_to_allow_is_refused_even_at_the_start(run, record):
     with raises(ConfigError, "model.num_layers", "train.precision", location="--allow"):
         check_same_run(run, record, ["model.num_layers", "optimizer"])

@@ -5,12 +5,13 @@ import shlex
 import pytest
 from torch import nn
 
+from megatron_bipe.checkpoint.find import read_data_record
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.train.warm_start import _differences, start_run
-from tests.helpers.errors import raises
+from tests.helpers.errors import assert_warned, raises
 
 
 @pytest.mark.parametrize(
@@ -49,3 +50,18 @@ def test_remedy_for_another_model_is_what_the_command_line_takes(tmp_path):
     assert len(words) == 3
     corrected = load_run_config(None, [*asked, *(word.removeprefix("--set=") for word in words)])
     assert not list(_differences(model, corrected.model))
+
+
+def test_start_on_data_with_other_ids_of_special_tokens_in_text_is_warned_about(tmp_path, write_text_dataset, caplog):
+    manifest = write_text_dataset(tmp_path / "data", [["a b c d e f g h i j"]])
+    manifest.model_copy(update={"source": {"special_in_text": True}}).save(tmp_path / "data")
+    asked = {"run_dir": tmp_path / "run", "data.path": tmp_path / "data", "data.segments": "newline"}
+    shape = {"model.vocab_size": manifest.tokenizer.vocab_size, "train.seq_len_tokens": 8}
+    run = load_run_config(None, [f"{key}={value}" for key, value in (asked | shape).items()])
+    model = EvalModel("m", "m", nn.Sequential(), run.model, manifest.tokenizer.fingerprint, manifest.rule)
+    for before, name in ((None, "a"), (True, "b"), (False, "c")):
+        assert not caplog.records
+        started = run.model_copy(update={"run_dir": tmp_path / name})
+        start_run(started, model._replace(special_in_text=before), {})
+        assert read_data_record(started.run_dir).special_in_text is True
+    assert_warned(caplog, "m was trained", "without --special-in-text", "with --special-in-text")

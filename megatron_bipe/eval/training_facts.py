@@ -1,0 +1,71 @@
+"""Facts about the training of a checkpoint, for the model card: tokens, losses, data and recipe."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from megatron_bipe.checkpoint.find import Checkpoint
+from megatron_bipe.config import RunConfig
+from megatron_bipe.data.blend import PATTERN_SLOTS
+from megatron_bipe.data.manifest import DataRecord
+
+_METRICS = "metrics.jsonl"
+
+
+def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -> dict[str, str]:
+    """Return rows for the model card; a loss is missing if the run's metrics do not have it."""
+    step, metrics = checkpoint.step, _metrics_of(checkpoint)
+    tokens = metrics.get("tokens", step * run.train.global_batch * run.train.seq_len_tokens)
+    facts = {"Step": f"{step:,}", "Tokens seen in training": f"{tokens:,}"}
+    if run.train.init_from is not None:
+        facts["Initialized from"] = f"`{Path(run.train.init_from).name}`"
+    for name, key in (("Training", "loss/train_nats"), ("Validation", "loss/valid_nats")):
+        if isinstance(loss := metrics.get(key), float):
+            facts[f"{name} loss at this step"] = f"{loss:.4f} nats per token"
+    return facts | {
+        "Training data": "; ".join(_data(run, record)),
+        "Training data fingerprint": f"`{record.fingerprint}`",
+    }
+
+
+def recipe(run: RunConfig) -> dict[str, str]:
+    """Return the settings of the run by their dotted names, without those of folders."""
+    return dict(_flat(run.model_dump(mode="json", exclude={"run_dir", "data"})))
+
+
+def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return all metrics of the checkpoint's step; empty if they are not there."""
+    found: dict[str, Any] = {}
+    try:
+        with (checkpoint.run_dir / _METRICS).open("rb") as file:
+            for line in file:
+                values = _parsed(line)
+                if values.get("step") == checkpoint.step:
+                    found |= values
+    except OSError:
+        return {}
+    return found
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(line)
+    except ValueError:  # damaged
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _data(run: RunConfig, record: DataRecord) -> Iterator[str]:
+    if not record.blend:
+        yield f"`{run.data.folders[0].name}`"
+    for member in record.blend:
+        yield f"{member.slots / PATTERN_SLOTS:.2%} `{Path(member.path).name}`"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, json.dumps(value)
