@@ -142,6 +142,9 @@ class Trainer:
 
     def _validate(self, state: TrainState, metrics: Metrics) -> bool:
         """Run the pending validation; if a stop is requested meanwhile, return True and keep it pending."""
+        if not self.loader.has_valid:  # pending since a start with other settings
+            state.valid_owed = False
+            return False
         batches = self.stop_request.until(self.loader.valid_batches())
         loss = self.engine.eval_loss(self.watchdog.track_batches(f"validation after step {state.step}", batches))
         if not self.stop_request.is_agreed:

@@ -81,6 +81,13 @@ def test_train_asked_to_stop_in_a_step_finishes_it_and_saves(start):
     assert again.notes.names == ["eval", "step", "step", "eval", "save", "step", "step", "eval", "save"]
 
 
+def test_train_resumed_without_validation_data_drops_the_pending_validation(start, tmp_path):
+    notes = Notes(tmp_path)
+    notes.has_valid = False
+    done = start(start=2, state=TrainState(step=2, samples=512, valid_owed=True), notes=notes)
+    assert notes.names == ["step", "step", "save", "step", "step", "save"] and not done.end.valid_owed
+
+
 def test_train_asked_to_stop_before_the_first_step_does_none(start):
     done = start(stop_request=StopRequest(-1.0))
     assert done.notes.names == [] and done.end.step == 0
