@@ -34,9 +34,11 @@ from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.eval.quickstart_results import read_losses
 from megatron_bipe.eval.report import prepare_output
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
+from megatron_bipe.hf.checksums import write_checksums
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import load_exported
+from megatron_bipe.hf.transformers_models import load_auto_tokenizer
 from megatron_bipe.io import locked
 from megatron_bipe.model.transformer import build_model
 from megatron_bipe.parallel.mesh import Mesh
@@ -119,7 +121,7 @@ class Given:
         settings = json.loads((folder / "config.json").read_text()) | changes
         kept = {key: value for key, value in settings.items() if value is not None}
         (folder / "config.json").write_text(json.dumps(kept))
-        (folder / "SHA256SUMS").unlink()
+        write_checksums(folder, {})
         return folder
 
     def export_over(self, name: str) -> None:
@@ -344,6 +346,12 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
             given.file("model/model.safetensors", b"x").parent if given.exported() else given.folder
         ),
         "weights that are missing": lambda given: load_exported(removed(given.exported(), "model.safetensors")),
+        "a model that names its own code": lambda given: load_auto_tokenizer(
+            given.exported(model_type="llama", auto_map={"AutoConfig": "mine.Config"})
+        ),
+        "checksums of a file outside the folder": lambda given: load_exported(
+            given.file("model/SHA256SUMS", f"{'0' * 64}  ../weights\n").parent if given.exported() else given.folder
+        ),
         "an export over other files": lambda given: given.export_over("thesis.tex"),
         "a model that is not of the published layout": lambda given: read_authors_checkpoint(given.exported()),
     },
