@@ -4,6 +4,7 @@ SHA256SUMS holds the checksums of the weight files in the format of `sha256sum -
 """
 
 import json
+import logging
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,12 +17,14 @@ from torch import Tensor, nn
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.hf_config import rope_fields
+from megatron_bipe.hf.stock_llama import is_stock_llama, own_weights, stock_llama_config
 from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.io import sha256_of
 from megatron_bipe.model import TOKEN_EMBEDDING, build_model
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"
+_log = logging.getLogger(__name__)
 
 
 SUMS = "SHA256SUMS"
@@ -40,7 +43,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_exported(folder: str | Path) -> LoadedModel:
-    """Load an exported folder; only its weights and settings are read, and no remote code runs.
+    """Load an exported folder or a stock LLaMA; only weights and settings are read, and no remote code runs.
 
     Raises:
         CheckpointError: the folder is not an exported model, or is incomplete or damaged.
@@ -49,6 +52,10 @@ def load_exported(folder: str | Path) -> LoadedModel:
     settings = read_settings(folder)
     config = model_config(settings, folder / CONFIG)
     weights = read_safetensors(folder)
+    if is_stock_llama(settings):
+        weights = own_weights(weights, config)
+        if not (folder / SUMS).is_file():
+            _log.warning("%s has no %s: its weights are used unverified", folder, SUMS)
     model = build_from_llama(weights, config, folder)
     return LoadedModel(model, config, next(model.parameters()).dtype, data_fields(settings, folder / CONFIG))
 
@@ -78,13 +85,17 @@ def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
     Raises:
         CheckpointError: another kind of model, a missing key, an impossible value or no segment rule.
     """
+    if is_stock_llama(settings):
+        return stock_llama_config(settings, location)
     kind, encoding = settings.get("model_type"), settings.get("encoding")
     if kind not in ("bipe", "llama") or encoding is None or (kind == "llama" and encoding != "rope"):
         published = "rpe_type" in settings
         raise CheckpointError(
             f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
             f"{settings.get('rpe_type') if published else encoding!r} is not a model that this project exports",
-            remedy="Convert the authors' models with tools/import_hf.py" if published else _REMEDY,
+            remedy="Convert the authors' models with tools/import_hf.py"
+            if published
+            else "Give a folder of tools/export_hf.py, or of a LlamaForCausalLM",
             location=location,
         )
     try:
@@ -167,7 +178,9 @@ def read_safetensors(folder: Path) -> dict[str, Tensor]:
     weights: dict[str, Tensor] = {}
     for file in files:
         if not file.is_file():
-            raise CheckpointError(f"the weights {file.name} are missing", remedy=_REMEDY, location=folder)
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            remedy = "Save it as safetensors with save_pretrained of transformers" if pickled else _REMEDY
+            raise CheckpointError(f"the weights {file.name} are missing", remedy=remedy, location=folder)
         try:
             check_file(file)
             with safe_open(str(file), framework="pt") as shard:
