@@ -17,6 +17,7 @@ from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run, read_we
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
+from megatron_bipe.data.tokenizer import DEFINITIONS, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.hf.load import build_from_llama, load_exported
 from megatron_bipe.hf.weight_mapping import to_llama
@@ -102,7 +103,7 @@ def _load_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Tensor], spec
 
 
 def load_exported_model(folder: Path) -> EvalModel:
-    """Load an exported folder for evaluation.
+    """Load an exported folder, or a stock LLaMA with its tokenizer, for evaluation.
 
     Raises:
         CheckpointError: from `load_exported`, or for an invalid segment rule.
@@ -118,16 +119,22 @@ def load_exported_model(folder: Path) -> EvalModel:
             remedy='Fix "segments" in config.json, or export the checkpoint again',
             location=folder,
         ) from error
-    fingerprint = known.get("tokenizer_fingerprint")
     return EvalModel(
         folder.resolve().name,
         str(folder),
         loaded.model,
         loaded.config,
-        fingerprint,
+        known.get("tokenizer_fingerprint") if loaded.data else _fingerprint_of(folder),
         rule,
         known.get("special_in_text"),
     )
+
+
+def _fingerprint_of(folder: Path) -> str | None:
+    """Return the fingerprint of the tokenizer in the folder, with which datasets are made; None without one."""
+    if not any((folder / name).is_file() for name in DEFINITIONS):
+        return None
+    return load_tokenizer(folder).fingerprint
 
 
 def check_compatible(eval_model: EvalModel, dataset: TokenDataset) -> None:

@@ -14,6 +14,7 @@ from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.checksums import check_files
 from megatron_bipe.hf.hf_config import rope_fields
+from megatron_bipe.hf.stock_llama import is_stock_llama, own_weights, stock_llama_config
 from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.io import check_inner_name
 from megatron_bipe.model import TOKEN_EMBEDDING, build_model
@@ -36,7 +37,7 @@ class LoadedModel(NamedTuple):
 
 
 def load_exported(folder: str | Path) -> LoadedModel:
-    """Load an exported folder; only its weights and settings are read, and no remote code runs.
+    """Load an exported folder or a stock LLaMA; only weights and settings are read, and no remote code runs.
 
     Raises:
         CheckpointError: the folder is not an exported model, or is incomplete or damaged.
@@ -47,6 +48,8 @@ def load_exported(folder: str | Path) -> LoadedModel:
     check_files(folder, [CONFIG, *files])
     config = model_config(settings, folder / CONFIG)
     weights = read_safetensors(folder, files)
+    if is_stock_llama(settings):
+        weights = own_weights(weights, config)
     model = build_from_llama(weights, config, folder)
     return LoadedModel(model, config, next(model.parameters()).dtype, data_fields(settings, folder / CONFIG))
 
@@ -76,13 +79,17 @@ def model_config(settings: Mapping[str, Any], location: Path) -> ModelConfig:
     Raises:
         CheckpointError: another kind of model, a missing key, an impossible value or no segment rule.
     """
+    if is_stock_llama(settings):
+        return stock_llama_config(settings, location)
     kind, encoding = settings.get("model_type"), settings.get("encoding")
     if kind not in ("bipe", "llama") or encoding is None or (kind == "llama" and encoding != "rope"):
         published = "rpe_type" in settings
         raise CheckpointError(
             f"model_type {kind!r} with {'rpe_type' if published else 'encoding'} "
             f"{settings.get('rpe_type') if published else encoding!r} is not a model that this project exports",
-            remedy="Convert the authors' models with tools/import_hf.py" if published else _REMEDY,
+            remedy="Convert the authors' models with tools/import_hf.py"
+            if published
+            else "Give a folder of tools/export_hf.py, or of a LlamaForCausalLM",
             location=location,
         )
     try:
@@ -168,7 +175,9 @@ def weight_files(folder: Path) -> list[str]:
         names = [INDEX, *shard_names(folder / INDEX, _REMEDY)]
     for name in names:
         if not (folder / name).is_file():
-            raise CheckpointError(f"the weights {name} are missing", remedy=_REMEDY, location=folder)
+            pickled = any(folder.glob("pytorch_model*.bin"))
+            remedy = "Save it as safetensors with save_pretrained of transformers" if pickled else _REMEDY
+            raise CheckpointError(f"the weights {name} are missing", remedy=remedy, location=folder)
     return names
 
 
