@@ -45,6 +45,7 @@ def test_imported_and_exported_weights_are_the_same_bits(encoding, golden, tmp_p
     assert loaded.config.zero_last_row
     assert loaded.data == {
         "tokenizer_fingerprint": None,
+        "special_in_text": None,
         "segments_spec": "reference",
         "token_ids": PUBLISHED_SEPARATORS,
     }
