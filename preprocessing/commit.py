@@ -14,6 +14,7 @@ from typing import Any
 from megatron_bipe.data.manifest import (
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
+    WORK_FOLDER,
     Manifest,
     PromptAnswerRecord,
     ShardRecord,
@@ -26,7 +27,7 @@ from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import PARTIAL_SUFFIX, fsync_path
 from preprocessing.destinations import Destination
-from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, WORK_FOLDER, RangeRecord, WorkFolder
+from preprocessing.work_dir import CLEARED_NAME, PUBLISHED_NAME, RangeRecord, WorkFolder
 
 SHARD_PREFIX = "tokens"
 RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME)  # names that no dataset folder may have

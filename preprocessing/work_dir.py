@@ -16,7 +16,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bipe.data.manifest import Count, Record, ShardRecord
+from megatron_bipe.data.manifest import JOB_NAME, WORK_FOLDER, Count, Record, ShardRecord
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import LOCK_NAME, unreadable_error, write_atomically
 from preprocessing.destinations import Destination
@@ -24,8 +24,7 @@ from preprocessing.document_tokenizer import BackendName
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
 
-WORK_FOLDER = "unfinished"
-JOB_NAME, RANGE_NAME = "job.json", "range.json"
+RANGE_NAME = "range.json"
 CLEARED_NAME, PUBLISHED_NAME, STOCK_NAME = "cleared", "published", "stock"  # marker files, empty
 
 
