@@ -11,6 +11,8 @@ from huggingface_hub.utils._http import default_client_factory
 
 from megatron_bipe.errors import DataError
 
+NO_OWNERS = ("", ".", "..", "~")  # first parts of paths, not of names on the Hub
+
 _log = logging.getLogger(__name__)
 
 
@@ -43,13 +45,16 @@ def require_no_path(name: str) -> None:
     """Refuse to take a name for one on the Hub if it looks like a mistyped path.
 
     Raises:
-        DataError: the name has several parts, and the first exists on this disk.
+        DataError: the name has several parts, and the first exists on this disk or cannot be on the Hub.
     """
     first, slash, _ = name.partition("/")
-    if slash and Path(first or slash).exists():
+    check = f"Check the path{suggest_path(Path(name))}"
+    if slash and first in NO_OWNERS:
+        raise DataError("There is no such file or folder", remedy=check, location=name)
+    if slash and Path(first).exists():
         raise DataError(
-            f"There is no such path, but {first or slash!r} exists, so this is not taken for a name on the Hub",
-            remedy=f"Check the path{suggest_path(Path(name))}; for a name on the Hub, run this in another folder",
+            f"There is no such path, but {first!r} exists, so this is not taken for a name on the Hub",
+            remedy=f"{check}; for a name on the Hub, run this in another folder",
             location=name,
         )
 

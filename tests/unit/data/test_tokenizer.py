@@ -251,7 +251,7 @@ def test_load_tokenizer_folder_without_definition_is_an_error(tmp_path: Path) ->
 
 
 def test_load_tokenizer_no_path_and_no_hub_name_is_an_error(tmp_path: Path) -> None:
-    with raises(DataError, "'/'", location=tmp_path / "gone"):
+    with raises(DataError, location=tmp_path / "gone", remedy="Check the path"):
         load_tokenizer(tmp_path / "gone")  # an absolute path is not a Hub name: no network access
 
 
@@ -265,10 +265,10 @@ def test_load_tokenizer_mistyped_path_is_not_a_hub_name(
     with caplog.at_level("INFO"):
         assert load_tokenizer("org/name").name == "org/name"
     assert "org/name is not a path" in caplog.text and "c0ffee" in caplog.text
-    for name in ("snapshots/c0fee", "./c0ffee", "../gone"):
-        with raises(DataError, repr(name.split("/")[0]), location=name):
+    for name in ("./c0ffee", "../gone", "~/gone"):
+        with raises(DataError, location=name):
             load_tokenizer(name)
-    with raises(DataError, location="snapshots/c0fee", remedy="snapshots/c0ffee"):
+    with raises(DataError, "'snapshots'", location="snapshots/c0fee", remedy="snapshots/c0ffee"):
         load_tokenizer("snapshots/c0fee")
 
 
