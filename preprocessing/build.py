@@ -29,8 +29,9 @@ from preprocessing.document_tokenizer import BackendChoice, BackendName, Recipe,
 from preprocessing.line_counts import LineCounts, printable, require_at_least, sum_ranges
 from preprocessing.progress import Progress
 from preprocessing.range_worker import Job
-from preprocessing.readers.documents import read_input
-from preprocessing.readers.inputs import Input, Piece, find_inputs, plan_ranges
+from preprocessing.readers.documents import read_input, require_formats
+from preprocessing.readers.inputs import HUB, Input, Piece, find_inputs, plan_ranges
+from preprocessing.readers.lines import LONGEST_LINE_BYTES
 from preprocessing.readers.parse import Keys
 from preprocessing.work_dir import PUBLISHED_NAME, STOCK_NAME, WorkFolder
 from preprocessing.workers import Ranks, Task, process_ranges, range_weight, split_evenly
@@ -62,6 +63,7 @@ class BuildOptions:
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
     max_malformed: int | None = None  # None: the default of `LineCounts`
+    max_line_bytes: int = LONGEST_LINE_BYTES
     overwrite: bool = False
 
 
@@ -135,6 +137,7 @@ def _plan(options: BuildOptions) -> _Plan:
     require_at_least("--workers", options.workers, 1)
     require_at_least("--shard-tokens", options.shard_tokens, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
+    require_at_least("--max-line-bytes", options.max_line_bytes, 1)
     if not 0 <= options.check_share <= 1:
         raise DataError(f"--check-share is {options.check_share}", remedy="Give 0 to 1", location="--check-share")
     inputs = find_inputs(options.inputs)
@@ -174,14 +177,16 @@ def _has_begun(work: WorkFolder, num_ranges: int) -> bool:
 
 
 def _choose_backend(plan: _Plan, options: BuildOptions) -> BackendName:
+    require_formats(plan.inputs)
     documents: list[Document] = []
-    parts = (parsed.documents for item in plan.inputs for parsed in read_input(item, plan.keys))
-    total = 0
+    inputs = (read_input(item, plan.keys, options.max_line_bytes) for item in plan.inputs)
+    parts = (parsed.documents for parsed in itertools.chain.from_iterable(inputs))
+    room = FIRST_CHARS
     for document in itertools.chain.from_iterable(parts):
-        total += len(document.text)
-        if total > FIRST_CHARS:
+        documents.append(document._replace(text=document.text[:room]))
+        room -= len(documents[-1].text)
+        if room == 0:
             break
-        documents.append(document)
     return choose_backend(plan.tokenizer, options.backend, options.special_in_text, documents)
 
 
@@ -203,6 +208,7 @@ def _run(plan: _Plan, options: BuildOptions, backend: BackendName, ranks: Ranks)
         output=options.output,
         ranges=plan.ranges,
         keys=plan.keys,
+        max_line_bytes=options.max_line_bytes,
         recipe=replace(plan.recipe, backend=backend),
         shard_tokens=options.shard_tokens,
         drop_duplicates=options.deduplicate,
@@ -255,7 +261,7 @@ def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_
     """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
     return {
         "made_by": "tools/preprocess.py",
-        "inputs": [{"file": printable(item.name), "bytes": item.size} for item in inputs],
+        "inputs": [_describe(item) for item in inputs],
         "text_key": options.text_key,
         "partition_by": options.partition_by,
         "split_by": options.split,
@@ -268,3 +274,9 @@ def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_
         "malformed_lines": counts.num_malformed,
         "first_malformed": [line._asdict() for line in counts.first_malformed],
     }
+
+
+def _describe(item: Input) -> dict[str, Any]:
+    if item.kind == HUB:
+        return {"file": item.name, "parts": item.size, "commit": item.version}
+    return {"file": printable(item.name), "bytes": item.size}

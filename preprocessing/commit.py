@@ -16,8 +16,10 @@ from pydantic import Field, ValidationError
 
 from megatron_bipe.data.dataset import dataset_files, foreign_paths
 from megatron_bipe.data.manifest import (
+    JOB_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
+    WORK_FOLDER,
     Manifest,
     PromptAnswerRecord,
     Record,
@@ -32,15 +34,7 @@ from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import fsync_path, partial_path, write_atomically
 from preprocessing.destinations import Destination
-from preprocessing.work_dir import (
-    CLEARED_NAME,
-    FILES_NAME,
-    JOB_NAME,
-    PUBLISHED_NAME,
-    WORK_FOLDER,
-    RangeRecord,
-    WorkFolder,
-)
+from preprocessing.work_dir import CLEARED_NAME, FILES_NAME, PUBLISHED_NAME, RangeRecord, WorkFolder
 
 SHARD_PREFIX = "tokens"
 DATASETS_NAME = "datasets.json"  # record of the datasets below the output, if it is split or partitioned

@@ -23,7 +23,9 @@ from preprocessing.destinations import Destination, Split, text_hash
 
 BackendName = Literal["gigatoken", "stock"]
 BackendChoice = Literal["auto", "gigatoken", "stock"]
-MOST_COMPARED_CHARS = 200_000  # of one text: the stock library is slow, and more so for long texts
+MOST_COMPARED_CHARS = 200_000  # of one text, unless more is due: the stock library is slow, more so for long texts
+MARGIN_TOKENS = 64  # at each end of a piece: cutting a text changes the ids of the words around the cut
+PIECE_STEP = 0.618  # of a text, from one piece to that of the next long text, so that pieces are from all parts
 SHOWN_TOKENS = 5
 HARD_TEXTS = (
     " leading",
@@ -176,12 +178,13 @@ class GigatokenBackend:
 class CheckedBackend:
     """Fast backend whose ids are compared with the stock ones for a fraction of the text.
 
-    Complete documents are compared, of at most `MOST_COMPARED_CHARS`.
+    Complete documents are compared if they have at most `MOST_COMPARED_CHARS`, or if the fraction asks for all of one;
+    of other documents, pieces of that length are, from all parts of texts.
     """
 
     def __init__(self, fast: Backend, stock: Backend, share: float) -> None:
         self._fast, self._stock, self._share = fast, stock, share
-        self._passed_chars = self._compared_chars = 0
+        self._passed_chars = self._compared_chars = self._num_pieces = 0
 
     def encode_documents(self, documents: Sequence[Document]) -> Encoded:
         """Return the ids of each document's text.
@@ -193,11 +196,26 @@ class CheckedBackend:
         for number, document in enumerate(documents):
             self._passed_chars += len(document.text)
             pending = self._share * self._passed_chars - self._compared_chars
-            if pending > 0 and len(document.text) <= MOST_COMPARED_CHARS:
+            if pending <= 0:
+                continue
+            found_T = encoded.tokens_T[encoded.offsets_D1[number] : encoded.offsets_D1[number + 1]]
+            if len(document.text) > max(MOST_COMPARED_CHARS, pending) and self._has_piece(document.text, found_T):
+                self._compared_chars += MOST_COMPARED_CHARS
+            else:
                 self._compared_chars += len(document.text)
-                found_T = encoded.tokens_T[encoded.offsets_D1[number] : encoded.offsets_D1[number + 1]]
                 check_ids(document, found_T, self._stock)
         return encoded
+
+    def _has_piece(self, text: str, found_T: TokenArray) -> bool:
+        """Return True if the ids of a long text contain the stock ids of a piece of it.
+
+        If not, only a comparison of all of the text shows whether the ids are wrong, or the cut changed more of them.
+        """
+        start = int(self._num_pieces * PIECE_STEP % 1 * (len(text) - MOST_COMPARED_CHARS))
+        self._num_pieces += 1
+        ids_T = self._stock.encode([text[start : start + MOST_COMPARED_CHARS]]).tokens_T
+        inner_T = ids_T[MARGIN_TOKENS:-MARGIN_TOKENS].astype(found_T.dtype)
+        return inner_T.size > 0 and inner_T.tobytes() in found_T.tobytes()
 
 
 def check_ids(document: Document, found_T: TokenArray, stock: Backend) -> None:

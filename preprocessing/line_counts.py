@@ -4,10 +4,11 @@ import logging
 import os
 from collections.abc import Sequence
 
+from megatron_bipe.data.manifest import WORK_FOLDER
 from megatron_bipe.errors import DataError
 from preprocessing.readers.inputs import Piece
 from preprocessing.readers.parse import Malformed, Parsed
-from preprocessing.work_dir import WORK_FOLDER, RangeRecord
+from preprocessing.work_dir import RangeRecord
 
 MALFORMED_NAMED = 10  # lines that are reported; at least this many are allowed
 MALFORMED_SHARE = 0.01  # of the lines read so far; above it, the options probably do not match the input

@@ -40,6 +40,7 @@ class Job:
     output: Path
     ranges: list[list[Piece]]
     keys: Keys
+    max_line_bytes: int
     recipe: Recipe
     shard_tokens: int  # a shard is closed before the document that would exceed this
     drop_duplicates: bool
@@ -52,7 +53,7 @@ class RangeWorker:
     def __init__(self, job: Job, advance: Advance) -> None:
         self._job, self._advance = job, advance
         self._work = WorkFolder(job.output)
-        self._reader = DocumentReader(job.keys)
+        self._reader = DocumentReader(job.keys, job.max_line_bytes)
         self._tokenizer: DocumentTokenizer | None = None
 
     def __enter__(self) -> Self:

@@ -22,8 +22,9 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
 from preprocessing.document_tokenizer import HARD_TEXTS
 from preprocessing.line_counts import LineCounts, require_at_least
-from preprocessing.readers.documents import read_input
+from preprocessing.readers.documents import read_input, require_formats
 from preprocessing.readers.inputs import Input, find_inputs
+from preprocessing.readers.lines import LONGEST_LINE_BYTES
 from preprocessing.readers.parse import Keys
 
 SAMPLE_BYTES = 100_000_000  # training takes about 1.5 GB of memory: measured, 14 bytes per byte of text
@@ -55,6 +56,7 @@ class TrainOptions:
     sample_bytes: int = SAMPLE_BYTES
     text_key: str = "text"
     max_malformed: int | None = None  # None: the default of `LineCounts`
+    max_line_bytes: int = LONGEST_LINE_BYTES
     overwrite: bool = False
 
 
@@ -67,6 +69,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
     """
     require_at_least("--sample-bytes", options.sample_bytes, 1)
     require_at_least("--max-malformed", options.max_malformed, 0)
+    require_at_least("--max-line-bytes", options.max_line_bytes, 1)
     files = find_inputs(options.inputs)
     if options.output.exists() and not options.output.is_dir():
         raise DataError(
@@ -80,6 +83,7 @@ def train_tokenizer(options: TrainOptions) -> Path:
             remedy="Name another folder, or add --overwrite to replace the tokenizer",
             location=options.output,
         )
+    require_formats(files)
     sample = CheckSample()
     counts = LineCounts(options.max_malformed)
     lines = _split_lines(sample.collect(_read_texts(files, options, counts)))
@@ -100,7 +104,7 @@ def _read_texts(inputs: list[Input], options: TrainOptions, counts: LineCounts) 
     for item in inputs:
         passed_bytes += item.size
         quota_bytes = options.sample_bytes * passed_bytes // max(total_bytes, 1)
-        parts = read_input(item, Keys(options.text_key))
+        parts = read_input(item, Keys(options.text_key), options.max_line_bytes)
         while taken_bytes < quota_bytes and (parsed := next(parts, None)) is not None:
             counts.add_parsed(parsed)
             for document in parsed.documents:

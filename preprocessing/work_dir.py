@@ -17,7 +17,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from megatron_bipe.data.manifest import Count, Record, ShardRecord
+from megatron_bipe.data.manifest import JOB_NAME, WORK_FOLDER, Count, Record, ShardRecord
 from megatron_bipe.errors import DataError, failed_path
 from megatron_bipe.io import LOCK_NAME, PARTIAL_SUFFIX, unreadable_error, write_atomically
 from preprocessing.destinations import DROPPED_NAME as DROPPED_ROWS_NAME
@@ -26,8 +26,7 @@ from preprocessing.document_tokenizer import BackendName
 from preprocessing.readers.documents import PieceEnd
 from preprocessing.readers.parse import Malformed
 
-WORK_FOLDER = "unfinished"
-JOB_NAME, FILES_NAME, RANGE_NAME = "job.json", "files.json", "range.json"
+FILES_NAME, RANGE_NAME = "files.json", "range.json"
 DROPPED_NAME = "dropped.json"  # the record of a job whose folder is being removed
 CLEARED_NAME, PUBLISHED_NAME, STOCK_NAME = "cleared", "published", "stock"  # marker files, empty
 _RECORDS = (JOB_NAME, FILES_NAME, DROPPED_NAME)

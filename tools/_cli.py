@@ -87,7 +87,15 @@ def check_model_folder(folder: Path, remedy: str = "Make one with tools/export_h
         )
 
 
-def add_max_malformed(parser: argparse.ArgumentParser) -> None:
+def add_line_limits(parser: argparse.ArgumentParser, max_line_bytes: int) -> None:
+    """Add the limits on the lines of raw text; `max_line_bytes` is the default of `--max-line-bytes`."""
+    parser.add_argument(
+        "--max-line-bytes",
+        type=int,
+        default=max_line_bytes,
+        metavar="N",
+        help="longest line, or text file, to accept; a longer one is an error (default: %(default)s)",
+    )
     parser.add_argument(
         "--max-malformed",
         type=int,

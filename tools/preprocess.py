@@ -9,10 +9,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import add_max_malformed, command
+from _cli import add_line_limits, command
 from preprocessing.build import CHECK_SHARE, SHARD_TOKENS, BuildOptions, build
 from preprocessing.destinations import SPLIT_EXAMPLE
 from preprocessing.readers.inputs import SUFFIXES
+from preprocessing.readers.lines import LONGEST_LINE_BYTES
 from preprocessing.workers import join_ranks
 
 
@@ -30,8 +31,7 @@ def main(argv: Sequence[str] | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    kinds = ", ".join(SUFFIXES)
-    inputs = f"files, folders or globs of {kinds}; folders saved by `datasets`; names on the Hub (org/name:split)"
+    inputs = f"files, folders or globs of {SUFFIXES}; folders saved by `datasets`; names on the Hub (org/name:split)"
     add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=inputs)
     add("--tokenizer", required=True, metavar="DIR_OR_NAME", help="tokenizer folder or file, or a name on the Hub")
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
@@ -61,7 +61,8 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=CHECK_SHARE,
         metavar="X",
-        help="fraction of the text that is also tokenized by the stock library and compared (default: %(default)s)",
+        help="fraction of the text that is also tokenized by the stock library and compared; of texts above 200,000 "
+        "characters, pieces are (default: %(default)s)",
     )
     add(
         "--on-difference",
@@ -69,7 +70,7 @@ def _parser() -> argparse.ArgumentParser:
         default="stop",
         help="if a comparison fails: stop and name the document, or start again with stock (default: %(default)s)",
     )
-    add_max_malformed(parser)
+    add_line_limits(parser, LONGEST_LINE_BYTES)
     add("--overwrite", action="store_true", help="replace an existing dataset, once the new one is finished")
     return parser
 

@@ -8,8 +8,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import add_max_malformed, command
+from _cli import add_line_limits, command
 from preprocessing.readers.inputs import SUFFIXES
+from preprocessing.readers.lines import LONGEST_LINE_BYTES
 from preprocessing.train_tokenizer import SAMPLE_BYTES, TrainOptions, train_tokenizer
 
 
@@ -22,8 +23,8 @@ def main(argv: Sequence[str] | None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    kinds = ", ".join(SUFFIXES)
-    add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=f"files, folders or globs of {kinds}")
+    inputs = f"files, folders or globs of {SUFFIXES}; folders saved by `datasets`; names on the Hub (org/name:split)"
+    add("--input", dest="inputs", nargs="+", required=True, metavar="FILE", help=inputs)
     add("--vocab-size", type=int, required=True, metavar="N", help="tokens, special and byte tokens included")
     add("--output", required=True, type=Path, metavar="DIR", help="tokenizer folder to make")
     add(
@@ -35,7 +36,7 @@ def _parser() -> argparse.ArgumentParser:
         "needs about 14 times that in memory",
     )
     add("--text-key", default="text", metavar="KEY", help="key of the text in a JSON line (default: %(default)s)")
-    add_max_malformed(parser)
+    add_line_limits(parser, LONGEST_LINE_BYTES)
     add("--overwrite", action="store_true", help="replace an existing tokenizer")
     return parser
 

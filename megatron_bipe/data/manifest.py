@@ -15,6 +15,7 @@ from megatron_bipe.io import check_inner_name, unreadable_error, write_atomicall
 
 MANIFEST_NAME = "manifest.json"
 TOKENIZER_FOLDER = "tokenizer"  # the tokenizer's files, next to the manifest and in a run folder
+WORK_FOLDER, JOB_NAME = "unfinished", "job.json"  # of a dataset that is being made: its folder, and a file that it has
 Count = Annotated[int, Field(ge=0)]
 InnerName = Annotated[str, AfterValidator(check_inner_name)]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]

@@ -7,6 +7,7 @@ percent of documents. `data.token_strings` gives the text of single ids.
 import hashlib
 import json
 import logging
+import re
 import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
+from megatron_bipe.data.hub import protect_token, require_no_path
 from megatron_bipe.data.token_strings import SPACE_MARK, json_token_texts, parse_byte_token, sentencepiece_to_json
 from megatron_bipe.errors import DataError
 
@@ -27,6 +29,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json")
 COMPANIONS = (*DEFINITIONS, *SETTINGS, "added_tokens.json", "vocab.json", "merges.txt")
 ROLES = ("bos", "eos", "unk", "pad")
 USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|endoftext|>", "[BOS]")  # used if no settings file names one
+TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+={0,2} \d+\r?\n")  # a token in base64, and its rank
 
 log = logging.getLogger(__name__)
 
@@ -150,6 +153,8 @@ class SentencePieceTokenizer(Tokenizer):
             self._backend = sentencepiece.SentencePieceProcessor()
             self._backend.load_from_serialized_proto(content)
         except Exception as error:  # RuntimeError for most damaged files, other types for an empty file
+            if TIKTOKEN_LINE.match(content):
+                raise _tiktoken_error(definition) from error
             raise _damaged(definition, error) from error
         self.definition, self.files, self.name = definition, files, name
         self.fingerprint = hashlib.sha256(content).hexdigest()
@@ -231,9 +236,15 @@ def _canonical_name(definition: Path) -> str:
 
 
 def _download(name: str) -> Path:
-    """Return the folder of a Hub repository's tokenizer files, from the local cache or downloaded."""
+    """Return the folder of a Hub repository's tokenizer files, from the local cache or downloaded.
+
+    Raises:
+        DataError: the name looks like a mistyped path, or nothing can be downloaded under it.
+    """
+    require_no_path(name)
+    protect_token()
     try:
-        return Path(huggingface_hub.snapshot_download(name, allow_patterns=list(COMPANIONS)))
+        folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=list(COMPANIONS)))
     except Exception as error:  # of many types: bad name, no such repository, gated, no network
         raise DataError(
             f"There is no such file or folder, and no tokenizer could be downloaded from the Hub under that name "
@@ -241,6 +252,8 @@ def _download(name: str) -> Path:
             remedy="Check the path, or make a tokenizer with tools/train_tokenizer.py",
             location=name,
         ) from error
+    log.info("%s is not a path here: using the tokenizer of this name on the Hub, commit %s", name, folder.name)
+    return folder
 
 
 def _special_ids(
@@ -272,6 +285,16 @@ def _roles_in(file: Path) -> dict[str, str]:
     except (ValueError, AttributeError, KeyError) as error:
         raise _damaged(file, error) from error
     return {role: content for role, content in contents.items() if isinstance(content, str)}
+
+
+def _tiktoken_error(file: Path) -> DataError:
+    return DataError(
+        "This is a vocabulary of tiktoken, which lacks the rule by which text is split; a tokenizer.model must be of "
+        "SentencePiece",
+        remedy="Use the tokenizer.json of the same model: its repository on the Hub has one, or transformers makes one "
+        "(transformers.integrations.tiktoken.convert_tiktoken_to_fast)",
+        location=file,
+    )
 
 
 def _damaged(file: Path, error: Exception) -> DataError:

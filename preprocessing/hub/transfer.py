@@ -28,6 +28,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import build_hf_headers
 from huggingface_hub.utils.sha import git_hash
 
+from megatron_bipe.data.hub import protect_token
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name, sha256_of
 
@@ -66,6 +67,7 @@ def list_snapshot(repo: str, revision: str | None, endpoint: str | None) -> Snap
     Raises:
         DataError: no network, an unknown repository or revision, no access, or an endpoint that is not a Hub.
     """
+    protect_token()
     api = HfApi(endpoint=endpoint)
     try:
         with hub_errors(f"{repo}@{revision}" if revision else repo):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 
+from megatron_bipe.data.hub import protect_token
 from megatron_bipe.errors import DataError
 from preprocessing.readers.lines import reading
 from preprocessing.readers.parse import Keys, Parsed
@@ -87,6 +88,7 @@ def _parse_name(name: str) -> tuple[str, str | None, str]:
 def _load(name: str, commit: str | None) -> Any:
     with reading(name):
         from datasets import load_dataset
+    protect_token()
     repo, config, split = _parse_name(name)
     if Path(repo).exists():  # `datasets` would read that
         raise DataError(f"{repo} is also a path on this disk", remedy="Name files in it, or rename it", location=name)

@@ -10,10 +10,12 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_bipe.data.manifest import TOKENIZER_FOLDER
+from megatron_bipe.data.hub import require_no_path, suggest_path
+from megatron_bipe.data.manifest import JOB_NAME, MANIFEST_NAME, TOKENIZER_FOLDER, WORK_FOLDER
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name
+from preprocessing.hub.plan import RECEIPT_NAME
 from preprocessing.readers.hub_dataset import open_hub
 from preprocessing.readers.lines import reading
 
@@ -26,16 +28,23 @@ class Kind(NamedTuple):
     text_share: float  # approximate bytes of text per byte on disk, so that ranges are equal amounts of work
 
 
+COMPRESSED = {"": 1.0, ".gz": 3.0, ".zst": 4.0, ".bz2": 4.0, ".xz": 4.0}  # bytes of text per byte
 KINDS = {
-    ".jsonl": Kind("lines", True, 1.0),
-    ".jsonl.zst": Kind("lines", True, 4.0),
-    ".jsonl.gz": Kind("lines", True, 3.0),
-    ".txt": Kind("text", False, 1.0),
+    **{
+        stem + suffix: Kind("lines", True, share)
+        for stem in (".jsonl", ".json", ".ndjson")
+        for suffix, share in COMPRESSED.items()
+    },
+    **{".txt" + suffix: Kind("text", False, share) for suffix, share in COMPRESSED.items()},
     ".parquet": Kind("parquet", True, 2.0),
     ".arrow": Kind("arrow", False, 1.0),
 }
+SUFFIXES = ".jsonl, .json, .ndjson, .txt (each also .gz, .zst, .bz2 or .xz), .parquet and .arrow"
 HUB = Kind("hub", True, 1.0)
-SUFFIXES = tuple(suffix for suffix in KINDS if suffix != ".arrow")  # which is read only as part of a saved folder
+# Files that accompany data, and hold none.
+METADATA = (MANIFEST_NAME, RECEIPT_NAME, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+CACHES = "cache-"  # start of the names of tables that `Dataset.map` and `filter` leave next to their source
+NAMED_SKIPPED = 3  # examples of each reason for which files are skipped
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
 
 RANGE_TEXT_BYTES = 1 << 30  # at most: half a minute of work, and a shard of half a gigabyte
@@ -79,23 +88,122 @@ def find_inputs(inputs: Sequence[str]) -> list[Input]:
     return list(found.values())
 
 
+def kind_of(name: str) -> Kind | None:
+    """Return the kind of file that a name shows, in upper or lower case; None if it is not supported."""
+    return next((kind for suffix, kind in KINDS.items() if name.lower().endswith(suffix)), None)
+
+
 def _inputs_of(entry: str) -> list[Input]:
     path = Path(entry)
+    if path.exists() and not path.is_dir():
+        return [_file_input(path)]
+    search = _Search()
     if path.is_dir():
-        if is_saved_dataset(path):
-            return [_file_input(file) for file in saved_files(path)]
-        files = sorted(_files_below(path))
-    elif path.exists():
-        files = [path]
+        search.add_folder(path)
     else:
-        files = sorted(Path(name) for name in glob.glob(entry, recursive=True) if Path(name).is_file())  # noqa: PTH207
-        if not files and HUB_NAME.fullmatch(entry) and not entry.endswith(SUFFIXES):
-            return [Input(entry, HUB, *open_hub(entry))]
-    if not files:
+        matches = [Path(name) for name in sorted(glob.glob(entry, recursive=True))]  # noqa: PTH207
+        for match in matches:
+            search.add(match)
+        if not matches and HUB_NAME.fullmatch(entry) and kind_of(entry) is None:
+            return [_hub_input(entry)]
+    search.report(entry)
+    if not search.files:
         raise DataError(
-            f"The input names no file of the kinds {', '.join(SUFFIXES)}", remedy="Check the path", location=entry
+            f"The input names no file of the kinds {SUFFIXES}",
+            remedy=f"Check the path{suggest_path(path)}",
+            location=entry,
         )
-    return [_file_input(file) for file in files]
+    return [_file_input(file) for file in sorted(search.files)]
+
+
+def _hub_input(entry: str) -> Input:
+    """Return the dataset on the Hub with this name, which looks like a path."""
+    require_no_path(entry)
+    found = Input(entry, HUB, *open_hub(entry))
+    log.info("%s is not a path here: reading the dataset of this name on the Hub, commit %s", entry, found.version)
+    return found
+
+
+class _Search:
+    """Files that are found in folders or by patterns, and those that are skipped, by reason."""
+
+    def __init__(self) -> None:
+        self.files: set[Path] = set()
+        self._skipped: dict[str, list[Path]] = {}
+        self._saved: dict[Path, frozenset[Path] | None] = {}  # files of saved datasets, by folder
+
+    def add(self, path: Path) -> None:
+        """Add the match of a pattern: a file, or a folder with all in it."""
+        if path.is_dir() and path.is_symlink():
+            _warn_of_link(path)
+        elif path.is_dir():
+            self.add_folder(path)
+        else:
+            self._add_file(path)
+
+    def add_folder(self, folder: Path) -> None:
+        for name, folders, files in os.walk(folder, onerror=_refuse):
+            parent = Path(name)
+            self._saved_in(parent)  # refuses a dataset saved with several splits
+            for inner in sorted(folders):
+                path = parent / inner
+                if path.is_symlink():
+                    _warn_of_link(path)
+                elif inner.startswith("."):
+                    self._skip(path, "hidden")
+                else:
+                    continue
+                folders.remove(inner)
+            for file in files:
+                self._add_file(parent / file)
+
+    def report(self, entry: str) -> None:
+        """Log what was skipped."""
+        reasons = []
+        for reason, paths in sorted(self._skipped.items()):
+            names = sorted({path.name for path in paths})
+            more = ", ..." if len(names) > NAMED_SKIPPED else ""
+            reasons.append(f"{len(set(paths))} {reason} ({', '.join(names[:NAMED_SKIPPED])}{more})")
+        if reasons:
+            log.warning("%s: files that are not read: %s", entry, "; ".join(reasons))
+
+    def _add_file(self, path: Path) -> None:
+        reason = self._reason_against(path)
+        if reason is None:
+            self.files.add(path)
+        elif reason:
+            self._skip(path, reason)
+
+    def _reason_against(self, path: Path) -> str | None:
+        """Return the reason for which a file is skipped, "" for one that describes a saved dataset; else None."""
+        name, saved = path.name, self._saved_in(path.parent)
+        if name.startswith("."):
+            return "hidden"
+        if not path.is_file():
+            return "broken links"
+        if saved is not None:
+            return None if path in saved else "" if name in METADATA else "not part of the saved dataset"
+        if any(folder.name == WORK_FOLDER and (folder / JOB_NAME).is_file() for folder in list(path.parents)[:2]):
+            return "of an unfinished dataset"
+        if name in METADATA or (path.parent.name == TOKENIZER_FOLDER and name in COMPANIONS):
+            return "metadata"
+        if kind_of(name) is None:
+            suffix = "".join(path.suffixes[-2:] if path.suffix.lower() in COMPRESSED else path.suffixes[-1:])
+            return f"of kind {suffix.lower()}" if suffix else "without a suffix"
+        return "caches of `datasets`" if name.startswith(CACHES) and name.endswith(".arrow") else None
+
+    def _skip(self, path: Path, reason: str) -> None:
+        self._skipped.setdefault(reason, []).append(path)
+
+    def _saved_in(self, folder: Path) -> frozenset[Path] | None:
+        """Return the files of the dataset that is saved in a folder; None if there is none."""
+        if folder not in self._saved:
+            self._saved[folder] = frozenset(saved_files(folder)) if is_saved_dataset(folder) else None
+        return self._saved[folder]
+
+
+def _warn_of_link(path: Path) -> None:
+    log.warning("%s is a link to a folder and is not searched; name it as an input to read it", path)
 
 
 def is_saved_dataset(folder: Path) -> bool:
@@ -138,18 +246,6 @@ def saved_files(folder: Path) -> list[Path]:
     return files
 
 
-def _files_below(folder: Path) -> Iterator[Path]:
-    """Yield the files of supported kinds, except those of a dataset's tokenizer, such as `merges.txt`."""
-    for name, folders, files in os.walk(folder, onerror=_refuse):
-        parent = Path(name)
-        for linked in filter(Path.is_symlink, (parent / inner for inner in folders)):
-            log.warning("%s is a link to a folder and is not searched; name it as an input to read it", linked)
-        not_texts = COMPANIONS if parent.name == TOKENIZER_FOLDER else ()
-        for file in files:
-            if file.endswith(SUFFIXES) and file not in not_texts and (parent / file).is_file():
-                yield parent / file
-
-
 def _refuse(error: OSError) -> None:
     raise DataError(
         f"The folder cannot be searched: {error.strerror}",
@@ -169,10 +265,10 @@ def require_unchanged(item: Input) -> None:
 
 
 def _file_input(file: Path) -> Input:
-    kind = next((KINDS[suffix] for suffix in KINDS if file.name.endswith(suffix)), None)
+    kind = kind_of(file.name)
     if kind is None:
         raise DataError(
-            f"Files of this kind are not supported; the kinds are {', '.join(SUFFIXES)}",
+            f"Files of this kind are not supported; the kinds are {SUFFIXES}",
             remedy="Convert or rename the file",
             location=file,
         )

@@ -1,4 +1,4 @@
-"""Read ranges of files as blocks of bytes: lines of a `.jsonl` file, plain, `.gz` or `.zst`, or a complete `.txt` file.
+"""Read ranges of files as blocks of bytes: lines of a JSON lines file, or a complete text file, plain or compressed.
 
 A line belongs to the range in whose content it begins. Any division of a file into ranges therefore gives every line
 exactly once, without communication between readers.
@@ -6,12 +6,17 @@ exactly once, without communication between readers.
 A range of a compressed file stands for the content that comes out while its bytes go in, so a file can be divided by
 its size alone, before it is decompressed. Starting inside a plain file is free; a `.zst` file of many frames must be
 decompressed from the frame before, and any other file from its beginning.
+
+Memory is bounded whatever a file contains: a compressed file is decompressed a little at a time, and a line that is
+longer than a limit is an error.
 """
 
 import bisect
+import bz2
+import lzma
 import os
 import zlib
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, Self
@@ -19,10 +24,12 @@ from typing import Any, BinaryIO, NamedTuple, Self
 import zstandard
 
 from megatron_bipe.errors import DataError
+from preprocessing.readers.content_check import BYTE_ORDER_MARK, require_json_lines, require_text
 
 BLOCK_BYTES = 1 << 21  # of text: few calls, and little of a worker's memory
 READ_BYTES = 1 << 17
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+LONGEST_LINE_BYTES = 1 << 28  # far above any document that is text; a worker holds it about four times
+MAX_HISTORY_BYTES = 1 << 31  # to which data may refer back; files of `zstd --long=31` need it
 NEWLINE = ord("\n")
 SKIPPABLE_MAGIC = range(0x184D2A50, 0x184D2A60)  # of a zstd frame without content
 LONGEST_HEADER_BYTES = 18  # of a zstd frame
@@ -43,6 +50,7 @@ class LineReader:
 
     Args:
         file: opened here, and closed at the end of the `with` statement.
+        max_line_bytes: limit on the length of a line.
 
     Attributes:
         num_lines: newlines in the lines of the last range.
@@ -50,8 +58,8 @@ class LineReader:
         overrun_bytes: content after the last range that belongs to its last line; the next range skips it.
     """
 
-    def __init__(self, file: Path) -> None:
-        self._file = file
+    def __init__(self, file: Path, max_line_bytes: int = LONGEST_LINE_BYTES) -> None:
+        self._file, self._max_line_bytes = file, max_line_bytes
         self._content = Content(file)
         self._kept = b""  # content after the last line of the last range, from byte `_kept_at` of the file
         self._kept_at: int | None = None
@@ -65,7 +73,11 @@ class LineReader:
         self._content.__exit__()
 
     def blocks(self, start: int, stop: int, block_bytes: int = BLOCK_BYTES) -> Iterator[Block]:
-        """Yield the lines that begin in the content of bytes [start, stop), in blocks of about `block_bytes`."""
+        """Yield the lines that begin in the content of bytes [start, stop), in blocks of about `block_bytes`.
+
+        Raises:
+            DataError: a line is longer than the limit, or the file does not begin as JSON lines do.
+        """
         self.num_lines = 0
         self._reported_bytes, self._stop = start, stop
         pending = bytearray()
@@ -76,12 +88,25 @@ class LineReader:
                 end = pending.rfind(b"\n", 0, block_bytes) + 1 or pending.find(b"\n", max(searched, block_bytes)) + 1
                 if end == 0:
                     break
+                self._require_line(end, start)
                 content = bytes(pending[:end])
                 del pending[:end]
                 searched = 0
                 yield self._block(content)
+            self._require_line(len(pending), start)
         if pending:
             yield self._block(bytes(pending))
+
+    def _require_line(self, num_bytes: int, start: int) -> None:
+        """Raise `DataError` for a block, or the start of a line, that is longer than a line may be."""
+        if num_bytes > max(self._max_line_bytes, BLOCK_BYTES):
+            where = f", counted from byte {start}" if start else ""
+            raise DataError(
+                f"Line {self.num_lines + 1}{where} has more than {self._max_line_bytes} bytes",
+                remedy="If the file is what it should be, allow longer lines with --max-line-bytes; each worker needs "
+                "about four times the length of the longest as memory",
+                location=self._file,
+            )
 
     def _block(self, content: bytes) -> Block:
         first_line, reported_bytes = self.num_lines + 1, self._reported_bytes
@@ -100,7 +125,9 @@ class LineReader:
                     continue
                 last, chunk = b"\n", chunk[end:]
             if chunk:
-                chunk = chunk.removeprefix(BYTE_ORDER_MARK) if last == b"" else chunk
+                if last == b"":
+                    require_json_lines(chunk, self._file)
+                    chunk = chunk.removeprefix(BYTE_ORDER_MARK)
                 last = chunk[-1:]
                 yield chunk
         self._kept, self._kept_at, self.overrun_bytes = b"", stop if last else None, 0
@@ -130,9 +157,25 @@ class LineReader:
                 break
 
 
-def read_text_file(file: Path) -> Block:
-    content = file.read_bytes()
-    return Block(str(file), 1, content.removeprefix(BYTE_ORDER_MARK), False, len(content))
+def read_text_file(file: Path, max_bytes: int = LONGEST_LINE_BYTES) -> Block:
+    """Return all of a text file.
+
+    Raises:
+        DataError: it is longer than the limit, or not UTF-8 or ASCII.
+    """
+    content = bytearray()
+    with Content(file) as opened:
+        for chunk in opened.advance():
+            content += chunk
+            if len(content) > max_bytes:
+                raise DataError(
+                    f"The text, which is one document, has more than {max_bytes} bytes",
+                    remedy="Divide it into documents, or allow longer ones with --max-line-bytes",
+                    location=file,
+                )
+        size = opened.position
+    require_text(content, file)
+    return Block(str(file), 1, bytes(content).removeprefix(BYTE_ORDER_MARK), False, size)
 
 
 @contextmanager
@@ -146,19 +189,45 @@ def reading(file: Path | str) -> Iterator[None]:
             remedy="Run pip install datasets",
             location=file,
         ) from error
-    except (zstandard.ZstdError, zlib.error, EOFError) as error:
-        raise DataError(
-            f"The data is damaged or truncated: {error}", remedy="Fetch or make the file again", location=file
-        ) from error
+    except (zstandard.ZstdError, zlib.error, lzma.LZMAError, EOFError) as error:
+        raise _damaged_error(file, error) from error
     except OSError as error:
+        if error.errno is None:  # from bz2
+            raise _damaged_error(file, error) from error
         raise DataError(f"The file cannot be read: {error.strerror or error}", location=file) from error
+
+
+def _zst_decoder() -> Any:
+    # `zstandard.stream_reader` would end silently inside a truncated frame.
+    return zstandard.ZstdDecompressor(max_window_size=MAX_HISTORY_BYTES).decompressobj()
+
+
+def _damaged_error(file: Path | str, error: Exception) -> DataError:
+    return DataError(f"The data is damaged or truncated: {error}", remedy="Fetch or make the file again", location=file)
+
+
+class Decoder(NamedTuple):
+    """How files of a compression are read."""
+
+    new: Callable[[], Any]
+    step_bytes: int  # compressed data for one call, so that its result is bounded
+
+
+DECODERS = {
+    ".gz": Decoder(
+        lambda: zlib.decompressobj(wbits=zlib.MAX_WBITS | 16), 1 << 14
+    ),  # at most 1,032 bytes a byte, so 16 MiB
+    ".zst": Decoder(_zst_decoder, 1 << 11),  # at most 64 MiB, 128 KiB for 4 bytes
+    ".bz2": Decoder(bz2.BZ2Decompressor, 1 << 5),  # at most one block, so 44 MiB
+    ".xz": Decoder(lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ, memlimit=MAX_HISTORY_BYTES), 1 << 10),
+}
 
 
 class Content:
     """Content of a file, read forwards; `seek` goes anywhere.
 
     Args:
-        file: `.gz` and `.zst` are decompressed.
+        file: decompressed if its name ends with one of `DECODERS`, in any case.
 
     Attributes:
         position: bytes on disk consumed so far.
@@ -166,7 +235,7 @@ class Content:
 
     def __init__(self, file: Path) -> None:
         self._file = file
-        self._kind = file.suffix if file.suffix in (".gz", ".zst") else ""
+        self._kind = suffix if (suffix := file.suffix.lower()) in DECODERS else ""
         self._raw: BinaryIO = file.open("rb")
         self._size = os.fstat(self._raw.fileno()).st_size
         self._last_byte: int | None = None  # of the content so far
@@ -200,16 +269,28 @@ class Content:
         """
         stop = self._size if stop is None else stop
         while self.position < stop:
-            chunk = self._raw.read(min(READ_BYTES, stop - self.position))
-            if not chunk:
-                raise EOFError(f"the file ends at byte {self.position}; it had {self._size} bytes")
-            self.position += len(chunk)
-            content = self._decoded(chunk) if self._kind else chunk
+            content = self._read_compressed(stop) if self._kind else self._read_raw(READ_BYTES, stop)
             if content:
                 self._last_byte = content[-1]
                 yield content
         if self.position >= self._size and self._in_frame:
             raise EOFError(f"the last {self._kind} frame is incomplete")
+
+    def _read_raw(self, num_bytes: int, stop: int) -> bytes:
+        chunk = self._raw.read(min(num_bytes, stop - self.position))
+        if not chunk:
+            raise EOFError(f"the file ends at byte {self.position}; it had {self._size} bytes")
+        self.position += len(chunk)
+        return chunk
+
+    def _read_compressed(self, stop: int) -> bytes:
+        """Return the content of at least one step, and of further ones while it is short."""
+        parts: list[bytes] = []
+        size, step_bytes = 0, DECODERS[self._kind].step_bytes
+        while self.position < stop and size < READ_BYTES:
+            parts.append(self._decoded(self._read_raw(step_bytes, stop)))
+            size += len(parts[-1])
+        return b"".join(parts)
 
     def _restart(self, position: int) -> None:
         self._raw.seek(position)
@@ -219,22 +300,20 @@ class Content:
         self._decoder = self._new_decoder()
 
     def _new_decoder(self) -> Any:
-        if self._kind == ".zst":
-            # `zstandard.stream_reader` would end silently inside a truncated frame.
-            return zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj()
-        return zlib.decompressobj(wbits=zlib.MAX_WBITS | 16)
+        return DECODERS[self._kind].new() if self._kind else None
 
     def _decoded(self, chunk: bytes) -> bytes:
-        parts = []
+        parts: list[bytes] = []
         while chunk:
-            if not self._in_frame and self._kind == ".gz" and not (chunk := chunk.lstrip(b"\0")):
-                break  # padding after a member
+            if not self._in_frame and self._kind in (".gz", ".xz") and not (chunk := chunk.lstrip(b"\0")):
+                break  # padding after a member or stream
             self._in_frame = True
-            parts.append(self._decoder.decompress(chunk))
-            chunk = b""
-            if self._decoder.eof:
-                chunk, self._decoder, self._in_frame = self._decoder.unused_data, self._new_decoder(), False
-        return parts[0] if len(parts) == 1 else b"".join(parts)
+            content: bytes = self._decoder.decompress(chunk)
+            if not self._decoder.eof:
+                return b"".join([*parts, content]) if parts else content
+            parts.append(content)
+            chunk, self._decoder, self._in_frame = self._decoder.unused_data, self._new_decoder(), False
+        return b"".join(parts)
 
     def _skip_to(self, start: int) -> None:
         for _ in self.advance(start):

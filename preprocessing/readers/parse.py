@@ -1,5 +1,6 @@
 """Parse blocks of bytes, or rows of tables, into documents and malformed lines."""
 
+import json
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
@@ -73,7 +74,21 @@ def _parse_line(line: bytes, keys: Keys) -> tuple[str, str] | str:
     try:
         return _parse_record(orjson.loads(line), keys)
     except orjson.JSONDecodeError as error:  # also for bad UTF-8 and lone surrogates
-        return f"no JSON: {error.msg} (column {error.colno})"
+        found = _parse_leniently(line, keys)
+        return f"no JSON: {error.msg} (column {error.colno})" if found is None else found
+
+
+def _parse_leniently(line: bytes, keys: Keys) -> tuple[str, str] | str | None:
+    """Parse with Python's `json`, whose `dumps` writes NaN, Infinity and lone surrogates; return None if it fails, too.
+
+    Such values may be in fields that are not read. A text with a lone surrogate has no UTF-8 form.
+    """
+    try:
+        found = _parse_record(json.loads(line.decode()), keys)
+        "".join(found).encode()
+    except (ValueError, RecursionError):
+        return None
+    return found
 
 
 def _parse_record(record: Any, keys: Keys) -> tuple[str, str] | str:

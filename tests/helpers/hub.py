@@ -63,6 +63,7 @@ class Request(NamedTuple):
     method: str
     path: str
     range: str | None
+    token: str | None = None  # its `Authorization`
 
 
 @dataclass
@@ -130,7 +131,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         path = urlsplit(self.path).path
-        request = Request(self.command, path, self.headers.get("Range"))
+        request = Request(self.command, path, self.headers.get("Range"), self.headers.get("Authorization"))
         self.served.requests.append(request)
         fault = self.served.take_fault(request)
         if fault.status != 200:

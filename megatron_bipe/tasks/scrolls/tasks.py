@@ -13,6 +13,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO, Literal, NamedTuple, cast
@@ -24,6 +25,7 @@ from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.types import TokenArray
 
+LONGEST_LINE_BYTES = 1 << 27  # the longest input, a book, has a few MB
 SEQ_LEN_TOKENS = 8192  # prompt, answer and EOS together; the authors' value
 
 Metric = Literal["f1", "exact_match", "rouge"]
@@ -179,7 +181,14 @@ def read_rows(folder: Path, task: str, split: str) -> Iterator[Row]:
         DataError: there is no such file, or a line is not a row; the error names its location and field.
     """
     with _opened(folder, task, split) as (stream, name):
-        for number, line in enumerate(stream, start=1):
+        lines = iter(partial(stream.readline, LONGEST_LINE_BYTES + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            if len(line) > LONGEST_LINE_BYTES:
+                raise DataError(
+                    f"the line has more than {LONGEST_LINE_BYTES} bytes",
+                    remedy="Download the file again, or remove the line",
+                    location=f"{name}, line {number}",
+                )
             if line.strip():
                 yield _row(line, f"{name}, line {number}")
 

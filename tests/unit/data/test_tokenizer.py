@@ -3,11 +3,13 @@
 import hashlib
 import io
 import json
+import shutil
 import subprocess
 import sys
 import sysconfig
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import sentencepiece
@@ -260,8 +262,32 @@ def test_load_tokenizer_folder_without_definition_is_an_error(tmp_path: Path) ->
 
 
 def test_load_tokenizer_no_path_and_no_hub_name_is_an_error(tmp_path: Path) -> None:
-    with raises(DataError, location=tmp_path / "gone", remedy="tools/train_tokenizer.py"):
+    with raises(DataError, location=tmp_path / "gone", remedy="Check the path"):
         load_tokenizer(tmp_path / "gone")  # an absolute path is not a Hub name: no network access
+
+
+def test_load_tokenizer_mistyped_path_is_not_a_hub_name(
+    piece_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    commit = tmp_path / "snapshots" / "c0ffee"
+    shutil.copytree(piece_folder, commit)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **_: str(commit))
+    with caplog.at_level("INFO"):
+        assert load_tokenizer("org/name").name == "org/name"
+    assert "org/name is not a path" in caplog.text and "c0ffee" in caplog.text
+    for name in ("./c0ffee", "../gone", "~/gone"):
+        with raises(DataError, location=name):
+            load_tokenizer(name)
+    with raises(DataError, "'snapshots'", location="snapshots/c0fee", remedy="snapshots/c0ffee"):
+        load_tokenizer("snapshots/c0fee")
+
+
+def test_load_tokenizer_vocabulary_of_tiktoken_is_named(tmp_path: Path) -> None:
+    (tmp_path / "tokenizer.model").write_bytes(b"IQ== 0\nIg== 1\nIHRoZQ== 2\n")
+    for path in (tmp_path, tmp_path / "tokenizer.model"):
+        with raises(DataError, "tiktoken", location=tmp_path / "tokenizer.model", remedy="tokenizer.json"):
+            load_tokenizer(path)
 
 
 def test_load_tokenizer_without_bos_is_an_error(tmp_path: Path) -> None:

@@ -166,9 +166,53 @@ def test_checked_backend_compares_the_share_and_names_the_document(tokenizer: To
     CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 0.0).encode_documents(documents_of(*texts[200:]))
 
 
-def test_checked_backend_skips_texts_that_are_slow_in_the_stock_library(tokenizer: Tokenizer) -> None:
-    long = documents_of("wrong " * document_tokenizer.MOST_COMPARED_CHARS)
-    CheckedBackend(Wrong(tokenizer), StockBackend(tokenizer), 1.0).encode_documents(long)
+PIECE_CHARS = 4000
+
+
+@pytest.fixture
+def compared(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> tuple[StockBackend, list[str]]:
+    """The stock tokenizer, and the texts that it has encoded; long texts are those above `PIECE_CHARS`."""
+    monkeypatch.setattr(document_tokenizer, "MOST_COMPARED_CHARS", PIECE_CHARS)
+    stock, seen = StockBackend(tokenizer), []
+    stock.encode = lambda texts: seen.extend(texts) or StockBackend(tokenizer).encode(texts)  # type: ignore
+    return stock, seen
+
+
+def a_book(number: int) -> str:
+    return "".join(f"Chapter {number} {n}: the quick brown fox .\n" for n in range(800))
+
+
+def test_checked_backend_pieces_of_long_texts_are_from_all_their_parts(
+    tokenizer: Tokenizer, compared: tuple[StockBackend, list[str]]
+) -> None:
+    stock, seen = compared
+    books = [a_book(n) for n in range(40)]
+    checked = CheckedBackend(StockBackend(tokenizer), stock, 0.1)
+    checked.encode_documents(documents_of(*books))
+    starts = [book.index(piece) / len(book) for book in books for piece in seen if piece in book]
+    assert len(starts) == len(seen) == pytest.approx(0.1 * sum(map(len, books)) / PIECE_CHARS, abs=2)
+    assert set(map(len, seen)) == {PIECE_CHARS}
+    assert {int(start * 4) for start in starts} == {0, 1, 2, 3}
+
+
+def test_checked_backend_wrong_ids_of_a_long_text_are_found(
+    tokenizer: Tokenizer, compared: tuple[StockBackend, list[str]]
+) -> None:
+    stock, _ = compared
+    for book in (a_book(1).replace("quick", "wrong"), "a wrong word" + a_book(1)):
+        share = 0.1 if book.startswith("Chapter") else 1.0  # all of it
+        with raises(TokenizerDifferenceError, repr(book[:12])[:-1], location="f.jsonl, line 2"):
+            CheckedBackend(Wrong(tokenizer), stock, share).encode_documents(documents_of("short", book))
+
+
+def test_checked_backend_text_whose_pieces_have_other_ids_is_compared_in_full(
+    tokenizer: Tokenizer, compared: tuple[StockBackend, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stock, seen = compared
+    monkeypatch.setattr(document_tokenizer, "MARGIN_TOKENS", PIECE_CHARS)  # nothing is left of a piece
+    book = a_book(1)
+    CheckedBackend(StockBackend(tokenizer), stock, 0.1).encode_documents(documents_of(book))
+    assert seen == [book[:PIECE_CHARS], book]
 
 
 def test_check_ids_that_end_early_or_late_differ_from_there(stock: StockBackend) -> None:

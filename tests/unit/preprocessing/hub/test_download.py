@@ -64,6 +64,14 @@ def content(folder: Path) -> dict[str, bytes]:
     return {path: data for path, data in found.items() if path not in (RECEIPT_NAME, LOCK_NAME)}
 
 
+def test_download_sends_no_token_over_http(
+    options: DownloadOptions, hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    download(options)
+    assert hub.requests and not any(request.token for request in hub.requests)
+
+
 def test_download_all_files_arrive_and_the_receipt_names_the_commit(
     options: DownloadOptions, hub: Hub, source: Path
 ) -> None:

@@ -1,15 +1,19 @@
 """Pieces of inputs are read, unless the input changed after the run began."""
 
+import bz2
 import errno
+import gzip
+import lzma
 import os
 from pathlib import Path
 from unittest import mock
 
 import pytest
+import zstandard
 
 from megatron_bipe.errors import DataError
 from preprocessing.readers import documents
-from preprocessing.readers.documents import DocumentReader, PieceEnd, read_input
+from preprocessing.readers.documents import DocumentReader, PieceEnd, read_input, require_formats
 from preprocessing.readers.inputs import HUB, Input, Piece, find_inputs
 from preprocessing.readers.lines import LineReader
 from preprocessing.readers.parse import Keys, Parsed
@@ -42,6 +46,71 @@ def test_read_file_changed_before_or_while_it_is_read_is_an_error(tmp_path: Path
     file.unlink()
     with raises(DataError, os.strerror(errno.ENOENT), location=file):
         next(read_input(item, Keys()))
+
+
+ONE = b'{"text": "a"}\n'
+ARRAY = b'[\n  {\n    "text": "a"\n  },\n  {\n    "text": "b"\n  }\n]\n'
+WRONG = {
+    "array": ("x.json", b' [{"text": "a"}, {"text": "b"}]', "array", "jq -c '.[]'"),
+    "array over lines": ("x.json", ARRAY, "array", "jq"),
+    "array, a record in a line": ("x.jsonl", b'[\n{"text": "a"},\n{"text": "b"}\n]', "array", "jq"),
+    "packed array": ("x.json.gz", gzip.compress(ARRAY), "array", "jq"),
+    "object over lines": ("x.json", b'{\n  "text": "a",\n "b": 1}', "'{'", "jq -c ."),
+    "object over lines, from its first key": ("x.json", b'{"text": "a",\n "b": 1}', '{"text": "a",', "jq"),
+    "gzip": ("x.jsonl", gzip.compress(ONE), "gzip", ".gz"),
+    "zstd": ("x.txt", zstandard.compress(ONE), "zstd", ".zst"),
+    "bzip2": ("x.jsonl.gz", bz2.compress(ONE), "bzip2", ".bz2"),
+    "xz": ("x.jsonl.zst", lzma.compress(ONE), "xz", ".xz"),
+    "text": ("x.jsonl.gz", ONE, "plain text", "without .gz"),
+    "prose": ("x.txt.ZST", "Ça va ?\n".encode(), "plain text", "without .zst"),
+    "zip": ("x.json", b"PK\x03\x04abc", "zip", "Unpack"),
+    "parquet": ("x.jsonl", b"PAR1\x15\x04", "parquet", ".parquet"),
+    "lines": ("x.parquet", gzip.compress(ONE), "gzip", ".gz"),
+    "UTF-16": ("x.jsonl", ONE.decode().encode("utf-16"), "UTF-16", "iconv"),
+    "UTF-16 without a mark": ("x.jsonl", ONE.decode().encode("utf-16-le"), "UTF-16", "iconv"),
+    "text in UTF-16": ("x.txt", ONE.decode().encode("utf-16-be"), "UTF-16", "iconv"),
+    "text in marked UTF-16": ("x.txt", ONE.decode().encode("utf-16"), "UTF-16", "iconv"),
+    "LFS": ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "LFS", "git lfs pull"),
+    "HTML": ("x.jsonl", b"\n<!DOCTYPE html><html>", "HTML", "Fetch"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_read_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, case: str) -> None:
+    name, content, what, remedy = WRONG[case]
+    (tmp_path / name).write_bytes(content)
+    (item,) = find_inputs([str(tmp_path / name)])
+    with raises(DataError, what, location=tmp_path / name, remedy=remedy):
+        list(read_input(item, Keys()))
+    if "text in UTF-16" not in case:
+        with raises(DataError, what, location=tmp_path / name, remedy=remedy):
+            require_formats([item])
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("x.json", b""),
+        ("x.json", b"\n\n \n" + ONE),
+        ("x.json", ONE.rstrip()),
+        ("x.jsonl", b'{"text": "a",}\n' + ONE),
+        ("x.jsonl", b'{"text": "cut off\n' + ONE),
+        ("x.jsonl", b"\xef\xbb\xbf" + ONE),
+        ("x.jsonl", b'{"text": "a", "b": NaN}\n'),
+        ("x.jsonl.gz", gzip.compress(b"")),
+        ("x.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(ONE)),
+        ("x.txt", b"[a]\n{\n\0\0"),
+        ("x.txt", b"<html>"),
+        ("x.txt", b""),
+    ],
+)
+def test_read_file_that_is_right_or_has_a_bad_line_is_read(tmp_path: Path, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    (item,) = find_inputs([str(tmp_path / name)])
+    require_formats([item])
+    parsed = list(read_input(item, Keys()))
+    assert sum(len(part.documents) for part in parsed) == (ONE in content or b"NaN" in content or (name != "x.txt" and
+        ONE.rstrip() == content) or "zst" in name or content[:1] in (b"[", b"<"))  # fmt: skip
 
 
 def test_read_hub_parts_are_counted_and_no_file_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:

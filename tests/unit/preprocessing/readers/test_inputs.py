@@ -1,14 +1,23 @@
 """Inputs are found by name, and divided into ranges."""
 
+import bz2
 import errno
+import gzip
+import lzma
 import os
+import shutil
 from pathlib import Path
 
+import datasets
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import DataError
+from preprocessing.readers import inputs as inputs_module
+from preprocessing.readers.documents import read_input
+from preprocessing.readers.hub_dataset import HubDataset
 from preprocessing.readers.inputs import (
     HUB,
     KINDS,
@@ -19,7 +28,8 @@ from preprocessing.readers.inputs import (
     find_inputs,
     plan_ranges,
 )
-from tests.helpers.errors import raises
+from preprocessing.readers.parse import Keys
+from tests.helpers.errors import assert_warned, raises
 
 
 def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[str, Path]) -> None:
@@ -34,8 +44,81 @@ def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[s
 def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "notes.md").write_text("x")
-    with raises(DataError, ".jsonl.zst", location=tmp_path / name):
+    with raises(DataError, ".jsonl", ".zst", location=tmp_path / name):
         find_inputs([str(tmp_path / name)])
+
+
+LINE = b'{"text": "a"}\n'
+READ = (
+    "C.JSONL", "a.jsonl", "b.json.gz", "c.json", "d.Jsonl.Zst", "e.jsonl.bz2", "f.json.xz", "g.ndjson", "h/i.jsonl.gz",
+    "j.txt.gz", "saved/data-00000-of-00001.arrow", "t.arrow",
+)  # fmt: skip
+SKIPPED = (
+    "README.md", "table.csv.gz", "_SUCCESS", ".hidden.jsonl", ".git/a.jsonl", "dataset_info.json", "cache-0af.arrow",
+    "saved/cache-0af.arrow", "unfinished/00000/range.json",
+)  # fmt: skip
+
+
+@pytest.fixture
+def mixed(tmp_path: Path) -> Path:
+    """A folder with files of every kind that is read, and with others."""
+    pack = {".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+    folder = tmp_path / "in"
+    datasets.Dataset.from_dict({"text": ["a"]}).save_to_disk(folder / "saved")
+    for name in (*READ, *SKIPPED, "unfinished/job.json"):
+        file = folder / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        if not file.exists():
+            file.write_bytes(pack.get(file.suffix.lower(), bytes)(b"a" if ".txt" in name else LINE))
+    shutil.copy(folder / "saved/data-00000-of-00001.arrow", folder / "t.arrow")
+    return folder
+
+
+@pytest.mark.parametrize("pattern", ["", "*", "**", "**/*"])
+def test_find_inputs_folder_and_pattern_give_all_files_and_name_the_others(
+    mixed: Path, caplog: pytest.LogCaptureFixture, pattern: str
+) -> None:
+    found = find_inputs([f"{mixed}/{pattern}"])
+    assert len({Path(item.name).resolve() for item in found}) == len(found)
+    names = [str(Path(item.name).resolve().relative_to(mixed)) for item in found]
+    assert sorted(names) == list(READ)
+    assert [doc.text for item in found for parsed in read_input(item, Keys()) for doc in parsed.documents] == ["a"] * 12
+    if pattern != "**/*":
+        assert_warned(
+            caplog, mixed, "1 of kind .md (README.md)", "1 of kind .csv.gz", "1 without a suffix (_SUCCESS)",
+            "1 caches", "1 not part of the saved dataset (cache-0af.arrow)", "1 metadata (dataset_info.json)",
+            "2 of an unfinished dataset (job.json, range.json)",
+        )  # fmt: skip
+    assert pattern or "2 hidden (.git, .hidden.jsonl)" in caplog.text  # a pattern does not match them
+
+
+def test_find_inputs_all_files_read_is_no_warning(inputs: dict[str, Path], caplog: pytest.LogCaptureFixture) -> None:
+    find_inputs([str(inputs["jsonl"].parent)])
+    assert not caplog.records
+
+
+def test_find_inputs_dataset_with_splits_in_a_folder_is_an_error(tmp_path: Path) -> None:
+    one = datasets.Dataset.from_dict({"text": ["a"]})
+    datasets.DatasetDict(train=one, test=one).save_to_disk(tmp_path / "in/all")
+    for entry in ("in", "in/*", "in/all", "in/all/*"):
+        with raises(DataError, "train", location=tmp_path / "in/all"):
+            find_inputs([str(tmp_path / entry)])
+
+
+def test_find_inputs_hub_name_is_not_taken_for_a_mistyped_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(inputs_module, "open_hub", lambda name: HubDataset(3, "c0ffee"))
+    with caplog.at_level("INFO"):
+        assert find_inputs(["org/name"]) == [Input("org/name", HUB, 3, "c0ffee")]
+    assert "org/name is not a path" in caplog.text and "c0ffee" in caplog.text
+    (tmp_path / "data/pile").mkdir(parents=True)
+    with raises(DataError, "'data'", location="data/piel", remedy="data/pile"):
+        find_inputs(["data/piel"])
+    for entry in ("./data", "../pile", "data/pile.json"):
+        with raises(DataError):
+            find_inputs([entry])
 
 
 def test_find_inputs_skips_the_tokenizer_of_a_dataset(tmp_path: Path) -> None:

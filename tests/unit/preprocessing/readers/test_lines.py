@@ -1,9 +1,12 @@
 """Lines of complete files and of any ranges of them, compressed or not; damage is reported."""
 
+import bz2
 import errno
 import gzip
 import itertools
+import lzma
 import os
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from unittest import mock
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 from megatron_bipe.errors import DataError
 from preprocessing.readers import lines as lines_module
 from preprocessing.readers.inputs import find_inputs
-from preprocessing.readers.lines import BLOCK_BYTES, Block, Content, LineReader, read_text_file, reading
+from preprocessing.readers.lines import BLOCK_BYTES, DECODERS, Block, Content, LineReader, read_text_file, reading
 from preprocessing.readers.parse import Keys, parse_block
 from tests.helpers.errors import raises
 
@@ -101,13 +104,15 @@ def test_read_blocks_carriage_returns_and_blank_lines_are_not_documents(tmp_path
     assert texts_in(tmp_path / "a.jsonl") == ["a", "b\r"]
 
 
-@pytest.mark.parametrize("kind", ["zst", "gz"])
+PACK = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress, ".bz2": bz2.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("kind", ["zst", "gz", "bz2", "xz"])
 @pytest.mark.parametrize("damage", ["cut short", "no such format", "flipped"])
 def test_read_blocks_damaged_compression_is_named(tmp_path: Path, kind: str, damage: str) -> None:
     content = b"".join(orjson.dumps({"text": os.urandom(50).hex()}) + b"\n" for _ in range(3000))
-    packed = bytearray(
-        zstandard.ZstdCompressor(write_checksum=True).compress(content) if kind == "zst" else gzip.compress(content)
-    )
+    checked = zstandard.ZstdCompressor(write_checksum=True)
+    packed = bytearray(checked.compress(content) if kind == "zst" else PACK[f".{kind}"](content))
     if damage == "cut short":
         del packed[-20:]
     elif damage == "flipped":
@@ -116,7 +121,8 @@ def test_read_blocks_damaged_compression_is_named(tmp_path: Path, kind: str, dam
         packed[:4] = b"none"
     file = tmp_path / f"x.jsonl.{kind}"
     file.write_bytes(packed)
-    cause = f".{kind}" if damage == "cut short" else {"zst": "zstd", "gz": "Error -3"}[kind]
+    causes = {"zst": "zstd", "gz": "Error -3", "bz2": "damaged", "xz": "damaged"}
+    cause = f".{kind}" if damage == "cut short" else causes[kind]
     with raises(DataError, cause, location=file):
         list(read_blocks(file))
 
@@ -132,8 +138,8 @@ def packed(data: st.DataObject, content: bytes, kind: str) -> bytes:
     parts = [content[a:b] for a, b in itertools.pairwise([0, *cuts, len(content)])]
     if kind == "":
         return content
-    if kind == ".gz":
-        return b"".join(map(gzip.compress, parts)) + bytes(data.draw(st.sampled_from([0, 5])))
+    if kind != ".zst":
+        return b"".join(map(PACK[kind], parts)) + bytes(0 if kind == ".bz2" else data.draw(st.sampled_from([0, 4])))
     out = b""
     for part in parts:
         options = {"write_checksum": data.draw(st.booleans()), "write_content_size": data.draw(st.booleans())}
@@ -143,7 +149,7 @@ def packed(data: st.DataObject, content: bytes, kind: str) -> bytes:
 
 
 @settings(max_examples=150, deadline=None)
-@given(data=st.data(), kind=st.sampled_from(["", ".gz", ".zst"]), ends_with_newline=st.booleans())
+@given(data=st.data(), kind=st.sampled_from(list(PACK)), ends_with_newline=st.booleans())
 def test_line_reader_any_ranges_in_any_order_give_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, ends_with_newline: bool
 ) -> None:
@@ -156,8 +162,11 @@ def test_line_reader_any_ranges_in_any_order_give_every_line_once(
     bounds = sorted({0, size, *data.draw(st.lists(st.integers(0, size), max_size=6))})
     ranges = list(itertools.pairwise(bounds))
     found, ends = {}, {}
+    step = data.draw(st.sampled_from([1, 7, 1000]))
+    decoders = {kind: decoder._replace(step_bytes=step) for kind, decoder in DECODERS.items()}
     with (
         mock.patch.object(lines_module, "READ_BYTES", data.draw(st.sampled_from([1, 7, 1000]))),
+        mock.patch.object(lines_module, "DECODERS", decoders),
         LineReader(file) as reader,
     ):
         for number in data.draw(st.permutations(range(len(ranges)))):
@@ -204,11 +213,11 @@ def test_line_reader_line_that_was_begun_beyond_the_range_is_read_to_its_end(tmp
     assert found == lines
 
 
-@pytest.mark.parametrize("suffix", ["", ".zst", ".gz"])
+@pytest.mark.parametrize("suffix", PACK)
 def test_line_reader_interrupted_range_is_read_from_its_start(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"x.jsonl{suffix}"
     content = random_lines(9000)
-    file.write_bytes({"": bytes, ".zst": zstandard.compress, ".gz": gzip.compress}[suffix](content))
+    file.write_bytes(PACK[suffix](content))
     size = file.stat().st_size
     with LineReader(file) as reader:
         first = list(reader.blocks(0, cut := size // 3 + 1))
@@ -237,6 +246,37 @@ def test_content_blocks_of_one_repeated_byte_do_not_hide_where_frames_begin(tmp_
     with Content(file) as opened, mock.patch.object(opened, "_restart", wraps=opened._restart) as restart:
         assert opened.seek(len(frame) * 9)
         assert restart.call_args.args[0] == len(frame) * 8
+
+
+@pytest.mark.parametrize("suffix", [suffix for suffix in PACK if suffix])
+def test_content_small_file_that_holds_much_comes_in_bounded_pieces(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"x.jsonl{suffix}"
+    bomb = zstandard.compress(b"a" * (96 << 20)) if suffix == ".zst" else PACK[suffix](b"a" * (1 << 20)) * 96
+    file.write_bytes(bomb)
+    with Content(file) as opened:
+        assert max(map(len, opened.advance())) <= 64 << 20
+
+
+@pytest.mark.parametrize("suffix", ["", ".zst"])
+def test_line_reader_line_above_the_limit_is_an_error_before_it_is_in_memory(tmp_path: Path, suffix: str) -> None:
+    file = tmp_path / f"x.jsonl{suffix}"
+    count = 400 if suffix else 8
+    file.write_bytes(PACK[suffix](b"{}\n{}\n") + PACK[suffix](b"a" * (1 << 20)) * count)
+    tracemalloc.start()
+    try:
+        with LineReader(file, 3 << 20) as reader, raises(DataError, 3 << 20, "Line 3", location=file):
+            list(reader.blocks(0, file.stat().st_size))
+        assert tracemalloc.get_traced_memory()[1] < 256 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_read_text_file_above_the_limit_is_an_error(tmp_path: Path) -> None:
+    file = tmp_path / "x.txt.xz"
+    file.write_bytes(lzma.compress(b"a" * 1000))
+    assert len(read_text_file(file, 1000).content) == 1000
+    with raises(DataError, 999, location=file, remedy="--max-line-bytes"):
+        read_text_file(file, 999)
 
 
 def test_line_reader_file_that_shrank_is_an_error(tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 """Blocks and rows are parsed into documents, and malformed ones are named."""
 
+import json
+import math
+
 import pytest
 
 from preprocessing.readers.lines import Block
@@ -21,6 +24,10 @@ def lines_of(content: bytes, first_line: int = 1) -> Block:
         (b'{"text": null}', 'no text at "text"'),
         (b'{"text": 3}', '"text" holds int, not a string'),
         (b'{"text": "a"} {}', "no JSON"),
+        (b'{"text": NaN}', '"text" holds float, not a string'),
+        (b'{"text": "\\udc00", "score": NaN}', "no JSON"),
+        (b"[" * 100_000, "no JSON"),
+        (b'{"text": "\xff", "score": NaN}', "no JSON"),
     ],
 )
 def test_parse_block_malformed_line_is_named_and_its_neighbours_kept(line: bytes, reason: str) -> None:
@@ -29,6 +36,22 @@ def test_parse_block_malformed_line_is_named_and_its_neighbours_kept(line: bytes
     assert [(bad.file, bad.line) for bad in parsed.malformed] == [("f.jsonl", 9)]
     assert reason in parsed.malformed[0].reason
     assert parsed.num_lines == 3
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [{"score": math.nan}, {"meta": {"x": [math.inf, -math.inf]}}, {"other": "\ud83d"}],
+)
+def test_parse_block_value_that_only_python_writes_costs_no_text(fields: dict[str, object]) -> None:
+    line = json.dumps({"text": "a \u4e2d", "set": "s"} | fields).encode()
+    (document,) = parse_block(lines_of(line), Keys("text", "set")).documents
+    assert (document.text, document.partition) == ("a \u4e2d", "s")
+    assert parse_block(lines_of(line), Keys("text", next(iter(fields)))).malformed
+
+
+def test_parse_block_good_lines_are_parsed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(json, "loads", None)
+    assert len(parse_block(lines_of(b'{"text": "a"}\n' * 3), Keys()).documents) == 3
 
 
 def test_parse_block_empty_text_is_counted_and_space_is_text() -> None:

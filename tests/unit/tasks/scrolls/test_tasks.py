@@ -8,6 +8,7 @@ import pytest
 
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
+from megatron_bipe.tasks.scrolls import tasks as tasks_module
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Prompter, Question, find_task, first_words, questions, read_rows
 from tests.helpers.errors import raises
 from tests.helpers.paths import LLAMA
@@ -195,3 +196,19 @@ def test_zip_file_that_is_damaged_anywhere_is_named(tmp_path):
         with raises(DataError) as error:
             list(read_rows(tmp_path, "qasper", "train"))
         assert error.value.location.startswith(str(tmp_path / "qasper.zip"))
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_read_rows_line_above_the_limit_is_an_error(tmp_path, monkeypatch, is_packed):
+    line = json.dumps({"id": "a", "pid": "a", "input": "x", "output": "y"}) + "\n"
+    content = line + " " * 500 + line
+    (tmp_path / "qasper").mkdir()
+    if is_packed:
+        with zipfile.ZipFile(tmp_path / "qasper.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+            archive.writestr("qasper/train.jsonl", content)
+    else:
+        (tmp_path / "qasper/train.jsonl").write_text(content)
+    assert len(list(read_rows(tmp_path, "qasper", "train"))) == 2
+    monkeypatch.setattr(tasks_module, "LONGEST_LINE_BYTES", 400)
+    with raises(DataError, 400, location="train.jsonl, line 2"):
+        list(read_rows(tmp_path, "qasper", "train"))

@@ -1,0 +1,68 @@
+"""Access to the Hugging Face Hub: its token is sent over https only, and no mistyped path is taken for a name there."""
+
+import difflib
+import functools
+import logging
+from pathlib import Path
+
+import huggingface_hub
+from httpx2 import Client, Request
+from huggingface_hub.utils._http import default_client_factory
+
+from megatron_bipe.errors import DataError
+
+NO_OWNERS = ("", ".", "..", "~")  # first parts of paths, not of names on the Hub
+
+_log = logging.getLogger(__name__)
+
+
+@functools.cache
+def protect_token() -> None:
+    """Make `huggingface_hub` in this process send the token over https only; call this before any request."""
+    huggingface_hub.set_client_factory(_new_client)
+
+
+def _new_client() -> Client:
+    client = default_client_factory()
+    hooks = client.event_hooks
+    client.event_hooks = {**hooks, "request": [*hooks["request"], keep_token_on_https]}
+    return client
+
+
+def keep_token_on_https(request: Request) -> None:
+    """Remove the token from a request that is not encrypted; called also for each redirect."""
+    if request.url.scheme != "https" and "Authorization" in request.headers:
+        del request.headers["Authorization"]
+        _warn(f"{request.url.scheme}://{request.url.netloc.decode()}")
+
+
+@functools.cache
+def _warn(address: str) -> None:
+    _log.warning("The Hub's token is not sent to %s, because the connection is not encrypted (https)", address)
+
+
+def require_no_path(name: str) -> None:
+    """Refuse to take a name for one on the Hub if it looks like a mistyped path.
+
+    Raises:
+        DataError: the name has several parts, and the first exists on this disk or cannot be on the Hub.
+    """
+    first, slash, _ = name.partition("/")
+    check = f"Check the path{suggest_path(Path(name))}"
+    if slash and first in NO_OWNERS:
+        raise DataError("There is no such file or folder", remedy=check, location=name)
+    if slash and Path(first).exists():
+        raise DataError(
+            f"There is no such path, but {first!r} exists, so this is not taken for a name on the Hub",
+            remedy=f"{check}; for a name on the Hub, run this in another folder",
+            location=name,
+        )
+
+
+def suggest_path(path: Path) -> str:
+    """Return a text that names a path like this one, or "" if there is none."""
+    try:
+        near = difflib.get_close_matches(path.name, (other.name for other in path.parent.iterdir()), n=1)
+    except OSError:
+        return ""
+    return f": there is {path.parent / near[0]}" if near else ""
