@@ -26,7 +26,8 @@ from _cli import command
 from megatron_bipe.errors import FAILED
 from megatron_bipe.runtime.child_processes import GRACE_S
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, parse_duration
-from megatron_bipe.train.supervise import Patience, Supervisor, fill_hosts, run_on_stop, supervise
+from megatron_bipe.train.supervise import Patience, fill_hosts, run_on_stop, supervise
+from megatron_bipe.train.supervised_launch import Supervisor
 
 
 @command

@@ -66,9 +66,8 @@ def start_deepspeed(mesh: Mesh, timeout_s: float) -> None:
         ConfigError: another launch on this host uses the port.
     """
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, module=r"torch\.distributed"
-    )  # DeepSpeed's calls of torch
+    # DeepSpeed calls functions of torch that are deprecated.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     if mesh.is_main:
         warn_of_unknown_versions()
     skip_operator_probe()

@@ -44,7 +44,7 @@ ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
 # Files with the innermost Python frame of a thread that waits for work, in the standard library and here.
 _IDLE_FILES = ("threading.py", "queue.py", "selectors.py", "thread.py", "child_processes.py")
-_RESUME = "The same command resumes the run from its last checkpoint."
+_RESUME = "The same command resumes the run from its last checkpoint, if there is one."
 _KILLED = "A rank without a heartbeat was killed (for example because memory was full), is suspended, or lost its host."
 
 STORE_ERRORS = (dist.DistError, TimeoutError)  # raised by HeartbeatStore if the store does not work
