@@ -8,6 +8,7 @@ from typing import Any
 
 from _cli import add_device_options, check_model_folder, check_output_file, command, pick_device, pick_dtype
 from megatron_bipe.config import AUTO
+from megatron_bipe.errors import writing
 
 
 @command
@@ -30,7 +31,8 @@ def main(argv: Sequence[str] | None) -> None:
     texts = continue_prompts(arguments)
     print("\n\n".join(texts))
     if arguments.output:
-        arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        with writing(arguments.output):
+            arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def continue_prompts(arguments: argparse.Namespace) -> list[str]:
