@@ -39,6 +39,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
+    from megatron_bipe.runtime.host_collectives import in_thread
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.metrics_file import record_failure
@@ -86,10 +87,12 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         if mesh.is_main:
             _log_warnings(start_warnings(run))
             write_run_folder(run, loader.record, tokenizer)
-            if run.train.init_from is not None:
-                from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
+        if run.train.init_from is not None:
+            from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
 
-                begin_from_model(run)
+            # A large model takes long to read; the other ranks wait for the main one in rounds.
+            for _ in engine.host.in_rounds(in_thread(partial(begin_from_model, run)) if mesh.is_main else ()):
+                watchdog.heartbeat()
         profile = Profile(args.profile, run.run_dir, mesh)
         finished = Trainer(run, mesh, engine, loader, watchdog, stop_request, profile).run(stop_step)
     engine.close()

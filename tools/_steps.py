@@ -13,7 +13,7 @@ from subprocess import PIPE, STDOUT
 from typing import NamedTuple
 
 from megatron_bipe.config import load_run_config
-from megatron_bipe.errors import BipeError
+from megatron_bipe.errors import BipeError, writing
 from megatron_bipe.io import write_atomically
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
 from megatron_bipe.runtime.distributed_init import free_port
@@ -215,7 +215,8 @@ class _Run:
     def start(self, readers: ThreadPoolExecutor) -> None:
         self._show("$ " + shlex.join(self.step.command))
         self._log.parent.mkdir(parents=True, exist_ok=True)
-        self._log.write_text(self._made_by + "\n", encoding="utf-8")
+        with writing(self._log):
+            self._log.write_text(self._made_by + "\n", encoding="utf-8")
         env = {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
         command = [str(free_port()) if word == FREE_PORT else word for word in self.step.command]
         while match := _ASSIGNMENT.fullmatch(command[0]):
@@ -254,7 +255,7 @@ class _Run:
     def _read(self, child: ChildProcess) -> None:
         assert child.process.stdout is not None
         after_warning = False
-        with self._log.open("a", encoding="utf-8") as file, child.process.stdout:
+        with writing(self._log), self._log.open("a", encoding="utf-8") as file, child.process.stdout:
             for line in child.process.stdout:
                 file.write(line)
                 file.flush()

@@ -15,6 +15,7 @@ from _cli import (
     pick_dtype,
 )
 from megatron_bipe.config import AUTO
+from megatron_bipe.errors import writing
 
 
 @command
@@ -38,7 +39,8 @@ def main(argv: Sequence[str] | None) -> None:
     texts = continue_prompts(arguments)
     print("\n\n".join(texts))
     if arguments.output:
-        arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
+        with writing(arguments.output):
+            arguments.output.write_text("\n\n".join(texts) + "\n", encoding="utf-8")
 
 
 def continue_prompts(arguments: argparse.Namespace) -> list[str]:

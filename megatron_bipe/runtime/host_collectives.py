@@ -6,7 +6,8 @@ plain JSON values, so that no rank runs what another process sends; named tuples
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import torch
@@ -17,6 +18,16 @@ from megatron_bipe.runtime.exit_handling import rank_name
 
 ROUND_S = 5.0  # duration of a round
 _END = object()
+
+
+def in_thread(work: Callable[[], object]) -> Iterator[None]:
+    """Call `work` in a thread, and yield about once a second until it has returned: steps for `in_rounds`."""
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(work)
+        while not future.done():
+            wait([future], 1.0)
+            yield
+        future.result()  # raises its error
 
 
 class HostCollectives:

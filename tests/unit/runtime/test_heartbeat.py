@@ -7,6 +7,7 @@ import pytest
 import torch.distributed as dist
 
 from megatron_bipe.runtime import watchdog
+from megatron_bipe.runtime.host_collectives import in_thread
 from megatron_bipe.runtime.watchdog import Heartbeat, HeartbeatStore, Shutdown, group_ranks_by_location, silent_ranks
 
 
@@ -88,3 +89,12 @@ def test_rank_locations_start_with_the_rank_that_differs():
     assert found[0] == "At loop: rank 2 on h2"
     assert found[1].startswith("At wait: rank 0 on h0, rank 1") and found[1].endswith("rank 4 on h4 and 1 more")
     assert len(found) == 2
+
+
+def test_in_thread_yields_until_the_work_is_done_and_raises_its_error():
+    release = threading.Event()
+    steps = in_thread(lambda: release.wait(20) and 1 / 0)
+    next(steps)
+    release.set()
+    with pytest.raises(ZeroDivisionError):
+        list(steps)
