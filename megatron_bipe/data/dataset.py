@@ -299,8 +299,8 @@ def check_recorded_tokenizer(tokenizer: Tokenizer, record: TokenizerRecord, loca
     for key, value in found.items():
         if value != (recorded := getattr(record, key)):
             raise DataError(
-                f"the tokenizer's {key} is {value}; {location.name} records {recorded}: its files are not those with "
-                "which the data was made",
+                f"the tokenizer's {key} is {value}; {location.name} records {recorded}, of {record.name}: these files "
+                "are not those with which the data was made",
                 remedy="Copy the folder with the tokenizer's files again",
                 location=tokenizer.definition.parent,
             )
