@@ -263,8 +263,8 @@ class TrainConfig(_Section):
     seed: NonNegative = 1234
     """Random seed of the initial weights and of the order of samples; any number is as good as another."""
     init_from: Folder | None = None
-    """Model that a new run starts from: an exported folder, any LlamaForCausalLM, or RUN_DIR[@STEP]; the optimizer state
-    is new. Null: random weights. A run that has a checkpoint resumes from it instead."""
+    """Model that a new run starts from: an exported folder, any LlamaForCausalLM, or RUN_DIR[@STEP]; the optimizer
+    state is new. Null: random weights. A run that has a checkpoint resumes from it instead."""
     log_every: Positive = 10
     """Steps between progress lines; metrics.jsonl gets every step. Losses are read from the device at these steps only,
     so that the steps between them need not wait for it."""
