@@ -1,16 +1,20 @@
-"""Access to the Hugging Face Hub: its token is sent over https only, and no mistyped path is taken for a name there."""
+"""Access to the Hugging Face Hub: its token is sent over https only, and no mistyped path is taken for a name there.
+
+The parts of `huggingface_hub` that open connections load slowly, so they are imported only before one is opened.
+"""
 
 import difflib
 import functools
 import logging
 from pathlib import Path
-
-import huggingface_hub
-from httpx2 import Client, Request
-from huggingface_hub.utils._http import default_client_factory
+from typing import TYPE_CHECKING
 
 from megatron_bipe.errors import DataError
 
+if TYPE_CHECKING:
+    from httpx2 import Client, Request
+
+RECEIPT_NAME = "download-receipt.json"  # record of a download in its folder
 NO_OWNERS = ("", ".", "..", "~")  # first parts of paths, not of names on the Hub
 
 _log = logging.getLogger(__name__)
@@ -19,17 +23,21 @@ _log = logging.getLogger(__name__)
 @functools.cache
 def protect_token() -> None:
     """Make `huggingface_hub` in this process send the token over https only; call this before any request."""
-    huggingface_hub.set_client_factory(_new_client)
+    from huggingface_hub import set_client_factory
+
+    set_client_factory(_new_client)
 
 
-def _new_client() -> Client:
+def _new_client() -> "Client":
+    from huggingface_hub.utils._http import default_client_factory
+
     client = default_client_factory()
     hooks = client.event_hooks
     client.event_hooks = {**hooks, "request": [*hooks["request"], keep_token_on_https]}
     return client
 
 
-def keep_token_on_https(request: Request) -> None:
+def keep_token_on_https(request: "Request") -> None:
     """Remove the token from a request that is not encrypted; called also for each redirect."""
     if request.url.scheme != "https" and "Authorization" in request.headers:
         del request.headers["Authorization"]

@@ -17,12 +17,12 @@ from huggingface_hub.utils import filter_repo_objects
 from pydantic import BaseModel, ValidationError
 from tqdm import tqdm
 
+from megatron_bipe.data.hub import RECEIPT_NAME
 from megatron_bipe.data.manifest import InnerName
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import PARTIAL_SUFFIX, partial_path, unreadable_error, write_atomically
 from preprocessing.hub.transfer import HubFile, Snapshot, disk_errors, list_snapshot
 
-RECEIPT_NAME = "download-receipt.json"
 LOCK_NAME = ".download.lock"
 
 

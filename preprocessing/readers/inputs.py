@@ -10,12 +10,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from megatron_bipe.data.hub import require_no_path, suggest_path
+from megatron_bipe.data.hub import RECEIPT_NAME, require_no_path, suggest_path
 from megatron_bipe.data.manifest import JOB_NAME, MANIFEST_NAME, TOKENIZER_FOLDER, WORK_FOLDER
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name
-from preprocessing.hub.plan import RECEIPT_NAME
 from preprocessing.readers.hub_dataset import open_hub
 from preprocessing.readers.lines import reading
 

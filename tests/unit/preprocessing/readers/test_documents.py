@@ -97,12 +97,13 @@ def test_read_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, case:
         ("x.jsonl", b'{"text": "cut off\n' + ONE),
         ("x.jsonl", b"\xef\xbb\xbf" + ONE),
         ("x.jsonl", b'{"text": "a", "b": NaN}\n'),
-        ("x.jsonl.gz", gzip.compress(b"")),
+        ("x.jsonl.gz", gzip.compress(b"", mtime=0)),
         ("x.jsonl.zst", b"\x50\x2a\x4d\x18\x04\0\0\0skip" + zstandard.compress(ONE)),
         ("x.txt", b"[a]\n{\n\0\0"),
         ("x.txt", b"<html>"),
         ("x.txt", b""),
     ],
+    ids=repr,
 )
 def test_read_file_that_is_right_or_has_a_bad_line_is_read(tmp_path: Path, name: str, content: bytes) -> None:
     (tmp_path / name).write_bytes(content)
