@@ -110,7 +110,7 @@ def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[Mode
             "num_tokens": dataset.num_tokens,
             "num_tokens_given": text.num_tokens,
             "num_documents_given": text.document_bounds().size - 1,
-            "documents_given": selection_text(text),
+            "documents_given": selection_text(text, settings),
         },
         "max_tokens": settings.max_tokens,
         "empty_texts": settings.empty_texts,
@@ -158,7 +158,9 @@ def coverage_text(dataset: TokenDataset, settings: EvalSettings, results: Sequen
     """Return the numbers of tokens that were read and dropped, one line per length."""
     text = settings.select(dataset)
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
-    lines.append(f"Given {text.num_tokens:,} of the dataset's {dataset.num_tokens:,} tokens: {selection_text(text)}.")
+    lines.append(
+        f"Given {text.num_tokens:,} of the dataset's {dataset.num_tokens:,} tokens: {selection_text(text, settings)}."
+    )
     lines += [
         f"  {r.length_tokens:>9,} tokens: {r.num_sequences:,} sequences, {r.num_predictions:,} predictions, "
         f"{r.num_tokens_read:,} tokens read, {r.num_tokens_dropped:,} dropped"
@@ -167,16 +169,14 @@ def coverage_text(dataset: TokenDataset, settings: EvalSettings, results: Sequen
     return "\n".join(lines)
 
 
-def selection_text(text: Text) -> str:
+def selection_text(text: Text, settings: EvalSettings) -> str:
     """Describe the documents that an evaluation reads."""
     if not isinstance(text, SelectedText):
         return "all documents"
-    bounds, dataset = text.document_bounds(), text.dataset
     if text.is_part_of_one:
         return f"the first {text.num_tokens:,} tokens of one document, as none is shorter"
-    return (
-        f"{bounds.size - 1:,} complete documents of {dataset.manifest.num_documents:,}, spread evenly over the dataset"
-    )
+    kind = "without those of empty texts" if settings.max_tokens is None else "spread evenly over the dataset"
+    return f"{text.document_bounds().size - 1:,} complete documents of {text.manifest.num_documents:,}, {kind}"
 
 
 def unique_names(eval_models: Sequence[EvalModel]) -> list[str]:
