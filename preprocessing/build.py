@@ -59,6 +59,7 @@ class BuildOptions:
     special_in_text: bool = False
     append_eos: bool = False
     deduplicate: bool = False
+    empty_texts: str = "drop"  # or "keep"
     backend: BackendChoice = "auto"
     check_share: float = CHECK_SHARE
     on_difference: str = "stop"  # or "fall-back"
@@ -117,7 +118,7 @@ class _Plan:
 
     def job(self, options: BuildOptions) -> dict[str, Any]:
         """Return everything that determines the output's bytes."""
-        return {
+        return _if_kept(options) | {
             "inputs": [[item.name, item.size, item.version] for item in self.inputs],
             "tokenizer": self.tokenizer.fingerprint,
             "special_ids": self.tokenizer.special_ids,
@@ -162,7 +163,7 @@ def _plan(options: BuildOptions) -> _Plan:
         split=Split.parse(options.split) if options.split is not None else None,
         check_share=options.check_share,
     )
-    keys = Keys(options.text_key, options.partition_by)
+    keys = Keys(options.text_key, options.partition_by, options.empty_texts == "keep")
     return _Plan(inputs, plan_ranges(inputs, options.shard_tokens), tokenizer, recipe, keys)
 
 
@@ -259,7 +260,7 @@ def _process_due(job: Job, task: Task, is_due: Callable[[int], bool], options: B
 
 def _source(options: BuildOptions, inputs: list[Input], counts: LineCounts, num_duplicates: int) -> dict[str, Any]:
     """Describe the input for the manifest, without times and worker counts, so that equal runs give equal bytes."""
-    return {
+    return _if_kept(options) | {
         "made_by": "tools/preprocess.py",
         "inputs": [_describe(item) for item in inputs],
         "text_key": options.text_key,
@@ -280,3 +281,8 @@ def _describe(item: Input) -> dict[str, Any]:
     if item.kind == HUB:
         return {"file": item.name, "parts": item.size, "commit": item.version}
     return {"file": printable(item.name), "bytes": item.size}
+
+
+def _if_kept(options: BuildOptions) -> dict[str, Any]:
+    """Return the record of kept empty texts, which is absent without them, as in data of earlier versions."""
+    return {"empty_documents": "keep"} if options.empty_texts == "keep" else {}

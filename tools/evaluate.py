@@ -12,12 +12,14 @@ from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.sequences import (
+    DEFAULT_EMPTY_TEXTS,
     DEFAULT_PROTOCOL,
     EVAL_BATCH_TOKENS,
     PROMPT_BATCH_TOKENS,
     PROTOCOLS,
     check_lengths,
     parse_lengths,
+    spread_order,
 )
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task, questions, read_rows
 
@@ -72,7 +74,7 @@ def extrapolation(given: argparse.Namespace) -> None:
     _verify_data(given, datasets)
     eval_models = load_eval_models(given.model, datasets, lengths)
     for dataset in datasets:  # a dataset that is too short fails before anything is run
-        check_lengths(dataset, lengths, settings.protocol, settings.max_tokens)
+        check_lengths(settings.select(dataset), lengths, settings.protocol)
     named = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
     subsets = [evaluate_subset(name, dataset, eval_models, lengths, settings) for name, dataset in named]
     print("Written:", *write_extrapolation(given.output, settings, subsets))
@@ -97,7 +99,7 @@ def _settings(given: argparse.Namespace) -> "EvalSettings":
     device = pick_device(given.device)
     keep_freed_memory(torch.device(device))
     dtype = pick_dtype(given.dtype, device)
-    return EvalSettings(given.protocol, given.max_tokens, given.batch_tokens, device, dtype)
+    return EvalSettings(given.protocol, given.max_tokens, given.empty_texts, given.batch_tokens, device, dtype)
 
 
 def scrolls(given: argparse.Namespace) -> None:
@@ -118,7 +120,9 @@ def scrolls(given: argparse.Namespace) -> None:
         raise _missing_extra("rouge_score", "scrolls", error) from error
     prepare_output(given.output, given.overwrite, result_names(task))
     results_table(given.output)  # fails now, not at the end, if results of other tasks are unreadable
-    asked = questions(read_rows(given.data, task.name, given.split))[: given.limit]
+    asked = questions(read_rows(given.data, task.name, given.split))
+    if given.limit is not None:
+        asked = [asked[index] for index in sorted(spread_order(len(asked))[: given.limit])]
     answers = answer(_load_generator(given.model, given), task, asked, given.length, given.batch_tokens)
     about = {
         "split": given.split,
@@ -249,7 +253,11 @@ def _add_length_options(command: argparse.ArgumentParser, written: str) -> None:
     add = command.add_argument
     add("--lengths", required=True, metavar="N,N,...", help="sequence lengths in tokens; N..M: multiples of N up to M")
     add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {DEFAULT}")
-    add("--max-tokens", type=int, metavar="N", help="evaluate on the first N tokens, as if there were no more")
+    add(
+        "--max-tokens", type=int, metavar="N", help="evaluate on complete documents, spread evenly, of at most N tokens"
+    )
+    empty = "documents of empty texts, which are special tokens alone; the authors keep them"
+    add("--empty-texts", choices=("keep", "drop"), default=DEFAULT_EMPTY_TEXTS, help=f"{empty} {DEFAULT}")
     add("--no-verify", dest="verify", action="store_false", help="do not read all of the data to verify its checksums")
     add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens per forward pass {DEFAULT}")
     _add_common(command, written)
@@ -265,7 +273,7 @@ def _add_scrolls(command: argparse.ArgumentParser) -> None:
     add("--data", type=Path, required=True, metavar="DIR", help="holds NAME/SPLIT.jsonl, or NAME.zip as on the Hub")
     add("--split", default="validation", help=f"validation, or test, which has no outputs {DEFAULT}")
     add("--length", type=int, default=SEQ_LEN_TOKENS, metavar="N", help=f"sequence length of fine-tuning {DEFAULT}")
-    add("--limit", type=int, metavar="N", help="only the first N inputs")
+    add("--limit", type=int, metavar="N", help="only N inputs, spread evenly over the split")
     add("--batch-tokens", type=int, metavar="N", default=PROMPT_BATCH_TOKENS, help=f"maximum tokens at once {DEFAULT}")
     add_trust_option(command)
     _add_common(command, "scores and answers of one or more tasks")

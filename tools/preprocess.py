@@ -48,6 +48,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--append-eos", action="store_true", help="end every document with the tokenizer's EOS token")
     add("--shard-tokens", type=int, default=SHARD_TOKENS, metavar="N", help="maximum tokens in a shard (default: 2^30)")
     add("--text-key", default="text", metavar="KEY", help="key of the text in a record (default: %(default)s)")
+    empty = "keep texts without characters as documents of special tokens alone, as the authors' evaluation does"
+    add("--empty-texts", choices=("keep", "drop"), default="drop", help=f"{empty} (default: %(default)s)")
     add("--special-in-text", action="store_true", help='"<s>" in the text is a special token; exports do the same')
     add(
         "--backend",

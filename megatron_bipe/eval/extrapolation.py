@@ -145,6 +145,7 @@ def as_json(settings: EvalSettings, subsets: Sequence[Subset]) -> dict[str, Any]
         "protocol": settings.protocol,
         "protocol_means": PROTOCOLS[settings.protocol],
         "max_tokens": settings.max_tokens,
+        "empty_texts": settings.empty_texts,
         "interval": f"{INTERVAL:.0%} of {NUM_RESAMPLES} corpora resampled by document",
         "subsets": [
             {
@@ -228,6 +229,8 @@ def as_html(settings: EvalSettings, subsets: Sequence[Subset], picture: bytes) -
         "from its Figure 4 (151M parameters, trained at 1,024 tokens on the Pile; about ±0.2 on PG-19 and ±0.06 "
         "elsewhere)."
     )
+    if settings.max_tokens is not None:
+        note += f" Read of each dataset: complete documents, spread evenly, of at most {settings.max_tokens:,} tokens."
     sections = [Section(subset.name, _table(subset)) for subset in subsets]
     return page("Perplexity beyond the training length", figure(image, escape(note)), sections)
 

@@ -19,12 +19,15 @@ from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.sequences import (
+    DEFAULT_EMPTY_TEXTS,
     DEFAULT_PROTOCOL,
     EVAL_BATCH_TOKENS,
+    EmptyTexts,
     EvalSequences,
     Protocol,
+    Text,
     cut_sequences,
-    limit_tokens,
+    select_text,
 )
 from megatron_bipe.model import token_losses
 from megatron_bipe.types import Batch, IntArray
@@ -42,12 +45,18 @@ class EvalSettings(NamedTuple):
 
     protocol: Protocol = DEFAULT_PROTOCOL
     max_tokens: int | None = None
-    """Evaluate on the dataset's first `max_tokens` tokens only; None: on all."""
+    """Evaluate on documents of at most `max_tokens` tokens together, spread over the dataset; None: on all."""
+    empty_texts: EmptyTexts = DEFAULT_EMPTY_TEXTS
+    """Whether documents of empty texts are evaluated."""
     batch_tokens: int = EVAL_BATCH_TOKENS
     """Maximum tokens per batch; a longer sequence forms its own batch."""
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     """Compute precision; losses are always computed in fp32 and summed in fp64."""
+
+    def select(self, dataset: TokenDataset) -> Text:
+        """Return the documents to evaluate on."""
+        return select_text(dataset, self.max_tokens, self.empty_texts)
 
 
 class PerplexityResult(NamedTuple):
@@ -141,13 +150,13 @@ def evaluate_perplexity(
         DataError: the dataset is shorter than a sequence, or damaged.
         CheckpointError: the model's loss is not finite.
     """
-    available = limit_tokens(dataset, settings.max_tokens)
-    sequences = cut_sequences(dataset, available, length_tokens, settings.protocol)
+    text = settings.select(dataset)
+    sequences = cut_sequences(text, text.num_tokens, length_tokens, settings.protocol)
     started = time.perf_counter()
-    losses = sequence_losses(eval_model, dataset, sequences, settings, progress)
+    losses = sequence_losses(eval_model, text, sequences, settings, progress)
     total_nats = sum(float(losses_BP.sum()) for _, losses_BP in losses)
     seconds = time.perf_counter() - started
-    return _result(dataset, length_tokens, sequences, available, total_nats, seconds)
+    return _result(text, length_tokens, sequences, total_nats, seconds)
 
 
 def evaluate_documents(
@@ -158,12 +167,13 @@ def evaluate_documents(
     progress: Callable[[int], object] | None = None,
 ) -> DocumentLosses:
     """Sum the losses by document and sequence part; arguments and errors are those of `evaluate_perplexity`."""
-    sequences = cut_sequences(dataset, limit_tokens(dataset, settings.max_tokens), length_tokens, settings.protocol)
-    bounds = np.asarray(dataset.document_bounds())
+    text = settings.select(dataset)
+    sequences = cut_sequences(text, text.num_tokens, length_tokens, settings.protocol)
+    bounds = text.document_bounds()
     num_documents = len(bounds) - 1
     nats = np.zeros(num_documents * NUM_PARTS)
     counts = np.zeros(num_documents * NUM_PARTS, dtype=np.int64)
-    for rows, losses_BP in sequence_losses(eval_model, dataset, sequences, settings, progress):
+    for rows, losses_BP in sequence_losses(eval_model, text, sequences, settings, progress):
         offsets = sequences.num_context[rows[0]] + np.arange(losses_BP.shape[1])
         predicted_BP = sequences.starts[rows][:, None] + offsets + 1
         document_BP = np.searchsorted(bounds, predicted_BP, side="right") - 1
@@ -177,7 +187,7 @@ def evaluate_documents(
 
 def sequence_losses(
     eval_model: EvalModel,
-    dataset: TokenDataset,
+    dataset: Text,
     sequences: EvalSequences,
     settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
@@ -217,7 +227,7 @@ def _group_rows(sequences: EvalSequences, num_together: int) -> Iterator[IntArra
         yield from np.split(rows, range(num_together, rows.size, num_together))
 
 
-def _read_batch(dataset: TokenDataset, sequences: EvalSequences, rows: IntArray, clip: int) -> Batch[Tensor]:
+def _read_batch(dataset: Text, sequences: EvalSequences, rows: IntArray, clip: int) -> Batch[Tensor]:
     """Read sequences of equal size with their ids; the labels are [B, P] with P <= T."""
     num_inputs, first_label = int(sequences.num_inputs[rows[0]]), int(sequences.num_context[rows[0]]) + 1
     end = first_label + int(sequences.num_predictions[rows[0]])
@@ -255,10 +265,9 @@ def _losses(model: nn.Sequential, batch: Batch[Tensor], num_context: int) -> Flo
 
 
 def _result(
-    dataset: TokenDataset,
+    text: Text,
     length_tokens: int,
     sequences: EvalSequences,
-    available: int,
     total_nats: float,
     seconds: float,
 ) -> PerplexityResult:
@@ -267,8 +276,8 @@ def _result(
     # The authors repeat a batch's mean eight times, once per block, and accelerate truncates the repetitions of the
     # last, smaller batch to its number of blocks; on one process, their result therefore equals this mean, too.
     nats = total_nats / num_predictions
-    complete = sequences.num_tokens == dataset.num_tokens
-    text_bytes = dataset.manifest.text_bytes
+    complete = isinstance(text, TokenDataset) and sequences.num_tokens == text.num_tokens
+    text_bytes = text.manifest.text_bytes
     return PerplexityResult(
         length_tokens=length_tokens,
         perplexity=_exp(nats),
@@ -277,7 +286,7 @@ def _result(
         num_sequences=int(sequences.starts.size),
         num_predictions=num_predictions,
         num_tokens_read=sequences.num_tokens,
-        num_tokens_dropped=available - sequences.num_tokens,
+        num_tokens_dropped=text.num_tokens - sequences.num_tokens,
         seconds=seconds,
     )
 

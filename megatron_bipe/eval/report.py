@@ -14,7 +14,7 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.chart import Line, draw_png, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult, evaluate_perplexity
-from megatron_bipe.eval.sequences import PROTOCOLS, cut_sequences, limit_tokens
+from megatron_bipe.eval.sequences import PROTOCOLS, SelectedText, Text, cut_sequences
 from megatron_bipe.io import write_atomically
 from megatron_bipe.text_table import csv_text, text_table
 
@@ -58,8 +58,8 @@ def evaluate_model(
     Raises:
         BipeError: as in `evaluate_perplexity`; one for a length is raised before anything is run.
     """
-    available = limit_tokens(dataset, settings.max_tokens)
-    cuts = [cut_sequences(dataset, available, length, settings.protocol) for length in lengths]
+    text = settings.select(dataset)
+    cuts = [cut_sequences(text, text.num_tokens, length, settings.protocol) for length in lengths]
     total = sum(int(sequences.num_inputs.sum()) for sequences in cuts)
     results: list[PerplexityResult] = []
     with tqdm(total=total, desc=eval_model.name, unit=" tokens", unit_scale=True, disable=None) as bar:
@@ -96,7 +96,7 @@ def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]
 
 def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[ModelResults]) -> dict[str, Any]:
     """Return all facts and results of the evaluation; infinite perplexities are null."""
-    manifest = dataset.manifest
+    manifest, text = dataset.manifest, settings.select(dataset)
     return {
         "format_version": FORMAT_VERSION,
         "protocol": settings.protocol,
@@ -108,9 +108,12 @@ def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[Mode
             "segments": manifest.rule.spec,
             "num_documents": manifest.num_documents,
             "num_tokens": dataset.num_tokens,
-            "num_tokens_given": limit_tokens(dataset, settings.max_tokens),
+            "num_tokens_given": text.num_tokens,
+            "num_documents_given": text.document_bounds().size - 1,
+            "documents_given": selection_text(text, settings),
         },
         "max_tokens": settings.max_tokens,
+        "empty_texts": settings.empty_texts,
         "batch_tokens": settings.batch_tokens,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "device": settings.device,
@@ -153,15 +156,27 @@ def as_table(models: Sequence[ModelResults]) -> str:
 
 def coverage_text(dataset: TokenDataset, settings: EvalSettings, results: Sequence[PerplexityResult]) -> str:
     """Return the numbers of tokens that were read and dropped, one line per length."""
-    given = limit_tokens(dataset, settings.max_tokens)
+    text = settings.select(dataset)
     lines = [f"Protocol {settings.protocol}: {PROTOCOLS[settings.protocol]}."]
-    lines.append(f"Given {given:,} of the dataset's {dataset.num_tokens:,} tokens.")
+    lines.append(
+        f"Given {text.num_tokens:,} of the dataset's {dataset.num_tokens:,} tokens: {selection_text(text, settings)}."
+    )
     lines += [
         f"  {r.length_tokens:>9,} tokens: {r.num_sequences:,} sequences, {r.num_predictions:,} predictions, "
         f"{r.num_tokens_read:,} tokens read, {r.num_tokens_dropped:,} dropped"
         for r in results
     ]
     return "\n".join(lines)
+
+
+def selection_text(text: Text, settings: EvalSettings) -> str:
+    """Describe the documents that an evaluation reads."""
+    if not isinstance(text, SelectedText):
+        return "all documents"
+    if text.is_part_of_one:
+        return f"the first {text.num_tokens:,} tokens of one document, as none is shorter"
+    kind = "without those of empty texts" if settings.max_tokens is None else "spread evenly over the dataset"
+    return f"{text.document_bounds().size - 1:,} complete documents of {text.manifest.num_documents:,}, {kind}"
 
 
 def unique_names(eval_models: Sequence[EvalModel]) -> list[str]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import ConfigError, DataError
-from megatron_bipe.types import IntArray
+from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
 Protocol = Literal["full", "sliding", "reference"]
 PROTOCOLS: dict[Protocol, str] = {
@@ -26,6 +26,9 @@ PROTOCOLS: dict[Protocol, str] = {
     "remainder and one full block dropped; L - 1 predictions per block; mean over blocks",
 }
 DEFAULT_PROTOCOL: Protocol = "full"
+EmptyTexts = Literal["keep", "drop"]
+DEFAULT_EMPTY_TEXTS: EmptyTexts = "keep"  # as in the authors' script
+NUM_AROUND = 2  # special tokens around a text: BOS, and EOS with --append-eos
 EVAL_BATCH_TOKENS = 16_384  # per forward pass
 PROMPT_BATCH_TOKENS = 65_536  # per generation batch, prompts and continuations
 GROUP_DOCUMENTS = 1000  # batch size of `datasets.map` in the authors' script
@@ -79,28 +82,116 @@ def _multiples(text: str) -> list[str]:
     return [str(length) for length in range(int(first), int(last) + 1, int(first) or 1)] or [text]
 
 
-def limit_tokens(dataset: TokenDataset, max_tokens: int | None) -> int:
-    """Return the number of tokens available to an evaluation limited to `max_tokens`.
+class SelectedText:
+    """Some documents of a dataset in their order, read as one text like a dataset of them alone."""
+
+    def __init__(self, dataset: TokenDataset, starts_M: IntArray, lengths_M: IntArray) -> None:
+        """Select the `lengths_M` tokens from `starts_M` on, for each document."""
+        self.dataset, self.manifest, self.rule, self.path = dataset, dataset.manifest, dataset.rule, dataset.path
+        self._starts_M = starts_M
+        self._bounds = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths_M)])
+
+    @property
+    def num_tokens(self) -> int:
+        return int(self._bounds[-1])
+
+    @property
+    def is_part_of_one(self) -> bool:
+        """True if this is the beginning of a single document."""
+        return self._starts_M.size == 1 and self._starts_M[0] + self.num_tokens not in self.dataset.document_bounds()
+
+    def document_bounds(self) -> IntArray:
+        """Return the first token of each document and the end of the last, int64 [documents + 1]."""
+        return self._bounds
+
+    def tokens(self, start: int, stop: int) -> TokenArray:
+        return np.concatenate([self.dataset.tokens(*piece) for piece in self._pieces(start, stop)])
+
+    def ends(self, start: int, stop: int) -> BoolArray:
+        return np.concatenate([self.dataset.ends(*piece) for piece in self._pieces(start, stop)])
+
+    def _pieces(self, start: int, stop: int) -> list[tuple[int, int]]:
+        """Return the dataset's tokens that tokens [start, stop) of this text are, by document."""
+        first, last = (int(np.searchsorted(self._bounds, index, side="right")) - 1 for index in (start, stop - 1))
+        lows = np.maximum(self._bounds[first : last + 1], start)
+        highs = np.minimum(self._bounds[first + 1 : last + 2], stop)
+        shifts = self._starts_M[first : last + 1] - self._bounds[first : last + 1]
+        return list(zip((lows + shifts).tolist(), (highs + shifts).tolist(), strict=True))
+
+
+Text = TokenDataset | SelectedText
+
+
+def select_text(dataset: TokenDataset, max_tokens: int | None, empty_texts: EmptyTexts = DEFAULT_EMPTY_TEXTS) -> Text:
+    """Return the documents that an evaluation reads, the same ones for every model and length.
+
+    Args:
+        dataset: the dataset.
+        max_tokens: read at most so many tokens: full documents that are spread evenly over the dataset. One that does
+            not fit is skipped; if none does, the first tokens of one are read. None: read all documents.
+        empty_texts: "drop" skips the documents of empty texts, which are special tokens alone.
 
     Raises:
         ConfigError: `max_tokens` is not positive.
     """
-    if max_tokens is None:
-        return dataset.num_tokens
-    if max_tokens < 1:
+    if max_tokens is not None and max_tokens < 1:
         raise ConfigError(
             f"--max-tokens {max_tokens} selects no tokens", remedy="Use 1 or more", location="--max-tokens"
         )
-    return min(max_tokens, dataset.num_tokens)
+    is_complete = max_tokens is None or max_tokens >= dataset.num_tokens
+    if is_complete and empty_texts == "keep":
+        return dataset
+    bounds = dataset.document_bounds()
+    lengths = np.diff(bounds)
+    documents = np.flatnonzero(lengths > 0)
+    if empty_texts == "drop":
+        documents = documents[~_are_empty(dataset, bounds, documents)]
+    if is_complete and documents.size == lengths.size:
+        return dataset
+    if max_tokens is not None:
+        fitting = _choose_fitting(documents, lengths, max_tokens)
+        documents = fitting if fitting.size else documents[:1]
+        lengths = np.minimum(lengths, max_tokens)
+    return SelectedText(dataset, bounds[documents], lengths[documents])
 
 
-def check_lengths(dataset: TokenDataset, lengths: Iterable[int], protocol: Protocol, max_tokens: int | None) -> None:
+def spread_order(count: int) -> IntArray:
+    """Return the numbers below `count` in an order whose beginnings are all spread evenly over them.
+
+    Source: Weyl's equidistribution of the multiples of the golden ratio, here in 64-bit integers.
+    """
+    return np.argsort(np.arange(count, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), kind="stable")
+
+
+def _choose_fitting(documents: IntArray, lengths: IntArray, max_tokens: int) -> IntArray:
+    """Return those of the documents that are taken in `spread_order` while they fit, in ascending order."""
+    rest, chosen = documents[spread_order(documents.size)], [documents[:0]]
+    while (rest := rest[lengths[rest] <= max_tokens]).size:
+        sums = np.cumsum(lengths[rest])
+        count = int(np.searchsorted(sums, max_tokens, side="right"))
+        chosen.append(rest[:count])
+        max_tokens -= int(sums[count - 1])
+        rest = rest[count:]
+    return np.sort(np.concatenate(chosen))
+
+
+def _are_empty(dataset: TokenDataset, bounds: IntArray, documents: IntArray) -> BoolArray:
+    """Return True for each of these documents that is special tokens alone."""
+    special = [*dataset.manifest.tokenizer.special_ids.values()]
+    empty = np.zeros(documents.size, np.bool_)
+    for n in np.flatnonzero(np.diff(bounds)[documents] <= NUM_AROUND).tolist():
+        first, stop = bounds[documents[n] : documents[n] + 2].tolist()
+        empty[n] = np.isin(dataset.tokens(first, stop), special).all()
+    return empty
+
+
+def check_lengths(text: Text, lengths: Iterable[int], protocol: Protocol) -> None:
     """Raise the errors of `cut_sequences` for any of several lengths."""
     for length in lengths:
-        cut_sequences(dataset, limit_tokens(dataset, max_tokens), length, protocol)
+        cut_sequences(text, text.num_tokens, length, protocol)
 
 
-def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:
+def cut_sequences(dataset: Text, num_tokens: int, length_tokens: int, protocol: Protocol) -> EvalSequences:
     """Split the first `num_tokens` tokens of a dataset into sequences; the other tokens are ignored.
 
     Raises:
@@ -123,7 +214,8 @@ def cut_sequences(dataset: TokenDataset, num_tokens: int, length_tokens: int, pr
         bounds = np.minimum(dataset.document_bounds(), num_tokens)
         sequences = _cut_in_groups(np.append(bounds[:-1:GROUP_DOCUMENTS], bounds[-1]), length_tokens)
     if not sequences.starts.size:
-        limited = f" (of {dataset.num_tokens}, by --max-tokens)" if num_tokens < dataset.num_tokens else ""
+        total = dataset.dataset.num_tokens if isinstance(dataset, SelectedText) else dataset.num_tokens
+        limited = f" (of {total}, by --max-tokens or --empty-texts)" if num_tokens < total else ""
         rule = (
             f"of {length_tokens} tokens and its last label need {length_tokens + 1}"
             if protocol != "reference"

@@ -15,10 +15,11 @@ class Keys(NamedTuple):
 
     text: str = "text"
     partition: str | None = None  # of the value by which the data is partitioned; None: not partitioned
+    keep_empty: bool = False  # make documents of texts without characters, which are skipped otherwise
 
     def in_use(self) -> list[str]:
         """Return the keys that are given, each once."""
-        return list(dict.fromkeys(key for key in self if key is not None))
+        return list(dict.fromkeys(key for key in (self.text, self.partition) if key is not None))
 
 
 class Malformed(NamedTuple):
@@ -45,23 +46,25 @@ def parse_block(block: Block, keys: Keys) -> Parsed:
         return _parse_text_file(block, keys.partition)
     lines = ((number, line) for number, line in enumerate(block.content.split(b"\n"), start=block.first_line) if line)
     found = ((number, _parse_line(line, keys)) for number, line in lines if not line.isspace())
-    return _collect(block.file, found, block.read_bytes)
+    return _collect(block.file, found, block.read_bytes, keys.keep_empty)
 
 
 def parse_rows(file: str, first_row: int, records: Iterable[Any], keys: Keys, read_bytes: int) -> Parsed:
     """Return the documents of a table's rows, each a dictionary; `first_row` is the number of the first, from 1."""
     found = ((number, _parse_record(record, keys)) for number, record in enumerate(records, start=first_row))
-    return _collect(file, found, read_bytes)
+    return _collect(file, found, read_bytes, keys.keep_empty)
 
 
-def _collect(file: str, found: Iterable[tuple[int, tuple[str, str] | str]], read_bytes: int) -> Parsed:
+def _collect(
+    file: str, found: Iterable[tuple[int, tuple[str, str] | str]], read_bytes: int, keep_empty: bool
+) -> Parsed:
     documents: list[Document] = []
     malformed: list[Malformed] = []
     num_empty = 0
     for number, item in found:
         if isinstance(item, str):
             malformed.append(Malformed(file, number, item))
-        elif not item[0]:
+        elif not item[0] and not keep_empty:
             num_empty += 1
         else:
             documents.append(Document(item[0], file, number, item[1]))
@@ -125,4 +128,4 @@ def _parse_text_file(block: Block, partition_key: str | None) -> Parsed:
     else:
         if block.content and partition_key is not None:
             found = 1, f'a text file has no "{partition_key}" to partition by'
-    return _collect(block.file, [found], block.read_bytes)
+    return _collect(block.file, [found], block.read_bytes, keep_empty=False)  # an empty file is not a record

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval import sequences as windows_module
-from megatron_bipe.eval.perplexity import HEAD_TOKENS, EvalSettings, evaluate_perplexity
+from megatron_bipe.eval.perplexity import HEAD_TOKENS, EvalSettings, evaluate_documents, evaluate_perplexity
 from megatron_bipe.model.attention import CHUNK
 from tests.helpers.errors import raises
 
@@ -122,15 +122,19 @@ def test_full_predicts_the_same_targets_at_every_length(make_dataset, make_eval_
 
 
 @pytest.mark.parametrize("protocol", ["full", "sliding", "reference"])
-def test_max_tokens_equals_a_dataset_of_so_many_tokens(make_dataset, make_eval_model, documents, protocol):
-    eval_model = make_eval_model()
-    short = [documents[0], documents[1], documents[2], documents[3][:6]]  # 98 tokens
-    limited = evaluate_perplexity(
-        eval_model, make_dataset(documents), 9, EvalSettings(protocol=protocol, max_tokens=98)
-    )
-    whole = evaluate_perplexity(eval_model, make_dataset(short, name="short"), 9, EvalSettings(protocol=protocol))
+@pytest.mark.parametrize(("limit", "chosen"), [(100, [0, 4, 5]), (98, [0, 1, 3, 5]), (72, [0, 1, 5]), (30, [1, 5])])
+def test_max_tokens_equals_a_dataset_of_some_whole_documents(
+    make_dataset, make_eval_model, documents, protocol, limit, chosen
+):
+    eval_model, some = make_eval_model(), make_dataset([documents[n] for n in chosen], name="some")
+    settings = EvalSettings(protocol=protocol, max_tokens=limit)
+    limited = evaluate_perplexity(eval_model, make_dataset(documents), 9, settings)
+    whole = evaluate_perplexity(eval_model, some, 9, EvalSettings(protocol=protocol))
     assert limited[1:3] == whole[1:3]
     assert limited[4:8] == whole[4:8]
+    assert limited.bits_per_byte is None
+    by_document = evaluate_documents(eval_model, make_dataset(documents), 9, settings)
+    assert by_document.perplexity == evaluate_documents(eval_model, some, 9, EvalSettings(protocol=protocol)).perplexity
 
 
 def test_max_tokens_beyond_the_dataset_changes_nothing(make_dataset, make_eval_model, documents):

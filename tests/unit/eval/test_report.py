@@ -88,7 +88,7 @@ def test_as_table_aligns_and_marks_the_training_length(models):
 
 def test_coverage_text_says_what_was_read_and_dropped(make_dataset, documents, models):
     text = coverage_text(make_dataset(documents), EvalSettings(max_tokens=100), models[0].results)
-    assert "Protocol full" in text and "Given 100 of the dataset's 173 tokens" in text
+    assert "Protocol full" in text and "Given 100 of the dataset's 173 tokens: 3 complete documents of 6" in text
     assert "11 sequences, 172 predictions, 173 tokens read, 0 dropped" in text
 
 

@@ -1,12 +1,14 @@
 """Sequences of each protocol against plain arithmetic."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import ConfigError, DataError
-from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences
+from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences, select_text
 from tests.helpers.errors import raises
 
 
@@ -99,3 +101,69 @@ def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol
 def test_cut_windows_limit_shorter_than_a_window_names_the_option():
     with raises(DataError, 50, 500, "--max-tokens", 101, location="corpus"):
         cut_sequences(Corpus([500]), 50, 100, "full")
+
+
+SIZES = st.lists(st.integers(0, 9), min_size=1, max_size=40).filter(any)
+
+
+class Numbered(Corpus):
+    """Documents that repeat their number."""
+
+    rule = None
+    manifest = SimpleNamespace(tokenizer=SimpleNamespace(special_ids={}))
+
+    def __init__(self, sizes):
+        super().__init__(sizes)
+        self.numbers = np.repeat(np.arange(len(sizes)), sizes)
+
+    def tokens(self, start, stop):
+        return self.numbers[start:stop]
+
+    ends = tokens
+
+
+@settings(deadline=None)
+@given(sizes=SIZES, limit=st.integers(1, 200))
+def test_select_text_is_whole_documents_in_order_within_the_limit(sizes, limit):
+    dataset = Numbered(sizes)
+    text = select_text(dataset, limit)
+    tokens = text.tokens(0, text.num_tokens).tolist()
+    bounds = text.document_bounds().tolist()
+    assert len(tokens) == bounds[-1] == text.num_tokens <= limit
+    chosen = [tokens[start] for start in bounds[:-1]] if text is not dataset else list(dict.fromkeys(tokens))
+    assert chosen == sorted(set(chosen)) and tokens == [n for n in chosen for _ in range(min(sizes[n], limit))]
+    left = [size for n, size in enumerate(sizes) if 0 < size <= limit and n not in chosen]
+    assert not left or text.num_tokens + min(left) > limit
+    for start in range(0, text.num_tokens, 3):
+        stop = min(start + 7, text.num_tokens)
+        assert text.tokens(start, stop).tolist() == tokens[start:stop] == text.ends(start, stop).tolist()
+
+
+def test_select_text_is_spread_evenly_over_the_dataset():
+    dataset = Numbered([5] * 1000)
+    for limit in (50, 505, 2500):
+        text = select_text(dataset, limit)
+        chosen = text.tokens(0, text.num_tokens)[::5]
+        assert text.num_tokens == limit
+        parts = np.histogram(chosen, bins=10, range=(0, 1000))[0]
+        assert parts.max() - parts.min() <= 2
+
+
+def test_select_text_where_no_document_is_short_enough_begins_one():
+    text = select_text(Numbered([50, 50]), 7)
+    assert text.num_tokens == 7 and text.is_part_of_one
+    assert not select_text(Numbered([50, 50]), 60).is_part_of_one
+
+
+def test_select_text_drops_documents_of_special_tokens_alone(make_dataset):
+    special = {"bos": 1, "eos": 2}
+    documents = [[1, 5], [1], [1, 2], [5], [2, 1, 1], [1, 6, 2]]
+    dataset = make_dataset(documents)
+    dataset.manifest = dataset.manifest.model_copy(
+        update={"tokenizer": dataset.manifest.tokenizer.model_copy(update={"special_ids": special})}
+    )
+    kept, dropped = select_text(dataset, None, "keep"), select_text(dataset, None, "drop")
+    assert kept is dataset
+    assert dropped.tokens(0, dropped.num_tokens).tolist() == [1, 5, 5, 2, 1, 1, 1, 6, 2]
+    assert dropped.document_bounds().tolist() == [0, 2, 3, 6, 9]
+    assert select_text(make_dataset([[5, 6], [7]], name="full"), None, "drop").num_tokens == 3

@@ -556,6 +556,24 @@ def test_build_shard_is_filled_to_the_last_token(tmp_path: Path, tokenizer_folde
         assert [shard.documents for shard in manifest.shards] == shards
 
 
+@pytest.mark.parametrize("backend", ["auto", "stock"])
+def test_build_empty_texts_are_dropped_or_kept_as_special_tokens_alone(
+    tmp_path: Path, tokenizer_folder: Path, backend: str
+) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": ""}\n{"text": "a"}\n{"text": ""}\n')
+    (tmp_path / "z.txt").touch()
+    options = options_for(tmp_path, tokenizer_folder, tmp_path / "in.jsonl", tmp_path / "z.txt", backend=backend)
+    (dropped,) = build(options).values()
+    assert (dropped.num_documents, dropped.source["empty_texts"]) == (1, 3)
+    kept = replace(options, output=tmp_path / "kept", empty_texts="keep", append_eos=True)
+    (manifest,) = build(kept).values()
+    assert (manifest.num_documents, manifest.source["empty_texts"]) == (3, 1)  # an empty file has no record
+    dataset = TokenDataset(kept.output)
+    bounds = dataset.document_bounds().tolist()
+    documents = [dataset.tokens(*pair).tolist() for pair in itertools.pairwise(bounds)]
+    assert documents[0] == documents[2] == [1, 2] and documents[1][0] == 1 and len(documents[1]) > 2
+
+
 def test_build_duplicates_are_skipped_and_counted(tmp_path: Path, tokenizer_folder: Path) -> None:
     (tmp_path / "a.jsonl").write_text("".join(f'{{"text": "{n % 4}"}}\n' for n in range(9)))
     (tmp_path / "b.txt").write_text("3")
