@@ -263,8 +263,8 @@ class Watchdog:
         return self._store
 
     def _record_failure(self, reason: str, seen: str = "") -> None:
-        others = {"seen": seen.splitlines()} if seen else {}
-        self._record({"rank": self._mesh.rank, "name": self._name, "at": self._location, "reason": reason} | others)
+        own = {"rank": self._mesh.rank, "name": self._name, "at": self._location}
+        self._record(own | {"reason": reason, "seen": seen.splitlines()})
 
     def _fail(self, text: str, reason: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""
