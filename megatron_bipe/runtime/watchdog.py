@@ -269,8 +269,8 @@ class Watchdog:
         return self._store
 
     def _record_failure(self, why: str, seen: str = "") -> None:
-        others = {"seen": seen.splitlines()} if seen else {}
-        self._record({"rank": self._mesh.rank, "name": self._name, "at": self._location, "reason": why} | others)
+        own = {"rank": self._mesh.rank, "name": self._name, "at": self._location}
+        self._record(own | {"why": why, "seen": seen.splitlines()})
 
     def _fail(self, text: str, why: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""

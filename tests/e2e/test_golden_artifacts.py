@@ -107,8 +107,8 @@ def test_resumed_run_writes_the_same_keys(resumed):
     assert keys_of(states[0]) == keys_of(states[1])
     assert states[0]["parameters"] == states[1]["parameters"]
     events = read_lines(resumed / "events.jsonl")
-    assert [event["event"] for event in events] == ["start", "done", "start", "done"]
-    assert keys_of(events[2:]) == keys_of(events[:2])
+    assert [event["event"] for event in events] == ["start", "done", "start", "saved", "done"]
+    assert keys_of([events[2], events[4]]) == keys_of(events[:2])
     assert keys_of(read_json(resumed / "data.json")) == keys_of(read_json(GOLDEN / "run" / "data.json"))
 
 
