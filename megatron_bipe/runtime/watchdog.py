@@ -270,7 +270,7 @@ class Watchdog:
 
     def _record_failure(self, why: str, seen: str = "") -> None:
         own = {"rank": self._mesh.rank, "name": self._name, "at": self._location}
-        self._record(own | {"why": why, "seen": seen.splitlines()})
+        self._record(own | {"reason": why, "seen": seen.splitlines()})
 
     def _fail(self, text: str, why: str, code: int, observe: Observe) -> None:
         """Report a failure; the first rank to fail also observes the others, requests the shutdown, and exits."""

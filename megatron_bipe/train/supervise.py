@@ -176,12 +176,9 @@ def _report_failure(run_dir: Path, ended: Ended, attempt: int, wait_s: float | N
             "command trains in another folder"
         )
     _log.warning("supervise: %s", why or "no rank has reported why; see the output above")
-    facts = {"exit_code": ended.code, "signal": ended.signal_name, "why": why, "attempt": attempt, "wait_s": wait_s}
+    facts = {"exit_code": ended.code, "signal": ended.signal_name, "reason": why, "attempt": attempt, "wait_s": wait_s}
     if run_dir.is_dir():
-        try:
-            Events(run_dir, is_main=True).add(FAILED, by="supervisor", **facts)
-        except OSError as error:
-            _log.warning("supervise: the failure cannot be recorded in %s: %s", run_dir / EVENTS, error)
+        Events(run_dir, is_main=True).add(FAILED, by="supervisor", **facts)
 
 
 def fill_hosts(
