@@ -53,10 +53,9 @@ def perplexity(given: argparse.Namespace) -> None:
     _verify_data(given, [dataset])
     eval_models = load_eval_models(given.model, [dataset], lengths)
     models = [evaluate_model(eval_model, dataset, lengths, settings) for eval_model in eval_models]
-    files = write_report(given.output, dataset, settings, models)
-    print(as_table(models))
-    print(coverage_text(dataset, settings, models[0].results))
-    print("Written:", *files)
+    print(as_table(models))  # before anything is written: the disk may be full
+    print(coverage_text(dataset, settings, models[0].results), flush=True)
+    print("Written:", *write_report(given.output, dataset, settings, models))
 
 
 def extrapolation(given: argparse.Namespace) -> None:
@@ -195,8 +194,8 @@ def harness(given: argparse.Namespace) -> None:
         trust_remote_code=given.trust_remote_code,
     )
     results = run_tasks(given.model, given.tasks.split(","), settings)
+    print(results_table(results), flush=True)
     write_results(given.output / HARNESS_NAME, given.model, settings, results)
-    print(results_table(results))
     print("Written:", given.output / HARNESS_NAME)
 
 
