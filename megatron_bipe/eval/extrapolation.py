@@ -14,7 +14,7 @@ from megatron_bipe.eval.chart import Chart, Line, draw_panels, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import INTERVAL, NUM_RESAMPLES, DocumentLosses, EvalSettings, evaluate_documents
-from megatron_bipe.eval.report import finite_or_none, unique_names, write_files
+from megatron_bipe.eval.report import empty_texts_fact, finite_or_none, unique_names, write_files
 from megatron_bipe.eval.sequences import PROTOCOLS
 from megatron_bipe.text_table import csv_text
 
@@ -145,7 +145,7 @@ def as_json(settings: EvalSettings, subsets: Sequence[Subset]) -> dict[str, Any]
         "protocol": settings.protocol,
         "protocol_means": PROTOCOLS[settings.protocol],
         "max_tokens": settings.max_tokens,
-        "empty_texts": settings.empty_texts,
+        **empty_texts_fact(settings),
         "interval": f"{INTERVAL:.0%} of {NUM_RESAMPLES} corpora resampled by document",
         "subsets": [
             {

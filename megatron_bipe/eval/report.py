@@ -14,7 +14,7 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.chart import Line, draw_png, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult, evaluate_perplexity
-from megatron_bipe.eval.sequences import PROTOCOLS, SelectedText, Text, cut_sequences
+from megatron_bipe.eval.sequences import DEFAULT_EMPTY_TEXTS, PROTOCOLS, SelectedText, Text, cut_sequences
 from megatron_bipe.io import write_atomically
 from megatron_bipe.text_table import csv_text, text_table
 
@@ -109,11 +109,10 @@ def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[Mode
             "num_documents": manifest.num_documents,
             "num_tokens": dataset.num_tokens,
             "num_tokens_given": text.num_tokens,
-            "num_documents_given": text.document_bounds().size - 1,
-            "documents_given": selection_text(text, settings),
+            **({"documents_given": selection_text(text, settings)} if isinstance(text, SelectedText) else {}),
         },
         "max_tokens": settings.max_tokens,
-        "empty_texts": settings.empty_texts,
+        **empty_texts_fact(settings),
         "batch_tokens": settings.batch_tokens,
         "dtype": str(settings.dtype).removeprefix("torch."),
         "device": settings.device,
@@ -130,6 +129,11 @@ def as_json(dataset: TokenDataset, settings: EvalSettings, models: Sequence[Mode
             for name, eval_model, results in _named(models)
         ],
     }
+
+
+def empty_texts_fact(settings: EvalSettings) -> dict[str, str]:
+    """Return the setting for a report if it is not the default; reports of earlier versions have no such key."""
+    return {} if settings.empty_texts == DEFAULT_EMPTY_TEXTS else {"empty_texts": settings.empty_texts}
 
 
 def as_csv(models: Sequence[ModelResults]) -> str:

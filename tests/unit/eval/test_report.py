@@ -12,6 +12,7 @@ from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult
 from megatron_bipe.eval.report import (
     ModelResults,
     as_csv,
+    as_json,
     as_table,
     coverage_text,
     prepare_output,
@@ -90,6 +91,17 @@ def test_coverage_text_says_what_was_read_and_dropped(make_dataset, documents, m
     text = coverage_text(make_dataset(documents), EvalSettings(max_tokens=100), models[0].results)
     assert "Protocol full" in text and "Given 100 of the dataset's 173 tokens: 3 complete documents of 6" in text
     assert "11 sequences, 172 predictions, 173 tokens read, 0 dropped" in text
+
+
+def test_json_names_the_documents_and_the_treatment_of_empty_texts_if_chosen(make_dataset, documents, models):
+    dataset = make_dataset(documents)
+    plain, chosen = (
+        as_json(dataset, settings, models)
+        for settings in (EvalSettings(), EvalSettings(max_tokens=99, empty_texts="drop"))
+    )
+    assert "4 complete documents of 6" in chosen["data"]["documents_given"]
+    assert chosen["empty_texts"] == "drop"
+    assert "documents_given" not in plain["data"] and "empty_texts" not in plain
 
 
 def test_unique_names_of_equal_names_are_what_was_loaded(make_eval_model):
