@@ -94,7 +94,8 @@ def test_model_on_padded_batch_gives_unpadded_results(encoding, intra, implement
 def test_eager_attention_in_half_precision_is_finite_and_near(encoding, tiny, plan_of, hf_of):
     num_tokens = 1200  # as many segments: the steepest bias times sqrt(8) is 81,000, beyond fp16
     config = tiny(encoding=encoding, train_len_tokens=num_tokens, init_std=0.02)
-    model, tokens = hf_of(plan_of(config), config), torch.full((1, num_tokens), 3)
+    model = hf_of(plan_of(config), config)
+    tokens = 3 + 2 * torch.randint(2, (1, num_tokens), generator=torch.Generator().manual_seed(0))  # separators
     mask = torch.ones_like(tokens)
     mask[0, :5] = 0
     with torch.no_grad():
