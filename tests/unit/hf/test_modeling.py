@@ -10,7 +10,7 @@ from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, 
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.load import build_from_llama
-from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, _eager_attention
 from megatron_bipe.hf.weight_mapping import to_llama
 from megatron_bipe.model.loss import token_losses
 from tests.helpers.hf import NEAR, PUBLISHED_ENCODINGS, ids_of
@@ -145,6 +145,19 @@ def test_eager_attention_equals_sdpa(model, tokens_of):
         found = model(tokens, attention_mask=mask).logits
         model.set_attn_implementation("sdpa")
     torch.testing.assert_close(found[mask.bool()], expected[mask.bool()], **NEAR)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_eager_attention_masks_and_compares_scores_beyond_the_range_of_fp16(dtype):
+    q = torch.full((1, 1, 2, 1), 300.0, dtype=dtype)
+    mask = torch.zeros(1, 1, 2, 2, dtype=dtype)
+    mask[..., 0, 1] = torch.finfo(dtype).min
+    for keys in ([300, 298], [298, 300], [1, 300]):  # scores up to 90,000; in fp16 the mask is -65,504
+        k = torch.tensor(keys, dtype=dtype).view(1, 1, 2, 1)
+        mixed, weights = _eager_attention(None, q, k, k, mask, 1.0)
+        assert torch.equal(weights[0, 0, 0], torch.tensor([1.0, 0.0], dtype=dtype))
+        assert torch.equal(weights[0, 0, 1], (k == 300)[0, 0, :, 0].to(dtype))
+        assert mixed[0, 1] == 300
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
