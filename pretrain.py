@@ -99,7 +99,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     stop_request.remove_handlers()
     if not finished:
         sys.exit(EXIT_RESUMABLE)
-    _log_lines(end_summary(run, stop_step))
+    if mesh.is_main:
+        _log_lines(end_summary(run, stop_step))
 
 
 def _log_lines(text: str) -> None:
