@@ -27,7 +27,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
     The configuration is checked before torch and DeepSpeed are imported, so that its errors appear at once.
     """
-    stop_request = StopRequest(parse_duration(args.stop_at) if args.stop_at else math.inf)
+    stop_request = StopRequest(parse_duration(args.stop_at, "--stop-at") if args.stop_at else math.inf)
     log_to_stderr(launch.rank)
     _check_counts(args)
     run = load_run_config(args.config, args.set)
@@ -99,7 +99,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     stop_request.remove_handlers()
     if not finished:
         sys.exit(EXIT_RESUMABLE)
-    _log_lines(end_summary(run, stop_step))
+    if mesh.is_main:
+        _log_lines(end_summary(run, stop_step))
 
 
 def _log_lines(text: str) -> None:

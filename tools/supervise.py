@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _cli import command
-from megatron_bipe.errors import FAILED
+from megatron_bipe.errors import FAILED, ConfigError
 from megatron_bipe.runtime.child_processes import GRACE_S
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, parse_duration
 from megatron_bipe.train.supervise import Patience, fill_hosts, run_on_stop, supervise
@@ -33,20 +33,34 @@ from megatron_bipe.train.supervised_launch import Supervisor
 @command
 def main(argv: Sequence[str] | None) -> None:
     given = _parser().parse_args(argv)
-    supervisor = Supervisor(given.run_dir, parse_duration(given.grace) if given.grace else None)
-    patience = Patience(given.failures, parse_duration(given.first_wait), parse_duration(given.longest_wait))
+    if given.failures < 1:
+        raise ConfigError(f"--failures {given.failures}", remedy="Give an integer of 1 or more", location="--failures")
+    if given.run_dir.exists() and not given.run_dir.is_dir():
+        raise ConfigError("RUN_DIR is not a folder", remedy="Give the run_dir of the command", location=given.run_dir)
+    waits = parse_duration(given.first_wait, "--first-wait"), parse_duration(given.longest_wait, "--longest-wait")
+    patience = Patience(given.failures, *waits)
+    hosts_command, on_stop = _split(given.hosts_command, "--hosts-command"), _split(given.on_stop, "--on-stop")
+    supervisor = Supervisor(given.run_dir, parse_duration(given.grace, "--grace") if given.grace else None)
 
     def launch_command() -> list[str]:
-        if not given.hosts_command:
+        if not hosts_command:
             return list(given.command)
         limits = given.ranks_per_host, given.least_hosts
-        return fill_hosts(given.command, supervisor, given.hosts_command, *limits)
+        return fill_hosts(given.command, supervisor, hosts_command, *limits)
 
     code = supervise(supervisor, patience, launch_command)
     was_stopped = code == EXIT_RESUMABLE or (code == FAILED and supervisor.asked is not None)
-    if was_stopped and given.on_stop:
-        run_on_stop(shlex.split(given.on_stop), supervisor)
+    if was_stopped and on_stop:
+        run_on_stop(on_stop, supervisor)
     sys.exit(code)
+
+
+def _split(text: str | None, option: str) -> list[str]:
+    """Split a command at its spaces, as a shell does."""
+    try:
+        return shlex.split(text or "")
+    except ValueError as error:
+        raise ConfigError(f"{text!r} is not a command: {error}", remedy="Quote it", location=option) from None
 
 
 def _parser() -> argparse.ArgumentParser:

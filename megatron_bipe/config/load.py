@@ -132,7 +132,10 @@ def _problem(entry: Mapping[str, Any], known: Sequence[str], prefix: str) -> str
     key = prefix + ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
         return f"unknown key {key!r}, did you mean {nearest(key, known)!r}?"
-    return f"{key}={entry['input']!r}: {entry['msg'].removeprefix('Value error, ')}"
+    rule = entry["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+    if not entry["loc"]:  # a rule on several fields; the input is the complete section
+        return f"{prefix.rstrip('.')}: {rule}"
+    return f"{key}={entry['input']!r}: {rule}"
 
 
 def nearest(key: str, known: Sequence[str]) -> str:

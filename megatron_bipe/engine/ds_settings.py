@@ -56,6 +56,7 @@ _VALUES: dict[str, tuple[type, ...]] = {  # keys without a model, and the types 
     "dump_state": _SWITCH,
     "dataloader_drop_last": _SWITCH,
 }
+_DATA_TYPES = ("fp16", "bf16", "fp32")
 _KINDS: dict[tuple[type, ...], str] = {_SWITCH: "true or false", _NUMBER: "a number", _COUNT: "an integer"}
 _QUIET = "DeepSpeed's log is off; pretrain.py --profile shows times and memory"
 _IGNORED = {  # accepted, because files for other trainers have them; reported unless off
@@ -127,7 +128,7 @@ def check_settings(ds_values: dict[str, Any], location: str | Path) -> None:
     for section, model in _MODELS.items():
         if isinstance(values := ds_values.get(section), dict):
             problems += _model_problems(section, model, values)
-    problems += _wrong_types(ds_values)
+    problems += _wrong_values(ds_values)
     problems += _useless_offload(ds_values)
     if problems:
         remedy = "Correct or remove these keys; ds_configs/ has complete files"
@@ -187,7 +188,7 @@ def _model_problems(section: str, model: type[BaseModel], values: dict[str, Any]
     return [f"{section}.{name} is deprecated; use {section}.{new}" for name, new in replaced.items()] + problems
 
 
-def _wrong_types(ds_values: dict[str, Any]) -> Iterator[str]:
+def _wrong_values(ds_values: dict[str, Any]) -> Iterator[str]:
     sections = {key.partition(".")[0] for key in _VALUES if "." in key} | _MODELS.keys()
     for section in sorted(sections & ds_values.keys()):
         if not isinstance(ds_values[section], dict):
@@ -198,6 +199,11 @@ def _wrong_types(ds_values: dict[str, Any]) -> Iterator[str]:
         fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
         if key in found and value not in (None, AUTO) and not fits:
             yield f"{key}={json.dumps(value)} must be {_KINDS.get(types, 'a string')}"
+    data_type, divisor = (found.get(key) for key in ("communication_data_type", "gradient_predivide_factor"))
+    if isinstance(data_type, str) and data_type.lower() not in (*_DATA_TYPES, AUTO):
+        yield f"communication_data_type={json.dumps(data_type)} must be one of {', '.join(_DATA_TYPES)}"
+    if isinstance(divisor, int | float) and not isinstance(divisor, bool) and divisor <= 0:
+        yield f"gradient_predivide_factor={divisor} must be greater than 0"
 
 
 def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:

@@ -104,8 +104,8 @@ def install_stop_handlers(handler: Callable[[int, FrameType | None], None]) -> N
             signal.signal(number, handler)
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds of a duration such as `23h50m`, `90m`, `1d12h`, `45s`.
+def parse_duration(text: str, option: str) -> float:
+    """Return the seconds of a duration such as `23h50m`, `90m`, `1d12h`, `45s`, the value of an option.
 
     Raises:
         ConfigError: the text does not have this form.
@@ -115,7 +115,7 @@ def parse_duration(text: str) -> float:
         raise ConfigError(
             f"{text!r} is not a duration",
             remedy="Write days, hours, minutes and seconds as 1d2h30m5s",
-            location="--stop-at",
+            location=option,
         )
     return float(
         sum(int(number or 0) * unit_s for number, unit_s in zip(match.groups(), _UNITS_S.values(), strict=True))

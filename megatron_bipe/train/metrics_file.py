@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from megatron_bipe.io import read_again
 from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.train.log_file import LogFile
 
@@ -161,8 +162,10 @@ def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Return the events of a run in order, empty if it never started; truncated or damaged lines are skipped."""
-    path = run_dir / EVENTS
-    lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+    try:
+        lines = read_again((run_dir / EVENTS).read_bytes).splitlines(keepends=True)
+    except (FileNotFoundError, NotADirectoryError):
+        lines = []
     return [event for event in map(_parsed, lines) if {"time", "event"} <= event.keys()]
 
 

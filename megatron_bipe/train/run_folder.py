@@ -22,7 +22,7 @@ import torch
 
 from megatron_bipe.checkpoint.commit import tidy
 from megatron_bipe.checkpoint.disk_space import plan_disk
-from megatron_bipe.checkpoint.find import list_steps, read_data_record
+from megatron_bipe.checkpoint.find import list_steps, newest_first, read_data_record
 from megatron_bipe.config import (
     ALLOWABLE,
     AUTO,
@@ -262,13 +262,18 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
     return _aligned(rows)
 
 
-def end_summary(run: RunConfig, step: int) -> str:
-    """Return the summary after `step` updates: paths of the results and next commands."""
+def end_summary(run: RunConfig, stop_step: int) -> str:
+    """Return the summary of a run that has reached `stop_step`: paths of the results and next commands.
+
+    A run whose checkpoint is beyond that step was not trained, so its own step is stated.
+    """
+    step = max(stop_step, *(checkpoint.step for checkpoint in newest_first(run.run_dir)[:1]), 0)
     run_dir = shlex.quote(str(run.run_dir))
     name = shlex.quote(run.run_dir.resolve().name)
     if step < run.train.steps:
+        reason = "as requested by" if step == stop_step else "which is beyond that of"
         rows = {
-            "stopped": f"after step {step:,} of {run.train.steps:,}, as requested by --stop-step",
+            "stopped": f"after step {step:,} of {run.train.steps:,}, {reason} --stop-step",
             "next": "the same command without --stop-step resumes the run",
         }
     else:

@@ -13,7 +13,6 @@ it ended otherwise                               restart
 
 import itertools
 import logging
-import shlex
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
@@ -182,14 +181,14 @@ def _report_failure(run_dir: Path, ended: Ended, attempt: int, wait_s: float | N
 
 
 def fill_hosts(
-    command: Sequence[str], supervisor: Supervisor, hosts_command: str, ranks_per_host: int, least: int
+    command: Sequence[str], supervisor: Supervisor, hosts_command: Sequence[str], ranks_per_host: int, least: int
 ) -> list[str]:
     """Return a command with {nodes} and {hosts} filled in from the hosts that `hosts_command` prints.
 
     Raises:
         ConfigError: the command cannot be started or failed, or as in `usable_hosts`.
     """
-    listed = supervisor.output(shlex.split(hosts_command), "--hosts-command")
+    listed = supervisor.output(hosts_command, "--hosts-command")
     hosts = usable_hosts(supervisor.run_dir, listed.split(), ranks_per_host, least)
     return [part.replace("{nodes}", str(len(hosts))).replace("{hosts}", ",".join(hosts)) for part in command]
 

@@ -49,7 +49,12 @@ class Ended(NamedTuple):
 
     @property
     def signal_name(self) -> str:
-        """Name of the signal that ended the launcher or, as reported by DeepSpeed (256 - N), a rank; "" if none."""
+        """Name of the signal that ended the launcher or, as reported by DeepSpeed (256 - N), a rank; "" if none.
+
+        255 is the code of ssh, srun and scripts for an error, and ranks do not end by signal 1, SIGHUP.
+        """
+        if self.code == 255:
+            return ""
         number = 256 - self.code if self.code > 256 - signal.NSIG else self.code - 128
         return signal.Signals(number).name if number in set(signal.Signals) else ""
 

@@ -264,7 +264,7 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a count that is not a number": lambda _: launch({**TORCHRUN, "MASTER_PORT": "2950", "WORLD_SIZE": "two"}),
         "hosts without names": lambda _: launch(SRUN | {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "2"}),
         "an unknown device": lambda given: device(given, "gpu"),
-        "a duration without a unit": lambda _: parse_duration("10"),
+        "a duration without a unit": lambda _: parse_duration("10", "--stop-at"),
         "a profile of a negative number of steps": lambda given: Profile(-1, given.folder, MAIN),
         "fewer hosts than asked for": lambda given: usable_hosts(given.run_dir(), ["a", "b"], 4, 3),
     },

@@ -142,12 +142,21 @@ def test_settings_without_effect_are_said():
         ({"zero_optimization": {"offload_optimizer": {"device": "gpu"}}}, ["offload_optimizer.device", "'gpu'"]),
         ({"prescale_gradients": "yes"}, ['prescale_gradients="yes"']),
         ({"gradient_predivide_factor": True}, ["gradient_predivide_factor=true"]),
+        ({"gradient_predivide_factor": 0}, ["gradient_predivide_factor=0"]),
+        ({"communication_data_type": "float16"}, ['communication_data_type="float16"', "fp16"]),
         ({"csv_monitor": True}, ["csv_monitor=true"]),
     ],
 )
 def test_settings_that_would_be_ignored_or_fail_later_are_named(values, observed):
     with raises(ConfigError, *observed, location="ds.json"):
         check_settings(values, "ds.json")
+
+
+def test_settings_rule_on_several_keys_is_said_without_the_complete_section():
+    values = {"zero_optimization": {"stage": 2, "offload_optimizer": CPU | {"ratio": 0.3}}}
+    with raises(ConfigError, "zero_optimization: Partial offloading", location="ds.json") as caught:
+        check_settings(values, "ds.json")
+    assert "reduce_bucket_size" not in str(caught.value)
 
 
 def test_settings_auto_for_the_engine_and_optimizers_are_refused_in_words():

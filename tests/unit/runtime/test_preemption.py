@@ -81,10 +81,10 @@ def test_stop_request_until_gives_at_least_one_item():
     ("text", "seconds"), [("23h50m", 85800), ("90m", 5400), ("1d12h", 129600), ("45s", 45), ("1d2h30m5s", 95405)]
 )
 def test_parse_duration_adds_units_up(text, seconds):
-    assert parse_duration(text) == seconds
+    assert parse_duration(text, "--stop-at") == seconds
 
 
 @pytest.mark.parametrize("text", ["", "10", "50m23h", "1.5h", "-1h", "1h ", "h"])
 def test_parse_duration_of_something_else_is_refused(text):
-    with raises(ConfigError, f"'{text}'", location="--stop-at"):
-        parse_duration(text)
+    with raises(ConfigError, f"'{text}'", location="--grace"):
+        parse_duration(text, "--grace")

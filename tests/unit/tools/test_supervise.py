@@ -228,6 +228,27 @@ def test_supervise_commands_that_cannot_be_started_are_one_error(tmp_path):
         assert_refuses("supervise", [tmp_path, *arguments], ConfigError, "/no/such", "No such file", location=location)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "location"),
+    [
+        ("--failures", "0", "--failures"),
+        ("--grace", "5", "--grace"),
+        ("--first-wait", "1x", "--first-wait"),
+        ("--longest-wait", "", "--longest-wait"),
+        ("--on-stop", "say 'a", "--on-stop"),
+        ("--hosts-command", "say 'a", "--hosts-command"),
+    ],
+)
+def test_supervise_option_that_cannot_be_used_is_refused_before_the_first_launch(tmp_path, option, value, location):
+    assert_refuses("supervise", [tmp_path, option, value, "--", "/no/such"], ConfigError, value, location=location)
+
+
+def test_supervise_run_folder_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.touch()
+    assert_refuses("supervise", [file, "--", "/no/such"], ConfigError, "not a folder", location=file)
+
+
 def test_supervise_ends_what_a_launch_leaves(supervise, tmp_path):
     output = supervise(f"sleep 300 & echo $! > {tmp_path}/pid; exit 2", code=2)
     pid = int((tmp_path / "pid").read_text())

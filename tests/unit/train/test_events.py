@@ -3,9 +3,11 @@
 import errno
 import os
 import threading
+from pathlib import Path
 
 import orjson
 
+from megatron_bipe import io
 from megatron_bipe.train import metrics_file
 from megatron_bipe.train.metrics_file import EVENTS, Events, RunObserver, read_events, record_failure
 from tests.helpers.errors import assert_warned
@@ -91,3 +93,15 @@ def test_events_failure_on_a_disk_that_hangs_does_not_keep_the_rank(tmp_path, mo
 def test_events_other_ranks_write_nothing(tmp_path):
     Events(tmp_path, False).add("start", step=0)
     assert read_events(tmp_path) == []
+
+
+def test_events_a_read_that_fails_for_a_while_is_repeated(tmp_path, monkeypatch):
+    Events(tmp_path, True).add("done", step=3)
+    monkeypatch.setattr(io, "READ_PAUSES_S", (0.0,))
+    read, failures = Path.read_bytes, [OSError(errno.ESTALE, "Stale file handle")]
+    monkeypatch.setattr(Path, "read_bytes", lambda path: _raise(failures.pop()) if failures else read(path))
+    assert [event["step"] for event in read_events(tmp_path)] == [3]
+
+
+def _raise(error):
+    raise error

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
@@ -43,3 +44,10 @@ def test_end_summary_of_a_finished_run_names_its_checkpoint_and_commands_that_fo
 def test_end_summary_of_a_run_stopped_early_says_so(run):
     text = end_summary(run, 4)
     assert "step 4 of 10" in text and "evaluate" not in text
+
+
+@pytest.mark.parametrize(("stop_step", "expected"), [(10, "step-00000012"), (4, "step 6 of 10"), (6, "as requested")])
+def test_end_summary_of_a_run_beyond_the_requested_step_states_the_step_of_its_checkpoint(run, stop_step, expected):
+    step_folder(run.run_dir, 12 if stop_step == 10 else 6).mkdir(parents=True)
+    text = end_summary(run, stop_step)
+    assert expected in text and ("requested" in text) == (stop_step == 6)

@@ -35,7 +35,9 @@ def test_decide_by_how_a_launch_ended(code, record, asked, fruitless, expected):
     assert decide(Ended(code, record), asked, fruitless, PATIENCE) is expected
 
 
-@pytest.mark.parametrize(("code", "name"), [(137, "SIGKILL"), (247, "SIGKILL"), (143, "SIGTERM"), (1, ""), (75, "")])
+@pytest.mark.parametrize(
+    ("code", "name"), [(137, "SIGKILL"), (247, "SIGKILL"), (143, "SIGTERM"), (1, ""), (75, ""), (255, "")]
+)
 def test_exit_code_of_a_signal_is_named_also_that_of_deepspeed(code, name):
     assert Ended(code).signal_name == name and name in str(Ended(code))
 
