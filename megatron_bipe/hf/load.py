@@ -17,7 +17,7 @@ from megatron_bipe.hf.hf_config import rope_fields
 from megatron_bipe.hf.stock_llama import is_stock_llama, own_weights, stock_llama_config
 from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.io import check_inner_name
-from megatron_bipe.model import TOKEN_EMBEDDING, build_model
+from megatron_bipe.model import TOKEN_EMBEDDING, build_model, tie
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"
@@ -212,6 +212,8 @@ def build_from_llama(
             remedy="Check that the weights and the configuration belong to the same model",
             location=location,
         ) from error
+    if config.tied_output:  # assignment made two parameters of the tensor
+        tie(model[-1], embedding=model[0])
     return model.eval()
 
 
