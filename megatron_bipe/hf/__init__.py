@@ -12,6 +12,7 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeForSequenceClass
 BipeConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
 BipeModel.register_for_auto_class()  # type: ignore[no-untyped-call]
 BipeForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
+BipeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")  # type: ignore[no-untyped-call]
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)
