@@ -25,7 +25,7 @@ from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import hashing
 from megatron_bipe.parallel import Mesh
-from megatron_bipe.runtime.hardware import DTYPES
+from megatron_bipe.runtime.hardware import weights_dtype
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.runtime.observer import Observer
 
@@ -213,5 +213,5 @@ def read_weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a file is missing or damaged.
     """
-    dtype = DTYPES[load_run_config(checkpoint.run_dir / "config.yaml").train.precision]
+    dtype = weights_dtype(load_run_config(checkpoint.run_dir / "config.yaml").train.precision)
     return dict(CheckpointWeights(checkpoint, dtype))

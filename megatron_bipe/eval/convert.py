@@ -36,7 +36,7 @@ from megatron_bipe.hf.hf_config import DataFields
 from megatron_bipe.hf.load import build_from_llama, read_settings
 from megatron_bipe.hf.tokenizer_files import TokenizerSource
 from megatron_bipe.hf.weight_mapping import to_llama
-from megatron_bipe.runtime.hardware import DTYPES
+from megatron_bipe.runtime.hardware import DTYPES, weights_dtype
 
 _STORED = DTYPES | {"fp16": torch.float16}  # by --dtype
 SEPARATOR_SHARE = 0.08  # about the share in the training data of the published models
@@ -85,6 +85,7 @@ def export_checkpoint(
         DataError: the run folder's tokenizer is not the one that it was trained with.
     """
     run, record = read_run(checkpoint)
+    trained = weights_dtype(run.train.precision)
     blend = _training_data(run, record)
     special_in_text = _special_in_text(checkpoint.run_dir, record, blend)
     tokenizer = load_tokenizer(checkpoint.run_dir / TOKENIZER_FOLDER, special_in_text)
@@ -96,7 +97,7 @@ def export_checkpoint(
         perplexity=_perplexity(evaluation, checkpoint) if evaluation else None,
     )
     return export_model(
-        CheckpointWeights(checkpoint, DTYPES[run.train.precision]),
+        CheckpointWeights(checkpoint, trained),
         run.model,
         output,
         DataFields(
@@ -109,7 +110,7 @@ def export_checkpoint(
         _training_sequences(run, record, blend),
         _source(tokenizer),
         ExportOptions(
-            dtype=_STORED[dtype or run.train.precision],
+            dtype=_STORED[dtype] if dtype else trained,
             card=card,
             **options,
         ),

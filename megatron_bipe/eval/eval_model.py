@@ -21,7 +21,7 @@ from megatron_bipe.data.tokenizer import DEFINITIONS, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.hf.load import build_from_llama, load_exported
 from megatron_bipe.hf.weight_mapping import to_llama
-from megatron_bipe.runtime.hardware import DTYPES
+from megatron_bipe.runtime.hardware import weights_dtype
 
 _log = logging.getLogger(__name__)
 
@@ -93,7 +93,7 @@ def named_weights(eval_model: EvalModel) -> dict[str, Tensor]:
 
 def _load_checkpoint(checkpoint: Checkpoint, weights: Mapping[str, Tensor], spec: str) -> EvalModel:
     run, record = read_run(checkpoint)
-    config, dtype = run.model, DTYPES[run.train.precision]
+    config, dtype = run.model, weights_dtype(run.train.precision)
     rounded = {name: weight.to(dtype) for name, weight in weights.items()}
     model = build_from_llama(to_llama(rounded, config), config, checkpoint.folder)
     run_name = checkpoint.run_dir.resolve().name

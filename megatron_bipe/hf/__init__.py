@@ -11,11 +11,8 @@ from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeForSequenceClass
 # A saved model has the `auto_map` and the code with which it loads elsewhere.
 BipeConfig.register_for_auto_class()  # type: ignore[no-untyped-call]
 BipeModel.register_for_auto_class()  # type: ignore[no-untyped-call]
-for model, auto_class in (
-    (BipeForCausalLM, "AutoModelForCausalLM"),
-    (BipeForSequenceClassification, "AutoModelForSequenceClassification"),
-):
-    model.register_for_auto_class(auto_class)  # type: ignore[no-untyped-call]
+BipeForCausalLM.register_for_auto_class("AutoModelForCausalLM")  # type: ignore[no-untyped-call]
+BipeForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")  # type: ignore[no-untyped-call]
 AutoConfig.register(BipeConfig.model_type, BipeConfig, exist_ok=True)
 AutoModel.register(BipeConfig, BipeModel, exist_ok=True)
 AutoModelForCausalLM.register(BipeConfig, BipeForCausalLM, exist_ok=True)

@@ -1,5 +1,6 @@
 """The model card of an exported model."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -34,7 +35,7 @@ model by at most {figure:.1e} of the largest logit (both in fp32, from the weigh
 ```python
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-name = "{title}"  # path of this folder, or its name on the Hub
+name = {name}  # path of this folder, or its name on the Hub
 model = AutoModelForCausalLM.from_pretrained(name{code})
 tokenizer = AutoTokenizer.from_pretrained(name{code})
 inputs = tokenizer("Once upon a time", return_tensors="pt")
@@ -136,6 +137,7 @@ def model_card(
     text = _HEAD.format(
         metadata=_metadata(facts, config),
         title=facts.title,
+        name=json.dumps(facts.title, ensure_ascii=False),
         rows=_table(rows),
         figure=figure,
         code=code,

@@ -17,9 +17,10 @@ from megatron_bipe.hf.hf_config import rope_fields
 from megatron_bipe.hf.stock_llama import is_stock_llama, own_weights, stock_llama_config
 from megatron_bipe.hf.weight_mapping import from_llama
 from megatron_bipe.io import check_inner_name
-from megatron_bipe.model import TOKEN_EMBEDDING, build_model
+from megatron_bipe.model import TOKEN_EMBEDDING, build_model, tie
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
+_ADAPTER = "adapter_config.json"
 _REMEDY = "Export the checkpoint again with tools/export_hf.py"
 
 
@@ -58,9 +59,15 @@ def read_settings(folder: Path) -> dict[str, Any]:
     """Return the content of a model folder's `config.json`.
 
     Raises:
-        CheckpointError: the file is missing or is not a JSON object.
+        CheckpointError: the file is missing or is not a JSON object, or the folder also has an adapter of PEFT.
     """
     path = folder / CONFIG
+    if (folder / _ADAPTER).is_file():  # transformers would apply it, to a model of any other folder that it names
+        raise CheckpointError(
+            f"the folder has an adapter of PEFT ({_ADAPTER}), which is not a part of the model",
+            remedy="Merge it (merge_and_unload) and save the result with save_pretrained, or move it to its own folder",
+            location=folder,
+        )
     if not path.is_file():
         raise CheckpointError(f"there is no {CONFIG}", remedy="Give the folder of an exported model", location=folder)
     try:
@@ -212,6 +219,8 @@ def build_from_llama(
             remedy="Check that the weights and the configuration belong to the same model",
             location=location,
         ) from error
+    if config.tied_output:  # assignment made two parameters of the tensor
+        tie(model[-1], embedding=model[0])
     return model.eval()
 
 

@@ -74,7 +74,15 @@ def _load(folder: Path, settings: Mapping[str, Any], trust_remote_code: bool, op
         kind: Any = BipeForCausalLM if settings.get("model_type") == "bipe" else AutoModelForCausalLM
         if code is not None:  # the Auto class would prefer this package's code
             kind = get_class_from_dynamic_module(code, folder)
-        return kind.from_pretrained(folder, local_files_only=True, **options).eval()
+        model, report = kind.from_pretrained(folder, local_files_only=True, output_loading_info=True, **options)
+    if missing := sorted(report["missing_keys"]):
+        raise CheckpointError(  # transformers would draw them at random
+            f"{len(missing)} weights of {type(model).__name__} are not in the folder: {', '.join(missing[:3])}"
+            + (", ..." if len(missing) > 3 else ""),
+            remedy="Give the folder of a language model with all of its weights",
+            location=folder,
+        )
+    return model.eval()
 
 
 def _named_code(settings: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -14,6 +14,7 @@ from megatron_bipe.model.transformer import (
     count_parameters,
     make_plan,
     rms_norm,
+    tie,
     train_flops_per_token,
 )
 
@@ -38,6 +39,7 @@ __all__ = [
     "rms_norm",
     "shard_of",
     "sum_rows",
+    "tie",
     "token_losses",
     "train_flops_per_token",
 ]

@@ -109,6 +109,14 @@ def choose_precision(asked: Precision, device: torch.device, option: str) -> Pre
     return PrecisionChoice(asked, f"{option}={asked}")
 
 
+def weights_dtype(precision: Precision) -> torch.dtype:
+    """Return the dtype that a run's weights have in evaluation and export.
+
+    An imported run keeps `auto` until its training starts, and its weights are not rounded before.
+    """
+    return torch.float32 if precision == AUTO else DTYPES[precision]
+
+
 def bf16_support(device: torch.device) -> Bf16Support:
     """Return whether the device multiplies bf16 in hardware, according to its flags; nothing is timed."""
     if device.type == "cuda":

@@ -94,14 +94,17 @@ def _warn_if_special_tokens_change(eval_model: EvalModel, data: DataRecord) -> N
 def _differences(model: ModelConfig, wanted: ModelConfig) -> Iterator[tuple[str, Any, Any]]:
     for key, value in _flat(model).items():
         other = _flat(wanted)[key]
-        if value != other and key not in _FREE - _built_in(model) and not (key in _ADDED and other):
+        if value != other and key not in _FREE - _built_in(model, wanted) and not (key in _ADDED and other):
             yield key, value, other
 
 
-def _built_in(model: ModelConfig) -> set[str]:
-    """Return the fields that the positions or sizes of the encoding depend on."""
+def _built_in(model: ModelConfig, wanted: ModelConfig) -> set[str]:
+    """Return the fields that the positions or sizes of the encoding, or a scaling that stays, depend on."""
     sizes = {"init_std"} if model.parts.absolute == "sinusoidal" else set()
-    return sizes | ({"train_len_tokens"} if model.num_positions else set())
+    scaling = model.rope_scaling
+    has_reference = scaling is not None and scaling.type in ("dynamic", "yarn") and scaling.original_positions is None
+    depends = model.num_positions or model.log_scale or (has_reference and scaling == wanted.rope_scaling)
+    return sizes | ({"train_len_tokens"} if depends else set())
 
 
 def _flat(model: ModelConfig) -> dict[str, Any]:

@@ -5,18 +5,13 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    BitsAndBytesConfig,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, Trainer, TrainingArguments
 
 from megatron_bipe.hf.checksums import check_folder
+from megatron_bipe.hf.configuration_bipe import BipeConfig
 from megatron_bipe.hf.export import REMOTE_CODE, ExportOptions, export_model, exported_logits
 from megatron_bipe.hf.load import load_exported
-from megatron_bipe.hf.modeling_bipe import BipeForCausalLM
+from megatron_bipe.hf.modeling_bipe import BipeForCausalLM, BipeForSequenceClassification
 from tests.helpers.hf import NEAR
 
 
@@ -89,10 +84,14 @@ def test_saved_model_loads_elsewhere_with_its_own_code(encoding, tiny, plan_of, 
     }
     check_folder(tmp_path / "saved")
     assert load_exported(tmp_path / "saved").config == config.model_copy(update={"num_kv_heads": 4})
-    classifier = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved")
-    classifier.save_pretrained(tmp_path / "classifier")
-    settings = json.loads((tmp_path / "classifier" / "config.json").read_text())
-    assert settings["auto_map"]["AutoModelForSequenceClassification"].startswith("modeling_bipe.")
+
+
+def test_saved_classifier_has_its_entry_of_the_auto_map(tmp_path, fresh):
+    settings = fresh.config.to_dict()
+    del settings["auto_map"]
+    BipeForSequenceClassification(BipeConfig(**settings)).save_pretrained(tmp_path / "saved")
+    code = json.loads((tmp_path / "saved" / "config.json").read_text())["auto_map"]
+    assert code["AutoModelForSequenceClassification"] == "modeling_bipe.BipeForSequenceClassification"
 
 
 def test_model_saved_over_another_is_the_new_one(folder, fresh):

@@ -69,7 +69,7 @@ def test_export_with_other_ids_of_special_tokens_in_text_than_training_refuses(e
 @pytest.mark.parametrize("encoding", ["bipe_rope", pytest.param("rope", marks=pytest.mark.slow)])
 def test_example_of_the_card_runs_without_a_question(export, chat_folder, encoding, tiny, tmp_path):
     source = source_of(chat_folder)
-    folder = export(tiny(encoding=encoding, vocab_size=520), tokenizer=source, card=CardFacts("m"))
+    folder = export(tiny(encoding=encoding, vocab_size=520), name='a "b"', tokenizer=source, card=CardFacts('a "b"'))
     [example] = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     code = """
 import builtins, os

@@ -9,6 +9,7 @@ from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
+from megatron_bipe.hf.transformers_models import load_causal_lm
 from megatron_bipe.hf.weight_mapping import to_llama
 from tests.helpers.errors import assert_warned, raises
 
@@ -112,6 +113,13 @@ def test_load_without_config_refuses(tmp_path):
         load_exported(tmp_path)
 
 
+def test_load_of_a_model_with_an_adapter_refuses(folder):
+    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "somewhere/else"}')
+    for load in (load_exported, lambda folder: load_causal_lm(folder, torch.float32)):
+        with raises(CheckpointError, "adapter_config.json", location=folder, remedy="merge_and_unload"):
+            load(folder)
+
+
 @pytest.mark.parametrize("content", ["{", "[]"])
 def test_load_of_damaged_config_refuses(folder, content):
     (folder / "config.json").write_text(content)
@@ -168,6 +176,7 @@ def test_names_outside_the_folder_are_refused(folder, name):
     with raises(CheckpointError, name, location=sums):
         load_exported(folder)
     sums.write_text(listed)
+    (folder / "model.safetensors").unlink()  # the index is read only without it
     index = folder / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     with raises(CheckpointError, name, location=index):

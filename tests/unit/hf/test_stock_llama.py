@@ -98,7 +98,9 @@ def test_buffers_and_the_copy_of_a_tied_output_are_not_weights(save):
     weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
     weights["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     save_file(weights, folder / "model.safetensors")
-    assert load_exported(folder).config.tied_output
+    loaded = load_exported(folder)
+    assert loaded.config.tied_output
+    assert "3.output.weight" not in dict(loaded.model.named_parameters())
 
 
 @pytest.mark.parametrize(
@@ -169,11 +171,12 @@ def test_stock_llama_is_evaluated_continued_and_exported(complete, tmp_path):
     assert (tmp_path / "results" / "perplexity.json").is_file()
     settings = ["encoding=rope", "num_layers=2", "hidden_size=32", "num_heads=4", "num_kv_heads=2", "ffn_size=48"]
     settings += ["vocab_size=64", "norm_eps=1e-6", "train_len_tokens=32"]
-    more = [f"data.path={data}", "train.seq_len_tokens=16", "train.precision=fp32"]
+    more = [f"data.path={data}", "train.seq_len_tokens=16"]
     given = [f"--set={setting}" for setting in (*(f"model.{setting}" for setting in settings), *more)]
     call_tool("import_hf", "--input", folder, "--checkpoint", tmp_path / "run", *given)
     weights = read_weights(find_checkpoint(tmp_path / "run"))
     assert torch.equal(weights["0.token.weight"], model.model.embed_tokens.weight.float())
+    call_tool("evaluate", *evaluated[:2], tmp_path / "run", *evaluated[3:], "--overwrite")
     call_tool("export_hf", "--checkpoint", tmp_path / "run", "--output", tmp_path / "out", "--dtype", "bf16")
     again = LlamaForCausalLM.from_pretrained(tmp_path / "out")
     assert all(torch.equal(again.state_dict()[name], weight) for name, weight in model.state_dict().items())

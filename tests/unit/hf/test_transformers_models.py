@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.export import export_model
@@ -89,6 +90,15 @@ def test_bipe_folder_is_loaded_with_our_classes_whatever_it_brings(tmp_path, tin
     assert not (tmp_path / "ran").exists()
     load_causal_lm(tmp_path / "m", torch.float32, trust_remote_code=True)
     assert (tmp_path / "ran").exists()
+
+
+def test_model_without_one_of_its_weights_is_refused(folder):
+    (folder / "SHA256SUMS").unlink()
+    weights = load_file(folder / "model.safetensors")
+    del weights["lm_head.weight"]  # as in the folder of a classifier
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with raises(CheckpointError, "lm_head.weight", "LlamaForCausalLM", location=folder):
+        load_causal_lm(folder, torch.float32)
 
 
 def test_index_with_a_name_outside_the_folder_is_refused(folder):

@@ -39,6 +39,29 @@ def test_differences_include_removing_an_option_of_the_trained_model():
     assert not [*_differences(plain, stretched), *_differences(stretched, further)]
 
 
+@pytest.mark.parametrize(
+    ("own", "wanted", "is_refused"),
+    [
+        ({"type": "dynamic"}, {"type": "dynamic"}, True),
+        ({"type": "yarn"}, {"type": "yarn"}, True),
+        ({"type": "linear"}, {"type": "linear"}, False),
+        ({"type": "dynamic", "original_positions": 32}, {"type": "dynamic", "original_positions": 32}, False),
+        ({"type": "dynamic"}, {"type": "dynamic", "original_positions": 32}, False),
+        (None, {"type": "yarn"}, False),
+    ],
+)
+def test_training_length_to_which_a_scaling_refers_must_stay(own, wanted, is_refused):
+    first, second = (given and RopeScaling(factor=2, **given) for given in (own, wanted))
+    model = ModelConfig(encoding="rope", train_len_tokens=32, rope_scaling=first)
+    run = model.model_copy(update={"train_len_tokens": 64, "rope_scaling": second})
+    assert [key for key, _, _ in _differences(model, run)] == ["train_len_tokens"] * is_refused
+
+
+def test_training_length_to_which_log_scale_refers_must_stay():
+    model = ModelConfig(encoding="rope", train_len_tokens=32, log_scale=True)
+    assert [*_differences(model, model.model_copy(update={"train_len_tokens": 64}))] == [("train_len_tokens", 32, 64)]
+
+
 def test_remedy_for_another_model_is_what_the_command_line_takes(tmp_path):
     scaling = RopeScaling(type="yarn", factor=2, original_positions=75)
     model = ModelConfig(encoding="randomized_rope", rope_scaling=scaling, zero_last_row=True)
