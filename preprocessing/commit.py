@@ -25,18 +25,16 @@ from megatron_bipe.data.manifest import (
     Record,
     Sha256,
     ShardRecord,
-    TokenizerRecord,
 )
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
-from megatron_bipe.data.shard_layout import SUFFIXES, shard_path
+from megatron_bipe.data.shard_layout import SUFFIXES, shard_name, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import fsync_path, partial_path, write_atomically
 from preprocessing.destinations import Destination
 from preprocessing.work_dir import CLEARED_NAME, FILES_NAME, PUBLISHED_NAME, RangeRecord, WorkFolder
 
-SHARD_PREFIX = "tokens"
 DATASETS_NAME = "datasets.json"  # record of the datasets below the output, if it is split or partitioned
 RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME, DATASETS_NAME)  # names that no dataset folder may have
 
@@ -114,12 +112,7 @@ def publish_dataset(
         fsync_path(path)
     chosen = {key: value for key, value in destination._asdict().items() if value}
     manifest = Manifest(
-        tokenizer=TokenizerRecord(
-            name=tokenizer.name,
-            fingerprint=tokenizer.fingerprint,
-            vocab_size=tokenizer.vocab_size,
-            special_ids=tokenizer.special_ids,
-        ),
+        tokenizer=tokenizer.record,
         rule=contents.rule,
         dtype="uint16" if choose_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
         shards=tuple(renamed),
@@ -209,10 +202,6 @@ def record_files(work: WorkFolder, num_shards: Mapping[Path, int]) -> None:
         files = (manifest, partial_path(manifest), *shards, *(tokenizer / name for name in COMPANIONS))
         names |= {path.relative_to(work.output).as_posix() for path in files}
     work.save_files(names)
-
-
-def shard_name(number: int) -> str:
-    return f"{SHARD_PREFIX}-{number:05d}"
 
 
 def require_own(work: WorkFolder) -> None:

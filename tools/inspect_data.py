@@ -1,6 +1,7 @@
 """Inspect dataset folders: `verify` checks all files, `stats` counts, `show` draws a document's segments.
 
-`resegment` writes a dataset again under another segment rule, without tokenizing again.
+`resegment` writes a dataset again under another segment rule, without tokenizing again, and makes datasets of pairs of
+.bin and .idx that Megatron-LM or GPT-NeoX wrote.
 """
 
 import argparse
@@ -9,20 +10,24 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from _cli import check_output_file, command
 from megatron_bipe.data.dataset import TokenDataset, find_datasets, open_tokenizer
+from megatron_bipe.data.inspection.convert_pairs import convert_pairs, describe_documents
+from megatron_bipe.data.inspection.megatron_pairs import MegatronPair, find_pairs
 from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.show import show_document
 from megatron_bipe.data.inspection.stats import SAMPLE_TOKENS, Statistics, count_dataset
 from megatron_bipe.data.inspection.stats_text import as_json, datasets_table, distribution_tables, stats_table
 from megatron_bipe.data.inspection.verify import find_problems
-from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.manifest import MANIFEST_NAME, Manifest
 from megatron_bipe.data.segments import RULE_FORMS
+from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
 
@@ -93,12 +98,17 @@ def show(arguments: argparse.Namespace) -> None:
 
 
 def resegment_dataset(arguments: argparse.Namespace) -> None:
-    """Write the dataset under another segment rule."""
+    """Write the dataset, or pairs of Megatron, under another segment rule."""
     _require_workers(arguments)
-    total = Manifest.load(arguments.folder).num_tokens
+    make: Callable[..., Manifest]
+    if arguments.tokenizer is None:
+        total, make = Manifest.load(arguments.folder).num_tokens, partial(resegment, arguments.folder)
+    else:
+        pairs = _pairs(arguments.folder)
+        total = sum(pair.num_tokens for pair in pairs)
+        make = partial(convert_pairs, pairs, load_tokenizer(arguments.tokenizer))
     with tqdm(total=total, unit=" tokens", unit_scale=True, desc="resegment", disable=None) as bar:
-        made = resegment(
-            arguments.folder,
+        made = make(
             arguments.segments,
             arguments.output,
             workers=arguments.workers,
@@ -106,6 +116,16 @@ def resegment_dataset(arguments: argparse.Namespace) -> None:
             advance=bar.update,
         )
     print(f"{arguments.output}: {made.num_tokens} tokens, {made.num_segments} segments by rule {made.rule.spec}")
+    if arguments.tokenizer is not None:
+        print(describe_documents(made))
+
+
+def _pairs(folder: Path) -> list[MegatronPair]:
+    """Return the pairs to convert; raise `DataError` if the folder is a dataset, which has its own tokenizer."""
+    if (folder / MANIFEST_NAME).exists():
+        what = "--tokenizer is for pairs of Megatron; this folder is a dataset, which has its own tokenizer"
+        raise DataError(what, remedy="Leave out --tokenizer", location=folder)
+    return find_pairs(folder)
 
 
 def _count(
@@ -136,7 +156,9 @@ def _parser() -> argparse.ArgumentParser:
     _add_stats(commands.add_parser("stats", help="show counts, and lengths of segments and documents"))
     _add_show(commands.add_parser("show", help="draw a document with its segments and both ids of each token"))
     _add_resegment(
-        commands.add_parser("resegment", help="write the same tokens under another segment rule, as a new dataset")
+        commands.add_parser(
+            "resegment", help="write tokens under another segment rule; convert Megatron's .bin and .idx"
+        )
     )
     return parser
 
@@ -177,11 +199,13 @@ def _add_show(command: argparse.ArgumentParser) -> None:
 
 def _add_resegment(command: argparse.ArgumentParser) -> None:
     command.description = (
-        "Make the dataset that tools/preprocess.py would make with another rule. Tokens are not copied where the file "
-        "system has hard links."
+        "Make the dataset that tools/preprocess.py would make with another rule. With --tokenizer, make a dataset of "
+        "Megatron's pairs of .bin and .idx. Tokens are not copied where the file system has hard links."
     )
-    _add_folder(command, "dataset folder: the one with manifest.json")
+    _add_folder(command, "dataset folder, the one with manifest.json; or pairs: their folder, or one without suffix")
     add = command.add_argument
+    tokenizer = "for pairs: folder, file or Hub name of the tokenizer that made them"
+    add("--tokenizer", metavar="DIR_OR_NAME", help=tokenizer)
     add("--segments", required=True, metavar="RULE", help=RULE_FORMS)
     add("--output", required=True, type=Path, metavar="DIR", help="dataset folder to make")
     _add_workers(command)

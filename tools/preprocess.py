@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None) -> None:
         for folder, made in build(options, ranks).items():
             print(
                 f"{folder}: {made.num_documents} documents, {made.num_tokens} tokens, {made.num_segments} segments, "
-                f"{made.text_bytes / 1e6:.1f} MB of text, {len(made.shards)} shard(s)"
+                f"{(made.text_bytes or 0) / 1e6:.1f} MB of text, {len(made.shards)} shard(s)"
             )
 
 

@@ -12,7 +12,7 @@ import numpy.typing as npt
 
 from megatron_bipe.data.manifest import MANIFEST_NAME, TOKENIZER_FOLDER, Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, sequence_ends
-from megatron_bipe.data.shard import Shard
+from megatron_bipe.data.shard import Shard, TokenSource
 from megatron_bipe.data.shard_layout import SUFFIXES, damaged_error, packed_bytes, shard_path
 from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import DataError
@@ -198,7 +198,7 @@ def describe_special_in_text(special_in_text: bool | None) -> str:
     return f"with{'' if special_in_text else 'out'} --special-in-text"
 
 
-def token_out_of_range_error(shard: Shard, position: int, token: int, vocab_size: int) -> DataError:
+def token_out_of_range_error(shard: TokenSource, position: int, token: int, vocab_size: int) -> DataError:
     """Return the error for a token outside the vocabulary, at `position` of a shard."""
     what = f"token {position} (byte {position * shard.dtype.itemsize}) is {token}; the vocabulary has {vocab_size} ids"
     return damaged_error(shard.path("bin"), what)

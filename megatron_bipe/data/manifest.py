@@ -45,8 +45,8 @@ class ShardRecord(Record):
     tokens: Count
     segments: Count
     """Number of tokens that close a segment. Tokens after the last of them are not counted as one."""
-    text_bytes: Count
-    """UTF-8 bytes of the raw text, for bits per byte."""
+    text_bytes: Count | None
+    """UTF-8 bytes of the raw text, for bits per byte; None if unknown."""
     files: dict[Suffix, FileRecord]
 
     @model_validator(mode="after")
@@ -142,8 +142,10 @@ class Manifest(Record):
         return sum(shard.segments for shard in self.shards)
 
     @property
-    def text_bytes(self) -> int:
-        return sum(shard.text_bytes for shard in self.shards)
+    def text_bytes(self) -> int | None:
+        """UTF-8 bytes of the raw text; None if unknown for any shard."""
+        known = [shard.text_bytes for shard in self.shards if shard.text_bytes is not None]
+        return sum(known) if len(known) == len(self.shards) else None
 
     @property
     def fingerprint(self) -> str:
@@ -215,7 +217,7 @@ class Manifest(Record):
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         data = path.read_bytes()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise _no_dataset(path.parent) from error
     except OSError as error:
         raise unreadable_error(path, error) from error
@@ -235,14 +237,22 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _no_dataset(folder: Path) -> DataError:
     """Return the error for a missing manifest; it names the datasets directly inside the folder."""
-    if not folder.is_dir():
+    remedy = (
+        "Name a finished dataset, or make one: "
+        f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
+    )
+    pairs = [path.stem for path in sorted(folder.glob("*.idx")) if not path.with_suffix(".seg").exists()]
+    if folder.with_name(f"{folder.name}.idx").exists() or pairs:
+        what = f"there is no {MANIFEST_NAME}, but a dataset of Megatron, {(pairs or [folder.name])[0]}.bin and .idx"
+        command = f"python tools/inspect_data.py resegment {folder} --tokenizer DIR --segments RULE --output DIR2"
+        remedy = f"Convert it with the tokenizer that made it: {command}"
+    elif not folder.is_dir():
         what = "there is no such folder"
     else:
         inside = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
         listed = f"; datasets inside it: {', '.join(inside[:8])}" if inside else ""
         what = f"the folder has no {MANIFEST_NAME}, so it is not a dataset, or is unfinished{listed}"
-    command = f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
-    return DataError(what, remedy=f"Name a finished dataset, or make one: {command}", location=folder)
+    return DataError(what, remedy=remedy, location=folder)
 
 
 def _damaged(path: Path, what: str) -> DataError:

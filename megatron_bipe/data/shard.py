@@ -7,7 +7,7 @@ from functools import cached_property
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -34,7 +34,7 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import fsync_path, partial_path, unreadable_error
 from megatron_bipe.types import BoolArray, IntArray, TokenArray, TokenizedDocument
 
-__all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "choose_dtype"]
+__all__ = ["FORMAT_VERSION", "Shard", "ShardWriter", "TokenSource", "choose_dtype"]
 
 
 class ShardWriter:
@@ -163,6 +163,18 @@ class ShardWriter:
                     location=self._path("bin"),
                 )
         return tokens_T.astype(self._dtype, copy=False)
+
+
+class TokenSource(Protocol):
+    """The part of a shard that a segment rule needs; other formats have it, too."""
+
+    num_tokens: int
+    dtype: np.dtype[Any]
+
+    @property
+    def document_bounds(self) -> IntArray: ...
+    def path(self, suffix: Suffix) -> Path: ...
+    def tokens(self, start: int, stop: int) -> TokenArray: ...
 
 
 class Shard:

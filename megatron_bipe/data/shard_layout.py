@@ -37,6 +37,11 @@ def choose_dtype(vocab_size: int) -> np.dtype[Any]:
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
 
 
+def shard_name(number: int) -> str:
+    """Return the name of a dataset's shard, counted from 0."""
+    return f"tokens-{number:05d}"
+
+
 def shard_path(folder: Path, name: str, suffix: Suffix) -> Path:
     return folder / f"{name}.{suffix}"
 

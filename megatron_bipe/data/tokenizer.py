@@ -21,6 +21,7 @@ import sentencepiece
 import tokenizers
 
 from megatron_bipe.data.hub import protect_token, require_no_path
+from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.token_strings import SPACE_MARK, json_token_texts, parse_byte_token, sentencepiece_to_json
 from megatron_bipe.errors import DataError
 
@@ -52,6 +53,16 @@ class Tokenizer(ABC):
     vocab_size: int
     special_ids: dict[str, int]
     special_in_text: bool
+
+    @property
+    def record(self) -> TokenizerRecord:
+        """Record for the manifest of a dataset."""
+        return TokenizerRecord(
+            name=self.name,
+            fingerprint=self.fingerprint,
+            vocab_size=self.vocab_size,
+            special_ids=self.special_ids,
+        )
 
     @property
     def bos_id(self) -> int:

@@ -283,6 +283,7 @@ def split_by_prompts(generated: str, prompts: Sequence[str]) -> list[tuple[str, 
 
 def _sizes(found: Quickstart, machine: str) -> str:
     run, train, valid = found.runs[0][0], found.train.manifest, found.valid.manifest
+    assert train.text_bytes is not None and valid.text_bytes is not None  # the quickstart makes them from text
     model, settings = run.model, run.train
     seen = found.runs[0][1].num_tokens
     sizes = [

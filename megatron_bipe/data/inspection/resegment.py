@@ -6,7 +6,8 @@ The new dataset becomes the output in one step, after its manifest is written.
 import hashlib
 import os
 import shutil
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ from megatron_bipe.data.shard import Shard
 from megatron_bipe.data.shard_layout import Suffix, pack_seg, shard_path
 from megatron_bipe.errors import DataError, failed_path
 from megatron_bipe.io import atomic_directory, sha256_of, unfinished_path
+from megatron_bipe.types import TokenArray
 
 UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
 
 @dataclass(frozen=True)
-class _Job:
+class Job:
     """Settings shared by all shards of one run."""
 
     folder: Path  # output folder
@@ -70,37 +72,68 @@ def resegment(
     old = dataset.manifest
     rule = resolve_rule(spec, tokenizer)
     output = Path(output).resolve()
-    _check_output(output, dataset.path.resolve(), overwrite)
+    check_output(output, [dataset.path.resolve()], overwrite)
+    with dataset_draft(output, overwrite) as folder:
+        job = Job(folder, rule, old.tokenizer.vocab_size)
+        shards = run_in_order(partial(_resegment_shard, job), dataset.shards, workers, advance)
+        new = Manifest(
+            tokenizer=old.tokenizer,
+            rule=rule,
+            dtype=old.dtype,
+            shards=tuple(shards),
+            examples=old.examples,
+            source=old.source | {"resegmented_from": {"rule": old.rule.spec, "fingerprint": old.fingerprint}},
+        )
+        tokenizer.copy_to(folder / TOKENIZER_FOLDER)
+        new.save(folder)
+    return new
+
+
+@contextmanager
+def dataset_draft(output: Path, overwrite: bool) -> Iterator[Path]:
+    """Yield the folder that becomes the dataset; an error of the disk in the block becomes a DataError."""
     try:
         with atomic_directory(output, overwrite=overwrite, check=_refuse_foreign) as folder:
-            job = _Job(folder, rule, old.tokenizer.vocab_size)
-            shards = run_in_order(partial(_resegment_shard, job), dataset.shards, workers, advance)
-            new = Manifest(
-                tokenizer=old.tokenizer,
-                rule=rule,
-                dtype=old.dtype,
-                shards=tuple(shards),
-                examples=old.examples,
-                source=old.source | {"resegmented_from": {"rule": old.rule.spec, "fingerprint": old.fingerprint}},
-            )
-            tokenizer.copy_to(folder / TOKENIZER_FOLDER)
-            new.save(folder)
+            yield folder
     except OSError as error:
         raise DataError(
             f"The new dataset cannot be written: {error.strerror or error}",
             remedy="Free space or name another folder, then run the same command again",
             location=failed_path(error) or output,
         ) from error
-    return new
 
 
-def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
+def _resegment_shard(job: Job, shard: Shard, advance: Advance) -> ShardRecord:
     record = shard.record
     assert record is not None  # shards of a dataset have one
     shard = Shard(shard.folder, record)  # a new reader, whose index is freed after this shard
-    segmenter = Segmenter(shard, job.rule, job.vocab_size)
-    path = shard_path(job.folder, shard.name, "seg")
-    sha256, tokens_sha256, num_segments = hashlib.sha256(), hashlib.sha256(), 0
+    tokens_sha256 = hashlib.sha256()
+    num_segments, seg = write_ends(
+        Segmenter(shard, job.rule, job.vocab_size),
+        shard_path(job.folder, shard.name, "seg"),
+        lambda _, tokens_T: tokens_sha256.update(tokens_T.data),
+        advance,
+    )
+    check_checksum(shard, "bin", tokens_sha256.hexdigest())
+    check_checksum(shard, "idx", sha256_of(shard.path("idx")))
+    for suffix in UNCHANGED:
+        link_or_copy(shard.path(suffix), shard_path(job.folder, shard.name, suffix))
+    return record.model_copy(update={"segments": num_segments, "files": {**record.files, "seg": seg}})
+
+
+def write_ends(
+    segmenter: Segmenter, path: Path, read: Callable[[int, TokenArray], object], advance: Advance
+) -> tuple[int, FileRecord]:
+    """Write the segment-end bits of a shard, and return the number of segments and the record of the file.
+
+    Args:
+        segmenter: the shard and its rule.
+        path: file to write.
+        read: called with the position of each slice of the tokens and the slice, before the rule is applied to it.
+        advance: called with the number of tokens processed.
+    """
+    shard = segmenter.shard
+    sha256, num_segments = hashlib.sha256(), 0
     with path.open("wb") as stream:
         header = pack_seg(shard.num_tokens, b"")
         stream.write(header)
@@ -108,34 +141,35 @@ def _resegment_shard(job: _Job, shard: Shard, advance: Advance) -> ShardRecord:
         for start in range(0, shard.num_tokens, CHUNK_TOKENS):
             stop = min(start + CHUNK_TOKENS, shard.num_tokens)
             tokens_T = shard.tokens(start, stop)
-            tokens_sha256.update(tokens_T.data)
+            read(start, tokens_T)
             packed = segmenter.packed_ends(tokens_T, start)
             num_segments += int(np.bitwise_count(packed).sum())
             stream.write(packed.data)
             sha256.update(packed.data)
             advance(stop - start)
-        size = stream.tell()
-    check_checksum(shard, "bin", tokens_sha256.hexdigest())
-    check_checksum(shard, "idx", sha256_of(shard.path("idx")))
-    for suffix in UNCHANGED:
-        _link_or_copy(shard.path(suffix), shard_path(job.folder, shard.name, suffix))
-    files: dict[Suffix, FileRecord] = {**record.files, "seg": FileRecord(bytes=size, sha256=sha256.hexdigest())}
-    return record.model_copy(update={"segments": num_segments, "files": files})
+        return num_segments, FileRecord(bytes=stream.tell(), sha256=sha256.hexdigest())
 
 
-def _link_or_copy(origin: Path, target: Path) -> None:
+def link_or_copy(origin: Path, target: Path) -> None:
+    """Make `target` a hard link to a file, or a copy where the file system has no hard links."""
     try:
         os.link(origin.resolve(), target)
     except OSError:  # another file system, or no support for hard links
         shutil.copyfile(origin, target)
 
 
-def _check_output(output: Path, source: Path, overwrite: bool) -> None:
-    """Raise an error if the output must not be replaced, before anything is written."""
-    if output.is_relative_to(source) or source.is_relative_to(unfinished_path(output)):
-        raise DataError(
-            "The output is the dataset itself or is inside it", remedy="Name another folder", location=output
-        )
+def check_output(output: Path, sources: Iterable[Path], overwrite: bool) -> None:
+    """Raise an error if the output must not be replaced, before anything is written.
+
+    Args:
+        output: folder to make, an absolute path without links, as `sources` are.
+        sources: what the dataset is made from, folders or files.
+        overwrite: permit the replacement of a dataset.
+    """
+    for source in sources:
+        if output.is_relative_to(source) or any(map(source.is_relative_to, (output, unfinished_path(output)))):
+            what = f"The output contains the source {source}, or is inside it"
+            raise DataError(what, remedy="Name another folder", location=output)
     if not output.exists():
         return
     if not output.is_dir():

@@ -143,14 +143,17 @@ def _made_with(manifest: Manifest) -> list[str]:
 
 
 def _total_row(manifests: Sequence[Manifest]) -> list[str]:
-    counts = [(m.num_documents, m.num_tokens, m.num_segments, m.text_bytes) for m in manifests]
-    return _stats_row("all", *map(sum, zip(*counts, strict=True)))
+    counts = [(m.num_documents, m.num_tokens, m.num_segments) for m in manifests]
+    known = [m.text_bytes for m in manifests if m.text_bytes is not None]
+    documents, tokens, segments = map(sum, zip(*counts, strict=True))
+    return _stats_row("all", documents, tokens, segments, sum(known) if len(known) == len(manifests) else None)
 
 
-def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes: int) -> list[str]:
+def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes: int | None) -> list[str]:
     length = f"{tokens / segments:.2f}" if segments else "-"
     density = f"{1024 * segments / tokens:.2f}" if tokens else "-"
-    return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", f"{text_bytes:,}", length, density]
+    text = "unknown" if text_bytes is None else f"{text_bytes:,}"
+    return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", text, length, density]
 
 
 STYLES = ("-", "--", ":", "-.")  # distinguish curves of the same color, since there are ten colors

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer, token_out_of_range_error
 from megatron_bipe.data.manifest import MANIFEST_NAME, ShardRecord
 from megatron_bipe.data.segments import SegmentRule, fixed_length_ends, resolve_rule, segment_ends
-from megatron_bipe.data.shard import Shard
+from megatron_bipe.data.shard import Shard, TokenSource
 from megatron_bipe.data.shard_layout import SEG_HEADER, SUFFIXES, Suffix, damaged_error, packed_bytes
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import sha256_of, sha256_of_all, unreadable_error
@@ -128,7 +128,7 @@ def _shard_problems(work: tuple[TokenDataset, ShardRecord], advance: Advance, sa
 class Segmenter:
     """A segment rule applied to one shard."""
 
-    shard: Shard
+    shard: TokenSource
     rule: SegmentRule
     vocab_size: int
 
