@@ -68,7 +68,7 @@ def convert_pairs(
     """Make a dataset of Megatron's pairs: one shard for each, with its tokens in the same order.
 
     `.bin` and `.idx` become hard links if the file system allows it, else copies. Where the format differs, they are
-    written anew: types other than uint16 and int32, pairs of different types, documents of several sequences. The
+    rewritten: types other than uint16 and int32, pairs of different types, documents of several sequences. The
     length of the text stays unknown.
 
     Args:
