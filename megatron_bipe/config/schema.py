@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
 
 from megatron_bipe.config.encodings import (
     ABSOLUTE,
@@ -179,9 +179,19 @@ def _variant_of(path: object) -> str | None:
 
 
 Weight = Annotated[float, Field(gt=0)]
-Folder = Annotated[str, Field(min_length=1)]
+
+
+def _without_shell_syntax(path: Any) -> Any:
+    """Refuse what a shell would expand in a path, since nothing does here."""
+    if str(path) == "" or str(path).startswith(("~", "$")):
+        raise ValueError("write the complete path; ~ and $NAME are not replaced here")
+    return path
+
+
+Folder = Annotated[str, Field(min_length=1), AfterValidator(_without_shell_syntax)]
+FolderPath = Annotated[Path, BeforeValidator(_without_shell_syntax)]
 DataPath = Annotated[
-    Annotated[Path, Tag("folder")]
+    Annotated[FolderPath, Tag("folder")]
     | Annotated[tuple[Folder, ...], Field(min_length=1), Tag("folders")]
     | Annotated[dict[Folder, Weight], Field(min_length=1), Tag("weights")],
     Discriminator(
@@ -198,7 +208,7 @@ class DataConfig(_Section):
     path: DataPath = Path("data/pile")
     """Dataset folder made by tools/preprocess.py or tools/prepare_task.py. Several are a blend: `{FOLDER: WEIGHT, ...}`
     samples them in proportion to the weights, `[FOLDER, ...]` in proportion to their tokens."""
-    valid_path: Path | None = None
+    valid_path: FolderPath | None = None
     """Dataset folder for the validation loss; null: no validation, since no held-out dataset exists by default."""
     segments: str | None = None
     """Segment rule that the dataset must have been made with; another one is an error. Null: any rule, since the data
@@ -351,7 +361,7 @@ class HealthConfig(_Section):
 class RunConfig(_Section):
     """Configuration of a training run; a YAML file mirrors it section by section."""
 
-    run_dir: Path = Path("runs/bipe_rope_151m")
+    run_dir: FolderPath = Path("runs/bipe_rope_151m")
     """Folder of the run, which receives everything that docs/run_folder.md describes. An existing run is resumed."""
     model: ModelConfig = ModelConfig()
     """The network."""

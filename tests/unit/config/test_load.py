@@ -189,3 +189,10 @@ def test_load_malformed_override_is_refused(override, observed):
     overrides = ["train.steps=5", override] if "deep" in override else [override]
     with raises(ConfigError, observed, location=f"--set {override}"):
         load_run_config(None, overrides)
+
+
+@pytest.mark.parametrize("value", ["~/runs/a", "$HOME/runs", "''"])
+@pytest.mark.parametrize("key", ["run_dir", "data.path", "data.valid_path", "train.init_from"])
+def test_load_path_with_shell_syntax_is_refused(key, value):
+    with raises(ConfigError, key):
+        load_run_config(None, [f"{key}={value}"])
