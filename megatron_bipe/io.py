@@ -305,10 +305,10 @@ def lock_holder(folder: Path) -> str:
 def _record_holder(stream: IO[str], job: str) -> None:
     """Replace the content of the lock file by a description of this process."""
     since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": since}
     with suppress(OSError):  # the lock holds without it, also on a full disk
         stream.truncate(0)
-        stream.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "job": job, "since": since}))
-        stream.flush()
+        os.write(stream.fileno(), json.dumps(holder).encode())  # a buffer would fail again when it is closed
 
 
 def _describe_holder(stream: IO[str]) -> str:

@@ -11,9 +11,9 @@ from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.log_file import Board
 from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.rollback import Reading
+from megatron_bipe.train.tensorboard_file import Board
 from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)

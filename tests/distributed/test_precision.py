@@ -16,7 +16,8 @@ def train(tmp_path_factory, text_dataset):
     folder = tmp_path_factory.mktemp("precision")
 
     def started(name, *arguments, precision, steps, env):
-        settings = options(text_dataset, folder / name, f"train.precision={precision}", steps=steps)
+        chosen = f"train.precision={precision}", "optimizer.decay_steps=10"  # the same for every number of steps
+        settings = options(text_dataset, folder / name, *chosen, steps=steps)
         [ended] = run_pretrain([*settings, *arguments], folder / f"{name}-{steps}", env=env)
         return folder / name, ended.output
 

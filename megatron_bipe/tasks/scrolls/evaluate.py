@@ -131,8 +131,8 @@ def results_table(folder: Path) -> str:
     rows = [("task", "split", "examples", "metric", "score")]
     for name, result in found.items():
         shown = "no outputs" if result.score is None else f"{result.score:.2f}"
-        part = "the first " if result.limited else ""
-        rows.append((name, result.split, f"{part}{result.num_examples:,}", result.metric, shown))
+        part = " spread evenly" if result.limited else ""
+        rows.append((name, result.split, f"{result.num_examples:,}{part}", result.metric, shown))
     scores = [result.score for result in found.values() if result.score is not None and not result.limited]
     if len(scores) == len(TASKS) and len({result.split for result in found.values()}) == 1:
         rows.append(("mean", "", "", "", f"{sum(scores) / len(scores):.2f}"))

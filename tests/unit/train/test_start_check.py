@@ -65,13 +65,6 @@ def test_check_start_names_what_would_end_the_run(make, tmp_path, monkeypatch, s
         check_start(make(*settings), MESH)
 
 
-def test_check_start_looks_at_the_planned_ranks(make):
-    few = make("train.valid_samples=2", "train.micro_batch=1")
-    check_start(few, MESH)
-    with raises(DataError, 2, 8):
-        check_start(few, MESH._replace(num_ranks=8))
-
-
 def test_check_start_folder_of_another_run_is_refused_also_without_data(make):
     begin(make(), 10)
     changed = make("model.num_layers=2", "optimizer.lr=1")

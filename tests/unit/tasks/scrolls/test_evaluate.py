@@ -72,7 +72,7 @@ def test_table_has_the_benchmarks_mean_once_all_seven_tasks_have_results_of_one_
     assert "\nmean" not in results_table(tmp_path)
     write_results(tmp_path, task, _about({"score": 1.0}, limit=2), ANSWERS)
     table = results_table(tmp_path)
-    assert "\nmean" not in table and "the first 2" in table
+    assert "\nmean" not in table and "2 spread evenly" in table
 
 
 def test_submission_is_of_one_split(tmp_path):
