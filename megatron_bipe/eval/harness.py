@@ -5,8 +5,8 @@ Source: Gao et al., "A framework for few-shot language model evaluation" (Eleuth
 
 import difflib
 import json
-import re
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,12 +17,10 @@ from lm_eval.tasks import TaskManager
 from lm_eval.utils import make_table
 
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.eval.task_files import refuse_code, templates_without_code
 from megatron_bipe.hf.load import read_settings
 from megatron_bipe.hf.transformers_models import load_auto_tokenizer, load_causal_lm
 from megatron_bipe.io import write_atomically
-
-# `!function`, and an `include` of a path that is absolute or has `..`; lists of includes are refused as well
-_CODE = re.compile(r"!(function|!python)\b.*|^\s*[\"']?include[\"']?\s*:\s*([\"']?[/~]|.*\.\.|\[|$).*", re.MULTILINE)
 
 
 class HarnessSettings(NamedTuple):
@@ -71,7 +69,7 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
     """
     read_settings(folder)
     if settings.include_path is not None and not settings.trust_remote_code:
-        _refuse_code(settings.include_path)
+        refuse_code(settings.include_path)
     manager = TaskManager(include_path=settings.include_path)
     _check_known(tasks, manager)
     trust = settings.trust_remote_code
@@ -82,14 +80,15 @@ def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> 
         batch_size=settings.batch_size,
         max_length=settings.max_length_tokens,
     )
-    results: dict[str, Any] = simple_evaluate(
-        model=model,
-        tasks=list(tasks),
-        num_fewshot=settings.num_fewshot,
-        limit=settings.limit,
-        task_manager=manager,
-        bootstrap_iters=1000,
-    )
+    with nullcontext() if trust else templates_without_code():
+        results: dict[str, Any] = simple_evaluate(
+            model=model,
+            tasks=list(tasks),
+            num_fewshot=settings.num_fewshot,
+            limit=settings.limit,
+            task_manager=manager,
+            bootstrap_iters=1000,
+        )
     return results
 
 
@@ -103,17 +102,6 @@ def write_results(path: Path, folder: Path, settings: HarnessSettings, results: 
 def results_table(results: dict[str, Any]) -> str:
     """Return the harness's own table."""
     return str(make_table(results))
-
-
-def _refuse_code(include_path: Path) -> None:
-    """Raise ConfigError if a task file names a Python function, or a file outside the folder, which might."""
-    for file in sorted(include_path.rglob("*.y*ml")):
-        if named := _CODE.search(file.read_text("utf-8", "replace")):
-            raise ConfigError(
-                f"the task file names code, or a file outside its folder: {named[0].strip()}",
-                remedy="Read that code, then add --trust-remote-code",
-                location=file,
-            )
 
 
 def _check_known(tasks: Sequence[str], manager: TaskManager) -> None:

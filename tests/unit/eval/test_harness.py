@@ -206,12 +206,49 @@ def test_run_tasks_with_bad_input_refuses(encoding, models, tasks, tmp_path):
 
 @pytest.mark.parametrize(
     "line",
-    ["process_docs: !function utils.run", "include: ../other.yaml", "'include': /other.yaml", "include: [a.yaml]"],
+    [
+        "process_docs: !function utils.run",
+        "process_docs: !fun%63tion utils.run",
+        "process_docs: !!python/name:utils.run",
+        "group: {task: [{process_docs: !function utils.run}]}",
+        "include: ../other.yaml",
+        "'include': /other.yaml",
+        '"\\u0069nclude": ../other.yaml',
+        "include: [a.yaml]",
+        "metric_list: [{metric: ./utils.py}]",
+    ],
 )
 def test_task_files_that_name_code_are_refused(models, tmp_path, line):
     file = tmp_path / "tasks" / "inner" / "a.yaml"
     file.parent.mkdir(parents=True)
     file.write_text(f"task: a\n{line}\n")
     settings = harness.HarnessSettings(include_path=tmp_path / "tasks")
-    with raises(ConfigError, line.split()[-1], location=file, remedy="--trust-remote-code"):
+    named = line.split()[-1].strip("[]{}").removeprefix("!!")
+    with raises(ConfigError, named, location=file, remedy="--trust-remote-code"):
         harness.run_tasks(models["rope"], ["a"], settings)
+
+
+def test_task_files_that_name_code_by_a_handle_or_an_included_file_are_refused(models, tmp_path):
+    settings = harness.HarnessSettings(include_path=tmp_path)
+    (tmp_path / "a.yaml").write_text("%TAG !e! !fun\n---\ntask: a\nprocess_docs: !e!ction utils.run\n")
+    with raises(ConfigError, "!function", "utils.run", location=tmp_path / "a.yaml"):
+        harness.run_tasks(models["rope"], ["a"], settings)
+    (tmp_path / "a.yaml").write_text("task: a\ninclude: common\n")
+    (tmp_path / "common").write_text("process_docs: !function utils.run\n")
+    with raises(ConfigError, "utils.run", location=tmp_path / "common"):
+        harness.run_tasks(models["rope"], ["a"], settings)
+
+
+def test_templates_that_call_python_code_are_refused(models, tasks, tmp_path, monkeypatch):
+    from lm_eval.tasks import TaskManager
+
+    folder = shutil.copytree(tasks, tmp_path / "tasks")
+    file = next(file for file in folder.rglob("*.yaml") if "our_choice" in file.read_text())
+    marker = tmp_path / "ran"
+    call = f"{{{{ cycler.__init__.__globals__.os.system('touch {marker}') }}}}"
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | {"doc_to_text": call}))
+    manager = TaskManager(include_path=folder, include_defaults=False)
+    monkeypatch.setattr(harness, "TaskManager", lambda **_: manager)
+    with raises(ConfigError, "__init__", remedy="--trust-remote-code"):
+        harness.run_tasks(models["rope"], ["our_choice"], harness.HarnessSettings(include_path=folder))
+    assert not marker.exists()
