@@ -115,7 +115,7 @@ def _inputs_of(entry: str) -> list[Input]:
     if not search.files:
         raise DataError(
             f"The input names no file of the kinds {SUFFIXES}",
-            remedy=f"Check the path{suggest_path(path)}",
+            remedy="Check the path",
             location=entry,
         )
     return [_file_input(file) for file in sorted(search.files)]

@@ -43,6 +43,7 @@ def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[s
 @pytest.mark.parametrize("name", ["*.jsonl", "empty", "notes.md"])
 def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty2").mkdir()
     (tmp_path / "notes.md").write_text("x")
     with raises(DataError, ".jsonl", ".zst", location=tmp_path / name) as caught:
         find_inputs([str(tmp_path / name)])
