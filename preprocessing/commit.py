@@ -16,6 +16,7 @@ from pydantic import Field, ValidationError
 
 from megatron_bipe.data.dataset import dataset_files, foreign_paths
 from megatron_bipe.data.manifest import (
+    DATASETS_NAME,
     JOB_NAME,
     MANIFEST_NAME,
     TOKENIZER_FOLDER,
@@ -35,7 +36,6 @@ from megatron_bipe.io import fsync_path, partial_path, write_atomically
 from preprocessing.destinations import Destination
 from preprocessing.work_dir import CLEARED_NAME, FILES_NAME, PUBLISHED_NAME, RangeRecord, WorkFolder
 
-DATASETS_NAME = "datasets.json"  # record of the datasets below the output, if it is split or partitioned
 RESERVED = (TOKENIZER_FOLDER, WORK_FOLDER, MANIFEST_NAME, DATASETS_NAME)  # names that no dataset folder may have
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from httpx2 import Client, Request
 
 RECEIPT_NAME = "download-receipt.json"  # record of a download in its folder
+LFS_START = b"version https://git-lfs.github.com"  # of a pointer of Git LFS, in place of a file's content
+LFS_REMEDY = "Run git lfs pull in the repository, or fetch the file itself"
 NO_OWNERS = ("", ".", "..", "~")  # first parts of paths, not of names on the Hub
 
 _log = logging.getLogger(__name__)
@@ -70,7 +72,8 @@ def require_no_path(name: str) -> None:
 def suggest_path(path: Path) -> str:
     """Return a text that names a path like this one, or "" if there is none."""
     try:
-        near = difflib.get_close_matches(path.name, (other.name for other in path.parent.iterdir()), n=1)
+        others = (other.name for other in path.parent.iterdir() if other.name != path.name)
+        near = difflib.get_close_matches(path.name, others, n=1)
     except OSError:
         return ""
     return f": there is {path.parent / near[0]}" if near else ""

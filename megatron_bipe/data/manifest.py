@@ -14,6 +14,7 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name, unreadable_error, write_atomically
 
 MANIFEST_NAME = "manifest.json"
+DATASETS_NAME = "datasets.json"  # record of the datasets below an output that is split or partitioned
 TOKENIZER_FOLDER = "tokenizer"  # the tokenizer's files, next to the manifest and in a run folder
 WORK_FOLDER, JOB_NAME = "unfinished", "job.json"  # of a dataset that is being made: its folder, and a file that it has
 Count = Annotated[int, Field(ge=0)]

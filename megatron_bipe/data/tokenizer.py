@@ -20,7 +20,7 @@ import numpy.typing as npt
 import sentencepiece
 import tokenizers
 
-from megatron_bipe.data.hub import protect_token, require_no_path
+from megatron_bipe.data.hub import LFS_REMEDY, LFS_START, protect_token, require_no_path
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.token_strings import SPACE_MARK, json_token_texts, parse_byte_token, sentencepiece_to_json
 from megatron_bipe.errors import DataError
@@ -309,6 +309,9 @@ def _tiktoken_error(file: Path) -> DataError:
 
 
 def _damaged(file: Path, error: Exception) -> DataError:
+    if file.read_bytes().startswith(LFS_START):
+        what = "This is a pointer of Git LFS to a file that was not fetched"
+        return DataError(what, remedy=LFS_REMEDY, location=file)
     return DataError(
         f"The tokenizer file cannot be read: {error or type(error).__name__}",
         remedy="Download or make it again",

@@ -223,7 +223,7 @@ def cut_sequences(dataset: Text, num_tokens: int, length_tokens: int, protocol: 
         )
         raise DataError(
             f"there are {num_tokens} tokens{limited} to evaluate on; one sequence {rule}",
-            remedy="Use shorter --lengths, or more text",
+            remedy=f"Use shorter --lengths, {'a larger --max-tokens, ' if limited else ''}or more text",
             location=dataset.path,
         )
     return sequences

@@ -1,18 +1,21 @@
 """Recognize files whose content is not what their name says, by their first bytes."""
 
 import codecs
+import json
 import re
 from pathlib import Path
 from typing import NamedTuple
 
 import orjson
 
+from megatron_bipe.data.hub import LFS_REMEDY, LFS_START
 from megatron_bipe.errors import DataError
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # of UTF-8
 HEAD_BYTES = 512
 LEAST_UTF_16_BYTES = 16  # fewer show nothing
 UTF_16_SHARE = 0.7  # of the pairs of bytes; Latin text has a NUL in all of them
+COMPRESSIONS = (".gz", ".zst", ".bz2", ".xz")
 PIECES_OF_JSON = (b"{", b"[", b",", b":")  # a line that ends so cannot be complete JSON
 
 
@@ -42,25 +45,28 @@ FORMATS = (
     _format(rb"PAR1[\x00-\x1f]", "a parquet file", (".parquet",)),
     _format(rb"ARROW1\x00\x00", "an Arrow file", (".arrow",)),
     _format(rb"\xff\xfe|\xfe\xff", "text in UTF-16 or UTF-32", (), "Convert it: iconv -f UTF-16 -t UTF-8 FILE > NEW"),
-    _format(
-        rb"version https://git-lfs\.github\.com",
-        "a pointer of Git LFS to a file that was not fetched",
-        (),
-        "Run git lfs pull in the repository, or fetch the file itself",
-    ),
+    _format(re.escape(LFS_START), "a pointer of Git LFS to a file that was not fetched", (), LFS_REMEDY),
     _format(rb"\s*<(?i:!doctype html|html)[\s>]", "a page of HTML", (".txt",), _FETCH),
+    _format(rb"\s*<\?xml\s", "an XML document", (".txt",), _FETCH),
+    _format(rb"[^\0].{256}ustar[\0 ]", "a tar archive", (), "Unpack it, and name the files in it"),
 )
 
 
 def require_named_format(file: Path) -> None:
-    """Raise `DataError` if a file's first bytes show another format than its name says."""
+    """Raise `DataError` if a file's first bytes show another format than its name says, or it has none to unpack."""
     with file.open("rb") as stream:
         head = stream.read(HEAD_BYTES)
     name = file.name.lower()
     for known in FORMATS:
         if known.start.match(head) and not name.endswith(known.suffixes or "/"):
             raise DataError(f"This is {known.name}, not what its name says", remedy=known.remedy, location=file)
-    compressed = next((suffix for suffix in (".gz", ".zst", ".bz2", ".xz") if name.endswith(suffix)), None)
+    compressed = next((suffix for suffix in COMPRESSIONS if name.endswith(suffix)), None)
+    if compressed and not head:
+        raise DataError(
+            f"The file is empty, but even compressed data without content is not ({compressed})",
+            remedy="Fetch or make the file again",
+            location=file,
+        )
     if compressed and _is_text(head):
         raise DataError(
             "This is plain text, not what its name says", remedy=f"Rename it without {compressed}", location=file
@@ -69,6 +75,8 @@ def require_named_format(file: Path) -> None:
 
 def require_json_lines(start: bytes, file: Path) -> None:
     """Raise `DataError` if the start of a file's content shows that it does not hold a JSON object in each line."""
+    if file.name.lower().endswith(COMPRESSIONS):
+        _require_unpacked(start, file)
     text = start.removeprefix(BYTE_ORDER_MARK).lstrip()
     first, newline, _ = text.partition(b"\n")
     first = first.rstrip()
@@ -87,6 +95,33 @@ def require_json_lines(start: bytes, file: Path) -> None:
             remedy=f"Convert it: jq -c . FILE > NEW.jsonl; {_OR_SKIP}",
             location=file,
         )
+    if _has_several_objects(first):
+        raise DataError(
+            f"The first line has several JSON objects: {first[:40].decode(errors='replace')!r}...; a file must have "
+            "one object in each line, and lines end with \\n",
+            remedy=f"Convert it: jq -c . FILE > NEW.jsonl; {_OR_SKIP}",
+            location=file,
+        )
+
+
+def _require_unpacked(content: bytes, file: Path) -> None:
+    """Raise `DataError` if the content of a compressed file is compressed again, an archive, or no data."""
+    for known in FORMATS:
+        if known.start.match(content):
+            remedy = "Decompress it once" if set(known.suffixes) & set(COMPRESSIONS) else known.remedy
+            raise DataError(f"The decompressed content is {known.name}", remedy=remedy, location=file)
+
+
+def _has_several_objects(line: bytes) -> bool:
+    """Return True if another JSON object follows the first one in a line, or in the known start of it."""
+    if not line.startswith(b"{") or _is_json(line):
+        return False
+    text = line.decode(errors="ignore")
+    try:
+        _, end = json.JSONDecoder().raw_decode(text)
+    except (ValueError, RecursionError):
+        return False
+    return text[end:].lstrip().startswith("{")
 
 
 def require_text(content: bytes | bytearray, file: Path) -> None:

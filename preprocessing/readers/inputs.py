@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from megatron_bipe.data.hub import RECEIPT_NAME, require_no_path, suggest_path
-from megatron_bipe.data.manifest import JOB_NAME, MANIFEST_NAME, TOKENIZER_FOLDER, WORK_FOLDER
+from megatron_bipe.data.manifest import DATASETS_NAME, JOB_NAME, MANIFEST_NAME, TOKENIZER_FOLDER, WORK_FOLDER
 from megatron_bipe.data.tokenizer import COMPANIONS
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name
@@ -41,7 +41,10 @@ KINDS = {
 SUFFIXES = ".jsonl, .json, .ndjson, .txt (each also .gz, .zst, .bz2 or .xz), .parquet and .arrow"
 HUB = Kind("hub", True, 1.0)
 # Files that accompany data, and hold none.
-METADATA = (MANIFEST_NAME, RECEIPT_NAME, "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+METADATA = (
+    MANIFEST_NAME, DATASETS_NAME, RECEIPT_NAME,
+    "dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json",
+)  # fmt: skip
 CACHES = "cache-"  # start of the names of tables that `Dataset.map` and `filter` leave next to their source
 NAMED_SKIPPED = 3  # examples of each reason for which files are skipped
 HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+(/[\w.-]+)?(:[\w.-]+)?")
@@ -105,11 +108,14 @@ def _inputs_of(entry: str) -> list[Input]:
             search.add(match)
         if not matches and HUB_NAME.fullmatch(entry) and kind_of(entry) is None:
             return [_hub_input(entry)]
+        if not matches and not glob.has_magic(entry):
+            what = "There is no such file or folder"
+            raise DataError(what, remedy=f"Check the path{suggest_path(path)}", location=entry)
     search.report(entry)
     if not search.files:
         raise DataError(
             f"The input names no file of the kinds {SUFFIXES}",
-            remedy=f"Check the path{suggest_path(path)}",
+            remedy="Check the path",
             location=entry,
         )
     return [_file_input(file) for file in sorted(search.files)]
@@ -118,8 +124,9 @@ def _inputs_of(entry: str) -> list[Input]:
 def _hub_input(entry: str) -> Input:
     """Return the dataset on the Hub with this name, which looks like a path."""
     require_no_path(entry)
+    log.info("%s is not a path here: looking for a dataset of this name on the Hub", entry)
     found = Input(entry, HUB, *open_hub(entry))
-    log.info("%s is not a path here: reading the dataset of this name on the Hub, commit %s", entry, found.version)
+    log.info("%s: reading the dataset on the Hub, commit %s", entry, found.version)
     return found
 
 

@@ -80,6 +80,7 @@ class LineReader:
         """
         self.num_lines = 0
         self._reported_bytes, self._stop = start, stop
+        block_bytes = min(block_bytes, self._max_line_bytes + 1)
         pending = bytearray()
         for chunk in self._owned_content(start, stop):
             searched = len(pending)  # beyond `block_bytes`, there is no newline before this offset
@@ -88,7 +89,7 @@ class LineReader:
                 end = pending.rfind(b"\n", 0, block_bytes) + 1 or pending.find(b"\n", max(searched, block_bytes)) + 1
                 if end == 0:
                     break
-                self._require_line(end, start)
+                self._require_line(end - 1, start)
                 content = bytes(pending[:end])
                 del pending[:end]
                 searched = 0
@@ -98,8 +99,11 @@ class LineReader:
             yield self._block(bytes(pending))
 
     def _require_line(self, num_bytes: int, start: int) -> None:
-        """Raise `DataError` for a block, or the start of a line, that is longer than a line may be."""
-        if num_bytes > max(self._max_line_bytes, BLOCK_BYTES):
+        """Raise `DataError` for a block, or the start of a line, that is longer than a line may be.
+
+        A block is longer only if it is one line.
+        """
+        if num_bytes > self._max_line_bytes:
             where = f", counted from byte {start}" if start else ""
             raise DataError(
                 f"Line {self.num_lines + 1}{where} has more than {self._max_line_bytes} bytes",

@@ -290,6 +290,13 @@ def test_load_tokenizer_vocabulary_of_tiktoken_is_named(tmp_path: Path) -> None:
             load_tokenizer(path)
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])
+def test_load_tokenizer_pointer_of_git_lfs_is_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 3\n")
+    with raises(DataError, "LFS", location=tmp_path / name, remedy="git lfs pull"):
+        load_tokenizer(tmp_path)
+
+
 def test_load_tokenizer_without_bos_is_an_error(tmp_path: Path) -> None:
     backend = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1}, []))
     with raises(DataError, location=tmp_path / "tokenizer.json", remedy="bos_token"):

@@ -99,7 +99,7 @@ def test_cut_windows_length_longer_than_the_corpus_names_what_is_needed(protocol
 
 
 def test_cut_windows_limit_shorter_than_a_window_names_the_option():
-    with raises(DataError, 50, 500, "--max-tokens", 101, location="corpus"):
+    with raises(DataError, 50, 500, "--max-tokens", 101, location="corpus", remedy="larger --max-tokens"):
         cut_sequences(Corpus([500]), 50, 100, "full")
 
 

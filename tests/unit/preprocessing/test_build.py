@@ -469,7 +469,7 @@ def test_build_range_with_too_much_malformed_stops_every_run(
 def test_build_inputs_without_text_are_skipped(tmp_path: Path, tokenizer_folder: Path) -> None:
     folder = tmp_path / "in"
     folder.mkdir()
-    for name in ("a.jsonl", "b.jsonl.zst", "c.txt"):
+    for name in ("a.jsonl", "b.json", "c.txt"):
         (folder / name).touch()
     (folder / "d.jsonl").write_bytes(b"\n \n\r\n")
     (folder / "e.jsonl.zst").write_bytes(zstandard.compress(b""))

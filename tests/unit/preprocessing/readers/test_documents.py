@@ -50,6 +50,8 @@ def test_read_file_changed_before_or_while_it_is_read_is_an_error(tmp_path: Path
 
 ONE = b'{"text": "a"}\n'
 ARRAY = b'[\n  {\n    "text": "a"\n  },\n  {\n    "text": "b"\n  }\n]\n'
+TAR = b"x.jsonl".ljust(257, b"\0") + b"ustar\x0000" + bytes(247) + ONE
+LFS = b"version https://git-lfs.github.com/spec/v1\noid"
 WRONG = {
     "array": ("x.json", b' [{"text": "a"}, {"text": "b"}]', "array", "jq -c '.[]'"),
     "array over lines": ("x.json", ARRAY, "array", "jq"),
@@ -70,8 +72,17 @@ WRONG = {
     "UTF-16 without a mark": ("x.jsonl", ONE.decode().encode("utf-16-le"), "UTF-16", "iconv"),
     "text in UTF-16": ("x.txt", ONE.decode().encode("utf-16-be"), "UTF-16", "iconv"),
     "text in marked UTF-16": ("x.txt", ONE.decode().encode("utf-16"), "UTF-16", "iconv"),
-    "LFS": ("x.parquet", b"version https://git-lfs.github.com/spec/v1\noid", "LFS", "git lfs pull"),
+    "LFS": ("x.parquet", LFS, "LFS", "git lfs pull"),
     "HTML": ("x.jsonl", b"\n<!DOCTYPE html><html>", "HTML", "Fetch"),
+    "XML": ("x.jsonl", b'<?xml version="1.0"?>\n<Error>', "XML", "Fetch"),
+    "objects in one line": ("x.json", ONE.rstrip() * 3, "several JSON objects", "jq -c ."),
+    "lines of an old Mac": ("x.jsonl", ONE.replace(b"\n", b"\r") * 3, "several JSON objects", "jq -c ."),
+    "packed twice": ("x.jsonl.gz", gzip.compress(gzip.compress(ONE)), "gzip", "Decompress"),
+    "packed archive": ("x.jsonl.gz", gzip.compress(TAR), "tar", "Unpack"),
+    "archive": ("x.jsonl", TAR, "tar", "Unpack"),
+    "packed LFS": ("x.jsonl.zst", zstandard.compress(LFS), "LFS", "git lfs pull"),
+    "nothing in gzip": ("x.jsonl.gz", b"", "empty", "again"),
+    "nothing in zstd": ("x.txt.ZST", b"", "empty", "again"),
 }
 
 
@@ -95,6 +106,7 @@ def test_read_file_that_is_not_what_its_name_says_is_named(tmp_path: Path, case:
         ("x.json", ONE.rstrip()),
         ("x.jsonl", b'{"text": "a",}\n' + ONE),
         ("x.jsonl", b'{"text": "cut off\n' + ONE),
+        ("x.jsonl", b'{"text": "a"} and more\n' + ONE),
         ("x.jsonl", b"\xef\xbb\xbf" + ONE),
         ("x.jsonl", b'{"text": "a", "b": NaN}\n'),
         ("x.jsonl.gz", gzip.compress(b"", mtime=0)),

@@ -40,12 +40,20 @@ def test_find_inputs_globs_folders_and_files_keep_the_order_given(inputs: dict[s
     assert names == ["c.jsonl.gz", "a.jsonl", "b.jsonl.zst", *(f"d/{n}.txt" for n in range(5))]
 
 
-@pytest.mark.parametrize("name", ["gone.jsonl", "*.jsonl", "empty", "notes.md"])
+@pytest.mark.parametrize("name", ["*.jsonl", "empty", "notes.md"])
 def test_find_inputs_nothing_usable_is_an_error(tmp_path: Path, name: str) -> None:
     (tmp_path / "empty").mkdir()
+    (tmp_path / "empty2").mkdir()
     (tmp_path / "notes.md").write_text("x")
-    with raises(DataError, ".jsonl", ".zst", location=tmp_path / name):
+    with raises(DataError, ".jsonl", ".zst", location=tmp_path / name) as caught:
         find_inputs([str(tmp_path / name)])
+    assert "there is" not in str(caught.value)
+
+
+def test_find_inputs_path_that_does_not_exist_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "notes.jsonl").write_text("x")
+    with raises(DataError, "no such file", location=tmp_path / "note.jsonl", remedy="notes.jsonl"):
+        find_inputs([str(tmp_path / "note.jsonl")])
 
 
 LINE = b'{"text": "a"}\n'
@@ -54,8 +62,8 @@ READ = (
     "j.txt.gz", "saved/data-00000-of-00001.arrow", "t.arrow",
 )  # fmt: skip
 SKIPPED = (
-    "README.md", "table.csv.gz", "_SUCCESS", ".hidden.jsonl", ".git/a.jsonl", "dataset_info.json", "cache-0af.arrow",
-    "saved/cache-0af.arrow", "unfinished/00000/range.json",
+    "README.md", "split/datasets.json", "table.csv.gz", "_SUCCESS", ".hidden.jsonl", ".git/a.jsonl",
+    "dataset_info.json", "cache-0af.arrow", "saved/cache-0af.arrow", "unfinished/00000/range.json",
 )  # fmt: skip
 
 
@@ -86,8 +94,8 @@ def test_find_inputs_folder_and_pattern_give_all_files_and_name_the_others(
     if pattern != "**/*":
         assert_warned(
             caplog, mixed, "1 of kind .md (README.md)", "1 of kind .csv.gz", "1 without a suffix (_SUCCESS)",
-            "1 caches", "1 not part of the saved dataset (cache-0af.arrow)", "1 metadata (dataset_info.json)",
-            "2 of an unfinished dataset (job.json, range.json)",
+            "1 caches", "1 not part of the saved dataset (cache-0af.arrow)",
+            "2 metadata (dataset_info.json, datasets.json)", "2 of an unfinished dataset (job.json, range.json)",
         )  # fmt: skip
     assert pattern or "2 hidden (.git, .hidden.jsonl)" in caplog.text  # a pattern does not match them
 

@@ -271,6 +271,18 @@ def test_line_reader_line_above_the_limit_is_an_error_before_it_is_in_memory(tmp
         tracemalloc.stop()
 
 
+def test_line_reader_small_limit_holds_for_each_line(tmp_path: Path) -> None:
+    file = tmp_path / "x.jsonl"
+    for end in (b"\n", b""):
+        content = b"a\n" * 30 + b"a" * 10 + b"\n" + b"a" * 9 + end
+        file.write_bytes(content)
+        with LineReader(file, 10) as reader:
+            assert b"".join(block.content for block in reader.blocks(0, len(content))) == content
+        file.write_bytes(b"a\n" * 30 + b"a" * 11 + end)
+        with LineReader(file, 10) as reader, raises(DataError, 10, "Line 31", location=file):
+            list(reader.blocks(0, file.stat().st_size))
+
+
 def test_read_text_file_above_the_limit_is_an_error(tmp_path: Path) -> None:
     file = tmp_path / "x.txt.xz"
     file.write_bytes(lzma.compress(b"a" * 1000))
