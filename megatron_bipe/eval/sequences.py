@@ -127,8 +127,8 @@ def select_text(dataset: TokenDataset, max_tokens: int | None, empty_texts: Empt
 
     Args:
         dataset: the dataset.
-        max_tokens: read at most so many tokens: full documents that are spread evenly over the dataset. One that does
-            not fit is skipped; if none does, the first tokens of one are read. None: read all documents.
+        max_tokens: read at most so many tokens: full documents that are spread evenly over the dataset, up to one that
+            does not fit; if the first does not, its beginning is read. None: read all documents.
         empty_texts: "drop" skips the documents of empty texts, which are special tokens alone.
 
     Raises:
@@ -164,15 +164,13 @@ def spread_order(count: int) -> IntArray:
 
 
 def _choose_fitting(documents: IntArray, lengths: IntArray, max_tokens: int) -> IntArray:
-    """Return those of the documents that are taken in `spread_order` while they fit, in ascending order."""
-    rest, chosen = documents[spread_order(documents.size)], [documents[:0]]
-    while (rest := rest[lengths[rest] <= max_tokens]).size:
-        sums = np.cumsum(lengths[rest])
-        count = int(np.searchsorted(sums, max_tokens, side="right"))
-        chosen.append(rest[:count])
-        max_tokens -= int(sums[count - 1])
-        rest = rest[count:]
-    return np.sort(np.concatenate(chosen))
+    """Return the first of the documents in `spread_order` that fit together, in ascending order.
+
+    None after one that does not fit is taken, since that would favor short documents.
+    """
+    ordered = documents[spread_order(documents.size)]
+    count = np.searchsorted(np.cumsum(lengths[ordered]), max_tokens, side="right")
+    return np.sort(ordered[:count])
 
 
 def _are_empty(dataset: TokenDataset, bounds: IntArray, documents: IntArray) -> BoolArray:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import ConfigError, DataError
-from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences, select_text
+from megatron_bipe.eval.sequences import GROUP_DOCUMENTS, cut_sequences, select_text, spread_order
 from tests.helpers.errors import raises
 
 
@@ -132,8 +132,10 @@ def test_select_text_is_whole_documents_in_order_within_the_limit(sizes, limit):
     assert len(tokens) == bounds[-1] == text.num_tokens <= limit
     chosen = [tokens[start] for start in bounds[:-1]] if text is not dataset else list(dict.fromkeys(tokens))
     assert chosen == sorted(set(chosen)) and tokens == [n for n in chosen for _ in range(min(sizes[n], limit))]
-    left = [size for n, size in enumerate(sizes) if 0 < size <= limit and n not in chosen]
-    assert not left or text.num_tokens + min(left) > limit
+    documents = np.flatnonzero(sizes)
+    ordered = documents[spread_order(documents.size)].tolist()
+    assert sorted(ordered[: len(chosen)]) == chosen
+    assert len(chosen) == len(ordered) or text.num_tokens + sizes[ordered[len(chosen)]] > limit
     for start in range(0, text.num_tokens, 3):
         stop = min(start + 7, text.num_tokens)
         assert text.tokens(start, stop).tolist() == tokens[start:stop] == text.ends(start, stop).tolist()
