@@ -1,6 +1,7 @@
 """Pairs of .bin and .idx, written by Megatron's own builder or byte by byte, become datasets; bad ones are named."""
 
 import errno
+import itertools
 import logging
 import struct
 from collections.abc import Callable, Sequence
@@ -63,7 +64,7 @@ def convert(source: Path, tokenizer: Tokenizer, output: Path, spec: str = "newli
 
 def read_documents(dataset: TokenDataset) -> list[list[int]]:
     bounds = dataset.document_bounds().tolist()
-    return [dataset.tokens(*span).tolist() for span in zip(bounds, bounds[1:], strict=False)]
+    return [dataset.tokens(*span).tolist() for span in itertools.pairwise(bounds)]
 
 
 def found_documents(dataset: TokenDataset) -> DocumentCounts:
