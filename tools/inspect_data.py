@@ -124,7 +124,7 @@ def _pairs(folder: Path) -> list[MegatronPair]:
     """Return the pairs to convert; raise `DataError` if the folder is a dataset, which has its own tokenizer."""
     if (folder / MANIFEST_NAME).exists():
         what = "--tokenizer is for pairs of Megatron; this folder is a dataset, which has its own tokenizer"
-        raise DataError(what, remedy="Omit --tokenizer", location=folder)
+        raise DataError(what, remedy="Remove --tokenizer", location=folder)
     return find_pairs(folder)
 
 

@@ -242,9 +242,11 @@ def _no_dataset(folder: Path) -> DataError:
         "Name a finished dataset, or make one: "
         f"python tools/preprocess.py --input FILES... --tokenizer DIR --output {folder}"
     )
-    pairs = [path.stem for path in sorted(folder.glob("*.idx")) if not path.with_suffix(".seg").exists()]
-    if folder.with_name(f"{folder.name}.idx").exists() or pairs:
-        what = f"there is no {MANIFEST_NAME}, but a dataset of Megatron, {(pairs or [folder.name])[0]}.bin and .idx"
+    prefix = str(folder).removesuffix(".bin").removesuffix(".idx")  # Megatron's tools take a pair without suffix
+    indices = [Path(f"{prefix}.idx"), *sorted(folder.glob("*.idx"))]
+    pairs = [path.stem for path in indices if path.is_file() and not path.with_suffix(".seg").exists()]
+    if pairs:
+        what = f"there is no {MANIFEST_NAME}, but a dataset of Megatron, {pairs[0]}.bin and .idx"
         command = f"python tools/inspect_data.py resegment {folder} --tokenizer DIR --segments RULE --output DIR2"
         remedy = f"Convert it with the tokenizer that made it: {command}"
     elif not folder.is_dir():

@@ -271,6 +271,9 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
     "Datasets": {
         "a folder that is not there": lambda given: TokenDataset(given.folder / "absent"),
         "no manifest": lambda given: TokenDataset(removed(given.dataset(), "manifest.json")),
+        "data of Megatron": lambda given: TokenDataset(
+            removed(removed(given.dataset(), "manifest.json"), "part-00000.seg")
+        ),
         "a manifest cut off": lambda given: TokenDataset(given.changed("manifest.json", lambda content: content[:99])),
         "a shard's file missing": lambda given: TokenDataset(removed(given.dataset(), "part-00000.bin")),
         "a shard's file cut off": lambda given: TokenDataset(

@@ -68,7 +68,7 @@ def convert_pairs(
     """Make a dataset of Megatron's pairs: one shard for each, with its tokens in the same order.
 
     `.bin` and `.idx` become hard links if the file system allows it, else copies. Where the format differs, they are
-    rewritten: types other than uint16 and int32, pairs of different types, documents of several sequences. The
+    written again: types other than uint16 and int32, pairs of different types, documents of several sequences. The
     length of the text stays unknown.
 
     Args:
@@ -225,7 +225,7 @@ def _warn_of_other_convention(documents: DocumentCounts, job: _PairJob) -> None:
         _log.warning(
             "%d of %d documents do not begin with BOS (id %d), and %d end with EOS (id %d). tools/preprocess.py begins "
             "each document with BOS, and so do generation and exported tokenizers: a model of this data begins a text "
-            "in another way",
+            "in another way.",
             *(others, documents.total, job.bos_id, documents.end_with_eos, job.eos_id),
         )
 

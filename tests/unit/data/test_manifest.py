@@ -217,3 +217,12 @@ def test_shard_record_without_one_of_its_files_is_refused() -> None:
 def test_manifest_listing_a_shard_twice_is_refused() -> None:
     with pytest.raises(ValidationError, match="s-00000"):
         manifest(shards=(shard(), shard()))
+
+
+@pytest.mark.parametrize("name", ["pairs", "pairs/x_text_document", "pairs/x_text_document.idx"])
+def test_manifest_missing_beside_pairs_of_megatron_says_how_to_convert_them(tmp_path: Path, name: str) -> None:
+    (tmp_path / "pairs").mkdir()
+    for suffix in ("bin", "idx"):
+        (tmp_path / "pairs" / f"x_text_document.{suffix}").write_bytes(b"")
+    with raises(DataError, "x_text_document.bin", location=tmp_path / name, remedy=f"resegment {tmp_path / name} "):
+        Manifest.load(tmp_path / name)

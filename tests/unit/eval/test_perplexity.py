@@ -153,6 +153,13 @@ def test_bits_per_byte_of_a_part_is_none(make_dataset, make_eval_model, document
     assert evaluate_perplexity(make_eval_model(), make_dataset(documents), 9, settings).bits_per_byte is None
 
 
+def test_bits_per_byte_of_a_text_of_unknown_length_is_none(make_dataset, make_eval_model, documents):
+    dataset = make_dataset(documents)
+    shards = tuple(shard.model_copy(update={"text_bytes": None}) for shard in dataset.manifest.shards)
+    dataset.manifest = dataset.manifest.model_copy(update={"shards": shards})
+    assert evaluate_perplexity(make_eval_model(), dataset, 9, EvalSettings()).bits_per_byte is None
+
+
 def test_bf16_runs_the_model_in_bf16_and_is_near(make_dataset, make_eval_model, documents):
     dataset = make_dataset(documents)
     exact = evaluate_perplexity(make_eval_model("bipe_alibi"), dataset, 20, EvalSettings())

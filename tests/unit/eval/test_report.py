@@ -99,7 +99,7 @@ def test_json_names_the_documents_and_the_treatment_of_empty_texts_if_chosen(mak
         as_json(dataset, settings, models)
         for settings in (EvalSettings(), EvalSettings(max_tokens=99, empty_texts="drop"))
     )
-    assert "4 complete documents of 6" in chosen["data"]["documents_given"]
+    assert "2 complete documents of 6" in chosen["data"]["documents_given"]
     assert chosen["empty_texts"] == "drop"
     assert "documents_given" not in plain["data"] and "empty_texts" not in plain
 

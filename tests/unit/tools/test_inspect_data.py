@@ -73,6 +73,21 @@ def test_inspect_data_on_damage_names_each_file_and_leaves_with_2(folder: Path) 
     assert all(name in found for name in ("part-00000.bin", "part-00002.idx"))
 
 
+def test_inspect_data_resegment_converts_pairs_of_megatron(folder: Path, tmp_path: Path) -> None:
+    for suffix in ("bin", "idx"):
+        (folder / f"part-00000.{suffix}").rename(tmp_path / f"x_text_document.{suffix}")
+    made = inspect(
+        *("resegment", tmp_path / "x_text_document", "--tokenizer", folder / "tokenizer"),
+        *("--segments", "newline", "--output", tmp_path / "new"),
+    ).splitlines()
+    assert made == [
+        f"{tmp_path / 'new'}: 17 tokens, 4 segments by rule newline",
+        "2 documents: 2 begin with BOS, 0 end with EOS, 0 are empty",
+    ]
+    inspect("verify", tmp_path / "new")
+    assert "unknown" in inspect("stats", tmp_path / "new")
+
+
 @pytest.mark.parametrize(
     ("arguments", "observed", "location"),
     [
@@ -86,6 +101,13 @@ def test_inspect_data_on_damage_names_each_file_and_leaves_with_2(folder: Path) 
         ("stats {data} --json {data}/absent/s.json", "", "absent/s.json"),
         ("resegment {data} --segments newline --output {data}", "", "data"),
         ("resegment {data}/x --segments newline --output {data}/new", "preprocess.py", "data/x"),
+        ("resegment {data} --tokenizer {data}/tokenizer --segments newline --output {data}-2", "--tokenizer", "data"),
+        (
+            "resegment {data}/tokenizer --tokenizer {data}/tokenizer --segments newline --output {data}-2",
+            "",
+            "tokenizer",
+        ),
+        ("resegment {data}/x --tokenizer {data}/tokenizer --segments newline --output {data}-2", "", "data/x"),
     ],
 )
 def test_inspect_data_with_bad_options_refuses(
