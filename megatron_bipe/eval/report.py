@@ -178,7 +178,7 @@ def selection_text(text: Text, settings: EvalSettings) -> str:
     if not isinstance(text, SelectedText):
         return "all documents"
     if text.is_part_of_one:
-        return f"the first {text.num_tokens:,} tokens of one document, as none is shorter"
+        return f"the first {text.num_tokens:,} tokens of one document, which is longer"
     kind = "without those of empty texts" if settings.max_tokens is None else "spread evenly over the dataset"
     return f"{text.document_bounds().size - 1:,} complete documents of {text.manifest.num_documents:,}, {kind}"
 
