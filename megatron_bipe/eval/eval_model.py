@@ -146,9 +146,10 @@ def check_compatible(eval_model: EvalModel, dataset: TokenDataset) -> None:
         DataError: another tokenizer or another segment rule; the message names both.
         CheckpointError: the model's token embedding is smaller than the dataset's vocabulary.
     """
+    made_with = dataset.manifest.tokenizer.fingerprint  # or with an export's files, which are others with the same ids
     if eval_model.tokenizer_fingerprint is None:
         _log.warning("%s does not record its tokenizer: using the dataset's unchecked", eval_model.source)
-    else:
+    elif made_with != eval_model.tokenizer_fingerprint and made_with != _fingerprint_of(Path(eval_model.source)):
         dataset.check_tokenizer(eval_model.tokenizer_fingerprint, eval_model.source)
     vocab_size = dataset.manifest.tokenizer.vocab_size
     if vocab_size > eval_model.config.vocab_size:

@@ -8,6 +8,7 @@ from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, DataError
 from megatron_bipe.eval.eval_model import check_compatible, load_eval_models
+from tests.helpers.datasets import write_letters
 from tests.helpers.errors import assert_warned, raises
 
 SENTENCE = SegmentRule(spec="sentence", token_ids=(13, 29))
@@ -23,6 +24,14 @@ def test_check_suits_own_data_passes_without_a_warning(make_dataset, make_eval_m
 def test_check_suits_other_tokenizer_names_both_fingerprints(make_dataset, make_eval_model, documents, encoding):
     with raises(DataError, "b" * 64, "a" * 64, location="runs/tiny"):
         check_compatible(make_eval_model(encoding), make_dataset(documents, fingerprint="b" * 64))
+
+
+def test_check_suits_data_made_with_the_tokenizer_of_the_export(make_dataset, make_eval_model, documents, tmp_path):
+    tokenizer = write_letters(tmp_path / "export", {})
+    made = make_dataset(documents, fingerprint=tokenizer.fingerprint)
+    check_compatible(make_eval_model()._replace(source=str(tmp_path / "export")), made)
+    with raises(DataError, tokenizer.fingerprint):
+        check_compatible(make_eval_model()._replace(source=str(tmp_path)), made)
 
 
 def test_check_suits_larger_vocabulary_names_both_sizes(make_dataset, make_eval_model, documents):
