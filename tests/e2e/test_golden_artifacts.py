@@ -109,7 +109,8 @@ def test_resumed_run_writes_the_same_keys(resumed):
     events = read_lines(resumed / "events.jsonl")
     assert [event["event"] for event in events] == ["start", "done", "start", "saved", "done"]
     assert keys_of([events[2], events[4]]) == keys_of(events[:2])
-    assert keys_of(read_json(resumed / "data.json")) == keys_of(read_json(GOLDEN / "run" / "data.json"))
+    recorded = keys_of(read_json(GOLDEN / "run" / "data.json"))
+    assert keys_of(read_json(resumed / "data.json")) == recorded | {"/special_in_text"}
 
 
 @pytest.mark.parametrize("export", ["stored", "exported again"])

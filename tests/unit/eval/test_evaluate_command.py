@@ -63,7 +63,7 @@ def test_command_protocol_and_limit_reach_the_report(evaluate, make_dataset, mak
     report = evaluate([run_dir], dataset, "--protocol", "reference", "--max-tokens", "100", lengths="16,8")
     assert (report["protocol"], report["max_tokens"]) == ("reference", 100)
     [model] = report["models"]
-    assert [(r["length_tokens"], r["num_windows"]) for r in model["results"]] == [(8, 11), (16, 5)]
+    assert [(r["length_tokens"], r["num_windows"]) for r in model["results"]] == [(8, 6), (16, 2)]
 
 
 def test_command_model_that_does_not_encode_the_longest_window_is_named_before_any_is_run(
