@@ -5,12 +5,16 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.tokenizer import Tokenizer
 from tests.helpers import datasets, ranks
 from tests.helpers.commands import TEXTS
+
+hypothesis.settings.register_profile("loaded machine", deadline=None)
+hypothesis.settings.load_profile("loaded machine")
 
 
 @pytest.fixture(scope="session")

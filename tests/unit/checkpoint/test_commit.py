@@ -4,7 +4,7 @@ import shutil
 from collections import namedtuple
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.checkpoint import commit as module
@@ -121,7 +121,6 @@ def test_publish_killed_at_any_step_leaves_a_complete_checkpoint(tmp_path, monke
 steps = st.lists(st.integers(1, 60), unique=True, min_size=1, max_size=12)
 
 
-@settings(deadline=None)
 @given(steps=steps, choice=st.data(), keep_last=st.integers(0, 5), keep_every=st.integers(0, 10))
 def test_superseded_keeps_the_newest_the_last_and_the_multiples(steps, choice, keep_last, keep_every):
     newest = choice.draw(st.sampled_from(steps))

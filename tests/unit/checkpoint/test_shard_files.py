@@ -84,7 +84,7 @@ def test_reader_returns_unsharded_parameters_of_any_layout(tmp_path, tensor, rep
 layouts = st.tuples(st.sampled_from([1, 2]), st.integers(1, 5))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(written=layouts, read=layouts, choice=st.data())
 def test_reader_returns_each_rank_of_another_layout_its_slice(tmp_path_factory, written, read, choice):
     reader = StateReader(write(tmp_path_factory.mktemp("state"), *written))

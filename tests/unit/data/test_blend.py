@@ -46,7 +46,7 @@ def _split(blend: Blend, sequences):
 # The pattern
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(WEIGHTS)
 def test_slot_counts_are_the_shares_rounded_to_a_slot(weights):
     quotas = np.array(weights) / np.sum(weights) * PATTERN_SLOTS
@@ -74,7 +74,6 @@ def test_slot_counts_too_small_a_weight_names_it_its_share_and_the_least():
     assert "data/a" not in str(error.value) and "data/c" not in str(error.value)
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=10))
 def test_spread_puts_every_slot_in_its_own_part_of_the_pattern(counts):
     pattern, total = spread(counts), sum(counts)
@@ -86,7 +85,7 @@ def test_spread_puts_every_slot_in_its_own_part_of_the_pattern(counts):
         assert (slots >= numbers * total // count).all() and (slots * count < (numbers + 1) * total).all()
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(st.lists(st.integers(1, 200), min_size=1, max_size=25))
 def test_spread_never_strays_a_sample_from_the_shares(counts):
     pattern, total = spread(counts), sum(counts)
@@ -108,7 +107,7 @@ def test_spread_of_known_input_never_changes():
 # The order
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(SHARES, st.integers(0, 10**12))
 def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, first):
     blend = Blend(datasets, weights, SEQ, SEED)
@@ -116,7 +115,7 @@ def test_blend_any_pattern_of_samples_has_the_exact_shares(datasets, weights, fi
     assert tuple(np.bincount(member, minlength=3)) == blend.slots == count_slots(weights, "abc")
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(SHARES, st.integers(0, 2**40), st.integers(0, 3))
 def test_blend_an_epoch_of_each_dataset_holds_each_of_its_sequences_once(datasets, weights, seed, epoch):
     blend = Blend(datasets, weights, SEQ, seed)
@@ -127,7 +126,7 @@ def test_blend_an_epoch_of_each_dataset_holds_each_of_its_sequences_once(dataset
         assert sorted(own.tolist()) == list(range(count))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(SHARES, st.integers(1, 3), st.integers(0, 100), st.integers(0, 200), st.data())
 def test_blend_cut_anywhere_gives_the_same_samples(datasets, weights, cycle, before, count, data):
     blend = Blend(datasets, weights, SEQ, SEED)

@@ -25,7 +25,7 @@ FLAT = [token for documents in SHARDS for ids in documents for token in ids]
 shard_lists = st.lists(st.lists(st.lists(st.integers(0, 9), max_size=25), max_size=4), min_size=1, max_size=5)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(shards=shard_lists, vocab_size=st.sampled_from([100, 70_000]), data=st.data())
 def test_dataset_any_slice_equals_the_concatenation(
     write_dataset: Write, shards: list[list[list[int]]], vocab_size: int, data: st.DataObject
@@ -45,7 +45,7 @@ def test_dataset_any_slice_equals_the_concatenation(
         assert dataset.document_bounds().tolist() == [sum(lengths[:n]) for n in range(len(lengths) + 1)]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(shards=shard_lists, seq_len=st.integers(1, 40), data=st.data())
 def test_dataset_sequences_equal_a_plain_loop(
     write_dataset: Write, shards: list[list[list[int]]], seq_len: int, data: st.DataObject

@@ -72,7 +72,7 @@ def documents(draw: st.DrawFn) -> tuple[np.dtype, Pairs]:
     return dtype, [(ids, draw(st.lists(st.booleans(), min_size=len(ids), max_size=len(ids)))) for ids in tokens]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(documents(), st.data())
 def test_shard_any_slice_equals_a_plain_loop(case: tuple[np.dtype, Pairs], data: st.DataObject) -> None:
     dtype, pairs = case

@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.data.shuffle import SampleOrder, permute
@@ -16,13 +16,11 @@ def test_permute_all_indices_appear_exactly_once(size: int) -> None:
         assert sorted(permute(np.arange(size, dtype=np.uint64), size, key).tolist()) == list(range(size))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 5000), KEYS)
 def test_permute_of_any_size_and_key_is_a_bijection(size: int, key: int) -> None:
     assert sorted(permute(np.arange(size, dtype=np.uint64), size, key).tolist()) == list(range(size))
 
 
-@settings(deadline=None)
 @given(st.integers(1, 2**62), KEYS, st.data())
 def test_permute_one_index_equals_the_same_among_many(size: int, key: int, data: st.DataObject) -> None:
     indices = data.draw(st.lists(st.integers(0, size - 1), min_size=1, max_size=12))
@@ -66,7 +64,6 @@ def test_permute_index_beyond_the_size_is_refused() -> None:
         permute(np.array([5], np.uint64), 5, 0)
 
 
-@settings(deadline=None)
 @given(st.integers(1, 60), st.integers(0, 2**40), st.integers(0, 200), st.integers(0, 200))
 def test_order_cut_anywhere_gives_the_same_samples(num_samples: int, seed: int, first: int, count: int) -> None:
     order = SampleOrder(num_samples, seed)

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_bipe.errors import ConfigError, DataError
@@ -122,7 +122,6 @@ class Numbered(Corpus):
     ends = tokens
 
 
-@settings(deadline=None)
 @given(sizes=SIZES, limit=st.integers(1, 200))
 def test_select_text_is_whole_documents_in_order_within_the_limit(sizes, limit):
     dataset = Numbered(sizes)

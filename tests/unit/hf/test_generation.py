@@ -88,7 +88,7 @@ def test_generate_compiled_over_a_static_cache_is_one_graph_and_equals_plain(mod
     assert torch.equal(compiled, model.generate(prompt, attention_mask=mask, use_cache=False, **LIVELY))
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(
     cuts=st.lists(st.integers(1, 39), max_size=6, unique=True),
     seed=st.integers(0, 99),
@@ -132,7 +132,7 @@ def test_static_cache_after_reset_starts_from_position_zero(model, tokens_of):
         torch.testing.assert_close(found, model(tokens, use_cache=False).logits, **NEAR)
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(st.lists(st.tuples(st.integers(0, 2**23), st.integers(0, 2**23)), min_size=1, max_size=9), st.booleans())
 def test_cache_in_bf16_stores_positions_exactly(counts, static):
     next_intra, next_inter = torch.tensor(counts).T[:, None]

@@ -80,7 +80,7 @@ def test_model_with_any_option_matches_the_training_model(encoding, changes, tin
             torch.testing.assert_close(hf_of(plan, config)(tokens).logits, expected, **NEAR)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     st.lists(st.lists(st.integers(0, 9), min_size=30, max_size=30), min_size=1, max_size=3),
     st.sampled_from([None, 1, 2, 7, 40]),

@@ -11,7 +11,7 @@ from megatron_bipe.model.transformer import build_model
 from tests.helpers.errors import raises
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     encoding=st.sampled_from(list(ENCODINGS)),
     heads=st.sampled_from([(1, 1), (2, 1), (4, 2), (4, 4), (6, 3)]),

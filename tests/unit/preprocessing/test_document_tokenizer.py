@@ -91,7 +91,7 @@ def test_gigatoken_gives_the_stock_ids_in_every_hard_case(fast: GigatokenBackend
     assert not wrong
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.text(st.characters(exclude_categories=["Cs"])), min_size=1))
 def test_gigatoken_gives_the_stock_ids_of_any_text(
     fast: GigatokenBackend, stock: StockBackend, texts: list[str]

@@ -47,7 +47,7 @@ def test_read_blocks_any_format_gives_the_same_texts(inputs: dict[str, Path], te
     assert [text for item in find_inputs([str(inputs["txt"])]) for text in texts_in(Path(item.name))] == texts
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     lines=st.lists(st.binary(max_size=40).map(lambda line: line.replace(b"\n", b"")), max_size=12),
     block_bytes=st.integers(1, 60),
@@ -148,7 +148,7 @@ def packed(data: st.DataObject, content: bytes, kind: str) -> bytes:
     return out
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), kind=st.sampled_from(list(PACK)), ends_with_newline=st.booleans())
 def test_line_reader_any_ranges_in_any_order_give_every_line_once(
     tmp_path_factory: pytest.TempPathFactory, data: st.DataObject, kind: str, ends_with_newline: bool

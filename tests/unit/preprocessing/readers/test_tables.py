@@ -219,7 +219,7 @@ def cut_files(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [folder / "a.parquet", folder / "b.parquet", folder / "c.parquet"]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_read_parquet_any_cut_gives_every_row_once(cut_files: list[Path], data: st.DataObject) -> None:
     for file in cut_files:
