@@ -42,12 +42,17 @@ def fsync_path(path: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """Return the SHA-256 of a file's bytes, in hex; raise `OSError` if it is missing or unreadable."""
-    steps = hashing(path)
+    return finish(hashing(path))
+
+
+def finish(steps: Generator[None, None, T]) -> T:
+    """Do all steps of a work, and return its result."""
     while True:
         try:
             next(steps)
         except StopIteration as end:
-            return str(end.value)
+            result: T = end.value
+            return result
 
 
 def hashing(path: Path) -> Generator[None, None, str]:

@@ -6,7 +6,7 @@ Every step can be interrupted and repeated: a shard that was moved is found at i
 import hashlib
 import itertools
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +30,7 @@ from megatron_bipe.data.manifest import (
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
 from megatron_bipe.data.shard_layout import SUFFIXES, shard_name, shard_path
-from megatron_bipe.data.tokenizer import COMPANIONS, Tokenizer
+from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import fsync_path, partial_path, write_atomically
 from preprocessing.destinations import Destination
@@ -187,21 +187,22 @@ def recorded_files(work: WorkFolder) -> set[str]:
     if work.has(JOB_NAME) and work.has(FILES_NAME):
         return work.load_files()
     datasets = recorded_datasets(work.output)
-    files = {path.relative_to(work.output).as_posix() for folder in datasets for path in dataset_files(folder)}
-    if set(datasets) - {work.output}:
-        files |= {DATASETS_NAME, partial_path(Path(DATASETS_NAME)).name}
+    shard_names = {folder: [shard.name for shard in manifest.shards] for folder, manifest in datasets.items()}
+    files = _output_files(work.output, shard_names, has_record=bool(set(datasets) - {work.output}))
     return files | work.load_files()
 
 
 def record_files(work: WorkFolder, num_shards: Mapping[Path, int]) -> None:
     """Record the files that publication is going to write, given the number of shards of each dataset's folder."""
-    names = {DATASETS_NAME, partial_path(Path(DATASETS_NAME)).name}
-    for folder, count in num_shards.items():
-        manifest, tokenizer = folder / MANIFEST_NAME, folder / TOKENIZER_FOLDER
-        shards = (shard_path(folder, shard_name(n), suffix) for n in range(count) for suffix in SUFFIXES)
-        files = (manifest, partial_path(manifest), *shards, *(tokenizer / name for name in COMPANIONS))
-        names |= {path.relative_to(work.output).as_posix() for path in files}
-    work.save_files(names)
+    shard_names = {folder: map(shard_name, range(count)) for folder, count in num_shards.items()}
+    work.save_files(_output_files(work.output, shard_names, has_record=True))
+
+
+def _output_files(output: Path, shard_names: Mapping[Path, Iterable[str]], *, has_record: bool) -> set[str]:
+    """Return the files of datasets, given the names of their shards by folder, and of the record of these datasets."""
+    files = {path for folder, names in shard_names.items() for path in dataset_files(folder, names)}
+    files |= {output / DATASETS_NAME, partial_path(output / DATASETS_NAME)} if has_record else set()
+    return {path.relative_to(output).as_posix() for path in files}
 
 
 def require_own(work: WorkFolder) -> None:

@@ -20,10 +20,10 @@ from megatron_bipe.checkpoint.manifest import (
 )
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
 from megatron_bipe.config import RunConfig, load_run_config
-from megatron_bipe.data.dataset import describe_special_in_text
+from megatron_bipe.data.dataset import describe_special_in_text, special_in_text_differs
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.io import hashing
+from megatron_bipe.io import finish, hashing
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import weights_dtype
 from megatron_bipe.runtime.host_collectives import HostCollectives
@@ -92,13 +92,7 @@ def check_complete(checkpoint: Checkpoint, part: int = 0, parts: int = 1) -> Che
     Raises:
         CheckpointError: a file is missing or was changed after it was written.
     """
-    steps = _checking(checkpoint, part, parts)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            index: CheckpointManifest = end.value
-            return index
+    return finish(_checking(checkpoint, part, parts))
 
 
 def _checking(checkpoint: Checkpoint, part: int, parts: int) -> Generator[None, None, CheckpointManifest]:
@@ -107,8 +101,7 @@ def _checking(checkpoint: Checkpoint, part: int, parts: int) -> Generator[None, 
     index = load_index(folder)
     if index.step != checkpoint.step:
         raise unusable_checkpoint(folder, f"its {INDEX} is of step {index.step}")
-    names = sorted(index.files)[part::parts]
-    for name in names:
+    for name in sorted(index.files)[part::parts]:
         record = index.files[name]
         try:
             size = (folder / name).stat().st_size
@@ -135,9 +128,8 @@ def belongs_to_another_run(index: CheckpointManifest, run: RunConfig, data: Data
     if data is not None and index.data is not None:
         if index.data.tokenizer.fingerprint != data.tokenizer.fingerprint:
             return "it is of a run with another tokenizer"
-        made = (index.data.special_in_text, data.special_in_text)
-        if None not in made and made[0] != made[1]:
-            return f"it is of a run on data made {describe_special_in_text(made[0])}"
+        if special_in_text_differs(index.data.special_in_text, data.special_in_text):
+            return f"it is of a run on data made {describe_special_in_text(index.data.special_in_text)}"
         if index.data.rule != data.rule:
             return f"it is of a run with the segment rule {index.data.rule.spec}"
     return ""

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from megatron_bipe.config import DataConfig
-from megatron_bipe.data.dataset import TokenDataset, describe_special_in_text
+from megatron_bipe.data.dataset import TokenDataset, describe_special_in_text, special_in_text_differs
 from megatron_bipe.data.manifest import BlendMember, DataRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.segments import SegmentRule
@@ -240,7 +240,7 @@ def _check_compatible(datasets: Sequence[TokenDataset]) -> None:
             for what, (one, another) in pairs.items()
             if one != another
         ]
-        if other.manifest.special_in_text not in (None, known.manifest.special_in_text):
+        if special_in_text_differs(known.manifest.special_in_text, other.manifest.special_in_text):
             made = [f"{each.path} {describe_special_in_text(each.manifest.special_in_text)}" for each in (known, other)]
             problems.append(f"{made[0]}, {made[1]}")
     if problems:

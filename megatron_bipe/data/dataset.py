@@ -3,7 +3,7 @@
 This module does not import torch.
 """
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Self
 
@@ -95,7 +95,7 @@ class TokenDataset:
             location: source of `expected`, for the message.
         """
         own = self.manifest.special_in_text
-        if None not in (own, expected) and own != expected:
+        if special_in_text_differs(own, expected):
             raise DataError(
                 f"the dataset {self.path} was made {describe_special_in_text(own)}, but {location} "
                 f"{describe_special_in_text(expected)}: the name of a special token in a text has other ids in each",
@@ -194,6 +194,11 @@ class TokenDataset:
             raise token_out_of_range_error(self.shards[shard], position, int(tokens[row, column]), vocab_size)
 
 
+def special_in_text_differs(one: bool | None, other: bool | None) -> bool:
+    """Return True if both are recorded and differ; None: not recorded."""
+    return None not in (one, other) and one != other
+
+
 def describe_special_in_text(special_in_text: bool | None) -> str:
     return f"with{'' if special_in_text else 'out'} --special-in-text"
 
@@ -212,20 +217,16 @@ def _unpack(packed_BK: npt.NDArray[np.uint8], shift_B: IntArray, count: int) -> 
     return np.unpackbits(low | high, axis=1, count=count, bitorder="little").view(np.bool_)
 
 
-def dataset_files(folder: Path) -> set[Path]:
-    """Return the paths of a dataset's files: its manifest, those that this lists, and those of its tokenizer.
+def dataset_files(folder: Path, shard_names: Iterable[str]) -> set[Path]:
+    """Return the paths of a dataset's files: its manifest, those of its shards, and those of its tokenizer.
 
-    Only these may be deleted or replaced with the dataset. Listed files may be missing.
-
-    Raises:
-        DataError: the manifest is missing or damaged, so it lists nothing.
+    Only these may be deleted or replaced with the dataset. They may be missing.
     """
-    shards = Manifest.load(folder).shards
-    tokenizer = (folder / TOKENIZER_FOLDER / name for name in COMPANIONS)
+    manifest, tokenizer = folder / MANIFEST_NAME, folder / TOKENIZER_FOLDER
     return {
-        *(folder / name for name in (MANIFEST_NAME, partial_path(Path(MANIFEST_NAME)))),
-        *(shard_path(folder, shard.name, suffix) for shard in shards for suffix in SUFFIXES),
-        *tokenizer,
+        *(manifest, partial_path(manifest)),
+        *(shard_path(folder, name, suffix) for name in shard_names for suffix in SUFFIXES),
+        *(tokenizer / name for name in COMPANIONS),
     }
 
 

@@ -112,12 +112,12 @@ def evaluate_subset(
     name: str, dataset: TokenDataset, models: Sequence[EvalModel], lengths: Sequence[int], settings: EvalSettings
 ) -> Subset:
     """Evaluate all models on a dataset at all lengths, ascending; progress is shown on a terminal."""
-    results = []
+    results, text = [], settings.select(dataset)
     for model_name, eval_model in zip(unique_names(models), models, strict=True):
         found: list[DocumentLosses] = []
         with tqdm(desc=f"{model_name} on {name}", unit=" tokens", unit_scale=True, disable=None) as bar:
             for length in reversed(lengths):  # longest first, so that a length that is too large fails at once
-                found.insert(0, evaluate_documents(eval_model, dataset, length, settings, bar.update))
+                found.insert(0, evaluate_documents(eval_model, text, length, settings, bar.update))
                 bar.set_postfix_str(f"{length}: {found[0].perplexity:.2f}")
         eval_model.model.cpu()
         config = eval_model.config

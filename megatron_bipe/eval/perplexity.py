@@ -25,6 +25,7 @@ from megatron_bipe.eval.sequences import (
     EmptyTexts,
     EvalSequences,
     Protocol,
+    SelectedText,
     Text,
     cut_sequences,
     select_text,
@@ -54,8 +55,10 @@ class EvalSettings(NamedTuple):
     dtype: torch.dtype = torch.float32
     """Compute precision; losses are always computed in fp32 and summed in fp64."""
 
-    def select(self, dataset: TokenDataset) -> Text:
-        """Return the documents to evaluate on."""
+    def select(self, dataset: Text) -> Text:
+        """Return the documents to evaluate on; those that are selected already are returned as they are."""
+        if isinstance(dataset, SelectedText):
+            return dataset
         return select_text(dataset, self.max_tokens, self.empty_texts)
 
 
@@ -129,7 +132,7 @@ class DocumentLosses(NamedTuple):
 
 def evaluate_perplexity(
     eval_model: EvalModel,
-    dataset: TokenDataset,
+    dataset: Text,
     length_tokens: int,
     settings: EvalSettings,
     progress: Callable[[int], object] | None = None,
@@ -140,7 +143,7 @@ def evaluate_perplexity(
 
     Args:
         eval_model: moved to the device and precision of `settings`, in place.
-        dataset: a dataset accepted by `check_compatible`.
+        dataset: a dataset accepted by `check_compatible`, or documents that `settings` selects from one.
         length_tokens: sequence length.
         settings: protocol, limits, device and precision.
         progress: called after each batch with its number of tokens.
@@ -161,7 +164,7 @@ def evaluate_perplexity(
 
 def evaluate_documents(
     eval_model: EvalModel,
-    dataset: TokenDataset,
+    dataset: Text,
     length_tokens: int,
     settings: EvalSettings,
     progress: Callable[[int], object] | None = None,

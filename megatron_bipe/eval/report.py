@@ -64,7 +64,7 @@ def evaluate_model(
     results: list[PerplexityResult] = []
     with tqdm(total=total, desc=eval_model.name, unit=" tokens", unit_scale=True, disable=None) as bar:
         for length in reversed(lengths):  # longest first, so that a length that is too large fails at once
-            results.insert(0, evaluate_perplexity(eval_model, dataset, length, settings, bar.update))
+            results.insert(0, evaluate_perplexity(eval_model, text, length, settings, bar.update))
             bar.set_postfix_str(f"{length}: {results[0].perplexity:.2f}")
     eval_model.model.cpu()
     return ModelResults(eval_model, tuple(results))

@@ -34,7 +34,7 @@ from megatron_bipe.config import (
     zero_stage,
 )
 from megatron_bipe.data.blend import PATTERN_SLOTS
-from megatron_bipe.data.dataset import describe_special_in_text
+from megatron_bipe.data.dataset import describe_special_in_text, special_in_text_differs
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
@@ -195,7 +195,7 @@ def _data_differences(old: DataRecord, new: DataRecord) -> Iterator[_Difference]
     if old.tokenizer.fingerprint != new.tokenizer.fingerprint:
         text = f"the tokenizer was {old.tokenizer.fingerprint[:12]} and is now {new.tokenizer.fingerprint[:12]}"
         yield _Difference("", text)
-    if None not in (old.special_in_text, new.special_in_text) and old.special_in_text != new.special_in_text:
+    if special_in_text_differs(old.special_in_text, new.special_in_text):
         was, now = map(describe_special_in_text, (old.special_in_text, new.special_in_text))
         yield _Difference("", f"the training data was made {was} and is now made {now}")
     if old.rule != new.rule:

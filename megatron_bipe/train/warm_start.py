@@ -17,7 +17,7 @@ from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import KINDS, WEIGHT, Fragment, rank_file, write_fragments, write_index
 from megatron_bipe.config import ModelConfig, RunConfig
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.dataset import describe_special_in_text, open_tokenizer
+from megatron_bipe.data.dataset import describe_special_in_text, open_tokenizer, special_in_text_differs
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible, load_with_master_weights
@@ -82,7 +82,7 @@ def start_run(run: RunConfig, eval_model: EvalModel, weights: Mapping[str, Tenso
 def _warn_if_special_tokens_change(eval_model: EvalModel, data: DataRecord) -> None:
     """Log a warning if this run treats special tokens in text differently, which fine-tuning on chats may intend."""
     before, now = eval_model.special_in_text, data.special_in_text
-    if None not in (before, now) and before != now:
+    if special_in_text_differs(before, now):
         _log.warning(
             "%s was trained on data made %s; the data of this run was made %s, and so will its export be",
             eval_model.source,

@@ -190,7 +190,7 @@ def _refuse_foreign(folder: Path) -> None:
     """Raise an error if the folder holds anything but a dataset, whose files its manifest lists."""
     own: set[Path] = set()
     with suppress(DataError):  # without a valid manifest, no file is known to be of a dataset
-        own = dataset_files(folder)
+        own = dataset_files(folder, (shard.name for shard in Manifest.load(folder).shards))
     foreign = next(foreign_paths(folder, own), None)
     if foreign:
         raise DataError(
