@@ -293,7 +293,7 @@ def _set_parent_death_signal(number: int) -> None:
 
 def _end_rank(reason: str) -> NoReturn:
     name = f"rank {os.environ.get('RANK', '?')} on {socket.gethostname()} (process {os.getpid()})"
-    record_failure(f"{name} leaves: {reason}")
+    record_failure(f"{name} leaves: {reason}", FAILED)
     try:
         sys.stderr.write(f"{name} leaves: {reason}\n")
         sys.stderr.flush()
@@ -301,8 +301,8 @@ def _end_rank(reason: str) -> NoReturn:
         os._exit(FAILED)
 
 
-def record_failure(text: str) -> None:
-    """Append the reason why this rank ends to the file of the supervisor, if there is one on this host."""
+def record_failure(text: str, code: int) -> None:
+    """Append why and with which code this rank exits to the file of the supervisor, if there is one on this host."""
     with suppress(KeyError, OSError):
         file = os.open(os.environ[FAILURE_FILE], os.O_WRONLY | os.O_APPEND)
-        os.write(file, text.encode() + b"\0")
+        os.write(file, f"{code} {text}\0".encode())

@@ -113,7 +113,7 @@ def abort(text: str, code: int, cause: str = "") -> NoReturn:
         code: exit code.
         cause: what a supervisor of this launch repeats, if this rank is the first one to call this; "": the message.
     """
-    record_failure(brief(cause or text))
+    record_failure(brief(cause or text), code)
     try:
         sys.stdout.flush()
         write_stderr(text)

@@ -62,7 +62,7 @@ def decide(ended: Ended, asked: bool, fruitless: int, patience: Patience) -> Nex
         return Next.DONE
     if ended.record == STOP or ended.code == EXIT_RESUMABLE:
         return Next.LATER
-    if ended.code == USER_ERROR:
+    if ended.is_user_error:
         return Next.GIVE_UP
     if asked:
         return Next.LATER
@@ -122,7 +122,7 @@ def supervise(supervisor: Supervisor, patience: Patience, launch_command: Callab
             Next.LATER: _stop_text(ended, newest, newest != before),
             Next.AGAIN: f"{'without' if fruitless else 'after'} a new checkpoint; starting again in {wait_s} s",
             Next.GIVE_UP: "this error must be fixed first"
-            if ended.code == USER_ERROR
+            if ended.is_user_error
             else f"{fruitless} launches in a row without a new checkpoint; giving up",
         }[following]
         _log.warning("supervise: %s: %s%s", ended, text, _goodput_text(supervisor.run_dir))
@@ -132,7 +132,7 @@ def supervise(supervisor: Supervisor, patience: Patience, launch_command: Callab
         if following is Next.DONE:
             return 0
         if following is Next.GIVE_UP:
-            return USER_ERROR if ended.code == USER_ERROR else EXIT_FAILED
+            return USER_ERROR if ended.is_user_error else EXIT_FAILED
         if following is Next.LATER:
             return EXIT_FAILED if is_failure else EXIT_RESUMABLE
         supervisor.wait(patience.wait_s(fruitless))

@@ -18,7 +18,7 @@ from typing import IO, NamedTuple
 
 from megatron_bipe.checkpoint.find import newest_first
 from megatron_bipe.config import ParallelConfig, load_run_config
-from megatron_bipe.errors import ConfigError
+from megatron_bipe.errors import USER_ERROR, ConfigError
 from megatron_bipe.io import lock_holder
 from megatron_bipe.runtime.child_processes import GRACE_S, STOP_SIGNALS, ChildProcess
 from megatron_bipe.runtime.environment import FAILURE_FILE
@@ -46,6 +46,11 @@ class Ended(NamedTuple):
     code: int  # exit code of the launcher; 128 + N for signal N
     record: str = ""  # last of START, STOP and DONE that the launch recorded; "" if it did not begin to train
     error: str = ""  # message of the first rank that failed on this host
+    error_code: int | None = None  # exit code of that rank; torchrun exits with 1 whatever it is
+
+    @property
+    def is_user_error(self) -> bool:
+        return USER_ERROR in (self.code, self.error_code)
 
     @property
     def signal_name(self) -> str:
@@ -114,8 +119,10 @@ class Supervisor:
                 code = code if code >= 0 else 128 - code
                 self._end_rest(child, Ended(code))
                 self._launched = None
-            error = file.read().partition(b"\0")[0].decode(errors="replace")
-        return Ended(code, record_since(self.run_dir, self._before), error)
+            first_failure = file.read().partition(b"\0")[0].decode(errors="replace")
+        error_code, _, error = first_failure.partition(" ")
+        record = record_since(self.run_dir, self._before)
+        return Ended(code, record, error, int(error_code) if error_code.isdecimal() else None)
 
     def output(self, command: Sequence[str], option: str) -> str:
         """Run a command, and return what it printed.

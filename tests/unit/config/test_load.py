@@ -196,3 +196,14 @@ def test_load_malformed_override_is_refused(override, observed):
 def test_load_path_with_shell_syntax_is_refused(key, value):
     with raises(ConfigError, key):
         load_run_config(None, [f"{key}={value}"])
+
+
+@pytest.mark.parametrize("key", ["train.steps", "optimizer.lr", "checkpoint.keep_last", "model.rope_scaling"])
+def test_load_switch_for_a_number_is_refused(key):
+    with raises(ConfigError, f"{key}=True", "switch"):
+        load_run_config(None, [f"{key}=yes"])
+
+
+def test_load_switch_takes_yes_and_no():
+    run = load_run_config(None, ["data.verify=no", "model.tied_output=yes"])
+    assert run.model.tied_output and not run.data.verify

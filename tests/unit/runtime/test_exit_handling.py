@@ -88,8 +88,8 @@ def test_run_rank_tells_a_supervisor_why_it_ends_in_few_words(abort, tmp_path):
     abort(ValueError("broken"), BIPE_FAILURE_FILE=str(file))
     abort(DataError("no data"), BIPE_FAILURE_FILE=str(file))
     first, second, _ = file.read_text().split("\0")
-    assert first.startswith("rank 0 of 1 on ") and first.endswith("ValueError: broken") and "\n" not in first
-    assert "no data" in second
+    assert first.startswith("1 rank 0 of 1 on ") and first.endswith("ValueError: broken") and "\n" not in first
+    assert second.startswith("2 DataError: no data")
     abort(ValueError("broken"), BIPE_FAILURE_FILE=str(tmp_path / "on another host"))
     assert not (tmp_path / "on another host").exists()
 

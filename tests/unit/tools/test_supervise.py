@@ -86,7 +86,7 @@ def test_supervise_gives_up_after_failures_without_progress(supervise, tmp_path)
 
 
 def test_supervise_names_the_signal_and_repeats_the_first_error_of_a_rank(supervise, tmp_path):
-    error = r"printf 'ValueError: broken\0rank 1 leaves\0' >> $BIPE_FAILURE_FILE"
+    error = r"printf '1 ValueError: broken\0001 rank 1 leaves\0' >> $BIPE_FAILURE_FILE"
     output = supervise(f"{error}; kill -9 $$", "--failures", 1, code=1)
     assert "exit code 137 (SIGKILL)" in output and output.rstrip().endswith("supervise: ValueError: broken"), output
     assert failures(tmp_path) == [(137, "SIGKILL", 1, None)]
@@ -108,8 +108,11 @@ def test_supervise_a_new_checkpoint_before_a_damaged_one_is_progress(supervise, 
     assert (tmp_path / "tries").read_text() == "x\n" * 4, output
 
 
-def test_supervise_what_the_user_must_fix_is_not_tried_again(supervise):
-    assert supervise("echo try; exit 2", code=2).count("try") == 1
+@pytest.mark.parametrize(
+    "script", ["exit 2", r"printf '2 DataError: no data\000' >> $BIPE_FAILURE_FILE; exit 1"], ids=["rank", "torchrun"]
+)
+def test_supervise_what_the_user_must_fix_is_not_tried_again(supervise, script):
+    assert supervise(f"echo attempt; {script}", code=2).count("attempt") == 1
 
 
 # What a run does when it is asked to stop -> exit code of the supervisor, and a part of its message.
