@@ -23,7 +23,6 @@ BEGIN, END = "<!-- written by make test-parallel: begin -->", "<!-- written by m
 MAX_RANKS, SIZES = 8, (1, 2, 4)
 ENCODINGS = ("bipe_rope", "bipe_alibi", "rope", "alibi")  # of the others test_encodings.py has a few layouts
 NUM_HEADS = 4  # of the model, see layouts.py
-TIME_LIMIT_S = 3600  # of the layouts of one encoding on one number of ranks
 
 
 class Shape(NamedTuple):
@@ -81,11 +80,11 @@ def rows_of(encoding: str) -> list[Shape]:
 def measure(rows: list[Shape], encoding: str, folder: Path) -> Iterator[Cell]:
     """Train all layouts of an encoding, in one launch for each number of ranks."""
     references = {Placed(1, reference(layout)) for row in rows for layout in row.layouts(encoding)}
-    alone = run_placed(train_layouts, references, folder / "alone", time_limit_s=TIME_LIMIT_S)
+    alone = run_placed(train_layouts, references, folder / "alone")
     for num_ranks in sorted({row.ranks for row in rows}):
         chosen = {Placed(num_ranks, x): row for row in rows if row.ranks == num_ranks for x in row.layouts(encoding)}
         sys.stderr.write(f"{encoding}: {len(chosen)} layouts of {num_ranks} ranks\n")
-        found = run_placed(train_layouts, chosen, folder, time_limit_s=TIME_LIMIT_S)
+        found = run_placed(train_layouts, chosen, folder)
         for placed, row in chosen.items():
             [expected] = alone[Placed(1, reference(placed.layout))]
             yield Cell(row, placed.layout, difference(found[placed], expected))

@@ -21,6 +21,7 @@ from tests.helpers.ranks import run_programs, run_ranks
 from tests.helpers.tiers import selected, slow
 
 TIMEOUT_S = 10
+LAUNCHED_TIMEOUT_S = 90  # of ranks that import DeepSpeed first, which has taken more than 20 s on a loaded machine
 HOST = socket.gethostname()
 NAMES = [f"rank {rank} of 2 on {HOST} (stage 0, data 0, context 0, tensor {rank})" for rank in range(2)]
 FAST = [("raise", 1), ("spin", 1), ("SIGKILL", 1), ("SIGSTOP", 1)]
@@ -173,7 +174,8 @@ def test_failure_under_a_launcher_names_the_rank_and_leaves_no_process(
         "deepspeed": ["deepspeed", "--num_accelerators", "2", "--master_port", str(free_port()), "--module"],
     }[launcher]
     fault = ProcessFault(kind, 1, "step 3")
-    ended = run(*prefix, "tests.helpers.faults", *arguments(text_dataset, tmp_path / "run", 20), env=fault.variables)
+    given = arguments(text_dataset, tmp_path / "run", LAUNCHED_TIMEOUT_S)
+    ended = run(*prefix, "tests.helpers.faults", *given, env=fault.variables)
     assert ended.code != 0 and not ended.left, ended.output
     assert f"{NAMES[1]}, {'at step 3' if kind == 'raise' else 'last at'}" in ended.output, ended.output
     assert ended.output.count("Traceback") <= 2, ended.output  # torchrun has its own

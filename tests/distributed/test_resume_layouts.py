@@ -13,7 +13,7 @@ import torch
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.shard_files import KINDS, StateReader
 from megatron_bipe.parallel.mesh import Mesh
-from tests.helpers.layouts import Layout, Placed, start, train_steps
+from tests.helpers.layouts import Layout, Placed, start, time_limit_s, train_steps
 from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
 
@@ -99,13 +99,15 @@ def outcomes(
     for ranks in sorted({before.ranks for before, _ in pairs}):
         layouts = list(dict.fromkeys(before.layout for before, _ in pairs if before.ranks == ranks))
         layouts.sort(key=lambda layout: layout.tensor * layout.pipeline)
-        results = run_ranks(first_halves, ranks, folder / f"first-{ranks}", layouts=layouts, work_dir=str(folder))
+        shared = {"time_limit_s": time_limit_s(layouts), "work_dir": str(folder)}
+        results = run_ranks(first_halves, ranks, folder / f"first-{ranks}", layouts=layouts, **shared)
         expected |= {Placed(ranks, layout): losses for layout, losses in zip(layouts, results[0], strict=True)}
     outcomes = {}
     for ranks in sorted({after.ranks for _, after in pairs}):
         chosen = [pair for pair in pairs if pair[1].ranks == ranks]
         sources = [(after.layout, f"{before.layout}-{before.ranks}") for before, after in chosen]
-        results = run_ranks(second_halves, ranks, folder / f"second-{ranks}", layouts=sources, work_dir=str(folder))
+        shared = {"time_limit_s": time_limit_s(sources), "work_dir": str(folder)}
+        results = run_ranks(second_halves, ranks, folder / f"second-{ranks}", layouts=sources, **shared)
         for number, (before, after) in enumerate(chosen):
             outcomes[before, after] = Continued(
                 expected[before],

@@ -13,11 +13,12 @@ from megatron_bipe.config.validate import validate_run
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch
 from tests.helpers.paths import ROOT
-from tests.helpers.ranks import run_ranks
+from tests.helpers.ranks import TIME_LIMIT_S, run_ranks
 
 DS_CONFIGS = ROOT / "ds_configs"
 T = TypeVar("T")
 STEPS, LR, MICRO = 8, 5e-3, 4
+LAYOUT_S = 30  # for a layout in a launch: 6 s were measured on two cores beside another launch, which steal may triple
 
 
 class Layout(NamedTuple):
@@ -148,9 +149,15 @@ def run_placed(
         # Data parallelism alone first: DeepSpeed keeps the groups of an earlier engine, and would then miss some.
         layouts.sort(key=lambda layout: layout.tensor * layout.pipeline)
         work_dir = folder / str(num_ranks)
-        ranks = run_ranks(function, num_ranks, work_dir, layouts=layouts, work_dir=str(work_dir), **arguments)
+        limit_s, shared = time_limit_s(layouts), {"layouts": layouts, "work_dir": str(work_dir)}
+        ranks = run_ranks(function, num_ranks, work_dir, time_limit_s=limit_s, **shared, **arguments)
         found |= {Placed(num_ranks, layout): [rank[layout] for rank in ranks] for layout in layouts}
     return found
+
+
+def time_limit_s(layouts: Collection[object]) -> float:
+    """Return the time limit of a launch that trains layouts one after the other."""
+    return TIME_LIMIT_S + LAYOUT_S * len(layouts)
 
 
 def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int = STEPS) -> dict[Layout, Outcome]:

@@ -29,7 +29,7 @@ PRELOADED = [
     *("megatron_bipe.engine.engines", "megatron_bipe.train.trainer"),
 ]
 # Limits for an idle machine with two cores; `patience` scales them.
-TIME_LIMIT_S = 600  # of a launch; the longest has needed 320 s on a machine that lost a quarter of its time to others
+TIME_LIMIT_S = 600  # of a launch; one that trains many layouts gets more (`layouts.time_limit_s`)
 LAST_WORDS_S = 10.0  # that the others have when a rank has failed
 GRACE_S = 15.0  # between SIGTERM and SIGKILL, as launchers give it
 IDLE_START_S = 10.0  # of the fork server

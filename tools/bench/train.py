@@ -122,10 +122,9 @@ class PeerEngine(ZeroEngine):
     def _build(self, run: RunConfig) -> nn.Module:
         return make_peer(run.model, run.train.seq_len_tokens)
 
-    def _loss(self, batch: Batch[Tensor]) -> Tensor:
+    def _losses(self, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
         tokens, labels = (ids.to(self._mesh.device) for ids in (batch.tokens_BT, batch.labels_BT))
-        loss: Tensor = self._engine(input_ids=tokens, shift_labels=labels, labels=labels).loss
-        return loss
+        return self._engine(input_ids=tokens, shift_labels=labels, labels=labels).loss, None
 
 
 def prepare_bare(settings: Settings) -> Callable[[], None]:
