@@ -10,14 +10,14 @@ import logging
 import os
 import shutil
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
 
 from _cli import check_output_file, command
-from megatron_bipe.data.dataset import TokenDataset, find_datasets, open_tokenizer
+from megatron_bipe.data.dataset import TokenDataset, dataset_files, find_datasets, open_tokenizer
 from megatron_bipe.data.inspection.convert_pairs import convert_pairs, describe_documents
 from megatron_bipe.data.inspection.megatron_pairs import MegatronPair, find_pairs
 from megatron_bipe.data.inspection.resegment import resegment
@@ -70,11 +70,13 @@ def stats(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", location="--sample-tokens"
         )
-    for file in filter(None, (arguments.png, arguments.json)):
+    outputs = [file for file in (arguments.png, arguments.json) if file]
+    for file in outputs:
         check_output_file(file, arguments.overwrite)
     folders = find_datasets(arguments.folder)
     datasets = {_name(folder, arguments.folder): TokenDataset(folder) for folder in folders}
     manifests = {name: dataset.manifest for name, dataset in datasets.items()}
+    _refuse_data_files(outputs, datasets.values())
     print(datasets_table(manifests) if len(manifests) > 1 else stats_table(*manifests.values()), end="\n\n")
     found = _count(datasets, arguments)
     print(distribution_tables(found))
@@ -85,6 +87,18 @@ def stats(arguments: argparse.Namespace) -> None:
         from megatron_bipe.data.inspection.stats_text import draw_stats  # matplotlib takes a second to import
 
         write_atomically(arguments.png, draw_stats({name: counted for name, (_, counted) in found.items()}))
+
+
+def _refuse_data_files(outputs: Iterable[Path], datasets: Iterable[TokenDataset]) -> None:
+    """Raise `DataError` if a file to be written is one of a dataset, even with --overwrite."""
+    data_files = {
+        file.resolve()
+        for dataset in datasets
+        for file in dataset_files(dataset.path, (shard.name for shard in dataset.manifest.shards))
+    }
+    for output in outputs:
+        if output.resolve() in data_files:
+            raise DataError("This file belongs to the dataset", remedy="Name another file", location=output)
 
 
 def show(arguments: argparse.Namespace) -> None:

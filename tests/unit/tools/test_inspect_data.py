@@ -99,6 +99,7 @@ def test_inspect_data_resegment_converts_pairs_of_megatron(folder: Path, tmp_pat
         ("verify {data} --workers 0", "0", "--workers"),
         ("stats {data} --sample-tokens 0", "0", "--sample-tokens"),
         ("stats {data} --json {data}/absent/s.json", "", "absent/s.json"),
+        ("stats {data} --json {data}/manifest.json --overwrite", "belongs to the dataset", "manifest.json"),
         ("resegment {data} --segments newline --output {data}", "", "data"),
         ("resegment {data}/x --segments newline --output {data}/new", "preprocess.py", "data/x"),
         ("resegment {data} --tokenizer {data}/tokenizer --segments newline --output {data}-2", "--tokenizer", "data"),
