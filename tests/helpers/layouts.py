@@ -18,7 +18,7 @@ from tests.helpers.ranks import TIME_LIMIT_S, run_ranks
 DS_CONFIGS = ROOT / "ds_configs"
 T = TypeVar("T")
 STEPS, LR, MICRO = 8, 5e-3, 4
-LAYOUT_S = 30  # for a layout in a launch: 6 s were measured on two cores beside another launch, which steal may triple
+LAYOUT_S = 30  # for a layout in a launch: 6 s were measured on two cores with a second launch, which steal may triple
 
 
 class Layout(NamedTuple):
