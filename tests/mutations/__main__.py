@@ -51,6 +51,10 @@ class Mutation(NamedTuple):
         for name in (self.file, *self.tests):
             if not (root / name).is_file():
                 raise LookupError(f"{name} does not exist: give the file's new name")
+        tests = "".join((root / name).read_text("utf-8") for name in self.tests)
+        for part in filter(None, self.only.split(" or ")):
+            if not re.search(rf"def test_\w*{part}", tests):
+                raise LookupError(f"no test of {', '.join(self.tests)} has {part!r} in its name: correct `only`")
         source = (root / self.file).read_text("utf-8")
         if (found := source.count(self.code)) != 1:
             raise LookupError(
