@@ -1,8 +1,10 @@
 """Checks of a run before its engine starts, for `--dry-run`, and warnings about a run that can start."""
 
 import os
+import shutil
 from collections.abc import Callable, Collection, Iterator
 
+from megatron_bipe.checkpoint.commit import FREE_SPACE
 from megatron_bipe.checkpoint.disk_space import plan_disk
 from megatron_bipe.checkpoint.find import find_model, list_steps
 from megatron_bipe.config import RunConfig, load_run_config
@@ -87,3 +89,5 @@ def _check_writable(run: RunConfig) -> None:
             remedy="Choose another one with --set run_dir=OTHER",
             location=run.run_dir,
         )
+    if shutil.disk_usage(existing).free == 0:
+        raise ConfigError(f"the disk of {existing} is full", remedy=FREE_SPACE, location=run.run_dir)

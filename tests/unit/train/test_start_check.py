@@ -1,5 +1,7 @@
 """A dry run finds what would end the run at its start, and a start warns of what it finds suspicious."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -63,6 +65,12 @@ def test_check_start_names_what_would_end_the_run(make, tmp_path, monkeypatch, s
     (tmp_path / "FILE").touch()
     with raises(kind, *observed):
         check_start(make(*settings), MESH)
+
+
+def test_check_start_on_a_full_disk_is_refused(make, tmp_path, monkeypatch):
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=0))
+    with raises(ConfigError, tmp_path, "full", location=tmp_path / "run"):
+        check_start(make(), MESH)
 
 
 def test_check_start_folder_of_another_run_is_refused_also_without_data(make):
