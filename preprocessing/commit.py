@@ -29,7 +29,7 @@ from megatron_bipe.data.manifest import (
 )
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.shard import choose_dtype
-from megatron_bipe.data.shard_layout import SUFFIXES, shard_name, shard_path
+from megatron_bipe.data.shard_layout import SUFFIXES, dtype_name, shard_name, shard_path
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import fsync_path, partial_path, write_atomically
@@ -114,7 +114,7 @@ def publish_dataset(
     manifest = Manifest(
         tokenizer=tokenizer.record,
         rule=contents.rule,
-        dtype="uint16" if choose_dtype(tokenizer.vocab_size).itemsize == 2 else "int32",
+        dtype=dtype_name(choose_dtype(tokenizer.vocab_size)),
         shards=tuple(renamed),
         source=contents.source | {"special_in_text": tokenizer.special_in_text} | chosen,
         examples=contents.examples,

@@ -3,13 +3,14 @@
 import hashlib
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.data.shard_layout import FORMAT_VERSION, SUFFIXES, Suffix
+from megatron_bipe.data.shard_layout import FORMAT_VERSION, SUFFIXES, DtypeName, Suffix
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import check_inner_name, unreadable_error, write_atomically
 
@@ -106,6 +107,12 @@ class DataRecord(Record):
     """See `Manifest.special_in_text`."""
 
 
+def sum_if_known(values: Sequence[int | None]) -> int | None:
+    """Return the sum of the values; None if any of them is unknown."""
+    known = [value for value in values if value is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
 class Manifest(Record):
     """Description of a dataset folder; `manifest.json` holds these fields and their fingerprint."""
 
@@ -113,7 +120,7 @@ class Manifest(Record):
     """Version of the folder's layout; newer ones are rejected."""
     tokenizer: TokenizerRecord
     rule: SegmentRule
-    dtype: Literal["uint16", "int32"]
+    dtype: DtypeName
     """Type of the stored tokens."""
     shards: tuple[ShardRecord, ...]
     """Shards in the order of concatenation."""
@@ -145,8 +152,7 @@ class Manifest(Record):
     @property
     def text_bytes(self) -> int | None:
         """UTF-8 bytes of the raw text; None if unknown for any shard."""
-        known = [shard.text_bytes for shard in self.shards if shard.text_bytes is not None]
-        return sum(known) if len(known) == len(self.shards) else None
+        return sum_if_known([shard.text_bytes for shard in self.shards])
 
     @property
     def fingerprint(self) -> str:

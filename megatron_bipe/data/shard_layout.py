@@ -15,7 +15,9 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.types import IntArray
 
 Suffix = Literal["bin", "idx", "seg"]
-SUFFIXES: tuple[Suffix, ...] = ("bin", "idx", "seg")
+DtypeName = Literal["uint16", "int32"]
+PAIR_SUFFIXES: tuple[Suffix, ...] = ("bin", "idx")  # the files in Megatron's format
+SUFFIXES: tuple[Suffix, ...] = (*PAIR_SUFFIXES, "seg")
 FORMAT_VERSION = 1  # version of the manifest and of .seg files
 
 IDX_MAGIC = b"MMIDIDX\0\0"
@@ -35,6 +37,11 @@ MAX_DOCUMENT_TOKENS = int(np.iinfo(np.int32).max)  # lengths are i32
 def choose_dtype(vocab_size: int) -> np.dtype[Any]:
     """Return the storage dtype for the tokens of a vocabulary."""
     return np.dtype("<u2") if vocab_size < UINT16_VOCAB_LIMIT else np.dtype("<i4")
+
+
+def dtype_name(dtype: np.dtype[Any]) -> DtypeName:
+    """Return the name of a storage dtype, as manifests have it."""
+    return "uint16" if dtype.itemsize == 2 else "int32"
 
 
 def shard_name(number: int) -> str:

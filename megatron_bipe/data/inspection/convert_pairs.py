@@ -14,15 +14,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megatron_bipe.data.inspection.megatron_pairs import MAX_NAMES_IN_MESSAGE, PAIR_SUFFIXES, MegatronPair
+from megatron_bipe.data.inspection.megatron_pairs import MAX_NAMES_IN_MESSAGE, MegatronPair
 from megatron_bipe.data.inspection.resegment import Job, check_output, dataset_draft, link_or_copy, write_ends
 from megatron_bipe.data.inspection.verify import CHUNK_TOKENS, Advance, Segmenter, run_in_order
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, FileRecord, Manifest, ShardRecord
 from megatron_bipe.data.segments import resolve_rule
 from megatron_bipe.data.shard_layout import (
     DTYPE_CODES,
+    PAIR_SUFFIXES,
     SUFFIXES,
     choose_dtype,
+    dtype_name,
     pack_idx,
     shard_name,
     shard_path,
@@ -98,7 +100,7 @@ def convert_pairs(
         new = Manifest(
             tokenizer=tokenizer.record,
             rule=rule,
-            dtype="uint16" if dtype.itemsize == 2 else "int32",
+            dtype=dtype_name(dtype),
             shards=shards,
             source={"megatron_pairs": [_describe(pair) for pair in pairs], "documents": documents._asdict()},
         )

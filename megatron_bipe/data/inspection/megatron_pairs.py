@@ -17,6 +17,7 @@ from megatron_bipe.data.shard_layout import (
     IDX_MAGIC,
     IDX_VERSION,
     MAX_DOCUMENT_TOKENS,
+    PAIR_SUFFIXES,
     IdxHeader,
     Suffix,
     shard_path,
@@ -25,7 +26,6 @@ from megatron_bipe.errors import DataError
 from megatron_bipe.io import unreadable_error
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
-PAIR_SUFFIXES: tuple[Suffix, ...] = ("bin", "idx")
 DTYPES = {code: np.dtype(name) for code, name in {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}.items()}
 FLOAT_CODES = (6, 7)  # of these, Megatron-LM and GPT-NeoX use either for either size
 OLD_MAGIC = b"TNTIDX\0\0"

@@ -24,12 +24,10 @@ from megatron_bipe.data.manifest import (
 )
 from megatron_bipe.data.segments import SegmentRule, resolve_rule
 from megatron_bipe.data.shard import Shard
-from megatron_bipe.data.shard_layout import Suffix, pack_seg, shard_path
+from megatron_bipe.data.shard_layout import PAIR_SUFFIXES, pack_seg, shard_path
 from megatron_bipe.errors import DataError, failed_path
 from megatron_bipe.io import atomic_directory, sha256_of, unfinished_path
 from megatron_bipe.types import TokenArray
-
-UNCHANGED: tuple[Suffix, ...] = ("bin", "idx")
 
 
 @dataclass(frozen=True)
@@ -116,7 +114,7 @@ def _resegment_shard(job: Job, shard: Shard, advance: Advance) -> ShardRecord:
     )
     check_checksum(shard, "bin", tokens_sha256.hexdigest())
     check_checksum(shard, "idx", sha256_of(shard.path("idx")))
-    for suffix in UNCHANGED:
+    for suffix in PAIR_SUFFIXES:
         link_or_copy(shard.path(suffix), shard_path(job.folder, shard.name, suffix))
     return record.model_copy(update={"segments": num_segments, "files": {**record.files, "seg": seg}})
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_bipe.data.inspection.stats import SEQ_LEN_TOKENS, Distribution, Statistics
-from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.data.manifest import Manifest, sum_if_known
 from megatron_bipe.text_table import text_table
 
 if TYPE_CHECKING:
@@ -144,9 +144,8 @@ def _made_with(manifest: Manifest) -> list[str]:
 
 def _total_row(manifests: Sequence[Manifest]) -> list[str]:
     counts = [(m.num_documents, m.num_tokens, m.num_segments) for m in manifests]
-    known = [m.text_bytes for m in manifests if m.text_bytes is not None]
     documents, tokens, segments = map(sum, zip(*counts, strict=True))
-    return _stats_row("all", documents, tokens, segments, sum(known) if len(known) == len(manifests) else None)
+    return _stats_row("all", documents, tokens, segments, sum_if_known([m.text_bytes for m in manifests]))
 
 
 def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes: int | None) -> list[str]:
