@@ -6,7 +6,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from subprocess import PIPE, STDOUT
@@ -15,7 +15,7 @@ from typing import NamedTuple
 from megatron_bipe.config import load_run_config
 from megatron_bipe.errors import BipeError, writing
 from megatron_bipe.io import write_atomically
-from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
+from megatron_bipe.runtime.child_processes import ChildProcess, end_all, signals_noted
 from megatron_bipe.runtime.distributed_init import free_port
 from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 
@@ -137,13 +137,13 @@ def run_steps(stages: Sequence[Stage], folder: Path) -> None:
     """Run the pending steps, and save their seconds in `FOLDER/logs/times.json`. Raises as `run_stage`."""
     total, number = sum(map(len, stages)), 1
     times = read_times(folder)
-    with raising_on_signals():
+    with signals_noted() as check_signals:
         for steps in stages:
             last = number + len(steps) - 1
             numbers = f"{number}-{last}" if len(steps) > 1 else f"{number}"
             print(f"\n[{numbers}/{total}] {', '.join(step.title for step in steps)}", flush=True)
             try:
-                run_stage(steps, folder, times)
+                run_stage(steps, folder, times, check_signals)
             finally:
                 _write_times(stages, folder, times)
             number = last + 1
@@ -164,11 +164,13 @@ def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float])
     write_atomically(folder / TIMES_FILE, content.encode())
 
 
-def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
+def run_stage(
+    steps: Stage, folder: Path, times: dict[str, float], check_signals: Callable[[], None] = lambda: None
+) -> None:
     """Run commands concurrently, except those whose results exist, and note the seconds of each by its title.
 
-    Progress is shown, and the full output of each command is kept in `FOLDER/logs`. When one fails, the others are
-    ended.
+    Progress is shown, and the full output of each command is kept in `FOLDER/logs`. When one fails or `check_signals`
+    raises, the others are ended.
 
     Raises:
         BipeError: a command failed (the location is its log), or another command made an existing result.
@@ -180,6 +182,7 @@ def run_stage(steps: Stage, folder: Path, times: dict[str, float]) -> None:
             for run in running:
                 run.start(readers)
             while running:
+                check_signals()
                 for run in [run for run in running if run.has_ended()]:
                     times[run.step.title] = run.finish()
                     running.remove(run)

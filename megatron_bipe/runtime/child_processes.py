@@ -24,7 +24,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import parent_process
 from pathlib import PurePath
@@ -37,6 +37,7 @@ from megatron_bipe.runtime.environment import FAILURE_FILE
 
 GRACE_S = 6  # from SIGTERM to SIGKILL: enough to save a small model; all processes end within 10 seconds
 _POLL_S = 0.05
+_NOTED_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 # The guard reads two lines. The first is the id of the group, written by the command's process before it executes the
 # command; the second is sent after the group has ended. End of file instead of a line means that the writer has died.
@@ -185,18 +186,32 @@ def run_command(
 
 
 @contextmanager
-def raising_on_signals() -> Iterator[None]:
-    """Raise KeyboardInterrupt on SIGINT and SystemExit on SIGTERM, so that `with` and `finally` end child processes.
+def signals_noted() -> Iterator[Callable[[], None]]:
+    """Give a function that raises KeyboardInterrupt after SIGINT and SystemExit after SIGTERM; it is called at the end.
 
-    By default, a process that a script starts in the background ignores SIGINT and dies of SIGTERM at once.
+    Call it regularly, so that `with` and `finally` end child processes. By default, a process that a script starts in
+    the background ignores SIGINT, and dies of SIGTERM at once. A handler that raises would not do: while Python forks,
+    it runs functions such as those of `os.register_at_fork`, in which it ignores exceptions.
     """
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: lambda number, _: sys.exit(128 + number)}
-    before = {number: signal.signal(number, handler) for number, handler in handlers.items()}
-    try:
-        yield
-    finally:
+    noted: list[int] = []
+    before = {number: signal.signal(number, lambda seen, _: noted.append(seen)) for number in _NOTED_SIGNALS}
+
+    def restore() -> None:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+    def check() -> None:
+        if noted:
+            restore()  # a second Ctrl-C interrupts the clean-up
+            if noted[0] == signal.SIGINT:
+                raise KeyboardInterrupt
+            sys.exit(128 + noted[0])
+
+    try:
+        yield check
+        check()
+    finally:
+        restore()
 
 
 def leave_with_parent() -> None:

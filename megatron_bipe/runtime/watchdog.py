@@ -5,6 +5,7 @@ to the launch's `torch.distributed.Store`. A process that was killed or suspende
 process in an endless loop sends heartbeats from another location than the ranks that wait for it.
 """
 
+import functools
 import json
 import math
 import signal
@@ -39,7 +40,6 @@ LOOK_S = 2.5  # between the two observations that show which ranks send none
 _THREAD_FRAMES = 4  # innermost frames shown of threads other than the training thread
 REPORT_WAIT_S = 15.0  # a failed rank waits this long for the report of the first one
 
-FIRST_CONTACT_S = 5.0  # a rank that fails before its first heartbeat waits this long for the store
 ANSWER_S = 10.0  # a store that takes longer is stuck
 _MAX_NAMES = 4  # ranks named per location
 # Files with the innermost Python frame of a thread that waits for work, in the standard library and here.
@@ -79,9 +79,10 @@ class HeartbeatStore:
     """One rank's access to the store of a launch.
 
     The store may be in the process of rank 0, which can hang, so no call waits longer than `ANSWER_S`, except `finish`.
+    The first call connects. If that takes longer, a thread continues it, and later calls wait for it.
 
     Args:
-        store: a connection that nothing else uses.
+        connect: returns a connection that nothing else uses; it may wait for a store that does not exist yet.
         rank: this rank.
         num_ranks: number of ranks of the launch.
 
@@ -90,48 +91,49 @@ class HeartbeatStore:
         TimeoutError: by any method, if the store does not answer.
     """
 
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int) -> None:
-        self._store, self._rank, self._num_ranks = store, rank, num_ranks
+    def __init__(self, connect: Callable[[], dist.Store], rank: int, num_ranks: int) -> None:
+        self._connection, self._rank, self._num_ranks = functools.cache(connect), rank, num_ranks
         self._executor = ThreadPoolExecutor(1, "heartbeat-store")
 
     def send(self, heartbeat: Heartbeat) -> None:
-        self._ask(lambda: self._store.set(f"rank-{self._rank}", json.dumps(heartbeat)))
+        self._ask(lambda store: store.set(f"rank-{self._rank}", json.dumps(heartbeat)))
 
     def read_all(self) -> Heartbeats:
         """Return the last heartbeat of every rank."""
-        return {rank: self._ask(partial(self._read, f"rank-{rank}", Heartbeat)) for rank in range(self._num_ranks)}
+        return {rank: self._ask(partial(_read, f"rank-{rank}", Heartbeat)) for rank in range(self._num_ranks)}
 
     def is_first_to_fail(self) -> bool:
         """Register a failure; return True if it is the first one of the launch."""
-        num_failures: int = self._ask(lambda: self._store.add("failures", 1))
+        num_failures: int = self._ask(lambda store: store.add("failures", 1))
         return num_failures == 1
 
     def request_shutdown(self, end: Shutdown) -> None:
         """Request all ranks to exit."""
-        self._ask(lambda: self._store.set("end", json.dumps(end)))
+        self._ask(lambda store: store.set("end", json.dumps(end)))
 
     def shutdown_request(self) -> Shutdown | None:
         """Return the shutdown request, if there is one; a value that no rank can have written is ignored."""
-        end = self._ask(lambda: self._read("end", Shutdown))
+        end = self._ask(partial(_read, "end", Shutdown))
         return end if end is not None and end.is_valid else None
 
     def finish(self, timeout_s: float) -> None:
         """Report the end; rank 0, which may host the store, waits until every rank has called this."""
-        if self._ask(lambda: self._store.add("finished", 1)) == self._num_ranks:
-            self._ask(lambda: self._store.set("all finished", ""))
+        if self._ask(lambda store: store.add("finished", 1)) == self._num_ranks:
+            self._ask(lambda store: store.set("all finished", ""))
         if self._rank == 0:
-            self._store.wait(["all finished"], timedelta(seconds=timeout_s))
+            self._connection().wait(["all finished"], timedelta(seconds=timeout_s))
         self._executor.shutdown()
 
-    def _read(self, key: str, kind: Callable[..., T]) -> T | None:
-        """Return a value of the store; None if there is none, or if it was not written by a rank."""
-        try:
-            return kind(*json.loads(self._store.get(key))) if self._store.check([key]) else None
-        except (ValueError, TypeError):
-            return None
+    def _ask(self, call: Callable[[dist.Store], T]) -> T:
+        return self._executor.submit(lambda: call(self._connection())).result(ANSWER_S)
 
-    def _ask(self, call: Callable[[], T]) -> T:
-        return self._executor.submit(call).result(ANSWER_S)
+
+def _read(key: str, kind: Callable[..., T], store: dist.Store) -> T | None:
+    """Return a value of the store; None if there is none, or if it was not written by a rank."""
+    try:
+        return kind(*json.loads(store.get(key))) if store.check([key]) else None
+    except (ValueError, TypeError):
+        return None
 
 
 def silent_ranks(before: Heartbeats, after: Heartbeats, own_rank: int) -> Iterator[str]:
@@ -222,17 +224,21 @@ class Watchdog:
         self._over.set()
         self._thread.join()
         if self._mesh.num_ranks > 1:
-            self._connected().finish(self._timeout_s)
+            self._opened().finish(self._timeout_s)
 
     def _watch(self) -> None:
         """Send heartbeats, and check for a shutdown request and for progress, until the block ends."""
         last, beats, failed_at_s = time.monotonic(), 0, math.inf
+        has_contact = False
         while not self._over.wait(BEAT_S):
             now = time.monotonic()
             self._clock_s, last, beats = self._clock_s + min(now - last, BEAT_S + ANSWER_S), now, beats + 1
             is_stuck = self._clock_s - self._since_s > self._timeout_s
             try:
                 self._beat(beats)
+                if not has_contact:  # this rank may have waited for rank 0 to start the store
+                    has_contact = True
+                    self.heartbeat()
             except dist.DistError as error:
                 if self._mesh.rank == 1:  # one of those that rank 0, which has the store, leaves behind
                     self._record_failure(_state_of_store(error))
@@ -250,7 +256,7 @@ class Watchdog:
                 abort(f"{self._label()} leaves", FAILED)
 
     def _beat(self, beats: int) -> None:
-        store = self._connected()
+        store = self._opened()
         frame = sys._current_frames()[self._training_thread]
         code = frame.f_code
         location = f"{self._location}, in {code.co_name} ({Path(code.co_filename).name}:{frame.f_lineno})"
@@ -261,11 +267,11 @@ class Watchdog:
             text = end.text if self._mesh.is_main else end.text.partition("\n")[0]
             abort(f"{self._label()} leaves: {text}{stack}", end.code, cause=end.text)
 
-    def _connected(self, timeout_s: float | None = None) -> HeartbeatStore:
-        """Return the store; a rank that ends before its first heartbeat connects only to report the end."""
+    def _opened(self) -> HeartbeatStore:
+        """Return the store; a rank that ends before its first heartbeat uses it only to report the end."""
         if self._store is None:
-            store = self._connect(timeout_s or self._timeout_s)
-            self._store = HeartbeatStore(store, self._mesh.rank, self._mesh.num_ranks)
+            connect = partial(self._connect, self._timeout_s)
+            self._store = HeartbeatStore(connect, self._mesh.rank, self._mesh.num_ranks)
         return self._store
 
     def _record_failure(self, why: str, seen: str = "") -> None:
@@ -278,7 +284,7 @@ class Watchdog:
             self._record_failure(why)
             abort(text, code)
         try:
-            store = self._connected(FIRST_CONTACT_S)
+            store = self._opened()
             if not store.is_first_to_fail():
                 write_stderr(f"{self._label()} failed, too: {why}")
                 return

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_bipe.runtime.launcher_env import Launch, Rendezvous
 from megatron_bipe.train.metrics_file import read_events, record_failure
 from tests.helpers.commands import options, run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
@@ -160,6 +161,24 @@ def test_failure_before_the_first_beat_ends_the_others_and_is_on_record(tmp_path
     [event] = read_events(tmp_path)
     assert (event["event"], event["rank"], event["at"]) == ("failed", 1, "the start")
     assert name in event["name"] and event["reason"].startswith("DataError: an injected fault"), event
+
+
+def wait_for_rank_0(port):
+    """Be rank 1 while rank 0, which has the store, is suspended: its connections are made, and nothing answers."""
+    from megatron_bipe.runtime import watchdog
+    from megatron_bipe.runtime.distributed_init import connect_store, join_launch
+
+    watchdog.ANSWER_S = 1.0
+    mesh = join_launch(Launch(1, 1, 2, 2, Rendezvous("127.0.0.1", port)))
+    with watchdog.Watchdog(mesh, 2, connect_store):
+        time.sleep(600)
+
+
+def test_failure_store_that_hangs_before_the_first_beat_ends_the_others(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as suspended:
+        [rank] = run_programs(wait_for_rank_0, [suspended.getsockname()[1]], tmp_path, time_limit_s=60)
+    assert rank.code == 1
+    assert re.search(r"rank 1 of 2 .* no progress for 2 s.*store .* does not answer", rank.output, re.DOTALL), rank
 
 
 @pytest.mark.slow

@@ -91,7 +91,8 @@ def marked(mark: str) -> list[int]:
 
 def left_after(marks: Iterable[str], limit_s: float) -> list[str]:
     """Return the commands of marked processes that still run after the timeout, and kill them."""
-    marks, until_s = list(marks), time.monotonic() + patience(limit_s)
+    marks, limit_s = list(marks), patience(limit_s)  # the first call of it takes long
+    until_s = time.monotonic() + limit_s
     while any(map(marked, marks)) and time.monotonic() < until_s:
         time.sleep(0.1)
     left = []

@@ -14,15 +14,18 @@ from tests.helpers.paths import ROOT
 
 LIMIT_S = 10
 PARENT = """
-import sys
-from megatron_bipe.runtime.child_processes import ChildProcess, end_all, raising_on_signals
+import sys, time
+from megatron_bipe.runtime.child_processes import ChildProcess, end_all, signals_noted
 
 stubborn = "trap '' TERM INT; sleep 300 & bash -c 'sleep 300; true' & echo up; wait; wait"
 polite = "trap 'sleep 1; echo saved >> $FILE; exit' TERM; sleep 300 & echo up; wait"
 children = [ChildProcess(["bash", "-c", script]) for script in (stubborn, polite)]
 try:
-    with raising_on_signals():
-        children[0].process.wait(1 if "fail" in sys.argv else None)
+    with signals_noted() as check:
+        for _ in range(20 if "fail" in sys.argv else 10**6):
+            check()
+            time.sleep(0.05)
+        raise ValueError
 finally:
     end_all(children)
 """

@@ -15,7 +15,7 @@ from megatron_bipe.runtime.watchdog import Heartbeat, HeartbeatStore, Shutdown, 
 def ranks():
     """Two ranks of a launch of three."""
     store = dist.HashStore()
-    return HeartbeatStore(store, 0, 3), HeartbeatStore(store, 1, 3)
+    return HeartbeatStore(lambda: store, 0, 3), HeartbeatStore(lambda: store, 1, 3)
 
 
 def heartbeats(*locations, beats=1):
@@ -41,20 +41,20 @@ def test_heartbeat_has_one_first_failure_and_all_ranks_learn_of_the_end(ranks):
 @pytest.mark.parametrize("crafted", [["bye", 0, False], ["bye", 75, False], ["bye"], [1, 1, True], 7, None, "\xff{"])
 def test_heartbeat_end_that_no_rank_can_have_requested_is_not_obeyed(crafted):
     store = dist.HashStore()
-    rank = HeartbeatStore(store, 0, 2)
+    rank = HeartbeatStore(lambda: store, 0, 2)
     store.set("end", json.dumps(crafted) if crafted != "\xff{" else crafted)
     store.set("rank-1", "not json")
     assert rank.shutdown_request() is None and rank.read_all() == {0: None, 1: None}
 
 
 def test_heartbeat_keeps_rank_0_until_all_have_finished(ranks):
-    last = HeartbeatStore(dist.HashStore(), 0, 2)
+    last = HeartbeatStore(dist.HashStore, 0, 2)
     with pytest.raises(RuntimeError, match=r"(?i)time.{0,2}out"):
         last.finish(0.1)
     store = dist.HashStore()
-    other = threading.Thread(target=HeartbeatStore(store, 1, 2).finish, args=(10,))
+    other = threading.Thread(target=HeartbeatStore(lambda: store, 1, 2).finish, args=(10,))
     other.start()
-    HeartbeatStore(store, 0, 2).finish(10)
+    HeartbeatStore(lambda: store, 0, 2).finish(10)
     other.join()
 
 
@@ -66,10 +66,29 @@ def test_heartbeat_does_not_wait_for_a_store_that_hangs(monkeypatch):
         def add(self, *_):
             release.wait()
 
-    call = HeartbeatStore(Stuck(), 0, 2)
+    call = HeartbeatStore(Stuck, 0, 2)
     with pytest.raises(TimeoutError):
         call.is_first_to_fail()
     release.set()
+
+
+def test_heartbeat_does_not_wait_for_a_connection_that_hangs_and_uses_it_once_it_is_made(monkeypatch):
+    release, stores = threading.Event(), []
+
+    def connect():
+        release.wait(5)
+        stores.append(dist.HashStore())
+        return stores[-1]
+
+    call = HeartbeatStore(connect, 0, 1)
+    monkeypatch.setattr(watchdog, "ANSWER_S", 0.05)
+    for beats in (1, 2):
+        with pytest.raises(TimeoutError):
+            call.send(Heartbeat(beats, "zero", "step 1"))
+    monkeypatch.setattr(watchdog, "ANSWER_S", 10)
+    release.set()
+    assert call.read_all() == {0: Heartbeat(2, "zero", "step 1")}
+    assert len(stores) == 1
 
 
 def test_silent_ranks_are_those_without_a_new_beat():

@@ -117,7 +117,10 @@ def test_run_stage_one_that_fails_ends_the_others(steps, python, tmp_path):
     assert not _is_running(pid) and time.monotonic() - begin_s < 60
 
 
-@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+SIGNALS = [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+
+
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
 def test_run_steps_signal_ends_all(steps, python, tmp_path, number, kind):
     pids = [tmp_path / "pid-1", tmp_path / "pid-2"]
     stage = [python(pid.name, SLEEP.format(str(pid)), result=f"made-{pid.name}") for pid in pids]
@@ -131,6 +134,15 @@ def test_run_steps_signal_ends_all(steps, python, tmp_path, number, kind):
     with pytest.raises(kind):
         steps.run_steps([stage], tmp_path)
     assert not any(map(_is_running, pids))
+
+
+@pytest.mark.parametrize(("number", "kind"), SIGNALS)
+def test_run_steps_signal_while_a_command_is_being_started_is_not_lost(steps, python, tmp_path, number, kind):
+    to_send = [number]
+    os.register_at_fork(after_in_parent=lambda: to_send and os.kill(os.getpid(), to_send.pop()))
+    with pytest.raises(kind):
+        steps.run_steps([[python("long", "import time; time.sleep(20)")]], tmp_path)
+    assert not to_send
 
 
 def test_run_stage_finished_before_is_not_run_again(steps, tmp_path, capsys):
