@@ -164,7 +164,7 @@ def test_supervise_hangup_is_a_request_to_stop(tmp_path):
     process = subprocess.Popen(command, cwd=ROOT, **pipes)
     assert process.stdout.readline() == "up\n"
     process.send_signal(signal.SIGHUP)
-    output = process.communicate(timeout=60)[0]
+    output = process.communicate(timeout=240)[0]
     assert process.returncode == 75, output
 
 
