@@ -5,7 +5,6 @@ to the launch's `torch.distributed.Store`. A process that was killed or suspende
 process in an endless loop sends heartbeats from another location than the ranks that wait for it.
 """
 
-import functools
 import json
 import math
 import signal
@@ -16,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
@@ -92,7 +91,7 @@ class HeartbeatStore:
     """
 
     def __init__(self, connect: Callable[[], dist.Store], rank: int, num_ranks: int) -> None:
-        self._connection, self._rank, self._num_ranks = functools.cache(connect), rank, num_ranks
+        self._connection, self._rank, self._num_ranks = cache(connect), rank, num_ranks
         self._executor = ThreadPoolExecutor(1, "heartbeat-store")
 
     def send(self, heartbeat: Heartbeat) -> None:

@@ -15,6 +15,7 @@ from tests.helpers.paths import BIN, ROOT
 from tests.helpers.ranks import patience
 
 TIME_LIMIT_S = 300
+LEAVE_LIMIT_S = 30  # of processes that are to end: 3 times what they take at most, for a loaded machine
 MARK = "STARTED_BY_TEST"
 MODEL = "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 48, vocab_size: 400, intra_size: 64}"
 TRAIN = "seq_len_tokens: 32, global_batch: 8, micro_batch: 2, precision: fp32, log_every: 1"

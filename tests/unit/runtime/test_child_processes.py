@@ -9,10 +9,9 @@ import uuid
 import pytest
 
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
-from tests.helpers.commands import MARK, left_after, marked
+from tests.helpers.commands import LEAVE_LIMIT_S, MARK, left_after, marked
 from tests.helpers.paths import ROOT
 
-LIMIT_S = 30  # 3 times what it takes at most, for a loaded machine
 PARENT = """
 import sys, time
 from megatron_bipe.runtime.child_processes import ChildProcess, end_all, signals_noted
@@ -50,7 +49,7 @@ def test_child_process_ends_with_its_parent_however_that_ends(tmp_path):
     for name, parent in parents.items():
         if ends[name] is not None:
             parent.send_signal(ends[name])
-    assert not left_after(marks.values(), LIMIT_S)
+    assert not left_after(marks.values(), LEAVE_LIMIT_S)
     assert all((tmp_path / name).read_text() == "saved\n" for name in ends)  # SIGTERM came first
     codes = {name: parent.wait() for name, parent in parents.items()}
     assert codes == {"SIGINT": -signal.SIGINT, "SIGTERM": 143, "SIGKILL": -signal.SIGKILL, "fail": 1}
@@ -77,7 +76,7 @@ def test_child_process_ends_with_a_parent_that_dies_as_soon_as_it_has_started_it
     mark = uuid.uuid4().hex
     parent = subprocess.run([sys.executable, "-c", AT_ONCE], env=os.environ | {MARK: mark}, cwd=ROOT, check=False)
     assert parent.returncode == -signal.SIGKILL
-    assert not left_after([mark], LIMIT_S)
+    assert not left_after([mark], LEAVE_LIMIT_S)
 
 
 def test_run_command_ends_what_the_command_leaves():
@@ -117,7 +116,7 @@ def test_child_process_asked_to_stop_spares_the_launchers_of_deepspeed_which_wou
     with ChildProcess(command, stdout=subprocess.PIPE, text=True) as child:
         assert child.process.stdout.readline() == "up\n"
         child.ask_to_stop(signal.SIGTERM)
-        assert child.process.wait(LIMIT_S) == 75 and child.process.stdout.read() == "asked\n"
+        assert child.process.wait(LEAVE_LIMIT_S) == 75 and child.process.stdout.read() == "asked\n"
 
 
 def test_child_process_asked_to_stop_signals_deepspeed_that_has_no_ranks_here(tmp_path):
@@ -126,7 +125,7 @@ def test_child_process_asked_to_stop_signals_deepspeed_that_has_no_ranks_here(tm
     with ChildProcess([sys.executable, tmp_path / "deepspeed", tmp_path / "pdsh"], stdout=subprocess.PIPE) as child:
         assert child.process.stdout.readline() == b"up\n"
         child.ask_to_stop(signal.SIGTERM)
-        assert child.process.wait(LIMIT_S) == -signal.SIGTERM
+        assert child.process.wait(LEAVE_LIMIT_S) == -signal.SIGTERM
 
 
 # The leader ends after its child, whose parent, in another group, does not reap it.
@@ -149,7 +148,7 @@ def test_child_process_is_over_although_nobody_reaps_a_zombie_of_its_group(tmp_p
     mark = uuid.uuid4().hex
     child = ChildProcess([sys.executable, "-c", ZOMBIE], env={MARK: mark}, stdout=subprocess.PIPE)
     try:
-        child.process.wait(LIMIT_S)
+        child.process.wait(LEAVE_LIMIT_S)
         assert child.send(0), "the zombie is expected to be in the group"
         assert child.is_over()
     finally:

@@ -10,10 +10,9 @@ import uuid
 import pytest
 
 from megatron_bipe.runtime.child_processes import LOOK_S
-from tests.helpers.commands import MARK, marked
+from tests.helpers.commands import LEAVE_LIMIT_S, MARK, marked
 from tests.helpers.paths import ROOT
 
-LIMIT_S = 30  # 3 times what it takes at most, for a loaded machine
 # Starts its command and waits for it; with "after-parent" only after its own parent has ended.
 LAUNCHER = """
 import os, subprocess, sys, time
@@ -92,7 +91,7 @@ def ranks(tmp_path_factory):
         number = CASES[case][1]
         os.killpg(process.pid, number) if case == "when it is asked to stop" else process.send_signal(number)
         process.wait()
-    while sum(seconds is None for seconds in took_s.values()) > 1 and time.monotonic() < begin_s + LIMIT_S:
+    while sum(seconds is None for seconds in took_s.values()) > 1 and time.monotonic() < begin_s + LEAVE_LIMIT_S:
         for case, (mark, _, _) in started.items():
             if took_s[case] is None and not marked(mark):
                 took_s[case] = time.monotonic() - begin_s
