@@ -3,21 +3,22 @@
 from megatron_bipe.config.deepspeed import engine_config, offloads, read_ds_config, zero_stage
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS
 from megatron_bipe.config.load import Sources, dump_yaml, load_run_config, nearest, validation_problems
+from megatron_bipe.config.model_schema import ModelConfig, RopeScaling
 from megatron_bipe.config.schema import (
     ALLOWABLE,
     AUTO,
     PRECISIONS,
     CheckpointConfig,
+    Compile,
     ComputePrecision,
     DataConfig,
     HealthConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
     Precision,
-    RopeScaling,
     RunConfig,
     StoredPrecision,
+    TrainConfig,
 )
 from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
 
@@ -28,6 +29,7 @@ __all__ = [
     "ENCODINGS",
     "PRECISIONS",
     "CheckpointConfig",
+    "Compile",
     "ComputePrecision",
     "DataConfig",
     "HealthConfig",
@@ -39,6 +41,7 @@ __all__ = [
     "RunConfig",
     "Sources",
     "StoredPrecision",
+    "TrainConfig",
     "accumulation_steps",
     "check_data",
     "dump_yaml",

@@ -5,12 +5,11 @@ from collections import Counter
 from collections.abc import Iterator
 
 from megatron_bipe.config.load import Sources
+from megatron_bipe.config.model_schema import ModelConfig, RopeScaling
 from megatron_bipe.config.schema import (
     DataConfig,
-    ModelConfig,
     OptimizerConfig,
     ParallelConfig,
-    RopeScaling,
     RunConfig,
     TrainConfig,
 )

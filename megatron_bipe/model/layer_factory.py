@@ -59,6 +59,8 @@ class LayerFactory(Protocol):
     """Size of that group; each rank holds a contiguous shard."""
     exchange: HeadExchange
     """Context-parallel sharding of sequences; layers see this rank's positions."""
+    compiles: bool
+    """True if blocks and the loss run as code that torch.compile has fused."""
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         """Make a bias-free linear layer with sharded output; each of its `blocks` equal parts is sharded separately."""

@@ -347,8 +347,8 @@ class LocalLayers:
 
     rank, ranks = 0, 1
 
-    def __init__(self, exchange: HeadExchange | None = None) -> None:
-        self.exchange = exchange or NoExchange()
+    def __init__(self, exchange: HeadExchange | None = None, *, compiles: bool = False) -> None:
+        self.exchange, self.compiles = exchange or NoExchange(), compiles
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:
         del blocks

@@ -60,9 +60,16 @@ class ShardGroup:
 class TensorParallelLayers:
     """A `LayerFactory` of layers that are sharded over a group."""
 
-    def __init__(self, group: ProcessGroup, sequence: bool = False, exchange: HeadExchange | None = None) -> None:
+    def __init__(
+        self,
+        group: ProcessGroup,
+        sequence: bool = False,
+        exchange: HeadExchange | None = None,
+        *,
+        compiles: bool = False,
+    ) -> None:
         self._shard_group = ShardGroup(group, sequence)
-        self.exchange = exchange or NoExchange()
+        self.exchange, self.compiles = exchange or NoExchange(), compiles
         self.rank, self.ranks = group.rank(), group.size()
 
     def column(self, width_in: int, width_out: int, blocks: int = 1) -> nn.Module:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig, ParallelConfig
+from megatron_bipe.config import ModelConfig, ParallelConfig
 from megatron_bipe.estimate.memory import block_bytes_per_token, table_bytes_per_token
 from megatron_bipe.model.transformer import LocalLayers, make_plan
 from megatron_bipe.parallel.mesh import Mesh

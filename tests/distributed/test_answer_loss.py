@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from megatron_bipe.config.schema import DataConfig
+from megatron_bipe.config import DataConfig
 from megatron_bipe.data.manifest import PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.model.loss import token_losses

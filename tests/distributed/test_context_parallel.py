@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig, ParallelConfig
+from megatron_bipe.config import ModelConfig, ParallelConfig
 from megatron_bipe.model.layer_factory import shard_of
 from megatron_bipe.model.transformer import LocalLayers, build_model
 from megatron_bipe.parallel.mesh import Mesh

@@ -122,7 +122,7 @@ def test_failure_rank_in_an_endless_loop_is_at_another_location_than_the_others(
 
 def leave_early(mesh):
     """Leave the watchdog's block, on rank 1 before its first beat."""
-    from megatron_bipe.config.schema import ParallelConfig
+    from megatron_bipe.config import ParallelConfig
     from megatron_bipe.engine.base import start_deepspeed
     from megatron_bipe.runtime.distributed_init import connect_store
     from megatron_bipe.runtime.watchdog import BEAT_S, Watchdog
@@ -138,7 +138,7 @@ def test_watchdog_waits_for_ranks_that_end_before_their_first_beat(tmp_path):
 
 def fail_early(folder):
     """Fail on rank 1 before its first beat, while rank 0 waits for it."""
-    from megatron_bipe.config.schema import ParallelConfig
+    from megatron_bipe.config import ParallelConfig
     from megatron_bipe.engine.base import start_deepspeed
     from megatron_bipe.errors import DataError
     from megatron_bipe.runtime.distributed_init import connect_store, join_launch

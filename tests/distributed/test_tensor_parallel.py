@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import shard_of
 from megatron_bipe.model.transformer import LocalLayers, build_model
 from megatron_bipe.parallel.mesh import Mesh

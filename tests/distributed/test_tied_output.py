@@ -12,7 +12,7 @@ import torch
 
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.shard_files import WEIGHT, StateReader
-from megatron_bipe.config.schema import RunConfig
+from megatron_bipe.config import RunConfig
 from megatron_bipe.model.transformer import TOKEN_EMBEDDING
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import STEPS, Layout, Placed, run_config, run_placed, start_engine_of, train_steps

@@ -7,7 +7,7 @@ import yaml
 
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.verify import CheckpointWeights
-from megatron_bipe.config.schema import ModelConfig, TrainConfig
+from megatron_bipe.config import ModelConfig, TrainConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import DS_CONFIGS, batches
 from tests.helpers.ranks import run_ranks

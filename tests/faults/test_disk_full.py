@@ -36,7 +36,7 @@ def small_disk(tmp_path_factory):
 
 
 def engine_on(mesh: Mesh, run_dir: Path, asynchronous: bool) -> tuple[Any, Mesh]:
-    from megatron_bipe.config.schema import CheckpointConfig
+    from megatron_bipe.config import CheckpointConfig
 
     run = run_config(Layout(zero=1), run_dir)
     checkpoint = CheckpointConfig(asynchronous=asynchronous, min_free_gib=0, max_failures=0)

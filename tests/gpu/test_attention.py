@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.attention import causal_attention
 from megatron_bipe.model.positions.base import make_relative
 from megatron_bipe.model.positions.bias import KeyBias

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.types import Batch

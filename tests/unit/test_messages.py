@@ -16,9 +16,9 @@ from torch import nn
 
 from megatron_bipe.checkpoint.find import find_checkpoint, read_data_record
 from megatron_bipe.checkpoint.verify import read_weights
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import Sources, load_run_config
-from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.config.validate import validate_run
 from megatron_bipe.data.blend import Blend, count_slots
 from megatron_bipe.data.dataset import TokenDataset

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from megatron_bipe.checkpoint import commit as module
 from megatron_bipe.checkpoint.commit import begin, publish, retire, superseded, tidy
 from megatron_bipe.checkpoint.find import find_checkpoint, list_steps, step_folder
-from megatron_bipe.config.schema import CheckpointConfig
+from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import CheckpointError
 from tests.helpers.errors import raises

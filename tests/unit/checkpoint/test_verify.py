@@ -12,8 +12,8 @@ from megatron_bipe import io
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.checkpoint.manifest import CHECKSUM_NAME, INDEX, load_index
 from megatron_bipe.checkpoint.verify import belongs_to_another_run, check_complete, latest_valid_checkpoint
+from megatron_bipe.config import RunConfig
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.manifest import DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError

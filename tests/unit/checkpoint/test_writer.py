@@ -13,7 +13,7 @@ from megatron_bipe.checkpoint import writer as module
 from megatron_bipe.checkpoint.find import find_checkpoint, list_steps
 from megatron_bipe.checkpoint.shard_files import KINDS, Fragment, StateReader
 from megatron_bipe.checkpoint.writer import CheckpointWriter
-from megatron_bipe.config.schema import CheckpointConfig
+from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives

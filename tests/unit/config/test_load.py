@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.config.load import Sources, dump_yaml, load_run_config
-from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.errors import ConfigError
 from tests.helpers.errors import raises
 

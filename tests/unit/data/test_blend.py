@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_bipe.config.schema import DataConfig
+from megatron_bipe.config import DataConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS, Blend, count_slots, open_blend, spread
 from megatron_bipe.data.collate import make_batch
 from megatron_bipe.data.dataset import TokenDataset

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bipe.config import DataConfig
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import Blend, open_blend
 from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset

@@ -7,7 +7,7 @@ import pytest
 import yaml
 from safetensors.torch import save_file
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule

@@ -8,8 +8,8 @@ import shutil
 
 import pytest
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.config.load import dump_yaml
-from megatron_bipe.config.schema import RunConfig
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import BipeError
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends
 from megatron_bipe.hf.card import CardFacts
 from megatron_bipe.hf.configuration_bipe import BipeConfig

@@ -4,8 +4,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS, RELATIVE
-from megatron_bipe.config.schema import RopeScaling
 from megatron_bipe.hf.configuration_bipe import ABSOLUTE as REMOTE_ABSOLUTE
 from megatron_bipe.hf.configuration_bipe import ENCODINGS as REMOTE_ENCODINGS
 from megatron_bipe.hf.encodings_bipe import alibi

@@ -14,7 +14,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf import export as export_module

@@ -9,7 +9,7 @@ from tokenizers import models, pre_tokenizers
 from transformers import AutoModelForCausalLM
 
 from megatron_bipe.checkpoint.find import read_data_record
-from megatron_bipe.config.schema import DataConfig, RunConfig, TrainConfig
+from megatron_bipe.config import DataConfig, RunConfig, TrainConfig
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import CompileConfig, DynamicCache, PreTrainedConfig, StaticCache
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.hf.positions_bipe import PositionIds, read_cache_positions, write_cache_positions
 from tests.helpers.hf import NEAR
 

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import models
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, read_authors_checkpoint
 from megatron_bipe.hf.load import load_exported

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported

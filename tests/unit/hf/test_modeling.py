@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.data.segments import SegmentRule, bilevel_ids, segment_ends, sequence_ends
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.configuration_bipe import BipeConfig

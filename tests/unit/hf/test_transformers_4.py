@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from megatron_bipe.config.schema import RopeScaling
+from megatron_bipe.config import RopeScaling
 from megatron_bipe.hf.export import ExportOptions, export_model
 from megatron_bipe.hf.load import load_exported
 

@@ -3,8 +3,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.config.encodings import ENCODINGS
-from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.transformer import build_model

@@ -8,7 +8,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import alibi_slopes

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.transformer import LocalLayers, RMSNorm, SwiGLU
 
 DTYPES = (torch.float32, torch.bfloat16)

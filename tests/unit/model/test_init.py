@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.transformer import build_model, init_layer, layer_seed, make_plan
 
 

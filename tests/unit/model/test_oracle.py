@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.hf.authors_checkpoint import read_authors_checkpoint
 from megatron_bipe.hf.weight_mapping import from_llama, to_llama
 from megatron_bipe.model.loss import token_losses

@@ -5,7 +5,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding, apply_rotary_pos_emb
 
-from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.config import ModelConfig, RopeScaling
 from megatron_bipe.model.positions.base import make_relative
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import alibi_slopes

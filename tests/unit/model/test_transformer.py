@@ -5,7 +5,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.transformer import build_model, copy_source, count_parameters, make_plan, train_flops_per_token
 

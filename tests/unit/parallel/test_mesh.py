@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ParallelConfig
+from megatron_bipe.config import ParallelConfig
 from megatron_bipe.engine.base import make_topology
 from megatron_bipe.parallel.mesh import Mesh
 

@@ -4,8 +4,8 @@ import itertools
 
 import pytest
 
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.parallel.mesh import layer_costs, partition_layers
 
 

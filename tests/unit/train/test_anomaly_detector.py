@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from megatron_bipe.config.schema import HealthConfig
+from megatron_bipe.config import HealthConfig
 from megatron_bipe.train.rollback import AnomalyDetector, Reading
 
 CALM = [3.0 + 0.01 * (-1) ** number for number in range(10)]

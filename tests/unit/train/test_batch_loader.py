@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
+from megatron_bipe.config import DataConfig
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import DataConfig
 from megatron_bipe.data.blend import Blend
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import TokenizerRecord

@@ -7,8 +7,8 @@ import torch
 
 from megatron_bipe import io
 from megatron_bipe.checkpoint.find import read_data_record, step_folder
+from megatron_bipe.config import ALLOWABLE
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ALLOWABLE
 from megatron_bipe.data.manifest import BlendMember, DataRecord, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.data.tokenizer import load_tokenizer

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import get_cosine_schedule_with_warmup, get_polynomial_decay_schedule_with_warmup
 
-from megatron_bipe.config.schema import OptimizerConfig
+from megatron_bipe.config import OptimizerConfig
 from megatron_bipe.train.schedule import learning_rate
 
 STEPS, WARMUP, LR = 40, 10, 3e-4

@@ -6,8 +6,8 @@ import pytest
 from torch import nn
 
 from megatron_bipe.checkpoint.find import read_data_record
+from megatron_bipe.config import ModelConfig, RopeScaling
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.config.schema import ModelConfig, RopeScaling
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.train.warm_start import _differences, start_run

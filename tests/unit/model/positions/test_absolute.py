@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.config.encodings import RELATIVE
-from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.transformer import Embedding, LocalLayers, build_model
 from tests.helpers.errors import raises

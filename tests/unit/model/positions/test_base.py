@@ -6,8 +6,8 @@ import math
 import pytest
 import torch
 
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.config.encodings import RELATIVE
-from megatron_bipe.config.schema import ModelConfig
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.base import RelativeEncoding, make_relative
 from megatron_bipe.model.transformer import LocalLayers, build_model

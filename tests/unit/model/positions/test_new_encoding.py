@@ -15,7 +15,7 @@ for name in [name for name in sys.modules if name.partition(".")[0] == "megatron
 sys.path.insert(0, folder)
 
 import torch
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.transformer import build_model
 
 tokens = torch.arange(12)[None]

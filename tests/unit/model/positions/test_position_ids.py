@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from megatron_bipe.config.schema import ModelConfig
+from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.positions.absolute import evenly_spaced_position_ids, random_position_ids
 from megatron_bipe.model.transformer import build_model
 

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from megatron_bipe.config.schema import ModelConfig, RopeScaling
+from megatron_bipe.config import ModelConfig, RopeScaling
 from megatron_bipe.model.positions.rotary import Rotary, rotary_frequencies
 from megatron_bipe.model.transformer import LocalLayers
 
