@@ -77,8 +77,11 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
 def table_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, seq_len_tokens: int) -> float:
     """Return the bytes per token of tables that all blocks of a stage share; arguments: see `block_bytes_per_token`."""
     relative = relative_class(model)
-    buckets = 8 * seq_len_tokens if relative.biases_scores else 0
-    return (relative.prepared_width(model.head_width) * width + buckets) * parallel.context
+    num_heads = model.num_heads / (parallel.tensor * parallel.context)
+    buckets_and_mask = (8 + 1) * seq_len_tokens if relative.biases_scores else 0
+    query_scale = width if model.log_scale else 0
+    prepared = relative.prepared_width(model.head_width, num_heads) * width
+    return (prepared + query_scale + buckets_and_mask) * parallel.context
 
 
 def block_bytes_per_token(
@@ -120,8 +123,7 @@ def block_bytes_per_token(
     transposed = queries if relative.encodes or parallel.context > 1 else 0  # attention output in [B, T, N, H]
     values = keys * biased if channels else queries + 2 * keys  # else a view of the full QKV projection
     mlp = 3 * ffn
-    mask = seq_len_tokens * parallel.context if relative.biases_scores else 0
-    return norms + gathered + (encoded + values + transposed + mlp) * width + attention_output + scores + mask
+    return norms + gathered + (encoded + values + transposed + mlp) * width + attention_output + scores
 
 
 def logits_bytes(run: RunConfig) -> float:

@@ -19,10 +19,10 @@ from .functional_bipe import (
     alibi_key_channels,
     alibi_query_channels,
     alibi_slopes,
-    interleave_zeros,
     log_scale_factors,
     rotary_frequencies,
     rotary_tables,
+    spread_channels,
     stretched_base,
     t5_buckets,
     xpos_factors,
@@ -86,8 +86,8 @@ def alibi(
 
     Softmax ignores terms that are constant along the keys, so the query's own position cancels. Slopes are split into
     three parts and distances into two, each exact in bf16. The second channel adds a term that keeps scores near
-    the query small; kernels add in order, so that large numbers cancel before anything small is added. A zero follows
-    each channel because AMX accumulates even and odd channels separately.
+    the query small; kernels add in order, so that large numbers cancel before anything small is added. Zeros between
+    and after the channels serve AMX and tensor cores, which add in groups.
     """
     position_BS = key_positions(config, new_BT, cached)
     if position_BS.shape[1] > MAX_ALIBI_POSITIONS:
@@ -97,7 +97,7 @@ def alibi(
     last_B1 = new_BT[:, -1:]
     queries_BNT7 = alibi_query_channels(slopes[:, None] * math.sqrt(config.head_dim), (last_B1 - new_BT)[:, None])
     keys_BS7 = alibi_key_channels(last_B1 - position_BS).float()
-    return {"channels": (interleave_zeros(queries_BNT7), interleave_zeros(keys_BS7[:, None]))}
+    return {"channels": (spread_channels(queries_BNT7), spread_channels(keys_BS7[:, None]))}
 
 
 def t5(
@@ -120,7 +120,7 @@ class Encoding(NamedTuple):
     """Tensors that all layers use in one forward pass."""
 
     rotation: tuple[Tables, Tables] | None = None  # RoPE, XPOS: cosines and sines for new queries and new keys
-    channels: tuple[Tensor, Tensor] | None = None  # ALiBi: for queries [B, N, T, 7] and keys [B, 1, S, 7]
+    channels: tuple[Tensor, Tensor] | None = None  # ALiBi: for queries [B, N, T, 16] and keys [B, 1, S, 16]
     buckets: Tensor | None = None  # T5: rows of each layer's bias embedding [B, T, S]
     query_scale: Tensor | None = None  # log_scale: factor on queries [B, 1, T, 1]
     cached: Tensor | None = None  # positions to store with layer 0's cached keys [B, 1, T, C]

@@ -31,15 +31,15 @@ def checkpoint_activations(function: Callable[..., Tensor], what: Recompute) -> 
     if what == "none":
         return function
     contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if what == "selective" else {}
-    return partial(_run, function, contexts)
 
+    def run(*inputs: Any) -> Tensor:
+        if not torch.is_grad_enabled():
+            return function(*inputs)
+        # A block draws no random numbers, so there is no RNG state to restore.
+        result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
+        return result
 
-def _run(function: Callable[..., Tensor], contexts: dict[str, Any], *inputs: Tensor) -> Tensor:
-    if not torch.is_grad_enabled():
-        return function(*inputs)
-    # A block draws no random numbers, so there is no RNG state to restore.
-    result: Tensor = checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, **contexts)
-    return result
+    return run
 
 
 def _policy(_context: Any, operator: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
-from megatron_bipe.model.positions.base import PreparedPositions, make_relative
+from megatron_bipe.model.positions.base import Prepared, make_relative
 from megatron_bipe.model.positions.functional import log_scale_factors
 
 MIN_WINDOWED_TOKENS = 2048  # shortest sequence for which `windowed_attention` is faster
@@ -33,9 +33,7 @@ class Attention(nn.Module):
     replica of its key and value. If tensor-parallel ranks then hold incomplete groups, they gather the projection.
     """
 
-    def __init__(
-        self, config: ModelConfig, layers: LayerFactory, prepared_positions: PreparedPositions | None = None
-    ) -> None:
+    def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         super().__init__()
         width, head_width = config.hidden_size, config.head_width
         ranks = layers.ranks * layers.exchange.ranks
@@ -49,24 +47,28 @@ class Attention(nn.Module):
         self.log_scale_tokens = config.train_len_tokens if config.log_scale else None
         self.exchange = layers.exchange
         self.encoding = make_relative(config, layers)
-        self._prepared_positions = prepared_positions or PreparedPositions()
         self.qkv = layers.column(width, (config.num_heads + 2 * config.kv_heads) * head_width)
         self.out = layers.row(config.num_heads * head_width, width)
 
-    def forward(self, hidden_BtD: Tensor, positions_BT: Tensor) -> Tensor:
-        """Return the attention output [B, t, D]; the encoding sees `positions_BT` of full sequences."""
-        per_group = self.queries_per_group
-        qkv_BTgRH = self.exchange.to_heads(self._groups(self.qkv(hidden_BtD)))
-        q_BnTH = qkv_BTgRH[..., :per_group, :].flatten(2, 3).transpose(1, 2)
-        k_BgTH = qkv_BTgRH[..., per_group, :].transpose(1, 2)
-        v_BgTH = qkv_BTgRH[..., per_group + 1, :].transpose(1, 2)
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Prepared:
+        """Compute from positions of full sequences what `forward` of all blocks needs."""
+        query_scale = None
         if self.log_scale_tokens is not None:
-            q_BnTH = q_BnTH * log_scale_factors(positions_BT, self.log_scale_tokens).to(q_BnTH.dtype)
-        prepared = self._prepared_positions.prepared(self.encoding, positions_BT, q_BnTH.dtype)
+            query_scale = log_scale_factors(positions_BT, self.log_scale_tokens).to(dtype)
+        return Prepared(self.encoding.prepare(positions_BT, dtype), query_scale)
+
+    def forward(self, hidden_BtD: Tensor, positions_BT: Tensor, prepared: Prepared) -> Tensor:
+        """Return the attention output [B, t, D]; `prepared` is the result of `prepare` for `positions_BT`."""
+        qkv_BTgRH = self.exchange.to_heads(self._groups(self.qkv(hidden_BtD)))
+        # `split` has one gradient; indexed views would each have one of full size, to be added up.
+        by_kind = qkv_BTgRH.split([self.queries_per_group, 1, 1], dim=-2)
+        q_BnTH, k_BgTH, v_BgTH = (x_BTgRH.flatten(2, 3).transpose(1, 2) for x_BTgRH in by_kind)
+        if prepared.query_scale is not None:
+            q_BnTH = q_BnTH * prepared.query_scale
         reach_n = self.encoding.reach(q_BnTH, k_BgTH) if prefers_windowed_attention(q_BnTH) else None
-        q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared)
+        q_BnTE, k_BgTE = self.encoding.encode(q_BnTH, k_BgTH, prepared.encoding)
         if reach_n is None:
-            mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared))
+            mixed_BnTH = causal_attention(q_BnTE, k_BgTE, v_BgTH, self.encoding.score_bias(prepared.encoding))
         else:
             mixed_BnTH = windowed_attention(q_BnTE, k_BgTE, v_BgTH, positions_BT, reach_n)
         return self.out(self.exchange.to_tokens(mixed_BnTH.transpose(1, 2)).flatten(2))
@@ -79,12 +81,9 @@ class Attention(nn.Module):
         qkv_BtGRH = qkv_Btf.unflatten(-1, (-1, self.parts * per_group + 2, self.head_width))
         if self.parts == 1:
             return qkv_BtGRH
-        groups = []
-        for number in self.own_groups:
-            group, part = divmod(number, self.parts)
-            queries_BtRH = qkv_BtGRH[:, :, group, part * per_group : (part + 1) * per_group]
-            groups.append(torch.cat([queries_BtRH, qkv_BtGRH[:, :, group, -2:]], dim=2))
-        return torch.stack(groups, dim=2)
+        by_group = [group.split([per_group] * self.parts + [2], dim=2) for group in qkv_BtGRH.unbind(2)]
+        own = (divmod(number, self.parts) for number in self.own_groups)
+        return torch.stack([torch.cat([by_group[group][part], by_group[group][-1]], dim=2) for group, part in own], dim=2)
 
 
 def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -117,7 +116,9 @@ def prefers_windowed_attention(q_BNTH: Tensor) -> bool:
 
     Shorter sequences gain nothing, since they have few chunks; GPUs have not been measured.
     """
-    return q_BNTH.shape[2] >= MIN_WINDOWED_TOKENS and q_BNTH.device.type == "cpu" and not torch.is_grad_enabled()
+    if torch.compiler.is_compiling() or torch.is_grad_enabled():
+        return False
+    return q_BNTH.shape[2] >= MIN_WINDOWED_TOKENS and q_BNTH.device.type == "cpu"
 
 
 def windowed_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, positions_BT: Tensor, reach_N: Tensor) -> Tensor:

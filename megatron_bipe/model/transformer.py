@@ -32,6 +32,7 @@ from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model.activation_checkpointing import Recompute, checkpoint_activations
 from megatron_bipe.model.attention import Attention
+from megatron_bipe.model.fused import compile_fused
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, shard_of
 from megatron_bipe.model.loss import token_losses
 from megatron_bipe.model.positions.absolute import (
@@ -39,7 +40,7 @@ from megatron_bipe.model.positions.absolute import (
     random_position_ids,
     token_position_ids,
 )
-from megatron_bipe.model.positions.base import PreparedPositions, make_absolute
+from megatron_bipe.model.positions.base import Prepared, PreparedPositions, make_absolute
 
 TOKEN_EMBEDDING = "0.token.weight"  # name of the token embedding in the plan
 
@@ -58,7 +59,10 @@ def make_plan(
 ) -> list[LayerPlan]:
     """Return the layers of the model in order; nothing is allocated until a layer is built."""
     factory = layers or LocalLayers()
-    block = partial(Block, config, factory, recompute, PreparedPositions())
+    run_block = checkpoint_activations(Block.residuals, recompute)
+    if factory.compiles:
+        run_block = compile_fused(run_block)
+    block = partial(Block, config, factory, run_block, PreparedPositions())
     kinds: list[tuple[str, Callable[[], nn.Module]]] = [
         ("Embedding", partial(Embedding, config, factory, seed)),
         *[("Block", block)] * config.num_layers,
@@ -166,29 +170,38 @@ def _sum(hidden_BtD: Tensor, absolute: nn.Module | None, positions_Bt: Tensor) -
 
 
 class Block(nn.Module):
-    """A pre-norm block: attention and feed-forward, each added to the residual stream."""
+    """A pre-norm block: attention and feed-forward, each added to the residual stream.
+
+    Args:
+        config: model configuration.
+        layers: factory of the layers.
+        run: runs `residuals` of a block; all blocks share it, so that it is compiled once.
+        prepared_positions: tensors that all blocks share.
+    """
 
     def __init__(
         self,
         config: ModelConfig,
         layers: LayerFactory,
-        recompute: Recompute = "none",
-        prepared_positions: PreparedPositions | None = None,
+        run: Callable[..., Tensor],
+        prepared_positions: PreparedPositions,
     ) -> None:
         super().__init__()
-        self._run = checkpoint_activations(self._residuals, recompute)
+        self._run, self._prepared_positions = run, prepared_positions
         self.attention_norm = layers.norm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config, layers, prepared_positions)
+        self.attention = Attention(config, layers)
         self.mlp_norm = layers.norm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config, layers)
 
     def forward(self, payload: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Map (hidden [B, T, D], positions int64 [B, T]) to the same, with positions unchanged."""
         hidden_BTD, positions_BT = payload
-        return self._run(hidden_BTD, positions_BT), positions_BT
+        prepared = self._prepared_positions.prepared(self.attention.prepare, positions_BT, hidden_BTD.dtype)
+        return self._run(self, hidden_BTD, positions_BT, prepared), positions_BT
 
-    def _residuals(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
-        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), positions_BT)
+    def residuals(self, hidden_BTD: Tensor, positions_BT: Tensor, prepared: Prepared) -> Tensor:
+        """Map hidden [B, T, D] to the same; `prepared` is that of `Attention.prepare`."""
+        hidden_BTD = hidden_BTD + self.attention(self.attention_norm(hidden_BTD), positions_BT, prepared)
         return hidden_BTD + self.mlp(self.mlp_norm(hidden_BTD))
 
 
@@ -204,7 +217,11 @@ class SwiGLU(nn.Module):
         self.down = layers.row(config.ffn_size, config.hidden_size)
 
     def forward(self, hidden_BTD: Tensor) -> Tensor:
-        return self.down(_Gate.apply(self.gate_up(hidden_BTD)))  # type: ignore[no-untyped-call]
+        gate_up_BTf = self.gate_up(hidden_BTD)
+        if torch.compiler.is_compiling():
+            gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
+            return self.down(F.silu(gate_BTf) * up_BTf)
+        return self.down(_Gate.apply(gate_up_BTf))  # type: ignore[no-untyped-call]
 
 
 class _Gate(torch.autograd.Function):
@@ -246,9 +263,9 @@ def rms_norm(hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Compute the RMS norm in fp32, bit-identical to torch's.
 
     On a GPU torch has one kernel for it. On a CPU it is a chain of operations for which autograd would save two fp32
-    copies of the input; this implementation saves the input and one number per token.
+    copies of the input; this implementation saves the input and one number per token. Compiled code fuses the chain.
     """
-    if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled():
+    if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
         normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)  # type: ignore[no-untyped-call]
         return normed
     return F.rms_norm(hidden_BTD, weight_D.shape, weight_D, eps)

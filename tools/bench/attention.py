@@ -31,6 +31,7 @@ from bench._bench import describe_machine
 from bench._models import SEGMENT_TOKENS, Measurement, Prepare, device, make_batch, measure, native_precision
 from megatron_bipe.config import ModelConfig, load_run_config
 from megatron_bipe.model import Attention, Block, attention, build_model, causal_attention, token_losses
+from megatron_bipe.model.positions.base import Prepared
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.runtime.hardware import DTYPES
@@ -159,12 +160,15 @@ class EagerAttention(nn.Module):
             factor = BILEVEL_ALIBI_FACTOR if config.bilevel else 1.0
             self.slopes_N = torch.tensor(alibi_slopes(config.num_heads)) * factor
 
-    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor) -> Tensor:
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Prepared:
+        return self.inner.prepare(positions_BT, dtype)
+
+    def forward(self, hidden_BTD: Tensor, positions_BT: Tensor, prepared: Prepared) -> Tensor:
         inner, num_tokens = self.inner, hidden_BTD.shape[1]
         qkv_BTN3H = inner.qkv(hidden_BTD).unflatten(-1, (-1, 3, inner.head_width))
         q_BNTH, k_BNTH, v_BNTH = (x.transpose(1, 2) for x in qkv_BTN3H.unbind(3))
         if self.slopes_N is None:
-            q_BNTH, k_BNTH = inner.encoding(q_BNTH, k_BNTH, positions_BT)
+            q_BNTH, k_BNTH = inner.encoding.encode(q_BNTH, k_BNTH, prepared.encoding)
         scores_BNTT = q_BNTH @ k_BNTH.transpose(2, 3) / math.sqrt(inner.head_width)
         if self.slopes_N is not None:
             slopes_N11 = self.slopes_N.to(scores_BNTT)[:, None, None]

@@ -4,7 +4,8 @@ B batch · T positions · N query heads · G key/value heads · H head width · 
 """
 
 import importlib
-from typing import Any, ClassVar
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -64,26 +65,53 @@ class RelativeEncoding:
         return 0
 
     @staticmethod
-    def prepared_width(head_width: int) -> int:
-        """Return how many numbers in compute precision `prepare` stores per position."""
-        del head_width
+    def prepared_width(head_width: int, num_heads: float) -> float:
+        """Return how many numbers in compute precision `prepare` stores per position for a rank's `num_heads`."""
+        del head_width, num_heads
         return 0
 
 
-class PreparedPositions:
-    """A cache of `RelativeEncoding.prepare` that lives as long as the positions tensor.
+class DeviceCopies:
+    """A constant tensor, and a copy of it on each device that needs one.
 
-    All blocks of a stage receive the same positions tensor, also during recomputation in backward.
+    A copy from host memory waits for all work that a GPU has queued, so that it must not recur.
+    """
+
+    def __init__(self, constant: Tensor) -> None:
+        self._constant = constant
+        self._by_device: dict[torch.device, Tensor] = {}
+
+    def on(self, device: torch.device) -> Tensor:
+        if device not in self._by_device:
+            self._by_device[device] = self._constant.to(device)
+        return self._by_device[device]
+
+
+class Prepared(NamedTuple):
+    """What attention needs of the positions alone; all blocks use the same tensors."""
+
+    encoding: Any
+    """Result of `RelativeEncoding.prepare`."""
+    query_scale: Tensor | None
+    """Factor of queries [B, 1, T, 1], for `model.log_scale`."""
+
+
+class PreparedPositions:
+    """A cache of `Prepared` that lives as long as the positions tensor.
+
+    All blocks of a stage receive the same positions tensor.
     """
 
     def __init__(self) -> None:
         self._of = WeakTensorKeyDictionary()
 
-    def prepared(self, encoding: RelativeEncoding, positions_BT: Tensor, dtype: torch.dtype) -> Any:
-        """Return `encoding.prepare(...)`, computed once; `encoding` may be that of any block."""
-        by_dtype = self._of.setdefault(positions_BT, {})
+    def prepared(
+        self, prepare: Callable[[Tensor, torch.dtype], Prepared], positions_BT: Tensor, dtype: torch.dtype
+    ) -> Prepared:
+        """Return `prepare(positions_BT, dtype)`, computed once; `prepare` may be that of any block."""
+        by_dtype: dict[torch.dtype, Prepared] = self._of.setdefault(positions_BT, {})
         if dtype not in by_dtype:
-            by_dtype[dtype] = encoding.prepare(positions_BT, dtype)
+            by_dtype[dtype] = prepare(positions_BT, dtype)
         return by_dtype[dtype]
 
 

@@ -10,18 +10,17 @@ from torch import Tensor, nn
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory, local_heads
-from megatron_bipe.model.positions.base import RelativeEncoding
+from megatron_bipe.model.positions.base import DeviceCopies, RelativeEncoding
 from megatron_bipe.model.positions.functional import (
+    BIAS_CHANNELS,
     BILEVEL_ALIBI_FACTOR,
     NUM_T5_BUCKETS,
     alibi_key_channels,
     alibi_query_channels,
     alibi_slopes,
-    interleave_zeros,
+    spread_channels,
     t5_buckets,
 )
-
-_CHANNELS = 7
 
 
 class KeyBias(RelativeEncoding):
@@ -35,7 +34,8 @@ class KeyBias(RelativeEncoding):
     rounding has no effect, since it is the same for all keys. The channels precede the head's own, in descending
     magnitude: kernels sum in that order, so large terms cancel before small ones are added. A zero follows each
     channel: AMX accumulates even and odd channels separately (TDPBF16PS in Intel's manual), and terms that cancel must
-    meet in the same sum. Queries hold the slopes, so grouped queries still share keys.
+    meet in the same sum. With two more zeros they fill a group of 16, in which tensor cores align products to the
+    largest. Queries hold the slopes, so grouped queries still share keys.
     """
 
     encodes = True
@@ -43,19 +43,19 @@ class KeyBias(RelativeEncoding):
     def __init__(self, slopes_N: Tensor, head_width: int) -> None:
         # Attention multiplies scores by 1/sqrt(H), which must not scale the bias.
         self.slopes_N = slopes_N.to(torch.float32) * math.sqrt(head_width)
+        self._slopes = DeviceCopies(self.slopes_N)
 
-    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the bias channels of keys [B, 1, T, 7]."""
-        back_BT = positions_BT[:, -1:] - positions_BT  # distance to the last key in segments or tokens, >= 0
-        return alibi_key_channels(back_BT).to(dtype)[:, None]
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the bias channels of this rank's queries [B, N, T, 16] and of keys [B, 1, T, 16]."""
+        back_B1T = (positions_BT[:, -1:] - positions_BT)[:, None]  # distance to the last key, in positions, >= 0
+        for_queries = alibi_query_channels(self._slopes.on(positions_BT.device)[:, None], back_B1T.float())
+        return spread_channels(for_queries.to(dtype)), spread_channels(alibi_key_channels(back_B1T).to(dtype))
 
-    def encode(self, q_BNTH: Tensor, k_BGTH: Tensor, prepared: Tensor) -> tuple[Tensor, Tensor]:
-        """Return queries and keys with bias channels in front and zeros at the end."""
-        slopes_N1 = self.slopes_N.to(q_BNTH.device)[:, None]
-        back_B1T = -(prepared[..., 0].float() + prepared[..., 2].float())
-        q_BNT7 = alibi_query_channels(slopes_N1, back_B1T)
-        pad = self.num_extra_channels(q_BNTH.shape[-1]) - 2 * _CHANNELS
-        return _prepend(q_BNT7, q_BNTH, pad), _prepend(prepared, k_BGTH, pad)
+    def encode(self, q_BNTH: Tensor, k_BGTH: Tensor, prepared: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Return queries and keys with bias channels in front, and zeros at the end if the width requires them."""
+        for_queries, for_keys = prepared
+        pad = self.num_extra_channels(q_BNTH.shape[-1]) - BIAS_CHANNELS
+        return _prepend(for_queries, q_BNTH, pad), _prepend(for_keys, k_BGTH, pad)
 
     def reach(self, q_BNTH: Tensor, k_BGTH: Tensor) -> Tensor:
         """Return the distance beyond which a key's weight is at most 2^-24 / T of that of the query's own key.
@@ -73,14 +73,14 @@ class KeyBias(RelativeEncoding):
 
     @staticmethod
     def num_extra_channels(head_width: int) -> int:
-        """Return the width of the channels with their zeros, padded so that the head width is a multiple of 8."""
-        return 2 * _CHANNELS + -(head_width + 2 * _CHANNELS) % 8
+        """Return the width of the channels, plus padding to a multiple of 8."""
+        return BIAS_CHANNELS + -head_width % 8
 
     @staticmethod
-    def prepared_width(head_width: int) -> int:
-        """Return the number of key channels, which all heads share."""
+    def prepared_width(head_width: int, num_heads: float) -> float:
+        """Return the number of channels of all queries, and of keys, which heads share."""
         del head_width
-        return _CHANNELS
+        return (num_heads + 1) * BIAS_CHANNELS
 
 
 class Alibi(KeyBias):
@@ -94,8 +94,8 @@ class Alibi(KeyBias):
 
 
 def _prepend(channels_BNTC: Tensor, x_BNTH: Tensor, pad: int) -> Tensor:
-    channels_BNTC = interleave_zeros(channels_BNTC).to(x_BNTH.dtype).expand(*x_BNTH.shape[:-1], -1)
-    return torch.nn.functional.pad(torch.cat((channels_BNTC, x_BNTH), dim=-1), (0, pad))
+    wide_BNTE = torch.cat((channels_BNTC.expand(*x_BNTH.shape[:-1], -1), x_BNTH), dim=-1)
+    return torch.nn.functional.pad(wide_BNTE, (0, pad)) if pad else wide_BNTE
 
 
 class T5Bias(nn.Module, RelativeEncoding):
@@ -117,15 +117,18 @@ class T5Bias(nn.Module, RelativeEncoding):
         here = local_heads(config.num_heads, layers)
         self._own_heads = slice(here.start - first_head, here.stop - first_head)
 
-    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> Tensor:
-        """Return the buckets of all pairs, int64 [B, T, T], or [1, T, T] if all sequences have the same positions."""
+    def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return the buckets of all pairs, int64 [B or 1, T, T], and the mask of later keys [T, T].
+
+        There is one row of buckets if all sequences have the same positions.
+        """
         del dtype
         rows_BT = positions_BT[:1] if self._same_positions else positions_BT
-        return t5_buckets(rows_BT[:, :, None] - rows_BT[:, None, :])
+        buckets_BTT = t5_buckets(rows_BT[:, :, None] - rows_BT[:, None, :])
+        return buckets_BTT, torch.ones_like(buckets_BTT[0], dtype=torch.bool).triu(1)
 
-    def score_bias(self, prepared: Tensor) -> Tensor:
+    def score_bias(self, prepared: tuple[Tensor, Tensor]) -> Tensor:
         """Return the bias of this rank's heads, -inf at later keys."""
-        num_tokens = prepared.shape[-1]
-        bias_BnTT = self.table(prepared)[..., self._own_heads].permute(0, 3, 1, 2)
-        later_TT = torch.ones(num_tokens, num_tokens, dtype=torch.bool, device=prepared.device).triu(1)
+        buckets_BTT, later_TT = prepared
+        bias_BnTT = self.table(buckets_BTT)[..., self._own_heads].permute(0, 3, 1, 2)
         return bias_BnTT.masked_fill(later_TT, -torch.inf)

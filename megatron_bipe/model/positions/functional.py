@@ -19,6 +19,7 @@ BILEVEL_ALIBI_FACTOR = 96.0  # multiplies slopes over segments, which are furthe
 MAX_ALIBI_POSITIONS = 2**16  # ALiBi's channels are exact up to this position
 MAX_XPOS_TOKENS = 2**14  # xPos stays within the range of bf16 and fp32 up to this length
 NUM_T5_BUCKETS = 32
+BIAS_CHANNELS = 16  # width of ALiBi's channels in queries and keys
 _ALIBI_UNIT = 1024  # keeps the query's channel within fp16: slopes of 400 times 65,536 positions
 _BF16_INTEGERS = 256  # bf16 and every wider float represent all integers up to this one exactly
 _T5_MAX_DISTANCE = 128  # this and all larger distances share the last bucket
@@ -66,9 +67,14 @@ def _bf16_parts(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return high, middle, (x - high - middle).bfloat16().float()
 
 
-def interleave_zeros(channels: Tensor) -> Tensor:
-    """Return the channels, each followed by a zero, since AMX sums even and odd channels separately."""
-    return torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
+def spread_channels(channels: Tensor) -> Tensor:
+    """Return 7 bias channels as 16: a zero after each of them, and two more at the end.
+
+    AMX sums even and odd channels separately. Tensor cores add 16 products at a time, after they have aligned them to
+    the largest one, so a product of the head itself must not be among those of the bias.
+    """
+    spread = torch.stack([channels, torch.zeros_like(channels)], dim=-1).flatten(-2)
+    return torch.nn.functional.pad(spread, (0, BIAS_CHANNELS - spread.shape[-1]))
 
 
 def rotary_frequencies(head_width: int, base: float | Tensor, device: torch.device | str = "cpu") -> Tensor:

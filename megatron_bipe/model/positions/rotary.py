@@ -9,7 +9,7 @@ from torch import Tensor
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.model.layer_factory import LayerFactory
 from megatron_bipe.model.positions import functional
-from megatron_bipe.model.positions.base import RelativeEncoding
+from megatron_bipe.model.positions.base import DeviceCopies, RelativeEncoding
 from megatron_bipe.model.positions.functional import xpos_factors
 
 Tables = tuple[Tensor, Tensor]  # cosines and sines [B, 1, T, H/2]
@@ -26,6 +26,7 @@ class Rotary(RelativeEncoding):
     def __init__(self, config: ModelConfig, layers: LayerFactory) -> None:
         del layers
         self.config = config
+        self._frequencies: dict[int, tuple[DeviceCopies, float]] = {}  # by sequence length, if they depend on it
 
     def prepare(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tables, Tables]:
         """Return cosines and sines for queries and for keys, which are the same here."""
@@ -35,15 +36,24 @@ class Rotary(RelativeEncoding):
 
     def angles(self, positions_BT: Tensor) -> Tables:
         """Return cosines and sines in fp32, times the attention factor of the scaling."""
-        frequencies_H, factor = rotary_frequencies(self.config, positions_BT.shape[-1])
-        return functional.rotary_tables(positions_BT, frequencies_H.to(positions_BT.device), factor)
+        frequencies_H, factor = self._frequencies_of(positions_BT.shape[-1])
+        return functional.rotary_tables(positions_BT, frequencies_H.on(positions_BT.device), factor)
+
+    def _frequencies_of(self, seq_len_tokens: int) -> tuple[DeviceCopies, float]:
+        scaling = self.config.rope_scaling
+        length = seq_len_tokens if scaling is not None and scaling.type == "dynamic" else 0
+        if length not in self._frequencies:
+            frequencies_H, factor = rotary_frequencies(self.config, seq_len_tokens)
+            self._frequencies[length] = DeviceCopies(frequencies_H), factor
+        return self._frequencies[length]
 
     def encode(self, q_BNTH: Tensor, k_BNTH: Tensor, prepared: tuple[Tables, Tables]) -> tuple[Tensor, Tensor]:
         for_queries, for_keys = prepared
         return functional.rotate(q_BNTH, *for_queries), functional.rotate(k_BNTH, *for_keys)
 
     @staticmethod
-    def prepared_width(head_width: int) -> int:
+    def prepared_width(head_width: int, num_heads: float) -> float:
+        del num_heads
         return head_width
 
 
@@ -98,6 +108,7 @@ class Xpos(Rotary):
         return for_queries, ((cos_B1TH * fading_B1TH).to(dtype), (sin_B1TH * fading_B1TH).to(dtype))
 
     @staticmethod
-    def prepared_width(head_width: int) -> int:
+    def prepared_width(head_width: int, num_heads: float) -> float:
         """Return a cosine and a sine per pair, for queries and for keys."""
+        del num_heads
         return 2 * head_width

@@ -13,6 +13,7 @@ from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import alibi_slopes
 from megatron_bipe.model.transformer import LocalLayers, build_model
+from tests.helpers.attention import attend
 
 ENCODINGS = ["rope", "bipe_rope", "alibi", "bipe_alibi"]
 HEAD_WIDTH = 16
@@ -138,7 +139,7 @@ def test_attention_forward_and_backward_run_on_flash_and_make_nothing_of_size_t_
     attention = Attention(small_config(encoding=encoding, num_kv_heads=kv_heads), LocalLayers())
     hidden = torch.randn(1, num_tokens, 32, requires_grad=True)
     with _LargestResult() as largest, sdpa_kernel(SDPBackend.FLASH_ATTENTION):
-        attention(hidden, positions_of("bipe_alibi", num_tokens)).sum().backward()
+        attend(attention, hidden, positions_of("bipe_alibi", num_tokens)).sum().backward()
     assert 0 < largest.elements < num_tokens**2, largest.operation
 
 
@@ -154,7 +155,7 @@ def test_attention_grouped_queries_equal_repeated_key_and_value_heads(encoding):
         full.out.weight.copy_(grouped.out.weight)
     hidden = torch.randn(2, 70, 32)
     positions = positions_of("bipe_alibi", 70).expand(2, -1)
-    torch.testing.assert_close(grouped(hidden, positions), full(hidden, positions), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(attend(grouped, hidden, positions), attend(full, hidden, positions), atol=1e-6, rtol=1e-5)
 
 
 def test_attention_log_scale_multiplies_queries_by_the_growth_of_the_logarithm():
@@ -169,8 +170,8 @@ def test_attention_log_scale_multiplies_queries_by_the_growth_of_the_logarithm()
     mixed = exact_attention(q * growth[:, None], k, v.transpose(1, 2))
     want = plain.out(mixed.float().transpose(1, 2).flatten(2))
 
-    torch.testing.assert_close(scaled(hidden, positions), want, atol=1e-5, rtol=1e-4)
-    assert not torch.allclose(plain(hidden, positions), want, atol=1e-3)
+    torch.testing.assert_close(attend(scaled, hidden, positions), want, atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(attend(plain, hidden, positions), want, atol=1e-3)
 
 
 @pytest.mark.parametrize("encoding", ENCODINGS)

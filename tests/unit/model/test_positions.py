@@ -126,9 +126,11 @@ def test_key_bias_channels_hold_slope_times_distance_exactly(dtype, num_tokens):
 
 
 @pytest.mark.parametrize("head_width", [8, 12, 16, 64, 80])
-def test_key_bias_widened_heads_are_a_multiple_of_eight(head_width):
+def test_key_bias_widened_heads_are_a_multiple_of_eight_and_start_in_a_group_of_sixteen(head_width):
     q, k = queries_and_keys(5, width=head_width)
     wide_q, wide_k = KeyBias(torch.ones(4), head_width)(q, k, torch.arange(5).expand(2, -1))
-    assert wide_q.shape[-1] == wide_k.shape[-1] == (head_width + 14 + 7) // 8 * 8
+    assert wide_q.shape[-1] == wide_k.shape[-1] == 16 + (head_width + 7) // 8 * 8
     assert wide_q.shape[1] == 4 and wide_k.shape[1] == 2
-    assert torch.equal(wide_q[..., 14 : head_width + 14], q) and torch.equal(wide_k[..., 14 : head_width + 14], k)
+    for wide, head in ((wide_q, q), (wide_k, k)):
+        assert torch.equal(wide[..., 16 : 16 + head_width], head)
+        assert not wide[..., 1:16:2].any() and not wide[..., 14:16].any() and not wide[..., 16 + head_width :].any()

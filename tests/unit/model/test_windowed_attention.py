@@ -12,6 +12,7 @@ from megatron_bipe.model.positions.bias import KeyBias
 from megatron_bipe.model.positions.functional import BILEVEL_ALIBI_FACTOR, alibi_slopes
 from megatron_bipe.model.positions.rotary import Rotary
 from megatron_bipe.model.transformer import LocalLayers
+from tests.helpers.attention import attend as attend_with
 
 TOKENS, HEADS, WIDTH = 1100, 6, 16  # not a multiple of a chunk
 SLOPES = torch.tensor(alibi_slopes(HEADS)) * BILEVEL_ALIBI_FACTOR
@@ -95,7 +96,7 @@ def attend(encoding, tokens, **settings):
     )
     layer = Attention(config, LocalLayers())
     hidden, positions = torch.randn(1, tokens, 64), segment_counts(14, tokens=tokens)
-    return layer(hidden, positions)
+    return attend_with(layer, hidden, positions)
 
 
 @pytest.mark.parametrize("encoding", ["bipe_alibi", "alibi"])

@@ -11,6 +11,7 @@ from megatron_bipe.config.encodings import RELATIVE
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.positions.base import RelativeEncoding, make_relative
 from megatron_bipe.model.transformer import LocalLayers, build_model
+from tests.helpers.attention import attend as attend_with
 
 HEADS, WIDTH, TRAINED = 2, 8, 64
 
@@ -109,10 +110,10 @@ def test_bilevel_t5_bias_of_each_sequence_follows_its_own_segments():
     torch.manual_seed(0)
     attention = Attention(config_of("bipe_t5"), LocalLayers())
     hidden, segments = torch.randn(2, 30, HEADS * WIDTH), torch.stack((torch.arange(30) // 3, torch.arange(30) // 11))
-    together = attention(hidden, segments)
+    together = attend_with(attention, hidden, segments)
     for row in range(2):
-        torch.testing.assert_close(together[row : row + 1], attention(hidden[row : row + 1], segments[row : row + 1]))
-    assert not torch.allclose(together[:1], attention(hidden[:1], segments[1:]), atol=1e-3)
+        torch.testing.assert_close(together[row : row + 1], attend_with(attention, hidden[row : row + 1], segments[row : row + 1]))
+    assert not torch.allclose(together[:1], attend_with(attention, hidden[:1], segments[1:]), atol=1e-3)
 
 
 def test_nope_scores_ignore_positions():
@@ -137,7 +138,7 @@ def test_rotary_tables_are_prepared_once_for_all_blocks_and_follow_the_positions
         model((position_ids % 20, position_ids % 5, position_ids // 5)).sum().backward()
         assert len(prepared) == sequences
     del position_ids
-    tables = model[1].attention._prepared_positions._of
+    tables = model[1]._prepared_positions._of
     gc.collect()
     assert len(tables) == 0
 
