@@ -60,6 +60,7 @@ def kept_bytes(model: ModelConfig, recompute: Any, dtype: torch.dtype, layers: A
     block = make_plan(model, 0, layers, recompute)[1].build().to(dtype)
     hidden = torch.randn(1, tokens_here, 128, dtype=dtype, requires_grad=True)
     positions = torch.arange(max(TOKENS, tokens_here))[None] // 7
+    block.attention.prepare(positions, dtype)  # keeps the frequencies, which do not grow with the tokens
     before = alive()
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     saved: dict[int, int] = {}
