@@ -11,7 +11,15 @@ from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
+from megatron_bipe.config import (
+    ALLOWABLE,
+    Sources,
+    engine_config,
+    load_run_config,
+    read_ds_config,
+    validate_run,
+    zero_stage,
+)
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import connect_store, join_launch
@@ -36,6 +44,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     ds_values = read_ds_config(args.ds_config)
 
     from megatron_bipe.data.dataset import open_tokenizer
+    from megatron_bipe.engine.compile_choice import choose_compile
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
@@ -59,16 +68,17 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     run, precision = resolve_precision(run, mesh.device, args.allow)
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
+    compiles = choose_compile(run, mesh.device, zero_stage(ds_config))
     if mesh.is_main:
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
     if args.dry_run is not None:
         if mesh.is_main:
-            sys.stdout.write(describe(run, ds_config, num_ranks, precision))
+            sys.stdout.write(describe(run, ds_config, num_ranks, precision, compiles))
             check_start(run, mesh._replace(num_ranks=num_ranks), args.allow)
             _log_warnings(start_warnings(run))
         return
     if mesh.is_main:
-        _log_lines(start_summary(run, ds_config, mesh, precision))
+        _log_lines(start_summary(run, ds_config, mesh, precision, compiles))
     loader = BatchLoader(run, mesh)
     tokenizer = open_tokenizer(loader.dataset)
     stop_step = min(run.train.steps, args.stop_step or run.train.steps)

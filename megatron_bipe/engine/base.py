@@ -103,13 +103,13 @@ def _collective_timeout(timeout_s: float) -> timedelta:
     return timedelta(seconds=timeout_s + _WATCHDOG_HEAD_START_S)
 
 
-def make_layers(mesh: Mesh) -> tuple[LayerFactory, dist.ProcessGroup | None]:
+def make_layers(mesh: Mesh, compiles: bool = False) -> tuple[LayerFactory, dist.ProcessGroup | None]:
     """Return the layer factory of this mesh and the tensor-parallel group, if any; all ranks must call this."""
     exchange = UlyssesExchange(context_group(mesh)) if mesh.context > 1 else None
     if mesh.tensor == 1:
-        return LocalLayers(exchange), None
+        return LocalLayers(exchange, compiles=compiles), None
     group = tensor_group(mesh)
-    return TensorParallelLayers(group, mesh.sequence, exchange), group
+    return TensorParallelLayers(group, mesh.sequence, exchange, compiles=compiles), group
 
 
 @contextmanager

@@ -30,6 +30,7 @@ from megatron_bipe.engine.base import (
     start_deepspeed,
     suppress_stdout,
 )
+from megatron_bipe.engine.compile_choice import choose_compile
 from megatron_bipe.engine.interface import Engine, StepResult
 from megatron_bipe.model import TOKEN_EMBEDDING, LayerFactory, LayerPlan, build_model, copy_source, make_plan
 from megatron_bipe.parallel import Mesh, end_stages_group, partition_layers
@@ -60,7 +61,8 @@ class ZeroEngine(DeepSpeedEngine):
         check_precision(mesh, run)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; with ds_configs/zero1.json it uses fp32")
-        self._layers, self._tensor_group = make_layers(mesh)
+        compiles = choose_compile(run, mesh.device, zero_stage(ds_config)).compiles
+        self._layers, self._tensor_group = make_layers(mesh, compiles)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
         self._initialize(self._build(run), run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
 
@@ -103,7 +105,8 @@ class PipelineEngine(DeepSpeedEngine):
         self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
         check_precision(mesh, run)
-        layers, self._tensor_group = make_layers(mesh)
+        compiles = choose_compile(run, mesh.device, zero_stage(ds_config)).compiles
+        layers, self._tensor_group = make_layers(mesh, compiles)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         bounds = partition_layers(run.model, run.train.seq_len_tokens, mesh.pipeline)
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)

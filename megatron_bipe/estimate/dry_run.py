@@ -8,6 +8,7 @@ from megatron_bipe.checkpoint.disk_space import plan_disk
 from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
+from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import BipeError
 from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
@@ -16,7 +17,9 @@ from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.text_table import text_table
 
 
-def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice) -> str:
+def describe(
+    run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice, compiles: CompileChoice
+) -> str:
     """Return the text that `--dry-run` prints.
 
     Args:
@@ -24,11 +27,13 @@ def describe(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precisio
         ds_config: result of `config.deepspeed.engine_config`.
         num_ranks: ranks of the described launch.
         precision: the chosen precision and its reason.
+        compiles: whether blocks and the loss are compiled, and its reason.
     """
     stages = stage_memories(run, ds_config, num_ranks)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
         "# Precision\n" + _precision(run, precision),
+        f"# Compilation\n{compiles}\n",
         "# Layers\n" + layer_table(run.model),
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),

@@ -30,7 +30,9 @@ def checkpoint_activations(function: Callable[..., Tensor], what: Recompute) -> 
     """Wrap `function` so that backward recomputes the activations selected by `what`; results are bit-identical."""
     if what == "none":
         return function
-    contexts = {"context_fn": partial(create_selective_checkpoint_contexts, _policy)} if what == "selective" else {}
+    contexts: dict[str, Any] = {}
+    if what == "selective":
+        contexts["context_fn"] = partial(create_selective_checkpoint_contexts, _policy)
 
     def run(*inputs: Any) -> Tensor:
         if not torch.is_grad_enabled():

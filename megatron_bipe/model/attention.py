@@ -82,8 +82,9 @@ class Attention(nn.Module):
         if self.parts == 1:
             return qkv_BtGRH
         by_group = [group.split([per_group] * self.parts + [2], dim=2) for group in qkv_BtGRH.unbind(2)]
-        own = (divmod(number, self.parts) for number in self.own_groups)
-        return torch.stack([torch.cat([by_group[group][part], by_group[group][-1]], dim=2) for group, part in own], dim=2)
+        own_parts = (divmod(number, self.parts) for number in self.own_groups)
+        groups = [torch.cat([by_group[group][part], by_group[group][-1]], dim=2) for group, part in own_parts]
+        return torch.stack(groups, dim=2)
 
 
 def causal_attention(q_BNTE: Tensor, k_BGTE: Tensor, v_BGTH: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -37,6 +37,7 @@ from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.dataset import describe_special_in_text, special_in_text_differs
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
+from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
@@ -54,6 +55,7 @@ _FREE = {
     "train.steps",  # but not the end of the decay, which follows it by default: see `_differences`
     "optimizer.decay_steps",
     "train.micro_batch",
+    "train.compile",  # changes results by rounding only, and a checkpoint may move to another machine
     "train.log_every",
     "train.valid_every",
     "train.valid_samples",
@@ -232,7 +234,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, precision: PrecisionChoice) -> str:
+def start_summary(
+    run: RunConfig, ds_config: dict[str, object], mesh: Mesh, precision: PrecisionChoice, compiles: CompileChoice
+) -> str:
     """Return the summary at the start of a run, a few lines.
 
     Args:
@@ -240,6 +244,7 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
         ds_config: result of `config.deepspeed.engine_config`.
         mesh: this rank, with the parallel layout.
         precision: compute precision and its reason.
+        compiles: whether blocks and the loss are compiled, and its reason.
     """
     train, replicas = run.train, mesh.data_ranks
     tokens_per_step = train.global_batch * train.seq_len_tokens
@@ -252,6 +257,7 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, prec
         "model": f"{run.model.encoding}, {num_parameters:,} parameters",
         "device": f"{mesh.num_ranks} rank{'s' * (mesh.num_ranks > 1)}, {per_rank}: {device_name(mesh.device)}",
         "precision": f"{precision.precision} ({precision.reason})",
+        "compile": str(compiles),
         "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
         "batch": f"{tokens_per_step:,} tokens a step: {replicas} x {accumulation_steps(train, replicas)} micro-batches "
         f"of {train.micro_batch} x {train.seq_len_tokens}",

@@ -1,14 +1,16 @@
 """The description that --dry-run prints."""
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.runtime.hardware import PrecisionChoice
 
+COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 
 def described(run, ds_config, num_ranks):
-    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"))
+    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"), COMPILED)
 
 
 PARAMETERS = 163_203_840  # of the default run
@@ -19,6 +21,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
     text = described(run, {"zero_optimization": {"stage": 1}}, num_ranks=8)
     for part in (
         "hidden_size: 768",
+        "on (auto: on a GPU)",
         f"{PARAMETERS:,}",
         "Block x 12",
         "gradients, all-reduced",

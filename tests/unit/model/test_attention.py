@@ -155,7 +155,9 @@ def test_attention_grouped_queries_equal_repeated_key_and_value_heads(encoding):
         full.out.weight.copy_(grouped.out.weight)
     hidden = torch.randn(2, 70, 32)
     positions = positions_of("bipe_alibi", 70).expand(2, -1)
-    torch.testing.assert_close(attend(grouped, hidden, positions), attend(full, hidden, positions), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        attend(grouped, hidden, positions), attend(full, hidden, positions), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_attention_log_scale_multiplies_queries_by_the_growth_of_the_logarithm():

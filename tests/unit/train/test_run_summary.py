@@ -5,10 +5,12 @@ import torch
 
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.train.run_folder import end_summary, start_summary
 
+COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")
 CHOICE = PrecisionChoice("fp32", "auto: no native bf16")
 
 
@@ -23,11 +25,12 @@ def run(tmp_path):
 def test_start_summary_names_model_device_precision_layout_batch_and_length(run):
     threads = torch.get_num_threads()
     mesh = Mesh(0, 0, 4, 4, torch.device("cpu"), tensor=2)
-    lines = start_summary(run, {"zero_optimization": {"stage": 2}}, mesh, CHOICE).splitlines()
+    lines = start_summary(run, {"zero_optimization": {"stage": 2}}, mesh, CHOICE, COMPILED).splitlines()
     found = {line.split("  ")[0]: line for line in lines}
     assert "bipe_rope" in found["model"] and "parameters" in found["model"]
     assert "4 ranks" in found["device"] and f"{threads} thread" in found["device"]
     assert "fp32 (auto: no native bf16)" in found["precision"]
+    assert "on (auto: on a GPU)" in found["compile"]
     assert "2 tensor x 2 data, ZeRO 2" in found["layout"]
     assert "32,768 tokens a step: 2 x 16 micro-batches of 8 x 128" in found["batch"]
     assert "10 steps, 327,680 tokens" in found["length"]

@@ -112,7 +112,8 @@ def test_bilevel_t5_bias_of_each_sequence_follows_its_own_segments():
     hidden, segments = torch.randn(2, 30, HEADS * WIDTH), torch.stack((torch.arange(30) // 3, torch.arange(30) // 11))
     together = attend_with(attention, hidden, segments)
     for row in range(2):
-        torch.testing.assert_close(together[row : row + 1], attend_with(attention, hidden[row : row + 1], segments[row : row + 1]))
+        one = slice(row, row + 1)
+        torch.testing.assert_close(together[one], attend_with(attention, hidden[one], segments[one]))
     assert not torch.allclose(together[:1], attend_with(attention, hidden[:1], segments[1:]), atol=1e-3)
 
 
