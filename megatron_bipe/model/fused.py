@@ -17,7 +17,7 @@ def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
     Raises:
         ConfigError: at a call, if torch cannot compile it on this machine.
     """
-    from torch._dynamo.exc import TorchDynamoException  # takes a second to import
+    from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # a second, so not at every start
 
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
@@ -25,17 +25,19 @@ def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
     def run(*inputs: Any) -> T:
         try:
             return compiled(*inputs)
-        except TorchDynamoException as error:
+        except (TorchDynamoException, FailOnRecompileLimitHit) as error:
             raise ConfigError(
-                f"torch.compile failed: {_first_line(error)}",
-                remedy="Set train.compile=off, which computes the same without compilation; on a CPU it needs a C++ "
-                "compiler, on a GPU triton and a C compiler",
+                f"torch.compile failed: {_first_lines(error)}",
+                remedy="Set train.compile=off, or install what it needs: a C++ compiler on a CPU, triton and a C "
+                "compiler on a GPU",
                 location="train.compile",
             ) from error
 
     return run
 
 
-def _first_line(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__
+def _first_lines(error: Exception) -> str:
+    """Return the type and the first two lines of torch's message, without its advice for developers of torch."""
+    text = str(error).partition("Set TORCHDYNAMO")[0]
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return " ".join([f"{type(error).__name__}:", *lines[:2]])

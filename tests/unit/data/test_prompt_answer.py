@@ -197,5 +197,7 @@ def test_dry_run_counts_examples(folder):
     precision = PrecisionChoice("fp32", "train.precision=fp32")
     run = _run(folder)
     run = run.model_copy(update={"train": run.train.model_copy(update={"precision": precision.precision})})
-    described = describe(run, {"zero_optimization": {"stage": 1}}, 1, precision, CompileChoice(False, "train.compile=off"))
+    described = describe(
+        run, {"zero_optimization": {"stage": 1}}, 1, precision, CompileChoice(False, "train.compile=off")
+    )
     assert "3 examples of sums" in described and "reads it 8.00 times" in described
