@@ -15,8 +15,8 @@ from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import PromptAnswerDataset, open_dataset, open_text
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.engine.compile_choice import CompileChoice
+from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.hardware import PrecisionChoice
@@ -197,7 +197,5 @@ def test_dry_run_counts_examples(folder):
     precision = PrecisionChoice("fp32", "train.precision=fp32")
     run = _run(folder)
     run = run.model_copy(update={"train": run.train.model_copy(update={"precision": precision.precision})})
-    described = describe(
-        run, {"zero_optimization": {"stage": 1}}, 1, precision, CompileChoice(False, "train.compile=off")
-    )
+    described = describe(run, {"zero_optimization": {"stage": 1}}, 1, precision, CompileChoice(False, "off"))
     assert "3 examples of sums" in described and "reads it 8.00 times" in described
