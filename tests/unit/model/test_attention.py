@@ -123,9 +123,12 @@ class _LargestResult(TorchDispatchMode):
     def __init__(self):
         super().__init__()
         self.elements, self.operation = 0, ""
+        self.of_views = []  # shapes of zero-filled gradients of views, which are then added up
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         result = func(*args, **kwargs or {})
+        if str(func.overloadpacket) in ("aten.select_backward", "aten.slice_backward"):
+            self.of_views.append(result.shape)
         for leaf in tree_leaves(result):
             if isinstance(leaf, torch.Tensor) and leaf.numel() > self.elements:
                 self.elements, self.operation = leaf.numel(), str(func)
@@ -192,3 +195,38 @@ def test_model_changing_a_later_token_changes_no_earlier_logit(encoding, log_sca
         before, after = model((tokens, intra, inter)), model((other_tokens, intra, other_inter))
     torch.testing.assert_close(before[:, :changed_at], after[:, :changed_at], atol=1e-4, rtol=0)
     assert (before[:, changed_at:] - after[:, changed_at:]).abs().max() > 0.1
+
+
+def indexed_heads(layer, qkv_BTF):
+    """Return this rank's queries, keys and values [B, T, heads, H] by indexing a projection."""
+    x = qkv_BTF.unflatten(-1, (-1, layer.parts * layer.queries_per_group + 2, layer.head_width))
+    found = []
+    for number in layer.own_groups:
+        group, part = divmod(number, layer.parts)
+        first = part * layer.queries_per_group
+        queries = x[:, :, group, first : first + layer.queries_per_group]
+        found.append((queries, x[:, :, group, -2][:, :, None], x[:, :, group, -1][:, :, None]))
+    return [torch.cat(kind, dim=2).transpose(1, 2) for kind in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("encoding", ENCODINGS)
+@pytest.mark.parametrize(("kv_heads", "parts"), [(4, 1), (2, 1), (2, 2), (1, 2)])
+def test_projection_is_split_into_heads_with_one_gradient_of_full_size(encoding, kv_heads, parts):
+    layer = Attention(small_config(encoding=encoding, num_kv_heads=kv_heads), LocalLayers())
+    layer.parts, layer.queries_per_group = parts, layer.queries_per_group // parts
+    layer.own_groups = range(kv_heads * parts)
+    positions = positions_of("bipe_alibi", 40)
+    hidden = torch.randn(1, 40, 32, generator=torch.Generator().manual_seed(0))
+
+    qkv = layer.qkv(hidden)
+    q, k, v = indexed_heads(layer, qkv)
+    mixed = causal_attention(*layer.encoding(q, k, positions), v)
+    wanted = layer.out(mixed.transpose(1, 2).flatten(2))
+    want = torch.autograd.grad(wanted.square().sum(), layer.qkv.weight)
+
+    found = attend(layer, hidden, positions)
+    assert torch.equal(found, wanted)
+    with _LargestResult() as largest:
+        got = torch.autograd.grad(found.square().sum(), layer.qkv.weight)
+    assert torch.equal(got[0], want[0])
+    assert not [shape for shape in largest.of_views if shape[-2:] == (parts * layer.queries_per_group + 2, 8)]

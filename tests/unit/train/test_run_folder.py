@@ -90,7 +90,13 @@ def test_same_run_is_continued(run, record):
 
 def test_same_run_harmless_changes_need_no_permission(run, record):
     _checkpoint(run, 10)
-    settings = ["train.micro_batch=4", "parallel.tensor=4", "checkpoint.keep_last=2", "data.verify=false"]
+    settings = [
+        "train.micro_batch=4",
+        "train.compile=off",
+        "parallel.tensor=4",
+        "checkpoint.keep_last=2",
+        "data.verify=false",
+    ]
     check_same_run(load_run_config(None, [f"run_dir={run.run_dir}", "train.precision=bf16", *settings]), record)
 
 
