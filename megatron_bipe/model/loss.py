@@ -1,8 +1,8 @@
 """Cross-entropy without a second copy of the logits, whose gradient overwrites them in place.
 
-There are two passes over the logits: `sum_rows` for the loss, `gradients_in_place` for the gradient. Eager code processes
-a part of the rows at a time, in fp32. Compiled, each pass is one kernel without an intermediate tensor: in bf16, the first
-reads 2 bytes of each logit, the second reads and writes 2.
+There are two passes over the logits: `sum_rows` for the loss, `gradients_in_place` for the gradient. Eager code
+processes a part of the rows at a time, in fp32. Compiled, each pass is one kernel without an intermediate tensor: in
+bf16, the first reads 2 bytes of each logit, the second reads and writes 2.
 
 `token_losses` takes full rows of logits; `parallel.tensor_parallel` uses the same two passes for rows that are sharded
 over ranks.
