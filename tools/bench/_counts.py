@@ -15,6 +15,9 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._functorch import config as autograd
+from torch._inductor import config as inductor
+from torch._inductor import graph
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -51,18 +54,13 @@ class KernelCounts(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        name, outputs = func.overloadpacket.__name__, _tensors(result)
-        kind = PRODUCTS if name in _PRODUCTS else ATTENTION if name.startswith("attention") else ELEMENTWISE
-        if name == "_to_copy" and args[0].device.type == "cpu" != outputs[0].device.type:
+        name, kind, outputs = func.overloadpacket.__name__, _kind(func), _tensors(result)
+        is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
+        if name == "_to_copy" and args[0].device.type == "cpu" != result.device.type:
             self.host_copies += 1
-        elif self._has_kernel(func, kind) and outputs:
+        elif outputs and not (is_view or name in _NO_KERNEL or (self._in_compiled_code and kind == ELEMENTWISE)):
             self.add(kind, _bytes_moved(name, args, kwargs or {}, outputs))
         return result
-
-    def _has_kernel(self, func: Any, kind: str) -> bool:
-        is_view = any(value.alias_info and not value.alias_info.is_write for value in func._schema.returns)
-        is_fused = self._in_compiled_code and kind == ELEMENTWISE
-        return not (is_view or is_fused or func.overloadpacket.__name__ in _NO_KERNEL)
 
     def add(self, kind: str, num_bytes: int) -> None:
         """Count one kernel."""
@@ -72,7 +70,6 @@ class KernelCounts(TorchDispatchMode):
     @contextmanager
     def compiled(self) -> Iterator[None]:
         """Count code of torch.compile: products and attention as operators, everything else as fused kernels."""
-        from torch._inductor import config, graph
 
         def to_module(lowered: Any) -> SimpleNamespace:
             lowered._update_scheduler()
@@ -81,7 +78,8 @@ class KernelCounts(TorchDispatchMode):
 
         torch._dynamo.reset()
         with (
-            config.patch(force_disable_caches=True, cpu_backend="triton"),
+            inductor.patch(fx_graph_cache=False, cpu_backend="triton"),
+            autograd.patch(enable_autograd_cache=False),
             mock.patch.object(graph.GraphLowering, "compile_to_module", to_module),
         ):
             yield
@@ -95,10 +93,15 @@ class KernelCounts(TorchDispatchMode):
         return result
 
 
+def _kind(operator: Any) -> str:
+    name = operator.overloadpacket.__name__
+    return PRODUCTS if name in _PRODUCTS else ATTENTION if name.startswith("attention") else ELEMENTWISE
+
+
 def _is_fused(node: Any) -> bool:
-    """Return True for kernels other than the ones that `KernelCounts` sees as operators."""
-    *_, name, _ = ("", *str(getattr(node.node, "python_kernel_name", "")).split("."), "")[-3:]
-    return not (name in _PRODUCTS or name.startswith("attention"))
+    """Return True for kernels of a compiled graph that are not counted as operators."""
+    operator = getattr(node.node, "op_overload", None)
+    return operator is None or _kind(operator) == ELEMENTWISE
 
 
 def _bytes_moved(name: str, args: Any, kwargs: Any, outputs: list[Tensor]) -> int:
