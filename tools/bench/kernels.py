@@ -38,7 +38,9 @@ from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.model import LocalLayers, build_model, loss, transformer
 from megatron_bipe.runtime.child_processes import run_command
 
-CONFIGS = [f"examples/{encoding}_{size}.yaml" for size in ("151m", "1.6b") for encoding in ("bipe_rope", "bipe_alibi")]
+CONFIGS = [
+    Path(f"examples/{encoding}_{size}.yaml") for size in ("151m", "1.6b") for encoding in ("bipe_rope", "bipe_alibi")
+]
 EAGER, COMPILED, BASELINE = "eager", "compiled", "baseline"
 Counts = dict[str, dict[str, Any]]  # by EAGER, COMPILED, BASELINE: "kernels" and "bytes" by kind, "host_copies"
 
