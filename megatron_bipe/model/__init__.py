@@ -2,7 +2,7 @@
 
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, Shard, shard_of
-from megatron_bipe.model.loss import RowSums, gradients_in_place, sum_rows, token_losses
+from megatron_bipe.model.loss import LossPasses, RowSums, highest_logits, loss_passes, token_losses
 from megatron_bipe.model.transformer import (
     TOKEN_EMBEDDING,
     Block,
@@ -26,6 +26,7 @@ __all__ = [
     "LayerFactory",
     "LayerPlan",
     "LocalLayers",
+    "LossPasses",
     "NoExchange",
     "RMSNorm",
     "RowSums",
@@ -34,11 +35,11 @@ __all__ = [
     "causal_attention",
     "copy_source",
     "count_parameters",
-    "gradients_in_place",
+    "highest_logits",
+    "loss_passes",
     "make_plan",
     "rms_norm",
     "shard_of",
-    "sum_rows",
     "tie",
     "token_losses",
     "train_flops_per_token",

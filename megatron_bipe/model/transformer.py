@@ -396,4 +396,4 @@ class LocalLayers:
         return nn.Linear(width_in, rows, bias=False)
 
     def token_losses(self, logits_BtV: Tensor, labels_BT: Tensor) -> Tensor:
-        return token_losses(logits_BtV, self.exchange.local_positions(labels_BT))
+        return token_losses(logits_BtV, self.exchange.local_positions(labels_BT), compiles=self.compiles)

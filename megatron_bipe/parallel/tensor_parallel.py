@@ -21,14 +21,15 @@ from torch.distributed import ProcessGroup
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.model import (
     HeadExchange,
+    LossPasses,
     NoExchange,
     RMSNorm,
     RowSums,
     Shard,
     count_parameters,
-    gradients_in_place,
+    highest_logits,
+    loss_passes,
     rms_norm,
-    sum_rows,
 )
 from megatron_bipe.parallel.collectives import (
     all_reduce,
@@ -100,7 +101,8 @@ class TensorParallelLayers:
         return ColumnParallelLinear(width_in, rows, 1, self._shard_group)
 
     def token_losses(self, logits_Btv: Tensor, labels_BT: Tensor) -> Tensor:
-        return token_losses(logits_Btv, self.exchange.local_positions(labels_BT), self._shard_group.group)
+        labels_Bt = self.exchange.local_positions(labels_BT)
+        return token_losses(logits_Btv, labels_Bt, self._shard_group.group, compiles=self.compiles)
 
 
 def parameters_of_rank(config: ModelConfig, ranks: int) -> list[int]:
@@ -205,7 +207,7 @@ def mark_shard(weight: Tensor, shard: Shard) -> None:
     weight.tensor_model_parallel = True  # type: ignore[attr-defined]
 
 
-def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> Tensor:
+def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup, *, compiles: bool = False) -> Tensor:
     """Return the cross-entropy in nats of every token, fp32 [B, T], the same on every rank.
 
     Backward overwrites the logits with their gradient.
@@ -214,9 +216,11 @@ def token_losses(logits_BTv: Tensor, labels_BT: Tensor, group: ProcessGroup) -> 
         logits_BTv: logits of this rank's contiguous shard of the vocabulary; all shards have the same size.
         labels_BT: ids of the full vocabulary.
         group: ranks that shard the vocabulary, in its order.
+        compiles: selects the compiled passes over the logits.
     """
     columns_K = labels_BT.flatten() - group.rank() * logits_BTv.shape[-1]
-    losses_K: Tensor = _TokenLosses.apply(logits_BTv.flatten(0, -2), columns_K, group)  # type: ignore[no-untyped-call]
+    logits_Kv, passes = logits_BTv.flatten(0, -2), loss_passes(compiles)
+    losses_K: Tensor = _TokenLosses.apply(logits_Kv, columns_K, group, passes)  # type: ignore[no-untyped-call]
     return losses_K.view_as(labels_BT)
 
 
@@ -224,15 +228,17 @@ class _TokenLosses(torch.autograd.Function):
     """log(sum of exp) minus the label's logit; each of the two needs one number per token from every rank."""
 
     @staticmethod
-    def forward(ctx: Any, logits_Kv: Tensor, columns_K: Tensor, group: ProcessGroup) -> Tensor:
-        highest_K = all_reduce(logits_Kv.amax(dim=-1).float(), "max", group)
-        here = sum_rows(logits_Kv, columns_K, highest_K)
+    def forward(ctx: Any, logits_Kv: Tensor, columns_K: Tensor, group: ProcessGroup, passes: LossPasses) -> Tensor:
+        logits_Kv = logits_Kv.detach()
+        highest_K = all_reduce(highest_logits(logits_Kv), "max", group)
+        here = passes.sum_rows(logits_Kv, columns_K, highest_K)
         exps_K, labels_K = all_reduce(torch.stack([here.exps_K, here.labels_K]), "sum", group)
         sums = RowSums(highest_K, exps_K, labels_K)
         ctx.save_for_backward(logits_Kv, columns_K, *sums)
+        ctx.gradients_in_place = passes.gradients_in_place
         return sums.losses()
 
     @staticmethod
-    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad_K: Tensor) -> tuple[Tensor, None, None, None]:
         logits_Kv, columns_K, *sums = ctx.saved_tensors
-        return gradients_in_place(logits_Kv, columns_K, RowSums(*sums), grad_K), None, None
+        return ctx.gradients_in_place(logits_Kv, columns_K, RowSums(*sums), grad_K), None, None, None
