@@ -33,7 +33,7 @@ from megatron_bipe.engine.deepspeed_internals import (
     skip_operator_probe,
     warn_of_unknown_versions,
 )
-from megatron_bipe.engine.gradients import GradientClipper, make_clipper, sums_in_fp32
+from megatron_bipe.engine.gradients import GradientClipper, make_clipper, read_norms_at_once, sums_in_fp32
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model import LayerFactory, LocalLayers, shard_of
 from megatron_bipe.parallel import (
@@ -202,7 +202,8 @@ class ForwardTimer:
         passes, self._passes = self._passes, []
         if not self._on_gpu:
             return float(sum(end - begin for begin, end in passes))
-        torch.cuda.synchronize()
+        if passes:
+            passes[-1][1].synchronize()
         return float(sum(begin.elapsed_time(end) for begin, end in passes)) / 1000
 
     def _begin(self, *_: Any) -> None:
@@ -261,6 +262,7 @@ class DeepSpeedEngine:
         self._clipper = make_clipper(self._optimizer, run.optimizer.grad_clip, self._mesh, model_group)
         if sums_in_fp32(self._optimizer):  # `engine.gradients` adds them up over replicas
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
+        read_norms_at_once(self._optimizer)
         reset_adam_state(self._optimizer)
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.host = run, HostCollectives(self._mesh)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.runtime.bf16_optimizer import BF16_Optimizer
 from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 from megatron_bipe.engine.deepspeed_internals import compute_weights_and_copies
@@ -195,10 +196,13 @@ class PartitionedUpdate:
 
 
 def read_norms_at_once(optimizer: Any) -> None:
-    """Let DeepSpeed's ZeRO 2 with offload read the norms of all gradients with one wait for the device.
+    """Let DeepSpeed's optimizer, if it is that of ZeRO 1 or 2 with offload, wait for the device once for all gradients.
 
-    It reads one after the other otherwise.
+    It reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not finite,
+    the norm is not either, and then it skips the update.
     """
+    if not (isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload):
+        return
     compute_norm = optimizer.complete_grad_norm_calculation_for_cpu_offload
 
     def compute_after_reading(parameters: list[Tensor]) -> Tensor:
@@ -210,3 +214,4 @@ def read_norms_at_once(optimizer: Any) -> None:
         return result
 
     optimizer.complete_grad_norm_calculation_for_cpu_offload = compute_after_reading
+    optimizer.update_offload_overflow_tracker = lambda _: None
