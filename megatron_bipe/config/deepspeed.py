@@ -16,7 +16,15 @@ from megatron_bipe.errors import ConfigError
 
 _OWNED_SECTIONS = ("optimizer", "scheduler")
 _OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", "timers", "timers.throughput", *_OFFLOAD)  # that are read here
+_SECTIONS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "timers",
+    "timers.throughput",
+    *_OFFLOAD,
+)  # that are read here
 _QUIET = 2**31  # the training loop prints its own progress
 
 
