@@ -94,7 +94,7 @@ def _set_cuda_options(run: RunConfig) -> None:
             os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
         torch.use_deterministic_algorithms(True)
         # Otherwise each empty tensor is filled first, only so that reads of uninitialized memory would be repeatable.
-        torch.utils.deterministic.fill_uninitialized_memory = False
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def host_store(mesh: "Mesh") -> "dist.Store | None":

@@ -99,7 +99,7 @@ def background_device() -> Iterator[Waits]:
             stack.enter_context(mock.patch.object(accelerator, name, value))
         for name in _READS:
             stack.enter_context(mock.patch.object(Tensor, name, count("read", getattr(Tensor, name))))
-        stack.enter_context(mock.patch.object(Tensor, "record_stream", lambda *_: None))
+        stack.enter_context(mock.patch.object(Tensor, "record_stream"))
         stack.enter_context(mock.patch.object(torch, "tensor", counted_tensor))
         stack.enter_context(mock.patch.object(torch.cuda, "synchronize", count("synchronize")))
         stack.enter_context(_Reads(waits))
