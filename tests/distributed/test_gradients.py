@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.layouts import Layout, Placed, run_placed, start, train_steps
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tiers import selected, slow
 
 STEPS = range(3)
@@ -86,6 +87,22 @@ def test_update_gives_the_weights_and_moments_of_deepspeeds(found: dict[Placed, 
         else:
             assert ours.losses == pytest.approx(deepspeeds.losses, rel=1e-5)
             assert all(torch.allclose(x, deepspeeds.state[key], 1e-5, 1e-5) for key, x in ours.state.items())
+
+
+def follows_its_copies(mesh: Mesh, work_dir: str) -> list[str]:
+    """Return the weights of the model that differ from their rounded fp32 copies after two updates."""
+    from megatron_bipe.engine.deepspeed_internals import compute_weights_and_copies
+
+    engine, mesh = start(Layout(precision="bf16", zero=0), mesh, Path(work_dir))
+    before = [weight.clone() for weight, _ in compute_weights_and_copies(engine._optimizer)]
+    train_steps(engine, mesh, range(2))
+    pairs = list(compute_weights_and_copies(engine._optimizer))
+    assert not any(torch.equal(weight, old) for (weight, _), old in zip(pairs, before, strict=True))
+    return [str(weight.shape) for weight, copy in pairs if not torch.equal(weight, copy.bfloat16())]
+
+
+def test_weights_without_zero_are_their_rounded_fp32_copies(tmp_path: Path) -> None:
+    assert run_ranks(follows_its_copies, 1, tmp_path, work_dir=str(tmp_path)) == [[]]
 
 
 def norms(mesh: Mesh, layouts: list[Layout], work_dir: str) -> dict[Layout, float]:
