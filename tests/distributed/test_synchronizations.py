@@ -102,4 +102,6 @@ def _of_update(mesh: Mesh, case: Case, waits: Any, run_dir: Path, micro_batches:
         inputs = batches(step, mesh, rows)
         waits.clear()
         engine.train_step(inputs, LR)
+    if case.pipeline > 1:
+        assert not engine._engine.timers("train_batch").event_timers, "each step would leave two CUDA events"
     return Waits(waits["synchronize"], waits["read"], waits["from host"])
