@@ -64,7 +64,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
-    mesh = join_launch(launch).with_layout(run.parallel)
+    mesh = join_launch(launch, run).with_layout(run.parallel)
     run, precision = resolve_precision(run, mesh.device, args.allow)
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)

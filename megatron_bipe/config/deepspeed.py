@@ -16,7 +16,15 @@ from megatron_bipe.errors import ConfigError
 
 _OWNED_SECTIONS = ("optimizer", "scheduler")
 _OFFLOAD = ("zero_optimization.offload_optimizer", "zero_optimization.offload_param")
-_SECTIONS = ("zero_optimization", "bf16", "fp16", "data_types", *_OFFLOAD)  # that are read here
+_SECTIONS = (
+    "zero_optimization",
+    "bf16",
+    "fp16",
+    "data_types",
+    "timers",
+    "timers.throughput",
+    *_OFFLOAD,
+)  # that are read here
 _QUIET = 2**31  # the training loop prints its own progress
 
 
@@ -95,6 +103,9 @@ def engine_config(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, loc
         )
     if type(stage) is not int or stage not in (0, 1, 2, 3):
         problems.append(f"zero_optimization.stage={stage!r} is not one of 0, 1, 2, 3")
+    if stage == 2 and run.parallel.replica_ranks(num_ranks) == 1:
+        # There is no communication to overlap, and DeepSpeed would wait for the device in every micro-batch.
+        _set(result, "zero_optimization.overlap_comm", False)
     for key in _OFFLOAD:
         if _get(result, f"{key}.device") == "nvme":
             problems.append(f'{key}.device="nvme": checkpoints cannot be read from NVMe; use "cpu"')
@@ -119,6 +130,9 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "communication_data_type": (by_stage, "fp32"),
         # Add each gradient to its fp32 sum at once, so that no bf16 copy is kept until the end of backward.
         "bf16.immediate_grad_update": (by_stage, True),
+        # `engine.gradients` averages the sums over replicas; fp32 does not overflow.
+        "prescale_gradients": (by_stage, False),
+        "gradient_predivide_factor": (by_stage, 1.0),
     }
     return (bf16_zero_1 if train.precision == "bf16" and stage == 1 else {}) | {
         # DeepSpeed counts context-parallel ranks as data-parallel, so each sequence counts once for each of them.
@@ -129,6 +143,8 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "bf16.enabled": (by_precision, train.precision == "bf16"),
         "data_types.grad_accum_dtype": (by_stage, accumulation_dtype),
         "fp16.enabled": (by_precision, False),
+        # DeepSpeed's timer waits for the device twice in every micro-batch.
+        "timers.throughput.enabled": ("the progress log", False),
         "steps_per_print": ("the progress log", _QUIET),  # any value is accepted: the loop has its own interval
     }
 

@@ -33,8 +33,9 @@ from megatron_bipe.engine.deepspeed_internals import (
     skip_operator_probe,
     warn_of_unknown_versions,
 )
+from megatron_bipe.engine.gradients import GradientClipper, make_clipper, read_norms_at_once, sums_in_fp32
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model import LayerFactory, LocalLayers, copy_source, shard_of
+from megatron_bipe.model import LayerFactory, LocalLayers, shard_of
 from megatron_bipe.parallel import (
     Mesh,
     Replicas,
@@ -201,7 +202,8 @@ class ForwardTimer:
         passes, self._passes = self._passes, []
         if not self._on_gpu:
             return float(sum(end - begin for begin, end in passes))
-        torch.cuda.synchronize()
+        if passes:
+            passes[-1][1].synchronize()
         return float(sum(begin.elapsed_time(end) for begin, end in passes)) / 1000
 
     def _begin(self, *_: Any) -> None:
@@ -218,40 +220,6 @@ class ForwardTimer:
         return event
 
 
-class GradientClipper:
-    """Norm, clipping and NaN check of gradients where DeepSpeed has no norm, or sums it over stages incorrectly.
-
-    The optimizer itself skips an update whose norm is not finite, on the device, so that nothing waits for the norm. In
-    all other cases DeepSpeed skips the update and returns an infinite norm.
-
-    Args:
-        optimizer: optimizer that gets a step pre-hook; DeepSpeed must not clip before it.
-        clip: maximal norm; 0 disables clipping.
-        mesh: this process among the ranks.
-        model_group: ranks with parts of one model, over stages and tensor-parallel ranks; None if there is only one.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, clip: float, mesh: Mesh, model_group: dist.ProcessGroup | None
-    ) -> None:
-        self._clip, self._mesh, self._group = clip, mesh, model_group
-        self.norm: Tensor | None = None
-        optimizer.register_step_pre_hook(self._before_step)
-
-    def _before_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
-        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-        # Count parameters once that are replicated over tensor-parallel ranks or copied on two stages.
-        whole_here = self._mesh.tensor_rank == 0
-        counted = [p.grad for p in parameters if (whole_here or shard_of(p) is not None) and not copy_source(p)]
-        squares = torch.nn.utils.get_total_norm(counted).to(self._mesh.device) ** 2
-        if self._group is not None:
-            dist.all_reduce(squares, group=self._group)
-        self.norm = squares.sqrt()
-        optimizer.found_inf = 1 - self.norm.isfinite().float()  # type: ignore[attr-defined]  # read by fused AdamW
-        if self._clip > 0:
-            torch.nn.utils.clip_grads_with_norm_(parameters, self._clip, self.norm)
-
-
 class DeepSpeedEngine:
     """The part of an engine that is independent of how the plan runs; `__init__` of subclasses sets the attributes."""
 
@@ -263,7 +231,7 @@ class DeepSpeedEngine:
     _engine: Any  # DeepSpeed's engine
     _optimizer: Any  # DeepSpeed's wrapper of the optimizer
     _observer = Observer()
-    _plain: GradientClipper | None = None
+    _clipper: GradientClipper | None  # None where DeepSpeed clips
     _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
 
@@ -275,26 +243,26 @@ class DeepSpeedEngine:
         model_group: dist.ProcessGroup | None,
         mpu: PipelineParallelGrid | None = None,
     ) -> None:
-        """Pass the model and its optimizer to DeepSpeed, and compute the gradient norm here if DeepSpeed does not.
+        """Pass the model and its optimizer to DeepSpeed, and take over the update where `engine.gradients` has its own.
 
         Args:
             model: this rank's part.
             run: the run configuration.
             ds_config: see `start_engine`.
-            model_group: see `GradientClipper`.
+            model_group: see `make_clipper`.
             mpu: DeepSpeed's groups, unless the model provides them.
         """
         optimizer = make_optimizer(model, run.optimizer)
         if not deepspeed_clips(run, ds_config):
-            self._plain = GradientClipper(optimizer, run.optimizer.grad_clip, self._mesh, model_group)
             ds_config = ds_config | {"gradient_clipping": 0.0}
         with suppress_stdout():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=ds_config, dist_init_required=False, mpu=mpu
             )
-        if self._mesh.replica_ranks == 1 and hasattr(self._optimizer, "get_grads_for_reduction"):  # bf16 with ZeRO 1
-            # With a single replica DeepSpeed would still copy all gradients into a flat buffer and back.
+        self._clipper = make_clipper(self._optimizer, run.optimizer.grad_clip, self._mesh, model_group)
+        if sums_in_fp32(self._optimizer):  # `engine.gradients` adds them up over replicas
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
+        read_norms_at_once(self._optimizer)
         reset_adam_state(self._optimizer)
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.host = run, HostCollectives(self._mesh)
@@ -384,6 +352,6 @@ class DeepSpeedEngine:
             group["lr"] = lr
 
     def _grad_norm(self) -> Tensor | float:
-        norm: Tensor | float | None = self._plain.norm if self._plain else self._engine.get_global_grad_norm()
+        norm: Tensor | float | None = self._clipper.norm if self._clipper else self._engine.get_global_grad_norm()
         assert norm is not None  # after a step
         return norm

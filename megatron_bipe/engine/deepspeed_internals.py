@@ -161,14 +161,15 @@ def _locations(parameter: Tensor, optimizer: Any) -> Iterator[_Location]:
             in_master, in_parameter = mapping.hp_fragment_address, mapping.lp_fragment_address
             yield _Location(master, in_master.start, in_parameter.start, in_master.numel)
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        yield _Location(_copies(optimizer)[parameter], 0, 0, parameter.numel())
+        yield _Location(dict(compute_weights_and_copies(optimizer))[parameter], 0, 0, parameter.numel())
     else:
         yield _Location(parameter, 0, 0, parameter.numel())
 
 
-def _copies(optimizer: FP16_UnfusedOptimizer) -> dict[Tensor, Tensor]:
-    groups = zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True)
-    return {parameter: copy for group in groups for parameter, copy in zip(*group, strict=True)}
+def compute_weights_and_copies(optimizer: FP16_UnfusedOptimizer) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield each bf16 weight, and its fp32 copy."""
+    for weights, copies in zip(optimizer.fp16_groups, optimizer.fp32_groups, strict=True):
+        yield from zip(weights, copies, strict=True)
 
 
 def _update_compute_weights(optimizer: Any) -> None:
@@ -181,5 +182,5 @@ def _update_compute_weights(optimizer: Any) -> None:
     elif is_sharded(optimizer):
         optimizer.update_lp_params()
     elif isinstance(optimizer, FP16_UnfusedOptimizer):
-        for parameter, copy in _copies(optimizer).items():
+        for parameter, copy in compute_weights_and_copies(optimizer):
             parameter.copy_(copy)

@@ -99,7 +99,7 @@ _REFUSED = {
     "autotuning": "--dry-run estimates layouts instead",
     "vocabulary_size": "model.vocab_size of the run sets it",
     "log_level": _QUIET,
-    "timers": _QUIET,
+    "timers": "the progress line of the run shows the throughput",
     "compile": _OURS,
     "compression_training": _OURS,
     "curriculum_learning": _OURS,
@@ -219,7 +219,7 @@ def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:
 
 def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
-        return value.get("enabled") is False or not any(value.values())
+        return value.get("enabled") is False or all(map(_is_off, value.values()))
     return not value
 
 

@@ -118,6 +118,7 @@ class PipelineEngine(DeepSpeedEngine):
     def train_step(self, micro_batches: Iterable[Batch[Tensor]], lr: float) -> StepResult:
         self._set_lr(lr)
         loss = self._engine.train_batch(self._payloads(micro_batches))
+        self._engine.timers("train_batch").reset()  # DeepSpeed keeps the events of every step otherwise
         return StepResult(loss, self._grad_norm())
 
     def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:

@@ -58,7 +58,10 @@ class Engine(Protocol):
         """
 
     def load(self, folder: Path) -> dict[str, Any]:
-        """Load a checkpoint of any layout and return its loop state; in the same layout a resume is bit-identical."""
+        """Load a checkpoint of any layout and return its loop state.
+
+        In the same layout a resume is bit-identical; on a GPU, with `train.deterministic`.
+        """
 
     def observe(self, observer: Observer) -> None:
         """Tell `observer` of checkpoints and of progress.

@@ -27,7 +27,11 @@ _KEPT_NAMES = (
 
 
 def checkpoint_activations(function: Callable[..., Tensor], what: Recompute) -> Callable[..., Tensor]:
-    """Wrap `function` so that backward recomputes the activations selected by `what`; results are bit-identical."""
+    """Wrap `function` so that backward recomputes the activations selected by `what`.
+
+    The recomputed activations have the same bits. Gradients have, too, except on a GPU without `train.deterministic`,
+    where the sum over keys in the backward pass of attention is taken in a varying order.
+    """
     if what == "none":
         return function
     contexts: dict[str, Any] = {}

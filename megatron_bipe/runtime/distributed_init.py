@@ -6,6 +6,7 @@ import socket
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import DEVICE, prepare_environment
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
@@ -14,6 +15,8 @@ LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 _AGENT_HOSTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun sets it to True, and torch reads it
 _START_S = 600.0  # limit for rank 0 to start
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch.use_deterministic_algorithms refuses others
 
 if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
@@ -33,14 +36,15 @@ def find_launch() -> Launch:
     return read_launch(os.environ, _agree_by_mpi, free_port)
 
 
-def join_launch(launch: Launch | None = None) -> "Mesh":
+def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "Mesh":
     """Select device and threads of this rank, and set the environment variables of torch and DeepSpeed.
 
-    On CPU, the cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set. Ranks that are
-    all on one host communicate over its loopback interface, which other hosts cannot reach.
+    The cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set. Ranks that are all on
+    one host communicate over its loopback interface, which other hosts cannot reach.
 
     Args:
         launch: result of `find_launch`; None: call it.
+        run: the run, whose layout and `train.deterministic` determine settings of CUDA; None: one with the defaults.
 
     Raises:
         ConfigError: there is no GPU for this rank, or as in `find_launch`.
@@ -64,12 +68,33 @@ def join_launch(launch: Launch | None = None) -> "Mesh":
         _use_loopback(launch)
     if device_type() == "cuda":
         device = torch.device("cuda", _own_gpu(launch, torch.cuda.device_count()))
+        _set_cuda_options(run or RunConfig())
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        if "OMP_NUM_THREADS" not in env:
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.num_local_ranks))
+    if "OMP_NUM_THREADS" not in env:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.num_local_ranks))
     return Mesh(launch.rank, launch.local_rank, launch.num_ranks, launch.num_local_ranks, device)
+
+
+def _set_cuda_options(run: RunConfig) -> None:
+    """Set the options of CUDA and cuBLAS for a run; call it before CUDA starts, which reads the variables once.
+
+    cuBLAS may split a matrix product of bf16 along the dimension that it sums over, and add the parts in bf16. In
+    gradients of small weights, which have few output tiles and sum over all tokens, that is likely: it is switched off.
+    """
+    import torch
+
+    if run.parallel.tensor > 1:
+        # Kernels start in the order of their launches, so a collective does not wait for the product that overlaps it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+    if run.train.deterministic:
+        if os.environ.get(_CUBLAS_WORKSPACE) not in _DETERMINISTIC_WORKSPACES:
+            os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
+        torch.use_deterministic_algorithms(True)
+        # Otherwise each empty tensor is filled first, only so that reads of uninitialized memory would be repeatable.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def host_store(mesh: "Mesh") -> "dist.Store | None":

@@ -61,6 +61,7 @@ _FREE = {
     "train.valid_samples",
     "train.save_every",
     "train.check_replicas_every",
+    "train.deterministic",  # changes results of a GPU by their rounding, as a different GPU would
     "data.verify",
     "health",
     "parallel",  # checkpoints are independent of the layout

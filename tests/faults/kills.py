@@ -5,7 +5,8 @@
 Each kill is SIGKILL to one rank drawn at random, at a random moment after it reached one of these locations in
 turn: the start, loading, training, validation, writing a checkpoint. The supervisor starts the launch again, without
 any manual step. In the end every line of metrics.jsonl, all losses in TensorBoard, the weights and the moments must
-be bit-identical to those of the uninterrupted run. Exit code 1 where they are not, or where a kill did not happen.
+be bit-identical to those of the uninterrupted run, which holds on a CPU. Exit code 1 where they are not, or where a
+kill did not happen.
 """
 
 import argparse

@@ -4,7 +4,7 @@
 
 Each time one rank, drawn at random, gets SIGTERM or SIGUSR1 at a random moment of its start, of loading, of a step, of
 a validation, of a checkpoint. All ranks must finish the current step, or abort the validation, save, and exit
-with exit code 75; restarted, the run must end bit-identical to the uninterrupted one.
+with exit code 75; restarted, the run must end bit-identical to the uninterrupted one, which holds on a CPU.
 """
 
 import argparse

@@ -28,7 +28,7 @@ class Layout(NamedTuple):
     tensor: int = 1
     context: int = 1
     pipeline: int = 1
-    zero: int = 1
+    zero: int | str = 1  # stage, or the name of a file of ds_configs after it
     sequence: bool = False
     recompute: str = "none"
     precision: str = "fp32"

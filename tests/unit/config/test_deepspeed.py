@@ -57,6 +57,29 @@ def test_engine_config_bf16_gradients_are_exchanged_in_fp32_with_zero_1():
     assert settings_of("fp32", 1) == (None, None)  # DeepSpeed exchanges what the model computes in
 
 
+@pytest.mark.parametrize("stage", range(4))
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+def test_engine_config_deepspeeds_timer_which_waits_for_the_device_is_off(precision, stage):
+    run = load_run_config(None, [f"train.precision={precision}"])
+    filled = engine_config(run, {"zero_optimization": {"stage": stage}}, 1, "x")
+    assert filled["timers"] == {"throughput": {"enabled": False}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "num_ranks", "settings", "overlaps"),
+    [
+        (2, 1, [], False),
+        (2, 2, ["parallel.tensor=2"], False),
+        (2, 2, [], True),
+        (3, 1, [], True),
+    ],
+)
+def test_engine_config_zero_2_without_replicas_overlaps_no_communication(stage, num_ranks, settings, overlaps):
+    given = {"zero_optimization": {"stage": stage, "overlap_comm": True}}
+    filled = engine_config(load_run_config(None, [*BF16, *settings]), given, num_ranks, "x")
+    assert filled["zero_optimization"]["overlap_comm"] is overlaps
+
+
 @pytest.mark.parametrize("key", ["offload_optimizer", "offload_param"])
 def test_engine_config_states_on_nvme_are_refused(key):
     with raises(ConfigError, f'zero_optimization.{key}.device="nvme"', location="x.json"):
@@ -82,6 +105,9 @@ def test_engine_config_literal_that_agrees_is_fine():
         ({"gradient_clipping": 0.5}, ["gradient_clipping=0.5", "optimizer.grad_clip", "1.0"]),
         ({"bf16": {"enabled": False}}, ["bf16.enabled=False", "train.precision"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "train.precision"]),
+        ({"timers": {"throughput": {"enabled": True}}}, ["timers.throughput.enabled=True", "False"]),
+        ({"zero_optimization": {"stage": 1}, "prescale_gradients": True}, ["prescale_gradients=True", "ZeRO 1"]),
+        ({"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 2}, ["gradient_predivide_factor=2"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4"]),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),
@@ -97,6 +123,7 @@ def test_engine_config_literal_that_disagrees_names_both(literal, named):
     [
         ({"zero_optimization": 2}, ["zero_optimization=2"]),
         ({"bf16": True, "data_types": "fp32"}, ["bf16=true", 'data_types="fp32"']),
+        ({"timers": {"throughput": False}}, ["timers.throughput=false"]),
         ({"zero_optimization": None}, ["zero_optimization=null"]),
         ({"fp16": None}, ["fp16=null"]),
         ({"zero_optimization": {"offload_optimizer": None}}, ["zero_optimization.offload_optimizer=null"]),

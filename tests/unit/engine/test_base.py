@@ -1,6 +1,7 @@
 """Common parts of both engines."""
 
 import socket
+from itertools import count
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch.distributed as dist
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine import base
-from megatron_bipe.engine.base import check_precision, start_deepspeed
+from megatron_bipe.engine.base import ForwardTimer, check_precision, start_deepspeed
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.parallel.mesh import Mesh
 from tests.helpers.errors import raises
@@ -28,6 +29,34 @@ def test_precision_that_hosts_settled_differently_is_refused(monkeypatch, others
         return
     with raises(ConfigError, "bf16", "rank 2", "fp32", "rank 0", location="train.precision"):
         check_precision(MESH, run)
+
+
+def test_forward_timer_of_a_gpu_waits_for_the_last_forward_pass_alone(monkeypatch):
+    """Not for the backward pass and the update behind it."""
+    waited = []
+
+    class Event:
+        def __init__(self, *, enable_timing):
+            assert enable_timing
+            self.number = next(numbers)
+
+        def record(self): ...
+
+        def synchronize(self):
+            waited.append(self.number)
+
+        def elapsed_time(self, end):
+            return 1000 * (end.number - self.number)
+
+    numbers = count()
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: waited.append("all"))
+    module = torch.nn.Identity()
+    timer = ForwardTimer(module, torch.device("cuda", 0), wanted=True)
+    assert timer.pop_seconds() == 0 and waited == []
+    for _ in range(3):
+        module(torch.ones(1))
+    assert timer.pop_seconds() == 3 and waited == [5]
 
 
 def test_port_of_another_launch_is_one_clear_error(monkeypatch):

@@ -79,6 +79,7 @@ def test_settings_shipped_files_are_accepted_without_a_word(path):
         },
         {"flops_profiler": {"enabled": True, "profile_step": 5, "output_file": None}, "csv_monitor": {"enabled": True}},
         {"tensorboard": {"enabled": False}, "elasticity": {"enabled": False, "max_train_batch_size": 2}, "amp": {}},
+        {"timers": {"throughput": {"enabled": False, "synchronized": False}}},
         {"activation_checkpointing": {"partition_activations": False, "cpu_checkpointing": False}},
         {"zero_optimization": {"stage": 2, "offload_param": {"device": "none"}}},
     ],

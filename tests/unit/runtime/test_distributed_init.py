@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.distributed_init import connect_store, host_store, join_launch
 from tests.helpers.errors import raises
@@ -36,6 +37,8 @@ def environment(monkeypatch):
             "NCCL_SOCKET_IFNAME",
             "BIPE_DEVICE",
             "DS_ACCELERATOR",
+            "CUDA_DEVICE_MAX_CONNECTIONS",
+            "CUBLAS_WORKSPACE_CONFIG",
         ):
             os.environ.pop(name, None)
         yield os.environ
@@ -90,6 +93,53 @@ def test_join_launch_by_mpi_without_mpi4py_names_the_remedy(environment, monkeyp
     environment.update({f"OMPI_COMM_WORLD_{name}": "0" for name in ("RANK", "LOCAL_RANK")})
     with raises(ConfigError, "mpi4py", location="mpiexec", remedy="MASTER_ADDR"):
         join_launch()
+
+
+@pytest.fixture
+def gpus(environment, monkeypatch):
+    """Let torch see four GPUs; yield what is known when CUDA starts, and restore torch's switches."""
+    started = {}
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: started.update(environment, device=device))
+    environment.update(LAUNCH)
+    products, fill = torch.backends.cuda.matmul, torch.utils.deterministic.fill_uninitialized_memory
+    reduced = products.allow_bf16_reduced_precision_reduction
+    yield started
+    products.allow_bf16_reduced_precision_reduction = reduced
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+def test_join_launch_on_a_gpu_sums_products_in_fp32_and_shares_the_cores(gpus, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(8))
+    assert join_launch().device == gpus["device"] == torch.device("cuda", 1)
+    assert not torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert torch.get_num_threads() == 2
+    assert not {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS"} & gpus.keys()
+
+
+@pytest.mark.parametrize(("chosen", "used"), [("", ":4096:8"), (":16:8", ":16:8"), (":4096:2", ":4096:8")])
+def test_join_launch_on_a_gpu_sets_what_a_deterministic_run_needs_before_cuda_starts(gpus, environment, chosen, used):
+    environment["CUBLAS_WORKSPACE_CONFIG"] = chosen
+    join_launch(run=load_run_config(None, ["train.deterministic=true"]))
+    assert gpus["CUBLAS_WORKSPACE_CONFIG"] == used
+    assert torch.are_deterministic_algorithms_enabled() and not torch.is_deterministic_algorithms_warn_only_enabled()
+    assert not torch.utils.deterministic.fill_uninitialized_memory
+
+
+@pytest.mark.parametrize(("chosen", "used"), [({}, "1"), ({"CUDA_DEVICE_MAX_CONNECTIONS": "8"}, "8")])
+def test_join_launch_on_a_gpu_keeps_the_order_of_kernels_with_tensor_parallelism(gpus, environment, chosen, used):
+    environment.update(chosen)
+    join_launch(run=load_run_config(None, ["parallel.tensor=2"]))
+    assert gpus["CUDA_DEVICE_MAX_CONNECTIONS"] == used
+
+
+def test_join_launch_on_a_cpu_leaves_torch_as_it_is(environment):
+    join_launch(run=load_run_config(None, ["train.deterministic=true", "parallel.tensor=2"]))
+    assert not torch.are_deterministic_algorithms_enabled()
+    assert not {"CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_MAX_CONNECTIONS"} & environment.keys()
 
 
 def test_join_launch_of_more_ranks_than_gpus_is_refused(environment, monkeypatch):
