@@ -154,8 +154,9 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
 
 
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
-    """Move a micro-batch to the model's device."""
-    return Batch(*(field.to(device, non_blocking=True) for field in batch if field is not None))
+    """Move a micro-batch to the model's device, where int32 ids become int64; pinned memory is copied in the background."""
+    fields = (field.to(device, non_blocking=True) for field in batch if field is not None)
+    return Batch(*(field.long() if field.dtype == torch.int32 else field for field in fields))
 
 
 def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
