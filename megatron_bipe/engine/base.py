@@ -154,7 +154,7 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
 
 
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
-    """Move a micro-batch to the model's device, where int32 ids become int64; pinned memory is copied in the background."""
+    """Move a micro-batch to the model's device, where int32 ids become int64, without waiting for pinned memory."""
     fields = (field.to(device, non_blocking=True) for field in batch if field is not None)
     return Batch(*(field.long() if field.dtype == torch.int32 else field for field in fields))
 

@@ -59,7 +59,6 @@ class ReadAhead:
     def train_batches(self, first_sample: int) -> Iterator[Batch[Tensor]]:
         """Yield the micro-batches of an update, as `BatchLoader.train_batches` does."""
         if self._next_sample != first_sample:
-            self._train.cancel()
             self._train = self._read(self._endless_batches(first_sample))
         self._next_sample = None
         last = self._loader.num_micro_batches - 1
@@ -74,11 +73,7 @@ class ReadAhead:
 
     def valid_batches(self) -> Iterator[Batch[Tensor]]:
         """Yield the validation batches, as `BatchLoader.valid_batches` does."""
-        batches = self._read(self._loader.valid_batches())
-        try:
-            yield from map(self._verified, batches)
-        finally:
-            batches.cancel()
+        yield from map(self._verified, self._read(self._loader.valid_batches()))
 
     def reading_time_s(self) -> float:
         """Return the seconds that training has waited for batches since the last call."""
@@ -118,11 +113,6 @@ class _BatchesAhead(Iterator[Batch[Tensor]]):
         while len(self._pending) <= _DEPTH:
             self._pending.append(self._thread.submit(next, self._batches))
         return self._pending.popleft().result()
-
-    def cancel(self) -> None:
-        """Drop what was read in advance, and do not start further reads."""
-        for future in self._pending:
-            future.cancel()
 
 
 Loader = BatchLoader | ReadAhead  # source of training and validation batches

@@ -39,9 +39,11 @@ def _unchanged(batch):
 
 def test_batches_are_those_of_the_loader_across_updates_rollbacks_and_validations(loader):
     with ReadAhead(loader, _unchanged) as ahead:
-        for sample in (0, 6, 12, 6, 30):  # two updates in order, a rollback, and skipped samples
+        for sample in (0, 6, 12, 6, 36):  # two updates in order, a rollback, and skipped samples
             assert _first_tokens(ahead.train_batches(sample)) == _first_tokens(loader.train_batches(sample))
             assert _first_tokens(ahead.valid_batches()) == _first_tokens(loader.valid_batches())
+        next(ahead.train_batches(42))  # an update that ends early
+        assert _first_tokens(ahead.train_batches(42)) == [42, 44, 46]
         assert ahead.has_valid and ahead.sequences(7).tolist() == loader.sequences(7).tolist()
 
 
@@ -95,6 +97,7 @@ def test_thread_ends_with_a_block_that_fails_while_it_reads(loader):
     training.start()
     loader.wait_for_reads(1)
     ahead.__exit__(ValueError, ValueError("elsewhere"), None)  # returns although the read hangs
+    assert _reader_threads()
     loader.gate.set()
     training.join(20)
     for thread in _reader_threads():
