@@ -303,6 +303,7 @@ class DeepSpeedEngine:
         self._saver = CheckpointWriter(
             run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s, str(run.run_dir))
         )
+        self._saver.reserve(self._fragments_to_write())
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
     def observe(self, observer: Observer) -> None:
@@ -376,7 +377,7 @@ class DeepSpeedEngine:
         check_replicas(checks, step)
 
     def close(self) -> None:
-        self._saver.finish()
+        self._saver.close()
         self._engine.destroy()
         dist.destroy_process_group()
 
