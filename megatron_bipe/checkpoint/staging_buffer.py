@@ -1,8 +1,8 @@
 """Host memory for one copy of a rank's training state.
 
-On a GPU the memory is page-locked, so that copies run in the background of training. Page-locking gigabytes takes seconds, so it is
-done once, at the start of a run. The memory is allocated as ordinary memory and then registered with CUDA, because
-torch's own allocator of pinned memory rounds every size up to a power of two.
+On a GPU the memory is page-locked, so that copies run in the background of training. Page-locking gigabytes takes
+seconds, so it is done once, at the start of a run. The memory is allocated as ordinary memory and then registered with
+CUDA, because torch's own allocator of pinned memory rounds every size up to a power of two.
 """
 
 import logging
