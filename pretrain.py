@@ -53,6 +53,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.metrics_file import record_failure
     from megatron_bipe.train.profile import Profile
+    from megatron_bipe.train.read_ahead import reading_ahead
     from megatron_bipe.train.run_folder import (
         end_summary,
         lock_run_dir,
@@ -104,7 +105,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             for _ in engine.host.in_rounds(in_thread(partial(begin_from_model, run)) if mesh.is_main else ()):
                 watchdog.heartbeat()
         profile = Profile(args.profile, run.run_dir, mesh)
-        finished = Trainer(run, mesh, engine, loader, watchdog, stop_request, profile).run(stop_step)
+        with reading_ahead(loader, mesh.device) as batches:
+            finished = Trainer(run, mesh, engine, batches, watchdog, stop_request, profile).run(stop_step)
     engine.close()
     stop_request.remove_handlers()
     if not finished:

@@ -34,7 +34,7 @@ class TokenizedDocument(NamedTuple):
 
 
 class Batch(NamedTuple, Generic[ArrayT]):
-    """A micro-batch. All arrays are int64, except for the weights."""
+    """A micro-batch. All arrays but the weights are int64, or int32 on the way to a GPU, which widens them."""
 
     tokens_BT: ArrayT
     intra_BT: ArrayT  # position of the token inside its segment, clipped to the size of the intra embedding

@@ -75,16 +75,17 @@ def write_fragments(
     Args:
         folder: folder of the checkpoint.
         rank: rank that the file is named after.
-        fragments: the rank's fragments; copied to CPU memory if they are on a GPU.
+        fragments: the rank's fragments; tensors on a GPU are copied to CPU memory one at a time.
         random: states of random number generators by name, uint8 [bytes].
         advance: called after each chunk.
     """
     path = folder / rank_file(rank)
     held = [fragment for fragment in fragments if fragment.size]
-    tensors = {f"{f.name}:{kind}": f.state[kind].detach().cpu() for f in held for kind in KINDS}
+    tensors = {f"{f.name}:{kind}": f.state[kind].detach() for f in held for kind in KINDS}
     tensors |= {f"{_RANDOM}:{name}": state for name, state in random.items()}
     info = {f.name: _saved(f, path.name).model_dump() for f in held}
-    return FileRecord(**write_tensors(path, tensors, {_ABOUT: json.dumps(info)}, advance=advance)._asdict())
+    written = write_tensors(path, tensors, {_ABOUT: json.dumps(info)}, lambda name: tensors[name].cpu(), advance)
+    return FileRecord(**written._asdict())
 
 
 def write_index(folder: Path, info: CheckpointInfo, files: Mapping[str, FileRecord]) -> None:

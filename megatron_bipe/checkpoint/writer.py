@@ -2,7 +2,7 @@
 
 The training state changes only in an optimizer step. A save therefore blocks the training loop only while ranks agree
 to begin it: a thread copies the state to host memory during the next micro-batches, the next optimizer step waits for
-the copy, and the thread then writes the files.
+the copy, and the thread then writes the files. The same thread makes all other copies and files, too.
 
 Ranks report the results of their writes through the launch's `torch.distributed.Store`, because collectives of the
 thread and of the training loop could run in a different order on each rank.
@@ -30,6 +30,7 @@ from torch import Tensor
 from megatron_bipe.checkpoint.commit import FREE_SPACE, begin, delete, publish, retire
 from megatron_bipe.checkpoint.manifest import CheckpointInfo
 from megatron_bipe.checkpoint.shard_files import Fragment, rank_file, write_fragments, write_index
+from megatron_bipe.checkpoint.staging_buffer import StagingBuffer, num_elements
 from megatron_bipe.config import CheckpointConfig
 from megatron_bipe.data.manifest import FileRecord
 from megatron_bipe.errors import BipeError, CheckpointError
@@ -73,13 +74,24 @@ class CheckpointWriter:
         self._copy = StagingBuffer(mesh.device)
         self._copied = threading.Event()  # until it is set, the state must not change
         self._copied.set()
-        self._thread = ThreadPoolExecutor(1, "checkpoint")
+        # A thread begins with the first GPU, on which any call of CUDA would take memory.
+        select = partial(torch.cuda.set_device, mesh.device) if mesh.device.type == "cuda" else None
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=select)
         self._pending: Future[str] | None = None
         self._failures = 0  # saves in a row
         self.waited_s = 0.0  # total time that training was blocked by checkpoints
         self.observer = Observer()
         self._is_awaited = False  # True while the training loop waits for a write
         self._told_s = -math.inf  # when this rank last told the others of its progress
+
+    def reserve(self, fragments: Sequence[Fragment]) -> None:
+        """Allocate the memory for copies of these fragments in the background, if it is pinned: that takes long.
+
+        Args:
+            fragments: fragments like those that `save` will get; only their sizes matter.
+        """
+        if self._config.asynchronous and self._mesh.device.type == "cuda":
+            self._thread.submit(self._copy.reserve, num_elements(fragments))
 
     def save(
         self,
@@ -117,7 +129,7 @@ class CheckpointWriter:
                 self._pending = self._thread.submit(self._write_in_background, save, self._copy.mark())
             else:
                 with self._awaiting():
-                    error = self._write(save, fragments)
+                    error = self._thread.submit(self._write, save, self._copy.mark(), wants_copy=False).result()
         if self._pending is None:
             self._count(error)
         self.waited_s += time.perf_counter() - began_s
@@ -133,7 +145,8 @@ class CheckpointWriter:
         """Wait until the training state may change; call this before each optimizer step."""
         if not self._copied.is_set():
             began_s = time.perf_counter()
-            self._copied.wait()
+            with self._awaiting():
+                self._copied.wait()
             self.waited_s += time.perf_counter() - began_s
 
     @property
@@ -150,6 +163,12 @@ class CheckpointWriter:
         waited_s = time.perf_counter() - began_s
         self.waited_s += waited_s
         return waited_s
+
+    def close(self) -> None:
+        """Wait for a pending save, and free the memory for copies."""
+        self.finish()
+        self._thread.submit(self._copy.release).result()
+        self._thread.shutdown()
 
     def _count(self, error: str) -> None:
         self._failures = self._failures + 1 if error else 0
@@ -168,30 +187,32 @@ class CheckpointWriter:
 
     def _write_in_background(self, save: _Save, mark: torch.cuda.Event | None) -> str:
         """Copy and write the state in the thread; a failure is logged immediately."""
-        try:
-            copies: Sequence[Fragment] | None = self._copy.take(save.fragments, mark)
-        except (RuntimeError, MemoryError):  # host memory is too small
-            _log.exception("the training state could not be copied to host memory")
-            copies = None
-        finally:
-            self._copied.set()
-        error = self._write(save, copies)
+        error = self._write(save, mark, wants_copy=True)
         if error:
             self._warn(save.info.step, save.run_dir, error)
             if self._mesh.is_main:
                 self.observer.save_failed(save.info.step, error)
         return error
 
-    def _write(self, save: _Save, fragments: Sequence[Fragment] | None) -> str:
-        """Write this rank's file; the main rank publishes the checkpoint. Return the error, the same on all ranks."""
+    def _write(self, save: _Save, mark: torch.cuda.Event | None, *, wants_copy: bool) -> str:
+        """Write this rank's file; the main rank publishes the checkpoint. Return the error, the same on all ranks.
+
+        Args:
+            save: what to write.
+            mark: result of `StagingBuffer.mark`.
+            wants_copy: True if training continues meanwhile, as soon as the state is copied. Pinned memory is used in
+                any case, since copying to it is fast. Without memory for a copy, training waits for the file.
+        """
         key = save.temporary.name
         try:
-            if fragments is None:
-                raise MemoryError("the copy to host memory failed; set checkpoint.asynchronous=false")
+            copies = self._copied_state(save, mark) if wants_copy or self._copy.is_pinned else None
+            fragments = save.fragments if copies is None else copies
             advance = partial(self._advance, key)
             own = write_fragments(save.temporary, self._mesh.rank, fragments, save.random, advance).model_dump()
         except Exception as error:
             own = {"error": f"rank {self._mesh.rank} on {socket.gethostname()}: {_text(error)}"}
+        finally:
+            self._copied.set()
         if self._mesh.num_ranks == 1:
             return self._conclude(save, {0: own})
         store = self._open_store()
@@ -202,6 +223,16 @@ class CheckpointWriter:
             for rank in reports:
                 store.delete_key(f"{key}/{rank}")
         return self._get(key, "end").decode()
+
+    def _copied_state(self, save: _Save, mark: torch.cuda.Event | None) -> Sequence[Fragment] | None:
+        """Return a copy of the state and let training continue; None if there is no memory for it."""
+        try:
+            copies = self._copy.take(save.fragments, mark)
+        except RuntimeError as error:
+            raise RuntimeError(f"the training state could not be copied to host memory: {error}") from error
+        if copies is not None:
+            self._copied.set()
+        return copies
 
     def _advance(self, key: str) -> None:
         """Record progress of a write, and tell ranks that wait for this one."""
@@ -273,40 +304,6 @@ class CheckpointWriter:
 
 
 def _text(error: Exception) -> str:
-    return error.message if isinstance(error, BipeError) else f"{type(error).__name__}: {error}"
-
-
-class StagingBuffer:
-    """A buffer for one copy of a rank's state, which is reused because allocating costs more than copying.
-
-    Args:
-        device: device of the state. For a GPU the buffer is pinned, and copies run on a separate stream.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._buffers: dict[str, Tensor] = {}
-
-    def mark(self) -> torch.cuda.Event | None:
-        """Record the event that `take` must wait for on a GPU: all work that this thread has queued so far."""
-        return torch.cuda.current_stream().record_event() if self._stream else None
-
-    def take(self, fragments: Sequence[Fragment], mark: torch.cuda.Event | None) -> list[Fragment]:
-        """Return copies of the fragments once they are complete; they remain valid until the next call."""
-        with torch.cuda.stream(self._stream):  # no effect if it is None
-            if self._stream and mark:
-                self._stream.wait_event(mark)
-            copies = [fragment._replace(state=self._copied(fragment)) for fragment in fragments]
-        if self._stream:
-            self._stream.synchronize()
-        return copies
-
-    def _copied(self, fragment: Fragment) -> dict[str, Tensor]:
-        return {kind: self._into_buffer(f"{fragment.name}:{kind}", x) for kind, x in fragment.state.items()}
-
-    def _into_buffer(self, key: str, x: Tensor) -> Tensor:
-        buffer = self._buffers.get(key)
-        if buffer is None or buffer.shape != x.shape:
-            buffer = torch.empty(x.shape, dtype=x.dtype, pin_memory=self._stream is not None)
-            self._buffers[key] = buffer
-        return buffer.copy_(x, non_blocking=True)
+    """Return the message of an error; of errors of torch, which explain themselves at length, the first line."""
+    first_line = str(error).strip().partition("\n")[0]
+    return error.message if isinstance(error, BipeError) else f"{type(error).__name__}: {first_line}"

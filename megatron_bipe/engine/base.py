@@ -155,8 +155,9 @@ def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
 
 
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
-    """Move a micro-batch to the model's device."""
-    return Batch(*(field.to(device, non_blocking=True) for field in batch if field is not None))
+    """Move a micro-batch to the model's device, where int32 ids become int64, without waiting for pinned memory."""
+    fields = (field.to(device, non_blocking=True) for field in batch if field is not None)
+    return Batch(*(field.long() if field.dtype == torch.int32 else field for field in fields))
 
 
 def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
@@ -270,6 +271,7 @@ class DeepSpeedEngine:
         self._saver = CheckpointWriter(
             run.checkpoint, self._mesh, self.host, lambda: connect_store(run.parallel.timeout_s, str(run.run_dir))
         )
+        self._saver.reserve(self._fragments_to_write())
         optimizer.register_step_pre_hook(lambda *_: self._saver.before_update())
 
     def observe(self, observer: Observer) -> None:
@@ -343,7 +345,7 @@ class DeepSpeedEngine:
         check_replicas(checks, step)
 
     def close(self) -> None:
-        self._saver.finish()
+        self._saver.close()
         self._engine.destroy()
         dist.destroy_process_group()
 

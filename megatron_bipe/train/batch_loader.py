@@ -68,6 +68,16 @@ class BatchLoader:
     def has_valid(self) -> bool:
         return self._valid is not None
 
+    @property
+    def global_batch(self) -> int:
+        """Number of samples of an update, over all ranks."""
+        return self._train.global_batch
+
+    @property
+    def num_micro_batches(self) -> int:
+        """Number of micro-batches of an update on each rank."""
+        return accumulation_steps(self._train, self._mesh.data_ranks)
+
     def sequences(self, first_sample: int) -> IntArray:
         """Return the sequence indices of an update, in sample order."""
         return self._blend.sequence_indices(first_sample, self._train.global_batch)
@@ -77,8 +87,8 @@ class BatchLoader:
 
         The update consists of samples [first_sample, first_sample + global_batch), whatever the number of ranks.
         """
-        train, data_ranks = self._train, self._mesh.data_ranks
-        shape = (accumulation_steps(train, data_ranks), data_ranks, train.micro_batch)
+        train = self._train
+        shape = (self.num_micro_batches, self._mesh.data_ranks, train.micro_batch)
         sequences = self.sequences(first_sample)
         weight = label_weight(self._blend, sequences, train.seq_len_tokens)
         for micro_batch in sequences.reshape(shape)[:, self._mesh.data_rank]:

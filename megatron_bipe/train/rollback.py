@@ -19,8 +19,8 @@ from typing import NamedTuple
 from megatron_bipe.config import HealthConfig, RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.errors import HealthError
-from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.metrics_file import Events
+from megatron_bipe.train.read_ahead import Loader
 from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)
@@ -106,7 +106,7 @@ class Rollback:
         state: training state at the start.
     """
 
-    def __init__(self, run: RunConfig, engine: Engine, loader: BatchLoader, events: Events, state: TrainState) -> None:
+    def __init__(self, run: RunConfig, engine: Engine, loader: Loader, events: Events, state: TrainState) -> None:
         self._run, self._engine, self._loader, self._events = run, engine, loader, events
         self._host = engine.host
         self._detector = AnomalyDetector(run.health, state.good_losses)

@@ -11,10 +11,10 @@ from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import DTYPES, keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
-from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import DONE, START, STOP, VALIDATION, Events, RunObserver, read_events
 from megatron_bipe.train.profile import Profile
+from megatron_bipe.train.read_ahead import Loader
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.train_state import TrainState
@@ -39,7 +39,7 @@ class Trainer:
     config: RunConfig
     mesh: Mesh
     engine: Engine
-    loader: BatchLoader
+    loader: Loader
     watchdog: Watchdog
     stop_request: StopRequest
     profile: Profile

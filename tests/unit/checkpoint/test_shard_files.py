@@ -70,6 +70,15 @@ def write(folder, tensor=1, replicas=1):
     return folder
 
 
+def test_tensors_of_a_device_are_copied_one_at_a_time(tmp_path, monkeypatch):
+    calls, real = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda tensor: calls.append("copy") or real(tensor))
+    held = [fragment(name, 0, 1) for name in PARAMETERS]
+    write_fragments(tmp_path, 0, held, {}, lambda: calls.append("written"))
+    header = 2  # its chunks
+    assert calls == ["written"] * header + ["copy", "written"] * len(KINDS) * len(held)
+
+
 @pytest.mark.parametrize("tensor", [1, 2])
 @pytest.mark.parametrize("replicas", [1, 3, 16])
 def test_reader_returns_unsharded_parameters_of_any_layout(tmp_path, tensor, replicas):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bipe.checkpoint import writer as module
-from megatron_bipe.checkpoint.find import find_checkpoint, list_steps
+from megatron_bipe.checkpoint.find import find_checkpoint, list_steps, step_folder
 from megatron_bipe.checkpoint.shard_files import KINDS, Fragment, StateReader
 from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config import CheckpointConfig
@@ -165,19 +165,63 @@ def test_save_that_fails_too_often_in_a_row_ends_the_run(tmp_path, live, monkeyp
     assert list_steps(tmp_path) == [3, 12]
 
 
-def test_save_without_memory_for_the_copy_is_a_warning_and_training_continues(tmp_path, live, monkeypatch, caplog):
+def test_save_whose_copy_fails_is_a_warning_of_one_line_and_training_continues(tmp_path, live, monkeypatch, caplog):
     _, fragments = live
     saver = make_saver()
 
     def fail(*_):
-        raise RuntimeError("[enforce fail at alloc_cpu.cpp] not enough memory")
+        raise RuntimeError("CUDA error: unspecified launch failure\nCompile with `TORCH_USE_CUDA_DSA`")
 
     monkeypatch.setattr(saver._copy, "take", fail)
     saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
     saver.before_update()
     saver.finish()
-    assert_warned(caplog, "step 10", "checkpoint.asynchronous=false")
+    assert_warned(caplog, "step 10", "host memory: CUDA error: unspecified launch failure")
+    assert "Compile" not in caplog.text and "Traceback" not in caplog.text
     assert list_steps(tmp_path) == []
+
+
+def test_save_without_memory_for_a_copy_is_written_while_the_update_waits(tmp_path, live, monkeypatch, caplog):
+    state, fragments = live
+    gate = Gate(monkeypatch, "write_fragments")
+    saver = make_saver()
+
+    def fail(*_):
+        raise RuntimeError("can't allocate memory")
+
+    monkeypatch.setattr(saver._copy, "_allocated", fail)
+    saver.save(tmp_path, checkpoint_info(10), fragments, {}, final=False)
+    update = threading.Thread(target=lambda: (saver.before_update(), state["weight"].add_(100.0)))
+    update.start()
+    assert gate.reached.wait(20)
+    update.join(0.2)
+    assert update.is_alive()
+    gate.opened.set()
+    update.join(20)
+    saver.save(tmp_path, checkpoint_info(20), fragments, {}, final=False)
+    saver.finish()
+    weights = [StateReader(step_folder(tmp_path, step)).full("weight", "0.x") for step in (10, 20)]
+    assert [float(x.unique()) for x in weights] == [0.0, 100.0]
+    assert_warned(caplog, "0.00 GB", "can't allocate memory", "checkpoint.asynchronous=false")
+    assert len([record for record in caplog.records if record.levelname == "WARNING"]) == 1
+
+
+def test_update_that_waits_for_a_write_without_a_copy_is_progress(tmp_path, live, monkeypatch):
+    saver = make_saver()
+    saver.observer, real = Recorder(), module.write_fragments
+    monkeypatch.setattr(saver._copy, "take", lambda *_: None)
+
+    def once_awaited(*arguments):
+        until_s = time.monotonic() + 10
+        while not saver._is_awaited and time.monotonic() < until_s:
+            time.sleep(0.001)
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "write_fragments", once_awaited)
+    saver.save(tmp_path, checkpoint_info(10), live[1], {}, final=False)
+    saver.before_update()
+    assert saver.observer.num_signs > 0
+    saver.close()
 
 
 def test_save_removes_old_checkpoints_once_the_new_one_is_complete(tmp_path, live):

@@ -14,28 +14,29 @@ from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import Events, read_events
 from megatron_bipe.train.profile import Profile
+from megatron_bipe.train.read_ahead import ReadAhead
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.train_state import TrainState
 from megatron_bipe.train.trainer import Trainer
 from tests.helpers.errors import assert_warned, raises
-from tests.helpers.loop import MAIN, Notes
+from tests.helpers.loop import MAIN, Notes, NumberedBatches
 
 
 @pytest.fixture
 def start(tmp_path):
     """Return a function that trains with recorded calls, and returns these and the training state."""
 
-    def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, state=None, notes=None):
+    def started(*settings, start=0, stop=6, bad_steps=(), stop_request=None, state=None, notes=None, loader=None):
         base = ["train.steps=6", "train.valid_every=2", "train.save_every=4", "optimizer.warmup_steps=2"]
         run = load_run_config(None, [f"run_dir={tmp_path}", *base, *settings])
         notes = notes or Notes(tmp_path, [256 * (step - 1) for step in bad_steps])
         events = Events(tmp_path, True)
         state = state or TrainState(step=start, samples=256 * start)
         metrics = Metrics(run, MAIN, state, None)
-        rollback = Rollback(run, notes, notes, events, state)
+        rollback = Rollback(run, notes, loader or notes, events, state)
         profile = Profile(0, tmp_path, MAIN)
-        trainer = Trainer(run, MAIN, notes, notes, notes, stop_request or StopRequest(), profile)
+        trainer = Trainer(run, MAIN, notes, loader or notes, notes, stop_request or StopRequest(), profile)
         end = trainer.train(state, metrics, rollback, stop)
         metrics.close()
         return SimpleNamespace(notes=notes, end=end, run=run, run_dir=tmp_path)
@@ -165,6 +166,24 @@ def test_train_consecutive_bad_steps_roll_back_and_skip_their_samples(start):
     lines = (done.run_dir / "metrics.jsonl").read_text()
     assert [lines.count(f'"step":{step},') for step in range(1, 7)] == [1, 2, 1, 2, 1, 2]  # even ones are validated
     assert "null" not in lines
+
+
+class ReadingNotes(Notes):
+    """Notes whose engine reads the batches of a step."""
+
+    def train_step(self, batches, lr):
+        first, second = (int(batch.tokens_BT[0, 0]) for batch in batches)
+        assert second == first + 128
+        return super().train_step(first, lr)
+
+
+def test_train_with_batches_read_in_advance_rolls_back_and_skips_the_same_samples(start, tmp_path):
+    notes = ReadingNotes(tmp_path, bad_samples=[2 * 256, 3 * 256, 5 * 256, 6 * 256])
+    source = NumberedBatches(global_batch=256, num_micro_batches=2)
+    with ReadAhead(source, lambda batch: batch) as loader:
+        done = start("train.save_every=1", "health.patience=2", notes=notes, loader=loader)
+    assert done.notes.of("step") == [256 * number for number in (0, 1, 2, 3, 4, 5, 6, 7, 8, 9)]
+    assert done.notes.of("load") == ["step-00000002", "step-00000003"]
 
 
 def test_train_good_steps_between_checkpoint_and_trouble_are_done_again(start):
