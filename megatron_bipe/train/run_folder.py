@@ -42,6 +42,7 @@ from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.environment import batch_job
+from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
 from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
 
@@ -79,7 +80,7 @@ class _Difference(NamedTuple):
 
 
 def resolve_precision(
-    run: RunConfig, device: torch.device, allow: Collection[str] = ()
+    run: RunConfig, device: torch.device, allow: Collection[str] = (), planned_gpu: Gpu | None = None
 ) -> tuple[RunConfig, PrecisionChoice]:
     """Replace `train.precision=auto` by the compute precision of this run.
 
@@ -90,6 +91,7 @@ def resolve_precision(
         run: the requested run configuration.
         device: device of this rank.
         allow: names of `ALLOWABLE` that may differ from the existing run.
+        planned_gpu: the GPU that a run is planned for, in place of the device.
 
     Returns:
         The run with `bf16` or `fp32`, and the choice with its reason.
@@ -98,6 +100,8 @@ def resolve_precision(
     choice = choose_precision(kept or run.train.precision, device, "train.precision")
     if kept:
         choice = choice._replace(reason=f"auto: the precision of {run.run_dir}")
+    elif planned_gpu and run.train.precision == AUTO:
+        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
     train = run.train.model_copy(update={"precision": choice.precision})
     return run.model_copy(update={"train": train}), choice
 
