@@ -136,11 +136,11 @@ def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: G
     rows.append(("total", f"{1000 * step.total_s:.1f}", ""))
     code = "compiled" if compiles_on_gpu(run, zero_stage(ds_config)) else "eager"
     days = run.train.steps * step.total_s / _DAY_S
-    return (
-        text_table([("part", "ms", "of the step"), *rows], left=[0])
-        + f"\n{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps, on {num_ranks} x "
-        f"{gpu.name} with {code} blocks; nothing was measured\n"
-    )
+    rates = f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps"
+    table = text_table([("part", "ms", "of the step"), *rows], left=[0])
+    return f"{table}
+{rates}, on {num_ranks} x {gpu.name} with {code} blocks; nothing was measured
+"
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:
