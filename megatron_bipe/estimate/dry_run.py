@@ -138,9 +138,7 @@ def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: G
     days = run.train.steps * step.total_s / _DAY_S
     rates = f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps"
     table = text_table([("part", "ms", "of the step"), *rows], left=[0])
-    return f"{table}
-{rates}, on {num_ranks} x {gpu.name} with {code} blocks; nothing was measured
-"
+    return f"{table}\n{rates}, on {num_ranks} x {gpu.name} with {code} blocks; nothing was measured\n"
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:
