@@ -58,11 +58,11 @@ class Costs(NamedTuple):
     host_block_s: float  # time of the host to launch the kernels of a block, forward and backward
 
 
-# Operators of one block, counted by torch's dispatcher at 151M and 1.6B: 26 launches forward and 44 backward move 633 +
-# 1,577 MB and 1,686 + 4,203 MB for 8 x 1,024 tokens, which is 176 widths a token. The views of queries, keys and values
-# then took 27 of them and are now one split. SwiGLU's 18 of the feed-forward width: silu 2, product 3, and backward
+# Operators of one block of BiPE-RoPE, counted by torch's dispatcher at 151M and 1.6B for 8 x 1,024 tokens: 26 launches
+# forward and 44 backward with three views of queries, keys and values. They moved 95.6 widths besides SwiGLU, of which
+# one split in place of the views takes 27 away. SwiGLU moves 18 feed-forward widths: silu 2 and product 3, and backward
 # silu 2, products 3 + 3, gradient of silu 3, copy 2. The loss reads and writes fp32 copies of parts: 64 bytes a logit.
-EAGER = Costs(hidden_moves=76.6, ffn_moves=18, logit_bytes=64, sum_bytes=0, waits=0, host_block_s=1.4e-3)
+EAGER = Costs(hidden_moves=68.6, ffn_moves=18, logit_bytes=64, sum_bytes=0, waits=0, host_block_s=1.4e-3)
 # Estimated from what fused kernels must move: 64 widths a token if the feed-forward width is four times the model's,
 # of which SwiGLU has 3 x 4 forward and 5 x 4 backward; logits are read twice forward, and read and written backward.
 COMPILED = Costs(hidden_moves=32, ffn_moves=8, logit_bytes=8, sum_bytes=0, waits=0, host_block_s=0.5e-3)
