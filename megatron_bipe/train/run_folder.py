@@ -97,11 +97,15 @@ def resolve_precision(
         The run with `bf16` or `fp32`, and the choice with its reason.
     """
     kept = _precision_to_keep(run, allow)
-    choice = choose_precision(kept or run.train.precision, device, "train.precision")
+    asked = kept or run.train.precision
+    if planned_gpu and asked == AUTO:
+        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
+    elif planned_gpu:
+        choice = PrecisionChoice(asked, f"train.precision={asked}")
+    else:
+        choice = choose_precision(asked, device, "train.precision")
     if kept:
         choice = choice._replace(reason=f"auto: the precision of {run.run_dir}")
-    elif planned_gpu and run.train.precision == AUTO:
-        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
     train = run.train.model_copy(update={"precision": choice.precision})
     return run.model_copy(update={"train": train}), choice
 

@@ -72,10 +72,15 @@ def test_settle_precision_of_auto_is_the_hardwares_until_there_is_a_checkpoint(
 
 @pytest.mark.parametrize(
     ("asked", "has_checkpoint", "precision", "named"),
-    [("auto", False, "bf16", "H100"), ("fp32", False, "fp32", "train.precision"), ("auto", True, "bf16", "run")],
+    [
+        ("auto", False, "bf16", "H100"),
+        ("fp32", False, "fp32", "train.precision"),
+        ("bf16", False, "bf16", "train.precision"),
+        ("auto", True, "bf16", "run"),
+    ],
 )
 def test_settle_precision_of_auto_is_that_of_a_planned_gpu_until_there_is_a_checkpoint(
-    run, monkeypatch, asked, has_checkpoint, precision, named
+    run, monkeypatch, caplog, asked, has_checkpoint, precision, named
 ):
     monkeypatch.setattr(hardware, "bf16_support", lambda _: Bf16Support(False, "REASON"))
     if has_checkpoint:
@@ -84,6 +89,7 @@ def test_settle_precision_of_auto_is_that_of_a_planned_gpu_until_there_is_a_chec
     settled, choice = resolve_precision(same, torch.device("cpu"), planned_gpu=named_gpu("H100", "--gpu"))
     assert settled.train.precision == choice.precision == precision
     assert named in choice.reason and ("H100" in choice.reason) == (named == "H100")
+    assert not caplog.records  # of slow bf16 on this machine
 
 
 def test_settled_precision_is_what_the_run_folder_keeps(run, record, monkeypatch):
