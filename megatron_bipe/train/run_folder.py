@@ -98,12 +98,12 @@ def resolve_precision(
     """
     kept = _precision_to_keep(run, allow)
     asked = kept or run.train.precision
-    if planned_gpu and asked == AUTO:
-        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
-    elif planned_gpu:
-        choice = PrecisionChoice(asked, f"train.precision={asked}")
-    else:
+    if planned_gpu is None:
         choice = choose_precision(asked, device, "train.precision")
+    elif asked == AUTO:
+        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
+    else:
+        choice = PrecisionChoice(asked, f"train.precision={asked}")
     if kept:
         choice = choice._replace(reason=f"auto: the precision of {run.run_dir}")
     train = run.train.model_copy(update={"precision": choice.precision})
