@@ -48,6 +48,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
+    from megatron_bipe.runtime.gpus import named_gpu, with_network
+    from megatron_bipe.runtime.hardware import own_gpu
     from megatron_bipe.runtime.host_collectives import in_thread
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
@@ -66,15 +68,18 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
     watch_launcher()
     mesh = join_launch(launch, run).with_layout(run.parallel)
-    run, precision = resolve_precision(run, mesh.device, args.allow)
+    planned_gpu = named_gpu(args.gpu, "--gpu") if args.gpu else None
+    run, precision = resolve_precision(run, mesh.device, args.allow, planned_gpu)
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
-    compiles = choose_compile(run, mesh.device, zero_stage(ds_config))
+    device = torch.device("cuda") if planned_gpu else mesh.device
+    compiles = choose_compile(run, device, zero_stage(ds_config))
     if mesh.is_main:
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
     if args.dry_run is not None:
         if mesh.is_main:
-            sys.stdout.write(describe(run, ds_config, num_ranks, precision, compiles))
+            gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network)
+            sys.stdout.write(describe(run, ds_config, num_ranks, precision, compiles, gpu))
             check_start(run, mesh._replace(num_ranks=num_ranks), args.allow)
             _log_warnings(start_warnings(run))
         return
@@ -126,9 +131,17 @@ def _log_warnings(texts: Iterable[str]) -> None:
 
 
 def _check_counts(args: argparse.Namespace) -> None:
-    for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None)):
+    counts = (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None), ("--network", args.network))
+    for option, value in counts:
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}", remedy="Give an integer of 1 or more", location=option)
+    for option, value in (("--gpu", args.gpu), ("--network", args.network)):
+        if value is not None and args.dry_run is None:
+            raise ConfigError(
+                f"{option} {value} plans a run and does not choose a device; it needs --dry-run",
+                remedy="Add --dry-run [RANKS], or remove it",
+                location=option,
+            )
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -140,6 +153,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--dry-run", nargs="?", type=int, const=0, metavar="RANKS", help="describe and check the run, and exit"
     )
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="plan --dry-run for this GPU, e.g. H100 (default: this machine's)"
+    )
+    parser.add_argument("--network", type=int, metavar="GBIT", help="Gbit/s of a GPU to other machines (default: 400)")
     parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"allow changes: {', '.join(ALLOWABLE)}")
     parser.add_argument("--stop-step", type=int, help="save and exit after this step; the schedule is unchanged")
     parser.add_argument("--stop-at", metavar="TIME", help="save and exit after this time (23h50m), with exit code 75")

@@ -68,6 +68,8 @@ _IGNORED = {  # accepted, because files for other trainers have them; reported u
     "zero_optimization.stage3_gather_16bit_weights_on_model_save": "tools/export_hf.py writes the weights",
     "zero_optimization.load_from_fp32_weights": "checkpoints always hold fp32 weights",
     "zero_optimization.elastic_checkpoint": "checkpoints do not depend on the layout",
+    "zero_optimization.allgather_bucket_size": "DeepSpeed gathers each parameter group in one collective",
+    "zero_optimization.allgather_partitions": "DeepSpeed always gathers the updated weights",
 }
 _PRECISION, _OURS = "train.precision of the run sets it", "no part of this project uses it"
 _REFUSED = {
@@ -130,6 +132,7 @@ def check_settings(ds_values: dict[str, Any], location: str | Path) -> None:
             problems += _model_problems(section, model, values)
     problems += _wrong_values(ds_values)
     problems += _useless_offload(ds_values)
+    problems += _refused_rescaling(ds_values)
     if problems:
         remedy = "Correct or remove these keys; ds_configs/ has complete files"
         raise ConfigError("; ".join(problems), remedy=remedy, location=location)
@@ -142,9 +145,17 @@ def ignored_settings(ds_values: dict[str, Any]) -> list[str]:
     if zero_stage(ds_values) != 3:
         keys = [key for key in found if key.startswith("zero_optimization.stage3_") and key not in _IGNORED]
         lines += [f"{key}: it is for ZeRO 3" for key in keys]
+    if zero_stage(ds_values) == 1 and found.get("zero_optimization.reduce_scatter") is not False:
+        lines += [f"{key}: ZeRO averages gradients without it" for key in _rescaled(found)]
     if len(found.keys() & {f"fp16.{name}" for name in DeepSpeedFP16Config.model_fields}) > 1:
         lines.append("fp16: the run computes in bf16 or fp32, without a loss scale")
     return lines
+
+
+def _rescaled(found: dict[str, Any]) -> list[str]:
+    """Return the keys, among flat settings, that change how gradients are divided before and after their sum."""
+    defaults = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    return [key for key, value in defaults.items() if found.get(key, value) not in (value, None, AUTO)]
 
 
 def _unknown_keys(ds_values: dict[str, Any]) -> Iterator[str]:
@@ -207,14 +218,24 @@ def _wrong_values(ds_values: dict[str, Any]) -> Iterator[str]:
 
 
 def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:
-    stage, found = (
-        zero_stage(ds_values) if isinstance(ds_values.get("zero_optimization"), dict) else 0,
-        _flat(ds_values),
-    )
+    stage, found = _stage(ds_values), _flat(ds_values)
     for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = found.get(f"zero_optimization.{name}.device")
         if isinstance(stage, int) and stage < lowest and device not in (None, "none"):
             yield f"zero_optimization.{name} has no effect with stage {stage}; it needs stage {lowest} or more"
+
+
+def _refused_rescaling(ds_values: dict[str, Any]) -> Iterator[str]:
+    """Yield settings at which DeepSpeed's ZeRO 2 and 3 would fail with an assertion."""
+    found = _flat(ds_values)
+    if _stage(ds_values) in (2, 3) and found.get("zero_optimization.reduce_scatter") is not False:
+        for key in _rescaled(found):
+            yield f"{key}={json.dumps(found[key])} needs zero_optimization.reduce_scatter=false, or ZeRO 0 or 1"
+
+
+def _stage(ds_values: dict[str, Any]) -> Any:
+    """Return the ZeRO stage of a file whose sections have not been checked."""
+    return zero_stage(ds_values) if isinstance(ds_values.get("zero_optimization"), dict) else 0
 
 
 def _is_off(value: Any) -> bool:

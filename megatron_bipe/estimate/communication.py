@@ -24,16 +24,24 @@ class Traffic(NamedTuple):
     what: str
     times: int  # per step
     bytes_sent: float  # per step
+    is_update: bool = False  # after the last micro-batch, where no computation hides it
 
 
-def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[Traffic]:
-    """Return what a rank sends in one optimizer step, by axis; `ds_config` is the result of `engine_config`."""
+def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: bool = False) -> list[Traffic]:
+    """Return what a rank sends in one optimizer step, by axis.
+
+    Args:
+        run: the run configuration, validated for `num_ranks`.
+        ds_config: result of `config.deepspeed.engine_config`.
+        num_ranks: ranks of the launch.
+        on_gpu: True for NCCL, with which bf16 ZeRO 1 reduces and scatters gradients; gloo sums them on all ranks.
+    """
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     return [
         *_tensor(run, micro_batches),
         *_context(run, micro_batches),
         *_pipeline(run, micro_batches),
-        *_data(run, ds_config, num_ranks, micro_batches),
+        *_data(run, ds_config, num_ranks, on_gpu=on_gpu),
     ]
 
 
@@ -111,21 +119,41 @@ def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
         yield Traffic("pipeline", "their gradients", micro_batches, micro_batches * hidden)
 
 
-def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, micro_batches: int) -> Iterator[Traffic]:
-    """Count gradient reductions, once per step (ZeRO 2 and 3: once per micro-batch), and weight gathers."""
+def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: bool) -> Iterator[Traffic]:
+    """Count gradient sums, once per step (ZeRO 2 and 3: once per micro-batch), and weight gathers."""
     replicas, zero = run.parallel.replica_ranks(num_ranks), zero_stage(ds_config)
     if replicas == 1:
         return
-    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
-    counts = parameters_of_rank(run.model, run.parallel.tensor)
-    most_parameters = max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
+    micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
+    most_parameters = parameters_of_largest_stage(run)
     weights, ring = most_parameters * compute_width(run), (replicas - 1) / replicas
     gradients = most_parameters * _EXCHANGED_BYTES.get(ds_config.get("communication_data_type", ""), compute_width(run))
-    if zero < 2:
-        yield Traffic("data", "gradients, all-reduced", 1, 2 * gradients * ring)
+    times = 1 if zero < 2 else micro_batches
+    if _reduces_to_owner(run, ds_config, on_gpu=on_gpu):
+        yield Traffic("data", "gradients, reduced", times, times * gradients * ring, is_update=zero < 2)
     else:
-        yield Traffic("data", "gradients, reduced", micro_batches, micro_batches * gradients * ring)
+        yield Traffic("data", "gradients, all-reduced", times, times * 2 * gradients * ring, is_update=zero < 2)
     if zero in (1, 2):
-        yield Traffic("data", "weights, gathered", 1, weights * ring)
+        yield Traffic("data", "weights, gathered", 1, weights * ring, is_update=True)
     if zero == 3:
         yield Traffic("data", "weights, gathered", 2 * micro_batches, 2 * micro_batches * weights * ring)
+
+
+def parameters_of_largest_stage(run: RunConfig) -> int:
+    """Return the number of parameters of a rank of the stage that has most."""
+    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    counts = parameters_of_rank(run.model, run.parallel.tensor)
+    return max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
+
+
+def _reduces_to_owner(run: RunConfig, ds_config: dict[str, Any], *, on_gpu: bool) -> bool:
+    """Return True if each rank receives the sums of its own shard alone, which is half an all-reduce.
+
+    By default DeepSpeed's ZeRO 2 sums every bucket on all ranks, because a bucket holds parts of several ranks.
+    Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py (average_tensor) and stage3.py.
+    """
+    zero, settings = zero_stage(ds_config), ds_config.get("zero_optimization", {})
+    if zero == 1 and run.train.precision == "bf16":
+        return on_gpu
+    reduces = zero > 0 and settings.get("reduce_scatter", True)
+    return bool(reduces and (zero == 3 or not settings.get("use_multi_rank_bucket_allreduce", True)))

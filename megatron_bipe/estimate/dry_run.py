@@ -1,4 +1,4 @@
-"""The text of `--dry-run`: configuration, layers, layout, memory, communication, length and data of a run."""
+"""The text of `--dry-run`: configuration, layers, layout, memory, communication, time, length and data of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +11,23 @@ from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import BipeError
 from megatron_bipe.estimate.communication import bubble, step_traffic
-from megatron_bipe.estimate.memory import StageMemory, stage_memories
+from megatron_bipe.estimate.memory import StageMemory, compiles_on_gpu, stage_memories
+from megatron_bipe.estimate.step_time import StepTime, predict_step
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import PrecisionChoice
 from megatron_bipe.text_table import text_table
 
+_DAY_S = 86400
+
 
 def describe(
-    run: RunConfig, ds_config: dict[str, Any], num_ranks: int, precision: PrecisionChoice, compiles: CompileChoice
+    run: RunConfig,
+    ds_config: dict[str, Any],
+    num_ranks: int,
+    precision: PrecisionChoice,
+    compiles: CompileChoice,
+    gpu: Gpu | None = None,
 ) -> str:
     """Return the text that `--dry-run` prints.
 
@@ -28,17 +37,19 @@ def describe(
         num_ranks: ranks of the described launch.
         precision: the chosen precision and its reason.
         compiles: whether blocks and the loss are compiled, and its reason.
+        gpu: the GPU of every rank; None: memory and communication are those of CPU ranks, and no time is predicted.
     """
-    stages = stage_memories(run, ds_config, num_ranks)
+    stages = stage_memories(run, ds_config, num_ranks, on_gpu=gpu is not None)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
-        "# Precision\n" + _precision(run, precision),
+        "# Precision\n" + _precision(run, precision, gpu),
         f"# Compilation\n{compiles}\n",
         "# Layers\n" + layer_table(run.model),
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
-        "# Memory per rank of each stage, GiB (estimate)\n" + _memory_table(stages),
-        "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
+        "# Memory per rank of each stage, GiB (estimate)\n" + _memory_table(stages, gpu),
+        "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks, gpu),
+        *(["# Time of a step (prediction)\n" + _step_time(run, ds_config, num_ranks, gpu)] if gpu else []),
         "# Length\n" + _length(run, num_ranks),
         "# Checkpoints\n" + f"{plan_disk(run, sum(count_parameters(run.model)))}\n",
         "# Data\n" + _data(run),
@@ -46,9 +57,9 @@ def describe(
     return "\n".join(parts)
 
 
-def _precision(run: RunConfig, precision: PrecisionChoice) -> str:
-    is_guess = precision.reason.startswith("auto")
-    hint = "chosen for this machine; set train.precision to plan for another one\n" if is_guess else ""
+def _precision(run: RunConfig, precision: PrecisionChoice, gpu: Gpu | None) -> str:
+    is_guess = gpu is None and precision.reason.startswith("auto")
+    hint = "chosen for this machine; --gpu plans for a GPU\n" if is_guess else ""
     return f"{run.train.precision} ({precision.reason})\n{hint}"
 
 
@@ -99,18 +110,43 @@ def _bubble(run: RunConfig, num_ranks: int) -> str:
     return f"{idle}: the pipeline fills and drains, and stage costs differ\n"
 
 
-def _memory_table(stages: Sequence[StageMemory]) -> str:
-    names = ("weights", "gradients", "optimizer", "activations", "logits", "device", "host")
-    rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in names)) for stage in stages]
-    return text_table([("stage", *names[:-2], "total", "host"), *rows], left=[]) + "\n"
+def _memory_table(stages: Sequence[StageMemory], gpu: Gpu | None) -> str:
+    names = ["weights", "gradients", "optimizer", "activations", "logits", *(["gpu"] if gpu else [])]
+    columns = [*names, "device", "host", "checkpoint_copy"]
+    rows = [(str(stage.stage), *(f"{getattr(stage, name) / 2**30:.2f}" for name in columns)) for stage in stages]
+    titles = {"gpu": "GPU's own", "device": "total", "checkpoint_copy": "host, checkpoint copy"}
+    table = text_table([("stage", *(titles.get(name, name) for name in columns)), *rows], left=[]) + "\n"
+    return table + (_fit(max(stage.device for stage in stages) / 2**30, gpu) if gpu else "")
 
 
-def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
+def _fit(needed_gib: float, gpu: Gpu) -> str:
+    sizes = f"{needed_gib:.1f} of {gpu.memory_gib:.1f} GiB of one {gpu.name}"
+    if needed_gib <= gpu.memory_gib:
+        return f"fits: {sizes}\n"
+    return f"does not fit: {sizes}; lower train.micro_batch, set parallel.recompute, or shard more with ZeRO\n"
+
+
+def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: Gpu | None) -> str:
     rows = [
         (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
-        for kind in step_traffic(run, ds_config, num_ranks)
+        for kind in step_traffic(run, ds_config, num_ranks, on_gpu=gpu is not None)
     ]
     return text_table([("axis", "what", "times", "GiB"), *rows], left=[0, 1]) + "\n" if rows else "nothing: one rank\n"
+
+
+def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: Gpu) -> str:
+    if run.train.precision != "bf16":
+        return f"not predicted for train.precision={run.train.precision}\n"
+    step = predict_step(run, ds_config, num_ranks, gpu)
+    parts = zip(StepTime._fields, step, strict=True)
+    seconds = {name.removesuffix("_s").replace("_", " "): value for name, value in parts if name.endswith("_s")}
+    rows = [(name, f"{1000 * part:.1f}", f"{part / step.total_s:.1%}") for name, part in seconds.items() if part]
+    rows.append(("total", f"{1000 * step.total_s:.1f}", ""))
+    code = "compiled" if compiles_on_gpu(run, zero_stage(ds_config)) else "eager"
+    days = run.train.steps * step.total_s / _DAY_S
+    rates = f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps"
+    table = text_table([("part", "ms", "of the step"), *rows], left=[0])
+    return f"{table}\n{rates}, on {num_ranks} x {gpu.name} with {code} blocks; nothing was measured\n"
 
 
 def _length(run: RunConfig, num_ranks: int) -> str:

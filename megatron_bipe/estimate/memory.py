@@ -1,8 +1,9 @@
 """Estimated memory of one rank of each pipeline stage, in bytes; nothing is allocated.
 
 Weights, gradients and optimizer state are exact counts of the layers that this layout builds. Activations are what
-autograd saves on the CPU for eager blocks (a test compares); torch decides what compiled blocks save. Not counted: kernel and communication buffers, fragmentation, and the
-framework's own memory.
+autograd saves on the CPU for eager blocks (a test compares); torch decides what compiled blocks save. Not counted for a
+CPU: buffers of kernels and communication, fragmentation, and the framework's own memory. For a GPU `gpu_bytes`
+estimates them with constants that are assumed, not measured.
 
 Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 """
@@ -10,11 +11,26 @@ Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 import itertools
 from typing import Any, NamedTuple
 
-from megatron_bipe.config import ModelConfig, ParallelConfig, RunConfig, accumulation_steps, offloads, zero_stage
+from megatron_bipe.config import (
+    AUTO,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    accumulation_steps,
+    offloads,
+    zero_stage,
+)
 from megatron_bipe.model.positions.base import relative_class
 from megatron_bipe.parallel import layer_costs, parameters_of_rank, partition_layers
 
 FP32_BYTES = 4
+STATE_BYTES = 3 * FP32_BYTES  # of a parameter in a checkpoint: fp32 weight and Adam's two moments
+
+# What a GPU needs besides tensors; assumed.
+_CONTEXT_BYTES = 1.5 * 2**30  # CUDA context, workspaces of cuBLAS and cuDNN: between 1 and 2 GiB
+_COMMUNICATOR_BYTES = 0.5 * 2**30  # an NCCL communicator: between 0.3 and 1 GiB
+_FRAGMENTATION = 0.05  # fraction of the tensors' memory that the allocator cannot use
+_LOSS_PARTS, _LOSS_PART_ELEMENTS = 3, 2**26  # fp32 parts of logits that the eager loss has at a time (model/loss.py)
 
 
 class StageMemory(NamedTuple):
@@ -31,19 +47,28 @@ class StageMemory(NamedTuple):
     activations: float
     logits: float
     host: float  # offloaded to host memory
+    checkpoint_copy: float  # in host memory, from which asynchronous checkpoints are written
+    gpu: float = 0.0  # what a GPU needs besides; 0 for a CPU
 
     @property
     def device(self) -> float:
+        return self.tensors + self.gpu
+
+    @property
+    def tensors(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.activations + self.logits
 
 
-def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[StageMemory]:
+def stage_memories(
+    run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: bool = False
+) -> list[StageMemory]:
     """Return the estimated memory of a rank of each stage.
 
     Args:
         run: the run configuration, validated for `num_ranks`.
         ds_config: result of `config.deepspeed.engine_config`.
         num_ranks: ranks of the launch.
+        on_gpu: True adds what a GPU needs besides tensors.
     """
     parallel, model = run.parallel, run.model
     bounds = partition_layers(model, run.train.seq_len_tokens, parallel.pipeline)
@@ -58,20 +83,58 @@ def stage_memories(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
         state, host = _state_bytes(sum(stage_layers), max(stage_layers), run, ds_config, num_ranks)
         blocks = len(range(max(start, 1), min(stop, model.num_layers + 1)))
         saved = blocks * _saved_per_block(run) + (_saved_tables(run) if blocks else 0)
-        stages.append(
-            StageMemory(
-                stage,
-                start,
-                stop - 1,
-                sum(stage_layers),
-                sum(costs[start:stop]) / sum(costs),
-                *state,
-                _micro_batches_in_flight(run, stage, num_ranks) * saved + _recomputed(run),
-                logits_bytes(run) if stage == parallel.pipeline - 1 else 0.0,
-                host,
-            )
+        found = StageMemory(
+            stage,
+            start,
+            stop - 1,
+            sum(stage_layers),
+            sum(costs[start:stop]) / sum(costs),
+            *state,
+            _micro_batches_in_flight(run, stage, num_ranks) * saved + _recomputed(run),
+            logits_bytes(run) if stage == parallel.pipeline - 1 else 0.0,
+            host,
+            _checkpoint_copy(sum(stage_layers), run, num_ranks),
         )
+        stages.append(found._replace(gpu=gpu_bytes(found, run, ds_config, num_ranks)) if on_gpu else found)
     return stages
+
+
+def gpu_bytes(stage: StageMemory, run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> float:
+    """Return what a GPU needs besides tensors: context, communicators, buffers, parts of the loss, fragmentation."""
+    parallel, zero = run.parallel, zero_stage(ds_config)
+    replicas = parallel.replica_ranks(num_ranks)
+    sizes = (num_ranks, replicas, parallel.tensor, parallel.context, parallel.pipeline)
+    communicators = sum(size > 1 for size in sizes)
+    buckets = _bucket_bytes(ds_config, compute_width(run))
+    loss_parts = 0.0
+    if stage.logits and not compiles_on_gpu(run, zero):
+        elements = stage.logits / compute_width(run)
+        loss_parts = _LOSS_PARTS * min(elements, _LOSS_PART_ELEMENTS) * FP32_BYTES
+    fixed = _CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES
+    return fixed + buckets + loss_parts + _FRAGMENTATION * stage.tensors
+
+
+def _bucket_bytes(ds_config: dict[str, Any], width: int) -> float:
+    """Return the bytes of contiguous gradient buckets; ZeRO 1 has them in fp32 only, as its bf16 optimizer is another.
+
+    Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py (setup_buckets) and stage3.py (_setup_for_real_optimizer).
+    """
+    stage, settings = zero_stage(ds_config), ds_config.get("zero_optimization", {})
+    has_buckets = stage > 1 or (stage == 1 and width == FP32_BYTES)
+    if not has_buckets or not settings.get("contiguous_gradients", True):
+        return 0.0
+    count = 2 if stage < 3 and settings.get("overlap_comm") else 1
+    return count * float(settings.get("reduce_bucket_size", 5e8)) * width
+
+
+def compiles_on_gpu(run: RunConfig, zero: int) -> bool:
+    """Return True if blocks and loss run as compiled code on a GPU."""
+    return run.train.compile == "on" or (run.train.compile == AUTO and zero < 3)
+
+
+def _checkpoint_copy(parameters: int, run: RunConfig, num_ranks: int) -> float:
+    """Return the bytes of the state that a rank copies to host memory for a checkpoint; replicas share the work."""
+    return parameters * STATE_BYTES / run.parallel.replica_ranks(num_ranks) if run.checkpoint.asynchronous else 0.0
 
 
 def table_bytes_per_token(model: ModelConfig, parallel: ParallelConfig, width: int, seq_len_tokens: int) -> float:

@@ -2,7 +2,6 @@
 
 import ctypes
 import logging
-import re
 import resource
 from typing import NamedTuple
 
@@ -19,35 +18,12 @@ from megatron_bipe.runtime.environment import (
     onednn_isa_limit,
     requested_device,
 )
+from megatron_bipe.runtime.gpus import Gpu, find_gpu
 
 _log = logging.getLogger(__name__)
 
 DTYPES: dict[str, torch.dtype] = {"bf16": torch.bfloat16, "fp32": torch.float32}  # by `train.precision`
 
-# Dense bf16 tensor-core peaks with fp32 accumulation from the vendors' data sheets, FLOP/s.
-# The first pattern that matches the device name applies.
-_BF16_PEAKS = {
-    r"\bMIG\b": None,  # a slice of a GPU; the name does not show its size
-    r"\bGB300\b": 2500e12,
-    r"\bB300\b": 2250e12,
-    r"\bGB200\b": 2500e12,
-    r"\bB200\b": 2250e12,
-    r"\bGH200\b": 989e12,
-    r"\bH200 NVL\b": 835e12,
-    r"\bH200\b": 989e12,
-    r"\bH[18]00 PCIe\b": 756e12,
-    r"\bH100 NVL\b": 835e12,
-    r"\bH[18]00\b": 989e12,
-    r"\bH20\b": 148e12,
-    r"\bA[18]00\b": 312e12,
-    r"\bA40\b": 149.7e12,
-    r"\bA30\b": 165e12,
-    r"\bA10G\b": 70e12,
-    r"\bA10\b": 125e12,
-    r"\bL40S\b": 362e12,
-    r"\bL40\b": 181e12,
-    r"\bL4\b": 121e12,
-}
 # Options of glibc's malloc.h: no mmap for large blocks, no trimming of the heap, growth by 64 MiB.
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _KEEP_MEMORY = {_M_MMAP_MAX: 0, _M_TRIM_THRESHOLD: 2**31 - 1, _M_TOP_PAD: 64 * 2**20}
@@ -134,8 +110,16 @@ def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
     """
     if device.type != "cuda" or dtype != torch.bfloat16:
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for pattern, peak in _BF16_PEAKS.items() if re.search(pattern, name)), None)
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu and gpu.bf16_flops
+
+
+def own_gpu(device: torch.device) -> Gpu | None:
+    """Return this machine's GPU with the memory that torch reports; None on a CPU and for unknown GPUs."""
+    if device.type != "cuda":
+        return None
+    gpu = find_gpu(torch.cuda.get_device_name(device))
+    return gpu and gpu._replace(memory_gib=torch.cuda.get_device_properties(device).total_memory / 2**30)
 
 
 def peak_memory_gib(device: torch.device) -> float:

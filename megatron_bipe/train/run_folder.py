@@ -43,6 +43,7 @@ from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.environment import batch_job
+from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
 from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
 
@@ -82,7 +83,7 @@ class _Difference(NamedTuple):
 
 
 def resolve_precision(
-    run: RunConfig, device: torch.device, allow: Collection[str] = ()
+    run: RunConfig, device: torch.device, allow: Collection[str] = (), planned_gpu: Gpu | None = None
 ) -> tuple[RunConfig, PrecisionChoice]:
     """Replace `train.precision=auto` by the compute precision of this run.
 
@@ -93,12 +94,19 @@ def resolve_precision(
         run: the requested run configuration.
         device: device of this rank.
         allow: names of `ALLOWABLE` that may differ from the existing run.
+        planned_gpu: the GPU that a run is planned for, in place of the device.
 
     Returns:
         The run with `bf16` or `fp32`, and the choice with its reason.
     """
     kept = _precision_to_keep(run, allow)
-    choice = choose_precision(kept or run.train.precision, device, "train.precision")
+    asked = kept or run.train.precision
+    if planned_gpu is None:
+        choice = choose_precision(asked, device, "train.precision")
+    elif asked == AUTO:
+        choice = PrecisionChoice("bf16", f"auto: {planned_gpu.name} multiplies bf16 natively")
+    else:
+        choice = PrecisionChoice(asked, f"train.precision={asked}")
     if kept:
         choice = choice._replace(reason=f"auto: the precision of {run.run_dir}")
     train = run.train.model_copy(update={"precision": choice.precision})

@@ -168,7 +168,7 @@ def test_bad_arguments_are_refused_before_anything_is_written(commands):
     for settings, kind, observed in cases:
         error = pretrain_error(*flags([*data, *settings]), num_ranks=2)
         assert_error(error, kind, *observed)
-    for option, value in (("--stop-step", 0), ("--dry-run", -4)):
+    for option, value in (("--stop-step", 0), ("--dry-run", -4), ("--network", 0), ("--gpu", "H100")):
         assert_error(pretrain_error(*flags(data), option, value), ConfigError, value, location=option)
     assert not fresh.exists()
     run_dir = (f"run_dir={fresh}", "train.global_batch=6")
@@ -185,8 +185,10 @@ def test_model_that_is_not_there_cannot_be_evaluated(commands):
 
 
 def test_dry_run_describes_without_training_and_fails_like_the_start(commands, tmp_path):
-    [described] = run_pretrain(["--dry-run", "--set", f"run_dir={tmp_path / 'new'}"], tmp_path / "log", code=2)
+    planned = ["--dry-run", "8", "--gpu", "h100", "--network", "200", "--set", f"run_dir={tmp_path / 'new'}"]
+    [described] = run_pretrain(planned, tmp_path / "log", code=2)
     assert "163,203,840" in described.output and described.output.count("DataError: ") == 1
+    assert "bf16 (auto: H100" in described.output and "8 x H100" in described.output
     [fits] = run_pretrain([*flags(commands["data"]), "--dry-run"], tmp_path / "fits")
     assert "# Checkpoints" in fits.output and "Error" not in fits.output
     assert not (tmp_path / "new").exists()

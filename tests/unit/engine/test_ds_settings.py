@@ -98,6 +98,40 @@ def test_settings_without_effect_are_said():
     )
 
 
+def test_settings_that_the_installed_deepspeed_does_not_read_are_said():
+    said = ignored_settings({"zero_optimization": ZERO_2})
+    assert [line.partition(":")[0].rpartition(".")[2] for line in said] == [
+        "allgather_bucket_size",
+        "allgather_partitions",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("stage", "reduce_scatter", "is_ignored", "is_refused"),
+    [
+        (0, True, False, False),
+        (1, True, True, False),
+        (2, True, False, True),
+        (3, True, False, True),
+        (2, False, False, False),
+    ],
+)
+def test_settings_of_dividing_gradients_are_used_ignored_or_refused_as_by_deepspeed(
+    stage, reduce_scatter, is_ignored, is_refused
+):
+    rescaling = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
+    values = rescaling | {"zero_optimization": {"stage": stage, "reduce_scatter": reduce_scatter}}
+    if is_refused:
+        with raises(ConfigError, *rescaling, "reduce_scatter=false", location="ds.json"):
+            check_settings(values, "ds.json")
+    else:
+        check_settings(values, "ds.json")
+        assert len(ignored_settings(values)) == len(rescaling) * is_ignored
+    off = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
+    check_settings(values | off, "ds.json")
+    assert ignored_settings(values | off) == []
+
+
 @pytest.mark.parametrize(
     ("values", "observed"),
     [

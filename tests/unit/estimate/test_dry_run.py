@@ -3,14 +3,19 @@
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.estimate.dry_run import describe
+from megatron_bipe.runtime.gpus import named_gpu
 from megatron_bipe.runtime.hardware import PrecisionChoice
+from tests.helpers.paths import ROOT
 
 COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 
-def described(run, ds_config, num_ranks):
-    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"), COMPILED)
+H100, L4 = named_gpu("H100", "--gpu"), named_gpu("L4", "--gpu")
+
+
+def described(run, ds_config, num_ranks, gpu=None):
+    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"), COMPILED, gpu)
 
 
 PARAMETERS = 163_203_840  # of the default run
@@ -76,3 +81,25 @@ def test_describe_stages_names_layers_ranks_and_bubble():
 def test_describe_one_rank_says_nothing_to_others():
     text = described(load_run_config(None, BF16), {}, num_ranks=1)
     assert "nothing: one rank" in text and "waits" not in text
+
+
+def test_describe_for_a_gpu_says_whether_it_fits_and_predicts_the_time_of_a_step():
+    run = load_run_config(ROOT / "examples" / "bipe_rope_1.6b.yaml", BF16)
+    text = described(run, {"zero_optimization": {"stage": 1}}, 8, H100)
+    assert "\nfits: 52.6 of 79.1 GiB of one H100" in text and "gradients, reduced" in text
+    time = text.split("# Time of a step")[1].split("#")[0]
+    for part in ("products", "update communication", "tokens/s", "56% MFU", "8 x H100", "compiled"):
+        assert part in time
+    assert "bubble" not in time
+    small = described(run, {"zero_optimization": {"stage": 1}}, 8, L4)
+    assert "\ndoes not fit: 52.6 of 21.9 GiB" in small and "train.micro_batch" in small
+    eager = described(load_run_config(None, [*BF16, "train.compile=off"]), {}, 1, H100)
+    assert "eager" in eager.split("# Time of a step")[1]
+
+
+def test_describe_predicts_no_time_for_a_cpu_and_for_fp32():
+    run = load_run_config(None, BF16)
+    text = described(run, {}, 1)
+    assert "# Time of a step" not in text and "fits" not in text and "GPU" not in text.split("# Memory")[1]
+    fp32 = load_run_config(None, ["train.precision=fp32"])
+    assert "not predicted" in described(fp32, {}, 1, H100).split("# Time of a step")[1]

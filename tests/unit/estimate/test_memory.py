@@ -2,9 +2,14 @@
 
 import pytest
 
+from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.config.validate import validate_run
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.memory import block_bytes_per_token, stage_memories
 from megatron_bipe.model.transformer import count_parameters
+from megatron_bipe.runtime.gpus import named_gpu
+from tests.helpers.paths import DS_CONFIGS, ROOT
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
@@ -12,9 +17,9 @@ PARAMETERS = 163_203_840  # of the default run
 NORMS_AND_INTRA = 25 * 768 + 1024 * 768  # replicated on every tensor-parallel rank
 
 
-def memories(zero, num_ranks, *settings, **knobs):
+def memories(zero, num_ranks, *settings, on_gpu=False, **knobs):
     run = load_run_config(None, [*BF16, *settings])
-    return stage_memories(run, {"zero_optimization": {"stage": zero, **knobs}}, num_ranks)
+    return stage_memories(run, {"zero_optimization": {"stage": zero, **knobs}}, num_ranks, on_gpu=on_gpu)
 
 
 def test_state_is_divided_by_what_the_zero_stage_shards():
@@ -111,3 +116,74 @@ def test_logits_are_on_the_last_stage_alone_and_split():
 def test_device_memory_is_the_sum_of_its_parts():
     (stage,) = memories(1, 2)
     assert stage.device == stage.weights + stage.gradients + stage.optimizer + stage.activations + stage.logits
+
+
+GIB = 2**30
+
+
+def gpu_part(zero, num_ranks, *settings, **knobs):
+    """Return what a GPU needs besides tensors, less fragmentation, of each stage in GiB."""
+    stages = memories(zero, num_ranks, *settings, on_gpu=True, **knobs)
+    assert [stage.device for stage in stages] == [stage.tensors + stage.gpu for stage in stages]
+    return [(stage.gpu - 0.05 * stage.tensors) / GIB for stage in stages]
+
+
+def test_gpu_needs_more_than_tensors_and_a_cpu_does_not():
+    assert gpu_part(1, 1) == [pytest.approx(1.5)]
+    assert memories(1, 1)[0].gpu == 0
+
+
+def test_gpu_has_communicators_of_each_axis_that_has_ranks():
+    assert gpu_part(1, 4) == [pytest.approx(1.5 + 2 * 0.5)]  # of all ranks, and of replicas
+    assert gpu_part(1, 16, "parallel={tensor: 2, context: 2, pipeline: 2}") == [pytest.approx(1.5 + 5 * 0.5)] * 2
+
+
+def test_gpu_has_fp32_parts_of_logits_unless_the_loss_is_compiled():
+    parts = 3 * 4 * 2**26 / GIB
+    for zero, choice, more in ((1, "auto", 0), (1, "off", parts), (3, "auto", parts)):
+        found = gpu_part(zero, 1, f"train.compile={choice}", contiguous_gradients=False)
+        assert found == [pytest.approx(1.5 + more)]
+    few_logits = gpu_part(1, 1, "train.compile=off", "train.micro_batch=1")
+    assert few_logits == [pytest.approx(1.5 + 3 * 4 * 1024 * 32_000 / GIB)]
+    first, last = gpu_part(1, 2, "parallel.pipeline=2", "train.compile=off")
+    assert last == pytest.approx(first + parts)
+
+
+@pytest.mark.parametrize(
+    ("zero", "options", "buckets"),
+    [
+        (1, {}, 0),
+        (1, {"precision": "fp32"}, 2),
+        (2, {}, 1),
+        (2, {"overlap_comm": True}, 2),
+        (2, {"overlap_comm": True, "contiguous_gradients": False}, 0),
+        (3, {"overlap_comm": True}, 1),
+    ],
+)
+def test_gpu_has_gradient_buckets(zero, options, buckets):
+    precision = options.pop("precision", "bf16")
+    found = gpu_part(zero, 1, f"train.precision={precision}", "train.compile=on", reduce_bucket_size=2**29, **options)
+    assert found == [pytest.approx(1.5 + buckets)]
+
+
+def test_host_has_the_copy_from_which_checkpoints_are_written():
+    assert memories(1, 4)[0].checkpoint_copy == memories(0, 4)[0].checkpoint_copy == 12 * PARAMETERS / 4
+    assert memories(1, 4, "checkpoint.asynchronous=false")[0].checkpoint_copy == 0
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_recipes_fit_an_h100_of_80_gb_in_their_layout(path):
+    run = load_run_config(path, BF16)
+    one_replica = run.parallel.tensor * run.parallel.context * run.parallel.pipeline
+    tried = 0
+    for num_ranks in sorted({one_replica, 8, 64}):
+        try:
+            validate_run(run, num_ranks)
+        except ConfigError:  # the batch is too small for so many ranks
+            continue
+        ds_config = engine_config(run, read_ds_config(DS_CONFIGS / "zero1.json"), num_ranks, "")
+        stages = stage_memories(run, ds_config, num_ranks, on_gpu=True)
+        assert max(stage.device for stage in stages) / GIB < named_gpu("H100", "").memory_gib, num_ranks
+        tried += 1
+    assert tried
+    assert tried == 3 or "1.6b" not in path.stem  # on 1, 8 and 64 GPUs

@@ -1,13 +1,14 @@
 """Properties of the device."""
 
 import platform
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.environment import Bf16Support, cpu_bf16_support
-from megatron_bipe.runtime.hardware import bf16_support, choose_precision, peak_flops, peak_memory_gib
+from megatron_bipe.runtime.hardware import bf16_support, choose_precision, own_gpu, peak_flops, peak_memory_gib
 from tests.helpers.ranks import run_programs
 
 CPU = torch.device("cpu")
@@ -48,6 +49,15 @@ def test_peak_flops_of_a_known_gpu_is_its_data_sheet(monkeypatch, name, peak):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     assert peak_flops(torch.device("cuda"), torch.bfloat16) == peak
     assert peak_flops(torch.device("cuda"), torch.float32) is None
+
+
+def test_own_gpu_has_the_memory_that_torch_reports(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    properties = SimpleNamespace(total_memory=79 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: properties)
+    gpu = own_gpu(torch.device("cuda"))
+    assert gpu is not None and (gpu.name, gpu.memory_gib) == ("H100", 79)
+    assert own_gpu(CPU) is None
 
 
 XEON, OLD_XEON, ZEN_3, GRAVITON = (

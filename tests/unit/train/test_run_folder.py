@@ -15,6 +15,7 @@ from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.environment import Bf16Support
+from megatron_bipe.runtime.gpus import named_gpu
 from megatron_bipe.train.run_folder import (
     check_same_run,
     lock_run_dir,
@@ -67,6 +68,28 @@ def test_settle_precision_of_auto_is_the_hardwares_until_there_is_a_checkpoint(
     assert settled == same.model_copy(update={"train": same.train.model_copy(update={"precision": precision})})
     assert (str(run.run_dir) in choice.reason) == (asked == "auto" and has_checkpoint and not allow)
     assert ("REASON" in caplog.text) == (precision == "bf16" and not is_native)
+
+
+@pytest.mark.parametrize(
+    ("asked", "has_checkpoint", "precision", "named"),
+    [
+        ("auto", False, "bf16", "H100"),
+        ("fp32", False, "fp32", "train.precision"),
+        ("bf16", False, "bf16", "train.precision"),
+        ("auto", True, "bf16", "run"),
+    ],
+)
+def test_settle_precision_of_auto_is_that_of_a_planned_gpu_until_there_is_a_checkpoint(
+    run, monkeypatch, caplog, asked, has_checkpoint, precision, named
+):
+    monkeypatch.setattr(hardware, "bf16_support", lambda _: Bf16Support(False, "REASON"))
+    if has_checkpoint:
+        _checkpoint(run, 10)
+    same = load_run_config(None, [f"run_dir={run.run_dir}", f"train.precision={asked}"])
+    settled, choice = resolve_precision(same, torch.device("cpu"), planned_gpu=named_gpu("H100", "--gpu"))
+    assert settled.train.precision == choice.precision == precision
+    assert named in choice.reason and ("H100" in choice.reason) == (named == "H100")
+    assert not caplog.records  # of slow bf16 on this machine
 
 
 def test_settled_precision_is_what_the_run_folder_keeps(run, record, monkeypatch):
