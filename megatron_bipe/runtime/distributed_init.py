@@ -103,6 +103,79 @@ def host_store(mesh: "Mesh") -> "dist.Store | None":
     )
 
 
+def launch_store(mesh: "Mesh", timeout_s: float) -> list["dist.Store"]:
+    """Start the store of a launch, or connect to it, without waiting for other ranks to do so.
+
+    Returns:
+        Connections that may be used at the same time, and rank 0's server, which lives as long as the list.
+
+    Raises:
+        ConfigError: another process uses the port, or the store cannot be reached (transient).
+    """
+    import torch.distributed as dist
+
+    env = os.environ
+    servers = [host_store(mesh)]
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    try:
+        if mesh.is_main and servers == [None] and env.get(_AGENT_HOSTS_STORE) != str(True):
+            servers = [dist.TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True)]
+        connections = [connect_store(timeout_s, "preflight") for _ in range(2)]
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise port_error(str(error)) from error
+        raise ConfigError(
+            f"the store of the launch cannot be reached within {timeout_s:g} s: {error}",
+            remedy=f"Start rank 0, whose host must be {address}, and let other hosts connect to its port {port}",
+            location=f"rank {mesh.rank} on {socket.gethostname()}",
+            transient=True,
+        ) from error
+    return [*connections, *(server for server in servers if server is not None)]
+
+
+def gloo_interface(ranks: "Launch | Mesh") -> str:
+    """Return the interface or address on which gloo will listen.
+
+    Raises:
+        ConfigError: the launch has several hosts, which cannot reach that address.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if name:
+        present = [interface for _, interface in socket.if_nameindex()]
+        if name.split(",")[0] not in present:
+            raise _gloo_error(ranks, f"GLOO_SOCKET_IFNAME={name}; this host has {', '.join(present)}")
+        return name
+    host = socket.gethostname()
+    try:
+        address = socket.gethostbyname(host)
+    except OSError:
+        address = LOOPBACK  # as gloo does
+    if address.startswith("127.") and not _is_on_one_host(ranks):
+        raise _gloo_error(ranks, f"gloo listens on the address of the host name, and {host} resolves to {address}")
+    return address
+
+
+def host_group_error(ranks: "Launch | Mesh", error: Exception) -> Exception:
+    """Return the error for a host-side (gloo) group that could not be connected; on one host, `error` itself."""
+    if _is_on_one_host(ranks):
+        return error
+    try:
+        seen = f"gloo uses {gloo_interface(ranks)}"
+    except ConfigError as found:
+        seen = found.message
+    return _gloo_error(ranks, f"the host-side (gloo) group of all ranks did not start: {error}. Here {seen}")
+
+
+def _gloo_error(ranks: "Launch | Mesh", seen: str) -> ConfigError:
+    return ConfigError(
+        f"{seen}; hosts of a launch must reach each other's gloo address",
+        remedy="Set GLOO_SOCKET_IFNAME on every host to the interface that connects them, as shown by ip addr; "
+        "deepspeed passes it on only from a file .deepspeed_env in this folder, with a line GLOO_SOCKET_IFNAME=NAME",
+        location=f"rank {ranks.rank} on {socket.gethostname()}",
+        transient=True,  # if another rank has failed, the group cannot start, either
+    )
+
+
 def port_error(seen: str) -> ConfigError:
     """Return the error for a rendezvous port that another process uses."""
     return ConfigError(
