@@ -14,7 +14,7 @@ from pathlib import Path
 from megatron_bipe.config import ALLOWABLE, Sources, engine_config, load_run_config, read_ds_config, validate_run
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
-from megatron_bipe.runtime.distributed_init import connect_store, join_launch
+from megatron_bipe.runtime.distributed_init import connect_store, find_gloo_interface, join_launch
 from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
@@ -56,6 +56,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
     watch_launcher()
     mesh = join_launch(launch).with_layout(run.parallel)
+    find_gloo_interface(mesh)  # raises an error if other hosts cannot reach it
     run, precision = resolve_precision(run, mesh.device, args.allow)
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)

@@ -133,47 +133,46 @@ def launch_store(mesh: "Mesh", timeout_s: float) -> list["dist.Store"]:
     return [*connections, *(server for server in servers if server is not None)]
 
 
-def gloo_interface(ranks: "Launch | Mesh") -> str:
-    """Return the interface or address on which gloo will listen.
+def find_gloo_interface(ranks: "Launch | Mesh") -> str:
+    """Return the interface or address on which gloo listens on this host.
 
     Raises:
-        ConfigError: the launch has several hosts, which cannot reach that address.
+        ConfigError: other hosts of the launch cannot reach it. gloo itself would wait for them without a message.
     """
     name = os.environ.get("GLOO_SOCKET_IFNAME", "")
     if name:
         present = [interface for _, interface in socket.if_nameindex()]
         if name.split(",")[0] not in present:
-            raise _gloo_error(ranks, f"GLOO_SOCKET_IFNAME={name}; this host has {', '.join(present)}")
+            raise _gloo_error(f"GLOO_SOCKET_IFNAME={name}, but the interfaces of this host are {', '.join(present)}")
         return name
-    host = socket.gethostname()
     try:
-        address = socket.gethostbyname(host)
+        address = socket.gethostbyname(socket.gethostname())
     except OSError:
         address = LOOPBACK  # as gloo does
-    if address.startswith("127.") and not _is_on_one_host(ranks):
-        raise _gloo_error(ranks, f"gloo listens on the address of the host name, and {host} resolves to {address}")
+    if _is_loopback(address) and not (_is_on_one_host(ranks) or _is_loopback(os.environ["MASTER_ADDR"])):
+        raise _gloo_error(f"gloo listens on the address of the host name, which is {address}")
     return address
 
 
 def host_group_error(ranks: "Launch | Mesh", error: Exception) -> Exception:
-    """Return the error for a host-side (gloo) group that could not be connected; on one host, `error` itself."""
+    """Return the error for a host-side (gloo) group that did not start; on one host, `error` itself."""
     if _is_on_one_host(ranks):
         return error
-    try:
-        seen = f"gloo uses {gloo_interface(ranks)}"
-    except ConfigError as found:
-        seen = found.message
-    return _gloo_error(ranks, f"the host-side (gloo) group of all ranks did not start: {error}. Here {seen}")
+    return _gloo_error(f"the host-side (gloo) group of all ranks did not start: {error}", transient=True)
 
 
-def _gloo_error(ranks: "Launch | Mesh", seen: str) -> ConfigError:
+def _gloo_error(seen: str, *, transient: bool = False) -> ConfigError:
     return ConfigError(
-        f"{seen}; hosts of a launch must reach each other's gloo address",
-        remedy="Set GLOO_SOCKET_IFNAME on every host to the interface that connects them, as shown by ip addr; "
-        "deepspeed passes it on only from a file .deepspeed_env in this folder, with a line GLOO_SOCKET_IFNAME=NAME",
-        location=f"rank {ranks.rank} on {socket.gethostname()}",
-        transient=True,  # if another rank has failed, the group cannot start, either
+        f"{seen}; the hosts of a launch must reach each other's gloo address",
+        remedy="Set GLOO_SOCKET_IFNAME on every host to the interface that connects them, which ip addr shows; "
+        "deepspeed passes it to other hosts only from a file .deepspeed_env, with a line GLOO_SOCKET_IFNAME=NAME",
+        location="GLOO_SOCKET_IFNAME",
+        transient=transient,
     )
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or address.startswith("127.")
 
 
 def port_error(seen: str) -> ConfigError:

@@ -30,6 +30,7 @@ _VARIABLES = re.compile(
     r"(NCCL|GLOO|TORCH_NCCL|TORCH_GLOO|UCX|FI|CUBLAS|CUDNN)_|PYTORCH_\w*ALLOC_CONF$|TORCH_CUDNN_|NVIDIA_TF32_OVERRIDE$"
     r"|CUDA_DEVICE_MAX_CONNECTIONS$|CUDA_LAUNCH_BLOCKING$|OMP_NUM_THREADS$|BIPE_DEVICE$|DS_ACCELERATOR$"
 )
+_INTERFACES = ("_SOCKET_IFNAME", "_IB_HCA")  # hosts may have other names for them
 _DRIVER = Path("/proc/driver/nvidia/version")
 _CGROUP = Path("/sys/fs/cgroup")
 _SHARED_MEMORY = Path("/dev/shm")
@@ -79,8 +80,9 @@ def source_hash(folder: Path) -> str:
 
 
 def relevant_environment(env: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that must be equal on all ranks."""
-    return {name: env[name] for name in sorted(env) if _VARIABLES.match(name)}
+    """Return the variables that must be equal on all ranks; of those that name interfaces, only that they are set."""
+    found = {name: env[name] for name in sorted(env) if _VARIABLES.match(name)}
+    return {name: "is set" if name.endswith(_INTERFACES) else value for name, value in found.items()}
 
 
 def data_fingerprints(run: RunConfig) -> dict[str, str]:

@@ -14,7 +14,7 @@ from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import FAILED, ConfigError
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime import host_facts
-from megatron_bipe.runtime.distributed_init import gloo_interface, launch_store
+from megatron_bipe.runtime.distributed_init import find_gloo_interface, launch_store
 from megatron_bipe.runtime.preflight_checks import CHECKS, Report
 from megatron_bipe.runtime.preflight_facts import Bounded, ranks_text, run_check
 from megatron_bipe.runtime.preflight_network import Network, clock_difference
@@ -85,7 +85,7 @@ def _local_measures(mesh: Mesh, plan: Plan) -> Measures:
         "configuration": lambda: _flat_configuration(*plan.load()),
         "environment": lambda: host_facts.relevant_environment(os.environ),
         "open files": lambda: host_facts.open_files(mesh),
-        "gloo interface": lambda: gloo_interface(mesh),
+        "gloo interface": lambda: find_gloo_interface(mesh),
     }
     if mesh.local_rank == 0:
         measures |= {

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import textwrap
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -12,11 +13,13 @@ from megatron_bipe.runtime.preflight_facts import (
     Result,
     bounded,
     bounded_entries,
+    listed,
     same,
     same_entries,
 )
 from megatron_bipe.text_table import text_table
 
+_WIDTH = 96  # of the text that shows what was seen
 _SAME = "equal on all ranks"
 
 
@@ -85,8 +88,8 @@ CHECKS = (
     Check(
         "gloo interface",
         "reachable from other hosts",
-        same(),
-        "Set GLOO_SOCKET_IFNAME, for deepspeed in .deepspeed_env",
+        listed(),
+        "Set GLOO_SOCKET_IFNAME on all hosts, for deepspeed in .deepspeed_env",
     ),
     Check(
         "process group",
@@ -110,6 +113,12 @@ CHECKS = (
 )
 
 
+def _rows(result: Result) -> list[tuple[str, str, str]]:
+    """Return the rows of a result: what was seen is broken into lines."""
+    lines = textwrap.wrap(result.seen, _WIDTH, break_long_words=False, break_on_hyphens=False)
+    return [(result.name, result.verdict, lines[0]), *(("", "", line) for line in lines[1:])]
+
+
 class Report(NamedTuple):
     """Results of a preflight, on the main rank."""
 
@@ -123,7 +132,7 @@ class Report(NamedTuple):
         return errors.FAILED if any(result.verdict == FAILED for result in self.results) else 0
 
     def __str__(self) -> str:
-        rows = [(result.name, result.verdict, result.seen) for result in self.results]
+        rows = [row for result in self.results for row in _rows(result)]
         failed = [result for result in self.results if result.verdict == FAILED]
         remedies = [f"{result.name}: the rule is: {result.rule}. {result.remedy}." for result in failed]
         num_hosts = len(set(self.hosts.values()))

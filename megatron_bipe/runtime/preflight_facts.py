@@ -92,6 +92,11 @@ def same(show: Callable[[Any], str] = str) -> Judge:
     return judge
 
 
+def listed(show: Callable[[Any], str] = str) -> Judge:
+    """Return a judge that accepts any value."""
+    return lambda values, hosts: Finding(group_text({rank: show(value) for rank, value in values.items()}, hosts), ())
+
+
 def same_entries(show: Callable[[Mapping[str, str]], str]) -> Judge:
     """Return a judge of mappings that must be equal; only entries that differ are shown."""
 
