@@ -17,6 +17,7 @@ from megatron_bipe.runtime.preflight_facts import (
     same,
     same_entries,
 )
+from megatron_bipe.runtime.preflight_steps import UNKNOWN_HOST
 from megatron_bipe.text_table import text_table
 
 _WIDTH = 96  # of the text that shows what was seen
@@ -135,7 +136,7 @@ class Report(NamedTuple):
         rows = [row for result in self.results for row in _rows(result)]
         failed = [result for result in self.results if result.verdict == FAILED]
         remedies = [f"{result.name}: the rule is: {result.rule}. {result.remedy}." for result in failed]
-        num_hosts = len(set(self.hosts.values()))
+        num_hosts = len(set(self.hosts.values()) - {UNKNOWN_HOST})
         head = f"preflight: {self.num_ranks} ranks on {num_hosts} hosts, {self.duration_s:.0f} s, {len(failed)} failed"
         table = text_table([("check", "verdict", "seen"), *rows], head=1, left=(0, 1, 2))
         return "\n".join([head, "", table, *(["", *remedies] if failed else [])]) + "\n"

@@ -75,7 +75,7 @@ def run_check(check: Check, facts: Mapping[int, Fact], hosts: Hosts) -> Result:
     problems = {rank: fact.problem for rank, fact in facts.items() if fact.problem}
     skipped = {rank: fact.skipped for rank, fact in facts.items() if fact.skipped}
     found = check.judge(values, hosts) if values else Finding("", ())
-    parts = [group_text(problems, hosts), found.text, group_text(skipped, hosts)]
+    parts = [group_text(problems, hosts, facts), found.text, group_text(skipped, hosts, facts)]
     verdict = FAILED if problems or found.broken else OK if values and check.rule else SEEN if values else NOT_CHECKED
     seen = "; ".join(part for part in parts if part) or "no rank measured it"
     by_rank = {rank: fact.value or fact.problem or fact.skipped for rank, fact in facts.items()}
@@ -121,7 +121,7 @@ def bounded(show: Callable[[float], str]) -> Judge:
         broken = {rank: number for rank, number in numbers.items() if not number.is_kept}
         kept = [number.seen for rank, number in numbers.items() if rank not in broken]
         limits = Counter(_limit_text(number, show) for number in (broken or numbers).values())
-        outside = group_text({rank: show(number.seen) for rank, number in broken.items()}, hosts, all_hosts=False)
+        outside = group_text({rank: show(number.seen) for rank, number in broken.items()}, hosts, numbers)
         ends = list(dict.fromkeys(show(end) for end in (min(kept), max(kept)))) if kept else []
         inside = " to ".join(ends) + (" on the others" if broken else "")
         limit = limits.most_common(1)[0][0]
@@ -145,22 +145,22 @@ def bounded_entries(show: Callable[[float], str]) -> Judge:
     return judge
 
 
-def group_text(texts: Mapping[int, str], hosts: Hosts, *, all_hosts: bool = True) -> str:
+def group_text(texts: Mapping[int, str], hosts: Hosts, among: Collection[int] = ()) -> str:
     """Return texts with the ranks that have them: "2.13.0 on 7 hosts, 2.12.0 on node3 (ranks 24-31)".
 
     Args:
         texts: text by rank.
         hosts: host of every rank.
-        all_hosts: omit the ranks of a text that every rank in `hosts` has, or every rank that has any.
+        among: ranks that were asked; (): those that have a text. A text that all of them have is returned alone.
     """
     members: dict[str, list[int]] = defaultdict(list)
     for rank, text in sorted(texts.items()):
         members[text].append(rank)
     by_size = sorted(members.items(), key=lambda item: (-len(item[1]), item[1][0]))
-    if all_hosts and len(by_size) == 1:
+    if len(by_size) == 1 and len(texts) == len(among or texts):
         return by_size[0][0]
     reporting: dict[str, set[int]] = defaultdict(set)
-    for rank in texts if all_hosts else hosts:
+    for rank in among or texts:
         reporting[hosts[rank]].add(rank)
     return ", ".join(f"{text} on {_members_text(ranks, hosts, reporting)}" for text, ranks in by_size)
 

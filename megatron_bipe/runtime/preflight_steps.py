@@ -23,6 +23,8 @@ from megatron_bipe.runtime.preflight_facts import Fact
 _SLACK_S = 5.0  # that the main rank waits beyond the limit, for the reports of ranks that reached theirs
 _LEAVE_S = 5.0  # that the main rank, which hosts the store, waits for the others to read its last word
 
+UNKNOWN_HOST = "unknown host"  # of a rank that has not started
+
 Measures = Mapping[str, Callable[[], Any]]  # by name of the fact; the values are JSON values
 
 
@@ -120,7 +122,7 @@ class Steps:
             names |= set(facts)
         for rank in newly_lost:
             self.lost.add(rank)
-            self.hosts.setdefault(rank, "unknown host")
+            self.hosts.setdefault(rank, UNKNOWN_HOST)
             late = Fact(problem=f"no answer within {self._limit_s:g} s")
             self.facts[rank].update(dict.fromkeys(names, late))
         return {name for name in names if any(self._has_problem(rank, name) for rank in self.facts)}
