@@ -125,7 +125,7 @@ def launch_store(mesh: "Mesh", timeout_s: float) -> list["dist.Store"]:
         if "EADDRINUSE" in str(error):
             raise port_error(str(error)) from error
         raise ConfigError(
-            f"the store of the launch cannot be reached within {timeout_s:g} s: {error}",
+            f"the store of the launch cannot be reached within {timeout_s:g} s: {str(error).splitlines()[0]}",
             remedy=f"Start rank 0, whose host must be {address}, and let other hosts connect to its port {port}",
             location=f"rank {mesh.rank} on {socket.gethostname()}",
             transient=True,

@@ -77,7 +77,6 @@ class Network:
     def start_group(self) -> Bounded:
         """Start the process group of all ranks, and return the seconds until its first all-reduce was complete."""
         mesh, began_s = self._mesh, time.perf_counter()
-        self._select_device()
         bound = mesh.device if mesh.device.type == "cuda" and mesh.num_ranks > 1 else None  # as DeepSpeed does
         timeout = timedelta(seconds=self._limit_s + _EXTRA_S)
         self._doing(f"connecting {self.backend}")
@@ -113,7 +112,6 @@ class Network:
         On GPUs, a host must reach a share of the median, and of `link_gb_s`, the rate of the GPUs' links, if it is
         known.
         """
-        self._select_device()
         self._doing("creating the groups of the hosts")
         groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in self._host_ranks]
         own = next(index for index, ranks in enumerate(self._host_ranks) if self._mesh.rank in ranks)
@@ -135,7 +133,6 @@ class Network:
         """Return the bus bandwidth among all ranks, GB/s, by size."""
         if len(self._host_ranks) == 1:
             raise SkippedError("there is one host")
-        self._select_device()
         return {label: Bounded(rate) for label, rate in self._rates(None, self._mesh.num_ranks).items()}
 
     def _rates(self, group: dist.ProcessGroup | None, num_ranks: int) -> dict[str, float]:
@@ -161,8 +158,3 @@ class Network:
     def _wait_for_device(self) -> None:
         if self._mesh.device.type == "cuda":
             torch.cuda.synchronize(self._mesh.device)
-
-    def _select_device(self) -> None:
-        """Select this rank's GPU for the present thread: a new thread begins with the first one."""
-        if self._mesh.device.type == "cuda":
-            torch.cuda.set_device(self._mesh.device)

@@ -13,6 +13,7 @@ from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from megatron_bipe.errors import BipeError
@@ -95,6 +96,8 @@ class Steps:
         found: dict[str, Fact] = {}
 
         def work() -> None:
+            if self._mesh.device.type == "cuda":  # a new thread begins with the first GPU, and would use its memory
+                torch.cuda.set_device(self._mesh.device)
             for name, measure in measures.items():
                 found[name] = _measured(measure)
 
