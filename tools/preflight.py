@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from megatron_bipe.parallel import Mesh
     from megatron_bipe.runtime.preflight_facts import Bounded
 
-_IGNORED = ("--stop-step", "--stop-at", "--profile")  # options of pretrain.py that change nothing here
+_IGNORED = ("--dry-run", "--stop-step", "--stop-at", "--profile")  # options of pretrain.py that change nothing here
 
 
 def main(args: argparse.Namespace, launch: Launch) -> None:
@@ -103,7 +103,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--allow", nargs="+", default=[], help=argparse.SUPPRESS)
     for option in (*_IGNORED, "--local_rank"):
-        parser.add_argument(option, help=argparse.SUPPRESS)
+        parser.add_argument(option, nargs="?", help=argparse.SUPPRESS)
     return parser.parse_args(argv)
 
 
