@@ -22,7 +22,7 @@ from megatron_bipe.config import (
 )
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
-from megatron_bipe.runtime.distributed_init import connect_store, join_launch
+from megatron_bipe.runtime.distributed_init import connect_store, find_gloo_interface, join_launch
 from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
@@ -68,6 +68,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
 
     watch_launcher()
     mesh = join_launch(launch, run).with_layout(run.parallel)
+    find_gloo_interface(mesh)  # raises an error if other hosts cannot reach it
     planned_gpu = named_gpu(args.gpu, "--gpu") if args.gpu else None
     run, precision = resolve_precision(run, mesh.device, args.allow, planned_gpu)
     check_settings(ds_values, args.ds_config)

@@ -6,6 +6,8 @@
 # GPUS is the number of GPUs to use, from the first on; unset: all. On a shared machine, name
 # them: CUDA_VISIBLE_DEVICES=4,5 examples/launch/one_machine.sh
 #
+# To check GPUs, data and disk first: deepspeed tools/preflight.py with the same options (docs/reliability.md).
+#
 # A rank that fails ends the others. The same command resumes the run from its last checkpoint; to automate this:
 #
 #   python tools/supervise.py RUN_DIR -- examples/launch/one_machine.sh --set run_dir=RUN_DIR

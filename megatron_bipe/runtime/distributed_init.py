@@ -128,6 +128,78 @@ def host_store(mesh: "Mesh") -> "dist.Store | None":
     )
 
 
+def launch_store(mesh: "Mesh", timeout_s: float) -> list["dist.Store"]:
+    """Start the store of a launch, or connect to it, without waiting for other ranks to do so.
+
+    Returns:
+        Connections that may be used at the same time, and rank 0's server, which lives as long as the list.
+
+    Raises:
+        ConfigError: another process uses the port, or the store cannot be reached (transient).
+    """
+    import torch.distributed as dist
+
+    env = os.environ
+    servers = [host_store(mesh)]
+    address, port = env["MASTER_ADDR"], int(env["MASTER_PORT"])
+    try:
+        if mesh.is_main and servers == [None] and env.get(_AGENT_HOSTS_STORE) != str(True):
+            servers = [dist.TCPStore(address, port, is_master=True, wait_for_workers=False, multi_tenant=True)]
+        connections = [connect_store(timeout_s, "preflight") for _ in range(2)]
+    except dist.DistError as error:
+        if "EADDRINUSE" in str(error):
+            raise port_error(str(error)) from error
+        raise ConfigError(
+            f"the store of the launch cannot be reached within {timeout_s:g} s: {str(error).splitlines()[0]}",
+            remedy=f"Start rank 0, whose host must be {address}, and let other hosts connect to its port {port}",
+            location=f"rank {mesh.rank} on {socket.gethostname()}",
+            transient=True,
+        ) from error
+    return [*connections, *(server for server in servers if server is not None)]
+
+
+def find_gloo_interface(ranks: "Launch | Mesh") -> str:
+    """Return the interface or address on which gloo listens on this host.
+
+    Raises:
+        ConfigError: other hosts of the launch cannot reach it. gloo itself would wait for them without a message.
+    """
+    name = os.environ.get("GLOO_SOCKET_IFNAME", "")
+    if name:
+        present = [interface for _, interface in socket.if_nameindex()]
+        if name.split(",")[0] not in present:
+            raise _gloo_error(f"GLOO_SOCKET_IFNAME={name}, but the interfaces of this host are {', '.join(present)}")
+        return name
+    try:
+        address = socket.gethostbyname(socket.gethostname())
+    except OSError:
+        address = LOOPBACK  # as gloo does
+    if _is_loopback(address) and not (_is_on_one_host(ranks) or _is_loopback(os.environ["MASTER_ADDR"])):
+        raise _gloo_error(f"gloo listens on the address of the host name, which is {address}")
+    return address
+
+
+def host_group_error(ranks: "Launch | Mesh", error: Exception) -> Exception:
+    """Return the error for a host-side (gloo) group that did not start; on one host, `error` itself."""
+    if _is_on_one_host(ranks):
+        return error
+    return _gloo_error(f"the host-side (gloo) group of all ranks did not start: {error}", transient=True)
+
+
+def _gloo_error(seen: str, *, transient: bool = False) -> ConfigError:
+    return ConfigError(
+        f"{seen}; the hosts of a launch must reach each other's gloo address",
+        remedy="Set GLOO_SOCKET_IFNAME on every host to the interface that connects them, which ip addr shows; "
+        "deepspeed passes it to other hosts only from a file .deepspeed_env, with a line GLOO_SOCKET_IFNAME=NAME",
+        location="GLOO_SOCKET_IFNAME",
+        transient=transient,
+    )
+
+
+def _is_loopback(address: str) -> bool:
+    return address == "localhost" or address.startswith("127.")
+
+
 def port_error(seen: str) -> ConfigError:
     """Return the error for a rendezvous port that another process uses."""
     return ConfigError(

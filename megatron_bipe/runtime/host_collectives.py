@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megatron_bipe.parallel import Mesh, all_gather_json, broadcast_json
+from megatron_bipe.runtime.distributed_init import host_group_error
 from megatron_bipe.runtime.exit_handling import rank_name
 
 ROUND_S = 5.0  # duration of a round
@@ -35,10 +36,16 @@ class HostCollectives:
 
     Args:
         mesh: this rank; the process group must be initialized.
+
+    Raises:
+        ConfigError: ranks of several hosts could not connect.
     """
 
     def __init__(self, mesh: Mesh) -> None:
-        self._group = dist.new_group(backend="gloo") if mesh.num_ranks > 1 else None
+        try:
+            self._group = dist.new_group(backend="gloo") if mesh.num_ranks > 1 else None
+        except RuntimeError as error:
+            raise host_group_error(mesh, error) from error
         self.names: list[str] = self.all_gather_object(rank_name(mesh))  # with their hosts
 
     def any_rank(self, here: bool) -> bool:

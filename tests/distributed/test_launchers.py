@@ -16,6 +16,7 @@ import pretrain
 from megatron_bipe.config.load import load_run_config
 from tests.helpers.commands import options, run
 from tests.helpers.paths import BIN, ROOT
+from tests.helpers.tools import script as script_of
 
 SCRIPTS = ROOT / "examples" / "launch"
 NAMES = ("one_machine.sh", "hostfile.sh", "slurm.sbatch", "mpi.sh", "torchrun.sh")
@@ -116,7 +117,8 @@ def test_launch_slurm_script_trains_on_300_billion_tokens():
 
 @pytest.mark.parametrize(("code", "queued"), [(75, True), (2, False)])
 def test_launch_slurm_script_queues_the_job_again_that_was_asked_to_stop(code, queued, tmp_path):
-    for name, script in {"srun": f"exit {code}", "scontrol": f'echo "$@" >> {tmp_path}/called'}.items():
+    srun = f"[[ $* == *preflight.py* ]] || exit {code}"
+    for name, script in {"srun": srun, "scontrol": f'echo "$@" >> {tmp_path}/called'}.items():
         (tmp_path / name).write_text(f"#!/usr/bin/env bash\n{script}\n")
         (tmp_path / name).chmod(0o755)
     env = {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PYTHON": "python"}
@@ -125,6 +127,28 @@ def test_launch_slurm_script_queues_the_job_again_that_was_asked_to_stop(code, q
     assert ended.code == code, ended.output
     called = tmp_path / "called"
     assert (called.read_text() if called.exists() else "") == ("requeue 17\n" if queued else "")
+
+
+@pytest.mark.parametrize(("name", "launcher"), [("slurm.sbatch", "srun"), ("hostfile.sh", "deepspeed")])
+@pytest.mark.parametrize(
+    ("asked", "code", "started"),
+    [("1", 1, ["preflight"]), ("1", 0, ["preflight", "pretrain"]), ("0", 1, ["pretrain"])],
+)
+def test_launch_script_trains_only_after_a_preflight_that_passes(name, launcher, asked, code, started, tmp_path):
+    script = f'echo "$@" >> {tmp_path}/calls\n[[ $* == *preflight.py* ]] && exit {code}\nexit 2\n'
+    (tmp_path / launcher).write_text(f"#!/usr/bin/env bash\n{script}")
+    (tmp_path / launcher).chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PREFLIGHT": asked}
+    env |= {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT), "RUN_DIR": str(tmp_path / "run"), "PYTHON": "python"}
+    ended = run(str(SCRIPTS / name), "--set", "train.steps=3", "--stop-step", "2", env=env)
+    assert ended.code == (1 if started == ["preflight"] else 2), ended.output
+    calls = [
+        re.search(r"(preflight|pretrain)\.py (.*)", line) for line in (tmp_path / "calls").read_text().splitlines()
+    ]
+    assert [call[1] for call in calls] == started
+    assert len({call[2] for call in calls}) == 1  # both have the same options
+    with script_of("preflight") as tool:
+        assert tool.parse_args(calls[0][2].split()).set[-1] == "train.steps=3"
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Effects of joining a launch on the process."""
 
 import os
+import socket
 import sys
 from unittest import mock
 
@@ -10,7 +11,14 @@ import torch.distributed as dist
 
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.distributed_init import connect_store, host_store, join_launch
+from megatron_bipe.runtime.distributed_init import (
+    connect_store,
+    find_gloo_interface,
+    host_group_error,
+    host_store,
+    join_launch,
+    launch_store,
+)
 from tests.helpers.errors import raises
 
 LAUNCH = {
@@ -186,3 +194,46 @@ def test_join_launch_leaves_a_chosen_thread_count_alone(environment):
     environment.update(LAUNCH, OMP_NUM_THREADS="1")
     join_launch()
     assert torch.get_num_threads() == 1
+
+
+def test_gloo_on_a_loopback_address_is_refused_on_several_hosts_only(environment, monkeypatch):
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # as Debian's /etc/hosts has it
+    environment.update(LAUNCH)
+    mesh = join_launch()
+    with raises(ConfigError, "127.0.1.1", location="GLOO_SOCKET_IFNAME", remedy=".deepspeed_env"):
+        find_gloo_interface(mesh)
+    assert find_gloo_interface(mesh._replace(num_local_ranks=8)) == "127.0.1.1"
+    environment["MASTER_ADDR"] = "127.0.0.1"  # all ranks reach it, so they are on one machine
+    assert find_gloo_interface(mesh) == "127.0.1.1"
+
+
+def test_gloo_interface_is_the_one_that_is_chosen_and_exists(environment, monkeypatch):
+    environment.update(LAUNCH, GLOO_SOCKET_IFNAME="lo")
+    mesh = join_launch()
+    assert find_gloo_interface(mesh) == "lo"
+    environment["GLOO_SOCKET_IFNAME"] = "eth77"
+    with raises(ConfigError, "GLOO_SOCKET_IFNAME=eth77", "lo", location="GLOO_SOCKET_IFNAME"):
+        find_gloo_interface(mesh)
+    del environment["GLOO_SOCKET_IFNAME"]
+    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
+    assert find_gloo_interface(mesh) == "10.0.0.7"
+
+
+def test_host_side_group_that_fails_across_hosts_names_the_interface(environment):
+    environment.update(LAUNCH)
+    mesh, seen = join_launch(), RuntimeError("connection refused")
+    error = host_group_error(mesh, seen)
+    assert isinstance(error, ConfigError) and error.transient
+    assert "connection refused" in str(error) and "GLOO_SOCKET_IFNAME" in error.remedy
+    assert host_group_error(mesh._replace(num_local_ranks=8), seen) is seen
+
+
+def test_launch_store_does_not_wait_for_ranks_and_a_store_that_is_missing_is_transient(environment, free_port):
+    environment.update(LAUNCH, RANK="0", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()))
+    stores = launch_store(join_launch(), 5)
+    stores[0].set("key", "value")
+    assert stores[1].get("key") == b"value"
+    environment.update(RANK="1", MASTER_PORT=str(free_port()))
+    with raises(ConfigError, "127.0.0.1") as caught:
+        launch_store(join_launch(), 0.5)
+    assert caught.value.transient and "rank 1" in caught.value.location

@@ -20,6 +20,7 @@ CASES = {  # script -> arguments, exit code, what it prints
     "goodput": ("--nodes 64 --trials 1", 0, "interval s"),
     "import_hf": ("--input none --output {out}", 2, "none"),
     "inspect_data": ("show {data} --tokens 2", 0, "<bos> h"),
+    "preflight": ("--ds_config none.json --write-mib 1 --json {out}", 1, "none.json"),
     "prepare_task": ("arithmetic --operators 1 --problems 2 --length 64 --output {out}", 0, "2 examples"),
     "preprocess": ("--input {text} --tokenizer {data}/tokenizer --segments newline --output {out}", 0, "30 documents"),
     "quickstart": ("--set none=1 --output {out}", 2, "none"),
