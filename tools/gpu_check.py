@@ -76,13 +76,14 @@ def run_check(argv: Sequence[str] | None) -> None:
 def run_parts(parts: "Sequence[Part]", output: Path, on_gpu: bool) -> "list[Outcome]":
     """Run parts one after the other, within the time that all of them have."""
     from gpu.check import run_part
-    from gpu.parts import TOTAL_S
+    from gpu.parts import CPU_PATIENCE, TOTAL_S
     from megatron_bipe.runtime.child_processes import signals_noted
 
-    until_s, outcomes = time.monotonic() + TOTAL_S, []
+    patience = 1 if on_gpu else CPU_PATIENCE
+    until_s, outcomes = time.monotonic() + TOTAL_S * patience, []
     with signals_noted() as check_signals:
         for part in parts:
-            limit_s = min(part.limit_s, until_s - time.monotonic())
+            limit_s = min(part.limit_s * patience, until_s - time.monotonic())
             outcome = run_part(part, output / part.name, limit_s, on_gpu, check_signals)
             outcomes.append(outcome)
             print(f"{part.name}: {outcome.failure or 'done'}, {outcome.seconds:.0f} s", flush=True)

@@ -61,13 +61,14 @@ def make_dataset(
 ) -> TokenDataset:
     """Write a dataset of at least `num_tokens` random tokens, with the segment lengths of the authors' data."""
     generator = np.random.default_rng(0)
-    dtype = choose_dtype(VOCAB_SIZE)
+    vocab_size = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
+    first_id, dtype = min(FIRST_ORDINARY_ID, vocab_size // 2), choose_dtype(vocab_size)
     end_ids = np.array(rule.token_ids or NEWLINE_RULE.token_ids, dtype=dtype)
     records = []
     for number in range(num_shards):
         with ShardWriter(folder, f"bench-{number:05d}", dtype) as writer:
             while writer.num_tokens < num_tokens // num_shards:
-                tokens_T = generator.integers(FIRST_ORDINARY_ID, VOCAB_SIZE, DOCUMENT_TOKENS).astype(dtype)
+                tokens_T = generator.integers(first_id, vocab_size, DOCUMENT_TOKENS).astype(dtype)
                 ends_T = generator.random(DOCUMENT_TOKENS) < 1 / SEGMENT_TOKENS
                 tokens_T[ends_T] = generator.choice(end_ids, int(ends_T.sum()))
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, rule), DOCUMENT_TOKENS, ""))

@@ -18,6 +18,10 @@ from megatron_bipe.runtime.child_processes import ChildProcess
 ROOT = Path(__file__).resolve().parents[2]
 FIGURES, LOG = "figures.jsonl", "log.txt"
 PREDICTED = " (predicted)"  # suffix of the figure with the prediction for another figure
+TOY = (  # of a recipe: its sizes on a CPU
+    *("model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.ffn_size=96", "model.intra_size=64"),
+    *("model.vocab_size=512", "train.seq_len_tokens=32", "train.micro_batch=2", "train.precision=fp32"),
+)
 _POLL_S = 0.05
 
 Figure = float | str

@@ -11,17 +11,16 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from bench._bench import VOCAB_SIZE, make_dataset
-from gpu.check import ROOT, Check, last_line
+from gpu.check import ROOT, TOY, Check, last_line
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
+from megatron_bipe.runtime.environment import DEVICE
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.metrics_file import METRICS
 
-SAVE_EVERY, KILL_AT, STOP_AT = 5, 8, 12
+SAVE_EVERY, KILL_AT, STOP_AT, STEPS = 5, 8, 12, 60
 LOSS, POLL_S = "loss/train_nats", 0.005
-TOY = ("model.num_layers=2", "model.hidden_size=64", "model.num_heads=4", "model.ffn_size=96", "model.intra_size=64")
-TOY_BATCHES = ("train.seq_len_tokens=32", "train.micro_batch=2", "train.global_batch=8", "train.precision=fp32")
 BATCHES = ("train.micro_batch=8", "train.global_batch=32")
 
 
@@ -30,18 +29,18 @@ def dataset(check: Check) -> Path:
     folder = check.folder.parent / "data"
     if not folder.is_dir():
         draft = check.folder / "data"
-        tokenizer = load_tokenizer(_write_tokenizer(check.folder / "tokenizer"))
+        tokenizer = load_tokenizer(_write_tokenizer(check.folder / "tokenizer", check.choose(VOCAB_SIZE, 512)))
         make_dataset(draft, check.choose(50e6, 1e5), tokenizer=tokenizer)
         draft.rename(folder)
     return folder
 
 
-def _write_tokenizer(folder: Path) -> Path:
-    """Write a tokenizer of bytes with the vocabulary of the recipes, most of which no text uses."""
+def _write_tokenizer(folder: Path, vocab_size: int) -> Path:
+    """Write a tokenizer of bytes with a vocabulary of this size, most of which no text uses."""
     from tokenizers import Tokenizer, decoders, models, normalizers
 
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581"]
-    pieces += [f"<unused{number}>" for number in range(VOCAB_SIZE - len(pieces))]
+    pieces += [f"<unused{number}>" for number in range(vocab_size - len(pieces))]
     ids = {piece: number for number, piece in enumerate(pieces)}
     backend = Tokenizer(models.BPE(vocab=ids, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True))
     backend.normalizer = normalizers.Replace(" ", "\u2581")
@@ -55,7 +54,7 @@ def _write_tokenizer(folder: Path) -> Path:
 
 def pretrain(check: Check, run_dir: Path, *settings: str, zero: str = "1") -> list[str]:
     """Return the command that trains 151M parameters in `run_dir`; on a CPU, a toy."""
-    sizes = BATCHES if check.on_gpu else (*TOY, *TOY_BATCHES)
+    sizes = BATCHES if check.on_gpu else (*TOY, "train.global_batch=8")
     given = [f"run_dir={run_dir}", f"data.path={dataset(check)}", "data.valid_path=null", "train.log_every=1"]
     given += ["optimizer.warmup_steps=0", "checkpoint.min_free_gib=0", *sizes, *settings]
     options = [part for setting in given for part in ("--set", setting)]
@@ -80,8 +79,7 @@ def dry_runs(check: Check) -> None:
 
 def checkpoint(check: Check) -> None:
     """Compare a run that was killed, resumed, stopped and resumed again with one that was not."""
-    steps = check.choose(60, 150)  # a toy's steps are short, and it must not end before it is killed
-    more = (f"train.steps={steps}", f"train.save_every={SAVE_EVERY}", "checkpoint.keep_last=2", "train.compile=off")
+    more = (f"train.steps={STEPS}", f"train.save_every={SAVE_EVERY}", "checkpoint.keep_last=2", "train.compile=off")
     whole, broken = check.folder / "undisturbed", check.folder / "disturbed"
     check.report("undisturbed: exit code", run_logged(pretrain(check, whole, *more), check.folder / "undisturbed.txt"))
     times = [line["time/step_s"] for line in read_metrics(whole)]
@@ -120,23 +118,18 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
 
 
 def memory(check: Check) -> None:
-    """Report the ends of runs with offload, and of one that needs more memory than there is."""
-    for zero in ("2_offload", "3_offload"):
-        command = pretrain(check, check.folder / zero, "train.steps=3", "train.save_every=0", *TOY, zero=zero)
-        check.report(f"ZeRO {zero}: exit code", run_logged(command, check.folder / f"{zero}.txt"))
-    if not check.on_gpu:
-        return
+    """Report how a run ends that needs more memory than there is; on a CPU, one whose settings are refused."""
     import torch
 
-    before = torch.cuda.mem_get_info()[0]
-    too_large = ("train.steps=1", "train.micro_batch=1024", "train.global_batch=1024")
-    log = check.folder / "out-of-memory.txt"
-    check.report("out of memory: exit code", run_logged(pretrain(check, check.folder / "oom", *too_large), log))
+    free = (lambda: torch.cuda.mem_get_info()[0]) if check.on_gpu else (lambda: 0)
+    before, log = free(), check.folder / "out-of-memory.txt"
+    settings = ("train.steps=1", f"train.micro_batch={check.choose(1024, 3)}", "train.global_batch=1024")
+    check.report("out of memory: exit code", run_logged(pretrain(check, check.folder / "run", *settings), log))
     text = log.read_text(errors="replace")
     for setting in ("train.micro_batch", "parallel.recompute"):
         check.report(f"out of memory: message names {setting}", float(setting in text))
     check.report("out of memory: last line", last_line(log))
-    check.report("out of memory: GiB still used after it", (before - torch.cuda.mem_get_info()[0]) / 2**30)
+    check.report("out of memory: GiB still used after it", (before - free()) / 2**30)
 
 
 def evaluation(check: Check) -> None:
@@ -145,9 +138,10 @@ def evaluation(check: Check) -> None:
     trained = pretrain(check, run_dir, "train.steps=2", "train.compile=off")
     lengths, tokens = ("1024,8192,16384", "100000") if check.on_gpu else ("32,64", "2000")
     perplexity = ["--data", str(dataset(check)), "--lengths", lengths, "--max-tokens", tokens]
+    perplexity += ["--output", str(check.folder / "perplexity")]
     commands = {
         "training": trained,
-        "perplexity": [*_tool("evaluate", "perplexity", "--model", run_dir, "--output", model / ".." / "ppl"), *perplexity],
+        "perplexity": _tool("evaluate", "perplexity", "--model", run_dir, *perplexity),
         "export": _tool("export_hf", "--checkpoint", run_dir, "--output", model),
         "generation": _tool("generate", "--model", model, "--prompt", "a text", "--max-new-tokens", "4"),
     }
@@ -172,7 +166,7 @@ def _time_generation(check: Check, folder: Path) -> None:
     device, new_tokens = torch.device(device_type()), check.choose(64, 8)
     dtype = DTYPES[choose_precision("auto", device, "--dtype").precision]
     model = load_causal_lm(folder, dtype).to(device)
-    ids = torch.randint(1000, VOCAB_SIZE, (1, 512 if check.on_gpu else 16), device=device)
+    ids = torch.randint(300, 500, (1, check.choose(512, 16)), device=device)
     for _ in range(2):  # the first one is a warm-up
         began_s = time.perf_counter()
         made = model.generate(ids, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
@@ -187,7 +181,7 @@ def tests(check: Check) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
     log = check.folder / "pytest.txt"
     with log.open("wb") as file:
-        env = {"BIPE_DEVICE": device, "GPU_TESTS_DEVICE": device}
+        env = {DEVICE: device, "GPU_TESTS_ON_CPU": "" if check.on_gpu else "1"}
         run_command(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env)
     text = log.read_text(errors="replace")
     for outcome in ("passed", "failed", "error", "skipped"):

@@ -26,8 +26,9 @@ from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.runtime.environment import DEVICE
 from megatron_bipe.types import Batch
 
-UPDATES, MICRO_BATCH, ACCUMULATION, SMALL_LR, SEQ_LEN = 8, 4, 2, 5e-3, 64
+UPDATES, MICRO_BATCH, ACCUMULATION, SMALL_LR, SEQ_LEN = 8, 4, 2, 1e-3, 64
 MODES = [("0", "none"), ("1", "none"), ("1", "selective"), ("1", "full"), ("2", "none"), ("3", "none")]
+MODES += [("2_offload", "none"), ("3_offload", "none")]
 EXPECTED = "losses.json"
 
 
@@ -61,6 +62,7 @@ def small_run(folder: Path, precision: str, recompute: str) -> RunConfig:
     train = f"train={{steps: {UPDATES}, seq_len_tokens: {SEQ_LEN}, precision: {precision}, compile: 'off', "
     sizes = f"micro_batch: {MICRO_BATCH}, global_batch: {MICRO_BATCH * ACCUMULATION}}}"
     settings = [*SMALL_MODEL, train + sizes, f"parallel.recompute={recompute}", f"run_dir={folder}"]
+    settings.append("checkpoint.asynchronous=false")
     return load_run_config(None, settings)
 
 

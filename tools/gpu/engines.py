@@ -3,16 +3,15 @@
 import functools
 import gc
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench._models import make_batch
-from gpu.check import ROOT, Check
+from gpu.check import ROOT, TOY, Check
 from megatron_bipe.config import RunConfig, engine_config, load_run_config, read_ds_config
 from megatron_bipe.estimate.memory import stage_memories
 from megatron_bipe.model import train_flops_per_token
@@ -22,14 +21,6 @@ from megatron_bipe.runtime.hardware import DTYPES, choose_precision, keep_freed_
 from megatron_bipe.types import Batch
 
 LR = 1e-4
-TOY_MODEL = (
-    "model.num_layers=2",
-    "model.hidden_size=64",
-    "model.num_heads=4",
-    "model.ffn_size=96",
-    "model.intra_size=64",
-)
-TOY_TRAIN = ("train.seq_len_tokens=32", "train.micro_batch=2", "train.precision=fp32")
 SMALL_MODEL = (
     "model={num_layers: 4, hidden_size: 128, num_heads: 4, ffn_size: 256, vocab_size: 512, intra_size: 64}",
     "optimizer={lr: 1e-3, warmup_steps: 0, grad_clip: 0.5}",
@@ -54,8 +45,9 @@ def this_rank() -> Mesh:
 
 def recipe(check: Check, name: str, *settings: str) -> RunConfig:
     """Return a shipped recipe with one rank's precision, such as `bipe_rope_151m`; on a CPU, a toy of its encoding."""
-    toy = () if check.on_gpu else (*TOY_MODEL, *TOY_TRAIN)
-    run = load_run_config(ROOT / "examples" / f"{name}.yaml", [*toy, *settings])
+    toy = () if check.on_gpu else TOY
+    nothing_saved = "checkpoint.asynchronous=false"  # no memory for copies of the state is allocated
+    run = load_run_config(ROOT / "examples" / f"{name}.yaml", [*toy, nothing_saved, *settings])
     precision = choose_precision(run.train.precision, this_rank().device, "train.precision").precision
     return run.model_copy(update={"train": run.train.model_copy(update={"precision": precision})})
 
@@ -129,9 +121,3 @@ def predicted(run: RunConfig, ds_config: dict[str, Any]) -> float | None:
 def wait_for_device(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize()
-
-
-def pretrain_options(folder: Path, data: Path, settings: Sequence[str], zero: str = "1") -> list[str]:
-    """Return the options of pretrain.py for a run in `folder`."""
-    given = [f"run_dir={folder}", f"data.path={data}", "data.valid_path=null", *settings]
-    return ["--ds_config", f"ds_configs/zero{zero}.json", *(part for text in given for part in ("--set", text))]

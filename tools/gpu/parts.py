@@ -4,6 +4,7 @@ from gpu.check import Criterion, Part
 
 # The limits leave room for a slow disk; all parts together have `TOTAL_S`, and one that is out of time does not start.
 TOTAL_S = 720.0
+CPU_PATIENCE = 5  # factor of all limits on a CPU, which may be busy with other work
 
 
 def _exit_codes(codes: dict[str, int]) -> tuple[Criterion, ...]:
@@ -56,10 +57,9 @@ PARTS = (
     ),
     Part(
         "memory",
-        90,
+        60,
         "gpu.commands:memory",
         (
-            *_exit_codes({"ZeRO 2_offload": 0, "ZeRO 3_offload": 0}),
             Criterion("out of memory: exit code", "==", 1, gpu_only=True),
             Criterion("out of memory: message names train.micro_batch", "==", 1, gpu_only=True),
             Criterion("out of memory: message names parallel.recompute", "==", 1, gpu_only=True),

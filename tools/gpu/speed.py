@@ -10,11 +10,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from bench._models import PEER, measure
 from bench.train import prepare_ours, prepare_peer
-from gpu.check import PREDICTED, Check
+from gpu.check import PREDICTED, TOY, Check
 from gpu.engines import (
     LR,
-    TOY_MODEL,
-    TOY_TRAIN,
     estimated_gib,
     measure_updates,
     micro_batches,
@@ -111,7 +109,7 @@ def write_kernels(engine: Any, run: RunConfig, file: Path) -> None:
 
 def peers(check: Check) -> None:
     """Report the speed of BiPE-RoPE over that of transformers' Llama under the same engine."""
-    given = ("model.num_layers=12",) if check.on_gpu else (*TOY_MODEL, *TOY_TRAIN)
+    given = ("model.num_layers=12",) if check.on_gpu else TOY
     settings = (None, given, Path("ds_configs/zero1.json"))
     contenders = {OURS: partial(prepare_ours, settings, "bipe_rope"), PEER: partial(prepare_peer, settings)}
     found = measure(contenders, check.choose(20, 2))
