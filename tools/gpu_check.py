@@ -9,7 +9,7 @@ Example: python tools/gpu_check.py --output gpu-check
 
 import argparse
 import importlib
-import importlib.util
+import importlib.metadata
 import shlex
 import shutil
 import sys
@@ -21,12 +21,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from gpu.check import Outcome, Part
 
-# Modules of the packages that the check needs, with the names by which pip knows them.
-REQUIRED = {
-    **{name: name for name in ("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "accelerate")},
-    **{name: name for name in ("numpy", "orjson", "psutil", "zstandard", "pydantic", "tensorboard", "pytest")},
-    "yaml": "pyyaml",
-}
+REQUIRED = (
+    *("torch", "deepspeed", "transformers", "tokenizers", "safetensors", "accelerate", "numpy", "orjson", "psutil"),
+    *("zstandard", "pydantic", "pyyaml", "tensorboard", "matplotlib", "pytest"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -44,7 +42,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def missing_packages() -> list[str]:
-    return [package for module, package in REQUIRED.items() if importlib.util.find_spec(module) is None]
+    return [package for package in REQUIRED if not _is_installed(package)]
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return True
 
 
 def run_check(argv: Sequence[str] | None) -> None:

@@ -4,6 +4,7 @@ A part appends its figures to a file as it measures them, one JSON object a line
 overruns its time limit are not lost, and nothing that libraries print is mistaken for a figure.
 """
 
+import functools
 import json
 import math
 import subprocess
@@ -93,9 +94,13 @@ class Check:
     """
 
     def __init__(self, folder: Path) -> None:
-        from megatron_bipe.runtime.hardware import device_type
+        self.folder = folder
 
-        self.folder, self.on_gpu = folder, device_type() == "cuda"
+    @functools.cached_property
+    def on_gpu(self) -> bool:
+        from megatron_bipe.runtime.hardware import device_type  # imports torch
+
+        return device_type() == "cuda"
 
     def report(self, name: str, value: Figure) -> None:
         """Write down a figure."""

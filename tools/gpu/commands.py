@@ -16,7 +16,6 @@ from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 from megatron_bipe.runtime.environment import DEVICE
-from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.metrics_file import METRICS
 
 SAVE_EVERY, KILL_AT, STOP_AT, STEPS = 5, 8, 12, 60
@@ -96,7 +95,7 @@ def checkpoint(check: Check) -> None:
 
 
 def _train_until(command: Sequence[str], log: Path, run_dir: Path, step: int, number: int) -> int:
-    """Train until a step is done after the last resumption and a checkpoint exists, send a signal; return the exit code."""
+    """Train on until a step is done and there is a checkpoint, then send a signal; return the exit code."""
     lines_before, newest = len(read_metrics(run_dir)), run_dir / "checkpoints" / "latest"
     with log.open("wb") as file, ChildProcess(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT) as child:
         is_running_again = lines_before == 0
@@ -121,15 +120,17 @@ def memory(check: Check) -> None:
     """Report how a run ends that needs more memory than there is; on a CPU, one whose settings are refused."""
     import torch
 
-    free = (lambda: torch.cuda.mem_get_info()[0]) if check.on_gpu else (lambda: 0)
-    before, log = free(), check.folder / "out-of-memory.txt"
+    def free_bytes() -> int:
+        return int(torch.cuda.mem_get_info()[0]) if check.on_gpu else 0
+
+    before, log = free_bytes(), check.folder / "out-of-memory.txt"
     settings = ("train.steps=1", f"train.micro_batch={check.choose(1024, 3)}", "train.global_batch=1024")
     check.report("out of memory: exit code", run_logged(pretrain(check, check.folder / "run", *settings), log))
     text = log.read_text(errors="replace")
     for setting in ("train.micro_batch", "parallel.recompute"):
         check.report(f"out of memory: message names {setting}", float(setting in text))
     check.report("out of memory: last line", last_line(log))
-    check.report("out of memory: GiB still used after it", (before - free()) / 2**30)
+    check.report("out of memory: GiB still used after it", (before - free_bytes()) / 2**30)
 
 
 def evaluation(check: Check) -> None:

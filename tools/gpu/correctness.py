@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import subprocess
 import sys
 import traceback
@@ -104,7 +103,7 @@ class Waits:
         frame = next((f for f in reversed(frames) if not _is_of_tool(f.filename)), frames[-1])
         self.at[f"{shorten(frame.filename)}:{frame.lineno} synchronize"] += 1
 
-    def warned(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
+    def warned(self, message: Any, _category: Any, filename: str, lineno: int, *_: Any) -> None:
         """Count a warning of torch's debug mode."""
         if "synchroniz" in str(message):
             self.at[f"{shorten(filename)}:{lineno}"] += 1
@@ -118,7 +117,7 @@ def shorten(filename: str) -> str:
     """Return a file's path below its package's folder."""
     parts = Path(filename).parts
     begin = max((n for n, part in enumerate(parts) if part in ("site-packages", ROOT.name)), default=-1)
-    return os.path.join(*parts[begin + 1 :])
+    return str(Path(*parts[begin + 1 :]))
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def speed_1_6b(check: Check) -> None:
     """Report speed and memory of the 1.6B recipes: ZeRO 1 with two sizes of the micro-batch, then ZeRO 2 and 3."""
     speeds = {}
     compiles = f"train.compile={_possible(check, 'auto')}"
-    for encoding, sizes in (("bipe_rope", (8, 16)), ("bipe_alibi", (8,))):
+    plan: dict[str, tuple[int, ...]] = {"bipe_rope": (8, 16), "bipe_alibi": (8,)}
+    for encoding, sizes in plan.items():
         run = recipe(check, f"{encoding}_1.6b", compiles)
         sizes = sizes if check.on_gpu else tuple(size // 4 for size in sizes)
         with started(with_batches(run, sizes[0], 2), "1") as (engine, ds_config):
