@@ -178,13 +178,13 @@ def _time_generation(check: Check, folder: Path) -> None:
 
 def tests(check: Check) -> None:
     """Report how many tests of tests/gpu passed on this device."""
-    device = "cuda" if check.on_gpu else "cpu"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/gpu"]
-    log = check.folder / "pytest.txt"
+    report, log = check.folder / "pytest.xml", check.folder / "pytest.txt"
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={report}", "tests/gpu"]
+    env = {DEVICE: "cuda", "GPU_TESTS_ON_CPU": ""} if check.on_gpu else {DEVICE: "cpu", "GPU_TESTS_ON_CPU": "1"}
     with log.open("wb") as file:
-        env = {DEVICE: device, "GPU_TESTS_ON_CPU": "" if check.on_gpu else "1"}
         run_command(command, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT, env=env)
-    text = log.read_text(errors="replace")
-    for outcome in ("passed", "failed", "error", "skipped"):
-        found = re.search(rf"(\d+) {outcome}", text.strip().splitlines()[-1] if text.strip() else "")
-        check.report(outcome, float(found[1]) if found else 0.0)
+    found = re.findall(r'\b(tests|failures|errors|skipped)="(\d+)"', report.read_text(encoding="utf-8"))
+    counts = {name: float(number) for name, number in found[:4]}  # of the suite; those of test cases follow
+    check.report("tests passed", counts.pop("tests") - sum(counts.values()))
+    check.report("tests failed", counts["failures"] + counts["errors"])
+    check.report("tests skipped", counts["skipped"])

@@ -91,6 +91,6 @@ PARTS = (
             _aim("1.6B: speed of bipe_alibi over bipe_rope", 0.95),
         ),
     ),
-    Part("tests", 120, "gpu.commands:tests", (Criterion("failed", "==", 0), Criterion("passed", ">=", 1))),
+    Part("tests", 120, "gpu.commands:tests", (Criterion("tests failed", "==", 0), Criterion("tests passed", ">=", 1))),
     Part("peers", 90, "gpu.speed:peers"),
 )
