@@ -112,11 +112,11 @@ def _report_errors(check: Check, width: int, tokens: int) -> None:
         "late": torch.arange(tokens - EARLY_QUERIES, tokens),
     }
     ratios = []
-    for place, positions in queries.items():
+    for where, positions in queries.items():
         plain = largest_error(model, tokens, False, queries=positions)
-        check.report(f"heads {width}, {tokens} tokens, {place} queries: error", plain)
+        check.report(f"heads {width}, {tokens} tokens, {where} queries: error", plain)
         for name, bilevel in (("alibi", False), ("bipe_alibi", True)):
             biased = largest_error(model, tokens, True, bilevel=bilevel, queries=positions)
-            check.report(f"heads {width}, {tokens} tokens, {place} queries: error of {name}", biased)
+            check.report(f"heads {width}, {tokens} tokens, {where} queries: error of {name}", biased)
             ratios.append(biased / plain)
     check.report(f"heads {width}, {tokens} tokens: largest ratio of errors", max(ratios))
