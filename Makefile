@@ -16,6 +16,7 @@ TORCH ?= $(shell grep '^torch==' constraints.txt)
 TORCH_OPTIONS ?=
 VENV_OPTIONS ?=
 TEST_WORKERS ?= 2
+GPU_CHECK ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -33,7 +34,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_PROGRESS_BAR := off
 
 .DEFAULT_GOAL := help
-.PHONY: help setup quickstart test test-slow test-all test-parallel test-faults lint docs bench clean remake
+.PHONY: help setup quickstart test test-slow test-all test-parallel test-faults lint docs bench gpu-check clean remake
 
 help:
 	@echo 'make quickstart   from raw text to trained, evaluated and exported models, on this machine'
@@ -44,6 +45,7 @@ help:
 	@echo 'make lint         ruff, mypy, import-linter, the glossary'
 	@echo 'make docs         write docs/configuration.md from the schema of the run configuration'
 	@echo 'make bench        the benchmarks of tools/bench, at small sizes'
+	@echo 'make gpu-check    check a GPU in at most 12 minutes: kernels, losses, speed, checkpoints (GPU_CHECK=--only attention)'
 	@echo 'make setup        create or update .venv for all targets; every target does this itself'
 	@echo 'make clean        remove .venv and caches; data, runs and results stay'
 
@@ -113,6 +115,10 @@ docs: $(DEV)
 
 bench: $(DEV)
 	@for script in tools/bench/[!_]*.py; do echo "== $$script"; $(BIN)/python $$script || exit; done
+
+# The results are in gpu-check/. GPU_CHECK has further options, such as --write-docs.
+gpu-check: $(DEV)
+	$(BIN)/python tools/gpu_check.py $(GPU_CHECK)
 
 clean:
 	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -28,6 +28,11 @@ _COLLECTIVES = ("torch/distributed/", "deepspeed/comm/")  # files in which an op
 _LOST = re.compile(r"connection|peer|remote|socket|timed out|broken pipe|nccl", re.IGNORECASE)
 _SOURCE = re.compile(r"^\[[^]]*:\d+\] ")  # gloo begins its messages with the location in its source
 _BRIEF_LINES = 4
+_OUT_OF_MEMORY = "OutOfMemoryError"  # of torch, which this module does not import
+_MEMORY_REMEDY = (
+    "The GPU has too little memory for this run. Lower train.micro_batch, or set parallel.recompute=selective or full; "
+    "--dry-run estimates the memory of each rank."
+)
 
 
 def run_rank(main: Callable[[Arguments, Launch], None], arguments: Arguments) -> None:
@@ -73,7 +78,8 @@ def describe(error: BaseException, name: str) -> str:
         return f"{type(user_error).__name__}: {user_error}" + (f"  ({name})" if name else "")
     if _is_lost_connection(error):
         return f"{name} lost the connection to another rank: {one_line(error)}"
-    return f"{name} failed:\n{''.join(traceback.format_exception(error)).rstrip()}"
+    trace = "".join(traceback.format_exception(error)).rstrip()
+    return f"{name} failed:\n{trace}" + (f"\n{_MEMORY_REMEDY}" if type(error).__name__ == _OUT_OF_MEMORY else "")
 
 
 def _is_lost_connection(error: BaseException) -> bool:

@@ -14,9 +14,10 @@ import orjson
 import zstandard
 
 from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.manifest import Manifest, TokenizerRecord
+from megatron_bipe.data.manifest import TOKENIZER_FOLDER, Manifest, TokenizerRecord
 from megatron_bipe.data.segments import SegmentRule, segment_ends
 from megatron_bipe.data.shard import ShardWriter, choose_dtype
+from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.runtime.environment import cpu_facts
 from megatron_bipe.types import TokenizedDocument
 
@@ -51,22 +52,32 @@ def median_seconds(contenders: Mapping[str, Callable[[int], object]], repeats: i
     return {name: statistics.median(found) for name, found in seconds.items()}
 
 
-def make_dataset(folder: Path, num_tokens: int, rule: SegmentRule = NEWLINE_RULE, num_shards: int = 4) -> TokenDataset:
+def make_dataset(
+    folder: Path,
+    num_tokens: int,
+    rule: SegmentRule = NEWLINE_RULE,
+    num_shards: int = 4,
+    tokenizer: Tokenizer | None = None,
+) -> TokenDataset:
     """Write a dataset of at least `num_tokens` random tokens, with the segment lengths of the authors' data."""
     generator = np.random.default_rng(0)
-    dtype = choose_dtype(VOCAB_SIZE)
+    vocab_size = VOCAB_SIZE if tokenizer is None else tokenizer.vocab_size
+    first_id, dtype = min(FIRST_ORDINARY_ID, vocab_size // 2), choose_dtype(vocab_size)
     end_ids = np.array(rule.token_ids or NEWLINE_RULE.token_ids, dtype=dtype)
     records = []
     for number in range(num_shards):
         with ShardWriter(folder, f"bench-{number:05d}", dtype) as writer:
             while writer.num_tokens < num_tokens // num_shards:
-                tokens_T = generator.integers(FIRST_ORDINARY_ID, VOCAB_SIZE, DOCUMENT_TOKENS).astype(dtype)
+                tokens_T = generator.integers(first_id, vocab_size, DOCUMENT_TOKENS).astype(dtype)
                 ends_T = generator.random(DOCUMENT_TOKENS) < 1 / SEGMENT_TOKENS
                 tokens_T[ends_T] = generator.choice(end_ids, int(ends_T.sum()))
                 writer.add(TokenizedDocument(tokens_T, segment_ends(tokens_T, rule), DOCUMENT_TOKENS, ""))
             records.append(writer.finish())
-    tokenizer = TokenizerRecord(name="none", fingerprint="0" * 64, vocab_size=VOCAB_SIZE, special_ids={})
-    Manifest(tokenizer=tokenizer, rule=rule, dtype=dtype.name, shards=tuple(records), source={}).save(folder)
+    record = TokenizerRecord(name="none", fingerprint="0" * 64, vocab_size=VOCAB_SIZE, special_ids={})
+    if tokenizer is not None:  # training, export and generation need its files
+        tokenizer.copy_to(folder / TOKENIZER_FOLDER)
+        record = tokenizer.record
+    Manifest(tokenizer=record, rule=rule, dtype=dtype.name, shards=tuple(records), source={}).save(folder)
     return TokenDataset(folder)
 
 

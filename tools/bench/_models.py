@@ -83,6 +83,7 @@ def measure(contenders: Mapping[str, Prepare], repeats: int, untuned: Container[
             arguments = (prepare, far_end, name not in untuned)
             processes.append(context.Process(target=_serve, args=arguments, daemon=True))
             processes[-1].start()
+            far_end.close()  # so that a contender that fails ends this process, too: its pipe is then closed
             pipes[name].recv()  # the contender is ready
             sys.stderr.write(f"ready: {name}\n")
         seconds: dict[str, list[float]] = {name: [] for name in contenders}

@@ -88,25 +88,37 @@ def print_errors(model: ModelConfig, lengths: list[int]) -> None:
         print(f"  {tokens:6} tokens  {row}", flush=True)
 
 
-def largest_error(model: ModelConfig, tokens: int, biased: bool) -> float:
-    """Return the largest error over sampled queries of two heads, relative to the norm of the output."""
+def largest_error(
+    model: ModelConfig, tokens: int, biased: bool, *, bilevel: bool = True, queries: Tensor | None = None
+) -> float:
+    """Return the largest error over queries of two heads, relative to the norm of the output.
+
+    Args:
+        model: shape of the heads.
+        tokens: sequence length.
+        biased: add the bias of the steepest and the flattest slope.
+        bilevel: the bias counts segments, not tokens.
+        queries: positions of the queries; None: a sample of all.
+    """
     generator, width = torch.Generator().manual_seed(0), model.head_width
-    q, k, v = (torch.randn(1, 2, tokens, width, generator=generator).bfloat16() for _ in range(3))
-    positions, slopes = inter_ids(tokens)[None], extreme_slopes(model) if biased else torch.zeros(2)
+    shape = (1, 2, tokens, width)
+    q, k, v = (torch.randn(shape, generator=generator).bfloat16().to(device()) for _ in range(3))
+    positions = (inter_ids(tokens) if bilevel else torch.arange(tokens))[None].to(device())
+    slopes = (extreme_slopes(model, bilevel) if biased else torch.zeros(2)).to(device())
     wide = KeyBias(slopes, width)(q, k, positions) if biased else (q, k)
-    queries = torch.linspace(0, tokens - 1, SAMPLED_QUERIES).long()
+    queries = (torch.linspace(0, tokens - 1, SAMPLED_QUERIES).long() if queries is None else queries).to(device())
     found = causal_attention(*wide, v)[:, :, queries].double()
     scores = q[:, :, queries].double() @ k.double().mT / math.sqrt(width)
     scores += slopes.double()[:, None, None] * (positions - positions[:, queries].T)
-    scores.masked_fill_(torch.arange(tokens) > queries[:, None], -math.inf)
+    scores.masked_fill_(torch.arange(tokens, device=device()) > queries[:, None], -math.inf)
     exact = scores.softmax(dim=-1) @ v.double()
     return float(((found - exact).norm(dim=-1) / exact.norm(dim=-1)).max())
 
 
-def extreme_slopes(model: ModelConfig) -> Tensor:
-    """Return the steepest and the flattest slope of BiPE-ALiBi."""
+def extreme_slopes(model: ModelConfig, bilevel: bool = True) -> Tensor:
+    """Return the steepest and the flattest slope of (BiPE-)ALiBi."""
     slopes = sorted(alibi_slopes(model.num_heads))
-    return torch.tensor([slopes[-1], slopes[0]]) * BILEVEL_ALIBI_FACTOR
+    return torch.tensor([slopes[-1], slopes[0]]) * (BILEVEL_ALIBI_FACTOR if bilevel else 1.0)
 
 
 def inter_ids(tokens: int) -> Tensor:

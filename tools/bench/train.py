@@ -123,7 +123,7 @@ class PeerEngine(ZeroEngine):
         return make_peer(run.model, run.train.seq_len_tokens)
 
     def _losses(self, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
-        tokens, labels = (ids.to(self._mesh.device) for ids in (batch.tokens_BT, batch.labels_BT))
+        tokens, labels = (ids.to(self._mesh.device).contiguous() for ids in (batch.tokens_BT, batch.labels_BT))
         return self._engine(input_ids=tokens, shift_labels=labels, labels=labels).loss, None
 
 

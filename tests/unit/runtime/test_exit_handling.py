@@ -7,10 +7,11 @@ import sys
 import threading
 
 import pytest
+import torch
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.exit_handling import describe, run_rank
+from megatron_bipe.runtime.exit_handling import brief, describe, run_rank
 from megatron_bipe.runtime.watchdog import Watchdog
 from tests.helpers.ranks import run_programs
 
@@ -112,6 +113,11 @@ def test_describe_lost_connection_is_one_line_and_other_failures_have_a_tracebac
         text = describe(error, "rank 0")
     assert text.startswith("rank 0 ") and message.split(". ")[0].rpartition("] ")[2] in text, text
     assert is_brief == ("\n" not in text) == ("GLHF" not in text and "Traceback" not in text), text
+
+
+def test_describe_out_of_memory_names_the_settings_that_need_less():
+    text = describe(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB"), "rank 0")
+    assert "9 GiB" in text and "train.micro_batch" in brief(text) and "parallel.recompute" in brief(text)
 
 
 def test_run_rank_that_succeeds_returns(abort):

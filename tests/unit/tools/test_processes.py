@@ -17,6 +17,7 @@ CASES = {  # script -> arguments, exit code, what it prints
     "evaluate": ("perplexity --model none --data none --lengths 8 --output {out}", 2, "none"),
     "export_hf": ("--checkpoint none --output {out}", 2, "none"),
     "generate": ("--model none --prompt x", 2, "none"),
+    "gpu_check": ("--write-docs --output {out}", 2, "--write-docs"),
     "goodput": ("--nodes 64 --trials 1", 0, "interval s"),
     "import_hf": ("--input none --output {out}", 2, "none"),
     "inspect_data": ("show {data} --tokens 2", 0, "<bos> h"),
