@@ -1,8 +1,8 @@
 """Estimated memory of one rank of each pipeline stage, in bytes; nothing is allocated.
 
 Weights, gradients and optimizer state are exact counts of the layers that this layout builds. Activations are what
-autograd saves on the CPU for eager blocks (a test compares); torch decides what compiled blocks save. Not counted: kernel and communication buffers, fragmentation, and the
-framework's own memory.
+autograd saves on the CPU for eager blocks (a test compares); torch decides what compiled blocks save. Not counted:
+kernel and communication buffers, fragmentation, and the framework's own memory.
 
 Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 """
