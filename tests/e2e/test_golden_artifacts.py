@@ -104,7 +104,8 @@ def test_resumed_run_writes_the_same_keys(resumed):
     assert {path for path in after - before if path.parts[0] != "tensorboard"} == written
     states = [read_json(GOLDEN / "run" / step.with_name("step-00000004") / "state.json")]
     states.append(read_json(resumed / step / "state.json"))
-    assert keys_of(states[1]) == keys_of(states[0]) | {"/config/checkpoint/max_failures", "/data/special_in_text"}
+    added = {f"/config/{key}" for key in ("checkpoint/max_failures", "train/compile", "train/deterministic")}
+    assert keys_of(states[1]) == keys_of(states[0]) | added | {"/data/special_in_text"}
     assert states[0]["parameters"] == states[1]["parameters"]
     events = read_lines(resumed / "events.jsonl")
     assert [event["event"] for event in events] == ["start", "done", "start", "saved", "done"]
