@@ -122,20 +122,22 @@ def _gpu_paths() -> Iterator[None]:
 
 
 def print_table(path: str, run: RunConfig, counts: Counts) -> None:
-    tokens = run.train.micro_batch * run.train.seq_len_tokens
+    micro_batch, seq_len_tokens = run.train.micro_batch, run.train.seq_len_tokens
     modes = [mode for mode in (BASELINE, EAGER, COMPILED) if mode in counts]
-    print(f"{path}, {run.train.micro_batch} x {run.train.seq_len_tokens} tokens\n")
-    ratios = [f"{mode}/{BASELINE}" for mode in modes[1:]] if BASELINE in modes else []
-    print(f"| kernels and GB | {' | '.join([*modes, *ratios])} |\n|{'---|' * (1 + len(modes) + len(ratios))}")
+    compared = modes[1:] if BASELINE in modes else []
+    num_logits = micro_batch * seq_len_tokens * run.model.vocab_size
+    rows = [["kernels and GB", *modes, *(f"{mode}/{BASELINE}" for mode in compared)]]
     for kind in KINDS:
         moved = {mode: counts[mode]["bytes"].get(kind, 0) for mode in modes}
-        cells = [f"{counts[mode]['kernels'].get(kind, 0)}, {moved[mode] / 1e9:.2f}" for mode in modes]
-        cells += [f"{moved[mode] / moved[BASELINE]:.1%}" for mode in modes[1:] if ratios]
-        print(f"| {kind} | {' | '.join(cells)} |")
-    num_logits = tokens * run.model.vocab_size
-    per_logit = [f"{counts[mode]['bytes'][LOSS] / num_logits:.1f}" for mode in modes]
-    host_copies = [str(counts[mode]["host_copies"]) for mode in modes if mode != COMPILED]
-    print(f"| loss, bytes per logit | {' | '.join(per_logit)} |\n| host copies | {' | '.join(host_copies)} |\n")
+        row = [kind, *(f"{counts[mode]['kernels'].get(kind, 0)}, {moved[mode] / 1e9:.2f}" for mode in modes)]
+        rows.append([*row, *(f"{moved[mode] / moved[BASELINE]:.1%}" for mode in compared)])
+    rows.append(["loss, bytes per logit", *(f"{counts[mode]['bytes'][LOSS] / num_logits:.1f}" for mode in modes)])
+    rows.append(["host copies", *("" if mode == COMPILED else str(counts[mode]["host_copies"]) for mode in modes)])
+    rows.insert(1, ["---"] * len(rows[0]))
+    print(f"{path}, {micro_batch} x {seq_len_tokens} tokens\n")
+    for row in rows:
+        print(f"| {' | '.join(row + [''] * (len(rows[0]) - len(row)))} |")
+    print()
 
 
 def _parser() -> argparse.ArgumentParser:
