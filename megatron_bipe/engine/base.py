@@ -33,7 +33,7 @@ from megatron_bipe.engine.deepspeed_internals import (
     skip_operator_probe,
     warn_of_unknown_versions,
 )
-from megatron_bipe.engine.gradients import GradientClipper, make_clipper, read_norms_at_once, sums_in_fp32
+from megatron_bipe.engine.gradients import GradientClipper, adapt_offload, make_clipper, sums_in_fp32
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.model import LayerFactory, LocalLayers, shard_of
 from megatron_bipe.parallel import (
@@ -263,7 +263,7 @@ class DeepSpeedEngine:
         self._clipper = make_clipper(self._optimizer, run.optimizer.grad_clip, self._mesh, model_group)
         if sums_in_fp32(self._optimizer):  # `engine.gradients` adds them up over replicas
             self._engine.enable_backward_allreduce = self._engine.pipeline_enable_backward_allreduce = False
-        read_norms_at_once(self._optimizer)
+        adapt_offload(self._optimizer)
         reset_adam_state(self._optimizer)
         self._own_time = ForwardTimer(self._engine.module, self._mesh.device, wanted=run.health.compare_ranks_every > 0)
         self._run, self.host = run, HostCollectives(self._mesh)

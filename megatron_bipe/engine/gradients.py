@@ -8,7 +8,7 @@ every update. Here torch's fused AdamW decides on the device; the host reads the
     bf16, 0                    FP16_UnfusedOptimizer   the same, and its `step`
     bf16, 1                    BF16_Optimizer          the same, and the sums over micro-batches and replicas
     bf16, 0, pipeline stages   BF16_Optimizer in bf16  nothing: DeepSpeed's update
-    all others                 ZeRO 1 to 3             nothing, except `read_norms_at_once` if it offloads
+    all others                 ZeRO 1 to 3             nothing, except `adapt_offload`
 """
 
 from collections.abc import Callable, Iterable
@@ -195,8 +195,10 @@ class PartitionedUpdate:
                 offset += weight.numel()
 
 
-def read_norms_at_once(optimizer: Any) -> None:
-    """Let DeepSpeed's optimizer, if it is that of ZeRO 1 or 2 with offload, wait for the device once for all gradients.
+def adapt_offload(optimizer: Any) -> None:
+    """Adapt DeepSpeed's optimizer if it is that of ZeRO 1 or 2 with offload: one wait for all norms, and clean skips.
+
+    When it skips an update, it keeps the fp32 sums of gradients in bf16, so that it would skip all later ones.
 
     It reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not finite,
     the norm is not either, and then it skips the update.
@@ -215,3 +217,10 @@ def read_norms_at_once(optimizer: Any) -> None:
 
     optimizer.complete_grad_norm_calculation_for_cpu_offload = compute_after_reading
     optimizer.update_offload_overflow_tracker = lambda _: None
+    reset_buffers = optimizer.reset_cpu_buffers  # called after each update and each skipped one
+
+    def reset_with_sums() -> None:
+        reset_buffers()
+        optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+
+    optimizer.reset_cpu_buffers = reset_with_sums

@@ -21,13 +21,13 @@ FAST = [
     Placed(2, Layout(pipeline=2, zero=0)),
     Placed(2, Layout(tensor=2, zero=1)),
     Placed(2, Layout(zero=1, precision="bf16")),
-    Placed(2, Layout(zero="2_offload")),
+    Placed(2, Layout(zero="2_offload", precision="bf16")),
 ]
 SLOW = [
     Placed(4, layout)
     for layout in [
-        *(Layout(zero=zero) for zero in (0, 2)),
-        *(Layout(zero=zero, precision="bf16") for zero in (1, 2, 3, "2_offload")),
+        *(Layout(zero=zero) for zero in (0, 2, "2_offload")),
+        *(Layout(zero=zero, precision="bf16") for zero in (1, 2, 3)),
         Layout(zero=0, precision="bf16", tensor=2),
         Layout(zero=0, clip=0.0),
         Layout(tensor=2, zero=0),
