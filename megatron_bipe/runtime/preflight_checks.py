@@ -120,6 +120,10 @@ def _rows(result: Result) -> list[tuple[str, str, str]]:
     return [(result.name, result.verdict, lines[0]), *(("", "", line) for line in lines[1:])]
 
 
+def _counted(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
 class Report(NamedTuple):
     """Results of a preflight, on the main rank."""
 
@@ -137,7 +141,8 @@ class Report(NamedTuple):
         failed = [result for result in self.results if result.verdict == FAILED]
         remedies = [f"{result.name}: the rule is: {result.rule}. {result.remedy}." for result in failed]
         num_hosts = len(set(self.hosts.values()) - {UNKNOWN_HOST})
-        head = f"preflight: {self.num_ranks} ranks on {num_hosts} hosts, {self.duration_s:.0f} s, {len(failed)} failed"
+        sizes = f"{_counted(self.num_ranks, 'rank')} on {_counted(num_hosts, 'host')}"
+        head = f"preflight: {sizes}, {self.duration_s:.0f} s, {len(failed)} failed"
         table = text_table([("check", "verdict", "seen"), *rows], head=1, left=(0, 1, 2))
         return "\n".join([head, "", table, *(["", *remedies] if failed else [])]) + "\n"
 

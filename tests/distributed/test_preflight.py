@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_bipe.runtime import host_facts, preflight, preflight_network, preflight_steps
+from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime import distributed_init, host_facts, preflight, preflight_network, preflight_steps
 from megatron_bipe.runtime.distributed_init import find_launch
 from tests.helpers.commands import options
 from tests.helpers.ranks import patience, run_ranks
@@ -114,6 +115,14 @@ def absent(rank, patch, arguments):
     return "absent" if rank == 1 else None
 
 
+def without_device(rank, patch, arguments):
+    def refuse(launch):
+        raise ConfigError("local rank 1 sees 1 GPUs")
+
+    if rank == 1:
+        patch.setattr(distributed_init, "join_launch", refuse)
+
+
 def stuck(rank, patch, arguments):
     """Let a rank never reach the group that the others wait for."""
     if rank == 2:
@@ -126,6 +135,14 @@ def test_preflight_without_a_rank_ends_and_names_it(text_dataset, tmp_path):
     assert checks["ranks"]["verdict"] == "FAILED" and "(rank 1)" in checks["ranks"]["seen"]
     assert checks["process group"]["seen"] == "rank 1 did not answer"
     assert checks["versions"]["verdict"] == "ok"
+
+
+def test_preflight_of_a_rank_without_a_device_reports_it_and_tries_no_network(text_dataset, tmp_path):
+    codes, checks = report_of(tmp_path, 2, data=str(text_dataset), hosts=1, fault=without_device)
+    assert codes == [1, 1]
+    assert checks["device"]["verdict"] == "FAILED"
+    assert "sees 1 GPUs. on host-0 (rank 1)" in checks["device"]["seen"]
+    assert checks["process group"]["seen"] == "a rank has no device"
 
 
 def test_preflight_ends_a_step_that_hangs_and_shows_what_each_rank_waits_for(text_dataset, tmp_path):

@@ -104,7 +104,7 @@ def test_a_report_has_one_row_a_check_and_the_remedies_of_failures():
     results = [checked(same(), {0: "a", 1: "b"}), checked(same(), {0: "word " * 60})]
     report = Report(results, {0: "node0", 1: "unknown host"}, 2, 3.2)
     lines = str(report).splitlines()
-    assert report.code == 1 and "2 ranks on 1 hosts" in lines[0]
+    assert report.code == 1 and "2 ranks on 1 host," in lines[0]
     assert lines[-1] == "name: the rule is: the rule. the remedy."
     assert max(map(len, lines)) <= 120
     assert Report(results[1:], HOSTS, 64, 3.2).code == 0
