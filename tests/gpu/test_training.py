@@ -16,7 +16,8 @@ import torch
 from megatron_bipe.model import LocalLayers, build_model
 from tests.helpers.layouts import LR, STEPS, Layout, batches, run_config, start_engine_of, train_steps
 
-FP32, BF16 = 2e-6, 2e-2  # largest relative difference of a loss
+# Largest relative difference of a loss. Layouts on a CPU differ by at most 2e-6 in fp32; a GPU has not been measured.
+FP32, BF16 = 5e-6, 2e-2
 LAYOUTS = {
     **{f"ZeRO {zero}": Layout(zero=zero) for zero in range(4)},
     "selective": Layout(recompute="selective"),

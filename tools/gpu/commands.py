@@ -124,7 +124,12 @@ def memory(check: Check) -> None:
         return int(torch.cuda.mem_get_info()[0]) if check.on_gpu else 0
 
     before, log = free_bytes(), check.folder / "out-of-memory.txt"
-    settings = ("train.steps=1", f"train.micro_batch={check.choose(1024, 3)}", "train.global_batch=1024")
+    settings = (
+        "train.steps=1",
+        "train.compile=off",
+        f"train.micro_batch={check.choose(1024, 3)}",
+        "train.global_batch=1024",
+    )
     check.report("out of memory: exit code", run_logged(pretrain(check, check.folder / "run", *settings), log))
     text = log.read_text(errors="replace")
     for setting in ("train.micro_batch", "parallel.recompute"):

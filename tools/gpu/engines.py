@@ -66,6 +66,7 @@ def started(run: RunConfig, zero: int | str) -> Iterator[tuple[Any, dict[str, An
     """
     from megatron_bipe.engine.engines import start_engine
 
+    forget_compiled_code()
     path = ROOT / "ds_configs" / f"zero{zero}.json"
     ds_config = engine_config(run, read_ds_config(path), 1, path)
     engine: Any = start_engine(run, ds_config, this_rank().with_layout(run.parallel))
@@ -78,6 +79,12 @@ def started(run: RunConfig, zero: int | str) -> Iterator[tuple[Any, dict[str, An
         gc.collect()
         if this_rank().device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def forget_compiled_code() -> None:
+    """Let torch.compile begin again, so that earlier shapes do not make it choose kernels for any shape."""
+    if this_rank().device.type == "cuda":
+        torch.compiler.reset()
 
 
 def micro_batches(run: RunConfig) -> list[Batch[Tensor]]:
