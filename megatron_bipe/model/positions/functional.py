@@ -134,8 +134,22 @@ def rotary_tables(positions_BT: Tensor, frequencies: Tensor, factor: float = 1.0
 
 def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
     """Rotate pairs (i, i + H/2) of channels: the half-rotation layout."""
+    if torch.compiler.is_compiling():
+        return _rotate_in_one_kernel(x_BNTH, cos_B1TH, sin_B1TH)
     first, second = x_BNTH.chunk(2, dim=-1)
     return torch.cat((first * cos_B1TH - second * sin_B1TH, second * cos_B1TH + first * sin_B1TH), dim=-1)
+
+
+def _rotate_in_one_kernel(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
+    """Compute `rotate` without `cat`, so that torch.compile makes one kernel of it, and one of its gradient.
+
+    The result is contiguous as [B, T, N, H]. Attention's output then is, too, and need not be copied.
+    """
+    x_BTN2H = x_BNTH.transpose(1, 2).unflatten(-1, (2, -1))
+    cos_BT1H, sin_BT1H = cos_B1TH.transpose(1, 2), sin_B1TH.transpose(1, 2)
+    sin_BT12H = torch.stack((-sin_BT1H, sin_BT1H), dim=-2)
+    rotated_BTN2H = x_BTN2H * cos_BT1H.unsqueeze(-2) + x_BTN2H.flip(-2) * sin_BT12H
+    return rotated_BTN2H.flatten(-2).transpose(1, 2)
 
 
 def xpos_factors(positions_BT: Tensor, head_width: int, trained_tokens: int) -> tuple[Tensor, Tensor]:
