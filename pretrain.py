@@ -44,12 +44,11 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     ds_values = read_ds_config(args.ds_config)
 
     from megatron_bipe.data.dataset import open_tokenizer
-    from megatron_bipe.engine.compile_choice import choose_compile
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.gpus import named_gpu, with_network
-    from megatron_bipe.runtime.hardware import own_gpu
+    from megatron_bipe.runtime.hardware import choose_compile, own_gpu
     from megatron_bipe.runtime.host_collectives import in_thread
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
@@ -73,8 +72,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     run, precision = resolve_precision(run, mesh.device, args.allow, planned_gpu)
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
-    device = torch.device("cuda") if planned_gpu else mesh.device
-    compiles = choose_compile(run, device, zero_stage(ds_config))
+    on_gpu = planned_gpu is not None or mesh.device.type == "cuda"
+    compiles = choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu)
     if mesh.is_main:
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
     if args.dry_run is not None:

@@ -8,14 +8,13 @@ from megatron_bipe.checkpoint.disk_space import plan_disk
 from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import BipeError
 from megatron_bipe.estimate.communication import bubble, step_traffic
-from megatron_bipe.estimate.memory import StageMemory, compiles_on_gpu, stage_memories
+from megatron_bipe.estimate.memory import StageMemory, stage_memories
 from megatron_bipe.estimate.step_time import StepTime, predict_step
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.gpus import Gpu
-from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice, choose_compile
 from megatron_bipe.text_table import text_table
 
 _DAY_S = 86400
@@ -142,7 +141,7 @@ def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: G
     seconds = {name.removesuffix("_s").replace("_", " "): value for name, value in parts if name.endswith("_s")}
     rows = [(name, f"{1000 * part:.1f}", f"{part / step.total_s:.1%}") for name, part in seconds.items() if part]
     rows.append(("total", f"{1000 * step.total_s:.1f}", ""))
-    code = "compiled" if compiles_on_gpu(run, zero_stage(ds_config)) else "eager"
+    code = "compiled" if choose_compile(run, zero_stage(ds_config), on_gpu=True).compiles else "eager"
     days = run.train.steps * step.total_s / _DAY_S
     rates = f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps"
     table = text_table([("part", "ms", "of the step"), *rows], left=[0])

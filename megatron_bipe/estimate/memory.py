@@ -12,7 +12,6 @@ import itertools
 from typing import Any, NamedTuple
 
 from megatron_bipe.config import (
-    AUTO,
     ModelConfig,
     ParallelConfig,
     RunConfig,
@@ -22,6 +21,7 @@ from megatron_bipe.config import (
 )
 from megatron_bipe.model.positions.base import relative_class
 from megatron_bipe.parallel import layer_costs, parameters_of_rank, partition_layers
+from megatron_bipe.runtime.hardware import choose_compile
 
 FP32_BYTES = 4
 STATE_BYTES = 3 * FP32_BYTES  # of a parameter in a checkpoint: fp32 weight and Adam's two moments
@@ -107,7 +107,7 @@ def gpu_bytes(stage: StageMemory, run: RunConfig, ds_config: dict[str, Any], num
     communicators = sum(size > 1 for size in sizes)
     buckets = _bucket_bytes(ds_config, compute_width(run))
     loss_parts = 0.0
-    if stage.logits and not compiles_on_gpu(run, zero):
+    if stage.logits and not choose_compile(run, zero, on_gpu=True).compiles:
         elements = stage.logits / compute_width(run)
         loss_parts = _LOSS_PARTS * min(elements, _LOSS_PART_ELEMENTS) * FP32_BYTES
     fixed = _CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES
@@ -125,11 +125,6 @@ def _bucket_bytes(ds_config: dict[str, Any], width: int) -> float:
         return 0.0
     count = 2 if stage < 3 and settings.get("overlap_comm") else 1
     return count * float(settings.get("reduce_bucket_size", 5e8)) * width
-
-
-def compiles_on_gpu(run: RunConfig, zero: int) -> bool:
-    """Return True if blocks and loss run as compiled code on a GPU."""
-    return run.train.compile == "on" or (run.train.compile == AUTO and zero < 3)
 
 
 def _checkpoint_copy(parameters: int, run: RunConfig, num_ranks: int) -> float:

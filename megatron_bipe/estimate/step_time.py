@@ -20,11 +20,12 @@ from typing import Any, NamedTuple
 from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, zero_stage
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.communication import parameters_of_largest_stage, step_traffic
-from megatron_bipe.estimate.memory import compiles_on_gpu, logits_bytes, tokens_here
+from megatron_bipe.estimate.memory import logits_bytes, tokens_here
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.model.positions.base import relative_class
 from megatron_bipe.parallel import layer_costs, partition_layers
 from megatron_bipe.runtime.gpus import Gpu
+from megatron_bipe.runtime.hardware import choose_compile
 
 _WIDTH = 2  # bytes of a bf16 number
 
@@ -145,7 +146,7 @@ def predict_step(
 def costs_of(run: RunConfig, ds_config: dict[str, Any]) -> Costs:
     """Return the costs of the code that a run on GPUs uses."""
     zero = zero_stage(ds_config)
-    costs = COMPILED if compiles_on_gpu(run, zero) else EAGER
+    costs = COMPILED if choose_compile(run, zero, on_gpu=True).compiles else EAGER
     factor = _ZERO_3_HOST_FACTOR if zero == 3 else 1
     return costs._replace(
         sum_bytes=_SUM_BYTES[zero], waits=1 if zero > 1 else 0, host_block_s=costs.host_block_s * factor

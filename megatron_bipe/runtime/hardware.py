@@ -1,4 +1,4 @@
-"""The device that models run on: type, name, precision, bf16 support, peak FLOP/s and memory."""
+"""The device that models run on: type, name, precision, compilation, bf16 support, peak FLOP/s and memory."""
 
 import ctypes
 import logging
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from megatron_bipe.config import AUTO, ComputePrecision, Precision
+from megatron_bipe.config import AUTO, ComputePrecision, Precision, RunConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.environment import (
     DEVICE,
@@ -34,6 +34,16 @@ class PrecisionChoice(NamedTuple):
 
     precision: ComputePrecision
     reason: str
+
+
+class CompileChoice(NamedTuple):
+    """True if torch.compile fuses blocks and the loss, and why."""
+
+    compiles: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"{'on' if self.compiles else 'off'} ({self.reason})"
 
 
 def device_type() -> DeviceType:
@@ -83,6 +93,31 @@ def choose_precision(asked: Precision, device: torch.device, option: str) -> Pre
             *(option, support.reason, option),
         )
     return PrecisionChoice(asked, f"{option}={asked}")
+
+
+def choose_compile(run: RunConfig, zero_stage: int, *, on_gpu: bool) -> CompileChoice:
+    """Return whether torch.compile fuses blocks and the loss of a run.
+
+    `auto` compiles on a GPU, unless the ZeRO stage rules it out.
+
+    Raises:
+        ConfigError: `train.compile=on` with ZeRO 3.
+    """
+    asked = run.train.compile
+    if asked == "off":
+        return CompileChoice(compiles=False, reason="train.compile=off")
+    if zero_stage == 3:
+        if asked == "on":
+            raise ConfigError(
+                "train.compile=on with zero_optimization.stage=3: DeepSpeed gathers the weights of ZeRO 3 in hooks of "
+                "each layer, which cannot be part of a compiled block",
+                remedy="Set train.compile=auto or off, or use ds_configs/zero1.json or zero2.json",
+                location="train.compile",
+            )
+        return CompileChoice(compiles=False, reason="auto: ZeRO 3 gathers weights between the layers of a block")
+    if asked == AUTO and not on_gpu:
+        return CompileChoice(compiles=False, reason="auto: not on a CPU")
+    return CompileChoice(compiles=True, reason="auto: on a GPU" if asked == AUTO else "train.compile=on")
 
 
 def weights_dtype(precision: Precision) -> torch.dtype:

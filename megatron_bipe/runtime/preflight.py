@@ -7,6 +7,7 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,6 +16,8 @@ from megatron_bipe.errors import FAILED, ConfigError
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime import host_facts
 from megatron_bipe.runtime.distributed_init import find_gloo_interface, launch_store
+from megatron_bipe.runtime.gpus import Gpu
+from megatron_bipe.runtime.hardware import own_gpu
 from megatron_bipe.runtime.preflight_checks import CHECKS, Report
 from megatron_bipe.runtime.preflight_facts import Bounded, ranks_text, run_check
 from megatron_bipe.runtime.preflight_network import Network, clock_difference
@@ -53,7 +56,8 @@ def run_preflight(mesh: Mesh, plan: Plan, conclude: Callable[[Report], None]) ->
     failed = steps.take(_local_measures(mesh, plan))
     _check_folder(steps, mesh, plan)
     failed |= steps.take({"clock": lambda: clock_difference(mesh, stores[1])}, _missing(steps))
-    failed |= _check_network(steps, Network(mesh, stores[1], plan.limit_s, steps.doing), failed)
+    network = Network(mesh, stores[1], plan.limit_s, steps.doing)
+    failed |= _check_network(steps, network, failed, own_gpu(mesh.device) if "device" not in failed else None)
     if not mesh.is_main:
         return steps.end(FAILED)
     facts = {
@@ -177,7 +181,7 @@ def _write_in(work: Path, name: str) -> str:
     return str(work.parent)
 
 
-def _check_network(steps: Steps, network: Network, failed: set[str]) -> set[str]:
+def _check_network(steps: Steps, network: Network, failed: set[str], gpu: Gpu | None) -> set[str]:
     """Start the groups and measure them; a step that depends on one that failed is not made."""
     skip = _missing(steps)
     for needed, reason in (("device", "a rank has no device"), ("gloo interface", "gloo cannot connect the hosts")):
@@ -187,6 +191,7 @@ def _check_network(steps: Steps, network: Network, failed: set[str]) -> set[str]
     skip = skip or _missing(steps) or ("the process group did not start" if found else "")
     host_side = steps.take({"host-side group": network.start_host_group}, skip)
     skip = skip or _missing(steps) or ("the host-side group did not start" if host_side else "")
-    within = steps.take({"within hosts, GB/s": network.rates_within_hosts}, skip)
+    rates_within_hosts = partial(network.rates_within_hosts, gpu.link_bytes_s / 1e9 if gpu else None)
+    within = steps.take({"within hosts, GB/s": rates_within_hosts}, skip)
     skip = skip or _missing(steps) or ("the measurement within hosts failed" if within else "")
     return found | host_side | within | steps.take({"all ranks, GB/s": network.rates_of_all_ranks}, skip)

@@ -37,14 +37,13 @@ from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.dataset import describe_special_in_text, special_in_text_differs
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, BlendMember, DataRecord
 from megatron_bipe.data.tokenizer import Tokenizer
-from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.gpus import Gpu
-from megatron_bipe.runtime.hardware import PrecisionChoice, choose_precision, device_name
+from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice, choose_precision, device_name
 from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
 
 # Fields that a resumed run may change freely.

@@ -15,11 +15,10 @@ from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.manifest import Manifest, PromptAnswerRecord
 from megatron_bipe.data.prompt_answer import PromptAnswerDataset, open_dataset, open_text
 from megatron_bipe.data.segments import SegmentRule
-from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
 from megatron_bipe.train.batch_loader import BatchLoader
 from tests.helpers.errors import raises
 

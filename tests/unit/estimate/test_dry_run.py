@@ -1,10 +1,9 @@
 """The description that --dry-run prints."""
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.runtime.gpus import named_gpu
-from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
 from tests.helpers.paths import ROOT
 
 COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")

@@ -5,9 +5,8 @@ import torch
 
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.compile_choice import CompileChoice
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.hardware import PrecisionChoice
+from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
 from megatron_bipe.train.run_folder import end_summary, start_summary
 
 COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")

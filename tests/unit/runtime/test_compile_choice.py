@@ -1,11 +1,10 @@
 """The choice whether blocks are compiled."""
 
 import pytest
-import torch
 
 from megatron_bipe.config.load import load_run_config
-from megatron_bipe.engine.compile_choice import choose_compile
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.runtime.hardware import choose_compile
 
 
 @pytest.mark.parametrize(
@@ -22,7 +21,7 @@ from megatron_bipe.errors import ConfigError
 )
 def test_choice_follows_setting_device_and_zero_stage(asked, device, zero, compiles):
     run = load_run_config(None, [f"train.compile={asked}"])
-    choice = choose_compile(run, torch.device(device), zero)
+    choice = choose_compile(run, zero, on_gpu=device == "cuda")
     assert choice.compiles is compiles
     assert choice.reason.startswith("auto:" if asked == "auto" else f"train.compile={asked}")
     assert str(choice).startswith("on (" if compiles else "off (")
@@ -31,4 +30,4 @@ def test_choice_follows_setting_device_and_zero_stage(asked, device, zero, compi
 def test_compilation_cannot_be_forced_with_zero_3():
     run = load_run_config(None, ["train.compile=on"])
     with pytest.raises(ConfigError, match=r"stage=3.*zero1\.json"):
-        choose_compile(run, torch.device("cpu"), 3)
+        choose_compile(run, 3, on_gpu=False)
