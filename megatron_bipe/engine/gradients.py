@@ -200,8 +200,8 @@ def adapt_offload(optimizer: Any) -> None:
 
     After a skipped update, DeepSpeed keeps the fp32 sums of bf16 gradients, so that it would skip all later ones.
 
-    DeepSpeed reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not finite,
-    the norm is not either, and then it skips the update.
+    DeepSpeed reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not
+    finite, the norm is not either, and then it skips the update.
     """
     if not (isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload):
         return
