@@ -198,10 +198,10 @@ class PartitionedUpdate:
 def adapt_offload(optimizer: Any) -> None:
     """Adapt DeepSpeed's optimizer if it is that of ZeRO 1 or 2 with offload: one wait for all norms, and clean skips.
 
-    When it skips an update, it keeps the fp32 sums of gradients in bf16, so that it would skip all later ones.
+    After a skipped update, DeepSpeed keeps the fp32 sums of bf16 gradients, so that it would skip all later ones.
 
-    It reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not finite,
-    the norm is not either, and then it skips the update.
+    DeepSpeed reads for each gradient whether it is finite, and its norm. The norms alone suffice: if a gradient is not
+    finite, the norm is not either, and then it skips the update.
     """
     if not (isinstance(optimizer, DeepSpeedZeroOptimizer) and optimizer.cpu_offload):
         return
