@@ -130,9 +130,6 @@ def _owned(run: RunConfig, num_ranks: int, stage: int) -> dict[str, tuple[str, A
         "communication_data_type": (by_stage, "fp32"),
         # Add each gradient to its fp32 sum at once, so that no bf16 copy is kept until the end of backward.
         "bf16.immediate_grad_update": (by_stage, True),
-        # `engine.gradients` averages the sums over replicas; fp32 does not overflow.
-        "prescale_gradients": (by_stage, False),
-        "gradient_predivide_factor": (by_stage, 1.0),
     }
     return (bf16_zero_1 if train.precision == "bf16" and stage == 1 else {}) | {
         # DeepSpeed counts context-parallel ranks as data-parallel, so each sequence counts once for each of them.

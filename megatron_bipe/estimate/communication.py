@@ -27,21 +27,20 @@ class Traffic(NamedTuple):
     is_update: bool = False  # after the last micro-batch, where no computation hides it
 
 
-def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: bool = False) -> list[Traffic]:
+def step_traffic(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> list[Traffic]:
     """Return what a rank sends in one optimizer step, by axis.
 
     Args:
         run: the run configuration, validated for `num_ranks`.
         ds_config: result of `config.deepspeed.engine_config`.
         num_ranks: ranks of the launch.
-        on_gpu: True for NCCL, with which bf16 ZeRO 1 reduces and scatters gradients; gloo sums them on all ranks.
     """
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     return [
         *_tensor(run, micro_batches),
         *_context(run, micro_batches),
         *_pipeline(run, micro_batches),
-        *_data(run, ds_config, num_ranks, on_gpu=on_gpu),
+        *_data(run, ds_config, num_ranks),
     ]
 
 
@@ -119,7 +118,7 @@ def _pipeline(run: RunConfig, micro_batches: int) -> Iterator[Traffic]:
         yield Traffic("pipeline", "their gradients", micro_batches, micro_batches * hidden)
 
 
-def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: bool) -> Iterator[Traffic]:
+def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> Iterator[Traffic]:
     """Count gradient sums, once per step (ZeRO 2 and 3: once per micro-batch), and weight gathers."""
     replicas, zero = run.parallel.replica_ranks(num_ranks), zero_stage(ds_config)
     if replicas == 1:
@@ -129,7 +128,7 @@ def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, *, on_gpu: 
     weights, ring = most_parameters * compute_width(run), (replicas - 1) / replicas
     gradients = most_parameters * _EXCHANGED_BYTES.get(ds_config.get("communication_data_type", ""), compute_width(run))
     times = 1 if zero < 2 else micro_batches
-    if _reduces_to_owner(run, ds_config, on_gpu=on_gpu):
+    if _reduces_to_owner(run, ds_config):
         yield Traffic("data", "gradients, reduced", times, times * gradients * ring, is_update=zero < 2)
     else:
         yield Traffic("data", "gradients, all-reduced", times, times * 2 * gradients * ring, is_update=zero < 2)
@@ -146,14 +145,14 @@ def parameters_of_largest_stage(run: RunConfig) -> int:
     return max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
 
 
-def _reduces_to_owner(run: RunConfig, ds_config: dict[str, Any], *, on_gpu: bool) -> bool:
+def _reduces_to_owner(run: RunConfig, ds_config: dict[str, Any]) -> bool:
     """Return True if each rank receives the sums of its own shard alone, which is half an all-reduce.
 
     By default DeepSpeed's ZeRO 2 sums every bucket on all ranks, because a bucket holds parts of several ranks.
     Source: DeepSpeed 0.19, runtime/zero/stage_1_and_2.py (average_tensor) and stage3.py.
     """
     zero, settings = zero_stage(ds_config), ds_config.get("zero_optimization", {})
-    if zero == 1 and run.train.precision == "bf16":
-        return on_gpu
+    if zero == 1 and run.train.precision == "bf16":  # engine/gradients.py
+        return True
     reduces = zero > 0 and settings.get("reduce_scatter", True)
     return bool(reduces and (zero == 3 or not settings.get("use_multi_rank_bucket_allreduce", True)))

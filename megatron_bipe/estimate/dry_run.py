@@ -47,7 +47,7 @@ def describe(
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),
         "# Memory per rank of each stage, GiB (estimate)\n" + _memory_table(stages, gpu),
-        "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks, gpu),
+        "# Bytes sent per rank and step, GiB (estimate)\n" + _traffic_table(run, ds_config, num_ranks),
         *(["# Time of a step (prediction)\n" + _step_time(run, ds_config, num_ranks, gpu)] if gpu else []),
         "# Length\n" + _length(run, num_ranks),
         "# Checkpoints\n" + f"{plan_disk(run, sum(count_parameters(run.model)))}\n",
@@ -125,10 +125,10 @@ def _fit(needed_gib: float, gpu: Gpu) -> str:
     return f"does not fit: {sizes}; lower train.micro_batch, set parallel.recompute, or shard more with ZeRO\n"
 
 
-def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: Gpu | None) -> str:
+def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> str:
     rows = [
         (kind.axis, kind.what, f"{kind.times:,}", f"{kind.bytes_sent / 2**30:.2f}")
-        for kind in step_traffic(run, ds_config, num_ranks, on_gpu=gpu is not None)
+        for kind in step_traffic(run, ds_config, num_ranks)
     ]
     return text_table([("axis", "what", "times", "GiB"), *rows], left=[0, 1]) + "\n" if rows else "nothing: one rank\n"
 

@@ -227,7 +227,7 @@ def _exposed_communication(
         "pipeline": (num_ranks // parallel.pipeline, parallel.pipeline),
     }
     exposed_s = overlapped_s = update_s = 0.0
-    for kind in step_traffic(run, ds_config, num_ranks, on_gpu=True):
+    for kind in step_traffic(run, ds_config, num_ranks):
         seconds = kind.bytes_sent / (_bandwidth(*groups[kind.axis], gpu) * _LINK_EFFICIENCY)
         if kind.is_update:
             update_s += seconds

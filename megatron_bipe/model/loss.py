@@ -18,6 +18,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from megatron_bipe.model.fused import compile_fused
+
 # fp32 elements processed at a time: few enough for a core's cache, enough to fill a GPU.
 _PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 
@@ -92,7 +94,7 @@ def loss_passes(compiles: bool) -> LossPasses:
     """
     if not compiles:
         return LossPasses(sum_rows, gradients_in_place)
-    compiled = partial(torch.compile, fullgraph=True)
+    compiled = partial(compile_fused, dynamic=None)
     return LossPasses(compiled(_sum_rows_at_once), compiled(_gradients_at_once))
 
 

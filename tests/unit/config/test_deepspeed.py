@@ -106,8 +106,6 @@ def test_engine_config_literal_that_agrees_is_fine():
         ({"bf16": {"enabled": False}}, ["bf16.enabled=False", "train.precision"]),
         ({"fp16": {"enabled": True}}, ["fp16.enabled=True", "train.precision"]),
         ({"timers": {"throughput": {"enabled": True}}}, ["timers.throughput.enabled=True", "False"]),
-        ({"zero_optimization": {"stage": 1}, "prescale_gradients": True}, ["prescale_gradients=True", "ZeRO 1"]),
-        ({"zero_optimization": {"stage": 1}, "gradient_predivide_factor": 2}, ["gradient_predivide_factor=2"]),
         ({"optimizer": {"type": "Adam"}}, ["'optimizer'"]),
         ({"zero_optimization": {"stage": 4}}, ["zero_optimization.stage=4"]),
         ({"zero_optimization": {"reduce_bucket_size": "auto"}}, ["zero_optimization.reduce_bucket_size", '"auto"']),

@@ -28,7 +28,7 @@ def test_describe_names_configuration_layers_memory_length_and_missing_data(tmp_
         "on (auto: on a GPU)",
         f"{PARAMETERS:,}",
         "Block x 12",
-        "gradients, all-reduced",
+        "gradients, reduced",
         "131,072,000,000 tokens",
         "8 model replicas x 4 micro-batches x 8 sequences",
         "8 ranks = 1 tensor x 1 context x 1 pipeline x 8 data, ZeRO 1",

@@ -119,6 +119,7 @@ def test_device_memory_is_the_sum_of_its_parts():
 
 
 GIB = 2**30
+LOSS_PARTS = 3 * 4 * 2**26 / GIB
 
 
 def gpu_part(zero, num_ranks, *settings, **knobs):
@@ -139,14 +140,13 @@ def test_gpu_has_communicators_of_each_axis_that_has_ranks():
 
 
 def test_gpu_has_fp32_parts_of_logits_unless_the_loss_is_compiled():
-    parts = 3 * 4 * 2**26 / GIB
-    for zero, choice, more in ((1, "auto", 0), (1, "off", parts), (3, "auto", parts)):
+    for zero, choice, more in ((1, "auto", 0), (1, "off", LOSS_PARTS), (3, "auto", LOSS_PARTS)):
         found = gpu_part(zero, 1, f"train.compile={choice}", contiguous_gradients=False)
         assert found == [pytest.approx(1.5 + more)]
     few_logits = gpu_part(1, 1, "train.compile=off", "train.micro_batch=1")
     assert few_logits == [pytest.approx(1.5 + 3 * 4 * 1024 * 32_000 / GIB)]
     first, last = gpu_part(1, 2, "parallel.pipeline=2", "train.compile=off")
-    assert last == pytest.approx(first + parts)
+    assert last == pytest.approx(first + LOSS_PARTS)
 
 
 @pytest.mark.parametrize(
@@ -162,8 +162,9 @@ def test_gpu_has_fp32_parts_of_logits_unless_the_loss_is_compiled():
 )
 def test_gpu_has_gradient_buckets(zero, options, buckets):
     precision = options.pop("precision", "bf16")
-    found = gpu_part(zero, 1, f"train.precision={precision}", "train.compile=on", reduce_bucket_size=2**29, **options)
-    assert found == [pytest.approx(1.5 + buckets)]
+    found = gpu_part(zero, 1, f"train.precision={precision}", reduce_bucket_size=2**29, **options)
+    parts = LOSS_PARTS if zero == 3 else 0  # not compiled
+    assert found == [pytest.approx(1.5 + buckets + parts)]
 
 
 def test_host_has_the_copy_from_which_checkpoints_are_written():

@@ -121,7 +121,7 @@ def test_update_of_zero_1_exchanges_by_nvlink_in_a_machine_and_by_all_adapters_b
     ):
         run, ds_config, _ = settings("bipe_rope_1.6b", num_ranks=num_ranks)
         step = predict_step(run, ds_config, num_ranks, gpu)
-        sent = sum(kind.bytes_sent for kind in step_traffic(run, ds_config, num_ranks, on_gpu=True))
+        sent = sum(kind.bytes_sent for kind in step_traffic(run, ds_config, num_ranks))
         assert step.update_communication_s == pytest.approx(sent / (0.8 * bandwidth))
         assert step.micro_batch_communication_s == 0
 
@@ -130,7 +130,7 @@ def test_replicas_of_tensor_parallel_machines_have_one_adapter_each():
     run, ds_config, _ = settings("bipe_rope_1.6b", "parallel.tensor=8", num_ranks=64)
     step = predict_step(run, ds_config, 64, H100)
     seconds = dict.fromkeys(("tensor", "data"), 0.0)
-    for kind in step_traffic(run, ds_config, 64, on_gpu=True):
+    for kind in step_traffic(run, ds_config, 64):
         seconds[kind.axis] += kind.bytes_sent / (0.8 * {"tensor": 450e9, "data": 50e9}[kind.axis])
     assert step.update_communication_s == pytest.approx(seconds["data"])
     assert step.micro_batch_communication_s == pytest.approx(seconds["tensor"])
