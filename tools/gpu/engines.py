@@ -14,10 +14,19 @@ from bench._models import make_batch
 from gpu.check import ROOT, TOY, Check
 from megatron_bipe.config import RunConfig, engine_config, load_run_config, read_ds_config
 from megatron_bipe.estimate.memory import stage_memories
+from megatron_bipe.estimate.step_time import predict_step
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.distributed_init import join_launch
-from megatron_bipe.runtime.hardware import DTYPES, choose_precision, keep_freed_memory, peak_flops, peak_memory_gib
+from megatron_bipe.runtime.hardware import (
+    DTYPES,
+    choose_precision,
+    device_type,
+    keep_freed_memory,
+    own_gpu,
+    peak_flops,
+    peak_memory_gib,
+)
 from megatron_bipe.types import Batch
 
 LR = 1e-4
@@ -116,13 +125,13 @@ def measure_updates(engine: Any, run: RunConfig, warm_up: int, updates: int) -> 
 
 def estimated_gib(run: RunConfig, ds_config: dict[str, Any]) -> float:
     """Return the memory on the device that `--dry-run` shows."""
-    return stage_memories(run, ds_config, 1)[0].device / 2**30
+    return stage_memories(run, ds_config, 1, on_gpu=device_type() == "cuda")[0].device / 2**30
 
 
 def predicted(run: RunConfig, ds_config: dict[str, Any]) -> float | None:
-    """Return the predicted tokens per second of a run on this GPU; None: there is no prediction."""
-    del run, ds_config
-    return None
+    """Return the predicted tokens per second of a run in bf16 on this GPU; None on a CPU and for unknown GPUs."""
+    gpu = own_gpu(torch.device(device_type()))
+    return predict_step(run, ds_config, 1, gpu).tokens_per_second if gpu else None
 
 
 def wait_for_device(device: torch.device) -> None:
