@@ -35,6 +35,7 @@ from megatron_bipe.model.attention import Attention
 from megatron_bipe.model.fused import compile_fused
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, shard_of
 from megatron_bipe.model.loss import token_losses
+from megatron_bipe.model.norm_and_gate import GateFunction, RMSNormFunction
 from megatron_bipe.model.positions.absolute import (
     evenly_spaced_position_ids,
     random_position_ids,
@@ -221,27 +222,7 @@ class SwiGLU(nn.Module):
         if torch.compiler.is_compiling():
             gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
             return self.down(F.silu(gate_BTf) * up_BTf)
-        return self.down(_Gate.apply(gate_up_BTf))  # type: ignore[no-untyped-call]
-
-
-class _Gate(torch.autograd.Function):
-    """silu(gate) * up, bit-identical to autograd; it saves only its input and writes both gradients into one tensor."""
-
-    @staticmethod
-    def forward(ctx: Any, gate_up_BTf: Tensor) -> Tensor:
-        ctx.save_for_backward(gate_up_BTf)
-        gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
-        return F.silu(gate_BTf).mul_(up_BTf)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTf: Tensor) -> Tensor:
-        (gate_up_BTf,) = ctx.saved_tensors
-        gate_BTf, up_BTf = gate_up_BTf.chunk(2, dim=-1)
-        result_BTf = torch.empty_like(gate_up_BTf)
-        for_gate_BTf, for_up_BTf = result_BTf.chunk(2, dim=-1)
-        torch.mul(grad_BTf, F.silu(gate_BTf), out=for_up_BTf)
-        for_gate_BTf.copy_(torch.ops.aten.silu_backward(grad_BTf * up_BTf, gate_BTf))
-        return result_BTf
+        return self.down(GateFunction.apply(gate_up_BTf))  # type: ignore[no-untyped-call]
 
 
 class RMSNorm(nn.Module):
@@ -262,32 +243,12 @@ class RMSNorm(nn.Module):
 def rms_norm(hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Compute the RMS norm in fp32, bit-identical to torch's.
 
-    On a GPU torch has one kernel for it. On a CPU it is a chain of operations for which autograd would save two fp32
-    copies of the input; this implementation saves the input and one number per token. Compiled code fuses the chain.
+    On a GPU torch has one kernel for it. On a CPU it is a chain of operations, which compiled code fuses.
     """
     if hidden_BTD.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-        normed: Tensor = _RMSNorm.apply(hidden_BTD, weight_D, eps)  # type: ignore[no-untyped-call]
+        normed: Tensor = RMSNormFunction.apply(hidden_BTD, weight_D, eps)  # type: ignore[no-untyped-call]
         return normed
     return F.rms_norm(hidden_BTD, weight_D.shape, weight_D, eps)
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, hidden_BTD: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        exact_BTD = hidden_BTD.float()
-        scale_BT1 = exact_BTD.square().mean(dim=-1, keepdim=True).add_(eps).rsqrt_()
-        ctx.save_for_backward(hidden_BTD, weight_D, scale_BT1)
-        return (exact_BTD * scale_BT1).mul_(weight_D).to(hidden_BTD.dtype)
-
-    @staticmethod
-    def backward(ctx: Any, grad_BTD: Tensor) -> tuple[Tensor, Tensor, None]:
-        hidden_BTD, weight_D, scale_BT1 = ctx.saved_tensors
-        normed_BTD, grad = hidden_BTD.float() * scale_BT1, grad_BTD.float()
-        grad_weight_D = (grad * normed_BTD).flatten(0, -2).sum(dim=0)
-        inner_BTD = grad * weight_D
-        along_BT1 = (inner_BTD * normed_BTD).mean(dim=-1, keepdim=True)
-        grad_hidden_BTD = inner_BTD.sub_(normed_BTD.mul_(along_BT1)).mul_(scale_BT1)
-        return grad_hidden_BTD.to(hidden_BTD.dtype), grad_weight_D.to(weight_D.dtype), None
 
 
 class Head(nn.Module):
