@@ -71,6 +71,17 @@ def _anchors(page: Path) -> set[str]:
     return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
+def test_files_of_packages_that_pages_name_exist():
+    packages = "|".join(folder.name for folder in (ROOT / "megatron_bipe").iterdir() if folder.is_dir())
+    named = {
+        (page.name, file)
+        for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")]
+        for file in re.findall(rf"`((?:{packages})/[\w/]+\.py)\b", page.read_text("utf-8"))
+    }
+    assert len(named) > 40
+    assert not [found for found in named if not (ROOT / "megatron_bipe" / found[1]).is_file()]
+
+
 def test_every_contract_names_test_files_that_exist():
     table = TESTING.split("## Contract -> where it is tested")[1]
     rows = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("| ")][1:]
