@@ -13,13 +13,11 @@ ON_CPU = os.environ.get("GPU_TESTS_ON_CPU") == "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of this folder, and skip them if no device was chosen for them."""
+    """Skip the tests of this folder if no device was chosen for them."""
     has_device = ON_CPU or os.environ.get(DEVICE) == "cuda"
     for item in items:
-        if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.gpu)
-            if not has_device:
-                item.add_marker(pytest.mark.skip(reason="needs a GPU and BIPE_DEVICE=cuda, or GPU_TESTS_ON_CPU=1"))
+        if Path(__file__).parent in item.path.parents and not has_device:
+            item.add_marker(pytest.mark.skip(reason="needs a GPU and BIPE_DEVICE=cuda, or GPU_TESTS_ON_CPU=1"))
 
 
 @pytest.fixture(scope="session")

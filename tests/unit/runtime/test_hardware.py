@@ -1,4 +1,4 @@
-"""Properties of the device."""
+"""Properties of the device, and what a run chooses by them."""
 
 import platform
 from types import SimpleNamespace
@@ -6,9 +6,18 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_bipe.config import load_run_config
+from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.environment import Bf16Support, cpu_bf16_support
-from megatron_bipe.runtime.hardware import bf16_support, choose_precision, own_gpu, peak_flops, peak_memory_gib
+from megatron_bipe.runtime.hardware import (
+    bf16_support,
+    choose_compile,
+    choose_precision,
+    own_gpu,
+    peak_flops,
+    peak_memory_gib,
+)
 from tests.helpers.ranks import run_programs
 
 CPU = torch.device("cpu")
@@ -142,3 +151,29 @@ def test_keep_freed_memory_takes_effect_on_glibc_and_freed_tensors_are_reused(tm
         assert int(faults) < 5000
     else:
         assert platform.libc_ver()[0] != "glibc"
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "zero", "compiles"),
+    [
+        ("auto", "cuda", 1, True),
+        ("auto", "cuda", 3, False),
+        ("auto", "cpu", 1, False),
+        ("on", "cpu", 2, True),
+        ("on", "cuda", 0, True),
+        ("off", "cuda", 1, False),
+        ("off", "cuda", 3, False),
+    ],
+)
+def test_choose_compile_follows_setting_device_and_zero_stage(asked, device, zero, compiles):
+    run = load_run_config(None, [f"train.compile={asked}"])
+    choice = choose_compile(run, zero, on_gpu=device == "cuda")
+    assert choice.compiles is compiles
+    assert choice.reason.startswith("auto:" if asked == "auto" else f"train.compile={asked}")
+    assert str(choice).startswith("on (" if compiles else "off (")
+
+
+def test_compilation_cannot_be_forced_with_zero_3():
+    run = load_run_config(None, ["train.compile=on"])
+    with pytest.raises(ConfigError, match=r"stage=3.*zero1\.json"):
+        choose_compile(run, 3, on_gpu=False)
