@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from megatron_bipe.parallel import Mesh
     from megatron_bipe.runtime.preflight_facts import Bounded
 
-_IGNORED = ("--dry-run", "--stop-step", "--stop-at", "--profile")  # options of pretrain.py that change nothing here
+# Options of pretrain.py that change nothing here.
+_IGNORED = ("--dry-run", "--gpu", "--network", "--stop-step", "--stop-at", "--profile")
 
 
 def main(args: argparse.Namespace, launch: Launch) -> None:

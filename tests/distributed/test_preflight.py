@@ -1,12 +1,14 @@
 """The preflight on ranks of one machine that stand for hosts; faults are inserted on single ranks."""
 
 import json
+import re
 import socket
 import time
 from pathlib import Path
 
 import pytest
 
+import pretrain
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime import distributed_init, host_facts, preflight, preflight_network, preflight_steps
 from megatron_bipe.runtime.distributed_init import find_launch
@@ -66,6 +68,16 @@ def different(rank, patch, arguments):
         open_dataset = host_facts.open_dataset
         patch.setattr(host_facts, "open_dataset", lambda path: open_dataset(f"{path}-other"))
         patch.setattr(preflight, "_write_in", denied)
+
+
+def test_preflight_accepts_every_option_of_a_run(capsys):
+    with pytest.raises(SystemExit):
+        pretrain.parse_args(["--help"])
+    given = set(re.findall(r"^  (--[\w-]+)", capsys.readouterr().out, re.MULTILINE))
+    assert len(given) >= 10
+    with script("preflight") as tool:
+        for option in sorted(given):
+            tool.parse_args(["--ds_config", "zero1.json", option, "1"])
 
 
 def denied(work, name):
