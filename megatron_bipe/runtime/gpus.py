@@ -77,5 +77,15 @@ def named_gpu(name: str, option: str) -> Gpu:
 
 
 def with_network(gpu: Gpu | None, gbit: int | None) -> Gpu | None:
-    """Return the GPU with a network of this many Gbit/s, or unchanged."""
-    return gpu._replace(network_bytes_s=gbit * 1e9 / 8) if gpu and gbit else gpu
+    """Return the GPU with a network of this many Gbit/s; None: unchanged.
+
+    Raises:
+        ConfigError: there is a network, but no GPU.
+    """
+    if gbit is None:
+        return gpu
+    if gpu is None:
+        raise ConfigError(
+            f"--network {gbit} without a known GPU", remedy="Add --gpu NAME, or remove it", location="--network"
+        )
+    return gpu._replace(network_bytes_s=gbit * 1e9 / 8)

@@ -44,4 +44,6 @@ def test_network_is_that_of_the_option():
     gpu = named_gpu("H100", "--gpu")
     slower = with_network(gpu, 200)
     assert slower is not None and slower.network_bytes_s == 25e9 and with_network(gpu, None) == gpu
-    assert with_network(None, 200) is None
+    assert with_network(None, None) is None
+    with raises(ConfigError, 200, location="--network"):
+        with_network(None, 200)
