@@ -1,11 +1,13 @@
 """Facts of a rank and its host."""
 
 import resource
+import shutil
 
 import pytest
 import torch
 
 from megatron_bipe.config import RunConfig
+from megatron_bipe.errors import DataError
 from megatron_bipe.runtime import host_facts
 from megatron_bipe.runtime.host_facts import (
     data_fingerprints,
@@ -20,6 +22,7 @@ from megatron_bipe.runtime.host_facts import (
     write_rate,
 )
 from megatron_bipe.runtime.preflight_steps import SkippedError
+from tests.helpers.errors import raises
 from tests.helpers.loop import MAIN
 
 GPU = MAIN._replace(num_ranks=64, num_local_ranks=8, device=torch.device("cuda", 3))
@@ -94,11 +97,16 @@ def test_source_hash_changes_with_content_and_names(tmp_path):
     assert {"python", "torch", "deepspeed", "numpy", "transformers", "source"} <= set(versions())
 
 
-def test_data_has_a_fingerprint_for_each_dataset_and_incomplete_files_are_an_error(train_and_valid):
+def test_data_has_a_fingerprint_for_each_dataset_and_incomplete_files_are_an_error(train_and_valid, tmp_path):
     folders = [train_and_valid / "train", train_and_valid / "valid"]
     data = RunConfig().data.model_copy(update={"path": folders[0], "valid_path": folders[1]})
     found = data_fingerprints(RunConfig().model_copy(update={"data": data}))
     assert list(found) == list(map(str, folders)) and len(set(found.values())) == 2
+    copy = tmp_path / "data"
+    shutil.copytree(folders[0], copy)
+    (copy / "part-00000.bin").write_bytes(b"")
+    with raises(DataError, 0, location=copy / "part-00000.bin"):
+        data_fingerprints(RunConfig().model_copy(update={"data": data.model_copy(update={"path": copy})}))
 
 
 def test_write_rate_leaves_no_file(tmp_path):
