@@ -6,7 +6,7 @@ too, and copies from tensors in host memory (`Tensor.to`) do not.
 """
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -30,6 +30,20 @@ class _Reads(TorchDispatchMode):
         if func.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero):
             self._waits["read"] += 1
         return func(*args, **(kwargs or {}))
+
+
+class _Property:
+    """A property of the accelerator with a fixed value."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = value
+
+    def __get__(self, *_: object) -> Any:
+        return self._value
+
+
+def _always(value: Any) -> Callable[..., Any]:
+    return lambda *_, **__: value
 
 
 @contextmanager
@@ -60,33 +74,20 @@ def background_device() -> Iterator[Waits]:
         def query(self) -> bool:
             return True
 
-    def stream_of(*_: Any) -> Stream:
-        return Stream()
-
-    def without_limit(value: Any) -> Any:
-        return lambda *_: value
-
-    class Property:
-        def __init__(self, value: Any) -> None:
-            self._value = value
-
-        def __get__(self, *_: object) -> Any:
-            return self._value
-
     accelerator = type(get_accelerator())
     values = {
-        "is_synchronized_device": without_limit(False),
-        "resolves_data_dependency": without_limit(False),
-        "handles_memory_backpressure": without_limit(False),
-        "use_host_timers": without_limit(True),
+        "is_synchronized_device": _always(False),
+        "resolves_data_dependency": _always(False),
+        "handles_memory_backpressure": _always(False),
+        "use_host_timers": _always(True),
         "synchronize": count("synchronize"),
-        "Stream": Property(Stream),
-        "Event": Property(Stream),
-        "stream": lambda *_: nullcontext(),
-        "current_stream": stream_of,
-        "default_stream": stream_of,
-        "FloatTensor": Property(count("from host", torch.FloatTensor)),
-        "ByteTensor": Property(count("from host", torch.ByteTensor)),
+        "Stream": _Property(Stream),
+        "Event": _Property(Stream),
+        "stream": _always(nullcontext()),
+        "current_stream": lambda *_: Stream(),
+        "default_stream": lambda *_: Stream(),
+        "FloatTensor": _Property(count("from host", torch.FloatTensor)),
+        "ByteTensor": _Property(count("from host", torch.ByteTensor)),
     }
     make = torch.tensor
 
