@@ -99,12 +99,12 @@ def make_clipper(
 
 
 def sums_in_fp32(optimizer: Any) -> bool:
-    """Return True for DeepSpeed's optimizer of bf16 with ZeRO 1; with pipeline stages, it has it for ZeRO 0, too."""
+    """Return True for DeepSpeed's optimizer of bf16 with ZeRO 1; pipeline stages without ZeRO use it with bf16 sums."""
     return isinstance(optimizer, BF16_Optimizer) and optimizer.grad_acc_dtype is torch.float32
 
 
 def _is_counted(weight: Tensor, mesh: Mesh) -> bool:
-    """Return True on one of the ranks or stages that have this weight, if it is replicated."""
+    """Return True if this rank counts the weight in the norm: a replicated weight is counted once."""
     return (mesh.tensor_rank == 0 or shard_of(weight) is not None) and not copy_source(weight)
 
 
@@ -152,7 +152,7 @@ class PartitionedUpdate:
         if weight.grad is not None:
             sums = self._optimizer.fp32_groups_gradients[group][index]
             sums.add_(weight.grad.view(-1))
-            weight._hp_grad = sums  # type: ignore[attr-defined]  # of which pipeline stages add up a tied weight's
+            weight._hp_grad = sums  # type: ignore[attr-defined]  # for tied weights, which pipeline stages add up
 
     @torch.no_grad()
     def step(self) -> None:

@@ -11,7 +11,7 @@ A micro-batch takes the sum of
     communication     what does not overlap with computation
 
 and an update adds that of the optimizer and the communication of ZeRO. Byte counts come from the operators that this
-code runs. Efficiencies and overlaps are assumed: docs/performance.md compares predictions with measurements.
+code runs. Efficiencies and overlaps are assumed until `tools/gpu_check.py` has measured them.
 """
 
 import itertools
@@ -65,7 +65,8 @@ class Costs(NamedTuple):
 # silu 2, products 3 + 3, gradient of silu 3, copy 2. The loss reads and writes fp32 copies of parts: 64 bytes a logit.
 EAGER = Costs(hidden_moves=68.6, ffn_moves=18, logit_bytes=64, sum_bytes=0, waits=0, host_block_s=1.4e-3)
 # Estimated from what fused kernels must move: 64 widths a token if the feed-forward width is four times the model's,
-# of which SwiGLU has 3 x 4 forward and 5 x 4 backward; logits are read twice forward, and read and written backward.
+# of which SwiGLU has 3 x 4 forward and 5 x 4 backward; logits are read twice forward, and read and written backward,
+# without the cache hits that tools/bench/kernels.py assumes, which counts 6 bytes.
 COMPILED = Costs(hidden_moves=32, ffn_moves=8, logit_bytes=8, sum_bytes=0, waits=0, host_block_s=0.5e-3)
 
 # Bytes moved per parameter to add a gradient to its sum, by ZeRO stage: a bf16 sum; one mixed addition to an fp32 sum;
