@@ -41,10 +41,10 @@ def parity(check: Check) -> None:
         worst, changed = 0.0, 0
         for zero, recompute in MODES:
             name = f"{precision}, ZeRO {zero}, recompute {recompute}"
-            with started(small_run(check.folder, precision, recompute), zero) as (engine, _):
-                losses = train(engine)
+            with started(small_run(check.folder, precision, recompute), zero) as training:
+                losses = train(training.engine)
                 difference = max(abs(a - b) / abs(b) for a, b in zip(losses, expected, strict=True))
-                changed += changes_by_nan(engine)
+                changed += changes_by_nan(training.engine)
             check.report(f"{name}: loss difference", difference)
             worst = max(worst, difference) if math.isfinite(difference) else math.nan
         check.report(f"{precision}: largest loss difference", worst)
@@ -53,8 +53,8 @@ def parity(check: Check) -> None:
 
 def reference(check: Check) -> None:
     """Write the losses of fp32 without ZeRO on this device."""
-    with started(small_run(check.folder, "fp32", "none"), "0") as (engine, _):
-        (check.folder / EXPECTED).write_text(json.dumps(train(engine)))
+    with started(small_run(check.folder, "fp32", "none"), "0") as training:
+        (check.folder / EXPECTED).write_text(json.dumps(train(training.engine)))
 
 
 def small_run(folder: Path, precision: str, recompute: str) -> RunConfig:
@@ -155,10 +155,10 @@ def synchronizations(check: Check) -> None:
     for zero in ("1", "2"):
         for encoding in ("bipe_rope", "bipe_alibi"):
             run = with_batches(recipe(check, f"{encoding}_151m", "train.compile=off"), check.choose(8, 2), 4)
-            with started(run, zero) as (engine, _):
+            with started(run, zero) as training:
                 batch = make_batch(run.model.vocab_size, run.train.micro_batch, run.train.seq_len_tokens)
-                _train_watched(engine, batch)  # allocates, compiles and chooses kernels
-                per_micro_batch, per_update = _train_watched(engine, batch)
+                _train_watched(training.engine, batch)  # allocates, compiles and chooses kernels
+                per_micro_batch, per_update = _train_watched(training.engine, batch)
             name = f"ZeRO {zero}, {encoding}"
             check.report(f"{name}: waits per micro-batch", sum(per_micro_batch.values()))
             check.report(f"{name}: waits per update", sum(per_update.values()))

@@ -45,6 +45,14 @@ class Speed(NamedTuple):
     reserved_gib: float
 
 
+class Training(NamedTuple):
+    """An engine of this device with the run and the DeepSpeed configuration that it was started with."""
+
+    engine: Any
+    run: RunConfig
+    ds_config: dict[str, Any]
+
+
 @functools.cache
 def this_rank() -> Mesh:
     mesh = join_launch()
@@ -68,8 +76,8 @@ def with_batches(run: RunConfig, micro_batch: int, accumulation: int) -> RunConf
 
 
 @contextmanager
-def started(run: RunConfig, zero: int | str) -> Iterator[tuple[Any, dict[str, Any]]]:
-    """Give the engine of a run on this device, with its DeepSpeed configuration, and free its memory.
+def started(run: RunConfig, zero: int | str) -> Iterator[Training]:
+    """Start the engine of a run on this device, and free its memory in the end.
 
     DeepSpeed keeps the state of ZeRO 3 until the process ends, so such an engine should be the last one.
     """
@@ -80,7 +88,7 @@ def started(run: RunConfig, zero: int | str) -> Iterator[tuple[Any, dict[str, An
     ds_config = engine_config(run, read_ds_config(path), 1, path)
     engine: Any = start_engine(run, ds_config, this_rank().with_layout(run.parallel))
     try:
-        yield engine, ds_config
+        yield Training(engine, run, ds_config)
     finally:
         engine._saver.finish()
         engine._engine.destroy()

@@ -5,6 +5,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,20 +77,35 @@ def _time_kernels(check: Check, width: int, key_heads: int) -> None:
         check.report(f"{name}, {kind}: ms", 1000 * median_s(run, device))
 
 
-def longest_kernel(run: Callable[[], None]) -> str:
+def longest_kernel(run: Callable[[], object]) -> str:
     """Return the name of the kernel in which a call spends most time; on a CPU, of the operation."""
-    on_gpu = device_type() == "cuda"
     run()  # the first call may choose a kernel
+    found = kernels_of(run)
+    return found[0].name[:100] if found else "none"
+
+
+class Kernel(NamedTuple):
+    """The launches of one kernel in a call; on a CPU, of one operation."""
+
+    time_us: float
+    num_launches: int
+    name: str
+
+
+def kernels_of(run: Callable[[], object]) -> list[Kernel]:
+    """Return the kernels of a call, the longest first; on a CPU, the operations."""
+    device = torch.device(device_type())
+    on_gpu = device.type == "cuda"
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         run()
-        wait_for_device(torch.device(device_type()))
+        wait_for_device(device)
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    seconds = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
+    found = [
+        Kernel(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
         for event in profiler.key_averages()
         if event.device_type == wanted
-    }
-    return max(seconds, key=lambda key: seconds[key], default="none")[:100]
+    ]
+    return sorted(found, reverse=True)
 
 
 def median_s(run: Callable[[], None], device: torch.device) -> float:

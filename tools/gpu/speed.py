@@ -2,17 +2,15 @@
 
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch.autograd import DeviceType
-from torch.profiler import ProfilerActivity, profile
 
 from bench._models import PEER, measure
 from bench.train import prepare_ours, prepare_peer
 from gpu.check import PREDICTED, TOY, Check
 from gpu.engines import (
     LR,
+    Training,
     estimated_gib,
     forget_compiled_code,
     measure_updates,
@@ -20,10 +18,9 @@ from gpu.engines import (
     predicted,
     recipe,
     started,
-    wait_for_device,
     with_batches,
 )
-from megatron_bipe.config import RunConfig
+from gpu.kernels import kernels_of
 
 NUM_KERNELS = 30
 OURS = "BiPE-RoPE"
@@ -37,10 +34,9 @@ def speed_151m(check: Check) -> None:
             run = recipe(check, f"{encoding}_151m", f"train.compile={_possible(check, compiles)}")
             run = with_batches(run, run.train.micro_batch, 4)
             name = f"151M {encoding}, compile {compiles}"
-            with started(run, "1") as (engine, ds_config):
-                speeds[encoding, compiles] = _report_speed(check, name, engine, run, ds_config, (5, 20))
-                file = check.folder / f"kernels-{encoding}-{compiles}.txt"
-                write_kernels(engine, run, file)
+            with started(run, "1") as training:
+                speeds[encoding, compiles] = _report_speed(check, name, training, (5, 20))
+                write_kernels(training, check.folder / f"kernels-{encoding}-{compiles}.txt")
         check.report(
             f"151M, compile {compiles}: speed of bipe_alibi over rope",
             speeds["bipe_alibi", compiles] / speeds["rope", compiles],
@@ -55,20 +51,21 @@ def speed_1_6b(check: Check) -> None:
     for encoding, sizes in plan.items():
         run = recipe(check, f"{encoding}_1.6b", compiles)
         sizes = sizes if check.on_gpu else tuple(size // 4 for size in sizes)
-        with started(with_batches(run, sizes[0], 2), "1") as (engine, ds_config):
+        with started(with_batches(run, sizes[0], 2), "1") as training:
             for size in sizes:
                 forget_compiled_code()  # else a second size would be compiled for any size
-                sized, name = with_batches(run, size, 2), f"1.6B {encoding}, micro-batch {size}, ZeRO 1"
+                sized = training._replace(run=with_batches(run, size, 2))
+                name = f"1.6B {encoding}, micro-batch {size}, ZeRO 1"
                 try:
-                    speeds[encoding, size] = _report_speed(check, name, engine, sized, ds_config, (2, 6))
+                    speeds[encoding, size] = _report_speed(check, name, sized, (2, 6))
                 except torch.OutOfMemoryError:  # the second size needs about 70 GiB (an estimate)
                     check.report(f"{name}: tokens/s", "out of memory")
     first = min(size for _, size in speeds)
     check.report("1.6B: speed of bipe_alibi over bipe_rope", speeds["bipe_alibi", first] / speeds["bipe_rope", first])
     for zero in ("2", "3"):  # 3 comes last: its memory is not freed
         run = with_batches(recipe(check, "bipe_rope_1.6b", compiles), check.choose(8, 2), 2)
-        with started(run, zero) as (engine, ds_config):
-            _report_speed(check, f"1.6B bipe_rope, ZeRO {zero}", engine, run, ds_config, (2, 3))
+        with started(run, zero) as training:
+            _report_speed(check, f"1.6B bipe_rope, ZeRO {zero}", training, (2, 3))
 
 
 def _possible(check: Check, compiles: str) -> str:
@@ -76,9 +73,9 @@ def _possible(check: Check, compiles: str) -> str:
     return compiles if check.on_gpu else "off"
 
 
-def _report_speed(
-    check: Check, name: str, engine: Any, run: RunConfig, ds_config: dict[str, Any], updates: tuple[int, int]
-) -> float:
+def _report_speed(check: Check, name: str, training: Training, updates: tuple[int, int]) -> float:
+    """Report speed and memory after updates of a warm-up and timed ones; return the tokens per second."""
+    engine, run, ds_config = training
     warm_up, timed = updates if check.on_gpu else (1, 1)
     speed = measure_updates(engine, run, warm_up, timed)
     check.report(f"{name}: tokens/s", speed.tokens_per_s)
@@ -95,21 +92,12 @@ def _report_speed(
     return speed.tokens_per_s
 
 
-def write_kernels(engine: Any, run: RunConfig, file: Path) -> None:
+def write_kernels(training: Training, file: Path) -> None:
     """Write the longest kernels of an update and their times; on a CPU, the operations."""
-    on_gpu = torch.cuda.is_available() and engine._mesh.device.type == "cuda"
-    with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
-        engine.train_step(micro_batches(run), LR)
-        wait_for_device(engine._mesh.device)
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    rows = [
-        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-        for event in profiler.key_averages()
-        if event.device_type == wanted
-    ]
-    total = sum(us for us, _, _ in rows) or 1.0
-    lines = [f"{us / 1000:10.3f} ms {us / total:6.1%} {n:6} x {key}" for us, n, key in sorted(rows, reverse=True)]
-    file.write_text("\n".join([f"an update: {total / 1000:.3f} ms", *lines[:NUM_KERNELS]]) + "\n")
+    found = kernels_of(partial(training.engine.train_step, micro_batches(training.run), LR))
+    total_us = sum(kernel.time_us for kernel in found) or 1.0
+    lines = [f"{us / 1000:10.3f} ms {us / total_us:6.1%} {count:6} x {name}" for us, count, name in found]
+    file.write_text("\n".join([f"an update: {total_us / 1000:.3f} ms", *lines[:NUM_KERNELS]]) + "\n")
 
 
 def peers(check: Check) -> None:
