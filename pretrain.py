@@ -48,7 +48,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.gpus import named_gpu, with_network
-    from megatron_bipe.runtime.hardware import choose_compile, own_gpu
+    from megatron_bipe.runtime.hardware import Choices, choose_compile, own_gpu
     from megatron_bipe.runtime.host_collectives import in_thread
     from megatron_bipe.runtime.watchdog import Watchdog
     from megatron_bipe.train.batch_loader import BatchLoader
@@ -73,18 +73,18 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     check_settings(ds_values, args.ds_config)
     ds_config = engine_config(run, ds_values, num_ranks, args.ds_config)
     on_gpu = planned_gpu is not None or mesh.device.type == "cuda"
-    compiles = choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu)
+    choices = Choices(precision, choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu))
     if mesh.is_main:
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
     if args.dry_run is not None:
         if mesh.is_main:
             gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network)
-            sys.stdout.write(describe(run, ds_config, num_ranks, precision, compiles, gpu))
+            sys.stdout.write(describe(run, ds_config, num_ranks, choices, gpu))
             check_start(run, mesh._replace(num_ranks=num_ranks), args.allow)
             _log_warnings(start_warnings(run))
         return
     if mesh.is_main:
-        _log_lines(start_summary(run, ds_config, mesh, precision, compiles))
+        _log_lines(start_summary(run, ds_config, mesh, choices))
     loader = BatchLoader(run, mesh)
     tokenizer = open_tokenizer(loader.dataset)
     stop_step = min(run.train.steps, args.stop_step or run.train.steps)

@@ -14,19 +14,14 @@ from megatron_bipe.estimate.memory import StageMemory, stage_memories
 from megatron_bipe.estimate.step_time import StepTime, predict_step
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
 from megatron_bipe.runtime.gpus import Gpu
-from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice, choose_compile
+from megatron_bipe.runtime.hardware import Choices, PrecisionChoice, choose_compile
 from megatron_bipe.text_table import text_table
 
 _DAY_S = 86400
 
 
 def describe(
-    run: RunConfig,
-    ds_config: dict[str, Any],
-    num_ranks: int,
-    precision: PrecisionChoice,
-    compiles: CompileChoice,
-    gpu: Gpu | None = None,
+    run: RunConfig, ds_config: dict[str, Any], num_ranks: int, choices: Choices, gpu: Gpu | None = None
 ) -> str:
     """Return the text that `--dry-run` prints.
 
@@ -34,15 +29,14 @@ def describe(
         run: the run configuration, validated for `num_ranks`, its precision resolved.
         ds_config: result of `config.deepspeed.engine_config`.
         num_ranks: ranks of the described launch.
-        precision: the chosen precision and its reason.
-        compiles: whether blocks and the loss are compiled, and its reason.
+        choices: precision and compilation, with their reasons.
         gpu: the GPU of every rank; None: memory and communication are those of CPU ranks, and no time is predicted.
     """
     stages = stage_memories(run, ds_config, num_ranks, on_gpu=gpu is not None)
     parts = [
         "# Resolved configuration\n" + dump_yaml(run),
-        "# Precision\n" + _precision(run, precision, gpu),
-        f"# Compilation\n{compiles}\n",
+        "# Precision\n" + _precision(run, choices.precision, gpu),
+        f"# Compilation\n{choices.compiles}\n",
         "# Layers\n" + layer_table(run.model),
         "# Layout\n" + _layout(run, ds_config, num_ranks),
         "# Stages\n" + _stage_table(stages) + _bubble(run, num_ranks),

@@ -46,6 +46,13 @@ class CompileChoice(NamedTuple):
         return f"{'on' if self.compiles else 'off'} ({self.reason})"
 
 
+class Choices(NamedTuple):
+    """What a run leaves to the hardware."""
+
+    precision: PrecisionChoice
+    compiles: CompileChoice
+
+
 def device_type() -> DeviceType:
     """Return the device type that `BIPE_DEVICE` requests, else `cuda` if there is a GPU, else `cpu`.
 

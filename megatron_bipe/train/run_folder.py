@@ -43,7 +43,7 @@ from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.gpus import Gpu
-from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice, choose_precision, device_name
+from megatron_bipe.runtime.hardware import Choices, PrecisionChoice, choose_precision, device_name
 from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
 
 # Fields that a resumed run may change freely.
@@ -242,17 +242,14 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return result
 
 
-def start_summary(
-    run: RunConfig, ds_config: dict[str, object], mesh: Mesh, precision: PrecisionChoice, compiles: CompileChoice
-) -> str:
+def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, choices: Choices) -> str:
     """Return the summary at the start of a run, a few lines.
 
     Args:
         run: the run configuration, validated.
         ds_config: result of `config.deepspeed.engine_config`.
         mesh: this rank, with the parallel layout.
-        precision: compute precision and its reason.
-        compiles: whether blocks and the loss are compiled, and its reason.
+        choices: precision and compilation, with their reasons.
     """
     train, replicas = run.train, mesh.data_ranks
     tokens_per_step = train.global_batch * train.seq_len_tokens
@@ -264,8 +261,8 @@ def start_summary(
     rows = {
         "model": f"{run.model.encoding}, {num_parameters:,} parameters",
         "device": f"{mesh.num_ranks} rank{'s' * (mesh.num_ranks > 1)}, {per_rank}: {device_name(mesh.device)}",
-        "precision": f"{precision.precision} ({precision.reason})",
-        "compile": str(compiles),
+        "precision": f"{choices.precision.precision} ({choices.precision.reason})",
+        "compile": str(choices.compiles),
         "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
         "batch": f"{tokens_per_step:,} tokens a step: {replicas} x {accumulation_steps(train, replicas)} micro-batches "
         f"of {train.micro_batch} x {train.seq_len_tokens}",

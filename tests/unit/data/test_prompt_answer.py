@@ -18,7 +18,7 @@ from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
+from megatron_bipe.runtime.hardware import Choices, CompileChoice, PrecisionChoice
 from megatron_bipe.train.batch_loader import BatchLoader
 from tests.helpers.errors import raises
 
@@ -196,5 +196,5 @@ def test_dry_run_counts_examples(folder):
     precision = PrecisionChoice("fp32", "train.precision=fp32")
     run = _run(folder)
     run = run.model_copy(update={"train": run.train.model_copy(update={"precision": precision.precision})})
-    described = describe(run, {"zero_optimization": {"stage": 1}}, 1, precision, CompileChoice(False, "off"))
+    described = describe(run, {"zero_optimization": {"stage": 1}}, 1, Choices(precision, CompileChoice(False, "off")))
     assert "3 examples of sums" in described and "reads it 8.00 times" in described

@@ -3,10 +3,10 @@
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.runtime.gpus import named_gpu
-from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
+from megatron_bipe.runtime.hardware import Choices, CompileChoice, PrecisionChoice
 from tests.helpers.paths import ROOT
 
-COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")
+CHOICES = Choices(PrecisionChoice("bf16", "train.precision=bf16"), CompileChoice(True, "auto: on a GPU"))
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 
@@ -14,7 +14,7 @@ H100, L4 = named_gpu("H100", "--gpu"), named_gpu("L4", "--gpu")
 
 
 def described(run, ds_config, num_ranks, gpu=None):
-    return describe(run, ds_config, num_ranks, PrecisionChoice("bf16", "train.precision=bf16"), COMPILED, gpu)
+    return describe(run, ds_config, num_ranks, CHOICES, gpu)
 
 
 PARAMETERS = 163_203_840  # of the default run

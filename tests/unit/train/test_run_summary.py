@@ -6,11 +6,10 @@ import torch
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.runtime.hardware import CompileChoice, PrecisionChoice
+from megatron_bipe.runtime.hardware import Choices, CompileChoice, PrecisionChoice
 from megatron_bipe.train.run_folder import end_summary, start_summary
 
-COMPILED = CompileChoice(compiles=True, reason="auto: on a GPU")
-CHOICE = PrecisionChoice("fp32", "auto: no native bf16")
+CHOICES = Choices(PrecisionChoice("fp32", "auto: no native bf16"), CompileChoice(True, "auto: on a GPU"))
 
 
 @pytest.fixture
@@ -24,7 +23,7 @@ def run(tmp_path):
 def test_start_summary_names_model_device_precision_layout_batch_and_length(run):
     threads = torch.get_num_threads()
     mesh = Mesh(0, 0, 4, 4, torch.device("cpu"), tensor=2)
-    lines = start_summary(run, {"zero_optimization": {"stage": 2}}, mesh, CHOICE, COMPILED).splitlines()
+    lines = start_summary(run, {"zero_optimization": {"stage": 2}}, mesh, CHOICES).splitlines()
     found = {line.split("  ")[0]: line for line in lines}
     assert "bipe_rope" in found["model"] and "parameters" in found["model"]
     assert "4 ranks" in found["device"] and f"{threads} thread" in found["device"]
