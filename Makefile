@@ -45,7 +45,7 @@ help:
 	@echo 'make lint         ruff, mypy, import-linter, the glossary'
 	@echo 'make docs         write docs/configuration.md from the schema of the run configuration'
 	@echo 'make bench        the benchmarks of tools/bench, at small sizes'
-	@echo 'make gpu-check    check a GPU in at most 12 minutes: kernels, losses, speed, checkpoints (GPU_CHECK=--only attention)'
+	@echo 'make gpu-check    check a GPU in at most 12 minutes: kernels, losses, speed, checkpoints (GPU_CHECK="--only attention")'
 	@echo 'make setup        create or update .venv for all targets; every target does this itself'
 	@echo 'make clean        remove .venv and caches; data, runs and results stay'
 
