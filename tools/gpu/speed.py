@@ -14,7 +14,6 @@ from gpu.check import PREDICTED, TOY, Check
 from gpu.engines import (
     LR,
     estimated_gib,
-    forget_compiled_code,
     measure_updates,
     micro_batches,
     predicted,
@@ -57,7 +56,6 @@ def speed_1_6b(check: Check) -> None:
         sizes = sizes if check.on_gpu else tuple(size // 4 for size in sizes)
         with started(with_batches(run, sizes[0], 2), "1") as (engine, ds_config):
             for size in sizes:
-                forget_compiled_code()  # else a second size would be compiled for any size
                 sized, name = with_batches(run, size, 2), f"1.6B {encoding}, micro-batch {size}, ZeRO 1"
                 try:
                     speeds[encoding, size] = _report_speed(check, name, engine, sized, ds_config, (2, 6))
