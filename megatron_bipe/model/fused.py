@@ -12,7 +12,7 @@ T = TypeVar("T")
 
 
 def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
-    """Return `function` compiled as one graph, at its first call for each set of shapes.
+    """Return `function` compiled as one graph, with its backward pass, at its first call for each set of shapes.
 
     Code for any shape would also run for shapes that have their own, so that a validation of another shape would change
     the kernels of training.
@@ -21,7 +21,9 @@ def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
         ConfigError: at a call, if torch cannot compile it on this machine.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # a second, so not at every start
+    from torch._functorch import config
 
+    config.force_non_lazy_backward_lowering = True  # else backward is compiled in backward, outside of `run`
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     @wraps(function)
