@@ -11,17 +11,20 @@ from megatron_bipe.errors import ConfigError
 T = TypeVar("T")
 
 
-def compile_fused(function: Callable[..., T], *, dynamic: bool | None = False) -> Callable[..., T]:
-    """Return `function` compiled as one graph, at its first call for each set of shapes.
+def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
+    """Return `function` compiled as one graph, with its backward pass, at its first call for each set of shapes.
 
-    With `dynamic=None` the code for a second set of shapes is for all that differ from it in the same dimensions.
+    Code for any shape would also run for shapes that have their own, so that a validation of another shape would change
+    the kernels of training.
 
     Raises:
         ConfigError: at a call, if torch cannot compile it on this machine.
     """
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # a second, so not at every start
+    from torch._functorch import config
 
-    compiled = torch.compile(function, fullgraph=True, dynamic=dynamic)
+    config.force_non_lazy_backward_lowering = True  # else backward is compiled in backward, outside of `run`
+    compiled = torch.compile(function, fullgraph=True, dynamic=False)
 
     @wraps(function)
     def run(*inputs: Any) -> T:

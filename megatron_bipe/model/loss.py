@@ -12,7 +12,6 @@ K tokens · V vocabulary (lower case: this rank's shard)
 
 import functools
 from collections.abc import Callable, Iterator
-from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -87,15 +86,10 @@ def gradients_in_place(logits_Kv: Tensor, columns_K: Tensor, sums: RowSums, grad
 
 @functools.cache
 def loss_passes(compiles: bool) -> LossPasses:
-    """Return the two passes, as code that all models of this process share.
-
-    Compiled code of the first shape is for this shape only, that of the second is for any number of rows. Validation
-    with other shapes therefore compiles a bounded number of times.
-    """
+    """Return the two passes, as code that all models of this process share."""
     if not compiles:
         return LossPasses(sum_rows, gradients_in_place)
-    compiled = partial(compile_fused, dynamic=None)
-    return LossPasses(compiled(_sum_rows_at_once), compiled(_gradients_at_once))
+    return LossPasses(compile_fused(_sum_rows_at_once), compile_fused(_gradients_at_once))
 
 
 def _sum_rows_at_once(logits_Kv: Tensor, columns_K: Tensor, highest_K: Tensor | None = None) -> RowSums:

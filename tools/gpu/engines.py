@@ -99,7 +99,7 @@ def started(run: RunConfig, zero: int | str) -> Iterator[Training]:
 
 
 def forget_compiled_code() -> None:
-    """Let torch.compile begin again, so that earlier shapes do not make it choose kernels for any shape."""
+    """Let torch.compile begin again, since it gives up after 8 variants of a function."""
     if this_rank().device.type == "cuda":
         torch.compiler.reset()
 

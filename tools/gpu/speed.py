@@ -12,7 +12,6 @@ from gpu.engines import (
     LR,
     Training,
     estimated_gib,
-    forget_compiled_code,
     measure_updates,
     micro_batches,
     predicted,
@@ -53,7 +52,6 @@ def speed_1_6b(check: Check) -> None:
         sizes = sizes if check.on_gpu else tuple(size // 4 for size in sizes)
         with started(with_batches(run, sizes[0], 2), "1") as training:
             for size in sizes:
-                forget_compiled_code()  # else a second size would be compiled for any size
                 sized = training._replace(run=with_batches(run, size, 2))
                 name = f"1.6B {encoding}, micro-batch {size}, ZeRO 1"
                 try:

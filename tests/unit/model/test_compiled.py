@@ -1,7 +1,10 @@
 """Blocks compiled by AOT autograd without code generation: one graph, and the results of eager blocks."""
 
+from functools import partial
+
 import pytest
 import torch
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from megatron_bipe.config import ModelConfig
@@ -89,13 +92,15 @@ def test_recomputed_graph_keeps_only_its_inputs(counter):
     assert all(x.shape in ((2, 24, 32), (2, 1, 24, 4), (2, 1, 24, 1)) for x in kept)  # and what positions determine
 
 
-def test_a_failed_compilation_names_the_setting(monkeypatch):
+@pytest.mark.parametrize("failing", ["fw_compiler", "bw_compiler"])
+def test_a_failed_compilation_names_the_setting(monkeypatch, failing):
     def fail(*_):
         raise RuntimeError("no compiler")
 
-    compile_any = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda f, **options: compile_any(f, backend=fail, **options))
-    run = fused.compile_fused(lambda x: x + 1)
+    working = dict.fromkeys(("fw_compiler", "bw_compiler"), lambda graph, _: graph.forward)
+    backend = aot_autograd(**working | {failing: fail})
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    run = fused.compile_fused(lambda x: x.sin())
     with pytest.raises(ConfigError, match=r"no compiler(.|\n)*train\.compile=off"):
-        run(torch.ones(2))
+        run(torch.ones(2, requires_grad=True))  # at the call, so backward of a block needs no handler
     torch._dynamo.reset()
