@@ -3,6 +3,7 @@
 import errno
 import os
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
@@ -170,13 +171,20 @@ def find_gloo_interface(ranks: "Launch | Mesh") -> str:
         if name.split(",")[0] not in present:
             raise _gloo_error(f"GLOO_SOCKET_IFNAME={name}, but the interfaces of this host are {', '.join(present)}")
         return name
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = LOOPBACK  # as gloo does
+    address = _own_address()
     if _is_loopback(address) and not (_is_on_one_host(ranks) or _is_loopback(os.environ["MASTER_ADDR"])):
         raise _gloo_error(f"gloo listens on the address of the host name, which is {address}")
     return address
+
+
+def _own_address() -> str:
+    """Return the address that gloo listens on: the first one of the host name that this host has, else the loopback."""
+    with suppress(OSError):
+        for family, kind, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return str(address[0])
+    return LOOPBACK
 
 
 def host_group_error(ranks: "Launch | Mesh", error: Exception) -> Exception:
@@ -197,7 +205,7 @@ def _gloo_error(seen: str, *, transient: bool = False) -> ConfigError:
 
 
 def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.")
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def port_error(seen: str) -> ConfigError:
