@@ -75,7 +75,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     on_gpu = planned_gpu is not None or mesh.device.type == "cuda"
     compiles = choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu)
     if mesh.is_main:
-        _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
+        ignored = ignored_settings(ds_values, run.train.precision)
+        _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored)
     if args.dry_run is not None:
         if mesh.is_main:
             gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network)
