@@ -40,8 +40,8 @@ def find_launch() -> Launch:
 def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "Mesh":
     """Select device and threads of this rank, and set the environment variables of torch and DeepSpeed.
 
-    The cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set. Ranks that are all on
-    one host communicate over its loopback interface, which other hosts cannot reach.
+    The cores of the machine are divided evenly among its ranks, unless SLURM or OMP_NUM_THREADS sets their number.
+    Ranks that are all on one host communicate over its loopback interface, which other hosts cannot reach.
 
     Args:
         launch: result of `find_launch`; None: call it.
@@ -74,7 +74,9 @@ def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "
     else:
         device = torch.device("cpu")
     if "OMP_NUM_THREADS" not in env:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.num_local_ranks))
+        cores = len(os.sched_getaffinity(0))
+        own_cores = launch.own_cores or cores // launch.num_local_ranks
+        torch.set_num_threads(max(1, min(cores, own_cores)))  # SLURM may have bound this rank to its own cores
     return Mesh(launch.rank, launch.local_rank, launch.num_ranks, launch.num_local_ranks, device)
 
 

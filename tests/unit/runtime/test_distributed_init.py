@@ -190,6 +190,15 @@ def test_join_launch_shares_the_cores_among_the_ranks_of_a_machine(environment, 
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("allowed", "used"), [(8, 8), (64, 8), (2, 2)])  # bound by SLURM, not bound, bound to fewer
+def test_join_launch_by_srun_does_not_divide_the_cores_of_a_task(environment, monkeypatch, allowed, used):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed))
+    environment.update(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NTASKS="4")
+    environment.update(SLURM_TASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="8", MASTER_ADDR="head", MASTER_PORT="2950")
+    join_launch()
+    assert torch.get_num_threads() == used
+
+
 def test_join_launch_leaves_a_chosen_thread_count_alone(environment):
     torch.set_num_threads(1)
     environment.update(LAUNCH, OMP_NUM_THREADS="1")
