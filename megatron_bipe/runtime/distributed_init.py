@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.environment import DEVICE, prepare_environment
+from megatron_bipe.runtime.environment import DEVICE, prepare_cuda, prepare_environment
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
 
 LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 _AGENT_HOSTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun sets it to True, and torch reads it
 _START_S = 600.0  # limit for rank 0 to start
-_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch.use_deterministic_algorithms refuses others
 
 if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
@@ -81,20 +79,16 @@ def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "
 
 
 def _set_cuda_options(run: RunConfig) -> None:
-    """Set the options of CUDA and cuBLAS for a run; call it before CUDA starts, which reads the variables once.
+    """Set the options of CUDA and cuBLAS for a run.
 
     cuBLAS may split a matrix product of bf16 along the dimension that it sums over, and add the parts in bf16. In
     gradients of small weights, which have few output tiles and sum over all tokens, that is likely: it is switched off.
     """
     import torch
 
-    if run.parallel.tensor > 1:
-        # Kernels start in the order of their launches, so a collective does not wait for the product that overlaps it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    prepare_cuda(run)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if run.train.deterministic:
-        if os.environ.get(_CUBLAS_WORKSPACE) not in _DETERMINISTIC_WORKSPACES:
-            os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
         torch.use_deterministic_algorithms(True)
         # Otherwise each empty tensor is filled first, only so that reads of uninitialized memory would be repeatable.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
