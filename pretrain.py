@@ -23,6 +23,7 @@ from megatron_bipe.config import (
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
 from megatron_bipe.runtime.distributed_init import connect_store, find_gloo_interface, join_launch
+from megatron_bipe.runtime.environment import has_gpu_driver, prepare_cuda
 from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, StopRequest, parse_duration
@@ -42,6 +43,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     num_ranks = args.dry_run or launch.num_ranks
     validate_run(run, num_ranks, Sources(args.config, args.set))
     ds_values = read_ds_config(args.ds_config)
+    if has_gpu_driver():
+        prepare_cuda(run)
 
     from megatron_bipe.data.dataset import open_tokenizer
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
@@ -75,7 +78,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     on_gpu = planned_gpu is not None or mesh.device.type == "cuda"
     choices = Choices(precision, choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu))
     if mesh.is_main:
-        _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored_settings(ds_values))
+        ignored = ignored_settings(ds_values, run.train.precision)
+        _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored)
     if args.dry_run is not None:
         if mesh.is_main:
             gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network)

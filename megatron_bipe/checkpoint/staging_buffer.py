@@ -6,7 +6,8 @@ CUDA, because torch's own allocator of pinned memory rounds every size up to a p
 """
 
 import logging
-from collections.abc import Iterable, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -27,6 +28,7 @@ class StagingBuffer:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._flat = torch.empty(0)
+        self._unregister: Callable[[], object] = lambda: None
         self._is_refused = False  # True after the memory could not be allocated
 
     @property
@@ -81,15 +83,21 @@ class StagingBuffer:
 
     def release(self) -> None:
         """Free the memory; copies are no longer valid."""
-        flat, self._flat = self._flat, torch.empty(0)
-        if self._stream and flat.numel():
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
+        self._flat = torch.empty(0)
+        self._unregister()
 
     def _allocated(self, num_elements: int) -> Tensor:
         flat = torch.empty(num_elements)
         if self._stream:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(flat.data_ptr(), flat.nbytes, 0))
+            # Of a buffer that is dropped without `release`, too: CUDA would access the freed memory when it is reused.
+            self._unregister = unregister = weakref.finalize(self, _unregister, flat)
+            unregister.atexit = False  # the driver does it when the process ends
         return flat
+
+
+def _unregister(flat: Tensor) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(flat.data_ptr()))
 
 
 def num_elements(fragments: Iterable[Fragment]) -> int:

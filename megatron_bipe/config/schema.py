@@ -123,7 +123,8 @@ class TrainConfig(Section):
     (GPUs since A100, CPUs with AVX512_BF16, AMX or Arm BF16), else fp32; a resumed run keeps its precision."""
     compile: Compile = AUTO
     """Fuse the operations of each transformer block, and of the loss, with torch.compile. auto: on a GPU, where most of
-    them are limited by memory traffic; off on a CPU. Results differ by rounding."""
+    them are limited by memory traffic; off on a CPU and with ZeRO 3, where `on` is an error. Results differ by
+    rounding."""
     deterministic: bool = False
     """Use deterministic kernels only, so that a GPU gives the same bits each time; attention's backward is slower. On a
     CPU training is deterministic without it."""

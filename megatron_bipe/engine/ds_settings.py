@@ -16,7 +16,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from megatron_bipe.config import AUTO, nearest, validation_problems, zero_stage
+from megatron_bipe.config import AUTO, Precision, nearest, offloads, validation_problems, zero_stage
 from megatron_bipe.errors import ConfigError
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -138,14 +138,15 @@ def check_settings(ds_values: dict[str, Any], location: str | Path) -> None:
         raise ConfigError("; ".join(problems), remedy=remedy, location=location)
 
 
-def ignored_settings(ds_values: dict[str, Any]) -> list[str]:
-    """Return a reason for each setting that has no effect; those that are off are not listed."""
+def ignored_settings(ds_values: dict[str, Any], precision: Precision) -> list[str]:
+    """Return a reason for each setting that has no effect in this precision; those that are off are not listed."""
     found = _flat(ds_values)
     lines = [f"{key}: {reason}" for key, reason in _IGNORED.items() if found.get(key) not in (None, False, AUTO)]
     if zero_stage(ds_values) != 3:
         keys = [key for key in found if key.startswith("zero_optimization.stage3_") and key not in _IGNORED]
         lines += [f"{key}: it is for ZeRO 3" for key in keys]
-    if zero_stage(ds_values) == 1 and found.get("zero_optimization.reduce_scatter") is not False:
+    sums_here = precision == "bf16" and not offloads(ds_values)[0]  # `engine.gradients` averages the gradients
+    if zero_stage(ds_values) == 1 and (sums_here or found.get("zero_optimization.reduce_scatter") is not False):
         lines += [f"{key}: ZeRO averages gradients without it" for key in _rescaled(found)]
     if len(found.keys() & {f"fp16.{name}" for name in DeepSpeedFP16Config.model_fields}) > 1:
         lines.append("fp16: the run computes in bf16 or fp32, without a loss scale")

@@ -3,20 +3,19 @@
 import errno
 import os
 import socket
+from contextlib import suppress
 from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.runtime.environment import DEVICE, prepare_environment
+from megatron_bipe.runtime.environment import DEVICE, prepare_cuda, prepare_environment
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous, read_launch
 
 LOOPBACK, _LOOPBACK_INTERFACE = "127.0.0.1", "lo"
 
 _AGENT_HOSTS_STORE = "TORCHELASTIC_USE_AGENT_STORE"  # torchrun sets it to True, and torch reads it
 _START_S = 600.0  # limit for rank 0 to start
-_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
-_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch.use_deterministic_algorithms refuses others
 
 if TYPE_CHECKING:  # join_launch imports torch, after the configuration has been checked
     import torch.distributed as dist
@@ -39,8 +38,8 @@ def find_launch() -> Launch:
 def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "Mesh":
     """Select device and threads of this rank, and set the environment variables of torch and DeepSpeed.
 
-    The cores of the machine are divided evenly among its ranks, unless OMP_NUM_THREADS is set. Ranks that are all on
-    one host communicate over its loopback interface, which other hosts cannot reach.
+    The cores of the machine are divided evenly among its ranks, unless SLURM or OMP_NUM_THREADS sets their number.
+    Ranks that are all on one host communicate over its loopback interface, which other hosts cannot reach.
 
     Args:
         launch: result of `find_launch`; None: call it.
@@ -73,25 +72,23 @@ def join_launch(launch: Launch | None = None, run: RunConfig | None = None) -> "
     else:
         device = torch.device("cpu")
     if "OMP_NUM_THREADS" not in env:
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // launch.num_local_ranks))
+        cores = len(os.sched_getaffinity(0))
+        own_cores = launch.own_cores or cores // launch.num_local_ranks
+        torch.set_num_threads(max(1, min(cores, own_cores)))  # SLURM may have bound this rank to its own cores
     return Mesh(launch.rank, launch.local_rank, launch.num_ranks, launch.num_local_ranks, device)
 
 
 def _set_cuda_options(run: RunConfig) -> None:
-    """Set the options of CUDA and cuBLAS for a run; call it before CUDA starts, which reads the variables once.
+    """Set the options of CUDA and cuBLAS for a run.
 
     cuBLAS may split a matrix product of bf16 along the dimension that it sums over, and add the parts in bf16. In
     gradients of small weights, which have few output tiles and sum over all tokens, that is likely: it is switched off.
     """
     import torch
 
-    if run.parallel.tensor > 1:
-        # Kernels start in the order of their launches, so a collective does not wait for the product that overlaps it.
-        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    prepare_cuda(run)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     if run.train.deterministic:
-        if os.environ.get(_CUBLAS_WORKSPACE) not in _DETERMINISTIC_WORKSPACES:
-            os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
         torch.use_deterministic_algorithms(True)
         # Otherwise each empty tensor is filled first, only so that reads of uninitialized memory would be repeatable.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
@@ -170,13 +167,20 @@ def find_gloo_interface(ranks: "Launch | Mesh") -> str:
         if name.split(",")[0] not in present:
             raise _gloo_error(f"GLOO_SOCKET_IFNAME={name}, but the interfaces of this host are {', '.join(present)}")
         return name
-    try:
-        address = socket.gethostbyname(socket.gethostname())
-    except OSError:
-        address = LOOPBACK  # as gloo does
+    address = _own_address()
     if _is_loopback(address) and not (_is_on_one_host(ranks) or _is_loopback(os.environ["MASTER_ADDR"])):
         raise _gloo_error(f"gloo listens on the address of the host name, which is {address}")
     return address
+
+
+def _own_address() -> str:
+    """Return the address that gloo listens on: the first one of the host name that this host has, else the loopback."""
+    with suppress(OSError):
+        for family, kind, *_, address in socket.getaddrinfo(socket.gethostname(), None, type=socket.SOCK_STREAM):
+            with suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return str(address[0])
+    return LOOPBACK
 
 
 def host_group_error(ranks: "Launch | Mesh", error: Exception) -> Exception:
@@ -197,7 +201,7 @@ def _gloo_error(seen: str, *, transient: bool = False) -> ConfigError:
 
 
 def _is_loopback(address: str) -> bool:
-    return address == "localhost" or address.startswith("127.")
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def port_error(seen: str) -> ConfigError:

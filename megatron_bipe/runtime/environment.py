@@ -1,6 +1,7 @@
 """Environment variables and processor features that must be known before torch and DeepSpeed are imported.
 
-This module does not import torch: libgomp and DeepSpeed read their variables once, when they are loaded.
+This module does not import torch: libgomp and DeepSpeed read their variables once, when they are loaded, and CUDA when
+its driver starts.
 
     BIPE_DEVICE=cpu|cuda      device of models; unset: the GPU if there is one
     BIPE_FAILURE_FILE=PATH    file to which ranks append why they end; the supervisor sets it
@@ -13,12 +14,15 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
 
 DeviceType = Literal["cpu", "cuda"]
 
 DEVICE, FAILURE_FILE = "BIPE_DEVICE", "BIPE_FAILURE_FILE"
 _DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda")
+_CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
+_DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch.use_deterministic_algorithms refuses others
 _BATCH_SYSTEMS = {"SLURM": "SLURM_JOB_ID", "PBS": "PBS_JOBID", "LSF": "LSB_JOBID"}  # with the variable of the job
 _GPU_NODES = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # NVIDIA, AMD, Windows Subsystem for Linux
 
@@ -62,6 +66,18 @@ def prepare_environment() -> None:
     if requested_device() == "cpu" or not has_gpu_driver():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+
+def prepare_cuda(run: RunConfig) -> None:
+    """Set the variables that CUDA and cuBLAS read for a run when they start.
+
+    Call it before DeepSpeed is imported: that asks for `torch.cuda.is_available`, which starts CUDA's driver.
+    """
+    if run.parallel.tensor > 1:
+        # Kernels start in the order of their launches, so a collective does not wait for the product that overlaps it.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
+    if run.train.deterministic and os.environ.get(_CUBLAS_WORKSPACE) not in _DETERMINISTIC_WORKSPACES:
+        os.environ[_CUBLAS_WORKSPACE] = _DETERMINISTIC_WORKSPACES[0]
 
 
 def batch_job() -> str:

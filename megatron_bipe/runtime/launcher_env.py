@@ -28,6 +28,7 @@ class Launch(NamedTuple):
     num_ranks: int
     num_local_ranks: int
     rendezvous: Rendezvous
+    own_cores: int | None = None  # that SLURM gives each task; None: the ranks of a host share its cores
 
     @property
     def is_main(self) -> bool:
@@ -76,6 +77,7 @@ LAUNCHERS = (_TORCH, _OPEN_MPI, _HYDRA, _SLURM)
 
 _JOB, _STEP, _HOST = ("SLURM_JOB_ID",), ("SLURM_STEP_ID",), ("SLURM_NODEID",)
 _HOST_LIST = ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST")
+_CORES = ("SLURM_CPUS_PER_TASK",)
 _ADDRESS, _PORT = ("MASTER_ADDR",), ("MASTER_PORT",)
 _SPECIAL_STEPS = 0xFFFFFFF0  # first step id of processes not started by srun: batch scripts, salloc shells
 _FIRST_PORT, _NUM_PORTS, _PORTS_PER_JOB = 15000, 10000, 16  # below the ephemeral ports of Linux
@@ -106,7 +108,8 @@ def read_launch(env: Mapping[str, str], agree: Callable[[bool], Rendezvous], fre
             f"{num_ranks}, local rank {local_rank} of {num_local_ranks}"
         )
     rendezvous = _rendezvous(variables, num_local_ranks == num_ranks, agree)
-    return Launch(rank, local_rank, num_ranks, num_local_ranks, rendezvous)
+    own_cores = variables.number(_CORES) if launcher is _SLURM and variables.text(_CORES) else None
+    return Launch(rank, local_rank, num_ranks, num_local_ranks, rendezvous, own_cores)
 
 
 def first_host(hosts: str) -> str:

@@ -52,6 +52,7 @@ def answer(work_dir: str) -> dict[str, Any]:
     compiled, repeated = ({"compile": "on"}, {"deterministic": True}) if on_gpu else ({"compile": "off"}, {})
     found["compiled"], _ = _train_with(compiled, folder / "compiled", mesh)
     found["repeated"] = [_train_with(repeated, folder / str(number), mesh) for number in range(2)]
+    found["deterministic"] = torch.are_deterministic_algorithms_enabled()
     batch = batches(0, mesh)[0]
     found["moved"] = [x.cpu() for x in on_device(batch, mesh.device) if x is not None]
     return found
@@ -59,8 +60,11 @@ def answer(work_dir: str) -> dict[str, Any]:
 
 def _train_with(changes, run_dir, mesh):
     """Return losses and the weights of a run with other settings of the section `train`."""
+    from megatron_bipe.runtime.distributed_init import join_launch
+
     run = run_config(Layout(), run_dir)
     run = run.model_copy(update={"train": run.train.model_copy(update=changes)})
+    join_launch(run=run)  # selects deterministic kernels
     engine, here = start_engine_of(run, mesh, 1)
     return train_steps(engine, here, range(STEPS))[0], _state(engine)
 
@@ -156,7 +160,8 @@ def test_compiled_blocks_have_the_losses_of_eager_ones(answers, expected):
     assert _difference(answers["compiled"], expected("bipe_rope")) < FP32
 
 
-def test_deterministic_training_gives_the_same_bits_again(answers):
+def test_deterministic_training_gives_the_same_bits_again(answers, device):
+    assert answers["deterministic"] == (device.type == "cuda")
     (losses, state), (losses_again, state_again) = answers["repeated"]
     assert losses == losses_again
     assert all(torch.equal(state[key], state_again[key]) for key in state)

@@ -4,7 +4,7 @@
     BiPE-RoPE ... ALiBi   this project's models under its engine
     without the engine    BiPE-RoPE in a plain loop with the same optimizer on fp32 master weights
     LlamaForCausalLM      the installed transformers' Llama (SDPA) under the same engine and optimizer
-    plain DeepSpeed       the same without this project's gradient and allocator settings
+    plain DeepSpeed       the same with DeepSpeed's own update and settings, and without those of the allocator
 
 The share is the rate of a step's floating-point operations (docs/performance.md) over that of the matrix products.
 Contenders alternate, each in its own process; the figures are medians.
@@ -17,6 +17,7 @@ import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +28,7 @@ from _cli import command
 from bench._bench import describe_machine
 from bench._models import PEER, Measurement, Prepare, device, make_batch, make_peer, measure
 from megatron_bipe.config import RunConfig, engine_config, load_run_config, read_ds_config
+from megatron_bipe.engine import base
 from megatron_bipe.engine.base import make_optimizer
 from megatron_bipe.engine.engines import ZeroEngine, start_engine
 from megatron_bipe.engine.interface import Engine
@@ -103,17 +105,21 @@ def prepare_peer(settings: Settings, plain_deepspeed: bool = False) -> Callable[
 
     Args:
         settings: the run.
-        plain_deepspeed: omit this project's DeepSpeed settings, except that gradients are summed in fp32.
+        plain_deepspeed: omit this project's update and DeepSpeed settings, except that gradients are summed in fp32.
     """
     run, mesh = load(settings, "rope"), join_launch()
     ds_config = engine_config(run, read_ds_config(settings[2]), 1, settings[2])
-    if plain_deepspeed:
-        ds_config.pop("communication_data_type", None)
-        ds_config["bf16"].pop("immediate_grad_update", None)
-    engine = PeerEngine(run, ds_config, mesh.with_layout(run.parallel))
-    if plain_deepspeed:
-        engine._engine.enable_backward_allreduce = True
-    return partial(train_step, engine, _batch(run))
+    if not plain_deepspeed:
+        return partial(train_step, PeerEngine(run, ds_config, mesh.with_layout(run.parallel)), _batch(run))
+    for key in ("communication_data_type", "timers"):
+        ds_config.pop(key, None)
+    ds_config["bf16"].pop("immediate_grad_update", None)
+    with (
+        mock.patch.object(base, "make_clipper", return_value=None),
+        mock.patch.object(base, "sums_in_fp32", return_value=False),
+        mock.patch.object(base, "adapt_offload"),
+    ):
+        return partial(train_step, PeerEngine(run, ds_config, mesh.with_layout(run.parallel)), _batch(run))
 
 
 class PeerEngine(ZeroEngine):

@@ -123,6 +123,15 @@ def test_copies_of_another_layout_of_fragments(cuda):
     assert not cuda.pinned and not buffer.is_pinned
 
 
+def test_memory_of_a_buffer_that_is_dropped_is_unpinned_before_it_is_freed(cuda):
+    """As of an engine that was never closed: the next memory at this address would still count as pinned."""
+    buffer = StagingBuffer(GPU)
+    buffer.reserve(100)
+    assert list(cuda.pinned.values()) == [400]
+    del buffer
+    assert not cuda.pinned and cuda.num_bytes("unpin") == [400]
+
+
 def test_thread_selects_its_device_first_and_pins_at_the_start_of_the_run(cuda, tmp_path):
     saver, fragments = make_saver(GPU), make_fragments(100, 50)
     saver.reserve(fragments)

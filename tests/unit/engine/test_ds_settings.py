@@ -64,7 +64,7 @@ def start(values):
 def test_settings_shipped_files_are_accepted_without_a_word(path):
     values = read_ds_config(path)
     start(values)
-    assert ignored_settings(values) == []
+    assert ignored_settings(values, "fp32") == []
 
 
 @pytest.mark.parametrize(
@@ -90,16 +90,16 @@ def test_settings_of_other_trainers_files_are_accepted(values):
 
 def test_settings_without_effect_are_said():
     values = {**BATCHES, "fp16": FP16, "dump_state": True, "zero_optimization": ZERO_3 | {"stage": 2}}
-    said = "\n".join(ignored_settings(values))
+    said = "\n".join(ignored_settings(values, "fp32"))
     for key in ("steps_per_print", "train.log_every", "dump_state", "fp16", "stage3_max_live_parameters", "export_hf"):
         assert key in said
     assert "wall_clock" not in said and "stage3_max_live" not in "".join(
-        ignored_settings({"zero_optimization": ZERO_3})
+        ignored_settings({"zero_optimization": ZERO_3}, "fp32")
     )
 
 
 def test_settings_that_the_installed_deepspeed_does_not_read_are_said():
-    said = ignored_settings({"zero_optimization": ZERO_2})
+    said = ignored_settings({"zero_optimization": ZERO_2}, "bf16")
     assert [line.partition(":")[0].rpartition(".")[2] for line in said] == [
         "allgather_bucket_size",
         "allgather_partitions",
@@ -107,17 +107,19 @@ def test_settings_that_the_installed_deepspeed_does_not_read_are_said():
 
 
 @pytest.mark.parametrize(
-    ("stage", "reduce_scatter", "is_ignored", "is_refused"),
+    ("stage", "reduce_scatter", "precision", "is_ignored", "is_refused"),
     [
-        (0, True, False, False),
-        (1, True, True, False),
-        (2, True, False, True),
-        (3, True, False, True),
-        (2, False, False, False),
+        (0, True, "bf16", False, False),
+        (1, True, "fp32", True, False),
+        (1, False, "fp32", False, False),
+        (1, False, "bf16", True, False),  # without DeepSpeed's reduction
+        (2, True, "bf16", False, True),
+        (3, True, "bf16", False, True),
+        (2, False, "bf16", False, False),
     ],
 )
 def test_settings_of_dividing_gradients_are_used_ignored_or_refused_as_by_deepspeed(
-    stage, reduce_scatter, is_ignored, is_refused
+    stage, reduce_scatter, precision, is_ignored, is_refused
 ):
     rescaling = {"prescale_gradients": True, "gradient_predivide_factor": 2.0}
     values = rescaling | {"zero_optimization": {"stage": stage, "reduce_scatter": reduce_scatter}}
@@ -126,10 +128,13 @@ def test_settings_of_dividing_gradients_are_used_ignored_or_refused_as_by_deepsp
             check_settings(values, "ds.json")
     else:
         check_settings(values, "ds.json")
-        assert len(ignored_settings(values)) == len(rescaling) * is_ignored
+        assert len(ignored_settings(values, precision)) == len(rescaling) * is_ignored
+        offloading = {"zero_optimization": values["zero_optimization"] | {"offload_optimizer": CPU}}
+        said = ignored_settings(values | offloading, precision)
+        assert len(said) == len(rescaling) * (is_ignored and reduce_scatter)
     off = {"prescale_gradients": False, "gradient_predivide_factor": 1.0}
     check_settings(values | off, "ds.json")
-    assert ignored_settings(values | off) == []
+    assert ignored_settings(values | off, "bf16") == []
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import socket
 import sys
+from contextlib import nullcontext
 from unittest import mock
 
 import pytest
@@ -189,6 +190,15 @@ def test_join_launch_shares_the_cores_among_the_ranks_of_a_machine(environment, 
     assert torch.get_num_threads() == 2
 
 
+@pytest.mark.parametrize(("allowed", "used"), [(8, 8), (64, 8), (2, 2)])  # bound by SLURM, not bound, bound to fewer
+def test_join_launch_by_srun_does_not_divide_the_cores_of_a_task(environment, monkeypatch, allowed, used):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: range(allowed))
+    environment.update(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_LOCALID="1", SLURM_NTASKS="4")
+    environment.update(SLURM_TASKS_PER_NODE="4", SLURM_CPUS_PER_TASK="8", MASTER_ADDR="head", MASTER_PORT="2950")
+    join_launch()
+    assert torch.get_num_threads() == used
+
+
 def test_join_launch_leaves_a_chosen_thread_count_alone(environment):
     torch.set_num_threads(1)
     environment.update(LAUNCH, OMP_NUM_THREADS="1")
@@ -196,8 +206,34 @@ def test_join_launch_leaves_a_chosen_thread_count_alone(environment):
     assert torch.get_num_threads() == 1
 
 
+def resolve_host_name(monkeypatch, *addresses):
+    """Let the host name have these addresses, in order; without any it is unknown."""
+
+    def found(name, port, **hints):
+        if not addresses:
+            raise socket.gaierror("Name or service not known")
+        family = {True: socket.AF_INET6, False: socket.AF_INET}
+        return [(family[":" in each], socket.SOCK_STREAM, 6, "", (each, 0)) for each in addresses]
+
+    monkeypatch.setattr(socket, "getaddrinfo", found)
+
+
+def let_host_have(monkeypatch, own):
+    """Let sockets bind to these addresses only."""
+
+    class Probe(nullcontext):
+        def __init__(self, family, kind):
+            super().__init__(self)
+
+        def bind(self, address):
+            if address[0] not in own:
+                raise OSError(99, "Cannot assign requested address")
+
+    monkeypatch.setattr(socket, "socket", Probe)
+
+
 def test_gloo_on_a_loopback_address_is_refused_on_several_hosts_only(environment, monkeypatch):
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")  # as Debian's /etc/hosts has it
+    resolve_host_name(monkeypatch, "127.0.1.1")  # as Debian's /etc/hosts has it
     environment.update(LAUNCH)
     mesh = join_launch()
     with raises(ConfigError, "127.0.1.1", location="GLOO_SOCKET_IFNAME", remedy=".deepspeed_env"):
@@ -215,8 +251,21 @@ def test_gloo_interface_is_the_one_that_is_chosen_and_exists(environment, monkey
     with raises(ConfigError, "GLOO_SOCKET_IFNAME=eth77", "lo", location="GLOO_SOCKET_IFNAME"):
         find_gloo_interface(mesh)
     del environment["GLOO_SOCKET_IFNAME"]
-    monkeypatch.setattr(socket, "gethostbyname", lambda name: "10.0.0.7")
-    assert find_gloo_interface(mesh) == "10.0.0.7"
+    own = {"2001:db8::7", "10.0.0.7"}
+    let_host_have(monkeypatch, own)
+    for addresses, used in ((["10.0.0.7"], "10.0.0.7"), (["203.0.113.1", "2001:db8::7"], "2001:db8::7")):
+        resolve_host_name(monkeypatch, *addresses)
+        assert find_gloo_interface(mesh) == used
+
+
+@pytest.mark.parametrize("addresses", [[], ["203.0.113.1"], ["::1"]])
+def test_gloo_without_an_address_that_the_host_has_is_refused_on_several_hosts(environment, monkeypatch, addresses):
+    """A host name that is unknown, or has the address of a translating gateway: gloo then listens on the loopback."""
+    let_host_have(monkeypatch, {"::1"})
+    resolve_host_name(monkeypatch, *addresses)
+    environment.update(LAUNCH)
+    with raises(ConfigError, "::1" if "::1" in addresses else "127.0.0.1", location="GLOO_SOCKET_IFNAME"):
+        find_gloo_interface(join_launch())
 
 
 def test_host_side_group_that_fails_across_hosts_names_the_interface(environment):

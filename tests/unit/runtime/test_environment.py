@@ -7,16 +7,20 @@ from unittest import mock
 
 import pytest
 
+import pretrain
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime import environment
 from megatron_bipe.runtime.environment import prepare_environment, requested_device
+from megatron_bipe.runtime.launcher_env import Launch, Rendezvous
 from tests.helpers.errors import raises
+from tests.helpers.paths import ROOT
+from tests.helpers.tools import own_logging
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch):
     with mock.patch.dict(os.environ):
-        for name in ("BIPE_DEVICE", "DS_ACCELERATOR", "OMP_WAIT_POLICY"):
+        for name in ("BIPE_DEVICE", "DS_ACCELERATOR", "OMP_WAIT_POLICY", "CUDA_DEVICE_MAX_CONNECTIONS"):
             os.environ.pop(name, None)
         monkeypatch.setattr(environment, "has_gpu_driver", lambda: False)
         yield
@@ -56,6 +60,17 @@ def test_prepare_with_a_gpu_changes_nothing(monkeypatch, device):
         os.environ["BIPE_DEVICE"] = device
     prepare_environment()
     assert "OMP_WAIT_POLICY" not in os.environ and "DS_ACCELERATOR" not in os.environ
+
+
+@pytest.mark.parametrize(("has_driver", "seen"), [(True, "1"), (False, None)])
+def test_pretrain_sets_what_cuda_reads_before_it_imports_what_starts_cuda(monkeypatch, has_driver, seen):
+    monkeypatch.setattr(pretrain, "has_gpu_driver", lambda: has_driver)
+    for name in ("deepspeed", "torch", "megatron_bipe.data.dataset"):
+        monkeypatch.setitem(sys.modules, name, None)  # an import raises an error
+    args = pretrain.parse_args(["--ds_config", str(ROOT / "ds_configs/zero1.json"), "--set", "parallel.tensor=2"])
+    with own_logging(), pytest.raises(ImportError):
+        pretrain.main(args, Launch(0, 0, 2, 2, Rendezvous("127.0.0.1", 1)))
+    assert os.environ.get("CUDA_DEVICE_MAX_CONNECTIONS") == seen
 
 
 def test_prepare_keeps_a_chosen_wait_policy():

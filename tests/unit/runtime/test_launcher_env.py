@@ -86,6 +86,11 @@ def test_read_launch_by_srun_counts_the_tasks_of_its_own_host():
     assert read(asked | {"SLURM_NTASKS_PER_NODE": "4"}).num_local_ranks == 4
 
 
+def test_read_launch_knows_the_cores_that_srun_gives_each_task():
+    assert read(SRUN | {"SLURM_CPUS_PER_TASK": "8"}).own_cores == 8
+    assert read(SRUN).own_cores is read(DEEPSPEED | {"SLURM_CPUS_PER_TASK": "64"}).own_cores is None
+
+
 @pytest.mark.parametrize("step", [None, "4294967290", "4294967291", "-5"])
 def test_read_launch_in_an_allocation_without_srun_is_one_rank_and_logs_it(step, caplog):
     env = ALLOCATION | ({"SLURM_STEP_ID": step} if step else {})

@@ -8,6 +8,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from tests.helpers.commands import flags, run
 from tests.helpers.paths import ROOT
+from tests.helpers.ranks import run_ranks
 from tests.helpers.tools import script
 
 SETTINGS = [
@@ -24,6 +25,26 @@ def test_training_is_compared_with_transformers_in_one_run():
     assert ended.code == 0 and not ended.left, ended.output
     rows = re.findall(rf"^({'|'.join(CONTENDERS)}) +([\d.]+) ", ended.output, re.MULTILINE)
     assert [name for name, _ in rows] == CONTENDERS and all(float(seconds) > 0 for _, seconds in rows), ended.output
+
+
+def plain_engine(mesh):
+    """Return what of the contender that shows plain DeepSpeed is this project's, after an update."""
+    with script("bench/train") as train:
+        settings = (None, (*SETTINGS, "train.precision=bf16"), ROOT / "ds_configs/zero1.json")
+        step = train.prepare_peer(settings, plain_deepspeed=True)
+        step()
+    engine = step.args[0]
+    own = {"step", "_update_hp_grad"} & vars(engine._optimizer).keys()
+    return [
+        *own,
+        *(["clipper"] if engine._clipper else []),
+        *([] if engine._engine.tput_timer.config.enabled else ["timer"]),
+    ]
+
+
+@pytest.mark.slow
+def test_plain_deepspeed_is_compared_with_its_own_update(tmp_path):
+    assert run_ranks(plain_engine, 1, tmp_path) == [[]]
 
 
 @pytest.fixture(scope="module")
