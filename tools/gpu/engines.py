@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import profile
 
 from bench._models import make_batch
 from gpu.check import ROOT, TOY, Check
@@ -121,6 +123,20 @@ def measure_updates(engine: Any, run: RunConfig, warm_up: int, updates: int) -> 
     mfu = tokens_per_s * train_flops_per_token(run.model, run.train.seq_len_tokens) / peak if peak else None
     reserved_gib = torch.cuda.max_memory_reserved() / 2**30 if device.type == "cuda" else 0.0
     return Speed(tokens_per_s, mfu, peak_memory_gib(device), reserved_gib)
+
+
+def kernel_times(profiler: profile, on_gpu: bool) -> list[tuple[float, int, str]]:
+    """Return microseconds, number of calls and name of each kernel; on a CPU, of each operation.
+
+    Marked ranges, such as those of torch.compile and of an optimizer's step, are not included: on a GPU they have the
+    time of all kernels within them.
+    """
+    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
+    return [
+        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
+        for event in profiler.key_averages()
+        if event.device_type == wanted and not event.is_user_annotation
+    ]
 
 
 def estimated_gib(run: RunConfig, ds_config: dict[str, Any]) -> float:

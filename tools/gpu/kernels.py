@@ -8,12 +8,11 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench.attention import largest_error
 from gpu.check import Check
-from gpu.engines import wait_for_device
+from gpu.engines import kernel_times, wait_for_device
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.model import causal_attention
 from megatron_bipe.runtime.hardware import device_name, device_type, peak_flops
@@ -83,13 +82,7 @@ def longest_kernel(run: Callable[[], None]) -> str:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         run()
         wait_for_device(torch.device(device_type()))
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    seconds = {
-        event.key: event.self_device_time_total if on_gpu else event.self_cpu_time_total
-        for event in profiler.key_averages()
-        if event.device_type == wanted
-    }
-    return max(seconds, key=lambda key: seconds[key], default="none")[:100]
+    return max(kernel_times(profiler, on_gpu), default=(0.0, 0, "none"))[2][:100]
 
 
 def median_s(run: Callable[[], None], device: torch.device) -> float:

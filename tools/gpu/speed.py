@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from bench._models import PEER, measure
@@ -15,6 +14,7 @@ from gpu.engines import (
     LR,
     estimated_gib,
     forget_compiled_code,
+    kernel_times,
     measure_updates,
     micro_batches,
     predicted,
@@ -101,12 +101,7 @@ def write_kernels(engine: Any, run: RunConfig, file: Path) -> None:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         engine.train_step(micro_batches(run), LR)
         wait_for_device(engine._mesh.device)
-    wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
-    rows = [
-        (event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
-        for event in profiler.key_averages()
-        if event.device_type == wanted
-    ]
+    rows = kernel_times(profiler, on_gpu)
     total = sum(us for us, _, _ in rows) or 1.0
     lines = [f"{us / 1000:10.3f} ms {us / total:6.1%} {n:6} x {key}" for us, n, key in sorted(rows, reverse=True)]
     file.write_text("\n".join([f"an update: {total / 1000:.3f} ms", *lines[:NUM_KERNELS]]) + "\n")
