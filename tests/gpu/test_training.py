@@ -5,7 +5,6 @@ It is a new process, not a fork of the tests' server, which has imported torch f
 
 import math
 import multiprocessing
-import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -39,33 +38,33 @@ def answer(work_dir: str) -> dict[str, Any]:
     from megatron_bipe.engine.base import on_device
     from megatron_bipe.runtime.distributed_init import join_launch
 
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts, before the deterministic run
-    mesh, folder = join_launch(), Path(work_dir)
-    found: dict[str, Any] = {"device": mesh.device.type}
+    folder, deterministic = Path(work_dir), {"deterministic": True}
+    # CUDA's options are those of the run that a process joins with; cuBLAS reads its variable once.
+    mesh = join_launch(run=_eager(Layout(), folder, **deterministic))
+    found: dict[str, Any] = {"device": mesh.device.type, "deterministic": torch.are_deterministic_algorithms_enabled()}
+    found["repeated"] = [_train_with(deterministic, folder / str(number), mesh) for number in range(2)]
+    torch.use_deterministic_algorithms(False)
     for name, layout in LAYOUTS.items():
-        engine, here = start_engine_of(run_config(layout, folder / name), mesh, layout.zero)
+        engine, here = start_engine_of(_eager(layout, folder / name), mesh, layout.zero)
         found[name] = train_steps(engine, here, range(STEPS))[0]
         found[f"NaN {name}"] = _update_with_nan(engine, here)
     found["resumed"] = _saved_and_resumed(folder / "resumed", mesh)
-    # A CPU is deterministic without the setting, and has no time to compile.
-    on_gpu = mesh.device.type == "cuda"
-    compiled, repeated = ({"compile": "on"}, {"deterministic": True}) if on_gpu else ({"compile": "off"}, {})
-    found["compiled"], _ = _train_with(compiled, folder / "compiled", mesh)
-    found["repeated"] = [_train_with(repeated, folder / str(number), mesh) for number in range(2)]
-    found["deterministic"] = torch.are_deterministic_algorithms_enabled()
+    compiles = "on" if mesh.device.type == "cuda" else "off"  # a CPU has no time to compile
+    found["compiled"], _ = _train_with({"compile": compiles}, folder / "compiled", mesh)
     batch = batches(0, mesh)[0]
     found["moved"] = [x.cpu() for x in on_device(batch, mesh.device) if x is not None]
     return found
 
 
+def _eager(layout, run_dir, **changes):
+    """Return a run with other settings of the section `train`; compiling each layout would take minutes on a GPU."""
+    run = run_config(layout, run_dir)
+    return run.model_copy(update={"train": run.train.model_copy(update={"compile": "off"} | changes)})
+
+
 def _train_with(changes, run_dir, mesh):
     """Return losses and the weights of a run with other settings of the section `train`."""
-    from megatron_bipe.runtime.distributed_init import join_launch
-
-    run = run_config(Layout(), run_dir)
-    run = run.model_copy(update={"train": run.train.model_copy(update=changes)})
-    join_launch(run=run)  # selects deterministic kernels
-    engine, here = start_engine_of(run, mesh, 1)
+    engine, here = start_engine_of(_eager(Layout(), run_dir, **changes), mesh, 1)
     return train_steps(engine, here, range(STEPS))[0], _state(engine)
 
 
@@ -89,7 +88,7 @@ def _saved_and_resumed(run_dir, mesh):
     """Return the losses after a checkpoint, by the engine that wrote it and by another one that loaded it."""
     from megatron_bipe.checkpoint.find import find_checkpoint
 
-    run = run_config(Layout(), run_dir)
+    run = _eager(Layout(), run_dir)
     engine, here = start_engine_of(run, mesh, 1)
     train_steps(engine, here, range(HALF))
     engine.save(run_dir, HALF, final=False)  # in the background
@@ -160,8 +159,8 @@ def test_compiled_blocks_have_the_losses_of_eager_ones(answers, expected):
     assert _difference(answers["compiled"], expected("bipe_rope")) < FP32
 
 
-def test_deterministic_training_gives_the_same_bits_again(answers, device):
-    assert answers["deterministic"] == (device.type == "cuda")
+def test_deterministic_training_gives_the_same_bits_again(answers):
+    assert answers["deterministic"] == (answers["device"] == "cuda")  # a CPU is deterministic without the setting
     (losses, state), (losses_again, state_again) = answers["repeated"]
     assert losses == losses_again
     assert all(torch.equal(state[key], state_again[key]) for key in state)

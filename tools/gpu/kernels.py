@@ -99,11 +99,20 @@ def kernels_of(run: Callable[[], object]) -> list[Kernel]:
     with profile(activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])]) as profiler:
         run()
         wait_for_device(device)
+    return kernel_times(profiler, on_gpu=on_gpu)
+
+
+def kernel_times(profiler: profile, *, on_gpu: bool) -> list[Kernel]:
+    """Return the kernels that a profiler has recorded, the longest first; on a CPU, the operations.
+
+    Marked ranges, such as those of torch.compile and of an optimizer's step, are not included: on a GPU they have the
+    time of all kernels within them.
+    """
     wanted = DeviceType.CUDA if on_gpu else DeviceType.CPU
     found = [
         Kernel(event.self_device_time_total if on_gpu else event.self_cpu_time_total, event.count, event.key)
         for event in profiler.key_averages()
-        if event.device_type == wanted
+        if event.device_type == wanted and not event.is_user_annotation
     ]
     return sorted(found, reverse=True)
 

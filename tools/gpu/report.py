@@ -105,17 +105,25 @@ def docs_rows(outcomes: Sequence[Outcome], command: str, date: str) -> str:
     return "\n".join(lines)
 
 
-def write_docs(page: Path, text: str) -> None:
-    """Replace the rows between the markers of a page.
+def split_page(page: Path) -> tuple[str, str]:
+    """Return what a page has before and after the markers of the rows.
 
     Raises:
         ConfigError: the page does not have both markers once, in this order.
     """
-    content = page.read_text(encoding="utf-8")
+    content = page.read_text(encoding="utf-8") if page.is_file() else ""
     before, begin, rest = content.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end) or content.count(BEGIN) != 1 or content.count(END) != 1:
         raise ConfigError(
-            f"the page must have the lines {BEGIN} and {END}, once each", remedy="Restore them", location=page
+            f"the page must have the lines {BEGIN} and {END}, once each",
+            remedy="Restore them, or name another page",
+            location=page,
         )
+    return before, after
+
+
+def write_docs(page: Path, text: str) -> None:
+    """Replace the rows between the markers of a page; raises what `split_page` does."""
+    before, after = split_page(page)
     write_atomically(page, f"{before}{BEGIN}\n\n{text}\n\n{END}{after}".encode())

@@ -6,6 +6,7 @@ import math
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 
@@ -15,10 +16,16 @@ from tests.helpers.paths import ROOT
 from tests.helpers.tools import call_tool
 
 FAKES = """
+import os
+import signal
 import time
 
 def good(check):
     check.report("figure", 1)
+
+def interrupts(check):
+    os.kill(os.getppid(), signal.SIGINT)
+    time.sleep(30)
 
 def crashes(check):
     check.report("figure", 1)
@@ -104,6 +111,26 @@ def test_part_without_time_left_is_not_run_and_fails(check, gpu):
     assert ended.code == 1 and "no time" in found["good"]["failure"] and not found["good"]["figures"]
 
 
+def test_interrupted_check_has_the_results_of_the_parts_that_ended(check, gpu):
+    part = gpu("check").Part
+    ended, found = check(*(part(kind, 60, f"fakes:{kind}") for kind in ("good", "interrupts", "silent")))
+    assert ended.code == 1 and "Interrupted" in ended.output
+    assert list(found) == ["good"] and found["good"]["figures"] == {"figure": 1.0}
+
+
+def test_selection_without_parts_is_refused(gpu, tmp_path):
+    ended = call_tool("gpu_check", "--output", tmp_path / "out", "--only", "tests", "--skip", "tests", code=2)
+    assert "no part" in ended.output and not (tmp_path / "out").exists()
+
+
+def test_page_without_markers_is_refused_before_the_parts_run(gpu, monkeypatch, tmp_path):
+    hardware = importlib.import_module("megatron_bipe.runtime.hardware")
+    monkeypatch.setattr(hardware, "device_type", lambda: "cuda")
+    page = tmp_path / "missing.md"
+    ended = call_tool("gpu_check", "--output", tmp_path / "out", "--write-docs", page, code=2)
+    assert str(page) in ended.output and not (tmp_path / "out").exists()
+
+
 def test_check_is_repeated_in_its_folder_and_refuses_a_folder_with_other_files(check, gpu, tmp_path):
     part = gpu("check").Part("good", 60, "fakes:good")
     assert check(part)[0].code == check(part)[0].code == 0
@@ -150,6 +177,20 @@ def test_performance_page_has_the_markers_once(gpu):
     assert text.count(gpu("report").BEGIN) == text.count(gpu("report").END) == 1
 
 
+def test_kernels_are_listed_without_the_ranges_that_contain_them(gpu):
+    from torch.autograd import DeviceType
+
+    def event(name, device, us, is_range=False):
+        times = {"self_device_time_total": us, "self_cpu_time_total": us}
+        return SimpleNamespace(key=name, count=2, device_type=device, is_user_annotation=is_range, **times)
+
+    cuda, cpu = DeviceType.CUDA, DeviceType.CPU
+    events = [event("gemm", cuda, 5.0), event("Optimizer.step", cuda, 9.0, is_range=True), event("mm", cpu, 1.0)]
+    profiler = SimpleNamespace(key_averages=lambda: events)
+    assert gpu("kernels").kernel_times(profiler, on_gpu=True) == [(5.0, 2, "gemm")]
+    assert gpu("kernels").kernel_times(profiler, on_gpu=False) == [(1.0, 2, "mm")]
+
+
 def test_waits_are_counted_with_their_location(gpu, monkeypatch):
     import warnings
 
@@ -180,13 +221,13 @@ def test_waits_are_those_of_a_micro_batch_and_of_the_update(gpu):
     assert sum(per_micro_batch.values()) == 1 and sum(per_update.values()) == 2
 
 
-def run_on_cpu(folder, *options):
-    command = [sys.executable, "tools/gpu_check.py", "--output", str(folder), *options]
-    return subprocess.run(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+def run_on_cpu(folder, *options, cwd=ROOT):
+    command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--output", str(folder), *options]
+    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
 
 
-def test_two_parts_run_on_a_cpu(tmp_path):
-    ended = run_on_cpu(tmp_path / "out", "--only", "versions", "attention")
+def test_two_parts_run_on_a_cpu_from_another_folder(tmp_path):
+    ended = run_on_cpu("out", "--only", "versions", "attention", cwd=tmp_path)
     assert ended.returncode == 0 and "toy" in ended.stdout, ended.stdout
     parts = json.loads((tmp_path / "out" / "results.json").read_text())["parts"]
     assert [part["part"] for part in parts] == ["versions", "attention"]
