@@ -17,12 +17,14 @@ from megatron_bipe.runtime import hardware
 from megatron_bipe.runtime.environment import Bf16Support
 from megatron_bipe.runtime.gpus import named_gpu
 from megatron_bipe.train.run_folder import (
+    _FREE,
     check_same_run,
     lock_run_dir,
     resolve_precision,
     write_run_folder,
 )
 from tests.helpers.errors import raises
+from tests.helpers.paths import ROOT
 
 
 @pytest.fixture
@@ -321,3 +323,11 @@ def test_read_record_damaged_file_is_named(run):
     (run.run_dir / "data.json").write_text("{")
     with raises(CheckpointError, "JSON", location=run.run_dir / "data.json"):
         read_data_record(run.run_dir)
+
+
+def test_page_of_checkpoints_lists_what_a_run_may_change_freely():
+    page = (ROOT / "docs/checkpoints.md").read_text()
+    section = page.partition("## What a run may change")[2].partition("\n## ")[0]
+    intervals_and_paths = {key for key in _FREE if key.endswith("_every")} | {"run_dir", "data.path"}
+    for key in _FREE - intervals_and_paths - {"data.segments"}:  # the rule that the data records is compared
+        assert f"`{key}`" in section or f"`{key}:`" in section or f"`{key}: null`" in section, key
