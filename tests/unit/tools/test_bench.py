@@ -98,6 +98,20 @@ def test_loss_of_a_factory_that_compiles_moves_six_bytes_of_a_logit_in_bf16(coun
     assert sum(counted.kernels.values()) < 10
 
 
+def test_compiled_rotation_is_one_kernel_in_each_direction_with_the_layout_of_the_projection(counts):
+    from megatron_bipe.model.fused import compile_fused
+    from megatron_bipe.model.positions.functional import rotate
+
+    with FakeTensorMode(), counts.KernelCounts() as counted, counted.compiled():
+        q_BTNH, cos_B1TH, sin_B1TH = torch.empty(2, 64, 4, 32), torch.empty(1, 1, 64, 16), torch.empty(1, 1, 64, 16)
+        q_BNTH = q_BTNH.requires_grad_().transpose(1, 2)
+        rotated_BNTH = compile_fused(rotate)(q_BNTH, cos_B1TH, sin_B1TH)
+        torch.autograd.grad(rotated_BNTH, q_BTNH, torch.empty_like(rotated_BNTH))
+    assert counted.kernels == {counts.ELEMENTWISE: 2}
+    assert counted.bytes[counts.ELEMENTWISE] == 2 * 4 * (2 * q_BTNH.numel() + cos_B1TH.numel() + sin_B1TH.numel())
+    assert rotated_BNTH.transpose(1, 2).is_contiguous()  # so attention's output is, and is not copied
+
+
 @pytest.mark.slow
 def test_kernels_are_counted_and_compared_with_another_checkout():
     command = ["python", "tools/bench/kernels.py", "--config", "examples/bipe_alibi_151m.yaml", *flags(SETTINGS)]
