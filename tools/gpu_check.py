@@ -10,6 +10,7 @@ Example: python tools/gpu_check.py --output gpu-check
 import argparse
 import importlib
 import importlib.metadata
+import os
 import shlex
 import shutil
 import sys
@@ -38,9 +39,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             f"{' '.join(missing)}  [{sys.executable}]\n"
         )
         return 2
+    _use_this_checkout()
     from _cli import command  # imports packages of the list
 
     return command(run_check)(argv)
+
+
+def _use_this_checkout() -> None:
+    """Let this process and those that it starts import the package that is next to this tool, installed or not."""
+    sys.path.insert(0, str(ROOT))
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
 
 
 def missing_packages() -> list[str]:

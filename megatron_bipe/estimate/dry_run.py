@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.checkpoint.disk_space import plan_disk
-from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
+from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, offloads, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import BipeError
@@ -13,6 +13,7 @@ from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
 from megatron_bipe.estimate.step_time import StepTime, predict_step
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
+from megatron_bipe.model.positions.base import relative_class
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import Choices, PrecisionChoice, choose_compile
 from megatron_bipe.text_table import text_table
@@ -130,6 +131,10 @@ def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
 def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: Gpu) -> str:
     if run.train.precision != "bf16":
         return f"not predicted for train.precision={run.train.precision}\n"
+    if any(offloads(ds_config)):
+        return "not predicted with CPU offloading\n"
+    if relative_class(run.model).biases_scores:
+        return f"not predicted for model.encoding={run.model.encoding}\n"
     step = predict_step(run, ds_config, num_ranks, gpu)
     parts = zip(StepTime._fields, step, strict=True)
     seconds = {name.removesuffix("_s").replace("_", " "): value for name, value in parts if name.endswith("_s")}

@@ -24,6 +24,11 @@ class Gpu(NamedTuple):
     link_bytes_s: float  # NVLink if it connects all GPUs of a machine, else PCIe
     network_bytes_s: float = 50e9  # of one GPU to other machines: 400 Gbit/s, as in DGX systems since H100
 
+    @property
+    def nvlink_bytes_s(self) -> float | None:
+        """Return the rate of NVLink; None if PCIe connects the GPUs of a machine."""
+        return self.link_bytes_s if self.link_bytes_s > _PCIE_5 else None
+
 
 # The first pattern that matches applies.
 GPUS = (

@@ -191,7 +191,7 @@ def _check_network(steps: Steps, network: Network, failed: set[str], gpu: Gpu | 
     skip = skip or _missing(steps) or ("the process group did not start" if found else "")
     host_side = steps.take({"host-side group": network.start_host_group}, skip)
     skip = skip or _missing(steps) or ("the host-side group did not start" if host_side else "")
-    rates_within_hosts = partial(network.rates_within_hosts, gpu.link_bytes_s / 1e9 if gpu else None)
+    rates_within_hosts = partial(network.rates_within_hosts, gpu.nvlink_bytes_s if gpu else None)
     within = steps.take({"within hosts, GB/s": rates_within_hosts}, skip)
     skip = skip or _missing(steps) or ("the measurement within hosts failed" if within else "")
     return found | host_side | within | steps.take({"all ranks, GB/s": network.rates_of_all_ranks}, skip)

@@ -106,7 +106,7 @@ CHECKS = (
     ),
     Check(
         "within hosts, GB/s",
-        "no host is much slower than the median, or than its links",
+        "no host is much slower than the median, or than its NVLink",
         bounded_entries("{:,.2f}".format),
         "Compare nvidia-smi topo -m and nvidia-smi nvlink --status of these hosts with the others",
     ),

@@ -20,7 +20,7 @@ _EXTRA_S = 120.0  # of the groups' timeouts, after which NCCL ends the process, 
 _SIZES_BYTES = {"cuda": (2**20, 2**25, 2**28), "cpu": (2**20, 2**23)}
 _ROUNDS = 5
 _SLOW_SHARE = 0.5  # of the median over ranks, in the largest all-reduce within hosts
-_LINK_SHARE = 0.25  # of the links' rate in the data sheet; without direct links, rates are a tenth or less (estimate)
+_LINK_SHARE = 0.25  # of NVLink's rate in the data sheet; without NVLink, rates are a tenth or less (estimate)
 
 
 def wall_clock_s() -> float:
@@ -106,11 +106,11 @@ class Network:
         self._host_ranks = list(hosts.values())
         return Bounded(time.perf_counter() - began_s)
 
-    def rates_within_hosts(self, link_gb_s: float | None = None) -> dict[str, Bounded]:
+    def rates_within_hosts(self, nvlink_bytes_s: float | None = None) -> dict[str, Bounded]:
         """Return the bus bandwidth among the ranks of this host, GB/s, by size; hosts measure at the same time.
 
-        On GPUs, a host must reach a share of the median, and of `link_gb_s`, the rate of the GPUs' links, if it is
-        known.
+        On GPUs, a host must reach a share of the median, and of NVLink's rate if the GPUs have it. Through PCIe, the
+        rate depends on the machine's switches and processors.
         """
         self._doing("creating the groups of the hosts")
         groups = [dist.new_group(ranks) if len(ranks) > 1 else None for ranks in self._host_ranks]
@@ -125,7 +125,7 @@ class Network:
         found = {label: Bounded(rate) for label, rate in rates.items()}
         if self._mesh.device.type == "cuda":
             median = statistics.median(rate for rate in largest if rate is not None)
-            least = max(_SLOW_SHARE * median, _LINK_SHARE * (link_gb_s or 0))
+            least = max(_SLOW_SHARE * median, _LINK_SHARE * (nvlink_bytes_s or 0) / 1e9)
             found[label] = Bounded(rates[label], least)
         return found
 

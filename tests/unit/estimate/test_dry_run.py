@@ -1,5 +1,6 @@
 """The description that --dry-run prints."""
 
+from megatron_bipe.config import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.estimate.dry_run import describe
 from megatron_bipe.runtime.gpus import named_gpu
@@ -96,9 +97,15 @@ def test_describe_for_a_gpu_says_whether_it_fits_and_predicts_the_time_of_a_step
     assert "eager" in eager.split("# Time of a step")[1]
 
 
-def test_describe_predicts_no_time_for_a_cpu_and_for_fp32():
+def test_describe_predicts_no_time_for_what_the_prediction_does_not_know():
     run = load_run_config(None, BF16)
     text = described(run, {}, 1)
     assert "# Time of a step" not in text and "fits" not in text and "GPU" not in text.split("# Memory")[1]
     fp32 = load_run_config(None, ["train.precision=fp32"])
     assert "not predicted" in described(fp32, {}, 1, H100).split("# Time of a step")[1]
+    path = ROOT / "ds_configs" / "zero2_offload.json"
+    offloaded = engine_config(run, read_ds_config(path), 1, path)
+    t5 = load_run_config(None, [*BF16, "model.encoding=t5"])
+    for text, reason in ((described(run, offloaded, 1, H100), "offloading"), (described(t5, {}, 1, H100), "t5")):
+        time = text.split("# Time of a step")[1].split("# Length")[0]
+        assert "not predicted" in time and reason in time and "MFU" not in time

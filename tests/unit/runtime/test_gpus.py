@@ -31,6 +31,7 @@ def test_names_of_drivers_are_distinguished_by_memory_and_links(device_name, nam
     gpu = find_gpu(device_name)
     assert gpu is not None
     assert (gpu.name, gpu.memory_gib, gpu.link_bytes_s) == (name, memory_gib, link_bytes_s)
+    assert gpu.nvlink_bytes_s == (link_bytes_s if link_bytes_s >= 200e9 else None)
 
 
 @pytest.mark.parametrize("name", ["NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA GeForce RTX 4090", "H10"])

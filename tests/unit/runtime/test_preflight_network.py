@@ -16,13 +16,13 @@ def rates(monkeypatch):
     """Return a function that returns what rank 0 finds, given the largest rate of each rank and of its links."""
     monkeypatch.setattr(dist, "new_group", lambda ranks: ranks)
 
-    def found(largest, link_gb_s=None, device="cuda"):
+    def found(largest, nvlink_bytes_s=None, device="cuda"):
         mesh = MAIN._replace(num_ranks=6, num_local_ranks=2, device=torch.device(device))
         network = Network(mesh, None, 60.0, lambda what: None)
         network._host_ranks = HOSTS
         network._host = type("Host", (), {"all_gather_object": lambda self, own: largest})()
         monkeypatch.setattr(network, "_rates", lambda group, num_ranks: {"1 MiB": 9.0, "256 MiB": largest[0]})
-        return network.rates_within_hosts(link_gb_s)
+        return network.rates_within_hosts(nvlink_bytes_s)
 
     return found
 
@@ -35,8 +35,8 @@ def test_a_host_of_gpus_below_half_of_the_median_breaks_the_rule(rates):
 
 
 def test_a_launch_that_is_far_below_the_rate_of_its_links_breaks_the_rule(rates):
-    assert not rates([30.0] * 6, link_gb_s=450.0)["256 MiB"].is_kept
-    assert rates([30.0] * 6)["256 MiB"].is_kept and rates([300.0] * 6, link_gb_s=450.0)["256 MiB"].is_kept
+    assert not rates([30.0] * 6, nvlink_bytes_s=450e9)["256 MiB"].is_kept
+    assert rates([30.0] * 6)["256 MiB"].is_kept and rates([300.0] * 6, nvlink_bytes_s=450e9)["256 MiB"].is_kept
 
 
 def test_the_rate_is_that_at_which_a_rank_sends(monkeypatch):

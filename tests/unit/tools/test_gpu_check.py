@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,9 @@ def good(check):
 def interrupts(check):
     os.kill(os.getppid(), signal.SIGINT)
     time.sleep(30)
+
+def imports(check):
+    check.report("first", os.environ["PYTHONPATH"].split(os.pathsep)[0])
 
 def crashes(check):
     check.report("figure", 1)
@@ -223,7 +227,20 @@ def test_waits_are_those_of_a_micro_batch_and_of_the_update(gpu):
 
 def run_on_cpu(folder, *options, cwd=ROOT):
     command = [sys.executable, str(ROOT / "tools" / "gpu_check.py"), "--output", str(folder), *options]
-    return subprocess.run(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    env = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        command, cwd=cwd, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+
+
+def test_parts_import_the_package_next_to_the_tool(check, gpu):
+    ended, found = check(gpu("check").Part("imports", 60, "fakes:imports"))
+    assert ended.code == 0 and found["imports"]["figures"] == {"first": str(ROOT)}
+
+
+def test_parts_with_criteria_precede_those_that_only_report(gpu):
+    is_judged = [any(not c.is_aim for c in part.criteria) for part in gpu("parts").PARTS[1:]]
+    assert is_judged == sorted(is_judged, reverse=True)
 
 
 def test_two_parts_run_on_a_cpu_from_another_folder(tmp_path):
