@@ -149,11 +149,6 @@ def make_optimizer(model: nn.Module, config: OptimizerConfig) -> torch.optim.Opt
     )
 
 
-def deepspeed_clips(run: RunConfig, ds_config: dict[str, Any]) -> bool:
-    """Return True if DeepSpeed computes the gradient norm and clips: in all cases but fp32 without ZeRO."""
-    return run.train.precision != "fp32" or zero_stage(ds_config) > 0
-
-
 def on_device(batch: Batch[Tensor], device: torch.device) -> Batch[Tensor]:
     """Move a micro-batch to the model's device, where int32 ids become int64, without waiting for pinned memory."""
     fields = (field.to(device, non_blocking=True) for field in batch if field is not None)
@@ -254,7 +249,7 @@ class DeepSpeedEngine:
             mpu: DeepSpeed's groups, unless the model provides them.
         """
         optimizer = make_optimizer(model, run.optimizer)
-        if not deepspeed_clips(run, ds_config):
+        if run.train.precision == "fp32" and zero_stage(ds_config) == 0:  # DeepSpeed's engine would clip a second time
             ds_config = ds_config | {"gradient_clipping": 0.0}
         with suppress_stdout():
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
