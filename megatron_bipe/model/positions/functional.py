@@ -141,14 +141,14 @@ def rotate(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
 
 
 def _rotate_in_one_kernel(x_BNTH: Tensor, cos_B1TH: Tensor, sin_B1TH: Tensor) -> Tensor:
-    """Compute `rotate` without `cat`, so that torch.compile makes one kernel of it, and one of its gradient.
+    """Compute `rotate` without joining tensors, so that torch.compile makes one kernel of it and one of its gradient.
 
     The result is contiguous as [B, T, N, H]. Attention's output then is, too, and need not be copied.
     """
     x_BTN2H = x_BNTH.transpose(1, 2).unflatten(-1, (2, -1))
-    cos_BT11H, sin_BT11H = (table_B1TH.transpose(1, 2).unsqueeze(-2) for table_B1TH in (cos_B1TH, sin_B1TH))
-    sign_21 = 2 * torch.arange(2, device=x_BNTH.device, dtype=x_BNTH.dtype)[:, None] - 1
-    rotated_BTN2H = x_BTN2H * cos_BT11H + x_BTN2H.flip(-2) * sin_BT11H * sign_21
+    cos_BT11H, sin_BT11H = (x_B1TH.transpose(1, 2).unsqueeze(-2) for x_B1TH in (cos_B1TH, sin_B1TH))
+    signs_21 = torch.arange(-1, 2, 2, device=x_BNTH.device)[:, None]  # of sine in the two halves
+    rotated_BTN2H = x_BTN2H * cos_BT11H + x_BTN2H.flip(-2) * (sin_BT11H * signs_21)
     return rotated_BTN2H.flatten(-2).transpose(1, 2)
 
 
