@@ -80,13 +80,13 @@ def _join(launch: Launch) -> "tuple[Mesh, str]":
 
 
 def _checkpoint_space(run: RunConfig) -> "tuple[int, Bounded]":
-    """Return the bytes of a checkpoint, and the free bytes with those that the run will need."""
+    """Return the bytes of a checkpoint, and the free bytes with those that the next one needs."""
     from megatron_bipe.checkpoint.disk_space import plan_disk
     from megatron_bipe.model import count_parameters
     from megatron_bipe.runtime.preflight_facts import Bounded
 
     plan = plan_disk(run, sum(count_parameters(run.model)))
-    return plan.checkpoint_bytes, Bounded(plan.free_bytes, plan.needed_bytes)
+    return plan.checkpoint_bytes, Bounded(plan.free_bytes, plan.next_bytes)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:

@@ -29,15 +29,15 @@ class DiskPlan(NamedTuple):
     """Steps of existing checkpoints that the next save deletes."""
 
     @property
-    def needed_bytes(self) -> int:
-        """Free space that the run needs for further checkpoints."""
-        num_new = max(0, self.num_peak - self.num_existing)
-        return num_new * self.checkpoint_bytes + self.reserve_bytes if num_new else 0
+    def next_bytes(self) -> int:
+        """Free space that the next checkpoint needs."""
+        return self.checkpoint_bytes + self.reserve_bytes
 
     @property
     def missing_bytes(self) -> int:
         """Space that the run will lack; 0 if everything fits."""
-        return max(0, self.needed_bytes - self.free_bytes)
+        num_new = max(0, self.num_peak - self.num_existing)
+        return max(0, num_new * self.checkpoint_bytes + self.reserve_bytes - self.free_bytes) if num_new else 0
 
     def __str__(self) -> str:
         existing = f", and {self.num_existing:,} exist" if self.num_existing else ""

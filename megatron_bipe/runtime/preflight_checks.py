@@ -69,7 +69,7 @@ CHECKS = (
     Check("write rate", "", bounded(lambda rate: f"{rate / 1e6:,.0f} MB/s"), ""),
     Check(
         "disk",
-        "has space for the run's checkpoints",
+        "has space for the next checkpoint",
         bounded(_gb),
         "Free space, or keep fewer checkpoints (checkpoint.keep_last, checkpoint.keep_every)",
     ),

@@ -75,6 +75,11 @@ def test_plan_disk_rotation_needs_room_for_one_more(plan):
     assert len(plan(3.5, [], *settings).warnings()) == 1
 
 
+def test_next_checkpoint_needs_its_own_size_and_the_reserve(plan):
+    found = plan(0.5, [], "train.steps=100", "checkpoint.min_free_gib=2")
+    assert found.next_bytes == found.checkpoint_bytes + 2 * 2**30 > found.free_bytes
+
+
 def test_plan_disk_existing_checkpoints_that_the_next_save_deletes_are_named(plan):
     settings = ["train.steps=100", "train.save_every=10", "checkpoint={keep_last: 2, keep_every: 20}"]
     [warning] = plan(100, [10, 20, 30, 50, 60], *settings).warnings()
