@@ -48,6 +48,7 @@ from megatron_bipe.parallel import (
 )
 from megatron_bipe.runtime.distributed_init import connect_store, host_store, port_error
 from megatron_bipe.runtime.exit_handling import rank_name
+from megatron_bipe.runtime.hardware import choose_compile
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.types import Batch
@@ -230,6 +231,13 @@ class DeepSpeedEngine:
     _clipper: GradientClipper | None  # None where DeepSpeed clips
     _own_time: ForwardTimer
     _tensor_group: dist.ProcessGroup | None  # None without tensor parallelism
+
+    def _make_layers(self, run: RunConfig, ds_config: dict[str, Any]) -> LayerFactory:
+        """Return the layer factory of this rank; all ranks must call this."""
+        on_gpu = self._mesh.device.type == "cuda"
+        compiles = choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu).compiles
+        layers, self._tensor_group = make_layers(self._mesh, compiles)
+        return layers
 
     def _initialize(
         self,

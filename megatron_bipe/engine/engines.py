@@ -23,7 +23,6 @@ from megatron_bipe.engine.base import (
     check_precision,
     loss_sums,
     make_grid,
-    make_layers,
     make_topology,
     mean_loss,
     on_device,
@@ -33,7 +32,6 @@ from megatron_bipe.engine.base import (
 from megatron_bipe.engine.interface import Engine, StepResult
 from megatron_bipe.model import TOKEN_EMBEDDING, LayerFactory, LayerPlan, build_model, copy_source, make_plan
 from megatron_bipe.parallel import Mesh, end_stages_group, partition_layers
-from megatron_bipe.runtime.hardware import choose_compile
 from megatron_bipe.types import Batch
 
 _log = logging.getLogger(__name__)
@@ -61,8 +59,7 @@ class ZeroEngine(DeepSpeedEngine):
         check_precision(mesh, run)
         if run.train.precision == "bf16" and zero_stage(ds_config) == 0:
             _log.warning("bf16 without ZeRO: DeepSpeed sums gradients in bf16; with ds_configs/zero1.json it uses fp32")
-        compiles = choose_compile(run, zero_stage(ds_config), on_gpu=mesh.device.type == "cuda").compiles
-        self._layers, self._tensor_group = make_layers(mesh, compiles)
+        self._layers = self._make_layers(run, ds_config)
         grid = make_grid(mesh) if mesh.tensor > 1 else None
         self._initialize(self._build(run), run, ds_config, grid.get_slice_parallel_group() if grid else None, grid)
 
@@ -105,8 +102,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._mesh, self._data = mesh, data
         start_deepspeed(mesh, run.parallel.timeout_s)
         check_precision(mesh, run)
-        compiles = choose_compile(run, zero_stage(ds_config), on_gpu=mesh.device.type == "cuda").compiles
-        layers, self._tensor_group = make_layers(mesh, compiles)
+        layers = self._make_layers(run, ds_config)
         plan = make_plan(run.model, run.train.seed, layers, run.parallel.recompute)
         bounds = partition_layers(run.model, run.train.seq_len_tokens, mesh.pipeline)
         module = _Stages(plan, bounds, layers, mesh, run.model.tied_output)
