@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from megatron_bipe.config import ALLOWABLE, RopeScaling, RunConfig
+from megatron_bipe.config import ALLOWABLE, RopeScaling, RunConfig, TrackerConfig
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "configuration.md"
 HEAD = f"""\
@@ -28,6 +28,12 @@ A resumed run may change the fields that [checkpoints](checkpoints.md#what-a-run
 """
 
 
+_NESTED: dict[str, type[BaseModel]] = {
+    "model.rope_scaling": RopeScaling,
+    "tracking.trackio and tracking.wandb": TrackerConfig,
+}
+
+
 def configuration_page() -> str:
     """Return the complete page as Markdown."""
     schema = RunConfig.model_json_schema()
@@ -35,7 +41,7 @@ def configuration_page() -> str:
     sections = {name: kind for name, kind in types.items() if isinstance(kind, type) and issubclass(kind, BaseModel)}
     top = {name: value for name, value in schema["properties"].items() if name not in sections}
     parts = [HEAD, "## Top level\n", _table(RunConfig, top)]
-    for name, kind in (sections | {"model.rope_scaling": RopeScaling}).items():
+    for name, kind in (sections | _NESTED).items():
         definition = schema["$defs"][kind.__name__]
         parts += [f"## {name}\n", f"{definition['description']}\n", _table(kind, definition["properties"])]
     return "\n".join(parts)
@@ -64,7 +70,8 @@ def _type(value: dict[str, Any]) -> str:
         items = value.get("prefixItems")
         return f"list of {len(items)}: {_type(items[0])}" if items else f"list of {_type(value['items'])}s"
     if value["type"] == "object":
-        return f"mapping of string to {_type(value['additionalProperties'])}"
+        patterns = value.get("patternProperties", {}).values()
+        return f"mapping of string to {_type(value.get('additionalProperties') or next(iter(patterns)))}"
     name = {"string": "path" if value.get("format") == "path" else "string"}.get(value["type"], value["type"])
     bounds = (("exclusiveMinimum", ">"), ("minimum", ">="), ("exclusiveMaximum", "<"), ("maximum", "<="))
     limits = [f"{sign} {value[key]:g}" for key, sign in bounds if key in value]

@@ -8,6 +8,7 @@ from megatron_bipe.config.schema import (
     ALLOWABLE,
     AUTO,
     PRECISIONS,
+    AlertsConfig,
     CheckpointConfig,
     ComputePrecision,
     DataConfig,
@@ -17,6 +18,8 @@ from megatron_bipe.config.schema import (
     Precision,
     RunConfig,
     StoredPrecision,
+    TrackerConfig,
+    TrackingConfig,
     TrainConfig,
 )
 from megatron_bipe.config.validate import accumulation_steps, check_data, validate_run
@@ -27,6 +30,7 @@ __all__ = [
     "AUTO",
     "ENCODINGS",
     "PRECISIONS",
+    "AlertsConfig",
     "CheckpointConfig",
     "ComputePrecision",
     "DataConfig",
@@ -39,6 +43,8 @@ __all__ = [
     "RunConfig",
     "Sources",
     "StoredPrecision",
+    "TrackerConfig",
+    "TrackingConfig",
     "TrainConfig",
     "accumulation_steps",
     "check_data",

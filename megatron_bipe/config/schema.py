@@ -41,6 +41,8 @@ def _without_shell_syntax(path: Any) -> Any:
 
 Folder = Annotated[str, Field(min_length=1), AfterValidator(_without_shell_syntax)]
 FolderPath = Annotated[Path, BeforeValidator(_without_shell_syntax)]
+SetName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.-]+$")]
+VALID = "valid"  # name of the validation set of `data.valid_path`
 DataPath = Annotated[
     Annotated[FolderPath, Tag("folder")]
     | Annotated[tuple[Folder, ...], Field(min_length=1), Tag("folders")]
@@ -60,13 +62,21 @@ class DataConfig(Section):
     """Dataset folder made by tools/preprocess.py or tools/prepare_task.py. Several are a blend: `{FOLDER: WEIGHT, ...}`
     samples them in proportion to the weights, `[FOLDER, ...]` in proportion to their tokens."""
     valid_path: FolderPath | None = None
-    """Dataset folder for the validation loss; null: no validation, since no held-out dataset exists by default."""
+    """Dataset folder for the validation loss, as a set named "valid"; null: no validation unless `valid` names sets,
+    since no held-out dataset exists by default."""
+    valid: dict[SetName, FolderPath] = Field(default={})
+    """Several validation sets, `{NAME: FOLDER, ...}`, in place of `valid_path`; progress lines show the first one."""
     segments: str | None = None
     """Segment rule that the dataset must have been made with; another one is an error. Null: any rule, since the data
     records its own."""
     verify: bool = True
     """Verify the checksum of each shard in the background when it is first read, and check every minute that the files
     are unchanged; each rank verifies a part of the shards. On by default: damaged tokens would not show in the loss."""
+
+    @property
+    def valid_sets(self) -> dict[str, Path]:
+        """Folder of each validation set by its name, in the given order; empty: no validation."""
+        return self.valid or ({} if self.valid_path is None else {VALID: self.valid_path})
 
     @property
     def folders(self) -> tuple[Path, ...]:
@@ -88,8 +98,11 @@ class OptimizerConfig(Section):
     """Learning rate at the end of the decay; with 0 the rate vanishes there."""
     warmup_steps: NonNegative = 10_000
     """Steps of the linear warm-up from 0 to lr: 2% of the published recipe. 0: none."""
-    decay: Literal["polynomial", "cosine", "constant"] = "polynomial"
-    """Shape of the decay after the warm-up, down to min_lr at decay_steps; constant: lr is kept."""
+    decay: Literal["polynomial", "cosine", "1-sqrt", "inverse_sqrt", "constant"] = "polynomial"
+    """Shape of the decay from decay_start down to min_lr at decay_steps. constant: lr is kept; inverse_sqrt: in
+    proportion to 1 / sqrt(step), without an end."""
+    decay_start: NonNegative | None = None
+    """Step at which the decay starts, after a stable phase at lr; null: at the end of the warm-up."""
     decay_power: Annotated[float, Field(gt=0)] = 1.0
     """Power of the polynomial decay; 1 is linear, as in the published recipe."""
     decay_steps: Positive | None = None
@@ -133,13 +146,20 @@ class TrainConfig(Section):
     init_from: Folder | None = None
     """Model that a new run starts from: an exported folder, any LlamaForCausalLM, or RUN_DIR[@STEP]; the optimizer
     state is new. Null: random weights. A run that has a checkpoint resumes from it instead."""
+    branch_from: Folder | None = None
+    """Checkpoint `RUN_DIR@STEP` of another run that a new run continues, with its weights, moments, step and samples. A
+    run that has a checkpoint resumes from it instead. Null: none."""
     log_every: Positive = 10
     """Steps between progress lines; metrics.jsonl gets every step. Losses are read from the device at these steps only,
     so that the steps between them need not wait for it."""
     valid_every: NonNegative = 1000
     """Steps between validations; 0: never."""
     valid_samples: Positive = 512
-    """Sequences per validation, the same ones each time and in every layout, so that losses can be compared."""
+    """Size of a validation in sequences of train.seq_len_tokens, for each set and length: the same text each time, in
+    every layout and at every length, so that losses can be compared."""
+    valid_lengths: tuple[Positive, ...] = ()
+    """Sequence lengths of the validations, in tokens; those beyond train.seq_len_tokens show extrapolation. Empty:
+    train.seq_len_tokens alone."""
     save_every: NonNegative = 1000
     """Steps between checkpoints; 0: only at the end. tools/goodput.py estimates the best interval for a cluster."""
     check_replicas_every: NonNegative = 100
@@ -192,6 +212,9 @@ class CheckpointConfig(Section):
     """Checkpoints in a row that could not be written, after which the run ends with an error, since it would lose all
     further steps; 0: never. The one that decides is not written in the background; with 1, none is. A few failures
     may pass, such as of a disk that is full for a while."""
+    after_save: str | None = None
+    """Shell command that the main rank runs in the background after each checkpoint, for example to upload it; its
+    failure is an event and does not end the run. Null: none."""
     min_free_gib: Annotated[float, Field(ge=0)] = 1.0
     """Disk space in GiB that must remain free after a checkpoint; otherwise it is not written, so that logs and metrics
     still can be."""
@@ -216,6 +239,31 @@ class HealthConfig(Section):
     """Factor by which a rank's compute time must exceed the median of all ranks for it to be reported as slow."""
 
 
+class TrackerConfig(Section):
+    """Destination of the metrics in an experiment tracker."""
+
+    project: Annotated[str, Field(min_length=1)] = "megatron_bipe"
+    """Project that the run appears in."""
+    name: str | None = None
+    """Name of the run; null: that of its folder."""
+
+
+class TrackingConfig(Section):
+    """Experiment trackers that receive the metrics in addition to metrics.jsonl and TensorBoard."""
+
+    trackio: TrackerConfig | None = None
+    """Trackio, which stores runs on this machine; needs `pip install -e '.[trackio]'`. Null: not used."""
+    wandb: TrackerConfig | None = None
+    """Weights & Biases; needs `pip install -e '.[wandb]'`. Null: not used."""
+
+
+class AlertsConfig(Section):
+    """Messages about events of the run."""
+
+    webhook: str | None = None
+    """URL that receives a JSON message at starts, stops, rollbacks, slow ranks, failures and the end; null: none."""
+
+
 class RunConfig(Section):
     """Configuration of a training run; a YAML file mirrors it section by section."""
 
@@ -235,8 +283,13 @@ class RunConfig(Section):
     """Writing and retention of checkpoints."""
     health: HealthConfig = HealthConfig()
     """Response to training anomalies."""
+    tracking: TrackingConfig = TrackingConfig()
+    """Experiment trackers."""
+    alerts: AlertsConfig = AlertsConfig()
+    """Messages about events."""
 
     @property
     def decay_end(self) -> int | None:
         """Step at which the learning rate reaches `optimizer.min_lr`; None: it does not decay."""
-        return None if self.optimizer.decay == "constant" else self.optimizer.decay_steps or self.train.steps
+        endless = self.optimizer.decay in ("constant", "inverse_sqrt")
+        return None if endless else self.optimizer.decay_steps or self.train.steps

@@ -17,11 +17,11 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -31,13 +31,19 @@ from megatron_bipe.train.log_file import LogFile
 
 _log = logging.getLogger(__name__)
 
-METRICS, EVENTS = "metrics.jsonl", "events.jsonl"
+METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jsonl"
 LOCK_FOLDER = "running"  # in the run folder, too
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 RECORD_WAIT_S = 5.0
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
+ValidValue = Literal["nats", "perplexity", "bits_per_byte", "nats_by_position"]
+
+
+def valid_key(name: str, length_tokens: int, value: ValidValue) -> str:
+    """Return the key of a value of a validation, by the name of its set and the sequence length."""
+    return f"valid/{name}/{length_tokens}/{value}"
 
 
 class Kept(NamedTuple):
@@ -161,12 +167,20 @@ def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
 
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the events of a run in order, empty if it never started; truncated or damaged lines are skipped."""
+    """Return the events of a run in order, as `read_lines` does."""
+    return read_lines(run_dir / EVENTS, {TIME, "event"})
+
+
+def read_lines(path: Path, required: Set[str]) -> list[dict[str, Any]]:
+    """Return the lines of a JSON-lines file that have all required keys, in order; empty if the file does not exist.
+
+    Truncated and damaged lines are skipped.
+    """
     try:
-        lines = read_again((run_dir / EVENTS).read_bytes).splitlines(keepends=True)
+        lines = read_again(path.read_bytes).splitlines(keepends=True)
     except (FileNotFoundError, NotADirectoryError):
         lines = []
-    return [event for event in map(_parsed, lines) if {"time", "event"} <= event.keys()]
+    return [values for values in map(_parsed, lines) if required <= values.keys()]
 
 
 def _is_truncated(path: Path) -> bool:

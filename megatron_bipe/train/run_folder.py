@@ -51,6 +51,7 @@ _FREE = {
     "run_dir",
     "data.path",  # its content is compared by data.json
     "data.valid_path",
+    "data.valid",
     "data.segments",
     "train.steps",  # but not the end of the decay, which follows it by default: see `_differences`
     "optimizer.decay_steps",
@@ -59,6 +60,8 @@ _FREE = {
     "train.log_every",
     "train.valid_every",
     "train.valid_samples",
+    "train.valid_lengths",
+    "train.branch_from",  # read only where there is no checkpoint
     "train.save_every",
     "train.check_replicas_every",
     "train.deterministic",  # changes results of a GPU by their rounding, as a different GPU would
@@ -66,6 +69,8 @@ _FREE = {
     "health",
     "parallel",  # checkpoints are independent of the layout
     "checkpoint",
+    "tracking",
+    "alerts",
 }
 
 

@@ -1,0 +1,1 @@
+"""Runs seen from outside their processes: `history` reads a run folder, the other modules show it."""
