@@ -57,6 +57,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.train.batch_loader import BatchLoader
     from megatron_bipe.train.metrics_file import record_failure
     from megatron_bipe.train.profile import Profile
+    from megatron_bipe.train.provenance import Given, describe_start
     from megatron_bipe.train.read_ahead import reading_ahead
     from megatron_bipe.train.run_folder import (
         end_summary,
@@ -113,9 +114,12 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             # A large model takes long to read; the other ranks wait for the main one in rounds.
             for _ in engine.host.in_rounds(in_thread(partial(begin_from_model, run)) if mesh.is_main else ()):
                 watchdog.heartbeat()
+        given = Given(args.ds_config, ds_values, choices, loader.record, args.allow)
+        start = describe_start(run, mesh, engine.host, given)
         profile = Profile(args.profile, run.run_dir, mesh)
         with reading_ahead(loader, mesh.device) as batches:
-            finished = Trainer(run, mesh, engine, batches, watchdog, stop_request, profile).run(stop_step)
+            trainer = Trainer(run, mesh, engine, batches, watchdog, stop_request, profile, start)
+            finished = trainer.run(stop_step)
     engine.close()
     stop_request.remove_handlers()
     if not finished:

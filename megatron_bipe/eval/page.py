@@ -38,7 +38,9 @@ class Passage(NamedTuple):
     inter: list[int]
 
 
-def page(title: str, lead_html: str, sections: Iterable[Section], eyebrow: str = "megatron_bipe") -> str:
+def page(
+    title: str, lead_html: str, sections: Iterable[Section], eyebrow: str = "megatron_bipe", more_style: str = ""
+) -> str:
     """Return a complete HTML document.
 
     Args:
@@ -46,8 +48,9 @@ def page(title: str, lead_html: str, sections: Iterable[Section], eyebrow: str =
         lead_html: content between the title and the first section.
         sections: sections in order.
         eyebrow: small line above the title.
+        more_style: style sheet in addition to that of all pages.
     """
-    style = resources.files(__package__).joinpath(STYLE_NAME).read_text(encoding="utf-8")
+    style = resources.files(__package__).joinpath(STYLE_NAME).read_text(encoding="utf-8") + more_style
     body = "".join(f"<section>\n<h2>{escape(part.heading)}</h2>\n{part.html}\n</section>\n" for part in sections)
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -74,22 +77,26 @@ def details(summary: str, html: str) -> str:
     return f"<details>\n<summary>{escape(summary)}</summary>\n{html}</details>\n"
 
 
-def table(header_html: Sequence[str], rows_html: Iterable[Sequence[str]], row_kinds: Sequence[str] = ()) -> str:
+def table(
+    header_html: Sequence[str], rows_html: Iterable[Sequence[str]], row_kinds: Sequence[str] = (), kind: str = ""
+) -> str:
     """Return a table whose first column names the rows; a table that is too wide scrolls.
 
     Args:
         header_html: cells of the header.
         rows_html: cells of the other rows.
         row_kinds: CSS class of each row, if any.
+        kind: CSS class of the table, if any.
     """
     head = "".join(f'<th scope="col">{cell}</th>' for cell in header_html)
     lines = []
     for number, (first, *others) in enumerate(rows_html):
-        kind = f' class="{escape(row_kinds[number])}"' if row_kinds and row_kinds[number] else ""
+        row_kind = f' class="{escape(row_kinds[number])}"' if row_kinds and row_kinds[number] else ""
         cells = "".join(f"<td>{cell}</td>" for cell in others)
-        lines.append(f'<tr{kind}><th scope="row">{first}</th>{cells}</tr>\n')
+        lines.append(f'<tr{row_kind}><th scope="row">{first}</th>{cells}</tr>\n')
     body = f"<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(lines)}</tbody>"
-    return f'<div class="scroll"><table>\n{body}\n</table></div>\n'
+    start = f'<table class="{escape(kind)}">' if kind else "<table>"
+    return f'<div class="scroll">{start}\n{body}\n</table></div>\n'
 
 
 def facts(pairs: Iterable[tuple[str, str]]) -> str:

@@ -6,18 +6,23 @@ are truncated or damaged are skipped.
 N recorded steps
 """
 
+import math
 from collections.abc import Mapping
+from io import BytesIO
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+import orjson
 
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.train.metrics_file import EVALUATIONS, METRICS, STEP_TIME, read_events, read_lines
+from megatron_bipe.train.metrics_file import EVALUATIONS, METRICS, STEP_TIME, TIME, read_events, read_lines
 
 FloatArray = npt.NDArray[np.float64]
+_LINES_AT_ONCE = 20_000
 
 
 class Validation(NamedTuple):
@@ -68,24 +73,56 @@ def read_history(run_dir: Path) -> RunHistory:
             remedy="Name the run_dir of a run that has started",
             location=run_dir,
         )
-    lines = read_lines(run_dir / METRICS, {"step"})
-    steps = [line for line in lines if STEP_TIME in line]
-    validations = [Validation(line["step"], line.get("time", np.nan), line) for line in lines if STEP_TIME not in line]
+    columns_N, validations = _read_metrics(run_dir / METRICS)
     return RunHistory(
         run_dir,
         load_run_config(config),
-        _columns(steps),
+        columns_N,
         validations,
-        read_events(run_dir),
+        [event for event in read_events(run_dir) if _is_event(event)],
         read_lines(run_dir / EVALUATIONS, {"step"}),
     )
 
 
+def _is_event(line: Mapping[str, Any]) -> bool:
+    step = line.get("step", 0)
+    return isinstance(line["event"], str) and isinstance(line[TIME], int | float) and isinstance(step, int)
+
+
+def _read_metrics(path: Path) -> tuple[dict[str, FloatArray], list[Validation]]:
+    """Read metrics.jsonl in parts, since the objects of a long run's lines would need gigabytes."""
+    parts: list[dict[str, FloatArray]] = []
+    validations: list[Validation] = []
+    with path.open("rb") if path.is_file() else BytesIO() as file:
+        while raw := list(islice(file, _LINES_AT_ONCE)):
+            lines = [values for values in map(_parsed, raw) if isinstance(values.get("step"), int)]
+            parts.append(_columns([line for line in lines if STEP_TIME in line]))
+            validations += [
+                Validation(line["step"], _number(line, TIME), line) for line in lines if STEP_TIME not in line
+            ]
+    keys = dict.fromkeys(["step", TIME, *(key for part in parts for key in part)])
+    missing = [np.full(part["step"].size, np.nan) for part in parts]
+    columns_N = {
+        key: np.concatenate([np.empty(0), *(part.get(key, no) for part, no in zip(parts, missing, strict=True))])
+        for key in keys
+    }
+    return columns_N, validations
+
+
 def _columns(lines: list[dict[str, Any]]) -> dict[str, FloatArray]:
-    keys = dict.fromkeys(["step", "time", *(key for line in lines for key in line)])
+    keys = dict.fromkeys(["step", TIME, *(key for line in lines for key in line)])
     return {key: np.array([_number(line, key) for line in lines], dtype=np.float64) for key in keys}
 
 
 def _number(line: Mapping[str, Any], key: str) -> float:
     value = line.get(key)
-    return value if isinstance(value, int | float) else np.nan
+    return value if isinstance(value, int | float) else math.nan
+
+
+def _parsed(line: bytes) -> dict[str, Any]:
+    """Return the object on a complete line; empty if the line is truncated or damaged."""
+    try:
+        values = orjson.loads(line) if line.endswith(b"\n") else {}
+    except ValueError:
+        return {}
+    return values if isinstance(values, dict) else {}

@@ -172,13 +172,18 @@ def end_all(children: Sequence[ChildProcess], grace_s: float = GRACE_S) -> None:
 
 
 def run_command(
-    command: Sequence[str], *, stdin_text: str | None = None, check: bool = False, **options: Any
+    command: Sequence[str],
+    *,
+    stdin_text: str | None = None,
+    check: bool = False,
+    timeout_s: float | None = None,
+    **options: Any,
 ) -> "subprocess.CompletedProcess[str]":
     """Run a command like `subprocess.run` in text mode; it does not outlive this process."""
     if stdin_text is not None:
         options["stdin"] = subprocess.PIPE
     with ChildProcess(command, text=True, **options) as child:
-        output, errors = child.process.communicate(stdin_text)
+        output, errors = child.process.communicate(stdin_text, timeout_s)
     done = subprocess.CompletedProcess(list(command), child.process.returncode, output, errors)
     if check:
         done.check_returncode()

@@ -1,8 +1,10 @@
 """The training loop: resume from the newest valid checkpoint and train; `Trainer.train` shows the order of one step."""
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
@@ -34,6 +36,7 @@ class Trainer:
         watchdog: watchdog that the caller has entered.
         stop_request: requests to stop the run; `run` makes all ranks agree on them.
         profile: profiler of the configured steps.
+        provenance: further keys of the `start` event, from `train.provenance.describe_start`.
     """
 
     config: RunConfig
@@ -43,6 +46,7 @@ class Trainer:
     watchdog: Watchdog
     stop_request: StopRequest
     profile: Profile
+    provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
     def events(self) -> Events:
@@ -63,7 +67,7 @@ class Trainer:
         keep_freed_memory(mesh.device)  # start-up and loading have already returned their memory
         events = self.events
         self.stop_request.agree_by(engine.host.any_rank)
-        events.add(START, step=state.step, ranks=mesh.num_ranks)
+        events.add(START, step=state.step, ranks=mesh.num_ranks, **self.provenance)
         began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         rollback = Rollback(config, engine, self.loader, events, state)
