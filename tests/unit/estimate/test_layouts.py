@@ -127,9 +127,9 @@ def test_own_layout_of_a_configuration_does_not_matter() -> None:
             "train.global_batch=6 is not a multiple of train.micro_batch x data-parallel ranks",
         ),
         (
-            ["model.num_kv_heads=2", "model.num_heads=24"],
-            3,
-            "model.num_kv_heads=2 is neither a multiple nor a divisor of parallel.tensor x parallel.context",
+            ["model.num_kv_heads=3"],
+            2,
+            "model.num_kv_heads=3 is neither a multiple nor a divisor of parallel.tensor x parallel.context",
         ),
     ],
 )
@@ -139,7 +139,7 @@ def test_rules_are_counted_without_the_numbers_of_the_layout(settings: list[str]
 
 def test_measured_utilization_changes_times_and_not_memory() -> None:
     predicted, measured = searched("bipe_rope_151m", 8), searched("bipe_rope_151m", 8, mfu=0.1)
-    assert measured.fitting[0].step.mfu < 0.1 < predicted.fitting[0].step.mfu
+    assert measured.fitting[0].step.mfu == pytest.approx(0.1, rel=0.02) and predicted.fitting[0].step.mfu > 0.2
     assert measured.fitting[0].memory_bytes == predicted.fitting[0].memory_bytes
 
 
