@@ -34,6 +34,14 @@ def test_plan_command_passes_a_dry_run_with_the_same_figures(tmp_path: Path, wri
     assert epochs and epochs[0] in ended.output
 
 
+def test_plan_page_shows_what_the_command_prints() -> None:
+    page = (ROOT / "docs" / "planning.md").read_text("utf-8")
+    command = next(line for line in page.splitlines() if line.startswith("    python tools/plan.py --config"))
+    shown = page.split(command)[1].split("\n**Nothing")[0]
+    printed = call_tool("plan", *shlex.split(command)[2:]).output
+    assert [line.strip() for line in shown.split("\n") if line] == [x.strip() for x in printed.split("\n") if x]
+
+
 def test_plan_options_reach_the_plan(tmp_path: Path) -> None:
     file = tmp_path / "plan.json"
     options = [*RECIPE, "--gpus", 8, "--price-per-gpu-hour", 3, "--budget-hours", 1, "--mfu", 0.3, "--margin", 0.5]
