@@ -83,7 +83,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored)
     if args.dry_run is not None:
         if mesh.is_main:
-            gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network)
+            gpu = with_network(planned_gpu or own_gpu(mesh.device), args.network, args.gpus_per_node)
             sys.stdout.write(describe(run, ds_config, num_ranks, choices, gpu))
             check_start(run, mesh._replace(num_ranks=num_ranks), args.allow)
             _log_warnings(start_warnings(run))
@@ -139,11 +139,11 @@ def _log_warnings(texts: Iterable[str]) -> None:
 
 
 def _check_counts(args: argparse.Namespace) -> None:
-    counts = (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None), ("--network", args.network))
-    for option, value in counts:
+    plans = (("--network", args.network), ("--gpus-per-node", args.gpus_per_node))
+    for option, value in (("--stop-step", args.stop_step), ("--dry-run", args.dry_run or None), *plans):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value}", remedy="Give an integer of 1 or more", location=option)
-    for option, value in (("--gpu", args.gpu), ("--network", args.network)):
+    for option, value in (("--gpu", args.gpu), *plans):
         if value is not None and args.dry_run is None:
             raise ConfigError(
                 f"{option} {value} plans a run and does not choose a device; it needs --dry-run",
@@ -165,6 +165,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--gpu", metavar="NAME", help="plan --dry-run for this GPU, e.g. H100 (default: this machine's)"
     )
     parser.add_argument("--network", type=int, metavar="GBIT", help="Gbit/s of a GPU to other machines (default: 400)")
+    parser.add_argument("--gpus-per-node", type=int, metavar="N", help="GPUs of a machine for --dry-run (default: 8)")
     parser.add_argument("--allow", nargs="+", default=[], metavar="NAME", help=f"allow changes: {', '.join(ALLOWABLE)}")
     parser.add_argument("--stop-step", type=int, help="save and exit after this step; the schedule is unchanged")
     parser.add_argument("--stop-at", metavar="TIME", help="save and exit after this time (23h50m), with exit code 75")

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from megatron_bipe.runtime.preflight_facts import Bounded
 
 # Options of pretrain.py that change nothing here.
-_IGNORED = ("--dry-run", "--gpu", "--network", "--stop-step", "--stop-at", "--profile")
+_IGNORED = ("--dry-run", "--gpu", "--network", "--gpus-per-node", "--stop-step", "--stop-at", "--profile")
 
 
 def main(args: argparse.Namespace, launch: Launch) -> None:

@@ -161,7 +161,7 @@ class TrainConfig(Section):
     """Sequence lengths of the validations, in tokens; those beyond train.seq_len_tokens show extrapolation. Empty:
     train.seq_len_tokens alone."""
     save_every: NonNegative = 1000
-    """Steps between checkpoints; 0: only at the end. tools/goodput.py estimates the best interval for a cluster."""
+    """Steps between checkpoints; 0: only at the end. tools/plan.py estimates the best interval for a cluster."""
     check_replicas_every: NonNegative = 100
     """Steps between bitwise comparisons of replicated weights across ranks; 0: never. The comparison is cheap at
     the default: docs/reliability.md has measurements."""

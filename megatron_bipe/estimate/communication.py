@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from megatron_bipe.config import RunConfig, accumulation_steps, zero_stage
-from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, tokens_here
-from megatron_bipe.parallel import layer_costs, parameters_of_rank, partition_layers
+from megatron_bipe.estimate.memory import FP32_BYTES, compute_width, layer_parameters, stage_bounds, tokens_here
+from megatron_bipe.parallel import layer_costs
 
 # Bytes by `communication_data_type`; if it is not set, DeepSpeed exchanges gradients in compute precision.
 _EXCHANGED_BYTES = {"fp32": FP32_BYTES, "bf16": 2, "fp16": 2}
@@ -51,7 +51,7 @@ def bubble(run: RunConfig, num_ranks: int) -> float:
     Source: Narayanan et al. 2021 (arXiv 2104.04473), section 2.2, for stages of equal cost.
     """
     costs = layer_costs(run.model, run.train.seq_len_tokens)
-    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = stage_bounds(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     stages = [sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds)]
     micro_batches = accumulation_steps(run.train, run.parallel.data_ranks(num_ranks))
     slots = micro_batches + len(stages) - 1
@@ -99,7 +99,7 @@ def _passes(run: RunConfig) -> int:
 
 
 def _most_blocks(run: RunConfig) -> int:
-    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = stage_bounds(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     return max(min(stop, run.model.num_layers + 1) - max(start, 1) for start, stop in itertools.pairwise(bounds))
 
 
@@ -140,8 +140,8 @@ def _data(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> Iterator
 
 def parameters_of_largest_stage(run: RunConfig) -> int:
     """Return the number of parameters of a rank of the stage that has most."""
-    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
-    counts = parameters_of_rank(run.model, run.parallel.tensor)
+    bounds = stage_bounds(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    counts = layer_parameters(run.model, run.parallel.tensor)
     return max(sum(counts[start:stop]) for start, stop in itertools.pairwise(bounds))
 
 

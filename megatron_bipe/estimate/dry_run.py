@@ -5,15 +5,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.checkpoint.disk_space import plan_disk
-from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, offloads, zero_stage
+from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.errors import BipeError
 from megatron_bipe.estimate.communication import bubble, step_traffic
 from megatron_bipe.estimate.memory import StageMemory, stage_memories
-from megatron_bipe.estimate.step_time import StepTime, predict_step
+from megatron_bipe.estimate.step_time import StepTime, predict_step, unpredictable
 from megatron_bipe.model import count_parameters, make_plan, train_flops_per_token
-from megatron_bipe.model.positions.base import relative_class
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import Choices, PrecisionChoice, choose_compile
 from megatron_bipe.text_table import text_table
@@ -46,7 +45,7 @@ def describe(
         *(["# Time of a step (prediction)\n" + _step_time(run, ds_config, num_ranks, gpu)] if gpu else []),
         "# Length\n" + _length(run, num_ranks),
         "# Checkpoints\n" + f"{plan_disk(run, sum(count_parameters(run.model)))}\n",
-        "# Data\n" + _data(run),
+        "# Data\n" + describe_data(run),
     ]
     return "\n".join(parts)
 
@@ -129,12 +128,8 @@ def _traffic_table(run: RunConfig, ds_config: dict[str, Any], num_ranks: int) ->
 
 
 def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: Gpu) -> str:
-    if run.train.precision != "bf16":
-        return f"not predicted for train.precision={run.train.precision}\n"
-    if any(offloads(ds_config)):
-        return "not predicted with CPU offloading\n"
-    if relative_class(run.model).biases_scores:
-        return f"not predicted for model.encoding={run.model.encoding}\n"
+    if setting := unpredictable(run, ds_config):
+        return f"not predicted {setting}\n"
     step = predict_step(run, ds_config, num_ranks, gpu)
     parts = zip(StepTime._fields, step, strict=True)
     seconds = {name.removesuffix("_s").replace("_", " "): value for name, value in parts if name.endswith("_s")}
@@ -160,7 +155,8 @@ def _length(run: RunConfig, num_ranks: int) -> str:
     )
 
 
-def _data(run: RunConfig) -> str:
+def describe_data(run: RunConfig) -> str:
+    """Return a line for each dataset of a run: its part of the blend, its size, and how often the run reads it."""
     try:
         manifests = [Manifest.load(folder) for folder in run.data.folders]
         weights = run.data.weights or [max(1, manifest.num_tokens) for manifest in manifests]

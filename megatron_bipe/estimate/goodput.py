@@ -1,4 +1,4 @@
-"""Simulated goodput of a long run: the share of its time that goes into steps that are kept.
+"""Checkpoints of a long run, and its simulated goodput: the share of its time that goes into steps that are kept.
 
 A run of a given length is simulated on nodes that fail independently of each other. A failure costs the work since the
 last checkpoint, the time until it is detected, and the time until the first step is done again; a failure in that
@@ -8,11 +8,15 @@ interval follows the formula of Young and Daly.
 
 import math
 import random
-from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-DAY_S = 86400.0
-FACTORS = (0.25, 0.5, 0.7, 1.0, 1.4, 2.0, 4.0)  # simulated intervals, as multiples of the formula's
+from megatron_bipe.config import RunConfig
+from megatron_bipe.estimate.memory import STATE_BYTES
+
+HOUR_S = 3600.0
+TRIALS = 200  # simulated runs for each figure
+# Llama 3: 466 interruptions in 54 days on 2,048 nodes of 8 GPUs (arXiv 2407.21783, section 3.3.4).
+NODE_MTBF_HOURS = 2048 * 54 * 24 / 466
 
 
 class Costs(NamedTuple):
@@ -64,42 +68,63 @@ def daly_interval_s(stall_s: float, mean_time_s: float) -> float:
     return max(1.0, math.sqrt(2 * stall_s * mean_time_s) - stall_s)
 
 
-def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials: int, seed: int) -> tuple[float, float]:
-    """Return the mean goodput and the mean number of failures of simulated runs."""
-    found = [simulate(work_s, interval_s, rate, costs, random.Random(f"{seed}/{n}")) for n in range(trials)]
+def goodput(work_s: float, interval_s: float, rate: float, costs: Costs, trials: int = TRIALS) -> tuple[float, float]:
+    """Return the mean goodput and the mean number of failures of simulated runs, the same for the same values."""
+    found = [simulate(work_s, interval_s, rate, costs, random.Random(f"0/{n}")) for n in range(trials)]
     return sum(work_s / trial.wall_s for trial in found) / trials, sum(trial.failures for trial in found) / trials
 
 
-class Estimate(NamedTuple):
-    """Goodput of a run on one number of nodes."""
+class Assumptions(NamedTuple):
+    """Facts about a cluster that no file of this project states."""
 
-    nodes: int
-    work_s: float  # time of all steps
-    mean_time_s: float  # between failures of the full cluster
-    failures: float  # mean number per run
-    interval_s: float  # by the formula of Young and Daly
-    share: float  # goodput at that interval
-    best_share: float
-    best_factor: float  # multiple of the interval with the best goodput
+    node_mtbf_hours: float = NODE_MTBF_HOURS
+    """Mean time between failures of one node."""
+    detect_s: float = 60.0
+    """From a failure to the end of the launch."""
+    restart_s: float = 120.0
+    """From there until the first step is done again."""
+    stall_s: float = 1.0
+    """Stall of training for a checkpoint that is written in the background."""
+    write_gb_s: float = 5.0
+    """Rate at which all ranks together write a checkpoint, in 1e9 bytes per second."""
 
 
-def estimate_goodput(
-    nodes: Sequence[int], node_work_s: float, failures_per_node_s: float, costs: Costs, trials: int, seed: int
-) -> Iterator[Estimate]:
-    """Simulate a run on clusters of several sizes.
+class CheckpointPlan(NamedTuple):
+    """Size and interval of a run's checkpoints, and the goodput that is expected with them."""
 
-    Args:
-        nodes: numbers of nodes.
-        node_work_s: time of all steps on one node.
-        failures_per_node_s: failures of a node per second.
-        costs: times of interruptions and checkpoints.
-        trials: simulated runs for each figure.
-        seed: seed of the failures.
+    num_bytes: int
+    write_s: float
+    stall_s: float
+    mtbf_s: float
+    """Mean time between failures of all nodes together."""
+    interval_s: float
+    """Time of steps between checkpoints that loses least."""
+    save_every: int
+    """The same in steps."""
+    goodput: float
+    """With that interval."""
+    failures: float
+    """Mean number during the run."""
+    configured_goodput: float
+    """With the interval of `train.save_every`."""
+
+
+def plan_checkpoints(
+    run: RunConfig, num_parameters: int, step_s: float, num_nodes: int, assumptions: Assumptions
+) -> CheckpointPlan:
+    """Return the checkpoints of a run whose steps take `step_s`.
+
+    A checkpoint that is written in the background protects from a failure once it is complete, so a failure costs the
+    steps of that time, too, and checkpoints cannot follow each other faster.
     """
-    for count in nodes:
-        work_s, rate = node_work_s / count, failures_per_node_s * count
-        formula_s = daly_interval_s(costs.stall_s, 1 / rate)
-        found = {factor: goodput(work_s, formula_s * factor, rate, costs, trials, seed) for factor in FACTORS}
-        best = max(found, key=lambda factor: found[factor][0])
-        share, failures = found[1.0]
-        yield Estimate(count, work_s, 1 / rate, failures, formula_s, share, found[best][0], best)
+    num_bytes, work_s = num_parameters * STATE_BYTES, run.train.steps * step_s
+    write_s, mtbf_s = num_bytes / (assumptions.write_gb_s * 1e9), assumptions.node_mtbf_hours * HOUR_S / num_nodes
+    in_background = run.checkpoint.asynchronous
+    stall_s, delay_s = (assumptions.stall_s, write_s) if in_background else (write_s, 0.0)
+    costs = Costs(stall_s, assumptions.detect_s, assumptions.restart_s + delay_s)
+    interval_s = max(daly_interval_s(stall_s, mtbf_s), delay_s)
+    save_every = min(run.train.steps, max(1, round(interval_s / step_s)))
+    share, failures = goodput(work_s, save_every * step_s, 1 / mtbf_s, costs)
+    configured_s = (run.train.save_every or run.train.steps) * step_s
+    configured, _ = goodput(work_s, configured_s, 1 / mtbf_s, costs)
+    return CheckpointPlan(num_bytes, write_s, stall_s, mtbf_s, interval_s, save_every, share, failures, configured)

@@ -8,6 +8,7 @@ estimates them with constants that are assumed, not measured.
 Source of the ZeRO divisions: Rajbhandari et al. 2020 (arXiv 1910.02054).
 """
 
+import functools
 import itertools
 from typing import Any, NamedTuple
 
@@ -31,6 +32,17 @@ _CONTEXT_BYTES = 1.5 * 2**30  # CUDA context, workspaces of cuBLAS and cuDNN: be
 _COMMUNICATOR_BYTES = 0.5 * 2**30  # an NCCL communicator: between 0.3 and 1 GiB
 _FRAGMENTATION = 0.05  # fraction of the tensors' memory that the allocator cannot use
 _LOSS_PARTS, _LOSS_PART_ELEMENTS = 3, 2**26  # fp32 parts of logits that the eager loss has at a time (model/loss.py)
+
+
+# Thousands of layouts have the same stages.
+stage_bounds = functools.cache(partition_layers)
+
+
+@functools.cache
+def layer_parameters(model: ModelConfig, tensor: int) -> list[int]:
+    """Return the number of parameters of each layer on one of `tensor` tensor-parallel ranks."""
+    embedding, block, head = parameters_of_rank(model.model_copy(update={"num_layers": 1}), tensor)
+    return [embedding, *[block] * model.num_layers, head]
 
 
 class StageMemory(NamedTuple):
@@ -71,8 +83,8 @@ def stage_memories(
         on_gpu: True adds what a GPU needs besides tensors.
     """
     parallel, model = run.parallel, run.model
-    bounds = partition_layers(model, run.train.seq_len_tokens, parallel.pipeline)
-    counts = parameters_of_rank(model, parallel.tensor)
+    bounds = stage_bounds(model, run.train.seq_len_tokens, parallel.pipeline)
+    counts = layer_parameters(model, parallel.tensor)
     costs = layer_costs(model, run.train.seq_len_tokens)
     stages = []
     for stage, (start, stop) in enumerate(itertools.pairwise(bounds)):
@@ -101,17 +113,21 @@ def stage_memories(
 
 def gpu_bytes(stage: StageMemory, run: RunConfig, ds_config: dict[str, Any], num_ranks: int) -> float:
     """Return what a GPU needs besides tensors: context, communicators, buffers, parts of the loss, fragmentation."""
-    parallel, zero = run.parallel, zero_stage(ds_config)
-    replicas = parallel.replica_ranks(num_ranks)
-    sizes = (num_ranks, replicas, parallel.tensor, parallel.context, parallel.pipeline)
-    communicators = sum(size > 1 for size in sizes)
+    zero = zero_stage(ds_config)
     buckets = _bucket_bytes(ds_config, compute_width(run))
     loss_parts = 0.0
     if stage.logits and not choose_compile(run, zero, on_gpu=True).compiles:
         elements = stage.logits / compute_width(run)
         loss_parts = _LOSS_PARTS * min(elements, _LOSS_PART_ELEMENTS) * FP32_BYTES
-    fixed = _CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES
-    return fixed + buckets + loss_parts + _FRAGMENTATION * stage.tensors
+    return outside_bytes(stage, run, num_ranks) + buckets + loss_parts
+
+
+def outside_bytes(stage: StageMemory, run: RunConfig, num_ranks: int) -> float:
+    """Return what a GPU needs besides the memory that torch reports as allocated."""
+    parallel = run.parallel
+    sizes = (num_ranks, parallel.replica_ranks(num_ranks), parallel.tensor, parallel.context, parallel.pipeline)
+    communicators = sum(size > 1 for size in sizes)
+    return _CONTEXT_BYTES + communicators * _COMMUNICATOR_BYTES + _FRAGMENTATION * stage.tensors
 
 
 def _bucket_bytes(ds_config: dict[str, Any], width: int) -> float:

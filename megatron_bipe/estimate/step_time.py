@@ -17,13 +17,13 @@ code runs. Efficiencies and overlaps are assumed until `tools/gpu_check.py` has 
 import itertools
 from typing import Any, NamedTuple
 
-from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, zero_stage
+from megatron_bipe.config import ModelConfig, ParallelConfig, RunConfig, accumulation_steps, offloads, zero_stage
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.communication import parameters_of_largest_stage, step_traffic
-from megatron_bipe.estimate.memory import logits_bytes, tokens_here
+from megatron_bipe.estimate.memory import logits_bytes, stage_bounds, tokens_here
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.model.positions.base import relative_class
-from megatron_bipe.parallel import layer_costs, partition_layers
+from megatron_bipe.parallel import layer_costs
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import choose_compile
 
@@ -37,7 +37,6 @@ _ATTENTION_64, _ATTENTION_128 = 0.205, 0.325  # by head width, cuDNN's or FlashA
 _ATTENTION_WIDER = 0.225  # more than 128 channels with those of a bias: only FlashAttention 2 accepts them
 _MEMORY_EFFICIENCY = 0.87  # of the data sheet's bandwidth; assumed: 2.9 of 3.35 TB/s on an H100
 _LINK_EFFICIENCY = 0.8  # of NVLink, PCIe and network, in NCCL's collectives; assumed
-_GPUS_A_MACHINE = 8
 _WAIT_S = 1.3e-3  # until the GPU has queued work again after a synchronization; assumed
 
 _BACKWARD = 2 / 3  # fraction of a micro-batch's time, during which ZeRO 2 and 3 reduce gradients
@@ -57,6 +56,7 @@ class Costs(NamedTuple):
     sum_bytes: float  # moved per parameter of a rank
     waits: int  # synchronizations
     host_block_s: float  # time of the host to launch the kernels of a block, forward and backward
+    slowdown: float = 1.0  # factor of the time of a micro-batch, if it was measured
 
 
 # Operators of one block of BiPE-RoPE, counted by torch's dispatcher at 151M and 1.6B for 8 x 1,024 tokens: 26 launches
@@ -64,10 +64,11 @@ class Costs(NamedTuple):
 # one split in place of the views takes 27 away. SwiGLU moves 18 feed-forward widths: silu 2 and product 3, and backward
 # silu 2, products 3 + 3, gradient of silu 3, copy 2. The loss reads and writes fp32 copies of parts: 64 bytes a logit.
 EAGER = Costs(hidden_moves=68.6, ffn_moves=18, logit_bytes=64, sum_bytes=0, waits=0, host_block_s=1.4e-3)
-# Estimated from what fused kernels must move: 64 widths a token if the feed-forward width is four times the model's,
-# of which SwiGLU has 3 x 4 forward and 5 x 4 backward; logits are read twice forward, and read and written backward,
-# without the cache hits that tools/bench/kernels.py assumes, which counts 6 bytes.
-COMPILED = Costs(hidden_moves=32, ffn_moves=8, logit_bytes=8, sum_bytes=0, waits=0, host_block_s=0.5e-3)
+# Counted for BiPE-RoPE by tools/bench/kernels.py (docs/performance.md): 10.11 GB at 151M and 53.15 GB at 1.6B for 8 x
+# 1,024 tokens, so 65 widths a token and block besides 23 of embedding and last norm. SwiGLU has 8 feed-forward widths
+# of them (3 forward, 5 backward), which are 32 of the model. Logits are read once forward, read and written backward.
+COMPILED = Costs(hidden_moves=33, ffn_moves=8, logit_bytes=6, sum_bytes=0, waits=0, host_block_s=0.5e-3)
+_SHARDED_LOGIT_BYTES = 2  # more, if the vocabulary is sharded: the compiled maximum is then a kernel of its own
 
 # Bytes moved per parameter to add a gradient to its sum, by ZeRO stage: a bf16 sum; one mixed addition to an fp32 sum;
 # DeepSpeed's copy into a bucket, division, concatenation, cast, addition and copy back (assumed for ZeRO 3, too).
@@ -104,13 +105,13 @@ def predict_step(
 ) -> StepTime:
     """Predict the time of one optimizer step on GPUs of one kind.
 
-    The time of T5's score matrix and of CPU offloading is not included.
+    The time of T5's score matrix and of CPU offloading is not included (`unpredictable`).
 
     Args:
         run: the run configuration, validated for `num_ranks`, with bf16 precision.
         ds_config: result of `config.deepspeed.engine_config`.
-        num_ranks: ranks of the launch, one a GPU, in machines of 8.
-        gpu: the GPU of every rank.
+        num_ranks: ranks of the launch, one a GPU.
+        gpu: the GPU of every rank, with its machine and network.
         costs: costs of a micro-batch; None: those of the code that runs with this configuration.
 
     Raises:
@@ -144,10 +145,37 @@ def predict_step(
     )
 
 
+def unpredictable(run: RunConfig, ds_config: dict[str, Any]) -> str:
+    """Return the setting for which the time of a step is not predicted; "" if there is none."""
+    if run.train.precision != "bf16":
+        return f"for train.precision={run.train.precision}"
+    if any(offloads(ds_config)):
+        return "with CPU offloading"
+    if relative_class(run.model).biases_scores:
+        return f"for model.encoding={run.model.encoding}"
+    return ""
+
+
+def measured_slowdown(run: RunConfig, gpu: Gpu, mfu: float) -> float:
+    """Return the factor of predicted times at which a micro-batch on one GPU reaches a measured utilization.
+
+    Args:
+        run: the run configuration, with bf16 precision; its layout does not matter.
+        gpu: the GPU.
+        mfu: model FLOPs utilization of the run on one GPU with ZeRO 1, without recomputation.
+    """
+    alone, tokens = run.model_copy(update={"parallel": ParallelConfig()}), run.train.seq_len_tokens
+    flops = run.train.micro_batch * tokens * train_flops_per_token(run.model, tokens)
+    predicted_s = _micro_batch(alone, gpu, costs_of(alone, {"zero_optimization": {"stage": 1}})).total_s
+    return flops / (gpu.bf16_flops * mfu) / predicted_s
+
+
 def costs_of(run: RunConfig, ds_config: dict[str, Any]) -> Costs:
     """Return the costs of the code that a run on GPUs uses."""
     zero = zero_stage(ds_config)
     costs = COMPILED if choose_compile(run, zero, on_gpu=True).compiles else EAGER
+    if costs is COMPILED and run.parallel.tensor > 1:
+        costs = costs._replace(logit_bytes=costs.logit_bytes + _SHARDED_LOGIT_BYTES)
     factor = _ZERO_3_HOST_FACTOR if zero == 3 else 1
     return costs._replace(
         sum_bytes=_SUM_BYTES[zero], waits=1 if zero > 1 else 0, host_block_s=costs.host_block_s * factor
@@ -183,13 +211,14 @@ def _micro_batch(run: RunConfig, gpu: Gpu, costs: Costs) -> StepTime:
         bubble_s=0.0,
     )
     launching_s = blocks * costs.host_block_s
-    return times._replace(waits_s=max(times.waits_s, launching_s - (times.total_s - times.waits_s)))
+    times = times._replace(waits_s=max(times.waits_s, launching_s - (times.total_s - times.waits_s)))
+    return StepTime(*(part * costs.slowdown for part in times))
 
 
 def _largest_stage_share(run: RunConfig) -> float:
     """Return the fraction of all multiplications that the most expensive stage has."""
     costs = layer_costs(run.model, run.train.seq_len_tokens)
-    bounds = partition_layers(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
+    bounds = stage_bounds(run.model, run.train.seq_len_tokens, run.parallel.pipeline)
     return max(sum(costs[start:stop]) for start, stop in itertools.pairwise(bounds)) / sum(costs)
 
 
@@ -220,16 +249,10 @@ def _exposed_communication(
         gpu: the GPU of every rank.
         busy_s: computation of all micro-batches.
     """
-    parallel, zero = run.parallel, zero_stage(ds_config)
-    groups = {  # ranks between neighbours, and ranks
-        "tensor": (1, parallel.tensor),
-        "context": (parallel.tensor, parallel.context),
-        "data": (parallel.tensor, parallel.replica_ranks(num_ranks)),
-        "pipeline": (num_ranks // parallel.pipeline, parallel.pipeline),
-    }
+    zero = zero_stage(ds_config)
     exposed_s = overlapped_s = update_s = 0.0
     for kind in step_traffic(run, ds_config, num_ranks):
-        seconds = kind.bytes_sent / (_bandwidth(*groups[kind.axis], gpu) * _LINK_EFFICIENCY)
+        seconds = kind.bytes_sent / (_bandwidth(kind.axis, run.parallel, num_ranks, gpu) * _LINK_EFFICIENCY)
         if kind.is_update:
             update_s += seconds
         elif kind.axis == "data":
@@ -241,12 +264,19 @@ def _exposed_communication(
     return exposed_s + max(0.0, overlapped_s - hidden_s), update_s
 
 
-def _bandwidth(stride: int, size: int, gpu: Gpu) -> float:
-    """Return the bytes per second that a rank of a group can send, which has every `stride`-th rank.
+def _bandwidth(axis: str, parallel: ParallelConfig, num_ranks: int, gpu: Gpu) -> float:
+    """Return the bytes per second that a rank can send to the other ranks of its group.
 
-    In a ring over several machines, all ranks of a machine send through the network, each by its own adapter.
+    In a ring over several machines (tensor, data), all ranks of a machine send through the network, each by its own
+    adapter. In an all-to-all (context), and between stages, a rank has its own adapter only.
     """
-    if stride * size <= _GPUS_A_MACHINE:
+    stride, size = {  # ranks between neighbours, and ranks
+        "tensor": (1, parallel.tensor),
+        "context": (parallel.tensor, parallel.context),
+        "data": (parallel.tensor, parallel.replica_ranks(num_ranks)),
+        "pipeline": (num_ranks // parallel.pipeline, parallel.pipeline),
+    }[axis]
+    if num_ranks <= gpu.gpus_per_machine or gpu.gpus_per_machine % (stride * size) == 0:
         return gpu.link_bytes_s
-    ranks_here = max(1, _GPUS_A_MACHINE // stride)
+    ranks_here = max(1, gpu.gpus_per_machine // stride) if axis in ("tensor", "data") else 1
     return min(gpu.link_bytes_s, ranks_here * gpu.network_bytes_s)

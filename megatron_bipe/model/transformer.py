@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from megatron_bipe.config import ModelConfig
 from megatron_bipe.errors import ConfigError
@@ -95,9 +96,20 @@ def count_parameters(config: ModelConfig, layers: LayerFactory | None = None) ->
 
     The weight of a tied output is counted once, in layer 0. No memory is allocated.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), _NoInitialization():
         built = [layer.build() for layer in make_plan(config, seed=0, layers=layers)]
     return [sum(p.numel() for p in layer.parameters() if not copy_source(p)) for layer in built]
+
+
+class _NoInitialization(TorchFunctionMode):
+    """Mode that skips `torch.nn.init`; on the meta device, it would import torch._dynamo, which takes seconds."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if getattr(function, "__module__", "") == nn.init.__name__:
+            return (kwargs or {})["tensor"]
+        return function(*args, **(kwargs or {}))
 
 
 def train_flops_per_token(config: ModelConfig, seq_len_tokens: int) -> int:

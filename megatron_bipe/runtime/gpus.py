@@ -23,6 +23,7 @@ class Gpu(NamedTuple):
     memory_bytes_s: float
     link_bytes_s: float  # NVLink if it connects all GPUs of a machine, else PCIe
     network_bytes_s: float = 50e9  # of one GPU to other machines: 400 Gbit/s, as in DGX systems since H100
+    gpus_per_machine: int = 8  # connected by these links
 
     @property
     def nvlink_bytes_s(self) -> float | None:
@@ -81,16 +82,18 @@ def named_gpu(name: str, option: str) -> Gpu:
     raise ConfigError(f"{option} {name!r} is not a known GPU", remedy=f"Choose one of {known}", location=option)
 
 
-def with_network(gpu: Gpu | None, gbit: int | None) -> Gpu | None:
-    """Return the GPU with a network of this many Gbit/s; None: unchanged.
+def with_network(gpu: Gpu | None, gbit: int | None, gpus_per_node: int | None = None) -> Gpu | None:
+    """Return the GPU with a network of this many Gbit/s and machines of this many GPUs; None: unchanged.
 
     Raises:
-        ConfigError: there is a network, but no GPU.
+        ConfigError: there is a network or a machine, but no GPU.
     """
-    if gbit is None:
-        return gpu
+    for option, value in (("--network", gbit), ("--gpus-per-node", gpus_per_node)):
+        if value is not None and gpu is None:
+            raise ConfigError(
+                f"{option} {value} without a known GPU", remedy="Add --gpu NAME, or remove it", location=option
+            )
     if gpu is None:
-        raise ConfigError(
-            f"--network {gbit} without a known GPU", remedy="Add --gpu NAME, or remove it", location="--network"
-        )
-    return gpu._replace(network_bytes_s=gbit * 1e9 / 8)
+        return None
+    network_bytes_s = gpu.network_bytes_s if gbit is None else gbit * 1e9 / 8
+    return gpu._replace(network_bytes_s=network_bytes_s, gpus_per_machine=gpus_per_node or gpu.gpus_per_machine)

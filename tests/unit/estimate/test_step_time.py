@@ -7,7 +7,7 @@ from megatron_bipe.config.deepspeed import engine_config, read_ds_config
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.communication import step_traffic
-from megatron_bipe.estimate.step_time import COMPILED, EAGER, Costs, StepTime, predict_step
+from megatron_bipe.estimate.step_time import COMPILED, EAGER, Costs, StepTime, costs_of, measured_slowdown, predict_step
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.runtime.gpus import Gpu, named_gpu
 from tests.helpers.errors import raises
@@ -77,9 +77,10 @@ def test_compilation_follows_the_run_and_zero_3_is_eager():
     moves = [(4 * costs.ffn_moves + costs.hidden_moves) for costs in (EAGER, COMPILED)]
     assert eager / compiled == pytest.approx(moves[0] / moves[1])
     assert predicted("bipe_rope_1.6b", zero=3).elementwise_s == eager
-    assert predicted("bipe_rope_1.6b", "train.compile=off").loss_s == pytest.approx(
-        8 * predicted("bipe_rope_1.6b").loss_s
-    )
+    loss_s = predicted("bipe_rope_1.6b").loss_s
+    assert predicted("bipe_rope_1.6b", "train.compile=off").loss_s == pytest.approx(loss_s * 64 / 6)
+    sharded_s = predicted("bipe_rope_1.6b", "parallel.tensor=2", num_ranks=2).loss_s
+    assert sharded_s == pytest.approx(loss_s * 8 / 6 / 2)  # half of the vocabulary
 
 
 def test_rates_are_those_of_all_ranks():
@@ -134,6 +135,42 @@ def test_replicas_of_tensor_parallel_machines_have_one_adapter_each():
         seconds[kind.axis] += kind.bytes_sent / (0.8 * {"tensor": 450e9, "data": 50e9}[kind.axis])
     assert step.update_communication_s == pytest.approx(seconds["data"])
     assert step.micro_batch_communication_s == pytest.approx(seconds["tensor"])
+
+
+def test_links_of_machines_with_other_numbers_of_gpus():
+    def exchanged_s(num_ranks, gpu, *settings):
+        step = predict_step(*settings_of(num_ranks, *settings), gpu)
+        return step.micro_batch_communication_s + step.update_communication_s
+
+    def settings_of(num_ranks, *more):
+        return settings("bipe_rope_1.6b", *more, num_ranks=num_ranks)
+
+    in_8, in_4 = H100, H100._replace(gpus_per_machine=4)
+    assert exchanged_s(8, in_4) == pytest.approx(exchanged_s(8, in_8) * 450 / (4 * 50))
+    for axis, adapters in (("tensor", 4), ("context", 1)):  # a ring, and all-to-alls
+        axis_only = settings_of(8, f"parallel.{axis}=8", "train.micro_batch=128")
+        sent = sum(kind.bytes_sent for kind in step_traffic(*axis_only) if kind.axis == axis)
+        slower_s = (
+            predict_step(*axis_only, in_4).micro_batch_communication_s
+            - predict_step(*axis_only, in_8).micro_batch_communication_s
+        )
+        assert slower_s == pytest.approx(sent / 0.8 * (1 / (adapters * 50e9) - 1 / 450e9))
+    straddling = settings_of(24, "parallel.tensor=3", "model.num_heads=24", "model.hidden_size=1536")
+    assert predict_step(*straddling, in_8).micro_batch_communication_s > (
+        predict_step(*straddling, H100._replace(gpus_per_machine=24)).micro_batch_communication_s
+    )
+
+
+def test_measured_utilization_scales_micro_batches_alone():
+    run, ds_config, _ = settings("bipe_rope_1.6b", num_ranks=8)
+    slowdown = measured_slowdown(run, H100, 0.28)
+    before = predict_step(run, ds_config, 8, H100)
+    after = predict_step(run, ds_config, 8, H100, costs_of(run, ds_config)._replace(slowdown=slowdown))
+    assert after.products_s == pytest.approx(before.products_s * slowdown)
+    assert after.update_s == before.update_s and after.update_communication_s == before.update_communication_s
+    computing_s = after.total_s - after.update_s - after.update_communication_s - 1.3e-3
+    flops = 1024 * 1024 * train_flops_per_token(run.model, 1024)
+    assert flops / (computing_s * 8 * 989e12) == pytest.approx(0.28)
 
 
 def test_zero_2_hides_what_backward_has_time_for_also_with_one_micro_batch():

@@ -46,5 +46,9 @@ def test_network_is_that_of_the_option():
     slower = with_network(gpu, 200)
     assert slower is not None and slower.network_bytes_s == 25e9 and with_network(gpu, None) == gpu
     assert with_network(None, None) is None
+    smaller = with_network(gpu, None, 4)
+    assert smaller == gpu._replace(gpus_per_machine=4) and gpu.gpus_per_machine == 8
+    with raises(ConfigError, "--gpus-per-node 4", location="--gpus-per-node", remedy="--gpu"):
+        with_network(None, None, 4)
     with raises(ConfigError, 200, location="--network"):
         with_network(None, 200)
