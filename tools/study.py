@@ -19,6 +19,7 @@ from _steps import FREE_PORT, FROM_TEXT_TO_DATA, Pace, Stage, Step, fill, run_st
 from megatron_bipe.data.manifest import MANIFEST_NAME
 from megatron_bipe.errors import FAILED, BipeError, ConfigError
 from megatron_bipe.eval.document_losses import DOCUMENTS_NAME
+from megatron_bipe.io import write_atomically
 from megatron_bipe.runtime.environment import has_gpu_driver, requested_device
 from megatron_bipe.study import Job, Plan, base_folders, check_runs, load_plan, rule_folder
 
@@ -140,13 +141,13 @@ def submit_pending(jobs: Sequence[Job], given: argparse.Namespace) -> None:
     words = [sys.executable, "tools/study.py", str(given.study), "--output", str(given.output)]
     words += [word for setting in given.set for word in ("--set", setting)]
     words += ["--only", *given.only] if given.only else []
-    job = submit(pending, [*words, "--member"], given.output, shlex.split(given.slurm), given.at_once)
+    options = [f"--{option.lstrip('-')}" for option in given.slurm]
+    job = submit(pending, [*words, "--member"], given.output, options, given.at_once)
     print(f"Submitted {len(pending)} runs as SLURM job {job}. Run this again when they are done.")
 
 
 def write_results(plan: Plan, folder: Path) -> list[str]:
     """Write tables, plot and page of all evaluated runs, and print the table; return the runs without results."""
-    from megatron_bipe.eval.report import write_files
     from megatron_bipe.study import result_page as pages
     from megatron_bipe.study import results as found
 
@@ -161,7 +162,9 @@ def write_results(plan: Plan, folder: Path) -> list[str]:
             pages.PAGE_NAME: pages.study_page(results, folder),
         }
         print(f"\nPerplexity on held-out text, by sequence length in tokens\n\n{text}")
-        print("Written:", *write_files(folder, contents))
+        for name, content in contents.items():
+            write_atomically(folder / name, content if isinstance(content, bytes) else content.encode())
+        print("Written:", *(folder / name for name in contents))
     if results.missing:
         print(f"\nWithout results: {', '.join(results.missing)}")
     return results.missing
@@ -195,10 +198,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="setting of all members")
     add("--only", nargs="+", default=[], metavar="MEMBER", help="keep these members only")
     add("--member", metavar="MEMBER/seed-N", help="train and evaluate this run alone, as a task of a job array does")
-    options = (
-        "submit the runs as a SLURM job array, with these options of sbatch, such as '--partition=gpu --time=4:00:00'"
-    )
-    add("--slurm", nargs="?", const="", metavar="OPTIONS", help=options)
+    options = "submit the runs as a SLURM job array, with these options of sbatch, such as partition=gpu time=4:00:00"
+    add("--slurm", nargs="*", metavar="OPTION", help=options)
     add("--no-train", action="store_true", help="evaluate and compare the runs that are done; train none")
     add("--dry-run", action="store_true", help="check the study, and show its members and commands")
     given = parser.parse_args(argv)

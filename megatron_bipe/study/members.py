@@ -111,8 +111,8 @@ def base_folders(run: RunConfig) -> tuple[Path, Path]:
     """
     if not run.data.valid_sets or len(run.data.folders) > 1:
         raise ConfigError(
-            "a study needs one training dataset and a held-out one: data.path and data.valid_path of the base run",
-            remedy="Name both in the base run, or make them with `data: {corpus: {}}`",
+            "a study needs one training dataset and a held-out one: name data.path and data.valid_path in the base "
+            "run, or make both with `data: {corpus: {}}`"
         )
     return run.data.folders[0], next(iter(run.data.valid_sets.values()))
 

@@ -10,6 +10,7 @@ from megatron_bipe.eval.sequences import PROTOCOLS
 from megatron_bipe.study.results import Results, difference_rows, perplexity_rows
 from megatron_bipe.study.statistics import INTERVAL, METHOD
 
+_ONE_SEED = "One seed: nothing here shows how much results vary with it."
 PAGE_NAME, PLOT_NAME = "study.html", "perplexity.png"
 
 
@@ -58,19 +59,21 @@ def _facts(results: Results) -> Iterable[tuple[str, str]]:
     yield str(len(results.members)), "members"
     yield f"{runs} of {runs + len(results.missing)}", "runs evaluated"
     yield f"{results.plan.members[0].run.train.seq_len_tokens:,}", "training length in tokens"
-    sums = next(iter(next(iter(results.losses.values())).values()))
-    yield f"{next(iter(sums.values())).counts_M.sum():,}", "predictions at each length"
+    counts_M = next(iter(next(iter(next(iter(results.losses.values())).values())).values())).counts_M
+    yield f"{counts_M.sum():,}", f"predictions at each length, in {(counts_M > 0).sum():,} documents"
 
 
 def _perplexities(results: Results) -> str:
     chart = perplexity_lines(results)
     picture = draw_svg(chart, "Perplexity by sequence length")
-    caption = "Lines are means over the seeds; bands reach from the lowest to the highest seed."
-    note = "Mean over the seeds ± standard deviation (n - 1)."
+    caption, note = _ONE_SEED, ""
+    if len(results.plan.study.seeds) > 1:
+        caption = "Lines are means over the seeds; bands reach from the lowest to the highest seed."
+        note = "Mean over the seeds ± standard deviation (n - 1)."
     return (
         figure(picture, escape(" ".join(part for part in (caption, chart.note) if part)))
         + _table(list(perplexity_rows(results)))
-        + paragraph(note, "note")
+        + (paragraph(note, "note") if note else "")
     )
 
 
@@ -92,7 +95,7 @@ def _settings(results: Results, folder: Path) -> str:
     )
     pairs = [
         ("Base run", f"<code>{escape(str(plan.base))}</code>"),
-        *((key, escape(", ".join(map(str, values)))) for key, values in study.grid.items()),
+        *((key, escape(", ".join(dict.fromkeys(member.values[key] for member in plan.members)))) for key in study.grid),
         ("Settings of all", f"<code>{escape(' '.join(study.settings) or 'those of the base run')}</code>"),
         ("Seeds", ", ".join(map(str, study.seeds))),
         ("Evaluation", escape(f"{given}; protocol {evaluate.protocol}: {PROTOCOLS[evaluate.protocol]}")),
