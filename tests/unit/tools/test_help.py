@@ -42,7 +42,11 @@ ERRORS = {
     "tools/export_hf.py": ["--checkpoint none --output none", "--checkpoint none --output none --dtype none"],
     "tools/generate.py": ["--model none --prompt none"],
     "tools/import_hf.py": ["--input none --output none"],
-    "tools/study.py": ["--encodings none"],
+    "tools/study.py": [
+        "none.yaml --output none",
+        "examples/studies/encodings.yaml --output none --only none",
+        "examples/studies/encodings.yaml --output none --dry-run",
+    ],
 }
 LIGHT = [
     "numpy",
