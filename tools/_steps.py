@@ -23,12 +23,27 @@ TIMES_FILE = Path("logs/times.json")  # in the folder of the steps
 FREE_PORT = "FREE_PORT"  # in a command: a port of this host that nothing listens on, chosen when the command starts
 POLL_S = 0.1
 LAST_LINES = 20  # lines of a log that are shown when its command fails
+TITLES_SHOWN = 4  # of the steps that run concurrently
 # Lines of DeepSpeed's log, and warnings whose location is in an installed package, with the source line below them.
 _NOISE = re.compile(
     r"\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d,\d+\] \[(INFO|WARNING)\] "
     r"|(?P<warning>\S*/(site|dist)-packages/\S+:\d+: \w*Warning: )"
 )
 _ASSIGNMENT = re.compile(r"(\w+)=(.*)", re.DOTALL)
+
+
+class Pace(NamedTuple):
+    """How the steps of a stage run."""
+
+    at_once: int | None = None
+    """Most steps that run at the same time; None: all."""
+    keep_going: bool = False
+    """Run the other steps after one has failed, except those that need its result; its error is raised at the end."""
+    times_file: Path = TIMES_FILE
+    """File of the steps' seconds, relative to their folder; commands that run at the same time need one each."""
+
+
+ALL_AT_ONCE = Pace()
 
 
 class Step(NamedTuple):
@@ -38,6 +53,8 @@ class Step(NamedTuple):
     command: list[str]  # may begin with NAME=VALUE, as in a shell: variables of this command alone
     result: Path
     name: str = ""  # prefix of its output lines when it runs concurrently
+    needs: Path | None = None  # result of an earlier step; without it this step is skipped
+    compares_command: bool = True  # refuse a result of another command; False: the caller compares the result itself
 
 
 Stage = list[Step]  # steps that run concurrently
@@ -67,14 +84,14 @@ FROM_TEXT_TO_DATA: tuple[Pattern, ...] = (
     Pattern(
         "Tokenize the training text and mark its segments",
         "python tools/preprocess.py --input {out}/raw/train.jsonl.zst --tokenizer {out}/tokenizer "
-        "--output {out}/data/train --workers 2",
-        "data/train/manifest.json",
+        "--output {out}/{data}/train --workers 2 {segments}",
+        "{data}/train/manifest.json",
     ),
     Pattern(
         "Tokenize the held-out text",
         "python tools/preprocess.py --input {out}/raw/valid.jsonl.zst --tokenizer {out}/tokenizer "
-        "--output {out}/data/valid --workers 2",
-        "data/valid/manifest.json",
+        "--output {out}/{data}/valid --workers 2 {segments}",
+        "{data}/valid/manifest.json",
     ),
 )
 TRAIN_EACH = Pattern(
@@ -102,6 +119,8 @@ def run_values(config: Path, settings: Sequence[str], corpus: str) -> dict[str, 
     return {
         "config": config,
         "corpus": corpus,
+        "data": "data",
+        "segments": "",
         "ranks": num_ranks(),
         "free_port": FREE_PORT,
         "vocab": run.model.vocab_size,
@@ -133,62 +152,84 @@ def fill(patterns: Iterable[Pattern], folder: Path, values: dict[str, object], e
     return stages
 
 
-def run_steps(stages: Sequence[Stage], folder: Path) -> None:
+def run_steps(stages: Sequence[Stage], folder: Path, pace: Pace = ALL_AT_ONCE) -> None:
     """Run the pending steps, and save their seconds in `FOLDER/logs/times.json`. Raises as `run_stage`."""
     total, number = sum(map(len, stages)), 1
-    times = read_times(folder)
+    times, failures = read_times(folder, pace.times_file), list[BipeError]()
     with signals_noted() as check_signals:
         for steps in stages:
             last = number + len(steps) - 1
             numbers = f"{number}-{last}" if len(steps) > 1 else f"{number}"
-            print(f"\n[{numbers}/{total}] {', '.join(step.title for step in steps)}", flush=True)
+            print(f"\n[{numbers}/{total}] {_titles(steps)}", flush=True)
             try:
-                run_stage(steps, folder, times, check_signals)
+                failures += run_stage(steps, folder, times, check_signals, pace)
             finally:
-                _write_times(stages, folder, times)
+                _write_times(stages, folder, times, pace.times_file)
             number = last + 1
+    if failures:
+        raise failures[0]
 
 
-def read_times(folder: Path) -> dict[str, float]:
+def _titles(steps: Stage) -> str:
+    titles = [step.title for step in steps]
+    more = titles[TITLES_SHOWN:]
+    return ", ".join([*titles[:TITLES_SHOWN], f"and {len(more)} more"] if more else titles)
+
+
+def read_times(folder: Path, times_file: Path = TIMES_FILE) -> dict[str, float]:
     """Return the seconds of each step that has been run, by its title."""
-    path = folder / TIMES_FILE
+    path = folder / times_file
     times: dict[str, float] = json.loads(path.read_text(encoding="utf-8"))["steps_s"] if path.exists() else {}
     return times
 
 
-def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float]) -> None:
+def _write_times(stages: Sequence[Stage], folder: Path, times: dict[str, float], times_file: Path) -> None:
     planned = {step.title: times[step.title] for steps in stages for step in steps if step.title in times}
     total_s = sum(max(times.get(step.title, 0.0) for step in steps) for steps in stages)
-    (folder / TIMES_FILE).parent.mkdir(parents=True, exist_ok=True)
+    (folder / times_file).parent.mkdir(parents=True, exist_ok=True)
     content = json.dumps({"steps_s": planned, "total_s": round(total_s, 1)}, indent=1)
-    write_atomically(folder / TIMES_FILE, content.encode())
+    write_atomically(folder / times_file, content.encode())
 
 
 def run_stage(
-    steps: Stage, folder: Path, times: dict[str, float], check_signals: Callable[[], None] = lambda: None
-) -> None:
+    steps: Stage,
+    folder: Path,
+    times: dict[str, float],
+    check_signals: Callable[[], None] = lambda: None,
+    pace: Pace = ALL_AT_ONCE,
+) -> list[BipeError]:
     """Run commands concurrently, except those whose results exist, and note the seconds of each by its title.
 
     Progress is shown, and the full output of each command is kept in `FOLDER/logs`. When one fails or `check_signals`
     raises, the others are ended.
 
+    Returns:
+        The failures of commands, if the pace is to keep going.
+
     Raises:
         BipeError: a command failed (the location is its log), or another command made an existing result.
     """
     runs = [_Run(step, folder, f"{step.name}: " if len(steps) > 1 else "") for step in steps]
-    running = [run for run in runs if not run.is_done()]
+    waiting = [run for run in runs if not run.is_done()]
+    running, failures = list[_Run](), list[BipeError]()
     with ThreadPoolExecutor(len(runs)) as readers:
         try:
-            for run in running:
-                run.start(readers)
-            while running:
+            while waiting or running:
                 check_signals()
-                for run in [run for run in running if run.has_ended()]:
-                    times[run.step.title] = run.finish()
-                    running.remove(run)
+                try:
+                    while waiting and len(running) < (pace.at_once or len(runs)):
+                        waiting.pop(0).start(readers, running)
+                    for run in [run for run in running if run.has_ended()]:
+                        running.remove(run)
+                        times[run.step.title] = run.finish()
+                except BipeError as error:
+                    if not pace.keep_going:
+                        raise
+                    failures.append(error)
                 time.sleep(POLL_S)
         finally:
             end_all([run.child for run in running if run.child])
+    return failures
 
 
 class _Run:
@@ -206,7 +247,7 @@ class _Run:
         if not self.step.result.exists():
             return False
         before = self._log.read_text(encoding="utf-8").partition("\n")[0] if self._log.exists() else ""
-        if before.startswith("$ ") and before != self._made_by:
+        if self.step.compares_command and before.startswith("$ ") and before != self._made_by:
             raise BipeError(
                 f"{self.step.result} was made by {before!r}, and now it is {self._made_by!r}",
                 remedy="Name another --output, or give the same options; or remove the result to make it again",
@@ -215,7 +256,15 @@ class _Run:
         self._show(f"done before: {self.step.result}")
         return True
 
-    def start(self, readers: ThreadPoolExecutor) -> None:
+    def start(self, readers: ThreadPoolExecutor, running: "list[_Run]") -> None:
+        """Start the command, and append this to `running`; raise `BipeError` if what it needs is missing."""
+        if self.step.needs is not None and not self.step.needs.exists():
+            self._show(f"skipped: {self.step.needs} is missing")
+            raise BipeError(
+                f"{self.step.title}: {self.step.needs} is missing, which an earlier step makes",
+                remedy="Run the earlier steps first",
+                location=self.step.needs,
+            )
         self._show("$ " + shlex.join(self.step.command))
         self._log.parent.mkdir(parents=True, exist_ok=True)
         with writing(self._log):
@@ -228,6 +277,7 @@ class _Run:
         self._began_s = time.monotonic()
         self.child = ChildProcess(command, env, stdout=PIPE, stderr=STDOUT, text=True, errors="replace")
         self._reader: Future[None] = readers.submit(self._read, self.child)
+        running.append(self)
 
     def has_ended(self) -> bool:
         assert self.child is not None

@@ -64,19 +64,23 @@ def extrapolation(given: argparse.Namespace) -> None:
     datasets = [open_text(folder) for folder in given.data]
     for spec in given.model:
         find_model(spec)
+    from megatron_bipe.eval.document_losses import DOCUMENTS_NAME, write_documents
     from megatron_bipe.eval.eval_model import load_eval_models
     from megatron_bipe.eval.extrapolation import NAMES, evaluate_subset, subset_names, write_extrapolation
     from megatron_bipe.eval.report import prepare_output
 
     settings = _settings(given)
-    prepare_output(given.output, given.overwrite, NAMES)
+    prepare_output(given.output, given.overwrite, (*NAMES, DOCUMENTS_NAME))
     _verify_data(given, datasets)
     eval_models = load_eval_models(given.model, datasets, lengths)
     for dataset in datasets:  # a dataset that is too short fails before anything is run
         check_lengths(settings.select(dataset), lengths, settings.protocol)
     named = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
     subsets = [evaluate_subset(name, dataset, eval_models, lengths, settings) for name, dataset in named]
-    print("Written:", *write_extrapolation(given.output, settings, subsets))
+    written = write_extrapolation(given.output, settings, subsets)
+    if given.documents:
+        written.append(write_documents(given.output, subsets))
+    print("Written:", *written)
 
 
 def _verify_data(given: argparse.Namespace, datasets: Sequence["TokenDataset"]) -> None:
@@ -240,6 +244,8 @@ def _add_extrapolation(command: argparse.ArgumentParser) -> None:
         "--models", "--model", dest="model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help=help_models
     )
     add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="dataset folders, such as one per subset")
+    documents = "also write documents.csv: the loss of each document at each length, as comparisons of runs need it"
+    add("--documents", action="store_true", help=documents)
     _add_length_options(command, "extrapolation.html, .png, .json and .csv")
     command.set_defaults(run=extrapolation)
 

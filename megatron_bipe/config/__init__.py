@@ -2,8 +2,8 @@
 
 from megatron_bipe.config.deepspeed import engine_config, offloads, read_ds_config, zero_stage
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS
-from megatron_bipe.config.load import Sources, dump_yaml, load_run_config, nearest, validation_problems
-from megatron_bipe.config.model_schema import ModelConfig, RopeScaling
+from megatron_bipe.config.load import Sources, dump_yaml, load_run_config, nearest, read_yaml, validation_problems
+from megatron_bipe.config.model_schema import ModelConfig, Positive, RopeScaling, Section
 from megatron_bipe.config.schema import (
     ALLOWABLE,
     AUTO,
@@ -38,9 +38,11 @@ __all__ = [
     "ModelConfig",
     "OptimizerConfig",
     "ParallelConfig",
+    "Positive",
     "Precision",
     "RopeScaling",
     "RunConfig",
+    "Section",
     "Sources",
     "StoredPrecision",
     "TrackerConfig",
@@ -54,6 +56,7 @@ __all__ = [
     "nearest",
     "offloads",
     "read_ds_config",
+    "read_yaml",
     "validate_run",
     "validation_problems",
     "zero_stage",

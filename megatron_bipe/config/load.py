@@ -44,7 +44,7 @@ def load_run_config(path: Path | None, overrides: Sequence[str] = ()) -> RunConf
     Raises:
         ConfigError: lists every unknown key (with the nearest known one) and every invalid value.
     """
-    values = _read_yaml(path) if path is not None else {}
+    values = read_yaml(path) if path is not None else {}
     for override in overrides:
         _apply_override(values, override)
     try:
@@ -78,21 +78,24 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path, what: str = "run configuration") -> dict[str, Any]:
+    """Return the mapping in a YAML file; `what` names its kind in errors.
+
+    Raises:
+        ConfigError: the file is missing, unreadable or not a mapping, or a key appears twice.
+    """
     try:
         values = yaml.load(path.read_text(encoding="utf-8"), _Loader) or {}
     except FileNotFoundError:
         existing = sorted(str(p) for p in path.parent.glob("*.yaml"))
         remedy = f"Choose one of {', '.join(existing)}" if existing else "Its folder has no YAML file; check the path"
-        raise ConfigError("there is no such run configuration", remedy=remedy, location=path) from None
+        raise ConfigError(f"there is no such {what}", remedy=remedy, location=path) from None
     except (yaml.YAMLError, OSError, UnicodeDecodeError) as error:
         reason = " ".join(str(error).split())
-        message = f"cannot read the run configuration: {reason}"
+        message = f"cannot read the {what}: {reason}"
         raise ConfigError(message, remedy="Correct the file; examples/ has valid ones", location=path) from None
     if not isinstance(values, dict):
-        raise ConfigError(
-            f"a run configuration must be a mapping of sections, not a {type(values).__name__}", location=path
-        )
+        raise ConfigError(f"a {what} must be a mapping of sections, not a {type(values).__name__}", location=path)
     return values
 
 

@@ -47,7 +47,7 @@ def test_parents_of_this_project_leave_no_process(tmp_path):
     stubborn = ["bash", "-c", "trap '' TERM; sleep 300; true"]
     tools = {  # with a word of the command that each is expected to start
         "quickstart": (["--output", str(tmp_path / "quickstart")], "tools/corpus.py"),
-        "study": (["--output", str(tmp_path / "study")], "tools/corpus.py"),
+        "study": (["examples/studies/encodings.yaml", "--output", str(tmp_path / "study")], "tools/corpus.py"),
         "supervise": ([str(tmp_path), "--", *stubborn], "300"),
     }
     started = []

@@ -13,6 +13,7 @@ from matplotlib.figure import Figure
 
 from megatron_bipe.data.segments import bilevel_ids, sequence_ends
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.eval.document_losses import read_documents
 from megatron_bipe.eval.extrapolation import (
     NAMES,
     PAPER,
@@ -29,6 +30,7 @@ from megatron_bipe.eval.perplexity import (
     evaluate_documents,
     evaluate_perplexity,
 )
+from tests.helpers.errors import raises
 from tests.helpers.tools import assert_refuses, call_tool
 
 # Stored: scripts read these names.
@@ -180,6 +182,27 @@ def test_command_writes_a_page_that_needs_nothing_else(
     assert len(rows) == 1 + 2 * 2 * 4 + sum(len(curve.points) for curve in PAPER["ArXiv"])
     assert "arxiv,paper: BiPE-ALiBi,bipe_alibi,2048,5.7,," in rows
     assert_refuses("evaluate", command(models, datasets), ConfigError, "--overwrite", location=tmp_path / "out")
+
+
+def test_command_writes_the_loss_of_each_document(
+    command, make_dataset, make_eval_model, documents, save_run, tmp_path
+):
+    dataset, eval_model = make_dataset(documents), make_eval_model()
+    call_tool("evaluate", *command([save_run(eval_model, dataset)], [dataset], "--documents"))
+    found = read_documents(tmp_path / "out" / "documents.csv")
+    assert list(found) == [8, 16, 24, 32]
+    expected = evaluate_documents(eval_model, dataset, 24, EvalSettings())
+    assert found[24].nats_M == pytest.approx(expected.nats_MQ.sum(1), rel=1e-6)
+    assert found[24].counts_M.tolist() == expected.counts_MQ.sum(1).tolist()
+    assert math.exp(found[24].nats_per_token) == pytest.approx(expected.perplexity, rel=1e-6)
+
+
+def test_losses_of_several_models_in_one_file_are_refused(tmp_path):
+    path = tmp_path / "documents.csv"
+    rows = ["valid,a,8,0,1.5,3", "valid,b,8,0,1.5,3"]
+    path.write_text("\n".join(["subset,model,length_tokens,document,nats,num_predictions", *rows]))
+    with raises(DataError, 2, location=path):
+        read_documents(path)
 
 
 @pytest.mark.parametrize(

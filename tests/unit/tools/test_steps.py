@@ -196,3 +196,43 @@ def test_run_stage_failing_or_without_result_names_its_log_and_shows_its_end_unf
     shown = capsys.readouterr().out
     assert "    | [2026-01-01 10:00:00,123] [INFO] [launch.py:1:main] noise\n" in shown
     assert "| 1029 lines" in shown and "| 1000 lines" not in shown
+
+
+COUNT = """
+import os, pathlib, time
+here = pathlib.Path({here!r})
+number = len(list(here.glob("running-*")))
+(here / {name!r}).touch()
+with (here / "numbers").open("a") as file:
+    file.write(f"{{number}} ")
+time.sleep(0.5)
+(here / {name!r}).unlink()
+"""
+
+
+def test_run_steps_starts_no_more_at_once_than_asked(steps, python, tmp_path):
+    stage = [python(f"s{n}", COUNT.format(here=str(tmp_path), name=f"running-{n}")) for n in range(5)]
+    steps.run_steps([stage], tmp_path, steps.Pace(at_once=2))
+    numbers = list(map(int, (tmp_path / "numbers").read_text().split()))
+    assert len(numbers) == 5 and max(numbers) == 1
+
+
+def test_run_steps_that_keep_going_raise_the_first_failure_after_all_others(steps, python, tmp_path, capsys):
+    first = [python("a", "1/0", result="a made"), python("b", ""), python("c", "")]
+    (tmp_path / "a.py").write_text("1/0")
+    second = [python("needs a", "")._replace(needs=tmp_path / "a made"), python("needs b", "")]
+    second[1] = second[1]._replace(needs=tmp_path / "b")
+    with raises(BipeError, "exit code 1", location="a.log"):
+        steps.run_steps([first, second], tmp_path, steps.Pace(at_once=1, keep_going=True))
+    assert all((tmp_path / name).exists() for name in ("b", "c", "needs b"))
+    assert not (tmp_path / "needs a").exists()
+    assert f"skipped: {tmp_path / 'a made'} is missing" in capsys.readouterr().out
+    assert set(steps.read_times(tmp_path)) == {"b", "c", "needs b"}
+
+
+def test_result_that_is_compared_elsewhere_may_be_of_another_command(steps, python, tmp_path):
+    steps.run_steps([[python("a", "")]], tmp_path)
+    other = steps.Step("a", ["false"], tmp_path / "a")
+    with raises(BipeError, "false"):
+        steps.run_steps([[other]], tmp_path)
+    steps.run_steps([[other._replace(compares_command=False)]], tmp_path)

@@ -1,0 +1,127 @@
+"""The plot of a study, and one self-contained page with all of its results."""
+
+from collections.abc import Iterable, Sequence
+from html import escape
+from pathlib import Path
+
+from megatron_bipe.eval.chart import Chart, Line, draw_png, draw_svg, perplexity_chart
+from megatron_bipe.eval.page import Section, definitions, facts, figure, page, paragraph, table
+from megatron_bipe.eval.sequences import PROTOCOLS
+from megatron_bipe.study.results import Results, difference_rows, perplexity_rows
+from megatron_bipe.study.statistics import INTERVAL, METHOD
+
+_ONE_SEED = "One seed: nothing here shows how much results vary with it."
+PAGE_NAME, PLOT_NAME = "study.html", "perplexity.png"
+
+
+def plot(results: Results) -> bytes:
+    """Return a PNG of the mean perplexities, with bands over the seeds."""
+    return draw_png(perplexity_lines(results, results.plan.study.title))
+
+
+def perplexity_lines(results: Results, title: str = "") -> Chart:
+    """Return the chart of mean perplexity by length; bands are the least and greatest value over the seeds."""
+    lines = []
+    for style, member in enumerate(results.plan.members):
+        if member.name in results.losses:
+            found = [(length, results.over_seeds(member, length)) for length in results.lengths_of(member)]
+            known = [(length, value) for length, value in found if value is not None]
+            points = [(length, value.mean) for length, value in known]
+            bands = [value.extremes for _, value in known] if len(results.losses[member.name]) > 1 else []
+            lines.append(Line(member.name, points, style, member.run.train.seq_len_tokens, bands))
+    return perplexity_chart(lines, title)
+
+
+def study_page(results: Results, folder: Path) -> str:
+    """Return the page as HTML; `folder` is that of the study, for the command that repeats it."""
+    study = results.plan.study
+    lead = paragraph(escape(_summary(results)), "lead") + facts(_facts(results))
+    if results.missing:
+        lead += paragraph(f"Without results: {escape(', '.join(results.missing))}.", "verdict")
+    sections = [Section("Perplexity by sequence length", _perplexities(results))]
+    if results.pairs:
+        sections.append(Section("Differences to the reference", _differences(results)))
+    sections.append(Section("What is compared", _settings(results, folder)))
+    return page(study.title, lead, sections, "megatron_bipe study")
+
+
+def _summary(results: Results) -> str:
+    first = results.plan.members[0].run
+    tokens = first.train.steps * first.train.global_batch * first.train.seq_len_tokens
+    return (
+        f"{len(results.members)} members of {', '.join(results.plan.study.grid)}, each trained on {tokens / 1e6:,.1f} "
+        f"million tokens in {first.train.steps:,} steps, with seeds {', '.join(map(str, results.plan.study.seeds))}."
+    )
+
+
+def _facts(results: Results) -> Iterable[tuple[str, str]]:
+    runs = sum(map(len, results.losses.values()))
+    yield str(len(results.members)), "members"
+    yield f"{runs} of {runs + len(results.missing)}", "runs evaluated"
+    yield f"{results.plan.members[0].run.train.seq_len_tokens:,}", "training length in tokens"
+    counts_M = next(iter(next(iter(next(iter(results.losses.values())).values())).values())).counts_M
+    yield f"{counts_M.sum():,}", f"predictions at each length, in {(counts_M > 0).sum():,} documents"
+
+
+def _perplexities(results: Results) -> str:
+    chart = perplexity_lines(results)
+    picture = draw_svg(chart, "Perplexity by sequence length")
+    caption, note = _ONE_SEED, ""
+    if len(results.plan.study.seeds) > 1:
+        caption = "Lines are means over the seeds; bands reach from the lowest to the highest seed."
+        note = "Mean over the seeds ± standard deviation (n - 1)."
+    return (
+        figure(picture, escape(" ".join(part for part in (caption, chart.note) if part)))
+        + _table(list(perplexity_rows(results)))
+        + (paragraph(note, "note") if note else "")
+    )
+
+
+def _differences(results: Results) -> str:
+    explained = (
+        "Loss minus that of the reference, in nats per token, over pairs of the same seed and document: a negative "
+        "value is better than the reference, and 0.01 is about one percent of perplexity. "
+        f"* marks intervals without 0. {METHOD} With few seeds such intervals are too narrow: three seeds allow ten "
+        f"different resamples of seeds, so read the {INTERVAL:.0%} as an upper bound of what they cover."
+    )
+    return paragraph(escape(explained), "note") + _table(list(difference_rows(results)))
+
+
+def _settings(results: Results, folder: Path) -> str:
+    plan = results.plan
+    evaluate, study = plan.study.evaluate, plan.study
+    given = (
+        "all documents" if evaluate.max_tokens is None else f"full documents of at most {evaluate.max_tokens:,} tokens"
+    )
+    pairs = [
+        ("Base run", f"<code>{escape(str(plan.base))}</code>"),
+        *((key, escape(", ".join(dict.fromkeys(member.values[key] for member in plan.members)))) for key in study.grid),
+        ("Settings of all", f"<code>{escape(' '.join(study.settings) or 'those of the base run')}</code>"),
+        ("Seeds", ", ".join(map(str, study.seeds))),
+        ("Evaluation", escape(f"{given}; protocol {evaluate.protocol}: {PROTOCOLS[evaluate.protocol]}")),
+        ("Folder", f"<code>{escape(folder.resolve().name)}</code>"),
+    ]
+    return definitions(pairs) + _lengths_note(results)
+
+
+def _lengths_note(results: Results) -> str:
+    longest = max(results.lengths)
+    short = [
+        f"{member.name} up to {max(results.lengths_of(member)):,}"
+        for member in results.members
+        if max(results.lengths_of(member)) < longest
+    ]
+    return paragraph(f"Evaluated as far as the encoding supports: {escape(', '.join(short))}.", "note") if short else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """Format Markdown cells, whose names are in backquotes, as HTML."""
+    header, *others = ([_cell(cell) for cell in row] for row in rows)
+    return table(header, others)
+
+
+def _cell(text: str) -> str:
+    if text.startswith("`"):
+        return f"<code>{escape(text.strip('`'))}</code>"
+    value, bracket, interval = text.partition(" [")
+    return escape(value) + (f"<small>{escape(interval.rstrip(']'))}</small>" if bracket else "")
