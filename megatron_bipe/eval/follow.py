@@ -300,5 +300,5 @@ def _wait(seconds: float, is_stopped: Callable[[], bool]) -> None:
 
 def as_text(values: Mapping[str, Any]) -> str:
     """Return values as a part of a log line."""
-    shown = {key: f"{value:.6g}" if isinstance(value, float) else str(value) for key, value in values.items()}
+    shown = {key: f"{value:.6g}" if isinstance(value, float) else repr(value) for key, value in values.items()}
     return ", ".join(f"{key} {value}" for key, value in shown.items())
