@@ -12,7 +12,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from _cli import command
+from _cli import check_output_file, command
 from megatron_bipe.errors import FAILED, ConfigError
 from megatron_bipe.io import write_atomically
 from megatron_bipe.monitor.status import Limits, read_status
@@ -27,9 +27,11 @@ def main(argv: Sequence[str] | None) -> None:
         raise ConfigError(
             f"--least-free-gib is {given.least_free_gib:g}", remedy="Give 0 or more", location="--least-free-gib"
         )
+    if given.prometheus:
+        check_output_file(given.prometheus, overwrite=True)
     stalled_after_s = parse_duration(given.stalled_after, "--stalled-after") if given.stalled_after else None
     limits, now_s = Limits(stalled_after_s, given.least_free_gib), time.time()
-    runs = [read_status(run_dir, limits, now_s) for run_dir in given.run_dir]
+    runs = [read_status(run_dir, limits, now_s) for run_dir in dict.fromkeys(given.run_dir)]
     if given.prometheus:
         write_atomically(given.prometheus, as_prometheus(runs).encode())
     print(as_json(runs) if given.json else as_table(runs, now_s))
