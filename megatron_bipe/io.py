@@ -307,6 +307,14 @@ def lock_holder(folder: Path) -> str:
         return ""
 
 
+def lock_host(folder: Path) -> str:
+    """Return the host of the process that last locked a folder; "" if that is not recorded there."""
+    try:
+        return str(json.loads((folder / LOCK_NAME).read_bytes())["host"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+
+
 def _record_holder(stream: IO[str], job: str) -> None:
     """Replace the content of the lock file by a description of this process."""
     since = time.strftime("%Y-%m-%d %H:%M:%SZ", time.gmtime())

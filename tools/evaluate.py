@@ -1,20 +1,29 @@
-"""Evaluate trained models: perplexity by sequence length on one dataset or several, and fine-tuning tasks."""
+"""Evaluate trained models: perplexity by sequence length on one dataset or several, and fine-tuning tasks.
+
+`follow` evaluates each checkpoint of a run as it appears.
+"""
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from _cli import add_device_options, add_trust_option, check_model_folder, command, parse_range, pick_device, pick_dtype
+from _evaluation import (
+    DEFAULT,
+    add_harness_options,
+    add_text_options,
+    eval_settings,
+    harness_settings,
+    missing_extra,
+    verify_data,
+)
+from _follow import add_follow
 from megatron_bipe.checkpoint.find import find_model
 from megatron_bipe.data.prompt_answer import open_text
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.sequences import (
-    DEFAULT_EMPTY_TEXTS,
-    DEFAULT_PROTOCOL,
-    EVAL_BATCH_TOKENS,
     PROMPT_BATCH_TOKENS,
     PROTOCOLS,
     check_lengths,
@@ -24,13 +33,9 @@ from megatron_bipe.eval.sequences import (
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task, questions, read_rows
 
 if TYPE_CHECKING:
-    from megatron_bipe.data.dataset import TokenDataset
     from megatron_bipe.eval.generation import Generator
-    from megatron_bipe.eval.perplexity import EvalSettings
 
 HARNESS_NAME = "harness.json"
-DEFAULT = "(default: %(default)s)"
-_log = logging.getLogger(__name__)
 
 
 @command
@@ -48,9 +53,9 @@ def perplexity(given: argparse.Namespace) -> None:
     from megatron_bipe.eval.eval_model import load_eval_models
     from megatron_bipe.eval.report import as_table, coverage_text, evaluate_model, prepare_output, write_report
 
-    settings = _settings(given)
+    settings = eval_settings(given)
     prepare_output(given.output, given.overwrite)
-    _verify_data(given, [dataset])
+    verify_data(given, [dataset])
     eval_models = load_eval_models(given.model, [dataset], lengths)
     models = [evaluate_model(eval_model, dataset, lengths, settings) for eval_model in eval_models]
     print(as_table(models))  # before anything is written: the disk may be full
@@ -69,9 +74,9 @@ def extrapolation(given: argparse.Namespace) -> None:
     from megatron_bipe.eval.extrapolation import NAMES, evaluate_subset, subset_names, write_extrapolation
     from megatron_bipe.eval.report import prepare_output
 
-    settings = _settings(given)
+    settings = eval_settings(given)
     prepare_output(given.output, given.overwrite, (*NAMES, DOCUMENTS_NAME))
-    _verify_data(given, datasets)
+    verify_data(given, datasets)
     eval_models = load_eval_models(given.model, datasets, lengths)
     for dataset in datasets:  # a dataset that is too short fails before anything is run
         check_lengths(settings.select(dataset), lengths, settings.protocol)
@@ -81,28 +86,6 @@ def extrapolation(given: argparse.Namespace) -> None:
     if given.documents:
         written.append(write_documents(given.output, subsets))
     print("Written:", *written)
-
-
-def _verify_data(given: argparse.Namespace, datasets: Sequence["TokenDataset"]) -> None:
-    """Compare the files of datasets with their manifests, or say that this is not done."""
-    from megatron_bipe.data.inspection.verify import check_checksums
-
-    if not given.verify:
-        _log.warning("The checksums of %s are not verified (--no-verify)", ", ".join(str(d.path) for d in datasets))
-    for dataset in datasets if given.verify else ():
-        check_checksums(dataset)
-
-
-def _settings(given: argparse.Namespace) -> "EvalSettings":
-    import torch
-
-    from megatron_bipe.eval.perplexity import EvalSettings
-    from megatron_bipe.runtime.hardware import keep_freed_memory
-
-    device = pick_device(given.device)
-    keep_freed_memory(torch.device(device))
-    dtype = pick_dtype(given.dtype, device)
-    return EvalSettings(given.protocol, given.max_tokens, given.empty_texts, given.batch_tokens, device, dtype)
 
 
 def scrolls(given: argparse.Namespace) -> None:
@@ -120,7 +103,7 @@ def scrolls(given: argparse.Namespace) -> None:
             write_results,
         )
     except ImportError as error:
-        raise _missing_extra("rouge_score", "scrolls", error) from error
+        raise missing_extra("rouge_score", "scrolls", error) from error
     prepare_output(given.output, given.overwrite, result_names(task))
     results_table(given.output)  # fails now, not at the end, if results of other tasks are unreadable
     asked = questions(read_rows(given.data, task.name, given.split))
@@ -182,33 +165,16 @@ def harness(given: argparse.Namespace) -> None:
     from megatron_bipe.eval.report import prepare_output
 
     try:
-        from megatron_bipe.eval.harness import HarnessSettings, results_table, run_tasks, write_results
+        from megatron_bipe.eval.harness import results_table, run_tasks, write_results
     except ImportError as error:
-        raise _missing_extra("lm-evaluation-harness", "harness", error) from error
+        raise missing_extra("lm-evaluation-harness", "harness", error) from error
     prepare_output(given.output, given.overwrite, (HARNESS_NAME,))
     device = pick_device(given.device)
-    settings = HarnessSettings(
-        include_path=given.include,
-        num_fewshot=given.num_fewshot,
-        limit=given.limit,
-        batch_size=given.batch_size,
-        max_length_tokens=given.max_length,
-        device=device,
-        dtype=str(pick_dtype(given.dtype, device)).removeprefix("torch."),
-        trust_remote_code=given.trust_remote_code,
-    )
+    settings = harness_settings(given, device, pick_dtype(given.dtype, device))
     results = run_tasks(given.model, given.tasks.split(","), settings)
     print(results_table(results), flush=True)
     write_results(given.output / HARNESS_NAME, given.model, settings, results)
     print("Written:", given.output / HARNESS_NAME)
-
-
-def _missing_extra(package: str, extra: str, error: ImportError) -> ConfigError:
-    return ConfigError(
-        f"{package} cannot be imported: {error}",
-        remedy=f"Install it: pip install -e '.[{extra}]'",
-        location=f"evaluate.py {extra}",
-    )
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,6 +187,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_scrolls(commands.add_parser("scrolls", help="a SCROLLS task: answers, scores and a table"))
     _add_arithmetic(commands.add_parser("arithmetic", help="accuracy by number of operators, modulo 11"))
     _add_harness(commands.add_parser("harness", help="tasks of lm-evaluation-harness"))
+    add_follow(commands.add_parser("follow", help="each checkpoint of a run, as it appears"))
     return parser
 
 
@@ -257,14 +224,7 @@ def _protocols() -> str:
 def _add_length_options(command: argparse.ArgumentParser, written: str) -> None:
     add = command.add_argument
     add("--lengths", required=True, metavar="N,N,...", help="sequence lengths in tokens; N..M: multiples of N up to M")
-    add("--protocol", choices=list(PROTOCOLS), default=DEFAULT_PROTOCOL, help=f"how the corpus is cut {DEFAULT}")
-    add(
-        "--max-tokens", type=int, metavar="N", help="evaluate on complete documents, spread evenly, of at most N tokens"
-    )
-    empty = "documents of empty texts, which are special tokens alone; the authors keep them"
-    add("--empty-texts", choices=("keep", "drop"), default=DEFAULT_EMPTY_TEXTS, help=f"{empty} {DEFAULT}")
-    add("--no-verify", dest="verify", action="store_false", help="do not read all of the data to verify its checksums")
-    add("--batch-tokens", type=int, metavar="N", default=EVAL_BATCH_TOKENS, help=f"tokens per forward pass {DEFAULT}")
+    add_text_options(command)
     _add_common(command, written)
 
 
@@ -303,16 +263,7 @@ def _add_harness(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", type=Path, required=True, metavar="HF_DIR", help="folder made by tools/export_hf.py")
     add("--tasks", required=True, metavar="NAME,NAME,...", help="tasks, groups or patterns such as 'lambada*'")
-    add(
-        "--include",
-        type=Path,
-        metavar="DIR",
-        help="folder of your own task files",
-    )
-    add("--num-fewshot", type=int, metavar="N", help="examples before each question (default: the task's)")
-    add("--limit", type=int, metavar="N", help="only the first N samples of each task")
-    add("--batch-size", type=int, default=8, metavar="N", help=f"requests per forward pass {DEFAULT}")
-    add("--max-length", type=int, metavar="N", help="longest input in tokens (default: the training length)")
+    add_harness_options(command)
     add_trust_option(command)
     _add_common(command, HARNESS_NAME)
     command.set_defaults(run=harness)

@@ -44,25 +44,16 @@ def main(argv: Sequence[str] | None) -> None:
 
 
 def continue_prompts(arguments: argparse.Namespace) -> list[str]:
-    from transformers import set_seed
     from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-    from megatron_bipe.hf.transformers_models import load_auto_tokenizer, load_causal_lm
+    from megatron_bipe.eval.generation import Sampling, continue_texts
 
     disable_progress_bar()
     set_verbosity_error()  # it warns about the training length, which these models may exceed
     device = pick_device(arguments.device)
     dtype = pick_dtype(arguments.dtype, device)
-    model = load_causal_lm(arguments.model, dtype, trust_remote_code=arguments.trust_remote_code).to(device)
-    tokenizer = load_auto_tokenizer(arguments.model, trust_remote_code=arguments.trust_remote_code)
-    sampling = {"do_sample": True, "temperature": arguments.temperature} if arguments.temperature > 0 else {}
-    texts = []
-    for prompt in arguments.prompt:
-        set_seed(arguments.seed)
-        encoded = tokenizer(prompt, return_tensors="pt").to(device)
-        output = model.generate(**encoded, max_new_tokens=arguments.max_new_tokens, **sampling)
-        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
-    return texts
+    sampling = Sampling(arguments.max_new_tokens, arguments.temperature, arguments.seed, device, dtype)
+    return continue_texts(arguments.model, arguments.prompt, sampling, trust_remote_code=arguments.trust_remote_code)
 
 
 if __name__ == "__main__":

@@ -116,6 +116,18 @@ def load_index(folder: Path) -> CheckpointManifest:
     return index
 
 
+def fingerprint_of(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's index, which has those of all files, as recorded; "" if it cannot be read.
+
+    Two checkpoints of one step differ in it if they differ in anything.
+    """
+    try:
+        recorded = read_again((folder / CHECKSUM_NAME).read_bytes).decode()
+    except (OSError, UnicodeDecodeError):
+        return ""
+    return recorded.partition(" ")[0]
+
+
 def unusable_checkpoint(folder: Path, seen: str) -> CheckpointError:
     """Return the error for a checkpoint that cannot be used, with the reason `seen`."""
     return CheckpointError(

@@ -1,4 +1,4 @@
-"""Greedy generation for many prompts with an exported model and its cache, in batches of similar length."""
+"""Generation with an exported model and its cache: greedy for many prompts in batches, or sampled for a few texts."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -7,12 +7,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from transformers import set_seed
 
 from megatron_bipe.data.tokenizer import Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.sequences import PROMPT_BATCH_TOKENS
 from megatron_bipe.hf.load import model_config, read_settings
-from megatron_bipe.hf.transformers_models import load_causal_lm
+from megatron_bipe.hf.transformers_models import load_auto_tokenizer, load_causal_lm
 from megatron_bipe.types import TokenArray
 
 
@@ -32,6 +33,38 @@ class Limits(NamedTuple):
     """Maximum tokens of a continuation, including EOS."""
     batch_tokens: int = PROMPT_BATCH_TOKENS
     """Maximum tokens of a batch, including padding and continuations; a single prompt is always accepted."""
+
+
+class Sampling(NamedTuple):
+    """How prompts are continued."""
+
+    max_new_tokens: int = 60
+    temperature: float = 0.8
+    """0: greedy."""
+    seed: int = 0
+    """Seed of the sampling, set again for each prompt."""
+    device: str = "cpu"
+    dtype: torch.dtype = torch.float32
+
+
+def continue_texts(
+    folder: Path, prompts: Sequence[str], sampling: Sampling, *, trust_remote_code: bool = False
+) -> list[str]:
+    """Continue prompts through transformers' own `generate`; return them with their continuations.
+
+    Raises:
+        CheckpointError: the folder is not an exported model, or is damaged.
+    """
+    model = load_causal_lm(folder, sampling.dtype, trust_remote_code=trust_remote_code).to(sampling.device)
+    tokenizer = load_auto_tokenizer(folder, trust_remote_code=trust_remote_code)
+    options = {"do_sample": True, "temperature": sampling.temperature} if sampling.temperature > 0 else {}
+    texts = []
+    for prompt in prompts:
+        set_seed(sampling.seed)
+        encoded = tokenizer(prompt, return_tensors="pt").to(sampling.device)
+        output = model.generate(**encoded, max_new_tokens=sampling.max_new_tokens, **options)
+        texts += tokenizer.batch_decode(output, skip_special_tokens=True)
+    return texts
 
 
 def load_generator(folder: Path, device: str, dtype: torch.dtype, trust_remote_code: bool = False) -> Generator:

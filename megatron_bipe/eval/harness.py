@@ -60,18 +60,36 @@ class SingleBosHFLM(HFLM):  # type: ignore[misc]
             self.add_bos_token = before
 
 
-def run_tasks(folder: Path, tasks: Sequence[str], settings: HarnessSettings) -> dict[str, Any]:
-    """Evaluate an exported model on tasks; return the result of `lm_eval.simple_evaluate`, including samples.
+def find_tasks(tasks: Sequence[str], settings: HarnessSettings) -> TaskManager:
+    """Read all task files, which takes seconds, and check that they have these tasks.
 
     Raises:
-        CheckpointError: the folder is not an exported model, or cannot be loaded.
         ConfigError: there is no such task, or a task file names code that is not trusted.
     """
-    read_settings(folder)
     if settings.include_path is not None and not settings.trust_remote_code:
         refuse_code(settings.include_path)
     manager = TaskManager(include_path=settings.include_path)
     _check_known(tasks, manager)
+    return manager
+
+
+def run_tasks(
+    folder: Path, tasks: Sequence[str], settings: HarnessSettings, manager: TaskManager | None = None
+) -> dict[str, Any]:
+    """Evaluate an exported model on tasks; return the result of `lm_eval.simple_evaluate`, including samples.
+
+    Args:
+        folder: the exported model.
+        tasks: names of tasks, groups or patterns.
+        settings: how tasks are run.
+        manager: result of `find_tasks`; None: call it.
+
+    Raises:
+        CheckpointError: the folder is not an exported model, or cannot be loaded.
+        ConfigError: as in `find_tasks`.
+    """
+    read_settings(folder)
+    manager = manager or find_tasks(tasks, settings)
     trust = settings.trust_remote_code
     loaded = load_causal_lm(folder, getattr(torch, settings.dtype), trust_remote_code=trust)
     model = SingleBosHFLM(

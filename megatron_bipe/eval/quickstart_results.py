@@ -20,9 +20,9 @@ from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.tokenizer import Tokenizer
 from megatron_bipe.errors import DataError
+from megatron_bipe.run_files import METRICS
 
 T = TypeVar("T", bound=BaseModel)
-METRICS_NAME = "metrics.jsonl"
 JUDGED_STRETCHES = (2, 4)  # judged lengths, in multiples of the training length
 RISE_RATIOS = (3.0, 1.25)  # smallest ratio of RoPE's rise to BiPE-RoPE's at each of them
 REMEDY = "Remove the output of that step and run tools/quickstart.py again; it repeats missing steps"
@@ -132,7 +132,7 @@ def read_losses(run_dir: Path) -> RunLosses:
     Raises:
         DataError: the file is missing, has a damaged line, or has no training step.
     """
-    path = run_dir / METRICS_NAME
+    path = run_dir / METRICS
     losses = RunLosses([], [], [])
     for number, line in enumerate(_read_bytes(path).splitlines(), 1):
         try:

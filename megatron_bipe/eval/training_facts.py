@@ -9,8 +9,7 @@ from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.config import RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import DataRecord
-
-_METRICS = "metrics.jsonl"
+from megatron_bipe.run_files import METRICS, parse_line
 
 
 def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -> dict[str, str]:
@@ -38,22 +37,14 @@ def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:
     """Return all metrics of the checkpoint's step; empty if they are not there."""
     found: dict[str, Any] = {}
     try:
-        with (checkpoint.run_dir / _METRICS).open("rb") as file:
+        with (checkpoint.run_dir / METRICS).open("rb") as file:
             for line in file:
-                values = _parsed(line)
+                values = parse_line(line)
                 if values.get("step") == checkpoint.step:
                     found |= values
     except OSError:
         return {}
     return found
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    try:
-        values = json.loads(line)
-    except ValueError:  # damaged
-        return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _data(run: RunConfig, record: DataRecord) -> Iterator[str]:

@@ -11,32 +11,68 @@ Lines of events.jsonl are only appended. All starts of a run append to one file:
 began, and its last line how it ended.
 """
 
-import json
 import logging
 import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping, Set
-from contextlib import suppress
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import orjson
 
-from megatron_bipe.io import read_again
+from megatron_bipe.run_files import (
+    DONE,
+    EVALUATIONS,
+    EVENTS,
+    FAILED,
+    LOCK_FOLDER,
+    METRICS,
+    START,
+    STOP,
+    TIME,
+    is_truncated,
+    parse_line,
+    read_events,
+    read_lines,
+)
 from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.train.log_file import LogFile
 
+__all__ = [  # with the names of run_files that training uses
+    "DONE",
+    "EVALUATIONS",
+    "EVENTS",
+    "FAILED",
+    "FELL_BACK",
+    "LOCK_FOLDER",
+    "METRICS",
+    "SAVED",
+    "SAVE_FAILED",
+    "START",
+    "STEP_TIME",
+    "STOP",
+    "TIME",
+    "VALIDATION",
+    "VALID_LOSS",
+    "Events",
+    "Kept",
+    "MetricsFile",
+    "RunObserver",
+    "ValidValue",
+    "last_step_text",
+    "read_events",
+    "read_lines",
+    "record_failure",
+    "scan",
+    "valid_key",
+]
 _log = logging.getLogger(__name__)
 
-METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jsonl"
-LOCK_FOLDER = "running"  # in the run folder, too
-START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 RECORD_WAIT_S = 5.0
-TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
 ValidValue = Literal["nats", "perplexity", "bits_per_byte", "nats_by_position"]
 
@@ -89,7 +125,7 @@ def scan(path: Path, last_step: int, valid_owed: bool = False) -> Kept:
     with path.open("rb") as file:
         for line in file:
             read_bytes += len(line)
-            values = _parsed(line)
+            values = parse_line(line)
             if "step" not in values:  # damaged; kept if good lines follow
                 continue
             step = values["step"]
@@ -130,7 +166,7 @@ class Events:
             return
         with self._lock:  # a background thread reports checkpoints
             line = orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n"
-            self._file.add(b"\n" * _is_truncated(self._file.path) + line)
+            self._file.add(b"\n" * is_truncated(self._file.path) + line)
             self._file.write(sync=True)
 
 
@@ -164,37 +200,3 @@ def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
     recorder = threading.Thread(target=partial(Events(run_dir, True).add, FAILED, **failure), daemon=True)
     recorder.start()
     recorder.join(RECORD_WAIT_S)
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """Return the events of a run in order, as `read_lines` does."""
-    return read_lines(run_dir / EVENTS, {TIME, "event"})
-
-
-def read_lines(path: Path, required: Set[str]) -> list[dict[str, Any]]:
-    """Return the lines of a JSON-lines file that have all required keys, in order; empty if the file does not exist.
-
-    Truncated and damaged lines are skipped.
-    """
-    try:
-        lines = read_again(path.read_bytes).splitlines(keepends=True)
-    except (FileNotFoundError, NotADirectoryError):
-        lines = []
-    return [values for values in map(_parsed, lines) if required <= values.keys()]
-
-
-def _is_truncated(path: Path) -> bool:
-    """Return True if a crash has left the last line of a file incomplete."""
-    with suppress(OSError), path.open("rb") as file:
-        file.seek(-1, os.SEEK_END)
-        return file.read() != b"\n"
-    return False
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Return the object on a complete line; empty if the line is truncated or damaged."""
-    try:
-        values = json.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

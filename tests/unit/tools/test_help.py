@@ -21,7 +21,7 @@ HEAVY = {
 COMMANDS = ["pretrain.py", *sorted(f"tools/{path.name}" for path in (ROOT / "tools").glob("[a-z]*.py"))]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 SUBCOMMANDS = {
-    "tools/evaluate.py": ("perplexity", "extrapolation", "scrolls", "arithmetic", "harness"),
+    "tools/evaluate.py": ("perplexity", "extrapolation", "scrolls", "arithmetic", "harness", "follow"),
     "tools/inspect_data.py": ("verify", "stats", "show", "resegment"),
     "tools/prepare_task.py": ("scrolls", "arithmetic"),
 }
@@ -38,10 +38,13 @@ ERRORS = {
         "scrolls --model none --task none --data none --output none",
         "arithmetic --model none --operators 1..2 --output none",
         "harness --model none --tasks none --output none",
+        "follow none --do perplexity",
+        "follow none --lengths abc",
     ],
     "tools/export_hf.py": ["--checkpoint none --output none", "--checkpoint none --output none --dtype none"],
     "tools/generate.py": ["--model none --prompt none"],
     "tools/import_hf.py": ["--input none --output none"],
+    "tools/status.py": ["none", "none --stalled-after none"],
     "tools/study.py": [
         "none.yaml --output none",
         "examples/studies/encodings.yaml --output none --only none",

@@ -25,6 +25,7 @@ CASES = {  # script -> arguments, exit code, what it prints
     "prepare_task": ("arithmetic --operators 1 --problems 2 --length 64 --output {out}", 0, "2 examples"),
     "preprocess": ("--input {text} --tokenizer {data}/tokenizer --segments newline --output {out}", 0, "30 documents"),
     "quickstart": ("--set none=1 --output {out}", 2, "none"),
+    "status": ("{data}", 2, "config.yaml"),
     "study": ("none.yaml --output {out}", 2, "none"),
     "supervise": ("{out} -- bash -c 'echo hello; exit 2'", 2, "hello\nsupervise: exit code 2"),
     "train_tokenizer": ("--input {text} --vocab-size 290 --output {out}", 0, "290 tokens"),

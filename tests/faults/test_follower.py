@@ -1,0 +1,99 @@
+"""A follower that is killed repeatedly, while the run trains, evaluates every checkpoint once."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.helpers.paths import ROOT
+from tests.helpers.ranks import patience
+from tests.helpers.small_runs import arguments
+from tests.helpers.tools import run_pretrain
+
+LENGTHS, STEPS, LIMIT_S = (16, 32), 8, 240.0
+
+
+@contextmanager
+def follower(run_dir: Path, *options: str) -> Iterator[subprocess.Popen[str]]:
+    """Run the command in the block, and kill it at the end."""
+    lengths = ",".join(map(str, LENGTHS))
+    command = [sys.executable, "tools/evaluate.py", "follow", str(run_dir), "--lengths", lengths, "--device", "cpu"]
+    command += ["--max-tokens", "2000", "--poll-s", "0.1", *options]
+    with subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def content(run_dir: Path) -> bytes:
+    path = run_dir / "evaluations.jsonl"
+    return path.read_bytes() if path.exists() else b""
+
+
+def evaluations(run_dir: Path) -> dict[tuple[int, int], Any]:
+    """Return the values by step and length; each must be there once."""
+    lines = [json.loads(line) for line in content(run_dir).splitlines()]
+    found = {(line["step"], line["length_tokens"]): line["values"] for line in lines}
+    assert len(found) == len(lines)
+    return found
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    until_s = time.monotonic() + patience(LIMIT_S)
+    while not condition():
+        assert time.monotonic() < until_s
+        time.sleep(0.02)
+
+
+def wait_for_lines(run_dir: Path, count: int) -> None:
+    wait_for(lambda: content(run_dir).count(b"\n") >= count)
+
+
+@pytest.mark.slow
+def test_killed_follower_evaluates_each_checkpoint_of_a_training_run_once(
+    train_and_valid: Path, tmp_path: Path
+) -> None:
+    run_dir, undisturbed = tmp_path / "run", tmp_path / "undisturbed"
+    given = arguments(train_and_valid, run_dir, steps=STEPS)
+    run_pretrain([*given, "--stop-step", 2], tmp_path / "logs")
+    with follower(run_dir, "--keep-going"):
+        wait_for_lines(run_dir, 1)
+    before = content(run_dir)
+    assert (run_dir / "following" / "lock").exists()  # it had no time to leave
+    with follower(run_dir, "--keep-going"):
+        run_pretrain(given, tmp_path / "logs")
+        wait_for_lines(run_dir, 3)  # the last one is of a checkpoint that did not exist when it began
+    assert content(run_dir).startswith(before)
+    shutil.copytree(run_dir, undisturbed, ignore=shutil.ignore_patterns("evaluations.jsonl"))
+    for folder in (run_dir, undisturbed):
+        with follower(folder) as process:
+            output = process.communicate(timeout=patience(LIMIT_S))[1]
+        assert process.returncode == 0, output
+        assert not (folder / "following").exists()
+    expected = {(step, length) for step in range(2, STEPS + 1, 2) for length in LENGTHS}
+    assert evaluations(run_dir).keys() == expected
+    assert evaluations(run_dir) == evaluations(undisturbed)
+
+
+@pytest.mark.slow
+def test_second_follower_is_refused_and_the_first_stops_on_request(train_and_valid: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_pretrain(arguments(train_and_valid, run_dir, steps=2), tmp_path / "logs")
+    with follower(run_dir, "--keep-going") as first:
+        wait_for_lines(run_dir, len(LENGTHS))
+        with follower(run_dir) as second:
+            output = second.communicate(timeout=patience(LIMIT_S))[1]
+        assert second.returncode == 1 and f"process {first.pid}" in output, output
+        first.send_signal(signal.SIGTERM)
+        output = first.communicate(timeout=patience(LIMIT_S))[1]
+    assert first.returncode == 75 and "SIGTERM" in output, output
+    assert not (run_dir / "following").exists()
