@@ -132,10 +132,12 @@ class Alerts:
             problem = _post(self._url, json.dumps(waiting).encode(), self._is_over)
             if problem and not self._is_over.is_set():
                 self._warn(problem)
-            self._has_failed = bool(problem)
+            elif not problem:
+                self._has_failed = False
 
     def _warn(self, problem: str) -> None:
         if not self._has_failed:  # once in a row
+            self._has_failed = True
             _log.warning("alerts.webhook does not take messages: %s. Training is not affected", problem)
 
 

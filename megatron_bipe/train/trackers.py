@@ -221,6 +221,7 @@ class WandbSink:
             disable_git=True,
             login_timeout=int(CLOSE_WAIT_S),
             finish_timeout=CLOSE_WAIT_S,
+            quiet=True,  # no summary of the metrics at the end
             x_disable_stats=True,
         )
         self._run = wandb.init(
