@@ -25,6 +25,7 @@ from megatron_bipe.errors import ConfigError
 from megatron_bipe.train.metrics_file import TIME, Line, read_lines_between
 
 CLOSE_WAIT_S = 10.0  # at the end of a launch, for a tracker to receive the last lines
+PAUSE_S = 1.0  # in which lines collect, so that the thread seldom competes with the loop
 _BATCH_LINES = 1000  # of a history that is sent at once
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -116,7 +117,7 @@ class InBackground:
     def __init__(self, name: str, sink: Sink, on_failure: Callable[[str, str], None]) -> None:
         self._name, self._sink, self._on_failure = name, sink, on_failure
         self._history: History | None = None  # of the last `begin`
-        self._wake, self._is_closing = threading.Event(), False
+        self._wake, self._closing = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"tracker {name}", daemon=True)
 
     def begin(self, history: History) -> None:
@@ -130,7 +131,7 @@ class InBackground:
 
     def close(self) -> None:
         """Wait for the thread to send the last lines, but not long."""
-        self._is_closing = True
+        self._closing.set()
         self._wake.set()
         self._thread.join(CLOSE_WAIT_S)
         if self._thread.is_alive():
@@ -150,8 +151,9 @@ class InBackground:
         current, position = None, 0
         while True:
             self._wake.wait()
+            self._closing.wait(PAUSE_S)
             self._wake.clear()
-            is_closing, history = self._is_closing, self._history  # set before the thread was woken
+            is_closing, history = self._closing.is_set(), self._history  # set before the thread was woken
             assert history is not None
             if history is not current:
                 self._sink.begin(history)

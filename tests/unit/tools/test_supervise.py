@@ -291,7 +291,7 @@ def test_supervise_on_failure_is_not_called_for_a_run_that_is_done_or_was_asked_
     assert not (tmp_path / "called").exists()
 
 
-@pytest.mark.parametrize("command", ["/no/such/program", "false", "sleep 1000"])
+@pytest.mark.parametrize("command", ["/no/such/program", "false", "sleep 30"])
 def test_supervise_on_failure_that_fails_or_hangs_is_logged_and_the_run_goes_on(
     supervise, tmp_path, monkeypatch, command
 ):

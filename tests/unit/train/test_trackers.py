@@ -32,7 +32,7 @@ LIST = valid_key("code", 2048, "nats_by_position")
 
 
 class Kept:
-    """Sink that keeps what it has received, as a tracker that can begin anew does."""
+    """Sink that keeps what it has received, as a tracker that can start again does."""
 
     def __init__(self):
         self.lines, self.begun, self.is_closed = [], 0, False
@@ -45,6 +45,11 @@ class Kept:
 
     def close(self):
         self.is_closed = True
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    monkeypatch.setattr(trackers, "PAUSE_S", 0.01)
 
 
 @pytest.fixture
