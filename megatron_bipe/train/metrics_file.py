@@ -218,7 +218,7 @@ def read_lines_between(path: Path, start: int, stop: int | None = None) -> Itera
         file.seek(start)
         for line in file:
             start += len(line)
-            if not line.endswith(b"\n") or (stop is not None and start > stop):
+            if stop is not None and start > stop:
                 return
             values = _parsed(line)
             if "step" in values:

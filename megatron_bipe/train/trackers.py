@@ -26,6 +26,7 @@ from megatron_bipe.train.metrics_file import TIME, Line, read_lines_between
 
 CLOSE_WAIT_S = 10.0  # at the end of a launch, for a tracker to receive the last lines
 PAUSE_S = 1.0  # in which lines collect, so that the thread seldom competes with the loop
+_WANDB_INIT_TIMEOUT_S = 30.0  # the end of the process waits for it, too
 _BATCH_LINES = 1000  # of a history that is sent at once
 _log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -142,7 +143,7 @@ class InBackground:
         try:
             self._follow()
         except Exception as error:
-            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0]
+            reason = f"{type(error).__name__}: {error}".strip().partition("\n")[0].rstrip(": .")
             text = "%s has failed and receives nothing more from this launch: %s. Training continues"
             _log.warning(text, self._name, reason)
             self._on_failure(self._name, reason)
@@ -222,6 +223,7 @@ class WandbSink:
             console="off",  # the output of the rank is not captured
             disable_git=True,
             login_timeout=int(CLOSE_WAIT_S),
+            init_timeout=_WANDB_INIT_TIMEOUT_S,
             finish_timeout=CLOSE_WAIT_S,
             quiet=True,  # no summary of the metrics at the end
             x_disable_stats=True,

@@ -204,18 +204,25 @@ def comparable(by_step):
     return {step: {key: repr(float(value)) for key, value in values.items()} for step, values in by_step.items()}
 
 
-def resumed_and_rolled_back(run, failures):
-    """Train twice into the configured tracker, with a resume and a rollback."""
+@pytest.fixture
+def patient(monkeypatch):
+    """Let trackers start and end as slowly as they do on a loaded machine."""
+    monkeypatch.setattr(trackers, "CLOSE_WAIT_S", 120.0)
+
+
+def resumed_and_rolled_back(run, failures, has_resumed=lambda: True):
+    """Train twice into the configured tracker, with a resume and, once the tracker has seen it, a rollback."""
     for steps, start in (([1, 2, 3, 4], 0), ([3, 4, 5], 2)):
         metrics = train(run, open_trackers(run, lambda *facts: failures.append(facts)), steps, start, 1.0 + start)
         if start:
+            wait_for(has_resumed)
             metrics.drop_after(TrainState(step=4))
             do(metrics, [5, 6], 7.0)
         metrics.close()
 
 
 @needs("trackio")
-def test_trackio_has_every_step_once_with_its_time(run, tmp_path, monkeypatch):
+def test_trackio_has_every_step_once_with_its_time(run, tmp_path, monkeypatch, patient):
     from trackio import utils
     from trackio.sqlite_storage import SQLiteStorage
 
@@ -248,13 +255,17 @@ def _by_step(rows):
 
 
 @needs("wandb")
-def test_wandb_newest_run_of_the_group_has_every_step_once(run, monkeypatch):
+def test_wandb_newest_run_of_the_group_has_every_step_once(run, monkeypatch, patient):
     monkeypatch.setenv("WANDB_MODE", "offline")
     run = load_run_config(None, [f"run_dir={run.run_dir}", "tracking.wandb={project: bipe, name: a}"])
     failures = []
-    resumed_and_rolled_back(run, failures)
+
+    def list_files():
+        return sorted((run.run_dir / "wandb").glob("offline-run-*/run-*.wandb"), key=os.path.getmtime)
+
+    resumed_and_rolled_back(run, failures, lambda: len(list_files()) == 2)
     assert failures == []
-    files = sorted((run.run_dir / "wandb").glob("offline-run-*/run-*.wandb"), key=os.path.getmtime)
+    files = list_files()
     assert len(files) == 3  # two starts and a rollback
     found = [read_wandb_file(path) for path in files]
     assert {(attempt.group, attempt.name) for attempt in found} == {("a", "a")}
