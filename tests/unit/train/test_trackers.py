@@ -266,6 +266,7 @@ def test_wandb_newest_run_of_the_group_has_every_step_once(run, monkeypatch, pat
     resumed_and_rolled_back(run, failures, lambda: len(list_files()) == 2)
     assert failures == []
     files = list_files()
+    wait_for(lambda: all(read_wandb_file(path).name for path in files))  # a process of wandb writes them
     assert len(files) == 3  # two starts and a rollback
     found = [read_wandb_file(path) for path in files]
     assert {(attempt.group, attempt.name) for attempt in found} == {("a", "a")}
