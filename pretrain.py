@@ -54,8 +54,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     from megatron_bipe.runtime.hardware import Choices, choose_compile, own_gpu
     from megatron_bipe.runtime.host_collectives import in_thread
     from megatron_bipe.runtime.watchdog import Watchdog
+    from megatron_bipe.train.alerts import keep_webhook, record_and_alert, webhook_of
     from megatron_bipe.train.batch_loader import BatchLoader
-    from megatron_bipe.train.metrics_file import record_failure
     from megatron_bipe.train.profile import Profile
     from megatron_bipe.train.provenance import Given, describe_start
     from megatron_bipe.train.read_ahead import reading_ahead
@@ -67,6 +67,7 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         write_run_folder,
     )
     from megatron_bipe.train.start_check import check_start, start_warnings
+    from megatron_bipe.train.trackers import check_trackers
     from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
@@ -79,6 +80,8 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     on_gpu = planned_gpu is not None or mesh.device.type == "cuda"
     choices = Choices(precision, choose_compile(run, zero_stage(ds_config), on_gpu=on_gpu))
     if mesh.is_main:
+        check_trackers(run)
+        webhook_of(run)  # raises an error if it is not one
         ignored = ignored_settings(ds_values, run.train.precision)
         _log_warnings(f"without effect in {args.ds_config}: {setting}" for setting in ignored)
     if args.dry_run is not None:
@@ -101,13 +104,14 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
             mesh,
             run.parallel.timeout_s,
             partial(connect_store, name=str(run.run_dir)),
-            partial(record_failure, run.run_dir),
+            partial(record_and_alert, run),
         ) as watchdog,
     ):
         engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
         if mesh.is_main:
             _log_warnings(start_warnings(run))
             write_run_folder(run, loader.record, tokenizer)
+            keep_webhook(run)
         if run.train.init_from is not None:
             from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
 

@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None) -> None:
     waits = parse_duration(given.first_wait, "--first-wait"), parse_duration(given.longest_wait, "--longest-wait")
     patience = Patience(given.failures, *waits)
     hosts_command, on_stop = _split(given.hosts_command, "--hosts-command"), _split(given.on_stop, "--on-stop")
+    on_failure = _split(given.on_failure, "--on-failure")
     supervisor = Supervisor(given.run_dir, parse_duration(given.grace, "--grace") if given.grace else None)
 
     def launch_command() -> list[str]:
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None) -> None:
         limits = given.ranks_per_host, given.least_hosts
         return fill_hosts(given.command, supervisor, hosts_command, *limits)
 
-    code = supervise(supervisor, patience, launch_command)
+    code = supervise(supervisor, patience, launch_command, on_failure)
     was_stopped = code == EXIT_RESUMABLE or (code == FAILED and supervisor.asked is not None)
     if was_stopped and on_stop:
         run_on_stop(on_stop, supervisor)
@@ -77,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         f"of a run that trains, else {GRACE_S}s)",
     )
     add("--on-stop", metavar="COMMAND", help="command for when the run was asked to stop, such as: scontrol requeue ID")
+    add("--on-failure", metavar="COMMAND", help="command for after each failed launch; BIPE_REASON etc. say why")
     add("--hosts-command", metavar="COMMAND", help="prints the available hosts; fills {nodes} and {hosts}")
     add("--ranks-per-host", type=int, default=8, metavar="N", help="(default: %(default)s)")
     add("--least-hosts", type=int, default=1, metavar="N", help="fewer hosts are an error (default: %(default)s)")

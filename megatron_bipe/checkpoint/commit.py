@@ -11,7 +11,7 @@ If the process dies at any point, the previous checkpoint and pointer remain val
 
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import suppress
 from pathlib import Path
 
@@ -88,11 +88,12 @@ def publish(temporary: Path, run_dir: Path, step: int, files: Mapping[str, FileR
     return final
 
 
-def retire(run_dir: Path, newest: int, config: CheckpointConfig) -> None:
-    """Delete superseded checkpoints; call this after publishing the newest one."""
+def retire(run_dir: Path, newest: int, config: CheckpointConfig, in_use: Collection[int] = ()) -> None:
+    """Delete superseded checkpoints, except those of steps in use; call this after publishing the newest one."""
     tidy(run_dir)
     for step in superseded(list_steps(run_dir), newest, config):
-        _remove(step_folder(run_dir, step))
+        if step not in in_use:
+            _remove(step_folder(run_dir, step))
 
 
 def superseded(steps: list[int], newest: int, config: CheckpointConfig) -> list[int]:

@@ -284,7 +284,7 @@ class CheckpointWriter:
                 delete(save.temporary)
             return "; ".join(errors)
         try:
-            retire(save.run_dir, save.info.step, self._config)
+            retire(save.run_dir, save.info.step, self._config, self.observer.steps_in_use())
         except OSError as error:
             _log.warning("old checkpoints could not be deleted: %s", _text(error))
         took_s = time.perf_counter() - save.began_s

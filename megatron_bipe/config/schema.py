@@ -7,7 +7,7 @@ several fields are in `validate.py`, and `load.py` reads the values.
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
-from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, SecretStr, Tag
 
 from megatron_bipe.config.model_schema import ModelConfig, Positive, Section
 
@@ -212,9 +212,10 @@ class CheckpointConfig(Section):
     """Checkpoints in a row that could not be written, after which the run ends with an error, since it would lose all
     further steps; 0: never. The one that decides is not written in the background; with 1, none is. A few failures
     may pass, such as of a disk that is full for a while."""
-    after_save: str | None = None
-    """Shell command that the main rank runs in the background after each checkpoint, for example to upload it; its
-    failure is an event and does not end the run. Null: none."""
+    after_save: Annotated[str, Field(min_length=1)] | None = None
+    """Shell command that the main rank runs in the background after each checkpoint, for example to upload it, with
+    BIPE_CHECKPOINT, BIPE_STEP and BIPE_RUN_DIR in its environment. Its failure is an event and does not end the run.
+    Null: none."""
     min_free_gib: Annotated[float, Field(ge=0)] = 1.0
     """Disk space in GiB that must remain free after a checkpoint; otherwise it is not written, so that logs and metrics
     still can be."""
@@ -260,8 +261,9 @@ class TrackingConfig(Section):
 class AlertsConfig(Section):
     """Messages about events of the run."""
 
-    webhook: str | None = None
-    """URL that receives a JSON message at starts, stops, rollbacks, slow ranks, failures and the end; null: none."""
+    webhook: SecretStr | None = None
+    """URL that receives a JSON message at starts, stops, rollbacks, slow ranks, failures and the end. It is a secret:
+    the run folder and logs do not show it. Null: the environment variable BIPE_WEBHOOK, or none if that is not set."""
 
 
 class RunConfig(Section):

@@ -29,8 +29,9 @@ def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -
 
 
 def recipe(run: RunConfig) -> dict[str, str]:
-    """Return the settings of the run by their dotted names, without those of folders."""
-    return dict(_flat(run.model_dump(mode="json", exclude={"run_dir", "data"})))
+    """Return the settings of the run by their dotted names, without those of folders, trackers and messages."""
+    hidden: dict[str, Any] = {"run_dir": True, "data": True, "tracking": True, "alerts": True}
+    return dict(_flat(run.model_dump(mode="json", exclude=hidden | {"checkpoint": {"after_save"}})))
 
 
 def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:

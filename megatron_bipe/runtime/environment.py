@@ -4,6 +4,7 @@ This module does not import torch: libgomp and DeepSpeed read their variables on
 its driver starts.
 
     BIPE_DEVICE=cpu|cuda      device of models; unset: the GPU if there is one
+    BIPE_WEBHOOK=URL          webhook of alerts, where `alerts.webhook` gives none
     BIPE_FAILURE_FILE=PATH    file to which ranks append why they end; the supervisor sets it
     ONEDNN_MAX_CPU_ISA=AVX2   oneDNN's instruction set limit, for example to emulate a CPU without native bf16
 """
@@ -19,7 +20,7 @@ from megatron_bipe.errors import ConfigError
 
 DeviceType = Literal["cpu", "cuda"]
 
-DEVICE, FAILURE_FILE = "BIPE_DEVICE", "BIPE_FAILURE_FILE"
+DEVICE, FAILURE_FILE, WEBHOOK = "BIPE_DEVICE", "BIPE_FAILURE_FILE", "BIPE_WEBHOOK"
 _DEVICE_TYPES: tuple[DeviceType, ...] = ("cpu", "cuda")
 _CUBLAS_WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 _DETERMINISTIC_WORKSPACES = (":4096:8", ":16:8")  # torch.use_deterministic_algorithms refuses others
@@ -84,6 +85,11 @@ def batch_job() -> str:
     """Return the name of the batch job that this process belongs to, such as "SLURM job 12"; "" if there is none."""
     found = [f"{name} job {os.environ[key]}" for name, key in _BATCH_SYSTEMS.items() if os.environ.get(key)]
     return found[0] if found else ""
+
+
+def webhook_variable() -> str | None:
+    """Return the value of `BIPE_WEBHOOK`; None if it is not set or empty."""
+    return os.environ.get(WEBHOOK) or None
 
 
 def has_gpu_driver() -> bool:

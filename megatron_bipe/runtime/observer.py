@@ -1,6 +1,6 @@
 """Receiver of what happens in work that takes long, such as the reading and writing of checkpoints."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 
 class Observer:
@@ -11,6 +11,10 @@ class Observer:
 
     def saved(self, step: int, num_bytes: int, seconds: float) -> None:
         """Record a published checkpoint; called on the main rank."""
+
+    def steps_in_use(self) -> Collection[int]:
+        """Return the steps of checkpoints that something reads, so that they are not deleted now."""
+        return ()
 
     def save_failed(self, step: int, reason: str) -> None:
         """Record a checkpoint that could not be written; called on the main rank."""

@@ -4,7 +4,6 @@ import datetime
 import logging
 import math
 import time
-from typing import Any
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import StepResult
@@ -14,6 +13,7 @@ from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
 from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
 from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.tensorboard_file import Board
+from megatron_bipe.train.trackers import History, Sink
 from megatron_bipe.train.train_state import Samples, TrainState
 
 _log = logging.getLogger(__name__)
@@ -43,7 +43,14 @@ class Metrics:
         self._ideal_step_s = flops / (peak_flops * mesh.num_ranks) if peak_flops else None
         self._warned_of_mfu = False
         self._began_at_s = time.time() if began_at_s is None else began_at_s
+        self._board = Board(run.run_dir / "tensorboard") if mesh.is_main else None
+        self._sinks: list[Sink] = [] if self._board is None else [self._board]
         self._open(start)
+
+    def attach(self, sink: Sink) -> None:
+        """Send all lines to a further sink, earlier ones included; call it on the main rank."""
+        sink.begin(self._history)
+        self._sinks.append(sink)
 
     def step(self, step: int, samples: Samples, result: StepResult, lr: float) -> None:
         """Record the result of update `step` (from 1)."""
@@ -104,16 +111,15 @@ class Metrics:
 
     def sync(self) -> None:
         """Sync all lines to disk; call it before a checkpoint, after which its steps are not repeated."""
-        if self._mesh.is_main:
+        if self._board is not None:
             self._file.sync()
-            self._board.write()
+            self._board.sync()
 
     def drop_after(self, start: TrainState) -> None:
         """Drop all metrics after `start`; those steps are repeated with other samples."""
         self._pending.clear()
         if self._mesh.is_main:
             self._file.close()
-            self._board.close()
         self._open(start)
 
     def close(self) -> None:
@@ -121,23 +127,25 @@ class Metrics:
         self.flush()
         if self._mesh.is_main:
             self._file.close()
-            self._board.close()
+        for sink in self._sinks:
+            sink.close()
 
     def _open(self, start: TrainState) -> None:
         self.restart_clock()
         if self._mesh.is_main:
-            self._file = MetricsFile(self._run.run_dir / METRICS, start.step, start.valid_owed)
-            # TensorBoard drops earlier events from this step on, so the lines kept for this step are added again.
-            self._board = Board(self._run.run_dir / "tensorboard", start.step)
-            for line in self._file.last_lines:
-                if line["step"] == start.step:
-                    self._add_to_board(line)
+            path = self._run.run_dir / METRICS
+            self._file = MetricsFile(path, start.step, start.valid_owed)
+            last_lines = [line for line in self._file.last_lines if line["step"] == start.step]
+            self._history = History(path, start.step, self._file.size_bytes, last_lines)
+            for sink in self._sinks:
+                sink.begin(self._history)
 
     def _write(self, step: int, values: dict[str, float]) -> None:
         if self._mesh.is_main:
             line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time()} | values
             self._file.add(line)
-            self._add_to_board(line)
+            for sink in self._sinks:
+                sink.write([line])
 
     def _check_mfu(self, mfu: float) -> None:
         """Warn once if the MFU exceeds 1, which is impossible."""
@@ -147,10 +155,6 @@ class Metrics:
                 "MFU of %.0f%%: the peak of %s in megatron_bipe/runtime/hardware.py is too low; please report it",
                 *(100 * mfu, device_name(self._mesh.device)),
             )
-
-    def _add_to_board(self, line: dict[str, Any]) -> None:
-        scalars = {key: value for key, value in line.items() if key not in ("step", "tokens", TIME)}
-        self._board.add(line["step"], scalars)
 
     def _progress_line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
         step, total = readings[-1].step, self._run.train.steps

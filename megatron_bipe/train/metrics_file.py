@@ -16,7 +16,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -39,6 +39,7 @@ from megatron_bipe.run_files import (
     read_lines,
 )
 from megatron_bipe.runtime.observer import Observer
+from megatron_bipe.train.after_save import AfterSave
 from megatron_bipe.train.log_file import LogFile
 
 __all__ = [  # with the names of run_files that training uses
@@ -72,8 +73,11 @@ __all__ = [  # with the names of run_files that training uses
 _log = logging.getLogger(__name__)
 
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
+AFTER_SAVE_FAILED, TRACKER_FAILED = "after save failed", "tracker failed"
+BAD_STEP, RETURN, SLOW_RANK = "bad step", "return", "slow rank"
 RECORD_WAIT_S = 5.0
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
+Line = dict[str, Any]  # of metrics.jsonl
 ValidValue = Literal["nats", "perplexity", "bits_per_byte", "nats_by_position"]
 
 
@@ -104,6 +108,7 @@ class MetricsFile:
         kept = scan(path, last_step, valid_owed)
         os.truncate(path, kept.size_bytes)
         self._file = LogFile(path)
+        self.size_bytes = kept.size_bytes  # of the kept part
         self.step_time_s = kept.step_time_s
         self.last_lines = kept.last_lines
 
@@ -148,24 +153,30 @@ def last_step_text(run_dir: Path) -> str:
     return f"last step {last_lines[0]['step']}" if last_lines else ""
 
 
+Listener = Callable[[Mapping[str, Any]], None]
+
+
 class Events:
     """Writer of the event log; only the main rank writes.
 
     Args:
         run_dir: folder of the run.
         is_main: True on the main rank.
+        listen: called with each event, such as `Alerts.add`; it must neither wait nor fail.
     """
 
-    def __init__(self, run_dir: Path, is_main: bool) -> None:
-        self.is_main, self._lock = is_main, threading.Lock()
+    def __init__(self, run_dir: Path, is_main: bool, listen: Listener = lambda _: None) -> None:
+        self.is_main, self._lock, self._listen = is_main, threading.Lock(), listen
         self._file = LogFile(run_dir / EVENTS)
 
     def add(self, event: str, **facts: Any) -> None:
         """Append an event and sync it to disk; numbers that are not finite become null, as JSON has none."""
         if not self.is_main:
             return
-        with self._lock:  # a background thread reports checkpoints
-            line = orjson.dumps({"time": time.time(), "event": event} | facts) + b"\n"
+        values = {TIME: time.time(), "event": event} | facts
+        self._listen(values)  # first: the disk may hang
+        with self._lock:  # background threads report checkpoints
+            line = orjson.dumps(values) + b"\n"
             self._file.add(b"\n" * is_truncated(self._file.path) + line)
             self._file.write(sync=True)
 
@@ -176,16 +187,22 @@ class RunObserver(Observer):
     Args:
         events: event log.
         heartbeat: called on progress.
+        after_save: receives each published checkpoint.
     """
 
-    def __init__(self, events: Events, heartbeat: Callable[[], None]) -> None:
-        self._events, self._heartbeat = events, heartbeat
+    def __init__(self, events: Events, heartbeat: Callable[[], None], after_save: AfterSave | None = None) -> None:
+        self._events, self._heartbeat, self._after_save = events, heartbeat, after_save
 
     def progress(self) -> None:
         self._heartbeat()
 
     def saved(self, step: int, num_bytes: int, seconds: float) -> None:
         self._events.add(SAVED, step=step, bytes=num_bytes, seconds=seconds)
+        if self._after_save is not None:
+            self._after_save.submit(step)
+
+    def steps_in_use(self) -> Collection[int]:
+        return () if self._after_save is None else self._after_save.steps_in_use()
 
     def save_failed(self, step: int, reason: str) -> None:
         self._events.add(SAVE_FAILED, step=step, reason=reason)
@@ -195,8 +212,33 @@ class RunObserver(Observer):
         self._events.add(FELL_BACK, to_step=to_step, skipped=reasons)
 
 
-def record_failure(run_dir: Path, failure: Mapping[str, Any]) -> None:
-    """Record why a launch ends, on any rank; the disk may be what fails, so do not wait long for it."""
-    recorder = threading.Thread(target=partial(Events(run_dir, True).add, FAILED, **failure), daemon=True)
+def record_failure(run_dir: Path, failure: Mapping[str, Any], listen: Listener = lambda _: None) -> None:
+    """Record why a launch ends, on any rank; the disk may be what fails, so do not wait long for it.
+
+    Args:
+        run_dir: folder of the run.
+        failure: facts of the event.
+        listen: as in `Events`.
+    """
+    recorder = threading.Thread(target=partial(Events(run_dir, True, listen).add, FAILED, **failure), daemon=True)
     recorder.start()
     recorder.join(RECORD_WAIT_S)
+
+
+def read_lines_between(path: Path, start: int, stop: int | None = None) -> Iterator[tuple[Line, int]]:
+    """Yield the complete lines of metrics.jsonl between two positions in bytes, each with the position of its end.
+
+    Args:
+        path: path of the file.
+        start: position at which a line begins.
+        stop: position at which a line ends; None: the end of the file.
+    """
+    with path.open("rb") as file:
+        file.seek(start)
+        for line in file:
+            start += len(line)
+            if stop is not None and start > stop:
+                return
+            values = parse_line(line)
+            if "step" in values:
+                yield values, start

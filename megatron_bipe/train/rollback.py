@@ -19,7 +19,7 @@ from typing import NamedTuple
 from megatron_bipe.config import HealthConfig, RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.errors import HealthError
-from megatron_bipe.train.metrics_file import Events
+from megatron_bipe.train.metrics_file import BAD_STEP, RETURN, SLOW_RANK, Events
 from megatron_bipe.train.read_ahead import Loader
 from megatron_bipe.train.train_state import Samples, TrainState
 
@@ -168,7 +168,7 @@ class Rollback:
         self._skipped = sorted({*self._skipped, *state.pass_over, *(step.reading.samples for step in bad)})
         state.pass_over = [part for part in self._skipped if part[1] > state.samples]
         skipped = [bad[0].reading.samples[0], bad[-1].reading.samples[1]]
-        self._events.add("return", step=bad[-1].reading.step, to_step=newest.step, samples=skipped)
+        self._events.add(RETURN, step=bad[-1].reading.step, to_step=newest.step, samples=skipped)
         self._warn(
             f"step {bad[-1].reading.step} | {len(bad)} bad steps in a row: rolled back to step {newest.step}, "
             f"skipping samples {skipped[0]} to {skipped[1] - 1}"
@@ -189,7 +189,7 @@ class Rollback:
         self._warn(f"step {step} | {bad.reason} | loss {loss:g} | grad {norm:g} | samples {first} to {stop - 1}")
         sequences = self._loader.sequences(first).tolist()
         facts = {"reason": bad.reason, "loss_nats": loss, "grad_norm": norm}
-        self._events.add("bad step", step=step, samples=[first, stop], windows=sequences, **facts)
+        self._events.add(BAD_STEP, step=step, samples=[first, stop], windows=sequences, **facts)
 
     def _report_slow_ranks(self, step: int) -> None:
         own_s = self._host.all_gather_object(self._engine.pop_forward_seconds() + self._loader.reading_time_s())
@@ -202,7 +202,7 @@ class Rollback:
                     f"the median of all ranks is {median_s:.3g} s"
                 )
                 facts = {"own_s": own_s[rank], "median_s": median_s, "steps": steps}
-                self._events.add("slow rank", step=step, rank=rank, name=name, **facts)
+                self._events.add(SLOW_RANK, step=step, rank=rank, name=name, **facts)
 
     def _warn(self, text: str) -> None:
         """Log a warning on the main rank only."""

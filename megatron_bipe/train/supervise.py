@@ -16,15 +16,17 @@ import logging
 from collections.abc import Callable, Sequence
 from enum import Enum
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from megatron_bipe.config import RunConfig, load_run_config, validate_run
 from megatron_bipe.errors import FAILED as EXIT_FAILED
 from megatron_bipe.errors import USER_ERROR, BipeError, ConfigError, is_transient
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
-from megatron_bipe.train.metrics_file import DONE, EVENTS, FAILED, STOP, Events, read_events
+from megatron_bipe.train.alerts import Alerts, kept_webhook
+from megatron_bipe.train.metrics_file import DONE, EVENTS, FAILED, START, STOP, Events, read_events
 from megatron_bipe.train.supervised_launch import Ended, Supervisor, mark
 
+ON_FAILURE_LIMIT_S = 300.0  # for the --on-failure command
 _log = logging.getLogger(__name__)
 
 
@@ -98,13 +100,19 @@ def _fits(run: RunConfig, num_ranks: int) -> bool:
     return True
 
 
-def supervise(supervisor: Supervisor, patience: Patience, launch_command: Callable[[], Sequence[str]]) -> int:
+def supervise(
+    supervisor: Supervisor,
+    patience: Patience,
+    launch_command: Callable[[], Sequence[str]],
+    on_failure: Sequence[str] = (),
+) -> int:
     """Launch a run until it is done, is asked to stop, or has failed too often; return the supervisor's exit code.
 
     Args:
         supervisor: runner of the launches.
         patience: limits of restarts.
         launch_command: called before each launch; returns its command.
+        on_failure: command that is run after each failed launch; empty: none.
     """
     fruitless = 0
     for attempt in itertools.count(1):
@@ -128,7 +136,10 @@ def supervise(supervisor: Supervisor, patience: Patience, launch_command: Callab
         _log.warning("supervise: %s: %s%s", ended, text, _goodput_text(supervisor.run_dir))
         is_failure = following in (Next.AGAIN, Next.GIVE_UP) or (following is Next.LATER and not ended.lost_nothing)
         if is_failure:
-            _report_failure(supervisor.run_dir, ended, attempt, wait_s)
+            failure = Failure(ended, _reason(supervisor.run_dir, ended), attempt, wait_s)
+            _report_failure(supervisor.run_dir, failure)
+            if on_failure:
+                run_on_failure(on_failure, supervisor, failure)
         if following is Next.DONE:
             return 0
         if following is Next.GIVE_UP:
@@ -166,18 +177,39 @@ def _stop_text(ended: Ended, newest: int, is_new: bool) -> str:
     return f"the run was asked to stop, and {how}. The same command {resumes}"
 
 
-def _report_failure(run_dir: Path, ended: Ended, attempt: int, wait_s: float | None) -> None:
-    """Log why a launch failed, and record it in the run folder, if there is one."""
-    why = ended.error
-    if not why and ended.code == 0:
-        why = (
+class Failure(NamedTuple):
+    """A launch that has failed."""
+
+    ended: Ended
+    reason: str  # "": not known
+    attempt: int  # number of the launch, from 1
+    wait_s: float | None  # before the next launch; None: none follows
+
+    def facts(self) -> dict[str, Any]:
+        """Return the facts of its event."""
+        how = {"exit_code": self.ended.code, "signal": self.ended.signal_name, "reason": self.reason}
+        return {"by": "supervisor"} | how | {"attempt": self.attempt, "wait_s": self.wait_s}
+
+
+def _reason(run_dir: Path, ended: Ended) -> str:
+    """Return why a launch failed; "" if that is not known."""
+    if not ended.error and ended.code == 0:
+        return (
             f"{run_dir / EVENTS} does not record the end of the run: a process of the launcher was killed, or the "
             "command trains in another folder"
         )
-    _log.warning("supervise: %s", why or "no rank has reported why; see the output above")
-    facts = {"exit_code": ended.code, "signal": ended.signal_name, "reason": why, "attempt": attempt, "wait_s": wait_s}
+    return ended.error
+
+
+def _report_failure(run_dir: Path, failure: Failure) -> None:
+    """Log why a launch failed, record it in the run folder, if there is one, and send a message."""
+    _log.warning("supervise: %s", failure.reason or "no rank has reported why; see the output above")
+    alerts = Alerts(kept_webhook(run_dir), run_dir)
     if run_dir.is_dir():
-        Events(run_dir, is_main=True).add(FAILED, by="supervisor", **facts)
+        Events(run_dir, is_main=True, listen=alerts.add).add(FAILED, **failure.facts())
+    else:
+        alerts.add({"event": FAILED} | failure.facts())
+    alerts.close()
 
 
 def fill_hosts(
@@ -204,7 +236,23 @@ def run_on_stop(command: Sequence[str], supervisor: Supervisor) -> None:
             _log.error("supervise: --on-stop %s failed with exit code %d; start the run again later", command, code)
 
 
+def run_on_failure(command: Sequence[str], supervisor: Supervisor, failure: Failure) -> None:
+    """Run the --on-failure command for at most `ON_FAILURE_LIMIT_S`; an error is only logged."""
+    facts = failure.facts() | {"step": mark(supervisor.run_dir).newest_step, "run_dir": supervisor.run_dir.resolve()}
+    env = {f"BIPE_{key.upper()}": "" if value is None else str(value) for key, value in facts.items()}
+    try:
+        code = supervisor.call(command, "--on-failure", env, ON_FAILURE_LIMIT_S)
+    except ConfigError as error:
+        _log.error("supervise: %s", error)
+    else:
+        if code is None:
+            _log.error("supervise: --on-failure %s was ended after %g s", command, ON_FAILURE_LIMIT_S)
+        elif code:
+            _log.error("supervise: --on-failure %s failed with exit code %d", command, code)
+
+
 def _goodput_text(run_dir: Path) -> str:
-    """Format the goodput in the run's last event; return "" if the launch did not end normally."""
-    last = (read_events(run_dir) or [{}])[-1]
+    """Format the goodput with which the last launch has ended; return "" if it did not end normally."""
+    ends = [event for event in read_events(run_dir) if event["event"] in (START, STOP, DONE, FAILED)]
+    last = (ends or [{}])[-1]
     return f" (goodput {last['goodput']:.1%} since the first start)" if last.get("goodput") is not None else ""

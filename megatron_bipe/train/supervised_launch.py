@@ -142,10 +142,15 @@ class Supervisor:
                 )
             return file.read()
 
-    def call(self, command: Sequence[str], option: str) -> int:
-        """Run a command, and return its exit code."""
-        with self._start(command, option) as child:
-            return self._wait_for(child)
+    def call(
+        self, command: Sequence[str], option: str, env: dict[str, str] | None = None, limit_s: float = math.inf
+    ) -> int | None:
+        """Run a command, and return its exit code; None if it was killed after `limit_s`."""
+        with self._start(command, option, env=env) as child:
+            deadline_s = time.monotonic() + limit_s
+            self._wait_until(lambda: child.process.poll() is not None, deadline_s)
+            is_late = child.process.returncode is None and time.monotonic() >= deadline_s
+            return None if is_late else self._wait_for(child)
 
     def wait(self, seconds: float) -> None:
         """Wait, or return early if a signal arrives."""

@@ -13,12 +13,25 @@ from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import DTYPES, keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.runtime.watchdog import Watchdog
+from megatron_bipe.train.after_save import AfterSave
+from megatron_bipe.train.alerts import Alerts, webhook_of
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import DONE, START, STOP, VALIDATION, Events, RunObserver, read_events
+from megatron_bipe.train.metrics_file import (
+    AFTER_SAVE_FAILED,
+    DONE,
+    START,
+    STOP,
+    TRACKER_FAILED,
+    VALIDATION,
+    Events,
+    RunObserver,
+    read_events,
+)
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.read_ahead import Loader
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
+from megatron_bipe.train.trackers import open_trackers
 from megatron_bipe.train.train_state import TrainState
 
 _log = logging.getLogger(__name__)
@@ -49,8 +62,22 @@ class Trainer:
     provenance: Mapping[str, Any] = field(default_factory=dict)
 
     @cached_property
+    def alerts(self) -> Alerts:
+        return Alerts(webhook_of(self.config) if self.mesh.is_main else None, self.config.run_dir)
+
+    @cached_property
     def events(self) -> Events:
-        return Events(self.config.run_dir, self.mesh.is_main)
+        return Events(self.config.run_dir, self.mesh.is_main, self.alerts.add)
+
+    @cached_property
+    def after_save(self) -> AfterSave | None:
+        command = self.config.checkpoint.after_save
+        if command is None or not self.mesh.is_main:
+            return None
+        events = self.events
+        return AfterSave(
+            command, self.config.run_dir, lambda step, why: events.add(AFTER_SAVE_FAILED, step=step, reason=why)
+        )
 
     def run(self, stop_step: int) -> bool:
         """Load the newest valid checkpoint, if there is one, and train until `stop_step` updates are done.
@@ -60,7 +87,7 @@ class Trainer:
             is not trained.
         """
         config, mesh, engine = self.config, self.mesh, self.engine
-        engine.observe(RunObserver(self.events, self.watchdog.heartbeat))
+        engine.observe(RunObserver(self.events, self.watchdog.heartbeat, self.after_save))
         state = self._load_state()
         if state.step > stop_step:
             _log.info("the run is already at step %d, beyond the requested %d", state.step, stop_step)
@@ -70,6 +97,11 @@ class Trainer:
         events.add(START, step=state.step, ranks=mesh.num_ranks, **self.provenance)
         began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
+        if mesh.is_main:
+            for tracker in open_trackers(
+                config, lambda name, why: events.add(TRACKER_FAILED, tracker=name, reason=why)
+            ):
+                metrics.attach(tracker)
         rollback = Rollback(config, engine, self.loader, events, state)
         state = self.train(state, metrics, rollback, stop_step)
         self.profile.close()
@@ -80,6 +112,9 @@ class Trainer:
         if self.stop_request.reason and not finished:
             reason = f"{self.stop_request.reason}, after step {state.step}; the same command resumes the run"
             write_stderr(f"{rank_name(mesh)}: {reason}")
+        if self.after_save is not None:
+            self.after_save.close(config.parallel.timeout_s, self.watchdog.heartbeat)
+        self.alerts.close()
         return finished
 
     def train(self, state: TrainState, metrics: Metrics, rollback: Rollback, stop_step: int) -> TrainState:

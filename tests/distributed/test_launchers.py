@@ -129,6 +129,22 @@ def test_launch_slurm_script_queues_the_job_again_that_was_asked_to_stop(code, q
     assert (called.read_text() if called.exists() else "") == ("requeue 17\n" if queued else "")
 
 
+@pytest.mark.parametrize("logs", ["", "logs of ranks"])
+def test_launch_slurm_script_labels_the_output_of_ranks_or_gives_each_a_file(logs, tmp_path):
+    script = f'printf "%s|" "$@" >> {tmp_path}/calls\nexit 2\n'
+    (tmp_path / "srun").write_text(f"#!/usr/bin/env bash\n{script}")
+    (tmp_path / "srun").chmod(0o755)
+    env = {"PATH": f"{tmp_path}{os.pathsep}{BIN}{os.pathsep}{os.environ['PATH']}", "PREFLIGHT": "0", "PYTHON": "python"}
+    env |= {"SLURM_JOB_ID": "17", "SLURM_SUBMIT_DIR": str(ROOT), "RUN_DIR": str(tmp_path / "run")}
+    folder = str(tmp_path / logs) if logs else ""
+    ended = run(str(SCRIPTS / "slurm.sbatch"), env=env | {"LOGS": folder})
+    assert ended.code == 2, ended.output
+    given = (tmp_path / "calls").read_text().partition("|python|")[0].split("|")
+    expected = [f"--output={folder}/%x-%j-rank-%t.log", "--open-mode=append"] if logs else ["--label"]
+    assert given[: len(expected)] == expected and all(option.startswith("--") for option in given)
+    assert not logs or (tmp_path / logs).is_dir()
+
+
 @pytest.mark.parametrize(("name", "launcher"), [("slurm.sbatch", "srun"), ("hostfile.sh", "deepspeed")])
 @pytest.mark.parametrize(
     ("asked", "code", "started"),

@@ -15,10 +15,13 @@ import pytest
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.io import locked
 from megatron_bipe.runtime.child_processes import STOP_SIGNALS
+from megatron_bipe.train import supervise as supervise_module
 from megatron_bipe.train import supervised_launch
+from megatron_bipe.train.alerts import Alerts
 from megatron_bipe.train.metrics_file import read_events
 from tests.helpers.paths import ROOT
 from tests.helpers.tools import assert_refuses, call_tool
+from tests.helpers.webhook import hang, status, webhook
 
 # Defines `record EVENT`, which appends an event to the log of the run in the working folder.
 RECORD = """record() { echo '{"time": 1, "event": "'$1'"}' >> events.jsonl; }"""
@@ -268,3 +271,53 @@ def test_supervise_fills_in_the_hosts_that_are_up(tmp_path, capfd):
 def test_supervise_too_few_hosts_is_an_error_of_the_user(tmp_path):
     command = [tmp_path, "--hosts-command", "echo a", "--least-hosts", 2, "--", "true"]
     assert_refuses("supervise", command, ConfigError, 1, "(a)", "--least-hosts", location=tmp_path)
+
+
+REASON = r"printf '1 ValueError: broken\0' >> $BIPE_FAILURE_FILE"
+TOLD = 'echo "$BIPE_ATTEMPT/$BIPE_EXIT_CODE/$BIPE_SIGNAL/$BIPE_REASON/$BIPE_WAIT_S/$BIPE_STEP/$BIPE_RUN_DIR" >> told'
+
+
+def test_supervise_on_failure_gets_the_facts_before_the_next_launch(supervise, tmp_path):
+    script = f"{REASON}; echo try >> told; mkdir -p checkpoints/step-00000007; kill -9 $$"
+    supervise(script, "--on-failure", f"bash -c 'cd {tmp_path}; {TOLD}'", "--failures", 1, code=1)
+    told = (tmp_path / "told").read_text().splitlines()
+    facts = "137/SIGKILL/ValueError: broken"
+    assert told == ["try", f"1/{facts}/0.0/7/{tmp_path}", "try", f"2/{facts}//7/{tmp_path}"]
+
+
+def test_supervise_on_failure_is_not_called_for_a_run_that_is_done_or_was_asked_to_stop(supervise, tmp_path):
+    supervise("record done", "--on-failure", f"touch {tmp_path}/called")
+    supervise("record stop; exit 75", "--on-failure", f"touch {tmp_path}/called", code=75)
+    assert not (tmp_path / "called").exists()
+
+
+@pytest.mark.parametrize("command", ["/no/such/program", "false", "sleep 30"])
+def test_supervise_on_failure_that_fails_or_hangs_is_logged_and_the_run_goes_on(
+    supervise, tmp_path, monkeypatch, command
+):
+    monkeypatch.setattr(supervise_module, "ON_FAILURE_LIMIT_S", 0.5)
+    script = "echo x >> tries; record start; [ $(wc -l < tries) = 2 ] && record done; exit 1"
+    output = supervise(script, "--on-failure", command)
+    assert "--on-failure" in output and command.split()[0] in output, output
+    assert (tmp_path / "tries").read_text() == "x\n" * 2
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_supervise_sends_a_message_about_each_failure(supervise, tmp_path, monkeypatch, kept):
+    with webhook(status(200)) as server:
+        if kept:
+            (tmp_path / "webhook").write_text(f"{server.url}\n")
+        else:
+            monkeypatch.setenv("BIPE_WEBHOOK", server.url)
+        output = supervise(f"{REASON}; exit 3", "--failures", 2, code=1)
+    found = [(message["event"], message["by"], message["attempt"], message["wait_s"]) for message in server.received]
+    assert found == [("failed", "supervisor", 1, 0.0), ("failed", "supervisor", 2, None)]
+    assert "broken" in server.received[0]["text"] and "SECRET" not in output
+
+
+def test_supervise_webhook_that_hangs_does_not_stop_the_restarts(supervise, tmp_path, monkeypatch):
+    monkeypatch.setattr(Alerts.close, "__defaults__", (0.1,))
+    with webhook(hang) as server:
+        monkeypatch.setenv("BIPE_WEBHOOK", server.url)
+        output = supervise("echo try; exit 3", "--failures", 2, code=1)
+    assert output.count("try") == 2 and "SECRET" not in output and "alerts.webhook" in output
