@@ -2,8 +2,8 @@
 
 import datetime
 import logging
-import math
 import time
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from megatron_bipe.config import RunConfig
@@ -11,10 +11,21 @@ from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.metrics_file import (
+    METRICS,
+    STEP_TIME,
+    TIME,
+    VALID_LOSS,
+    VALID_PERPLEXITY,
+    MetricsFile,
+    ValidValue,
+    scalars,
+    valid_key,
+)
 from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.tensorboard_file import Board
 from megatron_bipe.train.train_state import Samples, TrainState
+from megatron_bipe.train.validation import ValidResult, main_result
 
 _log = logging.getLogger(__name__)
 
@@ -49,12 +60,20 @@ class Metrics:
         """Record the result of update `step` (from 1)."""
         self._pending.append((step, samples, result, lr))
 
-    def valid(self, step: int, loss_nats: float) -> None:
-        """Write the validation loss after update `step`; its time does not count as training time."""
-        perplexity = math.exp(min(loss_nats, 700))  # larger values overflow a float
-        self._write(step, {VALID_LOSS: loss_nats, "valid/perplexity": perplexity})
+    def valid(self, step: int, results: Sequence[ValidResult]) -> None:
+        """Write the results of all validations after update `step`; their time does not count as training time."""
+        main = main_result(results, self._run.train.seq_len_tokens)
+        values: dict[str, Any] = {VALID_LOSS: main.nats, VALID_PERPLEXITY: main.perplexity}
+        for each in results:
+            own: dict[ValidValue, Any] = {"nats": each.nats, "perplexity": each.perplexity}
+            own |= {} if each.bits_per_byte is None else {"bits_per_byte": each.bits_per_byte}
+            own["nats_by_position"] = each.nats_by_position
+            values |= {valid_key(each.name, each.length_tokens, kind): value for kind, value in own.items()}
+        self._write(step, values)
         if self._mesh.is_main:
-            _log.info("step %d | validation loss %.4f | perplexity %.2f", step, loss_nats, perplexity)
+            others = [each for each in results if each.name == main.name and each is not main]
+            parts = [f"perplexity {main.perplexity:.2f}", *(f"{x.perplexity:.2f} at {x.length_tokens}" for x in others)]
+            _log.info("step %d | validation loss %.4f | %s", step, main.nats, ", ".join(parts))
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -133,9 +152,9 @@ class Metrics:
                 if line["step"] == start.step:
                     self._add_to_board(line)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._mesh.is_main:
-            line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time()} | values
+            line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time(), **values}
             self._file.add(line)
             self._add_to_board(line)
 
@@ -149,8 +168,7 @@ class Metrics:
             )
 
     def _add_to_board(self, line: dict[str, Any]) -> None:
-        scalars = {key: value for key, value in line.items() if key not in ("step", "tokens", TIME)}
-        self._board.add(line["step"], scalars)
+        self._board.add(line["step"], scalars(line))
 
     def _progress_line(self, readings: list[Reading], lr: float, shared: dict[str, float]) -> str:
         step, total = readings[-1].step, self._run.train.steps

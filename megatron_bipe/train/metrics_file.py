@@ -37,13 +37,20 @@ START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 RECORD_WAIT_S = 5.0
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
-STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
+STEP_TIME, VALID_LOSS, VALID_PERPLEXITY = "time/step_s", "loss/valid_nats", "valid/perplexity"
 ValidValue = Literal["nats", "perplexity", "bits_per_byte", "nats_by_position"]
 
 
 def valid_key(name: str, length_tokens: int, value: ValidValue) -> str:
     """Return the key of a value of a validation, by the name of its set and the sequence length."""
     return f"valid/{name}/{length_tokens}/{value}"
+
+
+def scalars(line: Mapping[str, Any]) -> dict[str, float | None]:
+    """Return the values of a line of metrics.jsonl for a tracker: element N of a list as `KEY/N`, counted from 00."""
+    values = {key: value for key, value in line.items() if key not in ("step", "tokens", TIME)}
+    lists = {key: values.pop(key) for key, value in line.items() if isinstance(value, list)}
+    return values | {f"{key}/{number:02}": item for key, items in lists.items() for number, item in enumerate(items)}
 
 
 class Kept(NamedTuple):

@@ -294,7 +294,7 @@ def end_summary(run: RunConfig, stop_step: int) -> str:
         }
     else:
         lengths = ",".join(str(factor * run.train.seq_len_tokens) for factor in (1, 2, 4, 8))
-        data = shlex.quote(str(run.data.valid_path or "DIR"))
+        data = shlex.quote(str(next(iter(run.data.valid_sets.values()), "DIR")))
         rows = {
             "done": f"{step:,} steps",
             "checkpoint": f"{run_dir}/checkpoints/step-{step:08d}",

@@ -30,13 +30,13 @@ def train(mesh, layouts, data, work_dir):
         run_dir = Path(work_dir) / str(number)
         engine, mesh_here = start(layout, mesh, run_dir)
         loader = BatchLoader(_run(layout, data, run_dir), mesh_here)
-        at_start = engine.eval_loss(loader.valid_batches())
+        at_start = engine.eval_loss(loader.valid_batches(*loader.validations)).mean_nats
         results = [engine.train_step(loader.train_batches(GLOBAL * step), LR) for step in range(STEPS)]
         losses = [float(result.loss_nats) for result in results]
         found[layout] = (
             losses,
             [float(result.grad_norm) for result in results],
-            [at_start, engine.eval_loss(loader.valid_batches())],
+            [at_start, engine.eval_loss(loader.valid_batches(*loader.validations)).mean_nats],
         )
     return found
 
