@@ -22,7 +22,7 @@ class StepResult(NamedTuple):
 
 
 class LossSums(NamedTuple):
-    """Weighted sums of losses over all ranks, by equal part of the sequence; replicas count as often in one as in the other."""
+    """Weighted sums of losses over all ranks, by equal part of the sequence; replicas count as often in both."""
 
     nats_Q: list[float]
     weights_Q: list[float]
