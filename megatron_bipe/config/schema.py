@@ -291,6 +291,11 @@ class RunConfig(Section):
     """Messages about events."""
 
     @property
+    def valid_lengths(self) -> tuple[int, ...]:
+        """Sequence lengths of the validations, with the default applied."""
+        return self.train.valid_lengths or (self.train.seq_len_tokens,)
+
+    @property
     def decay_end(self) -> int | None:
         """Step at which the learning rate reaches `optimizer.min_lr`; None: it does not decay."""
         endless = self.optimizer.decay in ("constant", "inverse_sqrt")

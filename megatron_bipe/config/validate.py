@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from megatron_bipe.config.load import Sources
 from megatron_bipe.config.model_schema import ModelConfig, RopeScaling
@@ -33,6 +34,7 @@ def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -
         *_model(run.model),
         *_encoding(run.model, run.train.seq_len_tokens),
         *_data(run.data),
+        *_valid_lengths(run),
         *_optimizer(run.optimizer, run.train),
         *_layout(run, num_ranks),
         *_batches(run.train, max(1, run.parallel.data_ranks(num_ranks))),
@@ -170,11 +172,35 @@ def _scaling(model: ModelConfig, scaling: RopeScaling) -> Iterator[str]:
 
 
 def _data(data: DataConfig) -> Iterator[str]:
-    if data.valid_path is not None and data.valid_path in data.folders:
-        yield f"data.valid_path={data.valid_path} is the training set; name a held-out dataset"
+    if data.valid and data.valid_path is not None:
+        yield (
+            f"data.valid_path={data.valid_path} and data.valid={_shown(data.valid)} both name validation sets; remove "
+            "one, or name all sets in data.valid"
+        )
+    for name, folder in data.valid_sets.items():
+        if folder in data.folders:
+            key = f"data.valid.{name}" if data.valid else "data.valid_path"
+            yield f"{key}={folder} is the training set; name a held-out dataset"
     repeated = [str(folder) for folder, count in Counter(data.folders).items() if count > 1]
     if repeated:
         yield f"data.path lists {', '.join(repeated)} more than once; list a dataset once, with the sum of its weights"
+
+
+def _shown(sets: Mapping[str, Path]) -> str:
+    return "{" + ", ".join(f"{name}: {folder}" for name, folder in sets.items()) + "}"
+
+
+def _valid_lengths(run: RunConfig) -> Iterator[str]:
+    lengths, name = run.train.valid_lengths, f"train.valid_lengths={list(run.train.valid_lengths)}"
+    repeated = [str(length) for length, count in Counter(lengths).items() if count > 1]
+    if repeated:
+        yield f"{name} lists {', '.join(repeated)} more than once; list a length once"
+    if 1 in lengths:
+        yield f"{name}: a sequence of 1 token has no context to predict from; use lengths of at least 2"
+    longest = run.model.max_seq_len_tokens
+    beyond = [length for length in lengths if longest is not None and length > longest]
+    if beyond:
+        yield f"{name} exceeds the {longest} tokens that model.encoding={run.model.encoding} encodes; remove {beyond}"
 
 
 def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
@@ -204,6 +230,7 @@ def _layout(run: RunConfig, num_ranks: int) -> Iterator[str]:
         ("model.ffn_size", model.ffn_size, (tensor,)),
         ("model.vocab_size", model.vocab_size, (tensor,)),
         ("train.seq_len_tokens", run.train.seq_len_tokens, (context, *sequence_axes)),
+        *(("train.valid_lengths", length, (context, *sequence_axes)) for length in run.train.valid_lengths),
     ]
     for name, size, axes in sharded_sizes:
         parts = {axis: ranks for axis, ranks in axes if ranks > 1}

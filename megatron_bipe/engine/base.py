@@ -34,8 +34,9 @@ from megatron_bipe.engine.deepspeed_internals import (
     warn_of_unknown_versions,
 )
 from megatron_bipe.engine.gradients import GradientClipper, adapt_offload, make_clipper, sums_in_fp32
+from megatron_bipe.engine.interface import LossSums
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.model import LayerFactory, LocalLayers, shard_of
+from megatron_bipe.model import NUM_PARTS, LayerFactory, LocalLayers, shard_of
 from megatron_bipe.parallel import (
     Mesh,
     Replicas,
@@ -167,11 +168,26 @@ def mean_loss(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
     return mean * torch.where(mean.detach().isfinite(), 1.0, torch.nan)
 
 
-def loss_sums(losses_BT: Tensor, weights_BT: Tensor | None = None) -> Tensor:
-    """Return the weighted sum of losses and the sum of the weights, fp64 [2], which hardly depends on the order."""
-    losses_BT = losses_BT.double()
-    weights_BT = torch.ones_like(losses_BT) if weights_BT is None else weights_BT.double()
-    return torch.stack([(losses_BT * weights_BT).sum(), weights_BT.sum()])
+def loss_sums(losses_Bt: Tensor, weights_Bt: Tensor | None, parts_1t: Tensor) -> Tensor:
+    """Return the weighted sum of losses and the sum of the weights by part of the sequence, fp64 [Q, 2].
+
+    fp64 sums hardly depend on the order.
+
+    Args:
+        losses_Bt: losses of this rank's positions, in nats.
+        weights_Bt: their weights; None: 1.
+        parts_1t: the part that each position is in, see `position_parts`.
+    """
+    losses_Bt = losses_Bt.double()
+    weights_Bt = torch.ones_like(losses_Bt) if weights_Bt is None else weights_Bt.double()
+    by_position_t2 = torch.stack([(losses_Bt * weights_Bt).sum(0), weights_Bt.sum(0)], dim=1)
+    return by_position_t2.new_zeros(NUM_PARTS, 2).index_add_(0, parts_1t[0], by_position_t2)
+
+
+def position_parts(labels_BT: Tensor) -> Tensor:
+    """Return the part of the sequence that each position is in, int64 [1, T]."""
+    num_tokens = labels_BT.shape[1]
+    return (torch.arange(num_tokens, device=labels_BT.device) * NUM_PARTS // num_tokens)[None]
 
 
 class ForwardTimer:
@@ -281,15 +297,16 @@ class DeepSpeedEngine:
         self._observer = self._saver.observer = observer
         self._engine.module.register_forward_pre_hook(lambda *_: observer.progress())
 
-    def _mean_held_out(self, sums: list[Tensor]) -> float:
-        """Return the weighted mean loss over all ranks from their sums: the same fp32 number however they are sharded.
+    def _held_out(self, sums: list[Tensor]) -> LossSums:
+        """Return the sums over all ranks.
 
         Args:
             sums: results of `loss_sums` for the losses that this rank has computed.
         """
-        total = torch.stack([torch.zeros(2, dtype=torch.float64, device=self._mesh.device), *sums]).sum(0)
-        dist.all_reduce(total)
-        return float((total[0] / total[1]).float())
+        none = torch.zeros(NUM_PARTS, 2, dtype=torch.float64, device=self._mesh.device)
+        total_Q2 = torch.stack([none, *sums]).sum(0)
+        dist.all_reduce(total_Q2)
+        return LossSums(*total_Q2.T.tolist())
 
     def pop_forward_seconds(self) -> float:
         return self._own_time.pop_seconds()

@@ -26,10 +26,11 @@ from megatron_bipe.engine.base import (
     make_topology,
     mean_loss,
     on_device,
+    position_parts,
     start_deepspeed,
     suppress_stdout,
 )
-from megatron_bipe.engine.interface import Engine, StepResult
+from megatron_bipe.engine.interface import Engine, LossSums, StepResult
 from megatron_bipe.model import TOKEN_EMBEDDING, LayerFactory, LayerPlan, build_model, copy_source, make_plan
 from megatron_bipe.parallel import Mesh, end_stages_group, partition_layers
 from megatron_bipe.types import Batch
@@ -77,12 +78,16 @@ class ZeroEngine(DeepSpeedEngine):
             self._engine.step()
         return StepResult(self._mean_over_ranks(torch.stack(losses).mean()), self._grad_norm())
 
-    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
+    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> LossSums:
         self._engine.eval()
+        local, sums = self._layers.exchange.local_positions, []
         with torch.no_grad():
-            sums = [loss_sums(*self._losses(batch)) for batch in batches]
+            for batch in batches:
+                losses = self._losses(batch)
+                parts = position_parts(batch.labels_BT).to(self._mesh.device)
+                sums.append(loss_sums(*losses, local(parts)))
         self._engine.train()
-        return self._mean_held_out(sums)
+        return self._held_out(sums)
 
     def _losses(self, batch: Batch[Tensor]) -> tuple[Tensor, Tensor | None]:
         """Return the losses of this rank's tokens, and their weights."""
@@ -117,7 +122,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._engine.timers("train_batch").reset()  # DeepSpeed keeps the events of every step otherwise
         return StepResult(loss, self._grad_norm())
 
-    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
+    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> LossSums:
         self._stages.held_out_sums.clear()
         for _, group in itertools.groupby(batches, key=lambda batch: batch.tokens_BT.shape):
             same_shape = list(group)  # stages assume one shape until it is reset
@@ -125,7 +130,7 @@ class PipelineEngine(DeepSpeedEngine):
             self._engine.eval_batch(self._payloads(same_shape), num_micro_batches=len(same_shape), bcast_loss=False)
         self._engine.reset_activation_shape()
         self._engine.module.train()
-        return self._mean_held_out(self._stages.held_out_sums)
+        return self._held_out(self._stages.held_out_sums)
 
     def _payloads(self, batches: Iterable[Batch[Tensor]]) -> Iterator[tuple[tuple[Tensor, ...], tuple[Tensor, ...]]]:
         """Yield the inputs of the first stage, (tokens, intra, inter), and of the last: labels and optional weights."""
@@ -146,10 +151,12 @@ class _Stages(PipelineModule):  # type: ignore[misc]
         def loss(logits_BTv: Tensor, labels: tuple[Tensor, ...]) -> Tensor:
             labels_BT, *weights = labels
             with record_function("forward"):
-                losses = layers.token_losses(logits_BTv, labels_BT), *map(layers.exchange.local_positions, weights)
+                local = layers.exchange.local_positions
+                losses_Bt = layers.token_losses(logits_BTv, labels_BT)
+                weights_Bt = local(weights[0]) if weights else None
                 if not torch.is_grad_enabled():
-                    held_out_sums.append(loss_sums(*losses))
-                return mean_loss(*losses)
+                    held_out_sums.append(loss_sums(losses_Bt, weights_Bt, local(position_parts(labels_BT))))
+                return mean_loss(losses_Bt, weights_Bt)
 
         with suppress_stdout():
             super().__init__([_PlannedLayer(layer) for layer in plan], topology=make_topology(mesh), loss_fn=loss)

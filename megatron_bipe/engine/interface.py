@@ -1,9 +1,11 @@
 """The interface between the training loop and an engine; the loop does not depend on DeepSpeed otherwise."""
 
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
+import numpy as np
 from torch import Tensor
 
 from megatron_bipe.checkpoint.find import Checkpoint
@@ -19,6 +21,24 @@ class StepResult(NamedTuple):
     grad_norm: Tensor | float  # global L2 norm before clipping; if it is not finite, the update was skipped
 
 
+class LossSums(NamedTuple):
+    """Weighted sums of losses over all ranks, by equal part of the sequence; replicas count as often in both."""
+
+    nats_Q: list[float]
+    weights_Q: list[float]
+
+    @property
+    def mean_nats(self) -> float:
+        """Mean loss per token: the same fp32 number however the losses are sharded, since the sums are fp64."""
+        return float(np.float32(sum(self.nats_Q) / sum(self.weights_Q)))
+
+    @property
+    def nats_by_position(self) -> list[float]:
+        """Mean loss of each part; NaN for one without weight."""
+        pairs = zip(self.nats_Q, self.weights_Q, strict=True)
+        return [float(np.float32(nats / weight)) if weight else math.nan for nats, weight in pairs]
+
+
 class Engine(Protocol):
     """A model in training on all ranks of a launch; all ranks call each method together."""
 
@@ -31,8 +51,8 @@ class Engine(Protocol):
         If the loss or gradient of any rank is not finite, all ranks skip the update.
         """
 
-    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> float:
-        """Return the weighted mean loss in nats per token over the batches of all ranks, equally many on each."""
+    def eval_loss(self, batches: Iterable[Batch[Tensor]]) -> LossSums:
+        """Return the losses over the batches of all ranks, equally many on each and of one sequence length."""
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         """Return this run's newest checkpoint that passes verification of every byte, or None if it has no checkpoints.

@@ -14,9 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from megatron_bipe.data.dataset import TokenDataset
-from megatron_bipe.data.segments import bilevel_ids, sequence_ends
-from megatron_bipe.errors import CheckpointError, ConfigError, DataError
+from megatron_bipe.data.segments import bilevel_ids
+from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.sequences import (
     DEFAULT_EMPTY_TEXTS,
@@ -27,15 +26,16 @@ from megatron_bipe.eval.sequences import (
     Protocol,
     SelectedText,
     Text,
+    bits_per_byte,
     cut_sequences,
+    read_sequence,
     select_text,
 )
-from megatron_bipe.model import token_losses
+from megatron_bipe.model import NUM_PARTS, token_losses
 from megatron_bipe.types import Batch, IntArray
 
 FloatArray = npt.NDArray[np.float64]
 HEAD_TOKENS = 2048  # tokens per call of the head: 260 MB of fp32 logits for LLaMA's vocabulary
-NUM_PARTS = 16  # equal parts of a sequence
 NUM_RESAMPLES = 1000
 INTERVAL = 0.95
 LEAST_DOCUMENTS = 2  # with fewer there is no interval
@@ -71,7 +71,7 @@ class PerplexityResult(NamedTuple):
     nats_per_token: float
     """Mean loss as the protocol defines it."""
     bits_per_byte: float | None
-    """Total loss divided by the raw text's UTF-8 bytes; None unless the protocol reads the full dataset."""
+    """Total loss divided by the raw text's UTF-8 bytes, see `sequences.bits_per_byte`."""
     num_sequences: int
     """Number of sequences; with protocol `full` the last one may be shorter."""
     num_predictions: int
@@ -235,17 +235,9 @@ def _read_batch(dataset: Text, sequences: EvalSequences, rows: IntArray, clip: i
     num_inputs, first_label = int(sequences.num_inputs[rows[0]]), int(sequences.num_context[rows[0]]) + 1
     end = first_label + int(sequences.num_predictions[rows[0]])
     reach = max(num_inputs, end)
-    starts = sequences.starts[rows].tolist()
-    tokens = np.stack([dataset.tokens(start, start + reach) for start in starts]).astype(np.int64)
-    vocab_size = dataset.manifest.tokenizer.vocab_size
-    if tokens.min() < 0 or tokens.max() >= vocab_size:
-        raise DataError(
-            f"the tokens from index {starts[0]} have an id outside the vocabulary of {vocab_size}",
-            remedy="Check the dataset with tools/inspect_data.py verify",
-            location=dataset.path,
-        )
-    ends = np.stack([dataset.ends(start, start + num_inputs) for start in starts])
-    intra, inter = bilevel_ids(sequence_ends(ends, dataset.rule), clip)
+    read = [read_sequence(dataset, start, num_inputs, reach) for start in sequences.starts[rows].tolist()]
+    tokens, ends = (np.stack(arrays) for arrays in zip(*read, strict=True))
+    intra, inter = bilevel_ids(ends, clip)
     arrays = (tokens[:, :num_inputs], intra, inter, tokens[:, first_label:end])
     return Batch(*(torch.from_numpy(np.ascontiguousarray(array)) for array in arrays))
 
@@ -279,13 +271,11 @@ def _result(
     # The authors repeat a batch's mean eight times, once per block, and accelerate truncates the repetitions of the
     # last, smaller batch to its number of blocks; on one process, their result therefore equals this mean, too.
     nats = total_nats / num_predictions
-    complete = isinstance(text, TokenDataset) and sequences.num_tokens == text.num_tokens
-    text_bytes = text.manifest.text_bytes
     return PerplexityResult(
         length_tokens=length_tokens,
         perplexity=_exp(nats),
         nats_per_token=nats,
-        bits_per_byte=total_nats / math.log(2) / text_bytes if complete and text_bytes else None,
+        bits_per_byte=bits_per_byte(text, sequences, total_nats),
         num_sequences=int(sequences.starts.size),
         num_predictions=num_predictions,
         num_tokens_read=sequences.num_tokens,

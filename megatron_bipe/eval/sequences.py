@@ -5,6 +5,7 @@ W sequences
 Torch-free, like the default options of the evaluation commands here, so that `--help` is fast.
 """
 
+import math
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Literal, NamedTuple
@@ -12,6 +13,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.segments import sequence_ends
 from megatron_bipe.errors import ConfigError, DataError
 from megatron_bipe.types import BoolArray, IntArray, TokenArray
 
@@ -153,6 +155,49 @@ def select_text(dataset: TokenDataset, max_tokens: int | None, empty_texts: Empt
         documents = fitting if fitting.size else documents[:1]
         lengths = np.minimum(lengths, max_tokens)
     return SelectedText(dataset, bounds[documents], lengths[documents])
+
+
+def read_sequence(
+    text: Text, start: int, num_inputs: int, num_tokens: int | None = None
+) -> tuple[TokenArray, BoolArray]:
+    """Read a sequence from a text.
+
+    Args:
+        text: the text.
+        start: index of the first token.
+        num_inputs: number of tokens that the model reads.
+        num_tokens: number of tokens with all labels; None: one more than `num_inputs`.
+
+    Returns:
+        All tokens, int64, and the segment ends of the inputs.
+
+    Raises:
+        DataError: a token is outside the vocabulary.
+    """
+    tokens = text.tokens(start, start + (num_inputs + 1 if num_tokens is None else num_tokens)).astype(np.int64)
+    vocab_size = text.manifest.tokenizer.vocab_size
+    if tokens.min() < 0 or tokens.max() >= vocab_size:
+        raise DataError(
+            f"the tokens from index {start} have an id outside the vocabulary of {vocab_size}",
+            remedy="Check the dataset with tools/inspect_data.py verify",
+            location=text.path,
+        )
+    return tokens, sequence_ends(text.ends(start, start + num_inputs), text.rule)
+
+
+def bits_per_byte(text: Text, sequences: EvalSequences, total_nats: float) -> float | None:
+    """Return the total loss in bits divided by the UTF-8 bytes of the text that was read.
+
+    A manifest records the bytes of the full dataset. A part of it is taken to have as many bytes per token.
+
+    Returns:
+        None if the bytes are unknown, or if more tokens than the first one are read without a prediction.
+    """
+    dataset = text.dataset if isinstance(text, SelectedText) else text
+    text_bytes, num_tokens = dataset.manifest.text_bytes, sequences.num_tokens
+    if not text_bytes or sequences.num_predictions.sum() != num_tokens - 1:
+        return None
+    return total_nats / math.log(2) / (text_bytes * num_tokens / dataset.num_tokens)
 
 
 def spread_order(count: int) -> IntArray:

@@ -2,7 +2,7 @@
 
 from megatron_bipe.model.attention import Attention, causal_attention
 from megatron_bipe.model.layer_factory import HeadExchange, LayerFactory, NoExchange, Shard, shard_of
-from megatron_bipe.model.loss import LossPasses, RowSums, highest_logits, loss_passes, token_losses
+from megatron_bipe.model.loss import NUM_PARTS, LossPasses, RowSums, highest_logits, loss_passes, token_losses
 from megatron_bipe.model.transformer import (
     TOKEN_EMBEDDING,
     Block,
@@ -19,6 +19,7 @@ from megatron_bipe.model.transformer import (
 )
 
 __all__ = [
+    "NUM_PARTS",
     "TOKEN_EMBEDDING",
     "Attention",
     "Block",

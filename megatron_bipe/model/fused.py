@@ -9,6 +9,7 @@ import torch
 from megatron_bipe.errors import ConfigError
 
 T = TypeVar("T")
+MAX_SHAPES = 64  # sets of shapes that a function is compiled for
 
 
 def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
@@ -23,6 +24,8 @@ def compile_fused(function: Callable[..., T]) -> Callable[..., T]:
     from torch._dynamo.exc import FailOnRecompileLimitHit, TorchDynamoException  # a second, so not at every start
     from torch._functorch import config
 
+    # torch gives up after 8 sets of shapes by default, and each length of a validation is one.
+    torch._dynamo.config.recompile_limit = MAX_SHAPES
     config.force_non_lazy_backward_lowering = True  # else backward is compiled in backward, outside of `run`
     compiled = torch.compile(function, fullgraph=True, dynamic=False)
 

@@ -19,6 +19,8 @@ from torch import Tensor
 
 from megatron_bipe.model.fused import compile_fused
 
+NUM_PARTS = 16  # equal parts of a sequence, by which losses are summed in validation and evaluation
+
 # fp32 elements processed at a time: few enough for a core's cache, enough to fill a GPU.
 _PART_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}
 

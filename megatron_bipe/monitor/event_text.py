@@ -5,7 +5,8 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_bipe.train.metrics_file import DONE, FAILED, FELL_BACK, SAVE_FAILED, SAVED, START, STOP, TIME, VALIDATION
+from megatron_bipe.run_files import DONE, FAILED, START, STOP, TIME
+from megatron_bipe.train.metrics_file import FELL_BACK, SAVE_FAILED, SAVED, VALIDATION
 
 ROUTINE = (SAVED, VALIDATION)  # counted, not listed
 _MAX_TEXT = 600  # characters of a reason

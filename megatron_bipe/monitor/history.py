@@ -19,7 +19,8 @@ import orjson
 
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.train.metrics_file import EVALUATIONS, METRICS, STEP_TIME, TIME, read_events, read_lines
+from megatron_bipe.run_files import EVALUATIONS, METRICS, TIME, read_events, read_lines
+from megatron_bipe.train.metrics_file import STEP_TIME
 
 FloatArray = npt.NDArray[np.float64]
 _LINES_AT_ONCE = 20_000

@@ -19,7 +19,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from megatron_bipe.monitor.history import FloatArray, RunHistory
-from megatron_bipe.train.metrics_file import DONE, SAVE_FAILED, SAVED, START, STEP_TIME, STOP, TIME
+from megatron_bipe.run_files import DONE, START, STOP, TIME
+from megatron_bipe.train.metrics_file import SAVE_FAILED, SAVED, STEP_TIME
 
 RETURN = "return"
 

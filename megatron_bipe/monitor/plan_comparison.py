@@ -18,9 +18,10 @@ from megatron_bipe.estimate.memory import STATE_BYTES, outside_bytes, stage_memo
 from megatron_bipe.estimate.step_time import predict_step, unpredictable
 from megatron_bipe.model import count_parameters, train_flops_per_token
 from megatron_bipe.monitor.history import RunHistory
+from megatron_bipe.run_files import START
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.text_table import text_table
-from megatron_bipe.train.metrics_file import SAVED, START, STEP_TIME
+from megatron_bipe.train.metrics_file import SAVED, STEP_TIME
 
 MFU, PEAK_MEMORY, RATE = "util/mfu", "mem/peak_gib", "rate/tokens_per_s"
 

@@ -12,7 +12,7 @@ from typing import Any
 from megatron_bipe.eval.page import details, paragraph, table
 from megatron_bipe.monitor.event_text import moment
 from megatron_bipe.monitor.history import RunHistory
-from megatron_bipe.train.metrics_file import START, TIME
+from megatron_bipe.run_files import START, TIME
 
 # Keys that differ at every start.
 _OWN = {TIME, "event", "step", "launched_at", "before", "job"}

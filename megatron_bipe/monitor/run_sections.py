@@ -15,7 +15,8 @@ from megatron_bipe.monitor.history import FloatArray, RunHistory
 from megatron_bipe.monitor.hours import Hours, list_attempts
 from megatron_bipe.monitor.result_sections import main_curve
 from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, noisy
-from megatron_bipe.train.metrics_file import START, STEP_TIME, TIME
+from megatron_bipe.run_files import START, TIME
+from megatron_bipe.train.metrics_file import STEP_TIME
 
 PART_TEXTS = {
     "steps": "steps that are kept",

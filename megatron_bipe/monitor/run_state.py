@@ -7,7 +7,8 @@ import numpy as np
 
 from megatron_bipe.monitor.history import RunHistory
 from megatron_bipe.monitor.hours import Hours
-from megatron_bipe.train.metrics_file import DONE, FAILED, START, STEP_TIME, STOP, TIME
+from megatron_bipe.run_files import DONE, FAILED, START, STOP, TIME
+from megatron_bipe.train.metrics_file import STEP_TIME
 
 StateName = Literal["not started", "running", "silent", "stopped", "failed", "done"]
 RECENT_STEPS = 1000  # whose median time predicts the remaining ones

@@ -91,7 +91,7 @@ def data_fingerprints(run: RunConfig) -> dict[str, str]:
     Raises:
         DataError: a dataset is missing or incomplete on this host.
     """
-    folders = [*run.data.folders, *([run.data.valid_path] if run.data.valid_path else [])]
+    folders = [*run.data.folders, *run.data.valid_sets.values()]
     return {str(folder): open_dataset(folder).manifest.fingerprint[:12] for folder in folders}
 
 

@@ -28,17 +28,14 @@ from urllib.parse import urlsplit
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.run_files import DONE, FAILED, START, STOP
 from megatron_bipe.runtime.environment import WEBHOOK, webhook_variable
 from megatron_bipe.train.metrics_file import (
     AFTER_SAVE_FAILED,
-    DONE,
-    FAILED,
     FELL_BACK,
     RETURN,
     SAVE_FAILED,
     SLOW_RANK,
-    START,
-    STOP,
     TRACKER_FAILED,
     record_failure,
 )

@@ -4,19 +4,20 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from torch import Tensor
 from torch.profiler import record_function
 
 from megatron_bipe.config import RunConfig, accumulation_steps, check_data
 from megatron_bipe.data.background_verify import BackgroundVerifier
 from megatron_bipe.data.blend import open_blend
-from megatron_bipe.data.collate import label_weight, make_batch, with_row_weights
+from megatron_bipe.data.collate import label_weight, make_batch
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.data.manifest import DataRecord, Manifest
 from megatron_bipe.data.prompt_answer import open_dataset
 from megatron_bipe.data.shard import Shard
+from megatron_bipe.errors import BipeError
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.train.validation import Validation, make_validations, raise_together
 from megatron_bipe.types import Batch, IntArray
 
 
@@ -29,21 +30,14 @@ class BatchLoader:
     """
 
     def __init__(self, run: RunConfig, mesh: Mesh) -> None:
-        self._train, self._mesh = run.train, mesh
+        self._run, self._train, self._mesh = run, run.train, mesh
         self._clip = run.model.intra_clip
         self._blend = open_blend(run.data, run.train.seq_len_tokens, run.train.seed)
         for dataset in self._blend.datasets:
             check_manifest(run, dataset.manifest, dataset.path)
         self._reading_s = 0.0
-        self._valid = None
-        if run.data.valid_path is not None:
-            self._valid = open_dataset(run.data.valid_path)
-            check_manifest(run, self._valid.manifest, run.data.valid_path)
-            self._valid.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
-            self._valid.check_special_in_text(self.record.special_in_text, "data.path")
-            if run.model.bilevel:
-                self._valid.check_rule(self.dataset.rule, "data.path")
-            self._valid_sequences = self._choose_valid_sequences(self._valid)
+        self._valid_sets = self._open_valid_sets(run)
+        self.validations = make_validations(run, self._valid_sets)
         self._shard_check = BackgroundVerifier(self._own_shards() if run.data.verify else ())
 
     def checking_shards(self) -> BackgroundVerifier:
@@ -66,7 +60,7 @@ class BatchLoader:
 
     @property
     def has_valid(self) -> bool:
-        return self._valid is not None
+        return bool(self.validations)
 
     @property
     def global_batch(self) -> int:
@@ -104,39 +98,35 @@ class BatchLoader:
         reading_s, self._reading_s = self._reading_s, 0.0
         return reading_s
 
-    def valid_batches(self) -> Iterator[Batch[Tensor]]:
-        """Yield this rank's shard of the validation sequences, always the same ones.
-
-        All ranks get equally many batches of one shape. Where the sequences do not fill them, the last sequence is
-        repeated with weight 0, so that the mean is over the sequences of the run whatever the number of ranks.
-        """
-        assert self._valid is not None
-        seq_len_tokens, data_ranks = self._train.seq_len_tokens, self._mesh.data_ranks
-        sequences = self._valid_sequences
-        weight = label_weight(self._valid, sequences, seq_len_tokens)
-        micro_batch = min(self._train.micro_batch, -(-sequences.size // data_ranks))
-        padding = -sequences.size % (data_ranks * micro_batch)
-        shape = (data_ranks, -1, micro_batch)
-        local = np.pad(sequences, (0, padding), "edge").reshape(shape)[self._mesh.data_rank]
-        counts = np.pad(np.ones(sequences.size, np.float32), (0, padding)).reshape(shape)[self._mesh.data_rank]
-        for indices_B, counts_B in zip(local, counts, strict=True):
+    def valid_batches(self, validation: Validation) -> Iterator[Batch[Tensor]]:
+        """Yield this rank's part of the sequences of a validation, always the same ones."""
+        for batch in validation.batches(self._run, self._mesh):
             self._shard_check.raise_if_failed()
-            batch = make_batch(self._valid, indices_B, seq_len_tokens, self._clip, weight)
-            yield with_row_weights(batch, counts_B) if padding else batch
+            yield batch
 
     def _own_shards(self) -> list[Shard]:
         """Return the shards that this rank verifies: one rank of each model replica takes part."""
         mesh = self._mesh
         if mesh.tensor_rank or mesh.context_rank or mesh.stage:
             return []
-        datasets = [*self._blend.datasets, *([self._valid] if self._valid else [])]
+        datasets = [*self._blend.datasets, *self._valid_sets.values()]
         return [shard for dataset in datasets for shard in dataset.shards][mesh.data_rank :: mesh.data_ranks]
 
-    def _choose_valid_sequences(self, dataset: TokenDataset) -> IntArray:
-        """Return sequences spread evenly over the set; they do not depend on the number of ranks."""
-        num_sequences = dataset.num_sequences(self._train.seq_len_tokens)
-        count = min(self._train.valid_samples, num_sequences)
-        return np.linspace(0, num_sequences - 1, count).astype(np.int64)
+    def _open_valid_sets(self, run: RunConfig) -> dict[str, TokenDataset]:
+        """Open the validation sets, which must have the tokenizer and segments of the training data."""
+        found, problems = dict[str, TokenDataset](), list[BipeError]()
+        for name, folder in run.data.valid_sets.items():
+            try:
+                dataset = found[name] = open_dataset(folder)
+                check_manifest(run, dataset.manifest, folder)
+                dataset.check_tokenizer(self.dataset.manifest.tokenizer.fingerprint, "data.path")
+                dataset.check_special_in_text(self.record.special_in_text, "data.path")
+                if run.model.bilevel:
+                    dataset.check_rule(self.dataset.rule, "data.path")
+            except BipeError as error:
+                problems.append(error)
+        raise_together(problems, "the validation sets do not fit the run", "data.valid")
+        return found
 
 
 def check_manifest(run: RunConfig, manifest: Manifest, folder: Path) -> None:

@@ -2,19 +2,22 @@
 
 import datetime
 import logging
-import math
 import time
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.model import train_flops_per_token
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.run_files import METRICS, TIME
 from megatron_bipe.runtime.hardware import device_name, peak_memory_gib
-from megatron_bipe.train.metrics_file import METRICS, STEP_TIME, TIME, VALID_LOSS, MetricsFile
+from megatron_bipe.train.metrics_file import STEP_TIME, VALID_LOSS, VALID_PERPLEXITY, MetricsFile, ValidValue, valid_key
 from megatron_bipe.train.rollback import Reading
 from megatron_bipe.train.tensorboard_file import Board
 from megatron_bipe.train.trackers import History, Sink
 from megatron_bipe.train.train_state import Samples, TrainState
+from megatron_bipe.train.validation import ValidResult, main_result
 
 _log = logging.getLogger(__name__)
 
@@ -56,12 +59,20 @@ class Metrics:
         """Record the result of update `step` (from 1)."""
         self._pending.append((step, samples, result, lr))
 
-    def valid(self, step: int, loss_nats: float) -> None:
-        """Write the validation loss after update `step`; its time does not count as training time."""
-        perplexity = math.exp(min(loss_nats, 700))  # larger values overflow a float
-        self._write(step, {VALID_LOSS: loss_nats, "valid/perplexity": perplexity})
+    def valid(self, step: int, results: Sequence[ValidResult]) -> None:
+        """Write the results of all validations after update `step`; their time does not count as training time."""
+        main = main_result(results, self._run.train.seq_len_tokens)
+        values: dict[str, Any] = {VALID_LOSS: main.nats, VALID_PERPLEXITY: main.perplexity}
+        for each in results:
+            own: dict[ValidValue, Any] = {"nats": each.nats, "perplexity": each.perplexity}
+            own |= {} if each.bits_per_byte is None else {"bits_per_byte": each.bits_per_byte}
+            own["nats_by_position"] = each.nats_by_position
+            values |= {valid_key(each.name, each.length_tokens, kind): value for kind, value in own.items()}
+        self._write(step, values)
         if self._mesh.is_main:
-            _log.info("step %d | validation loss %.4f | perplexity %.2f", step, loss_nats, perplexity)
+            others = [each for each in results if each.name == main.name and each is not main]
+            parts = [f"perplexity {main.perplexity:.2f}", *(f"{x.perplexity:.2f} at {x.length_tokens}" for x in others)]
+            _log.info("step %d | validation loss %.4f | %s", step, main.nats, ", ".join(parts))
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -140,9 +151,9 @@ class Metrics:
             for sink in self._sinks:
                 sink.begin(self._history)
 
-    def _write(self, step: int, values: dict[str, float]) -> None:
+    def _write(self, step: int, values: Mapping[str, Any]) -> None:
         if self._mesh.is_main:
-            line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time()} | values
+            line = {"step": step, "tokens": step * self._tokens_per_step, TIME: time.time(), **values}
             self._file.add(line)
             for sink in self._sinks:
                 sink.write([line])

@@ -24,59 +24,24 @@ from typing import Any, Literal, NamedTuple
 import orjson
 
 from megatron_bipe.run_files import (
-    DONE,
-    EVALUATIONS,
     EVENTS,
     FAILED,
-    LOCK_FOLDER,
     METRICS,
-    START,
-    STOP,
     TIME,
     is_truncated,
     parse_line,
-    read_events,
-    read_lines,
 )
 from megatron_bipe.runtime.observer import Observer
 from megatron_bipe.train.after_save import AfterSave
 from megatron_bipe.train.log_file import LogFile
 
-__all__ = [  # with the names of run_files that training uses
-    "DONE",
-    "EVALUATIONS",
-    "EVENTS",
-    "FAILED",
-    "FELL_BACK",
-    "LOCK_FOLDER",
-    "METRICS",
-    "SAVED",
-    "SAVE_FAILED",
-    "START",
-    "STEP_TIME",
-    "STOP",
-    "TIME",
-    "VALIDATION",
-    "VALID_LOSS",
-    "Events",
-    "Kept",
-    "MetricsFile",
-    "RunObserver",
-    "ValidValue",
-    "last_step_text",
-    "read_events",
-    "read_lines",
-    "record_failure",
-    "scan",
-    "valid_key",
-]
 _log = logging.getLogger(__name__)
 
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
 AFTER_SAVE_FAILED, TRACKER_FAILED = "after save failed", "tracker failed"
 BAD_STEP, RETURN, SLOW_RANK = "bad step", "return", "slow rank"
 RECORD_WAIT_S = 5.0
-STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"
+STEP_TIME, VALID_LOSS, VALID_PERPLEXITY = "time/step_s", "loss/valid_nats", "valid/perplexity"
 Line = dict[str, Any]  # of metrics.jsonl
 ValidValue = Literal["nats", "perplexity", "bits_per_byte", "nats_by_position"]
 

@@ -20,12 +20,12 @@ import megatron_bipe
 from megatron_bipe.config import RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.run_files import METRICS, TIME
 from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.hardware import Choices, device_name
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.runtime.host_facts import relevant_environment, versions
-from megatron_bipe.train.metrics_file import METRICS, TIME
 
 T = TypeVar("T")
 

@@ -20,6 +20,7 @@ from torch.profiler import record_function
 
 from megatron_bipe.data.collate import for_transfer
 from megatron_bipe.train.batch_loader import BatchLoader
+from megatron_bipe.train.validation import Validation
 from megatron_bipe.types import Batch, IntArray
 
 _DEPTH = 2  # micro-batches in advance: one ready, and one being read
@@ -53,6 +54,10 @@ class ReadAhead:
     def has_valid(self) -> bool:
         return self._loader.has_valid
 
+    @property
+    def validations(self) -> list[Validation]:
+        return self._loader.validations
+
     def sequences(self, first_sample: int) -> IntArray:
         return self._loader.sequences(first_sample)
 
@@ -71,9 +76,9 @@ class ReadAhead:
                 self._next_sample = first_sample + self._loader.global_batch
             yield batch
 
-    def valid_batches(self) -> Iterator[Batch[Tensor]]:
-        """Yield the validation batches, as `BatchLoader.valid_batches` does."""
-        yield from map(self._verified, self._read(self._loader.valid_batches()))
+    def valid_batches(self, validation: Validation) -> Iterator[Batch[Tensor]]:
+        """Yield the batches of a validation, as `BatchLoader.valid_batches` does."""
+        yield from map(self._verified, self._read(self._loader.valid_batches(validation)))
 
     def reading_time_s(self) -> float:
         """Return the seconds that training has waited for batches since the last call."""

@@ -41,10 +41,11 @@ from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.io import locked, write_atomically
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.run_files import LOCK_FOLDER
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.runtime.hardware import Choices, PrecisionChoice, choose_precision, device_name
-from megatron_bipe.train.metrics_file import LOCK_FOLDER, last_step_text
+from megatron_bipe.train.metrics_file import last_step_text
 
 # Fields that a resumed run may change freely.
 _FREE = {
@@ -294,7 +295,7 @@ def end_summary(run: RunConfig, stop_step: int) -> str:
         }
     else:
         lengths = ",".join(str(factor * run.train.seq_len_tokens) for factor in (1, 2, 4, 8))
-        data = shlex.quote(str(run.data.valid_path or "DIR"))
+        data = shlex.quote(str(next(iter(run.data.valid_sets.values()), "DIR")))
         rows = {
             "done": f"{step:,} steps",
             "checkpoint": f"{run_dir}/checkpoints/step-{step:08d}",

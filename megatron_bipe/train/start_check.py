@@ -14,8 +14,7 @@ from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.train.batch_loader import BatchLoader
 from megatron_bipe.train.run_folder import check_same_run
-
-_SAID = ("data.valid_path", "train.valid_samples")  # a resumed run may change them, but its curves break there
+from megatron_bipe.train.validation import raise_together
 
 
 def check_start(run: RunConfig, mesh: Mesh, allow: Collection[str] = ()) -> None:
@@ -30,12 +29,7 @@ def check_start(run: RunConfig, mesh: Mesh, allow: Collection[str] = ()) -> None
         BipeError: the only problem.
         ConfigError: lists all problems, if there are several.
     """
-    problems = list(_problems(run, mesh, allow))
-    if len(problems) == 1:
-        raise problems[0]
-    if problems:
-        listed = "; ".join(f"({number}) {problem}" for number, problem in enumerate(problems, start=1))
-        raise ConfigError(f"the run cannot start, for {len(problems)} reasons: {listed}", location="--dry-run")
+    raise_together(list(_problems(run, mesh, allow)), "the run cannot start", "--dry-run")
 
 
 def start_warnings(run: RunConfig) -> list[str]:
@@ -48,15 +42,21 @@ def start_warnings(run: RunConfig) -> list[str]:
             "will change nothing. Set optimizer.min_lr, or a later optimizer.decay_steps"
         )
     if list_steps(run.run_dir):
-        before, now = (config.model_dump(mode="json") for config in (load_run_config(run.run_dir / "config.yaml"), run))
-        for section, field in (key.split(".") for key in _SAID):
-            was, value = before[section][field], now[section][field]
-            if was not in (None, value):
-                found.append(
-                    f"{section}.{field} was {was!r} and is now {value!r}: validation losses before and after this "
-                    "start may be of different samples"
-                )
+        before, now = (_validation(config) for config in (load_run_config(run.run_dir / "config.yaml"), run))
+        found += [
+            f"{key} was {before[key]} and is now {value}: validation losses before and after this start may be of "
+            "different samples or lengths"
+            for key, value in now.items()
+            if before["data.valid"] and before[key] != value
+        ]
     return found
+
+
+def _validation(run: RunConfig) -> dict[str, object]:
+    """Return what decides which validations a run has: it may change on resumption, but curves break there."""
+    sets = {name: str(folder) for name, folder in run.data.valid_sets.items()}
+    lengths = list(run.valid_lengths)
+    return {"data.valid": sets, "train.valid_samples": run.train.valid_samples, "train.valid_lengths": lengths}
 
 
 def _problems(run: RunConfig, mesh: Mesh, allow: Collection[str]) -> Iterator[BipeError]:

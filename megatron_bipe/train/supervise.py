@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 from megatron_bipe.config import RunConfig, load_run_config, validate_run
 from megatron_bipe.errors import FAILED as EXIT_FAILED
 from megatron_bipe.errors import USER_ERROR, BipeError, ConfigError, is_transient
+from megatron_bipe.run_files import DONE, EVENTS, FAILED, START, STOP, read_events
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.alerts import Alerts, kept_webhook
-from megatron_bipe.train.metrics_file import DONE, EVENTS, FAILED, START, STOP, Events, read_events
+from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.supervised_launch import Ended, Supervisor, mark
 
 ON_FAILURE_LIMIT_S = 300.0  # for the --on-failure command

@@ -20,10 +20,11 @@ from megatron_bipe.checkpoint.find import newest_first
 from megatron_bipe.config import ParallelConfig, load_run_config
 from megatron_bipe.errors import USER_ERROR, ConfigError
 from megatron_bipe.io import lock_holder
+from megatron_bipe.run_files import DONE, LOCK_FOLDER, START, STOP, read_events
 from megatron_bipe.runtime.child_processes import GRACE_S, STOP_SIGNALS, ChildProcess
 from megatron_bipe.runtime.environment import FAILURE_FILE
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SECOND_AFTER_S, install_stop_handlers
-from megatron_bipe.train.metrics_file import DONE, LOCK_FOLDER, START, STOP, last_step_text, read_events
+from megatron_bipe.train.metrics_file import last_step_text
 
 EXIT_WAIT_S = 60.0  # for the remaining processes of a run that is over to exit
 LEAVE_S = 10.0  # for ranks to notice that their launcher or another rank has ended, and to report it

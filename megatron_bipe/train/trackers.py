@@ -22,7 +22,8 @@ from typing import Any, NamedTuple, Protocol, TypeVar
 
 from megatron_bipe.config import RunConfig, TrackerConfig
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.train.metrics_file import TIME, Line, read_lines_between
+from megatron_bipe.run_files import TIME
+from megatron_bipe.train.metrics_file import Line, read_lines_between
 
 CLOSE_WAIT_S = 10.0  # at the end of a launch, for a tracker to receive the last lines
 PAUSE_S = 1.0  # in which lines collect, so that the thread seldom competes with the loop

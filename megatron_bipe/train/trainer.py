@@ -9,6 +9,7 @@ from typing import Any
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.run_files import DONE, START, STOP, read_events
 from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import DTYPES, keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
@@ -16,23 +17,14 @@ from megatron_bipe.runtime.watchdog import Watchdog
 from megatron_bipe.train.after_save import AfterSave
 from megatron_bipe.train.alerts import Alerts, webhook_of
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import (
-    AFTER_SAVE_FAILED,
-    DONE,
-    START,
-    STOP,
-    TRACKER_FAILED,
-    VALIDATION,
-    Events,
-    RunObserver,
-    read_events,
-)
+from megatron_bipe.train.metrics_file import AFTER_SAVE_FAILED, TRACKER_FAILED, VALIDATION, Events, RunObserver
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.read_ahead import Loader
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.trackers import open_trackers
 from megatron_bipe.train.train_state import TrainState
+from megatron_bipe.train.validation import main_result
 
 _log = logging.getLogger(__name__)
 
@@ -180,17 +172,24 @@ class Trainer:
         return state
 
     def _validate(self, state: TrainState, metrics: Metrics) -> bool:
-        """Run the pending validation; if a stop is requested meanwhile, return True and keep it pending."""
+        """Run the pending validations; if a stop is requested meanwhile, return True and keep all of them pending."""
         if not self.loader.has_valid:  # pending since a start with other settings
             state.valid_owed = False
             return False
-        batches = self.stop_request.until(self.loader.valid_batches())
-        loss = self.engine.eval_loss(self.watchdog.track_batches(f"validation after step {state.step}", batches))
-        if not self.stop_request.is_agreed:
-            state.valid_owed = False
-            metrics.valid(state.step, loss)
-            self.events.add(VALIDATION, step=state.step, loss_nats=loss)
-        return self.stop_request.is_agreed
+        results = []
+        for validation in self.loader.validations:
+            location = f"validation after step {state.step} on {validation.name} at {validation.length_tokens} tokens"
+            batches = self.stop_request.until(self.loader.valid_batches(validation))
+            sums = self.engine.eval_loss(self.watchdog.track_batches(location, batches))
+            if self.stop_request.is_agreed:
+                return True
+            results.append(validation.result(sums))
+        state.valid_owed = False
+        metrics.valid(state.step, results)
+        first, main = results[0].name, main_result(results, self.config.train.seq_len_tokens)
+        by_length = {str(each.length_tokens): each.nats for each in results if each.name == first}
+        self.events.add(VALIDATION, step=state.step, loss_nats=main.nats, set=first, nats_by_length=by_length)
+        return False
 
 
 def _is_due(step: int, every: int) -> bool:

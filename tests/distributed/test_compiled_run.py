@@ -61,7 +61,7 @@ def compare(mesh: Mesh, work_dir: str) -> list[list[list[float]]]:
             train = run.train.model_copy(update={"compile": compiles})
             engine, here = start_engine_of(run.model_copy(update={"train": train}), mesh, layout.zero)
             trained, norms = train_steps(engine, here, range(2))
-            results.append([*trained, *norms, engine.eval_loss(batches(99, here))])
+            results.append([*trained, *norms, engine.eval_loss(batches(99, here)).mean_nats])
         found.append(results)
     return found
 

@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 import pytest
 
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.launcher_env import Launch, Rendezvous
-from megatron_bipe.train.metrics_file import read_events, record_failure
+from megatron_bipe.train.metrics_file import record_failure
 from tests.helpers.commands import options, run
 from tests.helpers.faults import ProcessFault, faulty_pretrain
 from tests.helpers.ranks import run_programs, run_ranks

@@ -83,6 +83,17 @@ def test_layout_gives_losses_norms_and_weights_of_one_process(found: Found, plac
     assert difference(ranks, expected).within(limits), (difference(ranks, expected), limits)
 
 
+@pytest.mark.parametrize("placed", PLACED, ids=str)
+def test_layout_gives_the_held_out_losses_by_position_of_one_process(found: Found, placed: Placed) -> None:
+    ranks, expected = found[placed]
+    known = [nats for nats in expected.by_position if nats == nats]
+    assert len(expected.by_position) == 32 and len(known) == 24  # of the longer sequences, half have no weight
+    assert max(known) - min(known) > 0.1
+    error = 10 * allowed(placed.layout, placed.ranks).loss  # a part has a few tokens, whose errors do not cancel
+    for found_here in ranks:
+        assert found_here.by_position == pytest.approx(expected.by_position, rel=error, abs=0, nan_ok=True)
+
+
 @pytest.mark.parametrize("placed", PADDED, ids=str)
 def test_layout_padding_row_stays_zero(found: Found, placed: Placed) -> None:
     weights = found[placed][0][0].weights

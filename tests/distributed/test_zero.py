@@ -71,7 +71,7 @@ def _train(mesh: Mesh, cases: list[Case], work_dir: str) -> dict[Case, dict[str,
         engine.save(run.run_dir, HALF)
         outcomes += outcomes_of(engine, mesh, range(HALF, STEPS))
         engine.save(run.run_dir, STEPS)
-        held_out = engine.eval_loss(batches(99, mesh, ROWS, MICRO))
+        held_out = engine.eval_loss(batches(99, mesh, ROWS, MICRO)).mean_nats
         half = find_checkpoint(f"{run.run_dir}@{HALF}").folder
         engine.load(half)  # by an engine that has trained
         rewound = outcomes_of(engine, mesh, range(HALF, STEPS))
@@ -84,7 +84,7 @@ def _train(mesh: Mesh, cases: list[Case], work_dir: str) -> dict[Case, dict[str,
             "resumed": resumed,
             "rewound": rewound,
             "held_out": held_out,
-            "resumed_held_out": again.eval_loss(batches(99, mesh, ROWS, MICRO)),
+            "resumed_held_out": again.eval_loss(batches(99, mesh, ROWS, MICRO)).mean_nats,
             "weights": read_weights(find_checkpoint(run.run_dir)) if mesh.is_main else None,
         }
     return results

@@ -26,7 +26,7 @@ SETTINGS = [
     "model={num_layers: 2, hidden_size: 32, num_heads: 4, ffn_size: 48, vocab_size: 400, intra_size: 64}",
     "optimizer={lr: 1e-2, warmup_steps: 2}",
     "train={steps: 8, seq_len_tokens: 32, global_batch: 8, micro_batch: 2, precision: fp32, log_every: 3, "
-    "valid_every: 4, valid_samples: 16, save_every: 4}",
+    "valid_every: 4, valid_samples: 16, valid_lengths: [32, 96], save_every: 4}",
 ]
 KEYS = ("step", "loss/train_nats", "loss/valid_nats", "optim/lr", "optim/grad_norm")
 
@@ -91,13 +91,30 @@ def test_training_learns_and_continues_bit_for_bit(commands):
     assert resumed[-1]["loss/valid_nats"] < resumed[0]["loss/train_nats"] - 0.3
 
 
+def test_validation_is_the_evaluation_of_the_checkpoint(commands):
+    folder = commands["folder"]
+    text = ("--data", folder / "valid", "--lengths", "32,96", "--protocol", "full", "--max-tokens", 16 * 32)
+    call_tool("evaluate", "perplexity", "--model", folder / "run", *text, "--output", folder / "as-validated")
+    results = json.loads((folder / "as-validated" / "perplexity.json").read_text())["models"][0]["results"]
+    line = [json.loads(each) for each in (folder / "run/metrics.jsonl").read_text().splitlines()][-1]
+    assert line["step"] == 8 and [each["length_tokens"] for each in results] == [32, 96]
+    for each in results:
+        key = f"valid/valid/{each['length_tokens']}"
+        assert line[f"{key}/nats"] == pytest.approx(each["nats_per_token"], rel=1e-6)
+        assert line[f"{key}/perplexity"] == pytest.approx(each["perplexity"], rel=1e-5)
+        assert line[f"{key}/bits_per_byte"] == pytest.approx(each["bits_per_byte"], rel=1e-6)
+        assert len(line[f"{key}/nats_by_position"]) == 16
+    assert line["loss/valid_nats"] == line["valid/valid/32/nats"]
+
+
 def test_run_folder_has_the_files_and_keys_of_its_page(commands):
     folder = commands["folder"] / "uninterrupted"  # the one with a profile
     assert {path.name for path in folder.iterdir()} == {
         name.rstrip("/") for name in documented("run_folder.md", "| path | contents | written |")
     } - {"running"}
     lines = [json.loads(text) for text in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert set().union(*lines) == set(documented("run_folder.md", "| key | unit |")) - {"util/mfu"}  # of GPUs
+    keys = {re.sub(r"^valid/[^/]+/\d+/", "valid/NAME/LENGTH/", key) for line in lines for key in line}
+    assert keys == set(documented("run_folder.md", "| key | unit |")) - {"util/mfu"}  # of GPUs
     assert_events_are_documented(folder)
     step = folder / "checkpoints" / (folder / "checkpoints" / "latest").read_text().strip()
     files = {path.relative_to(folder / "checkpoints").as_posix() for path in step.iterdir()}

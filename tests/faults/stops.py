@@ -16,8 +16,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
-from megatron_bipe.train.metrics_file import read_events
 from tests.helpers.commands import EndedCommand, run
 from tests.helpers.datasets import write_train_and_valid
 from tests.helpers.ranks import free_port

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.metrics_file import read_events
+from megatron_bipe.run_files import read_events
 from tests.helpers.docs import assert_events_are_documented
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from megatron_bipe.train.metrics_file import read_events
+from megatron_bipe.run_files import read_events
 from tests.helpers.commands import options, run
 from tests.helpers.small_runs import supervised
 from tests.helpers.webhook import status, webhook

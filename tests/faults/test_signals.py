@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
-from megatron_bipe.train.metrics_file import read_events
 from tests.faults.kills import survive
 from tests.faults.stops import stop_and_resume
 from tests.helpers.commands import run

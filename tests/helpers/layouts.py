@@ -58,6 +58,7 @@ class Outcome(NamedTuple):
     losses: list[float]
     norms: list[float]
     held_out: float
+    by_position: list[float]  # held-out losses of the parts of sequences of two lengths, NaN for parts without weight
     weights: dict[str, torch.Tensor] | None  # unsharded, from a checkpoint; on the main rank
 
 
@@ -106,12 +107,14 @@ def run_config(layout: Layout, run_dir: Path) -> RunConfig:
     return load_run_config(None, settings)
 
 
-def batches(step: int, mesh: Mesh, rows: int = 16, micro: int = MICRO) -> list[Batch[torch.Tensor]]:
+def batches(
+    step: int, mesh: Mesh, rows: int = 16, micro: int = MICRO, seq_len_tokens: int = 16
+) -> list[Batch[torch.Tensor]]:
     """Return micro-batches of sequences that count in threes, divided among ranks like those of the batch loader."""
     generator = torch.Generator().manual_seed(step)
-    tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(17)) % 64
-    positions = torch.arange(16).expand(micro, 16)
-    mine = tokens.view(-1, mesh.data_ranks, micro, 17)[:, mesh.data_rank]
+    tokens = (torch.randint(0, 64, (rows, 1), generator=generator) + 3 * torch.arange(seq_len_tokens + 1)) % 64
+    positions = torch.arange(seq_len_tokens).expand(micro, seq_len_tokens)
+    mine = tokens.view(-1, mesh.data_ranks, micro, seq_len_tokens + 1)[:, mesh.data_rank]
     return [Batch(sequences[:, :-1], positions % 5, positions // 5, sequences[:, 1:]) for sequences in mine]
 
 
@@ -160,6 +163,15 @@ def time_limit_s(layouts: Collection[object]) -> float:
     return TIME_LIMIT_S + LAYOUT_S * len(layouts)
 
 
+def held_out_by_position(engine: Any, mesh: Mesh, micro: int) -> list[float]:
+    """Return held-out losses of the parts of sequences at the training length, and at twice of it, with weights."""
+    longer = batches(98, mesh, micro=max(1, micro // 2), seq_len_tokens=32)
+    weights_BT = (torch.arange(32) % 8 >= 4).float().expand(longer[0].tokens_BT.shape).contiguous()  # half of the parts
+    weighted = [batch._replace(weights_BT=weights_BT) for batch in longer]
+    sums = [engine.eval_loss(each) for each in (batches(99, mesh, micro=micro), weighted)]
+    return [nats for each in sums for nats in each.nats_by_position]
+
+
 def train_layouts(mesh: Mesh, layouts: list[Layout], work_dir: str, steps: int = STEPS) -> dict[Layout, Outcome]:
     """Train each layout for some updates, one after the other in the same processes."""
     found = {}
@@ -180,12 +192,13 @@ def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outco
 
     engine, mesh_here = start(layout, mesh, run_dir)
     losses, norms = train_steps(engine, mesh_here, range(steps), layout.micro)
-    held_out = engine.eval_loss(batches(99, mesh_here, micro=layout.micro))
+    held_out = engine.eval_loss(batches(99, mesh_here, micro=layout.micro)).mean_nats
+    by_position = held_out_by_position(engine, mesh_here, layout.micro)
     engine.save(run_dir, steps)
     if not mesh.is_main:
-        return Outcome(losses, norms, held_out, None)
+        return Outcome(losses, norms, held_out, by_position, None)
     (run_dir / "config.yaml").write_text(dump_yaml(run_config(layout, run_dir)))
-    return Outcome(losses, norms, held_out, read_weights(find_checkpoint(run_dir)))
+    return Outcome(losses, norms, held_out, by_position, read_weights(find_checkpoint(run_dir)))
 
 
 def difference(ranks: list[Outcome], expected: Outcome) -> Difference:

@@ -6,10 +6,11 @@ from types import SimpleNamespace
 import torch
 
 from megatron_bipe.checkpoint.find import find_checkpoint, step_folder
-from megatron_bipe.engine.interface import StepResult
+from megatron_bipe.engine.interface import LossSums, StepResult
 from megatron_bipe.errors import DataError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.runtime.host_collectives import HostCollectives
+from megatron_bipe.train.validation import Validation
 from megatron_bipe.types import Batch
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
@@ -20,6 +21,7 @@ class Notes:
     """Engine, batch loader and watchdog in one, which records all calls in order."""
 
     has_valid, host = True, HostCollectives(MAIN)
+    validations = (Validation("valid", 1024, None, None),)
 
     def __init__(self, run_dir, bad_samples=()):
         self.calls, self.run_dir, self.bad_samples, self.loop_states = [], run_dir, bad_samples, {}
@@ -40,7 +42,7 @@ class Notes:
         for number, _ in enumerate(batches):
             self.calls.append(("eval", number))
             self.in_validation()
-        return 1.0
+        return LossSums([1.0] * 16, [1.0] * 16)
 
     def save(self, run_dir, step, *, loop_state, final):
         self.calls.append(("save", step, final))
@@ -69,7 +71,7 @@ class Notes:
     def train_batches(self, first_sample):
         return first_sample
 
-    def valid_batches(self):
+    def valid_batches(self, validation):
         return range(1)
 
     def sequences(self, first_sample):
@@ -86,6 +88,7 @@ class NumberedBatches:
     """Batch loader whose batches consist of the number of their first sample, and which records its reads."""
 
     has_valid, num_valid = True, 3
+    validations = (Validation("valid", 4, None, None),)
 
     def __init__(self, global_batch=6, num_micro_batches=3):
         self.global_batch, self.num_micro_batches = global_batch, num_micro_batches
@@ -99,7 +102,8 @@ class NumberedBatches:
         for sample in range(first_sample, first_sample + self.global_batch, step):
             yield self._batch(sample)
 
-    def valid_batches(self):
+    def valid_batches(self, validation):
+        assert validation in self.validations
         for number in range(self.num_valid):
             self.num_valid_read += 1
             yield self._batch(1000 + number)

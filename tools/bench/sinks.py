@@ -26,10 +26,11 @@ from bench._bench import describe_machine, median_seconds
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.parallel import Mesh
+from megatron_bipe.run_files import START
 from megatron_bipe.text_table import text_table
 from megatron_bipe.train.alerts import Alerts
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import SAVED, START, Events, Line
+from megatron_bipe.train.metrics_file import SAVED, Events, Line
 from megatron_bipe.train.trackers import History, InBackground, Sink
 from megatron_bipe.train.train_state import TrainState
 

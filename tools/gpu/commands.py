@@ -14,9 +14,9 @@ from bench._bench import VOCAB_SIZE, make_dataset
 from gpu.check import ROOT, TOY, Check, last_line
 from megatron_bipe.checkpoint.find import find_checkpoint
 from megatron_bipe.data.tokenizer import load_tokenizer
+from megatron_bipe.run_files import METRICS
 from megatron_bipe.runtime.child_processes import ChildProcess, run_command
 from megatron_bipe.runtime.environment import DEVICE
-from megatron_bipe.train.metrics_file import METRICS
 
 SAVE_EVERY, KILL_AT, STOP_AT, STEPS = 5, 8, 12, 60
 LOSS, POLL_S = "loss/train_nats", 0.005

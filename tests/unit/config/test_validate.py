@@ -87,6 +87,22 @@ def test_validate_default_run_passes_and_accumulates():
         (["train.global_batch=20"], ["train.global_batch=20", "train.micro_batch=8", 2, 16]),
         (["train.global_batch=24"], ["train.global_batch=24", "train.micro_batch=8", 2, 16]),
         (["data.path=a", "data.valid_path=a"], ["data.valid_path=a"]),
+        (["data.path=a", "data.valid={b: b, other: ./a}"], ["data.valid.other=a"]),
+        (["data.valid_path=b", "data.valid={c: d}"], ["data.valid_path=b", "data.valid={c: d}"]),
+        (["train.valid_lengths=[64, 32, 64]"], ["train.valid_lengths=[64, 32, 64]", 64]),
+        (["train.valid_lengths=[1]"], ["train.valid_lengths=[1]"]),
+        (
+            ["model.encoding=learned", "train.valid_lengths=[512, 2048]"],
+            ["train.valid_lengths=[512, 2048]", 1024, "model.encoding=learned"],
+        ),
+        (
+            ["parallel.context=2", "train.valid_lengths=[1024, 1025]"],
+            ["train.valid_lengths=1025", "parallel.context=2"],
+        ),
+        (
+            ["parallel.tensor=2", "parallel.sequence=true", "train.valid_lengths=[33]"],
+            ["train.valid_lengths=33", "parallel.tensor=2"],
+        ),
         (
             ["model.encoding=bipe_alibi", "train.seq_len_tokens=65600", "model.intra_size=65600"],
             ["train.seq_len_tokens=65600", 65536, "model.encoding=bipe_alibi"],

@@ -187,7 +187,7 @@ def test_batch_loader_validation_on_examples_weights_answers_over_all_sequences(
     run = _run(folder)
     data = run.data.model_copy(update={"valid_path": tmp_path / "held-out"})
     loader = BatchLoader(run.model_copy(update={"data": data}), _mesh())
-    weights = torch.cat([batch.weights_BT for batch in loader.valid_batches()])
+    weights = torch.cat([batch.weights_BT for batch in loader.valid_batches(*loader.validations)])
     assert weights.shape == (4, SEQ)
     assert weights.mean() == pytest.approx(1, rel=1e-6)
 

@@ -17,7 +17,8 @@ from megatron_bipe.eval.follow import Evaluation, Pace, follow
 from megatron_bipe.eval.follow_kinds import perplexities
 from megatron_bipe.eval.perplexity import EvalSettings, evaluate_perplexity
 from megatron_bipe.io import locked
-from megatron_bipe.train.metrics_file import DONE, START, Events
+from megatron_bipe.run_files import DONE, START
+from megatron_bipe.train.metrics_file import Events
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.errors import assert_warned, raises
 

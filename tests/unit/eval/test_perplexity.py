@@ -132,7 +132,7 @@ def test_max_tokens_equals_a_dataset_of_some_whole_documents(
     whole = evaluate_perplexity(eval_model, some, 9, EvalSettings(protocol=protocol))
     assert limited[1:3] == whole[1:3]
     assert limited[4:8] == whole[4:8]
-    assert limited.bits_per_byte is None
+    assert limited.bits_per_byte == pytest.approx(whole.bits_per_byte)  # each token has 3 bytes
     by_document = evaluate_documents(eval_model, make_dataset(documents), 9, settings)
     assert by_document.perplexity == evaluate_documents(eval_model, some, 9, EvalSettings(protocol=protocol)).perplexity
 
@@ -148,8 +148,15 @@ def test_bits_per_byte_is_all_losses_over_the_raw_text(make_dataset, make_eval_m
     assert result.bits_per_byte == pytest.approx(result.nats_per_token * 172 / math.log(2) / (3 * 173))
 
 
-@pytest.mark.parametrize("settings", [EvalSettings(max_tokens=172), EvalSettings(protocol="reference")])
-def test_bits_per_byte_of_a_part_is_none(make_dataset, make_eval_model, documents, settings):
+def test_bits_per_byte_of_a_part_is_over_the_mean_bytes_of_its_tokens(make_dataset, make_eval_model, documents):
+    result = evaluate_perplexity(make_eval_model(), make_dataset(documents), 9, EvalSettings(max_tokens=172))
+    assert result.num_tokens_read < 173
+    total_nats = result.nats_per_token * result.num_predictions
+    assert result.bits_per_byte == pytest.approx(total_nats / math.log(2) / (3 * result.num_tokens_read))
+
+
+def test_bits_per_byte_of_tokens_without_predictions_is_none(make_dataset, make_eval_model, documents):
+    settings = EvalSettings(protocol="reference")
     assert evaluate_perplexity(make_eval_model(), make_dataset(documents), 9, settings).bits_per_byte is None
 
 

@@ -98,6 +98,15 @@ def test_training_runs_the_same_code_before_and_after_a_validation_of_another_sh
     assert train() == before and len(before) == 2
 
 
+def test_each_of_more_shapes_than_torch_compiles_by_default_is_compiled(compiled):
+    with torch.no_grad():
+        for rows in range(1, 13):
+            logits, labels = torch.randn(1, rows, VOCABULARY), torch.arange(rows)[None]
+            found = token_losses(logits, labels, compiles=True)
+            assert_close(found, token_losses(logits, labels), rtol=1e-5, atol=1e-6)
+    assert compiled() == 12
+
+
 @with_inductor
 @pytest.mark.parametrize("compiles", [False, True])
 def test_logits_that_are_not_finite_give_the_values_of_float64(compiled, compiles):

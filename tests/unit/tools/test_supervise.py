@@ -14,11 +14,11 @@ import pytest
 
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.io import locked
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.child_processes import STOP_SIGNALS
 from megatron_bipe.train import supervise as supervise_module
 from megatron_bipe.train import supervised_launch
 from megatron_bipe.train.alerts import Alerts
-from megatron_bipe.train.metrics_file import read_events
 from tests.helpers.paths import ROOT
 from tests.helpers.tools import assert_refuses, call_tool
 from tests.helpers.webhook import hang, status, webhook

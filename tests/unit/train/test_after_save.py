@@ -11,9 +11,10 @@ from megatron_bipe.checkpoint.find import list_steps, step_folder
 from megatron_bipe.checkpoint.shard_files import KINDS, Fragment
 from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config import CheckpointConfig
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.host_collectives import HostCollectives
 from megatron_bipe.train.after_save import AfterSave
-from megatron_bipe.train.metrics_file import Events, RunObserver, read_events
+from megatron_bipe.train.metrics_file import Events, RunObserver
 from tests.helpers.checkpoints import checkpoint_info
 from tests.helpers.errors import assert_warned
 from tests.helpers.loop import MAIN

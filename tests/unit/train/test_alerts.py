@@ -9,10 +9,11 @@ import pytest
 from megatron_bipe.config.load import dump_yaml, load_run_config
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.training_facts import recipe
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train import alerts, metrics_file
 from megatron_bipe.train.alerts import Alerts, keep_webhook, kept_webhook, message, record_and_alert, webhook_of
-from megatron_bipe.train.metrics_file import Events, read_events
+from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.trainer import Trainer
 from tests.helpers.errors import assert_warned, raises

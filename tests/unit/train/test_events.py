@@ -8,8 +8,9 @@ from pathlib import Path
 import orjson
 
 from megatron_bipe import io
+from megatron_bipe.run_files import EVENTS, read_events
 from megatron_bipe.train import metrics_file
-from megatron_bipe.train.metrics_file import EVENTS, Events, RunObserver, read_events, record_failure
+from megatron_bipe.train.metrics_file import Events, RunObserver, record_failure
 from tests.helpers.errors import assert_warned
 
 

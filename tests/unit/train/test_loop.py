@@ -8,17 +8,20 @@ import pytest
 
 from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.engine.interface import LossSums
 from megatron_bipe.errors import HealthError
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.child_processes import STOP_SIGNALS
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import Events, read_events
+from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.read_ahead import ReadAhead
 from megatron_bipe.train.rollback import Rollback
 from megatron_bipe.train.schedule import learning_rate
 from megatron_bipe.train.train_state import TrainState
 from megatron_bipe.train.trainer import Trainer
+from megatron_bipe.train.validation import Validation
 from tests.helpers.errors import assert_warned, raises
 from tests.helpers.loop import MAIN, Notes, NumberedBatches
 
@@ -61,6 +64,39 @@ def test_train_records_each_validation(start):
     done = start()
     events = [event for event in read_events(done.run_dir) if event["event"] == "validation"]
     assert [(event["step"], event["loss_nats"]) for event in events] == [(2, 1.0), (4, 1.0), (6, 1.0)]
+
+
+def test_train_records_all_lengths_of_the_first_validation_set(start):
+    notes = Notes(None)
+    notes.validations = [Validation(name, length, None, None) for name in ("a", "b") for length in (512, 1024)]
+    sums = iter([LossSums([nats] * 16, [1.0] * 16) for nats in (3.0, 2.0, 5.0, 6.0)] * 3)
+    notes.eval_loss = lambda batches: next(sums)
+    done = start(notes=notes)
+    events = [event for event in read_events(done.run_dir) if event["event"] == "validation"]
+    assert [event["step"] for event in events] == [2, 4, 6]
+    for event in events:
+        assert (event["loss_nats"], event["set"]) == (2.0, "a")
+        assert event["nats_by_length"] == {"512": 3.0, "1024": 2.0}
+
+
+def test_train_stopped_between_validations_repeats_all_of_them(start, stop_request):
+    notes = Notes(None)
+    notes.validations = [Validation(name, 1024, None, None) for name in ("a", "b", "c")]
+    notes.valid_batches = lambda _: range(2)
+    evaluated = []
+
+    def interrupt():
+        evaluated.append(None)
+        if len(evaluated) == 3:  # the first batch of the second set
+            signal.raise_signal(signal.SIGTERM)
+
+    notes.in_validation = interrupt
+    done = start(stop_request=stop_request, notes=notes)
+    assert notes.names == ["step", "step", "eval", "eval", "eval", "save"] and done.end.valid_owed
+    assert '"loss/valid_nats"' not in (done.run_dir / "metrics.jsonl").read_text()
+    notes.calls.clear()
+    again = start(state=TrainState.at(2, 256, notes.loop_states[step_folder(done.run_dir, 2)]), notes=notes, stop=2)
+    assert notes.names == ["eval"] * 6 and not again.end.valid_owed
 
 
 def test_train_stopped_early_saves_and_keeps_the_schedule(start):
@@ -115,7 +151,7 @@ def test_train_asked_to_stop_while_it_saves_does_one_more_step_whose_checkpoint_
 
 def test_train_stopped_in_a_validation_aborts_it_and_marks_it_pending(start, stop_request):
     notes = Notes(None)
-    notes.valid_batches = lambda: range(100)
+    notes.valid_batches = lambda _: range(100)
     notes.in_validation = lambda: signal.raise_signal(signal.SIGTERM)
     done = start(stop_request=stop_request, notes=notes)
     assert notes.names == ["step", "step", "eval", "save"] and done.end.valid_owed

@@ -18,6 +18,7 @@ from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics import Metrics
 from megatron_bipe.train.metrics_file import MetricsFile
 from megatron_bipe.train.train_state import TrainState
+from megatron_bipe.train.validation import ValidResult
 from tests.helpers.errors import assert_warned
 
 MAIN = Mesh(0, 0, 1, 1, torch.device("cpu"))
@@ -46,9 +47,13 @@ def _do(run, steps, start=0, mesh=MAIN, valid_owed=False, began_at_s=None):
     return metrics
 
 
+def _result(name="valid", length_tokens=1024, nats=2.0, bits_per_byte=0.75, by_position=None):
+    return ValidResult(name, length_tokens, nats, by_position or [nats] * 16, bits_per_byte)
+
+
 def test_metrics_every_step_has_one_line_with_units(run):
     metrics = _do(run, [1, 2, 3])
-    metrics.valid(3, 2.0)
+    metrics.valid(3, [_result()])
     metrics.close()
     lines = _lines(run)
     assert [(line["step"], line.get("loss/train_nats")) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0), (3, None)]
@@ -57,6 +62,41 @@ def test_metrics_every_step_has_one_line_with_units(run):
     keys = {"optim/lr", "optim/grad_norm", "time/step_s", "rate/tokens_per_s", "mem/peak_gib", "util/mfu"}
     assert keys | {"run/goodput"} <= set(lines[0])
     assert lines[3]["valid/perplexity"] == pytest.approx(7.389, abs=1e-3)
+
+
+def test_metrics_of_a_validation_are_one_line_with_all_sets_and_lengths(run, caplog):
+    by_position = [float(part) for part in range(15)] + [math.nan]
+    results = [
+        *(_result("a", length, nats, by_position=by_position) for length, nats in ((256, 3.0), (1024, 2.0))),
+        *(_result("b", length, 5.0, None) for length in (256, 1024)),
+    ]
+    metrics = _do(run, [1])
+    with caplog.at_level("INFO"):
+        metrics.valid(1, results)
+    metrics.close()
+    *_, line = _lines(run)
+    assert line["loss/valid_nats"] == 2.0 and line["valid/perplexity"] == math.exp(2.0)  # at the training length
+    for each in results:
+        key = f"valid/{each.name}/{each.length_tokens}"
+        assert (line[f"{key}/nats"], line[f"{key}/perplexity"]) == (each.nats, math.exp(each.nats))
+        assert line.get(f"{key}/bits_per_byte") == each.bits_per_byte
+    assert line["valid/a/256/nats_by_position"] == [*by_position[:15], None]
+    assert "valid/b/256/bits_per_byte" not in line and len(_lines(run)) == 2
+    for part in range(15):
+        assert _scalars(run, f"valid/a/256/nats_by_position/{part:02}") == [(1, part)]
+    assert _scalars(run, "valid/a/256/nats") == [(1, 3.0)] and _scalars(run, "valid/a/256/nats_by_position") == []
+    [message] = [message for message in caplog.messages if "validation" in message]
+    assert "2.0000" in message and "7.39" in message and "20.09 at 256" in message and "148.41" not in message
+
+
+def test_metrics_of_a_validation_are_shown_again_after_a_restart(run):
+    metrics = _do(run, [1])
+    metrics.valid(1, [_result(by_position=[1.0] * 15 + [math.nan])])
+    metrics.close()
+    _do(run, [], start=1).close()
+    assert _scalars(run, "valid/valid/1024/nats_by_position/14") == [(1, 1.0)]
+    [(step, empty)] = _scalars(run, "valid/valid/1024/nats_by_position/15")
+    assert step == 1 and math.isnan(empty)
 
 
 def test_metrics_lines_say_when_they_were_written_and_tensorboard_does_not(run, monkeypatch):
@@ -146,11 +186,11 @@ def test_metrics_restart_keeps_what_follows_a_damaged_line(run, damage, caplog):
 @pytest.mark.parametrize("pending", [False, True])
 def test_metrics_restart_keeps_the_validation_of_its_step_unless_it_is_pending(run, pending):
     metrics = _do(run, [1, 2])
-    metrics.valid(2, 2.0)
+    metrics.valid(2, [_result()])
     metrics.close()
     again = _do(run, [], start=2, valid_owed=pending)
     if pending:
-        again.valid(2, 2.0)
+        again.valid(2, [_result()])
     again.close()
     assert [("loss/valid_nats" in line) for line in _lines(run)] == [False, False, True]
     assert _scalars(run, "loss/valid_nats") == [(2, 2.0)]

@@ -7,10 +7,10 @@ import pytest
 
 from megatron_bipe.config import load_run_config
 from megatron_bipe.data.manifest import DataRecord
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.hardware import Choices, CompileChoice, PrecisionChoice
 from megatron_bipe.runtime.preemption import StopRequest
 from megatron_bipe.train import provenance
-from megatron_bipe.train.metrics_file import read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.provenance import Given, describe_start, git_state, hide_secrets, last_line, own_settings
 from megatron_bipe.train.trainer import Trainer

@@ -16,6 +16,7 @@ from tests.helpers.errors import raises
 from tests.helpers.loop import NumberedBatches
 
 CPU = torch.device("cpu")
+[VALID] = NumberedBatches.validations
 
 
 def _first_tokens(batches):
@@ -41,10 +42,11 @@ def test_batches_are_those_of_the_loader_across_updates_rollbacks_and_validation
     with ReadAhead(loader, _unchanged) as ahead:
         for sample in (0, 6, 12, 6, 36):  # two updates in order, a rollback, and skipped samples
             assert _first_tokens(ahead.train_batches(sample)) == _first_tokens(loader.train_batches(sample))
-            assert _first_tokens(ahead.valid_batches()) == _first_tokens(loader.valid_batches())
+            assert _first_tokens(ahead.valid_batches(VALID)) == _first_tokens(loader.valid_batches(VALID))
         next(ahead.train_batches(42))  # an update that ends early
         assert _first_tokens(ahead.train_batches(42)) == [42, 44, 46]
-        assert ahead.has_valid and ahead.sequences(7).tolist() == loader.sequences(7).tolist()
+        assert ahead.has_valid and ahead.validations == loader.validations
+        assert ahead.sequences(7).tolist() == loader.sequences(7).tolist()
 
 
 def test_reading_goes_on_while_a_batch_is_used_and_across_the_end_of_an_update(loader):
@@ -87,7 +89,7 @@ def test_damage_that_is_found_after_a_batch_was_read_is_raised_before_it_is_used
         with raises(DataError, "damaged", location="shard"):
             next(batches)
         with raises(DataError, "damaged", location="shard"):
-            next(ahead.valid_batches())
+            next(ahead.valid_batches(VALID))
 
 
 def test_thread_ends_with_a_block_that_fails_while_it_reads(loader):
@@ -108,7 +110,7 @@ def test_thread_ends_with_a_block_that_fails_while_it_reads(loader):
 def test_validation_that_is_stopped_reads_no_more(loader):
     loader.num_valid = 100
     with ReadAhead(loader, _unchanged) as ahead:
-        for number, _ in enumerate(ahead.valid_batches()):
+        for number, _ in enumerate(ahead.valid_batches(VALID)):
             if number == 2:
                 break
         assert _first_tokens(ahead.train_batches(0)) == [0, 2, 4]
@@ -121,7 +123,7 @@ def test_reading_time_is_the_time_that_training_waited(loader, monkeypatch):
     with ReadAhead(loader, _unchanged) as ahead:
         list(ahead.train_batches(0))
         assert ahead.reading_time_s() == loader.num_micro_batches  # a tick each, of the thread that trains
-        list(ahead.valid_batches())
+        list(ahead.valid_batches(VALID))
         assert ahead.reading_time_s() == 0
 
 

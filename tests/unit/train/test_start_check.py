@@ -53,6 +53,8 @@ def test_check_start_of_a_run_that_can_start_and_resume_is_silent(make):
     [
         (["data.path=ABSENT"], DataError, []),
         (["data.valid_path=ABSENT"], DataError, []),
+        (["data.valid_path=null", "data.valid={a: ABSENT, b: MISSING}"], ConfigError, ["ABSENT", "MISSING"]),
+        (["train.valid_lengths=[8, 100000]"], DataError, [100_000]),
         (["train.seq_len_tokens=100000", "model.intra_size=100000"], DataError, [100_000]),
         (["model.vocab_size=8"], ConfigError, ["model.vocab_size=8"]),
         (["data.segments=fixed:3"], ConfigError, ["fixed:3"]),
@@ -97,6 +99,11 @@ def test_start_warnings_tell_of_another_validation_in_a_resumed_run(make, tmp_pa
     begin(make(), 10)
     path, samples = start_warnings(changed)
     assert str(tmp_path / "valid") in path and str(tmp_path / "data") in path and "512" in samples and "64" in samples
+    same = make("data.valid_path=null", f"data.valid={{valid: {tmp_path / 'valid'}}}", "train.valid_lengths=[8]")
+    assert start_warnings(same) == []
+    [lengths] = start_warnings(make("train.valid_lengths=[8, 16]"))
+    assert "train.valid_lengths" in lengths and "[8]" in lengths and "[8, 16]" in lengths
+    assert start_warnings(make("data.valid_path=null")) != []
 
 
 def test_start_warnings_tell_of_a_disk_that_is_too_small(make):

@@ -17,9 +17,10 @@ from megatron_bipe.config import RunConfig
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.engine.interface import StepResult
 from megatron_bipe.errors import ConfigError
+from megatron_bipe.run_files import read_lines
 from megatron_bipe.train import trackers
 from megatron_bipe.train.metrics import Metrics
-from megatron_bipe.train.metrics_file import read_lines, valid_key
+from megatron_bipe.train.metrics_file import valid_key
 from megatron_bipe.train.tensorboard_file import Board
 from megatron_bipe.train.trackers import InBackground, check_trackers, open_trackers, scalars
 from megatron_bipe.train.train_state import TrainState

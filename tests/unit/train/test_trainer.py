@@ -3,8 +3,8 @@
 import pytest
 
 from megatron_bipe.config.load import load_run_config
+from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.preemption import StopRequest
-from megatron_bipe.train.metrics_file import read_events
 from megatron_bipe.train.profile import Profile
 from megatron_bipe.train.train_state import TrainState
 from megatron_bipe.train.trainer import Trainer
