@@ -116,6 +116,11 @@ def load_index(folder: Path) -> CheckpointManifest:
     return index
 
 
+def read_fingerprint(folder: Path) -> str:
+    """Return the SHA-256 of a checkpoint's index, which identifies all its bytes; the index is not verified."""
+    return (folder / CHECKSUM_NAME).read_text("ascii").partition(" ")[0]
+
+
 def unusable_checkpoint(folder: Path, seen: str) -> CheckpointError:
     """Return the error for a checkpoint that cannot be used, with the reason `seen`."""
     return CheckpointError(

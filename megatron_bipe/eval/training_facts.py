@@ -10,7 +10,7 @@ from megatron_bipe.config import RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import DataRecord
 
-_METRICS = "metrics.jsonl"
+_METRICS, _EVENTS = "metrics.jsonl", "events.jsonl"
 
 
 def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -> dict[str, str]:
@@ -18,6 +18,8 @@ def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -
     step, metrics = checkpoint.step, _metrics_of(checkpoint)
     tokens = metrics.get("tokens", step * run.train.global_batch * run.train.seq_len_tokens)
     facts = {"Step": f"{step:,}", "Tokens seen in training": f"{tokens:,}"}
+    if sources := _averaged(checkpoint):
+        facts = {"Mean of": ", ".join(sources)}
     if run.train.init_from is not None:
         facts["Initialized from"] = f"`{Path(run.train.init_from).name}`"
     for name, key in (("Training", "loss/train_nats"), ("Validation", "loss/valid_nats")):
@@ -46,6 +48,16 @@ def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:
     except OSError:
         return {}
     return found
+
+
+def _averaged(checkpoint: Checkpoint) -> list[str]:
+    """Return the checkpoints that tools/average.py made checkpoint 0 of; empty for a checkpoint of training."""
+    path = checkpoint.run_dir / _EVENTS
+    if checkpoint.step or not path.is_file():
+        return []
+    averages = [event for event in map(_parsed, path.read_bytes().splitlines()) if event.get("event") == "average"]
+    sources = averages[-1]["sources"] if averages else []
+    return [f"`{Path(source['run']).name}` step {source['step']:,}" for source in sources]
 
 
 def _parsed(line: bytes) -> dict[str, Any]:

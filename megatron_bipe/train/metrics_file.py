@@ -35,6 +35,7 @@ METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jso
 LOCK_FOLDER = "running"  # in the run folder, too
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"
 SAVED, SAVE_FAILED, FELL_BACK, VALIDATION = "saved", "save failed", "fell back", "validation"
+AVERAGE = "average"  # not of a launch: tools/average.py made the folder
 RECORD_WAIT_S = 5.0
 TIME = "time"  # when the line was written, seconds since 1970, as events.jsonl has it
 STEP_TIME, VALID_LOSS = "time/step_s", "loss/valid_nats"

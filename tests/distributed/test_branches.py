@@ -1,0 +1,116 @@
+"""A branch of a run: trunk and branch together equal one run with the same schedule, bit for bit."""
+
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+
+from megatron_bipe.checkpoint.find import list_steps, step_folder
+from megatron_bipe.parallel.mesh import Mesh
+from megatron_bipe.train.metrics_file import read_events
+from tests.helpers.docs import assert_events_are_documented
+from tests.helpers.faults import SampleFault
+from tests.helpers.ranks import run_ranks
+from tests.helpers.small_runs import metrics, state, train_in_rank
+from tests.helpers.tiers import selected, slow
+
+AT, STEPS = 4, 10
+STABLE = "optimizer.warmup_steps=2", "optimizer.lr=3e-3", "train.valid_every=2", "train.valid_samples=8"
+COOL_DOWN = "optimizer.decay=1-sqrt", f"optimizer.decay_start={AT}"
+FAULT = SampleFault("loss", 0, 40, 56)  # of steps 6 and 7
+LAYOUTS: dict[str, tuple[tuple[str, ...], int]] = {
+    "data": ((), 1),
+    "ZeRO 0": ((), 0),
+    "ZeRO 3": ((), 3),
+    "pipeline": (("parallel.pipeline=2",), 0),
+    "tensor": (("parallel.tensor=2",), 2),
+}
+NAMES = ["data", "pipeline", *slow(["ZeRO 0", "ZeRO 3", "tensor"])]
+
+
+class Part(NamedTuple):
+    """A launch of one of the runs."""
+
+    run_dir: str
+    settings: tuple[str, ...]
+    zero: int
+    stop: int
+    fault: SampleFault | None = None
+
+
+def train_parts(mesh: Mesh, parts: list[Part], data: str) -> None:
+    for part in parts:
+        settings = (*STABLE, f"data.valid_path={data}/valid", *part.settings)
+        train_in_rank(mesh, data, part.run_dir, settings, part.zero, STEPS, part.stop, part.fault)
+
+
+@pytest.fixture(scope="module")
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, train_and_valid: Path) -> Path:
+    """Return the folder of all runs: in each layout a trunk, a branch in three launches, and one run of both."""
+    folder = tmp_path_factory.mktemp("branches")
+    names = [name for name in LAYOUTS if name in selected(request, "name")]  # data parallelism first
+
+    def train(run: str, stop: int, *settings: str, **fault: Any) -> list[Part]:
+        saves = "train.save_every=100" if fault else "train.save_every=2"
+        given = [(f"{folder}/{name}/{run}", name, *LAYOUTS[name]) for name in names]
+        return [
+            Part(run_dir, (saves, *layout, *(s.replace("LAYOUT", name) for s in settings)), zero, stop, **fault)
+            for run_dir, name, layout, zero in given
+        ]
+
+    def launch(*parts: list[Part]) -> None:
+        together = [part for parts_of_layout in zip(*parts, strict=True) for part in parts_of_layout]
+        run_ranks(train_parts, 2, folder / "ranks", parts=together, data=str(train_and_valid))
+
+    of_trunk = (*COOL_DOWN, f"train.branch_from={folder}/LAYOUT/trunk@{AT}")
+    launch(
+        train("trunk", AT + 2, "optimizer.decay=constant"),
+        train("single", STEPS, *COOL_DOWN),
+        train("branch", AT + 1, *of_trunk),
+        train("rolled back", STEPS, *of_trunk, "health.patience=2", fault=FAULT),
+    )
+    for name in names:  # as if the branch had been killed before its first checkpoint
+        shutil.rmtree(folder / name / "branch" / "checkpoints")
+    launch(train("branch", AT + 3, *of_trunk))
+    for name in names:  # a branch with a checkpoint does not need the trunk
+        shutil.rmtree(step_folder(folder / name / "trunk", AT))
+    launch(train("branch", STEPS, *of_trunk))
+    return folder
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_trunk_and_branch_equal_one_run_bit_for_bit(folder: Path, name: str) -> None:
+    trunk, branch, single = (folder / name / run for run in ("trunk", "branch", "single"))
+    expected = metrics(single)
+    of_trunk = [line for line in metrics(trunk) if line["step"] <= AT]
+    assert [*of_trunk, *metrics(branch)] == expected
+    assert min(line["step"] for line in metrics(branch)) == AT + 1
+    assert [line["step"] for line in expected if "loss/train_nats" in line] == list(range(1, STEPS + 1))
+    assert expected[-2]["optim/lr"] < expected[AT + 2]["optim/lr"]  # it cools down
+    found, wanted = state(branch), state(single)
+    assert found.keys() == wanted.keys()
+    assert [key for key in wanted if not torch.equal(found[key], wanted[key])] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_starts_of_a_branch_record_where_it_begins(folder: Path, name: str) -> None:
+    starts = [event for event in read_events(folder / name / "branch") if event["event"] == "start"]
+    assert [start["step"] for start in starts] == [AT, AT, AT + 3]
+    origins = [start.get("branch_from") for start in starts]
+    assert origins[0] == origins[1] and origins[2] is None
+    assert (origins[0]["run"], origins[0]["step"]) == (str(folder / name / "trunk"), AT)
+    assert len(origins[0]["fingerprint"]) == 64
+    assert_events_are_documented(folder / name / "branch")
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_branch_without_a_checkpoint_rolls_back_to_the_trunk(folder: Path, name: str) -> None:
+    run_dir = folder / name / "rolled back"
+    (back,) = [event for event in read_events(run_dir) if event["event"] == "return"]
+    assert (back["step"], back["to_step"], back["samples"]) == (7, AT, [40, 56])
+    found = [line for line in metrics(run_dir) if "loss/train_nats" in line]
+    assert [line["step"] for line in found] == list(range(AT + 1, STEPS + 1))
+    assert [line["data/samples"] for line in found] == [40, *range(64, 97, 8)]
+    assert list_steps(run_dir) == [STEPS]
