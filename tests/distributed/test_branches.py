@@ -8,13 +8,18 @@ import pytest
 import torch
 
 from megatron_bipe.checkpoint.find import list_steps, step_folder
+from megatron_bipe.checkpoint.manifest import read_fingerprint
+from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.parallel.mesh import Mesh
 from megatron_bipe.train.metrics_file import read_events
+from tests.helpers.commands import options
 from tests.helpers.docs import assert_events_are_documented
+from tests.helpers.errors import assert_error
 from tests.helpers.faults import SampleFault
 from tests.helpers.ranks import run_ranks
-from tests.helpers.small_runs import metrics, state, train_in_rank
+from tests.helpers.small_runs import losses, metrics, state, train_in_rank
 from tests.helpers.tiers import selected, slow
+from tests.helpers.tools import pretrain_error, run_pretrain
 
 AT, STEPS = 4, 10
 STABLE = "optimizer.warmup_steps=2", "optimizer.lr=3e-3", "train.valid_every=2", "train.valid_samples=8"
@@ -114,3 +119,49 @@ def test_branch_without_a_checkpoint_rolls_back_to_the_trunk(folder: Path, name:
     assert [line["step"] for line in found] == list(range(AT + 1, STEPS + 1))
     assert [line["data/samples"] for line in found] == [40, *range(64, 97, 8)]
     assert list_steps(run_dir) == [STEPS]
+
+
+def test_pretrain_branches_resumes_and_refuses(tmp_path: Path, train_and_valid: Path) -> None:
+    """Ask one trunk many things, since each launch takes seconds."""
+    data, trunk, run_dir = train_and_valid / "train", tmp_path / "trunk", tmp_path / "branch"
+    constant = options(data, trunk, "optimizer.decay=constant", "train.save_every=2", steps=4)
+    run_pretrain(constant, tmp_path / "first")
+
+    def branch(*settings: str, folder: Path = run_dir, step: int = 2, data: Path = data, steps: int = 5) -> list[str]:
+        decay = "optimizer.decay=1-sqrt", f"optimizer.decay_start={step}"
+        return options(data, folder, *decay, f"train.branch_from={trunk}@{step}", *settings, steps=steps)
+
+    [planned] = run_pretrain([*branch(), "--dry-run"], tmp_path / "dry")
+    assert "branch_from" in planned.output and not run_dir.exists()
+    for arguments, kind, observed in (
+        (branch(step=3), CheckpointError, ["2, 4", 3]),
+        (branch(steps=2, step=1), CheckpointError, [1]),
+        (branch("model.num_layers=1"), CheckpointError, ["model.num_layers"]),
+        (branch("train.seed=1"), CheckpointError, ["train.seed"]),
+        (branch("optimizer.lr=1e-3"), CheckpointError, ["optimizer.lr"]),
+        (branch(data=train_and_valid / "valid"), CheckpointError, ["dataset"]),
+        (branch(folder=trunk), ConfigError, ["train.branch_from"]),
+        (branch(f"train.init_from={trunk}"), ConfigError, ["train.init_from"]),
+    ):
+        for more in ([], ["--dry-run"]):
+            assert_error(pretrain_error(*arguments, *more), kind, *observed)
+    assert not list_steps(run_dir) and list_steps(trunk) == [2, 4] and len(losses(trunk)) == 4
+
+    damaged = tmp_path / "damaged" / "checkpoints"
+    shutil.copytree(trunk / "checkpoints", damaged)
+    shutil.copy(trunk / "config.yaml", damaged.parent)
+    file = step_folder(damaged.parent, 2) / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"x")
+    [refused] = run_pretrain(branch(f"train.branch_from={damaged.parent}@2"), tmp_path / "bad", code=2)
+    assert file.name in refused.output and "Traceback" not in refused.output
+
+    [first] = run_pretrain([*branch(), "--stop-step", 4], tmp_path / "second")
+    assert f"{trunk}@2" in first.output and "step 4 of 5" in first.output
+    fingerprint = read_fingerprint(step_folder(trunk, 2))
+    shutil.rmtree(trunk)
+    [second] = run_pretrain(branch(), tmp_path / "third")
+    assert "continuing" in second.output and f"step-{5:08d}" in second.output
+    starts = [event for event in read_events(run_dir) if event["event"] == "start"]
+    origin = {"run": str(trunk), "step": 2, "fingerprint": fingerprint}
+    assert [(start["step"], start.get("branch_from")) for start in starts[-2:]] == [(2, origin), (4, None)]
+    assert [line["step"] for line in metrics(run_dir)] == [3, 4, 5]
