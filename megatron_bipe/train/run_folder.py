@@ -97,8 +97,8 @@ def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_
         progress=partial(last_step_text, run.run_dir),
     )
     with lock if is_main else nullcontext():
+        check_branch(run, record, allow)  # first: it names a run that would branch from itself
         check_same_run(run, record, allow)
-        check_branch(run, record, allow)
         yield
 
 

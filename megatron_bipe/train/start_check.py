@@ -67,8 +67,8 @@ def _problems(run: RunConfig, mesh: Mesh, allow: Collection[str]) -> Iterator[Bi
         yield error
     checks: list[Callable[[], object]] = [
         lambda: open_tokenizer(loader.dataset) if loader else None,
-        lambda: check_same_run(run, loader.record if loader else None, allow),
         lambda: check_branch(run, loader.record if loader else None, allow),
+        lambda: check_same_run(run, loader.record if loader else None, allow),
         lambda: _check_writable(run),
         lambda: find_model(run.train.init_from) if run.train.init_from and not list_steps(run.run_dir) else None,
     ]
