@@ -37,8 +37,8 @@ class Engine(Protocol):
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         """Return the checkpoint that the run continues, verified byte by byte: its newest valid one.
 
-        A run without checkpoints continues the one that `train.branch_from` names, whose `run_dir` is another; without
-        a branch it begins anew: None.
+        A run without checkpoints continues the one that `train.branch_from` names, whose `run_dir` is another; None
+        without a branch.
 
         Raises:
             CheckpointError: on all ranks, if there are checkpoints but none is valid, or if that of the branch is not.
