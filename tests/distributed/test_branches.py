@@ -24,7 +24,7 @@ from tests.helpers.tools import pretrain_error, run_pretrain
 AT, STEPS = 4, 10
 STABLE = "optimizer.warmup_steps=2", "optimizer.lr=3e-3", "train.valid_every=2", "train.valid_samples=8"
 COOL_DOWN = "optimizer.decay=1-sqrt", f"optimizer.decay_start={AT}"
-FAULT = SampleFault("loss", 0, 40, 56)  # of steps 6 and 7
+FAULT = SampleFault("loss", 1, 40, 56)  # of steps 6 and 7
 LAYOUTS: dict[str, tuple[tuple[str, ...], int]] = {
     "data": ((), 1),
     "ZeRO 0": ((), 0),
