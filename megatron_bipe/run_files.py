@@ -22,6 +22,7 @@ from megatron_bipe.io import read_again
 METRICS, EVENTS, EVALUATIONS = "metrics.jsonl", "events.jsonl", "evaluations.jsonl"
 LOCK_FOLDER = "running"
 START, STOP, DONE, FAILED = "start", "stop", "done", "failed"  # events of a launch
+AVERAGE = "average"  # event: tools/average.py made the folder
 TIME = "time"  # when the line was written, seconds since 1970
 TAIL_BYTES = 1 << 18  # more than a thousand lines of steps
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 
 from megatron_bipe.checkpoint.commit import superseded
-from megatron_bipe.checkpoint.find import list_steps
+from megatron_bipe.checkpoint.find import branch_step, list_steps
 from megatron_bipe.checkpoint.shard_files import KINDS
 from megatron_bipe.config import RunConfig
 
@@ -74,7 +74,7 @@ def plan_disk(run: RunConfig, num_parameters: int) -> DiskPlan:
         num_parameters: parameters of the model.
     """
     existing, config = list_steps(run.run_dir), run.checkpoint
-    newest, every, steps = max(existing, default=0), run.train.save_every, run.train.steps
+    newest, every, steps = max(existing, default=branch_step(run)), run.train.save_every, run.train.steps
     planned = [*range(newest + every - newest % every, steps, every)] if every else []
     planned += [steps] if steps > newest else []
     deleted = superseded([*existing, *planned], steps, config)

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError
 from megatron_bipe.io import read_again
@@ -31,10 +32,7 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
     Raises:
         CheckpointError: there is no such run folder or checkpoint; the message lists the available steps.
     """
-    run_dir, wanted = Path(spec), ""
-    if not run_dir.is_dir():  # a folder's own name may have an @
-        name, at, step = str(spec).rpartition("@")
-        run_dir, wanted = (Path(name), step) if at else (run_dir, "")
+    run_dir, wanted = split_step(spec)
     found = {str(step): step for step in list_steps(run_dir)}
     if not wanted and found:
         return newest_first(run_dir)[0]
@@ -46,6 +44,38 @@ def find_checkpoint(spec: str | Path) -> Checkpoint:
             location=spec,
         )
     return Checkpoint(step_folder(run_dir, found[wanted]), run_dir, found[wanted])
+
+
+def split_step(spec: str | Path) -> tuple[Path, str]:
+    """Return the run folder and the step that `RUN_DIR[@STEP]` names; "" without a step."""
+    name, at, step = str(spec).rpartition("@")
+    if Path(spec).is_dir() or not at:  # a folder's own name may have an @
+        return Path(spec), ""
+    return Path(name), step
+
+
+def find_trunk(spec: str) -> Checkpoint:
+    """Return the checkpoint `RUN_DIR@STEP` that a run branches from.
+
+    Raises:
+        CheckpointError: there is no such run folder or checkpoint, or no step is named.
+    """
+    run_dir, step = split_step(spec)
+    if is_run_dir(run_dir) and not step:
+        steps = list_steps(run_dir)
+        raise CheckpointError(
+            f"train.branch_from={spec} names no step, so a later start could begin from another one; available steps: "
+            f"{', '.join(map(str, steps)) or 'none'}",
+            remedy=f"Name the step: train.branch_from={spec}@{steps[-1] if steps else 'STEP'}",
+            location="train.branch_from",
+        )
+    return find_checkpoint(spec)
+
+
+def branch_step(run: RunConfig) -> int:
+    """Return the step after which a new run begins, without reading any file; 0 unless it is a branch."""
+    step = split_step(run.train.branch_from)[1] if run.train.branch_from else ""
+    return int(step) if step.isdecimal() else 0
 
 
 def find_model(spec: str) -> Checkpoint | None:

@@ -60,18 +60,14 @@ def latest_valid_checkpoint(
     rejected: dict[int, str] = {}
     is_unreadable = False
     for checkpoint in candidates:
-        own = _Verdict()
-        for _ in host.in_rounds(_judge(checkpoint, foreign, mesh, own)):
-            observer.progress()
-        verdicts = host.all_gather_object([own.problem, own.is_transient])
-        problems = list(dict.fromkeys(problem for problem, _ in verdicts if problem))
-        if not problems:
+        problem, is_transient = _judge_together(checkpoint, foreign, mesh, host, observer)
+        if not problem:
             if rejected and mesh.is_main:
                 _log.warning("falling back to the checkpoint of step %d: %s", checkpoint.step, _listed(rejected))
                 observer.fell_back(checkpoint.step, rejected)
             return checkpoint
-        rejected[checkpoint.step] = "; ".join(problems)
-        is_unreadable = is_unreadable or any(is_transient for _, is_transient in verdicts)
+        rejected[checkpoint.step] = problem
+        is_unreadable = is_unreadable or is_transient
     if rejected:
         raise CheckpointError(
             f"no checkpoint of the run can be resumed: {_listed(rejected)}",
@@ -80,6 +76,46 @@ def latest_valid_checkpoint(
             transient=is_unreadable,
         )
     return None
+
+
+def check_trunk(
+    trunk: Checkpoint,
+    foreign: Callable[[CheckpointManifest], str],
+    mesh: Mesh,
+    host: HostCollectives,
+    observer: Observer,
+) -> None:
+    """Verify every byte of the checkpoint that a run branches from; every rank calls this.
+
+    The parameters are those of `latest_valid_checkpoint`.
+
+    Raises:
+        CheckpointError: on all ranks, if it is damaged or does not fit the run.
+    """
+    problem, is_transient = _judge_together(trunk, foreign, mesh, host, observer)
+    if problem:
+        raise CheckpointError(
+            f"the run cannot branch from step {trunk.step}: {problem}",
+            remedy="Restore this checkpoint from a backup, or name another one with train.branch_from=RUN_DIR@STEP",
+            location=trunk.folder,
+            transient=is_transient,
+        )
+
+
+def _judge_together(
+    checkpoint: Checkpoint,
+    foreign: Callable[[CheckpointManifest], str],
+    mesh: Mesh,
+    host: HostCollectives,
+    observer: Observer,
+) -> tuple[str, bool]:
+    """Return the problems that all ranks have found with a checkpoint ("": none), and True if one may be transient."""
+    own = _Verdict()
+    for _ in host.in_rounds(_judge(checkpoint, foreign, mesh, own)):
+        observer.progress()
+    verdicts = host.all_gather_object([own.problem, own.is_transient])
+    problems = dict.fromkeys(problem for problem, _ in verdicts if problem)
+    return "; ".join(problems), any(is_transient for _, is_transient in verdicts)
 
 
 def _listed(rejected: Mapping[int, str]) -> str:

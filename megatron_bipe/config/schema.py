@@ -95,19 +95,20 @@ class OptimizerConfig(Section):
     lr: Annotated[float, Field(gt=0)] = 1e-4
     """Peak learning rate, reached at the end of the warm-up; the default is that of the published recipe."""
     min_lr: Annotated[float, Field(ge=0)] = 0.0
-    """Learning rate at the end of the decay; with 0 the rate vanishes there."""
+    """Learning rate at the end of the decay, and the lowest of inverse_sqrt; with 0 the rate vanishes there."""
     warmup_steps: NonNegative = 10_000
     """Steps of the linear warm-up from 0 to lr: 2% of the published recipe. 0: none."""
     decay: Literal["polynomial", "cosine", "1-sqrt", "inverse_sqrt", "constant"] = "polynomial"
     """Shape of the decay from decay_start down to min_lr at decay_steps. constant: lr is kept; inverse_sqrt: in
-    proportion to 1 / sqrt(step), without an end."""
+    proportion to 1 / sqrt(step) from the end of the warm-up on, without an end."""
     decay_start: NonNegative | None = None
-    """Step at which the decay starts, after a stable phase at lr; null: at the end of the warm-up."""
+    """Step at which the decay starts, after a stable phase at lr; null: at the end of the warm-up, without a stable
+    phase, as in the published recipe."""
     decay_power: Annotated[float, Field(gt=0)] = 1.0
     """Power of the polynomial decay; 1 is linear, as in the published recipe."""
     decay_steps: Positive | None = None
-    """Step at which min_lr is reached; null: train.steps. Set it if runs of different lengths follow one
-    schedule."""
+    """Step at which min_lr is reached; null: train.steps. Set it if runs of different lengths follow one schedule. It
+    has no effect on constant and inverse_sqrt."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
     """Decoupled weight decay of matrices and embeddings, multiplied by the learning rate; norm weights are not
     decayed."""
@@ -148,7 +149,7 @@ class TrainConfig(Section):
     state is new. Null: random weights. A run that has a checkpoint resumes from it instead."""
     branch_from: Folder | None = None
     """Checkpoint `RUN_DIR@STEP` of another run that a new run continues, with its weights, moments, step and samples. A
-    run that has a checkpoint resumes from it instead. Null: none."""
+    run that has a checkpoint resumes from it instead. Null: the run begins at step 0."""
     log_every: Positive = 10
     """Steps between progress lines; metrics.jsonl gets every step. Losses are read from the device at these steps only,
     so that the steps between them need not wait for it."""

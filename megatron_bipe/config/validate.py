@@ -36,6 +36,7 @@ def validate_run(run: RunConfig, num_ranks: int, sources: Sources = _DEFAULTS) -
         *_data(run.data),
         *_valid_lengths(run),
         *_optimizer(run.optimizer, run.train),
+        *_begin(run.train),
         *_layout(run, num_ranks),
         *_batches(run.train, max(1, run.parallel.data_ranks(num_ranks))),
     ]
@@ -211,6 +212,39 @@ def _optimizer(optimizer: OptimizerConfig, train: TrainConfig) -> Iterator[str]:
         yield (
             f"optimizer.warmup_steps={optimizer.warmup_steps} exceeds the {end} steps of the schedule; "
             "lower it, or raise train.steps or optimizer.decay_steps"
+        )
+
+    if optimizer.decay == "inverse_sqrt" and optimizer.warmup_steps == 0:
+        yield (
+            "optimizer.decay=inverse_sqrt falls from the end of the warm-up on, and optimizer.warmup_steps=0; set "
+            "optimizer.warmup_steps to 1 or more"
+        )
+    start = optimizer.decay_start
+    if start is None:
+        return
+    if optimizer.decay in ("constant", "inverse_sqrt"):
+        yield (
+            f"optimizer.decay_start={start} has no meaning for optimizer.decay={optimizer.decay}; remove it, or choose "
+            "polynomial, cosine or 1-sqrt"
+        )
+    elif start < optimizer.warmup_steps:
+        yield (
+            f"optimizer.decay_start={start} is before the end of the warm-up, optimizer.warmup_steps="
+            f"{optimizer.warmup_steps}; raise it, or lower optimizer.warmup_steps"
+        )
+    elif start >= end:
+        field = "optimizer.decay_steps" if optimizer.decay_steps else "train.steps"
+        yield (
+            f"optimizer.decay_start={start} is not before the end of the decay, {field}={end}; lower it, or raise "
+            f"{field}"
+        )
+
+
+def _begin(train: TrainConfig) -> Iterator[str]:
+    if train.init_from is not None and train.branch_from is not None:
+        yield (
+            f"train.init_from={train.init_from} and train.branch_from={train.branch_from} exclude each other; keep "
+            "init_from for a new run with the weights of a model, or branch_from for one that continues another run"
         )
 
 

@@ -16,10 +16,10 @@ import torch.distributed as dist
 from deepspeed.runtime.pipe.topology import PipelineParallelGrid, PipeModelDataParallelTopology
 from torch import Tensor, nn
 
-from megatron_bipe.checkpoint.find import Checkpoint
-from megatron_bipe.checkpoint.manifest import CheckpointInfo
+from megatron_bipe.checkpoint.find import Checkpoint, find_trunk
+from megatron_bipe.checkpoint.manifest import CheckpointInfo, CheckpointManifest
 from megatron_bipe.checkpoint.shard_files import Fragment, StateReader, random_states, set_random_states
-from megatron_bipe.checkpoint.verify import belongs_to_another_run, latest_valid_checkpoint
+from megatron_bipe.checkpoint.verify import belongs_to_another_run, check_trunk, latest_valid_checkpoint
 from megatron_bipe.checkpoint.writer import CheckpointWriter
 from megatron_bipe.config import OptimizerConfig, RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
@@ -324,13 +324,19 @@ class DeepSpeedEngine:
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
         self._saver.finish()
-        return latest_valid_checkpoint(
-            run_dir,
-            lambda index: belongs_to_another_run(index, self._run, self._data),
-            self._mesh,
-            self.host,
-            self._observer,
-        )
+        given = (self._foreign, self._mesh, self.host, self._observer)
+        return latest_valid_checkpoint(run_dir, *given) or self._valid_trunk()
+
+    def _valid_trunk(self) -> Checkpoint | None:
+        """Return the checkpoint that the run branches from, verified as its own ones are; None without one."""
+        if self._run.train.branch_from is None:
+            return None
+        trunk = find_trunk(self._run.train.branch_from)
+        check_trunk(trunk, self._foreign, self._mesh, self.host, self._observer)
+        return trunk
+
+    def _foreign(self, index: CheckpointManifest) -> str:
+        return belongs_to_another_run(index, self._run, self._data)
 
     def load(self, folder: Path) -> dict[str, Any]:
         self._saver.finish()

@@ -55,10 +55,13 @@ class Engine(Protocol):
         """Return the losses over the batches of all ranks, equally many on each and of one sequence length."""
 
     def latest_valid_checkpoint(self, run_dir: Path) -> Checkpoint | None:
-        """Return this run's newest checkpoint that passes verification of every byte, or None if it has no checkpoints.
+        """Return the checkpoint that the run continues, verified byte by byte: its newest valid one.
+
+        A run without checkpoints continues the one that `train.branch_from` names, whose `run_dir` is another; None
+        without a branch.
 
         Raises:
-            CheckpointError: on all ranks, if there are checkpoints but none is valid.
+            CheckpointError: on all ranks, if there are checkpoints but none is valid, or if that of the branch is not.
         """
 
     def save(

@@ -9,7 +9,7 @@ from megatron_bipe.checkpoint.find import Checkpoint
 from megatron_bipe.config import RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import DataRecord
-from megatron_bipe.run_files import METRICS, parse_line
+from megatron_bipe.run_files import AVERAGE, METRICS, parse_line, read_events
 
 
 def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -> dict[str, str]:
@@ -17,6 +17,8 @@ def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -
     step, metrics = checkpoint.step, _metrics_of(checkpoint)
     tokens = metrics.get("tokens", step * run.train.global_batch * run.train.seq_len_tokens)
     facts = {"Step": f"{step:,}", "Tokens seen in training": f"{tokens:,}"}
+    if sources := _averaged(checkpoint):
+        facts = {"Mean of": ", ".join(sources)}
     if run.train.init_from is not None:
         facts["Initialized from"] = f"`{Path(run.train.init_from).name}`"
     for name, key in (("Training", "loss/train_nats"), ("Validation", "loss/valid_nats")):
@@ -46,6 +48,15 @@ def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:
     except OSError:
         return {}
     return found
+
+
+def _averaged(checkpoint: Checkpoint) -> list[str]:
+    """Return the checkpoints that tools/average.py made checkpoint 0 of; empty for a checkpoint of training."""
+    if checkpoint.step:
+        return []
+    averages = [event for event in read_events(checkpoint.run_dir) if event["event"] == AVERAGE]
+    sources = averages[-1]["sources"] if averages else []
+    return [f"`{Path(source['run']).name}` step {source['step']:,}" for source in sources]
 
 
 def _data(run: RunConfig, record: DataRecord) -> Iterator[str]:

@@ -13,7 +13,7 @@ from megatron_bipe.errors import BipeError, ConfigError
 from megatron_bipe.model import count_parameters
 from megatron_bipe.parallel import Mesh
 from megatron_bipe.train.batch_loader import BatchLoader
-from megatron_bipe.train.run_folder import check_same_run
+from megatron_bipe.train.run_changes import check_branch, check_same_run
 from megatron_bipe.train.validation import raise_together
 
 
@@ -23,7 +23,7 @@ def check_start(run: RunConfig, mesh: Mesh, allow: Collection[str] = ()) -> None
     Args:
         run: the run configuration, validated, its precision resolved.
         mesh: first rank of the planned launch.
-        allow: as in `check_same_run`.
+        allow: as in `check_same_run` and `check_branch`.
 
     Raises:
         BipeError: the only problem.
@@ -67,6 +67,7 @@ def _problems(run: RunConfig, mesh: Mesh, allow: Collection[str]) -> Iterator[Bi
         yield error
     checks: list[Callable[[], object]] = [
         lambda: open_tokenizer(loader.dataset) if loader else None,
+        lambda: check_branch(run, loader.record if loader else None, allow),
         lambda: check_same_run(run, loader.record if loader else None, allow),
         lambda: _check_writable(run),
         lambda: find_model(run.train.init_from) if run.train.init_from and not list_steps(run.run_dir) else None,

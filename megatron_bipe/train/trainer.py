@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from megatron_bipe.checkpoint.manifest import fingerprint_of
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.parallel import Mesh
@@ -80,13 +81,13 @@ class Trainer:
         """
         config, mesh, engine = self.config, self.mesh, self.engine
         engine.observe(RunObserver(self.events, self.watchdog.heartbeat, self.after_save))
-        state = self._load_state()
+        state, origin = self._load_state()
         if state.step > stop_step:
             _log.info("the run is already at step %d, beyond the requested %d", state.step, stop_step)
         keep_freed_memory(mesh.device)  # start-up and loading have already returned their memory
         events = self.events
         self.stop_request.agree_by(engine.host.any_rank)
-        events.add(START, step=state.step, ranks=mesh.num_ranks, **self.provenance)
+        events.add(START, step=state.step, ranks=mesh.num_ranks, **origin, **self.provenance)
         began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         if mesh.is_main:
@@ -160,16 +161,21 @@ class Trainer:
                 save_pending = False  # a stop requested during the save is seen after the next step, and saved again
         return state
 
-    def _load_state(self) -> TrainState:
+    def _load_state(self) -> tuple[TrainState, dict[str, Any]]:
+        """Load the checkpoint that the run continues; return its state, and the origin of a branch that begins."""
         self.watchdog.mark("the choice of a checkpoint")
         checkpoint = self.engine.latest_valid_checkpoint(self.config.run_dir)
         if checkpoint is None:
-            return TrainState()
+            return TrainState(), {}
         self.watchdog.mark(f"loading step {checkpoint.step}")
         loop_state = self.engine.load(checkpoint.folder)
         state = TrainState.at(checkpoint.step, self.config.train.global_batch, loop_state)
-        _log.info("continuing %s from step %d", self.config.run_dir, state.step)
-        return state
+        _log.info("continuing %s from step %d", checkpoint.run_dir, state.step)
+        if checkpoint.run_dir == self.config.run_dir:
+            return state, {}
+        fingerprint = fingerprint_of(checkpoint.folder)
+        run = str(checkpoint.run_dir)
+        return state, {"branch_from": {"run": run, "step": checkpoint.step, "fingerprint": fingerprint}}
 
     def _validate(self, state: TrainState, metrics: Metrics) -> bool:
         """Run the pending validations; if a stop is requested meanwhile, return True and keep all of them pending."""

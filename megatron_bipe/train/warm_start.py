@@ -21,6 +21,7 @@ from megatron_bipe.data.dataset import describe_special_in_text, open_tokenizer,
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import EvalModel, check_compatible, load_with_master_weights
+from megatron_bipe.model import count_parameters
 from megatron_bipe.train.run_folder import write_run_folder
 
 _log = logging.getLogger(__name__)
@@ -116,7 +117,7 @@ def write_step_zero(run: RunConfig, data: DataRecord | None, weights: Mapping[st
 
     Each layer has its own file, so that only one layer with its optimizer state is in memory at a time.
     """
-    num_bytes = sum(weight.numel() for weight in weights.values()) * len(KINDS) * torch.float32.itemsize
+    num_bytes = sum(count_parameters(run.model)) * len(KINDS) * torch.float32.itemsize
     temporary = begin(run.run_dir, 0, "import", num_bytes)
     by_layer = groupby(sorted(weights, key=_layer_of), key=_layer_of)
     files = {

@@ -49,7 +49,8 @@ from megatron_bipe.tasks.scrolls.evaluate import answer, results_table
 from megatron_bipe.tasks.scrolls.tasks import TASKS, Question, find_task
 from megatron_bipe.train.batch_loader import check_manifest
 from megatron_bipe.train.profile import Profile
-from megatron_bipe.train.run_folder import check_same_run, write_run_folder
+from megatron_bipe.train.run_changes import check_branch, check_same_run
+from megatron_bipe.train.run_folder import write_run_folder
 from megatron_bipe.train.supervise import usable_hosts
 from megatron_bipe.train.warm_start import start_run
 from preprocessing.build import BuildOptions, build
@@ -163,6 +164,12 @@ def damaged_checkpoint(given: Given, name: str, content: bytes | None) -> None:
 def other_run(given: Given, *settings: str, allow: tuple[str, ...] = ()) -> None:
     run = load_run_config(None, [f"run_dir={given.run_dir()}", "train.precision=bf16", *settings])
     check_same_run(run, TokenDataset(given.folder / "data").manifest.record, allow)
+
+
+def branch(given: Given, step: str, *settings: str) -> None:
+    trunk = given.run_dir()
+    named = [f"train.branch_from={trunk}{step}", f"run_dir={given.folder / 'branch'}", "train.precision=bf16"]
+    check_branch(load_run_config(None, [*named, *settings]), TokenDataset(given.folder / "data").manifest.record)
 
 
 def two_runs(folder: Path) -> None:
@@ -333,6 +340,9 @@ CASES: dict[str, dict[str, Callable[[Given], object]]] = {
         "a run of another model": lambda given: other_run(given, "model.num_layers=2"),
         "a changed learning rate": lambda given: other_run(given, "optimizer.lr=2e-4"),
         "a change that cannot be allowed": lambda given: other_run(given, allow=("model.num_layers",)),
+        "a branch of another model": lambda given: branch(given, "@10", "model.num_layers=2"),
+        "a branch without a step": lambda given: branch(given, ""),
+        "a branch that ends at once": lambda given: branch(given, "@10", "train.steps=10"),
         "no record of the data": lambda given: read_data_record(removed(given.run_dir(), "data.json")),
         "two runs in a folder": lambda given: two_runs(given.folder),
         "a start from another model": lambda given: start_run(

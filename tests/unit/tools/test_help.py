@@ -31,6 +31,7 @@ ERRORS = {
         "--ds_config ds_configs/zero2.json --set none=1",
         "--ds_config none.json",
     ],
+    "tools/average.py": ["none@1,2 --output none", "none@{1,2} --output none"],
     "tools/evaluate.py": [
         "perplexity --model none --data none --lengths abc --output none",
         "perplexity --model none --data none --lengths 8 --output none",
