@@ -50,10 +50,12 @@ class Line(NamedTuple):
     """Index of its colour, dashes and marker; the palette repeats."""
     train_len_tokens: int | None = None
     """The model's training length, which is marked on the x axis."""
-    intervals: Sequence[tuple[float, float]] = ()
-    """(low, high) at each point, shaded; empty: none."""
+    band: Sequence[tuple[float, float, float]] = ()
+    """(x, low, high), x ascending, shaded in the line's colour; `Chart.band_label` says what it is."""
     is_published: bool = False
     """True for values of the paper, which are drawn thin and dotted."""
+    encoding: str = ""
+    """The model's encoding, which determines the colour in every figure; empty: `style` does."""
 
 
 class Chart(NamedTuple):
@@ -70,6 +72,8 @@ class Chart(NamedTuple):
     note: str = ""
     """Remark about values that the chart does not show; pages have it in the caption."""
     show_x: Callable[[float], str] = "{:,.0f}".format
+    band_label: str = ""
+    """Meaning of the bands, such as "range of 3 seeds"; it is in the legend."""
 
 
 def perplexity_chart(lines: Sequence[Line], title: str = "", x_label: str = "sequence length, tokens") -> Chart:
@@ -205,9 +209,8 @@ def _draw(axes: Axes, chart: Chart, font: float, axes_width: float) -> None:
         drawn = [(x, min(y, 100 * high)) for x, y in line.points]
         width = 0.19 if line.name and not line.is_published else 0.12
         axes.plot(*zip(*drawn, strict=True), linewidth=width * font, alpha=1 if line.name else 0.5, **style)
-        if line.intervals:
-            lows, highs = zip(*line.intervals, strict=True)
-            axes.fill_between([x for x, _ in drawn], lows, highs, color=style["color"], alpha=0.18, linewidth=0)
+        if line.band:
+            axes.fill_between(*zip(*line.band, strict=True), color=style["color"], alpha=0.18, linewidth=0)
         shown = [(x, y) for x, y in line.points if low <= y <= high]
         if line.name and shown and axes_width >= MARKER_GAP * font * (len(line.points) - 1):
             edge = style["color"] if line.is_published else PAPER  # separates dots that overlap

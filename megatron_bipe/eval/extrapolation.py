@@ -199,9 +199,9 @@ def _by_length(subset: Subset) -> Chart:
     lines = []
     for style, results in enumerate(subset.models):
         points = [(losses.length_tokens, losses.perplexity) for losses in results.losses]
-        bounds = [losses.interval() for losses in results.losses]
-        intervals = [pair for pair in bounds if pair] if all(bounds) else []
-        lines.append(Line(results.model, points, style, results.train_len_tokens, intervals))
+        bounds = [(losses.length_tokens, losses.interval()) for losses in results.losses]
+        band = [(length, *bound) for length, bound in bounds if bound]
+        lines.append(Line(results.model, points, style, results.train_len_tokens, band))
     styles = {results.encoding: style for style, results in reversed(list(enumerate(subset.models)))}
     lines += [
         Line(f"{curve.name}, the paper's", curve.points, styles[curve.encoding], is_published=True)
