@@ -10,7 +10,6 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from megatron_bipe.eval.chart import (
-    COLOURS,
     PAGE_SIZES,
     Chart,
     Line,
@@ -18,12 +17,9 @@ from megatron_bipe.eval.chart import (
     draw_png,
     draw_svg,
     perplexity_chart,
-    round_ticks,
-    spread,
-    thin_ticks,
-    values_beyond,
-    visible_range,
 )
+from megatron_bipe.eval.chart_content import round_ticks, spread, thin_ticks, values_beyond, visible_range
+from megatron_bipe.picture import COLOURS, save_figure
 
 FLAT = Line("flat", [(16, 20.0), (32, 19.0), (64, 21.0)], train_len_tokens=16)
 EXPLODING = Line("bursting", [(16, 20.0), (32, 90.0), (64, math.inf)], train_len_tokens=16)
@@ -89,7 +85,7 @@ def test_draw_png_line_to_infinity_is_drawn_out_of_the_plot(monkeypatch):
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append(y) or plot(self, x, y, **style))
     gone = Line("gone", [(16, 20.0), (32, math.inf)], 1, train_len_tokens=16)
     draw_png(perplexity_chart([FLAT, gone]))
-    flat, _, [first, last], _ = drawn  # each line, and its markers
+    flat, _, [first, last], _, _ = drawn  # each line, its markers, and the arrow where one leaves
     assert flat == (20.0, 19.0, 21.0)
     assert first == 20.0 and 50.0 < last < math.inf
 
@@ -104,11 +100,11 @@ def test_draw_panels_keep_their_room_next_to_long_notes(monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
     chart = perplexity_chart([FLAT, EXPLODING], "Title")._replace(note="a long note " * 30)
-    assert draw_panels([[chart, chart], [chart, chart]]).startswith(PNG_MAGIC)
+    assert save_figure(draw_panels([[chart, chart], [chart, chart]]), "png").startswith(PNG_MAGIC)
     [figure] = figures
     boxes = [axes.get_position() for axes in figure.axes]
     assert len(boxes) == 4 and all(box.width > 0.35 and box.height > 0.2 for box in boxes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flat", "bursting"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flat", "bursting", "training length"]
 
 
 def draw(lines, **changes):

@@ -10,6 +10,7 @@ import pytest
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult
 from megatron_bipe.eval.report import (
+    NAMES,
     ModelResults,
     as_csv,
     as_json,
@@ -49,13 +50,13 @@ def models(make_eval_model):
     ]
 
 
-def test_write_report_makes_three_files_that_can_be_read(make_dataset, documents, models, tmp_path):
+def test_write_report_makes_files_that_can_be_read(make_dataset, documents, models, tmp_path):
     dataset = make_dataset(documents)
     folder = tmp_path / "out"
     prepare_output(folder, overwrite=False)
     files = write_report(folder, dataset, EvalSettings(max_tokens=100), models)
 
-    assert [file.name for file in files] == ["perplexity.json", "perplexity.csv", "perplexity.png"]
+    assert [file.name for file in files] == list(NAMES)
     assert sorted(folder.iterdir()) == sorted(files)
     content = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["protocol"] == "full" and "predicted once" in content["protocol_means"]
@@ -113,7 +114,7 @@ def test_unique_names_of_equal_names_are_what_was_loaded(make_eval_model):
     assert unique_names(eval_models) == ["a/run", "b/run", "other"]
 
 
-@pytest.mark.parametrize("name", ["perplexity.json", "perplexity.csv", "perplexity.png"])
+@pytest.mark.parametrize("name", NAMES)
 def test_prepare_output_earlier_results_are_kept_unless_asked(tmp_path, name):
     (tmp_path / name).write_text("earlier")
     with raises(ConfigError, name, location=tmp_path, remedy="--overwrite"):
