@@ -6,6 +6,7 @@ of them.
 """
 
 import io
+import math
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -28,6 +29,7 @@ from megatron_bipe.eval.chart_axes import (
     legend_entries,
     name_lines,
     train_length_entry,
+    train_lengths,
     write_title,
 )
 from megatron_bipe.eval.chart_content import (
@@ -85,13 +87,14 @@ def draw_chart(chart: Chart, settings: PictureSettings = DEFAULT_PICTURE) -> Fig
         return _small_multiples(chart, panels, settings)
     font = COLUMN_FONT if is_column else FONT
     names = max((len(line.name) for line in chart.lines), default=0) * CHARACTER * font
-    has_names = names < NAMES_SHARE * width
+    has_names = names < NAMES_SHARE * width and _end_together(chart)
     with drawing():
         figure, axes = _figure(settings, 1, 1, 180 if is_column else 245)
         draw_lines(axes[0], chart, font, 0.85 * width - names * has_names)
         if has_names:
             name_lines(axes[0], chart, font, 120 if is_column else 180)
-        write_title(axes[0], chart, font, width, pad=(1.8 if has_names else 0.7) * font)
+        if chart.title:
+            write_title(axes[0], chart, font, width, pad=(1.8 if has_names and train_lengths(chart) else 0.7) * font)
         named = {} if has_names else legend_entries(chart) | train_length_entry(chart)
         _write_legend(figure, named | band_entry(chart), font, chart.note)
     return figure
@@ -104,11 +107,14 @@ def draw_panels(rows: Sequence[Sequence[Chart]], settings: PictureSettings = DEF
     font, width = COLUMN_FONT, 72 * WIDTHS_IN[settings.width] / columns
     entries: dict[str, Artist] = {}
     with drawing():
-        figure, panels = _figure(settings, len(charts) // columns, columns, 170)
-        for axes, chart in zip(panels, charts, strict=True):
+        figure, panels = _figure(settings, -(-len(charts) // columns), columns, 170)
+        for axes in panels[len(charts) :]:
+            axes.remove()
+        for axes, chart in zip(panels, charts, strict=False):
             draw_lines(axes, chart, font, 0.85 * width)
             note = textwrap.wrap(printable(chart.note), width=int(0.88 * width / (0.56 * NOTE * font)))
-            write_title(axes, chart, font, width, pad=font * (0.6 + NOTE * LINE_HEIGHT * len(note)))
+            if chart.title or note:
+                write_title(axes, chart, font, width, pad=font * (0.6 + NOTE * LINE_HEIGHT * len(note)))
             text = axes.text(0, 1.01, "\n".join(note), transform=axes.transAxes, fontsize=NOTE * font, color=GREY)
             text.set_in_layout(False)  # it would narrow the axes; the title's distance makes the room
             entries |= legend_entries(chart)
@@ -129,6 +135,17 @@ def draw_svg(chart: Chart, summary: str) -> str:
     """Return two `<svg>` elements, classes `wide` and `narrow`; `summary` is their text for screen readers."""
     with drawing():
         return "".join(_as_page_svg(chart, kind, summary) for kind in PAGE_SIZES)
+
+
+def _end_together(chart: Chart) -> bool:
+    """Return True if all lines that stay in the chart end near its right side, where their names are."""
+    xs = [x for line in chart.lines for x, _ in line.points]
+    ends = [
+        [x for x, y in line.points if not math.isnan(y)][-1:]
+        for line in chart.lines
+        if line.name and line.points and not line.points[-1][1] > chart.y_range[1]
+    ]
+    return all(end and max(xs) - end[0] <= 0.15 * (max(xs) - min(xs)) for end in ends)
 
 
 def _by_family(chart: Chart) -> dict[str, list[Line]]:

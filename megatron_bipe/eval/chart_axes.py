@@ -40,7 +40,7 @@ def draw_lines(axes: Axes, chart: Chart, font: float, axes_width: float) -> None
         look = line_look(line, style) | {"marker": ""}
         # Matplotlib cannot draw to infinity; a finite value shows the line leaving the chart.
         drawn = [(x, min(y, 100 * high)) for x, y in line.points]
-        width = 0.19 if line.name and not line.is_published else 0.12
+        width = 0.19 if line.name and not line.is_published and _has_markers(line, font, axes_width) else 0.12
         axes.plot(*zip(*drawn, strict=True), linewidth=width * font, alpha=1 if line.name else 0.5, **look)
         if line.band:
             xs, lows, highs = zip(*line.band, strict=True)
@@ -64,7 +64,7 @@ def _draw_markers(axes: Axes, chart: Chart, line: Line, style: Style, font: floa
     if not line.name:
         return
     shown = [(x, y) for x, y in line.points if low <= y <= high]
-    if shown and axes_width >= MARKER_GAP * font * (len(line.points) - 1):
+    if shown and _has_markers(line, font, axes_width):
         dots = line_look(line, style) | {"linestyle": "", "markersize": 0.66 * font, "markeredgewidth": 0.11 * font}
         if not style.is_hollow and not line.is_published:
             dots["markeredgecolor"] = PAPER  # separates dots that overlap
@@ -76,6 +76,11 @@ def _draw_markers(axes: Axes, chart: Chart, line: Line, style: Style, font: floa
         axes.plot([x], [0.97], zorder=4, linestyle="", transform=transform, **arrow)
 
 
+def _has_markers(line: Line, font: float, axes_width: float) -> bool:
+    """Return True if there is room for a marker at each point."""
+    return axes_width >= MARKER_GAP * font * (len(line.points) - 1)
+
+
 def _draw_x_axis(axes: Axes, chart: Chart, font: float, axes_width: float) -> None:
     trained = train_lengths(chart)
     xs = [*trained, *(x for line in chart.lines for x, _ in line.points)]
@@ -84,9 +89,14 @@ def _draw_x_axis(axes: Axes, chart: Chart, font: float, axes_width: float) -> No
     axes.set_xlim(first - margin, last + margin)
     for length in trained:
         axes.axvline(length, color=GREY, linewidth=0.1 * font, linestyle=(0, (4, 3)), zorder=0)
-    gap = TICK_GAP * font / axes_width * (last - first)
+    gap_pt = TICK_GAP * font
+    gap = gap_pt / axes_width * (last - first)
     labelled = [length for length in trained if length in chart.x_ticks]
-    ticks = thin_ticks(chart.x_ticks, labelled, gap) if chart.x_ticks else round_ticks(first, last, 5)
+    ticks = (
+        thin_ticks(chart.x_ticks, labelled, gap)
+        if chart.x_ticks
+        else round_ticks(first, last, min(6, round(axes_width / gap_pt)))
+    )
     axes.set_xticks(ticks, [chart.show_x(x) for x in ticks])
     axes.set_xlabel(chart.x_label, fontsize=font, color=GREY)
 
@@ -161,7 +171,7 @@ def train_length_entry(chart: Chart) -> dict[str, Artist]:
 def write_title(axes: Axes, chart: Chart, font: float, width: float, pad: float) -> None:
     """Write the title above the axes, in lines that fit `width`; `pad` is their distance, both in points."""
     title = "\n".join(textwrap.wrap(printable(chart.title), width=int(width / (0.82 * font))))
-    axes.set_title(title, loc="left", fontsize=1.2 * font, fontweight="bold", pad=pad)
+    axes.set_title(title or " ", loc="left", fontsize=1.2 * font, fontweight="bold", pad=pad)
 
 
 def line_look(line: Line, style: Style) -> dict[str, Any]:
