@@ -92,11 +92,10 @@ def _draw_x_axis(axes: Axes, chart: Chart, font: float, axes_width: float) -> No
     gap_pt = TICK_GAP * font
     gap = gap_pt / axes_width * (last - first)
     labelled = [length for length in trained if length in chart.x_ticks]
-    ticks = (
-        thin_ticks(chart.x_ticks, labelled, gap)
-        if chart.x_ticks
-        else round_ticks(first, last, min(6, round(axes_width / gap_pt)))
-    )
+    if chart.x_ticks:
+        ticks = thin_ticks(chart.x_ticks, labelled, gap)
+    else:
+        ticks = round_ticks(first, last, min(6, round(axes_width / gap_pt)))
     axes.set_xticks(ticks, [chart.show_x(x) for x in ticks])
     axes.set_xlabel(chart.x_label, fontsize=font, color=GREY)
 
