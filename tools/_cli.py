@@ -158,7 +158,7 @@ def pick_dtype(name: Precision, device: str) -> "torch.dtype":
 
 
 def add_picture_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that write pictures beside other files; `picture_settings` reads them."""
+    """Add the options of commands that write pictures with other files; `picture_settings` reads them."""
     formats = ",".join(FORMATS)
     add = parser.add_argument
     add("--formats", default=formats, metavar="NAME,...", help="formats of the pictures (default: %(default)s)")

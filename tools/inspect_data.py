@@ -214,7 +214,7 @@ def _add_stats(command: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="count all of each dataset, not a sample")
     sample = "tokens to count per dataset, in evenly spread blocks (default: %(default)s)"
     add("--sample-tokens", type=int, default=SAMPLE_TOKENS, metavar="N", help=sample)
-    add("--png", type=Path, metavar="FILE", help="plot the distributions; PDF and SVG are written beside it")
+    add("--png", type=Path, metavar="FILE", help="plot the distributions; PDF and SVG are written, too")
     add_picture_options(command)
     add("--json", type=Path, metavar="FILE", help="write the figures for scripts")
     add("--overwrite", action="store_true", help="replace these files")

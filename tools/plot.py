@@ -108,7 +108,7 @@ def _lines(
     for key in keys:
         curve = draw_curve(group, key, given.x, given.smooth)
         if curve is None:
-            _log.warning("%s has no values of %s, which are left out", name, key)
+            _log.warning("%s has no values of %s; it is drawn without them", name, key)
             continue
         long = f"{name}, {_short(key)}" if len(named) > 1 else name
         encoding = group[0].config.model.encoding

@@ -46,7 +46,7 @@ def read_runs(run_dirs: Sequence[Path]) -> list[RunHistory]:
         if not history.num_steps:
             raise CheckpointError(
                 "the run has not recorded a step",
-                remedy="Wait for the first progress line, after step 1, or leave this run out",
+                remedy="Wait for the first progress line, after step 1, or remove it from the command",
                 location=history.run_dir,
             )
     return histories
@@ -145,7 +145,7 @@ def draw_curve(group: Sequence[RunHistory], key: str, x: XAxis, smooth: int | No
 
 
 def smooth_steps(group: Sequence[RunHistory], wanted: int | None) -> int:
-    """Return the number of steps over which training values are averaged, at least so many that none is left out."""
+    """Return the number of steps over which training values are averaged, at least so many that every step counts."""
     num_steps = max(history.columns_N["step"].size for history in group)
     return max(1, wanted or num_steps // SMOOTH_SHARE, -(-num_steps // MOST_POINTS))
 

@@ -15,11 +15,13 @@ from megatron_bipe.eval.report import (
     as_csv,
     as_json,
     as_table,
+    check_measure,
     coverage_text,
     prepare_output,
     unique_names,
     write_report,
 )
+from megatron_bipe.picture import PictureSettings
 from tests.helpers.errors import raises
 
 RESULT_KEYS = [
@@ -134,3 +136,26 @@ def test_prepare_output_where_a_file_is_says_so(tmp_path):
     (tmp_path / "out").write_text("")
     with raises(ConfigError, "File exists", location=tmp_path / "out"):
         prepare_output(tmp_path / "out", overwrite=False)
+
+
+def test_formats_that_are_not_asked_for_are_not_kept_from_earlier(make_dataset, documents, models, tmp_path):
+    dataset = make_dataset(documents)
+    for name in NAMES:
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / "notes.txt").write_text("mine")
+    picture = PictureSettings(("svg",), "My $title", measure="bits-per-byte")
+    write_report(tmp_path, dataset, EvalSettings(), models, picture)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "notes.txt", "perplexity.csv", "perplexity.json", "perplexity.svg",
+    ]  # fmt: skip
+    text = (tmp_path / "perplexity.svg").read_text()
+    assert ">My $title</text>" in text and ">bits per byte (lower is better)</text>" in text
+
+
+def test_bits_per_byte_that_will_not_be_known_are_refused_before_the_evaluation(make_dataset, documents):
+    dataset = make_dataset(documents)
+    check_measure("bits-per-byte", dataset, [16, 32], EvalSettings())
+    check_measure("nats", dataset, [16], EvalSettings(max_tokens=99))
+    for settings in (EvalSettings(max_tokens=99), EvalSettings(protocol="reference")):
+        with raises(ConfigError, "part of the dataset", location="--y", remedy="--protocol full"):
+            check_measure("bits-per-byte", dataset, [16], settings)
