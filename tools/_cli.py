@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from megatron_bipe.config import AUTO, PRECISIONS, Precision
 from megatron_bipe.errors import FAILED, BipeError, CheckpointError, ConfigError, DataError, as_user_error, exit_code
+from megatron_bipe.picture import FORMATS, WIDTHS_IN, PictureSettings, check_title, parse_formats
 from megatron_bipe.runtime.environment import prepare_environment
 
 if TYPE_CHECKING:
@@ -154,3 +155,26 @@ def pick_dtype(name: Precision, device: str) -> "torch.dtype":
     from megatron_bipe.runtime.hardware import DTYPES, choose_precision
 
     return DTYPES[choose_precision(name, torch.device(device), "--dtype").precision]
+
+
+def add_picture_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options of commands that write pictures with other files; `picture_settings` reads them."""
+    formats = ",".join(FORMATS)
+    add = parser.add_argument
+    add("--formats", default=formats, metavar="NAME,...", help="formats of the pictures (default: %(default)s)")
+    add_title_options(parser)
+
+
+def add_title_options(parser: argparse.ArgumentParser) -> None:
+    """Add title and width of pictures."""
+    add = parser.add_argument
+    add("--title", default="", metavar="TEXT", help="title of the picture (default: made from the data's name)")
+    widths = " or ".join(f"{name}: {width} in" for name, width in WIDTHS_IN.items())
+    add("--width", choices=list(WIDTHS_IN), default="page", help=f"{widths}, of a paper with two columns (page)")
+
+
+def picture_settings(given: argparse.Namespace) -> PictureSettings:
+    """Return the settings that the options of pictures give; raise `ConfigError` if there are no such pictures."""
+    check_title(given.title)
+    formats = parse_formats(given.formats) if "formats" in given else FORMATS
+    return PictureSettings(formats, given.title, given.width, given.y if "y" in given else "perplexity")

@@ -9,7 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from _cli import add_device_options, add_trust_option, check_model_folder, command, parse_range, pick_device, pick_dtype
+from _cli import (
+    add_device_options,
+    add_picture_options,
+    add_trust_option,
+    check_model_folder,
+    command,
+    parse_range,
+    pick_device,
+    pick_dtype,
+    picture_settings,
+)
 from _evaluation import (
     DEFAULT,
     add_harness_options,
@@ -30,6 +40,7 @@ from megatron_bipe.eval.sequences import (
     parse_lengths,
     spread_order,
 )
+from megatron_bipe.picture import MEASURES
 from megatron_bipe.tasks.scrolls.tasks import SEQ_LEN_TOKENS, TASKS, find_task, questions, read_rows
 
 if TYPE_CHECKING:
@@ -50,17 +61,18 @@ def perplexity(given: argparse.Namespace) -> None:
     dataset = open_text(given.data)
     for spec in given.model:
         find_model(spec)
+    from megatron_bipe.eval import report
     from megatron_bipe.eval.eval_model import load_eval_models
-    from megatron_bipe.eval.report import as_table, coverage_text, evaluate_model, prepare_output, write_report
 
-    settings = eval_settings(given)
-    prepare_output(given.output, given.overwrite)
+    settings, picture = eval_settings(given), picture_settings(given)
+    report.check_measure(picture.measure, dataset, lengths, settings)
+    report.prepare_output(given.output, given.overwrite)
     verify_data(given, [dataset])
     eval_models = load_eval_models(given.model, [dataset], lengths)
-    models = [evaluate_model(eval_model, dataset, lengths, settings) for eval_model in eval_models]
-    print(as_table(models))  # before anything is written: the disk may be full
-    print(coverage_text(dataset, settings, models[0].results), flush=True)
-    print("Written:", *write_report(given.output, dataset, settings, models))
+    models = [report.evaluate_model(eval_model, dataset, lengths, settings) for eval_model in eval_models]
+    print(report.as_table(models))  # before anything is written: the disk may be full
+    print(report.coverage_text(dataset, settings, models[0].results), flush=True)
+    print("Written:", *report.write_report(given.output, dataset, settings, models, picture))
 
 
 def extrapolation(given: argparse.Namespace) -> None:
@@ -72,9 +84,11 @@ def extrapolation(given: argparse.Namespace) -> None:
     from megatron_bipe.eval.document_losses import DOCUMENTS_NAME, write_documents
     from megatron_bipe.eval.eval_model import load_eval_models
     from megatron_bipe.eval.extrapolation import NAMES, evaluate_subset, subset_names, write_extrapolation
-    from megatron_bipe.eval.report import prepare_output
+    from megatron_bipe.eval.report import check_measure, prepare_output
 
-    settings = eval_settings(given)
+    settings, picture = eval_settings(given), picture_settings(given)
+    for dataset in datasets:
+        check_measure(picture.measure, dataset, lengths, settings)
     prepare_output(given.output, given.overwrite, (*NAMES, DOCUMENTS_NAME))
     verify_data(given, datasets)
     eval_models = load_eval_models(given.model, datasets, lengths)
@@ -82,7 +96,7 @@ def extrapolation(given: argparse.Namespace) -> None:
         check_lengths(settings.select(dataset), lengths, settings.protocol)
     named = zip(subset_names([dataset.path for dataset in datasets]), datasets, strict=True)
     subsets = [evaluate_subset(name, dataset, eval_models, lengths, settings) for name, dataset in named]
-    written = write_extrapolation(given.output, settings, subsets)
+    written = write_extrapolation(given.output, settings, subsets, picture)
     if given.documents:
         written.append(write_documents(given.output, subsets))
     print("Written:", *written)
@@ -196,7 +210,7 @@ def _add_perplexity(command: argparse.ArgumentParser) -> None:
     add = command.add_argument
     add("--model", nargs="+", required=True, metavar="HF_DIR|RUN_DIR[@STEP]", help="exported models or checkpoints")
     add("--data", type=Path, required=True, metavar="DIR", help="dataset folder")
-    _add_length_options(command, "perplexity.json, .csv and .png")
+    _add_length_options(command, "perplexity.json, .csv, .png, .pdf and .svg")
     command.set_defaults(run=perplexity)
 
 
@@ -213,7 +227,7 @@ def _add_extrapolation(command: argparse.ArgumentParser) -> None:
     add("--data", type=Path, nargs="+", required=True, metavar="DIR", help="dataset folders, such as one per subset")
     documents = "also write documents.csv: the loss of each document at each length, as comparisons of runs need it"
     add("--documents", action="store_true", help=documents)
-    _add_length_options(command, "extrapolation.html, .png, .json and .csv")
+    _add_length_options(command, "extrapolation.html, .json, .csv, .png, .pdf and .svg")
     command.set_defaults(run=extrapolation)
 
 
@@ -225,6 +239,8 @@ def _add_length_options(command: argparse.ArgumentParser, written: str) -> None:
     add = command.add_argument
     add("--lengths", required=True, metavar="N,N,...", help="sequence lengths in tokens; N..M: multiples of N up to M")
     add_text_options(command)
+    add("--y", choices=MEASURES, default=MEASURES[0], help=f"what the pictures show {DEFAULT}")
+    add_picture_options(command)
     _add_common(command, written)
 
 

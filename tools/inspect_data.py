@@ -16,20 +16,27 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from _cli import check_output_file, command
+from _cli import add_picture_options, check_output_file, command, picture_settings
 from megatron_bipe.data.dataset import TokenDataset, dataset_files, find_datasets, open_tokenizer
 from megatron_bipe.data.inspection.convert_pairs import convert_pairs, describe_documents
 from megatron_bipe.data.inspection.megatron_pairs import MegatronPair, find_pairs
 from megatron_bipe.data.inspection.resegment import resegment
 from megatron_bipe.data.inspection.show import show_document
 from megatron_bipe.data.inspection.stats import SAMPLE_TOKENS, Statistics, count_dataset
-from megatron_bipe.data.inspection.stats_text import as_json, datasets_table, distribution_tables, stats_table
+from megatron_bipe.data.inspection.stats_text import (
+    as_json,
+    datasets_table,
+    distribution_tables,
+    draw_stats,
+    stats_table,
+)
 from megatron_bipe.data.inspection.verify import find_problems
 from megatron_bipe.data.manifest import MANIFEST_NAME, Manifest
 from megatron_bipe.data.segments import RULE_FORMS
 from megatron_bipe.data.tokenizer import load_tokenizer
 from megatron_bipe.errors import DataError
 from megatron_bipe.io import write_atomically
+from megatron_bipe.picture import Format, picture_format, save_figure
 
 _UNVERIFIED = "Checksums are not verified here; `inspect_data.py verify` does that."
 _log = logging.getLogger(__name__)
@@ -70,7 +77,9 @@ def stats(arguments: argparse.Namespace) -> None:
         raise DataError(
             f"--sample-tokens is {arguments.sample_tokens}", remedy="Give 1 or more", location="--sample-tokens"
         )
-    outputs = [file for file in (arguments.png, arguments.json) if file]
+    picture = picture_settings(arguments)
+    pictures = _beside(arguments.png, picture.formats)
+    outputs = [*pictures.values(), *([arguments.json] if arguments.json else [])]
     for file in outputs:
         check_output_file(file, arguments.overwrite)
     folders = find_datasets(arguments.folder)
@@ -84,9 +93,20 @@ def stats(arguments: argparse.Namespace) -> None:
         content = {name: as_json(*counted) for name, counted in found.items()}
         write_atomically(arguments.json, json.dumps(content, indent=2, ensure_ascii=False).encode() + b"\n")
     if arguments.png:
-        from megatron_bipe.data.inspection.stats_text import draw_stats  # matplotlib takes a second to import
+        figure = draw_stats({name: counted for name, (_, counted) in found.items()}, picture)
+        for kind, file in pictures.items():
+            write_atomically(file, save_figure(figure, kind))
 
-        write_atomically(arguments.png, draw_stats({name: counted for name, (_, counted) in found.items()}))
+
+def _beside(file: Path | None, formats: Sequence[Format]) -> dict[Format, Path]:
+    """Return the pictures to write for `--png`, which names the PNG; none if it is not given."""
+    if file is None:
+        return {}
+    if picture_format(file) != "png":
+        raise DataError(
+            f"{file.name} does not end with .png", remedy="Name a .png; --formats selects others", location="--png"
+        )
+    return {kind: file.with_suffix(f".{kind}") if kind != "png" else file for kind in formats}
 
 
 def _refuse_data_files(outputs: Iterable[Path], datasets: Iterable[TokenDataset]) -> None:
@@ -194,7 +214,8 @@ def _add_stats(command: argparse.ArgumentParser) -> None:
     add("--all", action="store_true", help="count all of each dataset, not a sample")
     sample = "tokens to count per dataset, in evenly spread blocks (default: %(default)s)"
     add("--sample-tokens", type=int, default=SAMPLE_TOKENS, metavar="N", help=sample)
-    add("--png", type=Path, metavar="FILE", help="plot the distributions, one curve per dataset")
+    add("--png", type=Path, metavar="FILE", help="plot the distributions; PDF and SVG are written, too")
+    add_picture_options(command)
     add("--json", type=Path, metavar="FILE", help="write the figures for scripts")
     add("--overwrite", action="store_true", help="replace these files")
     command.set_defaults(run=stats)

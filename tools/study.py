@@ -158,7 +158,7 @@ def write_results(plan: Plan, folder: Path) -> list[str]:
             found.RESULTS_NAME: found.results_csv(results),
             found.DIFFERENCES_NAME: found.differences_csv(results),
             found.TABLE_NAME: text,
-            pages.PLOT_NAME: pages.plot(results),
+            **pages.plots(results),
             pages.PAGE_NAME: pages.study_page(results, folder),
         }
         print(f"\nPerplexity on held-out text, by sequence length in tokens\n\n{text}")

@@ -27,7 +27,7 @@ from megatron_bipe.data.segments import (
 from megatron_bipe.data.tokenizer import DEFINITIONS, Tokenizer, load_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval.eval_model import EvalModel
-from megatron_bipe.eval.report import JSON_NAME, PNG_NAME
+from megatron_bipe.eval.report import JSON_NAME, STEM
 from megatron_bipe.eval.training_facts import recipe, training_facts
 from megatron_bipe.hf.authors_checkpoint import PUBLISHED_SEPARATORS, AuthorsModel, read_authors_checkpoint
 from megatron_bipe.hf.card import CardFacts, PerplexityPlot
@@ -224,7 +224,7 @@ def _perplexity(folder: Path, checkpoint: Checkpoint) -> PerplexityPlot:
     source = f"{checkpoint.run_dir}@{checkpoint.step}"
     try:
         report = json.loads((folder / JSON_NAME).read_text("utf-8"))
-        png = (folder / PNG_NAME).read_bytes()
+        png = (folder / f"{STEM}.png").read_bytes()
         found = {_resolved(model["source"]): model["results"] for model in report["models"]}
         data = f"`{report['data']['name']}` (fingerprint `{report['data']['fingerprint']}`)"
         about = f"Perplexity on {data}, {report['protocol']} protocol, in {report['dtype']}."

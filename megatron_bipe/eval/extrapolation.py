@@ -2,6 +2,7 @@
 
 import base64
 import json
+import math
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
@@ -15,13 +16,14 @@ from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.page import Section, figure, page, paragraph, png, table
 from megatron_bipe.eval.perplexity import INTERVAL, NUM_RESAMPLES, DocumentLosses, EvalSettings, evaluate_documents
 from megatron_bipe.eval.report import empty_texts_fact, finite_or_none, unique_names, write_files
-from megatron_bipe.eval.sequences import PROTOCOLS
+from megatron_bipe.eval.sequences import PROTOCOLS, SelectedText
+from megatron_bipe.picture import DEFAULT_PICTURE, Measure, PictureSettings, picture_files, picture_names, save_figure
 from megatron_bipe.text_table import csv_text
 
 FORMAT_VERSION = 1
-NAMES = JSON_NAME, CSV_NAME, PNG_NAME, HTML_NAME = tuple(
-    f"extrapolation.{kind}" for kind in ("json", "csv", "png", "html")
-)
+STEM = "extrapolation"
+JSON_NAME, CSV_NAME, HTML_NAME = (f"{STEM}.{kind}" for kind in ("json", "csv", "html"))
+NAMES = (JSON_NAME, CSV_NAME, HTML_NAME, *picture_names(STEM))
 
 
 class PaperCurve(NamedTuple):
@@ -84,6 +86,8 @@ class Subset(NamedTuple):
     """Name from `subset_names`."""
     fingerprint: str
     models: tuple[ModelLosses, ...]
+    text_bytes: int | None = None
+    """UTF-8 bytes of the raw text, if all of it was read; None: not known."""
 
     @property
     def paper(self) -> tuple[PaperCurve, ...]:
@@ -123,19 +127,23 @@ def evaluate_subset(
         config = eval_model.config
         known = (model_name, eval_model.source, config.encoding, config.train_len_tokens)
         results.append(ModelLosses(*known, tuple(found)))
-    return Subset(name, dataset.manifest.fingerprint, tuple(results))
+    text_bytes = None if isinstance(text, SelectedText) else dataset.manifest.text_bytes
+    return Subset(name, dataset.manifest.fingerprint, tuple(results), text_bytes)
 
 
-def write_extrapolation(folder: Path, settings: EvalSettings, subsets: Sequence[Subset]) -> list[Path]:
-    """Write JSON, CSV, PNG and a self-contained page, each atomically; existing files are replaced."""
-    picture = draw_panels([[_by_length(subset) for subset in subsets], [_by_position(subset) for subset in subsets]])
+def write_extrapolation(
+    folder: Path, settings: EvalSettings, subsets: Sequence[Subset], picture: PictureSettings = DEFAULT_PICTURE
+) -> list[Path]:
+    """Write JSON, CSV, pictures and a self-contained page, each atomically; existing files are replaced."""
+    measure = picture.measure
+    panels = draw_panels([[_by_length(subset, measure), _by_position(subset, measure)] for subset in subsets], picture)
     contents: dict[str, str | bytes] = {
         JSON_NAME: json.dumps(as_json(settings, subsets), indent=2, allow_nan=False) + "\n",
         CSV_NAME: as_csv(subsets),
-        PNG_NAME: picture,
-        HTML_NAME: as_html(settings, subsets, picture),
+        HTML_NAME: as_html(settings, subsets, save_figure(panels, "png")),
+        **picture_files(STEM, panels, picture.formats),
     }
-    return write_files(folder, contents)
+    return write_files(folder, contents, NAMES)
 
 
 def as_json(settings: EvalSettings, subsets: Sequence[Subset]) -> dict[str, Any]:
@@ -195,30 +203,63 @@ def as_csv(subsets: Sequence[Subset]) -> str:
     return csv_text(rows)
 
 
-def _by_length(subset: Subset) -> Chart:
+def _by_length(subset: Subset, measure: Measure) -> Chart:
     lines = []
     for style, results in enumerate(subset.models):
-        points = [(losses.length_tokens, losses.perplexity) for losses in results.losses]
-        bounds = [losses.interval() for losses in results.losses]
-        intervals = [pair for pair in bounds if pair] if all(bounds) else []
-        lines.append(Line(results.model, points, style, results.train_len_tokens, intervals))
+        points, band = [], []
+        for losses in results.losses:
+            scale = _scale(subset, losses, measure)
+            points.append((losses.length_tokens, _measured(losses.perplexity, scale)))
+            if bounds := losses.interval():
+                low, high = (_measured(bound, scale) for bound in bounds)
+                band.append((losses.length_tokens, low, high))
+        trained, encoding = results.train_len_tokens, results.encoding
+        lines.append(Line(results.model, points, style, trained, band, encoding=encoding))
+    lines += _published(subset, measure)
+    title, interval = f"{subset.name}: by sequence length", f"{INTERVAL:.0%} interval over documents"
+    return perplexity_chart(lines, title, measure=measure, band_label=interval)
+
+
+def _published(subset: Subset, measure: Measure) -> list[Line]:
+    """Return the paper's lines of the encodings of the models; their bits per byte are not known."""
     styles = {results.encoding: style for style, results in reversed(list(enumerate(subset.models)))}
-    lines += [
-        Line(f"{curve.name}, the paper's", curve.points, styles[curve.encoding], is_published=True)
+    scale = None if measure == "perplexity" else 1.0
+    return [
+        Line(
+            f"{curve.name}, the paper's",
+            [(length, _measured(value, scale)) for length, value in curve.points],
+            styles[curve.encoding],
+            is_published=True,
+            encoding=curve.encoding,
+        )
         for curve in subset.paper
-        if curve.encoding in styles
+        if curve.encoding in styles and measure != "bits-per-byte"
     ]
-    return perplexity_chart(lines, f"{subset.name}: by sequence length")
 
 
-def _by_position(subset: Subset) -> Chart:
-    lines = [
-        Line(results.model, results.losses[-1].by_position, style, results.train_len_tokens)
-        for style, results in enumerate(subset.models)
-    ]
-    longest = subset.models[0].losses[-1].length_tokens
-    title = f"{subset.name}: in sequences of {longest:,}"
-    return perplexity_chart(lines, title, "position in the sequence, tokens")
+def _by_position(subset: Subset, measure: Measure) -> Chart:
+    lines = []
+    for style, results in enumerate(subset.models):
+        losses = results.losses[-1]
+        scale = _scale(subset, losses, measure)
+        points = [(position, _measured(value, scale)) for position, value in losses.by_position]
+        lines.append(Line(results.model, points, style, results.train_len_tokens, encoding=results.encoding))
+    title = f"{subset.name}: in sequences of {subset.models[0].losses[-1].length_tokens:,}"
+    return perplexity_chart(lines, title, "position in the sequence, tokens", measure)
+
+
+def _scale(subset: Subset, losses: DocumentLosses, measure: Measure) -> float | None:
+    """Return the factor from nats per token to the measure; None: perplexity."""
+    if measure == "perplexity":
+        return None
+    if measure == "nats":
+        return 1.0
+    num_predictions = float(losses.counts_MQ.sum())
+    return num_predictions / subset.text_bytes / math.log(2) if subset.text_bytes else math.nan
+
+
+def _measured(perplexity: float, scale: float | None) -> float:
+    return perplexity if scale is None else math.log(perplexity) * scale
 
 
 def as_html(settings: EvalSettings, subsets: Sequence[Subset], picture: bytes) -> str:

@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 from megatron_bipe.data.inspection.show import printable
-from megatron_bipe.eval.chart import Chart, Line, draw_svg, perplexity_chart
+from megatron_bipe.eval.chart import Chart, Line, draw_svg, line_styles, perplexity_chart
 from megatron_bipe.eval.page import (
     Section,
     bars,
@@ -151,7 +151,10 @@ def _lead(found: Quickstart, verdict: str) -> str:
 
 def _perplexity_section(found: Quickstart) -> str:
     models = found.evaluation.models
-    lines = [Line(model.name, model.points, style, model.train_len_tokens) for style, model in enumerate(models)]
+    lines = [
+        Line(model.name, model.points, style, model.train_len_tokens, encoding=model.encoding)
+        for style, model in enumerate(models)
+    ]
     trained = models[0].train_len_tokens
     described = "; ".join(
         f"{line.name}: " + ", ".join(f"{value:.1f} at {length:,}" for length, value in line.points) for line in lines
@@ -162,8 +165,8 @@ def _perplexity_section(found: Quickstart) -> str:
     caption = f"Perplexity on held-out text. {means[:1].upper()}{means[1:]}.{note}"
     numbers = _numbers("sequence length, tokens", [line.points for line in lines], ",.2f", found, trained)
     key = "".join(
-        f'<li class="s{style}"><b>{escape(model.name)}</b>: {escape(ABOUT[model.name])}</li>\n'
-        for style, model in enumerate(models)
+        f'<li class="s{style.colour}"><b>{escape(model.name)}</b>: {escape(ABOUT[model.name])}</li>\n'
+        for style, model in zip(line_styles(lines), models, strict=True)
         if model.name in ABOUT
     )
     return (
@@ -188,7 +191,11 @@ def _losses(found: Quickstart) -> str:
     losses_by_name = {
         model.name: losses for model, (_, losses) in zip(found.evaluation.models, found.runs, strict=True)
     }
-    lines = [line for style, item in enumerate(losses_by_name.items()) for line in loss_lines(*item, style)]
+    lines = [
+        line._replace(encoding=model.encoding)
+        for style, (model, item) in enumerate(zip(found.evaluation.models, losses_by_name.items(), strict=True))
+        for line in loss_lines(*item, style)
+    ]
     described = "; ".join(
         "{}: {:.3f} after {:,.0f} tokens".format(name, *reversed(losses.valid[-1]))
         for name, losses in losses_by_name.items()

@@ -43,6 +43,8 @@ class Model(BaseModel):
     num_parameters: int
     train_len_tokens: int
     results: list[Result]
+    encoding: str = ""
+    """Determines the colour in charts."""
 
     @property
     def points(self) -> list[tuple[float, float]]:

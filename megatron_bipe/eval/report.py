@@ -11,15 +11,25 @@ from tqdm import tqdm
 
 from megatron_bipe.data.dataset import TokenDataset
 from megatron_bipe.errors import ConfigError
-from megatron_bipe.eval.chart import Line, draw_png, perplexity_chart
+from megatron_bipe.eval.chart import Line, draw_chart, perplexity_chart
 from megatron_bipe.eval.eval_model import EvalModel
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult, evaluate_perplexity
-from megatron_bipe.eval.sequences import DEFAULT_EMPTY_TEXTS, PROTOCOLS, SelectedText, Text, cut_sequences
+from megatron_bipe.eval.sequences import (
+    DEFAULT_EMPTY_TEXTS,
+    PROTOCOLS,
+    SelectedText,
+    Text,
+    bits_per_byte,
+    cut_sequences,
+)
 from megatron_bipe.io import write_atomically
+from megatron_bipe.picture import DEFAULT_PICTURE, Measure, PictureSettings, picture_files, picture_names
 from megatron_bipe.text_table import csv_text, text_table
 
 FORMAT_VERSION = 1
-NAMES = JSON_NAME, CSV_NAME, PNG_NAME = "perplexity.json", "perplexity.csv", "perplexity.png"
+STEM = "perplexity"
+JSON_NAME, CSV_NAME = f"{STEM}.json", f"{STEM}.csv"
+NAMES = (JSON_NAME, CSV_NAME, *picture_names(STEM))
 STORED_NAMES = {"num_sequences": "num_windows"}  # of fields of `PerplexityResult`, in the files
 
 
@@ -70,27 +80,55 @@ def evaluate_model(
     return ModelResults(eval_model, tuple(results))
 
 
+def check_measure(measure: Measure, dataset: TokenDataset, lengths: Sequence[int], settings: EvalSettings) -> None:
+    """Refuse a picture of bits per byte where these will not be known.
+
+    Raises:
+        ConfigError: the protocol reads tokens that it does not predict, or the size of the raw text is unknown.
+    """
+    if measure != "bits-per-byte":
+        return
+    text = settings.select(dataset)
+    cuts = [cut_sequences(text, text.num_tokens, length, settings.protocol) for length in lengths]
+    if all(bits_per_byte(text, sequences, 0.0) is not None for sequences in cuts):
+        return
+    if dataset.manifest.text_bytes:
+        what, remedy = f"protocol {settings.protocol} reads tokens that it does not predict", "Use --protocol full"
+    else:
+        what, remedy = "the dataset does not record the size of its raw text", "Use --y nats"
+    raise ConfigError(f"bits per byte are not known: {what}", remedy=remedy, location="--y")
+
+
 def write_report(
-    folder: Path, dataset: TokenDataset, settings: EvalSettings, models: Sequence[ModelResults]
+    folder: Path,
+    dataset: TokenDataset,
+    settings: EvalSettings,
+    models: Sequence[ModelResults],
+    picture: PictureSettings = DEFAULT_PICTURE,
 ) -> list[Path]:
-    """Write the three files, each atomically; existing ones are replaced."""
-    lines = [
-        Line(name, [(r.length_tokens, r.perplexity) for r in results], style, eval_model.config.train_len_tokens)
-        for style, (name, eval_model, results) in enumerate(_named(models))
-    ]
-    chart = perplexity_chart(lines, f"Perplexity by sequence length: {_data_name(dataset)}")
+    """Write all files, each atomically; existing ones are replaced."""
+    lines = []
+    for style, (name, eval_model, results) in enumerate(_named(models)):
+        points = [(r.length_tokens, _measured(r, picture.measure)) for r in results]
+        config = eval_model.config
+        lines.append(Line(name, points, style, config.train_len_tokens, encoding=config.encoding))
+    quantity = {"perplexity": "Perplexity", "nats": "Loss", "bits-per-byte": "Bits per byte"}[picture.measure]
+    title = f"{quantity} by sequence length: {_data_name(dataset)}"
+    chart = perplexity_chart(lines, title, measure=picture.measure)
     contents: dict[str, str | bytes] = {
         JSON_NAME: json.dumps(as_json(dataset, settings, models), indent=2, allow_nan=False) + "\n",
         CSV_NAME: as_csv(models),
-        PNG_NAME: draw_png(chart),
+        **picture_files(STEM, draw_chart(chart, picture), picture.formats),
     }
-    return write_files(folder, contents)
+    return write_files(folder, contents, NAMES)
 
 
-def write_files(folder: Path, contents: Mapping[str, str | bytes]) -> list[Path]:
-    """Write files, each atomically; existing ones are replaced."""
+def write_files(folder: Path, contents: Mapping[str, str | bytes], names: Sequence[str] = ()) -> list[Path]:
+    """Write files, each atomically, and delete the others of `names`, which an earlier evaluation made."""
     for name, content in contents.items():
         write_atomically(folder / name, content.encode() if isinstance(content, str) else content)
+    for name in set(names) - set(contents):
+        (folder / name).unlink(missing_ok=True)
     return [folder / name for name in contents]
 
 
@@ -197,6 +235,12 @@ def finite_or_none(value: float) -> float | None:
 def _named(models: Sequence[ModelResults]) -> list[tuple[str, EvalModel, tuple[PerplexityResult, ...]]]:
     names = unique_names([eval_model for eval_model, _ in models])
     return [(name, *model) for name, model in zip(names, models, strict=True)]
+
+
+def _measured(result: PerplexityResult, measure: Measure) -> float:
+    if measure == "bits-per-byte":
+        return math.nan if result.bits_per_byte is None else result.bits_per_byte
+    return result.perplexity if measure == "perplexity" else result.nats_per_token
 
 
 def _data_name(dataset: TokenDataset) -> str:

@@ -4,32 +4,36 @@ from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 
-from megatron_bipe.eval.chart import Chart, Line, draw_png, draw_svg, perplexity_chart
+from megatron_bipe.eval.chart import Chart, Line, draw_chart, draw_svg, perplexity_chart
 from megatron_bipe.eval.page import Section, definitions, facts, figure, page, paragraph, table
 from megatron_bipe.eval.sequences import PROTOCOLS
+from megatron_bipe.picture import picture_files
 from megatron_bipe.study.results import Results, difference_rows, perplexity_rows
 from megatron_bipe.study.statistics import INTERVAL, METHOD
 
 _ONE_SEED = "One seed: nothing here shows how much results vary with it."
-PAGE_NAME, PLOT_NAME = "study.html", "perplexity.png"
+PAGE_NAME = "study.html"
 
 
-def plot(results: Results) -> bytes:
-    """Return a PNG of the mean perplexities, with bands over the seeds."""
-    return draw_png(perplexity_lines(results, results.plan.study.title))
+def plots(results: Results) -> dict[str, bytes]:
+    """Return pictures of the mean perplexities, with bands over the seeds, by file name."""
+    return picture_files("perplexity", draw_chart(perplexity_lines(results, results.plan.study.title)))
 
 
 def perplexity_lines(results: Results, title: str = "") -> Chart:
     """Return the chart of mean perplexity by length; bands are the least and greatest value over the seeds."""
+    encodings = [member.run.model.encoding for member in results.plan.members]
+    by_encoding = len(set(encodings)) == len(encodings)
     lines = []
     for style, member in enumerate(results.plan.members):
         if member.name in results.losses:
             found = [(length, results.over_seeds(member, length)) for length in results.lengths_of(member)]
             known = [(length, value) for length, value in found if value is not None]
             points = [(length, value.mean) for length, value in known]
-            bands = [value.extremes for _, value in known] if len(results.losses[member.name]) > 1 else []
-            lines.append(Line(member.name, points, style, member.run.train.seq_len_tokens, bands))
-    return perplexity_chart(lines, title)
+            band = [(length, *value.extremes) for length, value in known if len(results.losses[member.name]) > 1]
+            encoding = encodings[style] if by_encoding else ""
+            lines.append(Line(member.name, points, style, member.run.train.seq_len_tokens, band, encoding=encoding))
+    return perplexity_chart(lines, title, band_label="range of the seeds")
 
 
 def study_page(results: Results, folder: Path) -> str:

@@ -1,15 +1,26 @@
 """Statistics of datasets as text tables, as JSON for scripts, and as a plot."""
 
-import io
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from megatron_bipe.data.inspection.stats import SEQ_LEN_TOKENS, Distribution, Statistics
 from megatron_bipe.data.manifest import Manifest, sum_if_known
+from megatron_bipe.picture import (
+    COLOURS,
+    DASHES,
+    DEFAULT_PICTURE,
+    GREY,
+    GRID,
+    WIDTHS_IN,
+    PictureSettings,
+    drawing,
+    printable,
+)
 from megatron_bipe.text_table import text_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 QUANTITIES: dict[str, Callable[[Statistics], Distribution]] = {
     "segment length, tokens": lambda statistics: statistics.segment_tokens,
@@ -155,66 +166,68 @@ def _stats_row(name: str, documents: int, tokens: int, segments: int, text_bytes
     return [name, f"{documents:,}", f"{tokens:,}", f"{segments:,}", text, length, density]
 
 
-STYLES = ("-", "--", ":", "-.")  # distinguish curves of the same color, since there are ten colors
-LEGEND_ROWS = 12
+PANEL_HEIGHT_IN, ROW_IN = 1.9, 0.14  # of the axes with their labels, and of a row of the legend
+FONT = 7.0
+LEGEND_COLUMN_IN = 1.7
+MOST_TICKS = 6
 UNITS = {"Gi": 30, "Mi": 20, "Ki": 10}
-GRID = "#e6e6e6"
 
 
-def draw_stats(found: Mapping[str, Statistics]) -> bytes:
-    """Return a PNG with the share of segments, sequences and documents in each power of two, by dataset name."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def draw_stats(found: Mapping[str, Statistics], settings: PictureSettings = DEFAULT_PICTURE) -> "Figure":
+    """Return the share of segments, sequences and documents in each power of two, by dataset name."""
     from matplotlib.figure import Figure
 
-    columns = -(-len(found) // LEGEND_ROWS) if len(found) > 1 else 0
-    figure = Figure(figsize=(13.5 + 2.2 * columns, 4.2), dpi=130, facecolor="white", layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = figure.subplots(1, len(QUANTITIES))
-    for axes, (title, quantity) in zip(panels, QUANTITIES.items(), strict=True):
-        _draw_panel(axes, title, found, quantity)
-    if columns:
-        handles, names = panels[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside right upper", ncols=columns, fontsize=8, frameon=False)
-    else:
-        figure.suptitle(next(iter(found), ""), x=0.01, ha="left", fontsize=11, fontweight="bold")
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", metadata={"Software": None})
-    return buffer.getvalue()
+    width = WIDTHS_IN[settings.width]
+    columns = 1 if settings.width == "column" else len(QUANTITIES)
+    rows = len(QUANTITIES) // columns
+    names = [printable(name) for name in found]
+    legend_columns = max(1, min(len(names), int(width / LEGEND_COLUMN_IN)))
+    height = rows * PANEL_HEIGHT_IN + ROW_IN * -(-len(names) // legend_columns) * (len(names) > 1) + 0.25
+    with drawing():
+        figure = Figure(figsize=(width, height), facecolor="white", layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False).flat
+        for axes, (title, quantity) in zip(panels, QUANTITIES.items(), strict=True):
+            _draw_panel(axes, title, found, quantity)
+        title = settings.title or ("" if len(names) > 1 else "".join(names))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=1.2 * FONT, fontweight="bold")
+        if len(names) > 1:
+            look = {"ncols": legend_columns, "fontsize": FONT, "frameon": False}
+            figure.legend([*figure.axes[0].patches], names, loc="outside lower center", **look)
+        figure.draw_without_rendering()
+        figure.set_layout_engine("none")
+    return figure
 
 
 def _draw_panel(
     axes: "Axes", title: str, found: Mapping[str, Statistics], quantity: Callable[[Statistics], Distribution]
 ) -> None:
-    highest = 1
-    for number, (name, statistics) in enumerate(found.items()):
+    used: list[int] = []
+    for number, statistics in enumerate(found.values()):
         distribution = quantity(statistics)
-        bins = distribution.bins()
-        shares = [100 * count / max(distribution.count, 1) for count in bins.values()]
+        bins = list(distribution.bins().values())
+        shares = [100 * count / max(distribution.count, 1) for count in bins]
         edges = [*range(len(bins) + 1)]  # powers of two at equal distances: a logarithmic axis with a bin for 0
-        highest = max(highest, len(bins))
-        axes.stairs(
-            shares,
-            edges,
-            label=name,
-            color=f"C{number % 10}",
-            linestyle=STYLES[number // 10 % len(STYLES)],
-            linewidth=1.6,
-        )
-    lows = [0, *(1 << exponent for exponent in range(highest))]
-    ticks = range(0, highest + 1, max(1, -(-highest // 8)))
-    axes.set_xticks(list(ticks), [_short(lows[tick]) for tick in ticks])
-    axes.set_xlabel(f"{title}, in powers of two", fontsize=9)
-    axes.set_ylabel("share, %", fontsize=9)
+        used += [index for index, count in enumerate(bins) if count]
+        colour = COLOURS[number % len(COLOURS)]
+        dashes = DASHES[number // len(COLOURS) % len(DASHES)]
+        width = 1.0 + 0.7 * min(3, len(found) - 1 - number)  # equal curves show below each other
+        axes.stairs(shares, edges, color=colour, linestyle=dashes, linewidth=width, fill=False)
+    first, last = min(used, default=1), max(used, default=1) + 1
+    lows = [0, *(1 << exponent for exponent in range(last))]
+    step = -(-(last - first) // MOST_TICKS)
+    axes.set_xticks(ticks := list(range(first, last + 1, step)), [_short(lows[tick]) for tick in ticks])
+    axes.set_xlim(first, last)
+    axes.set_xlabel(title, fontsize=FONT, color=GREY)
+    axes.set_ylabel("share, %", fontsize=FONT, color=GREY)
     axes.set_ylim(bottom=0)
-    axes.tick_params(labelsize=8.5, length=3)
-    axes.grid(axis="y", color=GRID, linewidth=0.8)
+    axes.tick_params(labelsize=0.95 * FONT, length=2.5, color=GREY, labelcolor=GREY)
+    axes.grid(axis="y", color=GRID, linewidth=0.6)
     axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.spines["bottom"].set_color(GREY)
 
 
 def _short(number: int) -> str:
-    """Abbreviate a number: 1024 as 1Ki."""
-    for unit, exponent in UNITS.items():
-        if number >> exponent:
-            return f"{number >> exponent}{unit}"
-    return f"{number}"
+    """Return a power of two as on a tick: plain up to 65,536, then 128Ki and so on."""
+    unit, exponent = next(((unit, exponent) for unit, exponent in UNITS.items() if number >> exponent), ("", 0))
+    return f"{number:,}" if number < 1 << 17 else f"{number >> exponent}{unit}"

@@ -9,21 +9,19 @@ import pytest
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from megatron_bipe.config import ENCODINGS
 from megatron_bipe.eval.chart import (
-    COLOURS,
     PAGE_SIZES,
     Chart,
     Line,
+    draw_chart,
     draw_panels,
-    draw_png,
     draw_svg,
+    line_styles,
     perplexity_chart,
-    round_ticks,
-    spread,
-    thin_ticks,
-    values_beyond,
-    visible_range,
 )
+from megatron_bipe.eval.chart_content import round_ticks, spread, thin_ticks, values_beyond, visible_range
+from megatron_bipe.picture import COLOURS, DASHES, PictureSettings, save_figure
 
 FLAT = Line("flat", [(16, 20.0), (32, 19.0), (64, 21.0)], train_len_tokens=16)
 EXPLODING = Line("bursting", [(16, 20.0), (32, 90.0), (64, math.inf)], train_len_tokens=16)
@@ -75,12 +73,16 @@ def test_round_ticks_are_round_numbers_inside(low, high, expected):
 @pytest.mark.parametrize(
     "lines", [[FLAT], [FLAT, EXPLODING], [EXPLODING], [Line("point", [(64, 12.0)], train_len_tokens=16)]]
 )
+def _draw_png(chart):
+    return save_figure(draw_chart(chart), "png")
+
+
 def test_draw_png_gives_a_picture_of_readme_size(lines):
-    picture = draw_png(perplexity_chart(lines, "Perplexity"))
+    picture = _draw_png(perplexity_chart(lines, "Perplexity"))
     assert picture.startswith(PNG_MAGIC)
     width, height = (int.from_bytes(picture[at : at + 4], "big") for at in (16, 20))
     assert 1000 < width < 1800 and 600 < height < 900
-    assert draw_png(perplexity_chart(lines, "Perplexity")) == picture
+    assert _draw_png(perplexity_chart(lines, "Perplexity")) == picture
 
 
 def test_draw_png_line_to_infinity_is_drawn_out_of_the_plot(monkeypatch):
@@ -88,15 +90,15 @@ def test_draw_png_line_to_infinity_is_drawn_out_of_the_plot(monkeypatch):
     plot = Axes.plot
     monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append(y) or plot(self, x, y, **style))
     gone = Line("gone", [(16, 20.0), (32, math.inf)], 1, train_len_tokens=16)
-    draw_png(perplexity_chart([FLAT, gone]))
-    flat, _, [first, last], _ = drawn  # each line, and its markers
+    _draw_png(perplexity_chart([FLAT, gone]))
+    flat, _, [first, last], _, _ = drawn  # each line, its markers, and the arrow where one leaves
     assert flat == (20.0, 19.0, 21.0)
     assert first == 20.0 and 50.0 < last < math.inf
 
 
 def test_draw_png_many_models_reuse_colours():
     lines = [Line(f"model {i}", [(16, 20.0 + i), (32, 20.0 + i)], i, 16) for i in range(9)]
-    assert draw_png(perplexity_chart(lines)).startswith(PNG_MAGIC)
+    assert _draw_png(perplexity_chart(lines)).startswith(PNG_MAGIC)
 
 
 def test_draw_panels_keep_their_room_next_to_long_notes(monkeypatch):
@@ -104,11 +106,88 @@ def test_draw_panels_keep_their_room_next_to_long_notes(monkeypatch):
     save = Figure.savefig
     monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
     chart = perplexity_chart([FLAT, EXPLODING], "Title")._replace(note="a long note " * 30)
-    assert draw_panels([[chart, chart], [chart, chart]]).startswith(PNG_MAGIC)
+    assert save_figure(draw_panels([[chart, chart], [chart, chart]]), "png").startswith(PNG_MAGIC)
     [figure] = figures
     boxes = [axes.get_position() for axes in figure.axes]
     assert len(boxes) == 4 and all(box.width > 0.35 and box.height > 0.2 for box in boxes)
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flat", "bursting"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["flat", "bursting", "training length"]
+
+
+def named(encodings, **fields):
+    return [Line(f"{n} {e}", [(16, 20.0), (32, 21.0)], n, encoding=e, **fields) for n, e in enumerate(encodings)]
+
+
+def test_every_encoding_has_a_style_of_its_own_which_no_other_line_changes():
+    alone = {encoding: line_styles(named([encoding]))[0] for encoding in ENCODINGS}
+    assert len(set(alone.values())) == len(ENCODINGS)
+    order = list(ENCODINGS)[::-1]
+    assert line_styles(named(order)) == [alone[encoding] for encoding in order]
+
+
+@pytest.mark.parametrize("relative", ["rope", "alibi", "xpos", "t5", "nope"])
+def test_a_bilevel_encoding_is_solid_and_its_flat_counterpart_dashed_in_the_same_colour(relative):
+    bilevel, flat = line_styles(named([f"bipe_{relative}", relative]))
+    assert bilevel.colour == flat.colour and bilevel.marker == flat.marker
+    assert (DASHES[bilevel.dashes], bilevel.is_hollow) == ("-", False) and flat.is_hollow
+    assert DASHES[flat.dashes] == (0, (4, 2))
+
+
+def test_lines_of_one_encoding_differ_in_colour_and_several_of_two_encodings_in_dashes():
+    assert [style.colour for style in line_styles(named(["rope"] * 3))] == [0, 1, 2]
+    styles = line_styles(named(["rope", "alibi", "rope", "rope"]))
+    assert len(set(styles)) == 4 and {styles[i].colour for i in (0, 2, 3)} == {0}
+    assert [style.colour for style in line_styles(named(["rope", "of mine"]))] == [0, 1]
+
+
+def test_a_chart_of_many_encodings_becomes_panels_of_flat_against_bilevel():
+    chart = perplexity_chart(named(ENCODINGS, train_len_tokens=16), "All")
+    figure = draw_chart(chart)
+    panels = [[text.get_text().split()[1] for text in axes.get_legend().get_texts()] for axes in figure.axes]
+    assert {"bipe_rope", "rope", "randomized_rope"} in map(set, panels) and {"bipe_t5", "t5"} in map(set, panels)
+    assert sorted(name for panel in panels for name in panel) == sorted(ENCODINGS) and len(panels) == 6
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["the other lines", "training length"]
+    assert len(draw_chart(chart._replace(lines=chart.lines[:8])).axes) == 1
+    assert len(draw_chart(perplexity_chart(named(["rope"] * 9))).axes) == 1
+
+
+def test_bands_are_inside_the_axes_and_in_the_legend():
+    banded = FLAT._replace(band=[(16, 15.0, 22.0), (32, 17.0, 26.0), (64, 20.0, 24.0)])
+    chart = perplexity_chart([banded], band_label="range of 3 seeds")
+    assert chart.y_range[0] < 15 and chart.y_range[1] > 26
+    figure = draw_chart(chart)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["shaded: range of 3 seeds"]
+    low, high = chart.y_range
+    [shaded] = figure.axes[0].collections
+    heights = shaded.get_paths()[0].vertices[:, 1]
+    assert low <= heights.min() == 15.0 and heights.max() == 26.0 <= high
+
+
+def test_a_large_ratio_makes_the_axis_logarithmic_and_the_label_says_so():
+    far = Line("far", [(16, 200.0), (32, 210.0), (64, 220.0)], 1, train_len_tokens=16)
+    chart = perplexity_chart([FLAT, far])
+    assert chart.is_log and "log" in chart.y_label and chart.y_range[0] > 0
+    assert chart.height(chart.y_range[0]) == pytest.approx(0) and chart.height(chart.y_range[1]) == pytest.approx(1)
+    assert draw_chart(chart).axes[0].get_yscale() == "log"
+    assert not perplexity_chart([FLAT, EXPLODING]).is_log
+
+
+def test_losses_use_the_height_too():
+    lines = [Line("m", [(16, 3.0), (32, 3.1)], 0, 16), Line("n", [(16, 3.05), (32, 90.0)], 1, 16)]
+    chart = perplexity_chart(lines, measure="nats")
+    assert chart.y_range[0] > 2.5 and chart.y_range[1] < 4.5 and "nats" in chart.y_label
+    assert "n 90 at 32" in chart.note
+
+
+@pytest.mark.parametrize(("width", "inches"), [("column", 3.3), ("page", 6.8)])
+def test_figures_have_the_width_of_a_paper_and_nothing_is_cut_off(width, inches):
+    long = Line("a-model-with-a-name-of-some-length/step-00001000", [(16, 20.0), (32, 22.0)], 1, 16)
+    for lines in ([FLAT, FALLING, RISING], [FLAT, EXPLODING, long]):
+        figure = draw_chart(perplexity_chart(lines, "A title that needs two lines in a column of a paper " * 2),
+                            PictureSettings(width=width))  # fmt: skip
+        assert figure.get_figwidth() == inches
+        box = figure.get_tightbbox()
+        assert box.x0 > -0.02 and box.x1 < inches + 0.02
+        assert box.y0 > -0.02 and box.y1 < figure.get_figheight() + 0.02
 
 
 def draw(lines, **changes):

@@ -30,6 +30,7 @@ from megatron_bipe.eval.perplexity import (
     evaluate_documents,
     evaluate_perplexity,
 )
+from megatron_bipe.picture import PictureSettings
 from tests.helpers.errors import raises
 from tests.helpers.tools import assert_refuses, call_tool
 
@@ -129,12 +130,28 @@ def test_picture_names_the_papers_curves_of_all_subsets_and_what_lies_beyond(tmp
     model = ModelLosses("m", "m", "rope", 16, (losses_of([3.0, 3.0], [1, 1]),))
     subsets = [Subset("arxiv", "f", (model,)), Subset("gutenberg-pg-19", "f", (model,))]
     write_extrapolation(tmp_path, EvalSettings(), subsets)
-    [figure] = figures
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["m", "RoPE, the paper's"]
+    [figure] = set(figures)
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == [
+        "m", "RoPE, the paper's", "training length", "shaded: 95% interval over documents",
+    ]  # fmt: skip
     columns = [axes for axes in figure.axes if axes.get_title(loc="left").endswith("by sequence length")]
     low, high = columns[1].get_ylim()
     notes = [text.get_text() for text in columns[1].texts]
     assert low < 19 and (high > 41 or any("RoPE, the paper's 41 at 2,048" in note for note in notes))
+
+
+def test_picture_in_bits_per_byte_counts_the_bytes_of_the_text_and_leaves_the_paper_out(tmp_path, monkeypatch):
+    figures = []
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, **k: figures.append(figure) or save(figure, *a, **k))
+    model = ModelLosses("m", "m", "rope", 16, (losses_of([3.0, 3.0], [1, 1]),))
+    subsets = [Subset("arxiv", "f", (model,), text_bytes=4)]
+    write_extrapolation(tmp_path, EvalSettings(), subsets, PictureSettings(("pdf",), measure="bits-per-byte"))
+    by_length = figures[0].axes[0]
+    assert by_length.get_ylabel().startswith("bits per byte")
+    [values] = {tuple(line.get_ydata()) for line in by_length.lines if list(line.get_xdata()) == [16]}
+    assert values == pytest.approx((6 / 4 / math.log(2),))
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".csv", ".html", ".json", ".pdf"]
 
 
 @pytest.fixture

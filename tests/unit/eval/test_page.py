@@ -6,7 +6,6 @@ import pytest
 
 from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.segments import bilevel_ids
-from megatron_bipe.eval.chart import COLOURS
 from megatron_bipe.eval.page import (
     NUM_TINTS,
     Section,
@@ -19,6 +18,7 @@ from megatron_bipe.eval.page import (
     segments_view,
     table,
 )
+from megatron_bipe.picture import COLOURS
 from tests.helpers.pages import Outline, assert_self_contained
 
 

@@ -69,7 +69,7 @@ def test_page_holds_what_a_newcomer_wants_to_see_and_loads_nothing(folder):
         assert value in text
     assert len(re.findall(r"<svg ", html)) == 4
     names = re.findall(r'<text style="[^"]*fill: var\(--line(\d)\)[^"]*"[^>]*>([^<]*)<', html)
-    assert set(names) == {("0", "bipe_rope"), ("1", "bipe_alibi"), ("2", "rope ↑"), ("2", "rope")}
+    assert set(names) == {("0", "bipe_rope"), ("1", "bipe_alibi"), ("0", "rope ↑"), ("0", "rope")}
 
 
 def test_page_escapes_corpus_and_generated_text(folder):

@@ -10,15 +10,18 @@ import pytest
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.eval.perplexity import EvalSettings, PerplexityResult
 from megatron_bipe.eval.report import (
+    NAMES,
     ModelResults,
     as_csv,
     as_json,
     as_table,
+    check_measure,
     coverage_text,
     prepare_output,
     unique_names,
     write_report,
 )
+from megatron_bipe.picture import PictureSettings
 from tests.helpers.errors import raises
 
 RESULT_KEYS = [
@@ -49,13 +52,13 @@ def models(make_eval_model):
     ]
 
 
-def test_write_report_makes_three_files_that_can_be_read(make_dataset, documents, models, tmp_path):
+def test_write_report_makes_files_that_can_be_read(make_dataset, documents, models, tmp_path):
     dataset = make_dataset(documents)
     folder = tmp_path / "out"
     prepare_output(folder, overwrite=False)
     files = write_report(folder, dataset, EvalSettings(max_tokens=100), models)
 
-    assert [file.name for file in files] == ["perplexity.json", "perplexity.csv", "perplexity.png"]
+    assert [file.name for file in files] == list(NAMES)
     assert sorted(folder.iterdir()) == sorted(files)
     content = json.loads(files[0].read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert content["protocol"] == "full" and "predicted once" in content["protocol_means"]
@@ -113,7 +116,7 @@ def test_unique_names_of_equal_names_are_what_was_loaded(make_eval_model):
     assert unique_names(eval_models) == ["a/run", "b/run", "other"]
 
 
-@pytest.mark.parametrize("name", ["perplexity.json", "perplexity.csv", "perplexity.png"])
+@pytest.mark.parametrize("name", NAMES)
 def test_prepare_output_earlier_results_are_kept_unless_asked(tmp_path, name):
     (tmp_path / name).write_text("earlier")
     with raises(ConfigError, name, location=tmp_path, remedy="--overwrite"):
@@ -133,3 +136,26 @@ def test_prepare_output_where_a_file_is_says_so(tmp_path):
     (tmp_path / "out").write_text("")
     with raises(ConfigError, "File exists", location=tmp_path / "out"):
         prepare_output(tmp_path / "out", overwrite=False)
+
+
+def test_formats_that_are_not_asked_for_are_not_kept_from_earlier(make_dataset, documents, models, tmp_path):
+    dataset = make_dataset(documents)
+    for name in NAMES:
+        (tmp_path / name).write_text("earlier")
+    (tmp_path / "notes.txt").write_text("mine")
+    picture = PictureSettings(("svg",), "My $title", measure="bits-per-byte")
+    write_report(tmp_path, dataset, EvalSettings(), models, picture)
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == [
+        "notes.txt", "perplexity.csv", "perplexity.json", "perplexity.svg",
+    ]  # fmt: skip
+    text = (tmp_path / "perplexity.svg").read_text()
+    assert ">My $title</text>" in text and ">bits per byte (lower is better)</text>" in text
+
+
+def test_bits_per_byte_that_will_not_be_known_are_refused_before_the_evaluation(make_dataset, documents):
+    dataset = make_dataset(documents)
+    check_measure("bits-per-byte", dataset, [16, 32], EvalSettings())
+    check_measure("bits-per-byte", dataset, [16], EvalSettings(max_tokens=99))
+    check_measure("nats", dataset, [16], EvalSettings(protocol="reference"))
+    with raises(ConfigError, "protocol reference", location="--y", remedy="--protocol full"):
+        check_measure("bits-per-byte", dataset, [16], EvalSettings(protocol="reference"))

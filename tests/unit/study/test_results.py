@@ -9,7 +9,7 @@ import pytest
 
 from megatron_bipe.errors import DataError
 from megatron_bipe.study import Plan, load_plan
-from megatron_bipe.study.result_page import perplexity_lines, plot, study_page
+from megatron_bipe.study.result_page import perplexity_lines, plots, study_page
 from megatron_bipe.study.results import Results, differences_csv, read_results, results_csv, tables
 from tests.helpers.errors import raises
 from tests.unit.study.conftest import WriteLosses, WriteStudy
@@ -79,9 +79,10 @@ def test_plot_has_means_with_bands_of_the_extremes(results: Results) -> None:
     rope, bipe = perplexity_lines(results).lines
     found = [math.exp((40 + seed) / 20) for seed in (1, 2, 3)]
     assert rope.points[0] == (16, pytest.approx(sum(found) / 3))
-    assert rope.intervals[0] == pytest.approx((found[0], found[2]))
-    assert (rope.name, rope.train_len_tokens, len(bipe.intervals)) == ("rope", 16, 2)
-    assert plot(results).startswith(b"\x89PNG")
+    assert rope.band[0] == (16, pytest.approx(found[0]), pytest.approx(found[2]))
+    assert (rope.name, rope.train_len_tokens, len(bipe.band)) == ("rope", 16, 2)
+    made = plots(results)
+    assert made["perplexity.png"].startswith(b"\x89PNG") and made["perplexity.pdf"].startswith(b"%PDF")
 
 
 def test_page_has_the_members_the_method_and_the_settings(results: Results, tmp_path: Path) -> None:

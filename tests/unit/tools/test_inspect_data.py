@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from megatron_bipe.data.manifest import Manifest
-from megatron_bipe.errors import DataError
+from megatron_bipe.errors import ConfigError, DataError
 from tests.helpers.datasets import FEW_TEXTS
 from tests.helpers.tools import assert_refuses, call_tool
 
@@ -48,9 +48,12 @@ def test_inspect_data_stats_prints_tables_and_writes_what_is_asked_for(folder: P
     shown = inspect("stats", folder, "--all", "--png", png, "--json", figures)
     assert "tokens/segment" in shown and "25 of 25 tokens" in shown
     assert png.read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "s.pdf").read_bytes().startswith(b"%PDF") and "<svg" in (tmp_path / "s.svg").read_text()
     assert json.loads(figures.read_text())[str(folder)]["segment_tokens"]["count"] == 5
     assert_refuses("inspect_data", ["stats", folder, "--png", png], DataError, "--overwrite", location=png)
-    inspect("stats", folder, "--png", png, "--overwrite")
+    inspect("stats", folder, "--png", png, "--overwrite", "--formats", "svg")
+    assert_refuses("inspect_data", ["stats", folder, "--png", "s.jpg"], ConfigError, "jpg")
+    assert_refuses("inspect_data", ["stats", folder, "--png", "s.pdf"], DataError, ".png", location="--png")
 
 
 def test_inspect_data_on_a_folder_of_datasets_does_all(write_text_dataset: Write, tmp_path: Path) -> None:

@@ -23,6 +23,7 @@ from megatron_bipe.data.inspection.stats_text import (
 from megatron_bipe.data.manifest import Manifest
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import DataError
+from megatron_bipe.picture import save_figure
 from tests.helpers.errors import raises
 
 TEXTS = [["a cat\nsat.\n", "x\n\ny"], [], ["\u4e16\x1bz q\n", ""]]
@@ -209,10 +210,14 @@ def test_draw_stats_of_any_number_of_datasets_is_a_png_and_always_the_same(
 ) -> None:
     _, statistics = counted(write_dataset, tmp_path / "x", [2, 3, 5, 4000])
     found = {f"d{number}": statistics for number in range(count)}
-    picture = draw_stats(found)
-    assert picture.startswith(b"\x89PNG") and picture == draw_stats(found)
+    figure = draw_stats(found)
+    picture = save_figure(figure, "png")
+    assert picture.startswith(b"\x89PNG") and picture == save_figure(draw_stats(found), "png")
+    ticks = [[label.get_text() for label in axes.get_xticklabels()] for axes in figure.axes]
+    assert ticks[0] == ["2", "8", "32", "128", "512", "2,048"]
+    assert [len(legend.get_texts()) for legend in figure.legends] == ([count] if count > 1 else [])
 
 
 def test_draw_stats_of_nothing_counted_is_a_png(write_dataset: Write, tmp_path: Path) -> None:
     _, statistics = counted(write_dataset, tmp_path / "x", [])
-    assert draw_stats({"x": statistics}).startswith(b"\x89PNG")
+    assert save_figure(draw_stats({"x": statistics}), "png").startswith(b"\x89PNG")
