@@ -8,7 +8,6 @@ import logging
 import math
 import sys
 from collections.abc import Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from megatron_bipe.config import (
@@ -22,7 +21,7 @@ from megatron_bipe.config import (
 )
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.runtime.child_processes import watch_launcher
-from megatron_bipe.runtime.distributed_init import connect_store, find_gloo_interface, join_launch
+from megatron_bipe.runtime.distributed_init import find_gloo_interface, join_launch
 from megatron_bipe.runtime.environment import has_gpu_driver, prepare_cuda
 from megatron_bipe.runtime.exit_handling import log_to_stderr, run_rank
 from megatron_bipe.runtime.launcher_env import Launch
@@ -46,29 +45,16 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
     if has_gpu_driver():
         prepare_cuda(run)
 
-    from megatron_bipe.data.dataset import open_tokenizer
     from megatron_bipe.engine.ds_settings import check_settings, ignored_settings
-    from megatron_bipe.engine.engines import start_engine
     from megatron_bipe.estimate.dry_run import describe
     from megatron_bipe.runtime.gpus import named_gpu, with_network
     from megatron_bipe.runtime.hardware import Choices, choose_compile, own_gpu
-    from megatron_bipe.runtime.host_collectives import in_thread
-    from megatron_bipe.runtime.watchdog import Watchdog
-    from megatron_bipe.train.alerts import keep_webhook, record_and_alert, webhook_of
-    from megatron_bipe.train.batch_loader import BatchLoader
-    from megatron_bipe.train.profile import Profile
-    from megatron_bipe.train.provenance import Given, describe_start
-    from megatron_bipe.train.read_ahead import reading_ahead
-    from megatron_bipe.train.run_folder import (
-        end_summary,
-        lock_run_dir,
-        resolve_precision,
-        start_summary,
-        write_run_folder,
-    )
+    from megatron_bipe.train.alerts import webhook_of
+    from megatron_bipe.train.launch import train_run
+    from megatron_bipe.train.provenance import Given
+    from megatron_bipe.train.run_folder import end_summary, resolve_precision, start_summary
     from megatron_bipe.train.start_check import check_start, start_warnings
     from megatron_bipe.train.trackers import check_trackers
-    from megatron_bipe.train.trainer import Trainer
 
     watch_launcher()
     mesh = join_launch(launch, run).with_layout(run.parallel)
@@ -93,40 +79,9 @@ def main(args: argparse.Namespace, launch: Launch) -> None:
         return
     if mesh.is_main:
         _log_lines(start_summary(run, ds_config, mesh, choices))
-    loader = BatchLoader(run, mesh)
-    tokenizer = open_tokenizer(loader.dataset)
     stop_step = min(run.train.steps, args.stop_step or run.train.steps)
-    stop_request.install_handlers()  # until here a signal ends the process: there is nothing to save
-    with (
-        lock_run_dir(run, loader.record, args.allow, mesh.is_main),
-        loader.checking_shards(),
-        Watchdog(
-            mesh,
-            run.parallel.timeout_s,
-            partial(connect_store, name=str(run.run_dir)),
-            partial(record_and_alert, run),
-        ) as watchdog,
-    ):
-        engine = start_engine(run, ds_config, mesh, loader.record)  # all ranks have read the folder by now
-        if mesh.is_main:
-            _log_warnings(start_warnings(run))
-            write_run_folder(run, loader.record, tokenizer)
-            keep_webhook(run)
-        if run.train.init_from is not None:
-            from megatron_bipe.train.warm_start import begin_from_model  # imports transformers' models: 2 s
-
-            # A large model takes long to read; the other ranks wait for the main one in rounds.
-            for _ in engine.host.in_rounds(in_thread(partial(begin_from_model, run)) if mesh.is_main else ()):
-                watchdog.heartbeat()
-        given = Given(args.ds_config, ds_values, choices, loader.record, args.allow)
-        start = describe_start(run, mesh, engine.host, given)
-        profile = Profile(args.profile, run.run_dir, mesh)
-        with reading_ahead(loader, mesh.device) as batches:
-            trainer = Trainer(run, mesh, engine, batches, watchdog, stop_request, profile, start)
-            finished = trainer.run(stop_step)
-    engine.close()
-    stop_request.remove_handlers()
-    if not finished:
+    given = Given(args.ds_config, ds_values, choices, args.allow, stop_step, args.profile)
+    if not train_run(run, mesh, ds_config, given, stop_request):
         sys.exit(EXIT_RESUMABLE)
     if mesh.is_main:
         _log_lines(end_summary(run, stop_step))

@@ -13,14 +13,13 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
-import orjson
 import psutil
 
 import megatron_bipe
 from megatron_bipe.config import RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.parallel import Mesh
-from megatron_bipe.run_files import METRICS, TIME
+from megatron_bipe.run_files import METRICS, TIME, read_last_lines
 from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.hardware import Choices, device_name
@@ -44,11 +43,15 @@ class Given(NamedTuple):
     ds_settings: Mapping[str, Any]
     """Content of the DeepSpeed file, as written."""
     choices: Choices
-    record: DataRecord
     allow: Sequence[str]
+    stop_step: int
+    """Step at which the launch ends; the schedule ends at `train.steps`."""
+    profile_steps: int
 
 
-def describe_start(run: RunConfig, mesh: Mesh, host: HostCollectives, given: Given) -> dict[str, Any]:
+def describe_start(
+    run: RunConfig, mesh: Mesh, host: HostCollectives, given: Given, record: DataRecord
+) -> dict[str, Any]:
     """Return the provenance of this launch; all ranks call it together, and only the main rank gets it.
 
     Args:
@@ -56,6 +59,7 @@ def describe_start(run: RunConfig, mesh: Mesh, host: HostCollectives, given: Giv
         mesh: this rank, with the parallel layout.
         host: collectives, through which the ranks name their hosts and devices.
         given: what the launch was given besides.
+        record: record of the training data.
     """
     ranks = host.all_gather_object([socket.gethostname(), device_name(mesh.device)])
     if not mesh.is_main:
@@ -77,9 +81,9 @@ def describe_start(run: RunConfig, mesh: Mesh, host: HostCollectives, given: Giv
         "deepspeed": {"file": str(given.ds_file), "settings": given.ds_settings},
         "precision": given.choices.precision._asdict(),
         "compile": given.choices.compiles._asdict(),
-        "data": given.record.fingerprint,
-        "tokenizer": given.record.tokenizer.fingerprint,
-        "segments": given.record.rule.spec,
+        "data": record.fingerprint,
+        "tokenizer": record.tokenizer.fingerprint,
+        "segments": record.rule.spec,
         "allow": list(given.allow),
         "settings": own_settings(run),
     }
@@ -140,18 +144,8 @@ def count_hosts(names: Sequence[str]) -> dict[str, Any]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """Return step and time of the last complete line of metrics.jsonl, before a resume truncates it; None: no line."""
-    with path.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - _TAIL_BYTES))
-        lines = file.read().splitlines(keepends=True)
-    for line in reversed(lines):
-        try:
-            values = orjson.loads(line) if line.endswith(b"\n") else None
-        except ValueError:
-            continue
-        if isinstance(values, dict) and "step" in values:
-            return {"step": values["step"], TIME: values.get(TIME)}
-    return None
+    lines = read_last_lines(path, {"step"}, _TAIL_BYTES)
+    return {"step": lines[-1]["step"], TIME: lines[-1].get(TIME)} if lines else None
 
 
 def _or_none(find: Callable[[], T]) -> T | None:

@@ -103,7 +103,8 @@ def pretrain_error(*arguments: object, num_ranks: int = 1) -> BipeError:
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     with pytest.MonkeyPatch.context() as patch, mock.patch.dict(os.environ):
         patch.chdir(ROOT)
-        patch.setattr(watchdog, "Watchdog", mock.Mock(side_effect=AssertionError("the arguments are accepted")))
+        accepted = mock.Mock(side_effect=AssertionError("the arguments are accepted"))
+        patch.setattr(watchdog.Watchdog, "__init__", accepted)
         with pytest.raises(BipeError) as caught:
             pretrain.main(args, launch)
     for number, handler in handlers.items():

@@ -22,16 +22,20 @@ def run(tmp_path):
     return load_run_config(None, [f"run_dir={tmp_path}", "train.precision=fp32", "alerts.webhook=http://host/SECRET"])
 
 
-@pytest.fixture
-def given(tmp_path):
-    record = {
+RECORD = DataRecord.model_validate(
+    {
         "tokenizer": {"name": "t", "fingerprint": "a" * 64, "vocab_size": 400, "special_ids": {"end": 0}},
         "rule": {"spec": "newline", "token_ids": [13]},
         "fingerprint": "b" * 64,
     }
+)
+
+
+@pytest.fixture
+def given(tmp_path):
     choices = Choices(PrecisionChoice("fp32", "auto: a CPU"), CompileChoice(False, "auto: not on a CPU"))
     settings = {"zero_optimization": {"stage": 2}}
-    return Given(tmp_path / "ds.json", settings, choices, DataRecord.model_validate(record), ["optimizer"])
+    return Given(tmp_path / "ds.json", settings, choices, ["optimizer"], stop_step=2, profile_steps=0)
 
 
 class ManyRanks:
@@ -48,7 +52,7 @@ def test_start_event_has_the_provenance(run, given, tmp_path, monkeypatch):
     )
     monkeypatch.setenv("NCCL_DEBUG", "INFO")
     notes = Notes(tmp_path)
-    facts = describe_start(run, MAIN, notes.host, given)
+    facts = describe_start(run, MAIN, notes.host, given, RECORD)
     trainer = Trainer(run, MAIN, notes, notes, notes, StopRequest(), Profile(0, tmp_path, MAIN), facts)
     assert trainer.run(2)
     start = read_events(tmp_path)[0]
@@ -65,14 +69,14 @@ def test_start_event_has_the_provenance(run, given, tmp_path, monkeypatch):
 
 
 def test_size_does_not_grow_with_the_ranks(run, given):
-    facts = describe_start(run, MAIN._replace(num_ranks=8192), ManyRanks(), given)
+    facts = describe_start(run, MAIN._replace(num_ranks=8192), ManyRanks(), given, RECORD)
     assert len(json.dumps(facts)) < 12_000
     assert len(facts["hosts"]) == 64 and facts["more_hosts"] == 1024 - 64
     assert list(facts["devices"].values()) == [8192]
 
 
 def test_only_the_main_rank_describes_the_start(run, given):
-    assert describe_start(run, MAIN._replace(rank=1), Notes.host, given) == {}
+    assert describe_start(run, MAIN._replace(rank=1), Notes.host, given, RECORD) == {}
 
 
 def test_facts_that_cannot_be_found_are_null(run, given, monkeypatch):
@@ -81,7 +85,7 @@ def test_facts_that_cannot_be_found_are_null(run, given, monkeypatch):
 
     monkeypatch.setattr(provenance, "versions", fail)
     monkeypatch.setattr(provenance, "run_command", fail)
-    facts = describe_start(run, MAIN, Notes.host, given)
+    facts = describe_start(run, MAIN, Notes.host, given, RECORD)
     assert facts["versions"] is None and facts["code"] is None and facts["zero"] == 2
 
 
