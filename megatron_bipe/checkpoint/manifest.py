@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Self
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
+from megatron_bipe.config import RunConfig
 from megatron_bipe.data.manifest import DataRecord, FileRecord, InnerName
 from megatron_bipe.errors import CheckpointError, is_transient
 from megatron_bipe.io import read_again, write_atomically
@@ -114,6 +115,18 @@ def load_index(folder: Path) -> CheckpointManifest:
             folder, f"it has format version {index.format_version}; this code reads {FORMAT_VERSION}"
         )
     return index
+
+
+def load_config(folder: Path) -> RunConfig:
+    """Read the configuration with which a checkpoint was written; that of its run may have changed since.
+
+    Raises:
+        CheckpointError: as in `load_index`, or the configuration cannot be read.
+    """
+    try:
+        return RunConfig.model_validate(load_index(folder).config)
+    except ValidationError as error:
+        raise unusable_checkpoint(folder, f"its configuration cannot be read: {error}") from error
 
 
 def fingerprint_of(folder: Path) -> str:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.checkpoint.disk_space import plan_disk
+from megatron_bipe.checkpoint.find import branch_step, num_own_steps
 from megatron_bipe.config import ModelConfig, RunConfig, accumulation_steps, dump_yaml, zero_stage
 from megatron_bipe.data.blend import PATTERN_SLOTS, count_slots
 from megatron_bipe.data.manifest import Manifest
@@ -136,7 +137,7 @@ def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: G
     rows = [(name, f"{1000 * part:.1f}", f"{part / step.total_s:.1%}") for name, part in seconds.items() if part]
     rows.append(("total", f"{1000 * step.total_s:.1f}", ""))
     code = "compiled" if choose_compile(run, zero_stage(ds_config), on_gpu=True).compiles else "eager"
-    days = run.train.steps * step.total_s / _DAY_S
+    days = num_own_steps(run) * step.total_s / _DAY_S
     rates = f"{step.tokens_per_second:,.0f} tokens/s, {step.mfu:.0%} MFU, {days:,.1f} days for all steps"
     table = text_table([("part", "ms", "of the step"), *rows], left=[0])
     return f"{table}\n{rates}, on {num_ranks} x {gpu.name} with {code} blocks; nothing was measured\n"
@@ -145,11 +146,13 @@ def _step_time(run: RunConfig, ds_config: dict[str, Any], num_ranks: int, gpu: G
 def _length(run: RunConfig, num_ranks: int) -> str:
     train = run.train
     tokens_per_step = train.global_batch * train.seq_len_tokens
-    total = tokens_per_step * train.steps
+    steps, begin = num_own_steps(run), branch_step(run)
+    total = tokens_per_step * steps
     flops = train_flops_per_token(run.model, train.seq_len_tokens) * total
     replicas = run.parallel.data_ranks(num_ranks)
-    return (
-        f"{train.steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
+    continues = f"a branch: steps {begin + 1:,} to {train.steps:,}, after {train.branch_from}\n" if begin else ""
+    return continues + (
+        f"{steps:,} steps x {tokens_per_step:,} tokens = {total:,} tokens, {flops:.3g} FLOPs\n"
         f"a step: {replicas} model replicas x {accumulation_steps(train, replicas)} micro-batches x "
         f"{train.micro_batch} sequences of {train.seq_len_tokens} tokens\n"
     )
@@ -169,7 +172,7 @@ def describe_data(run: RunConfig) -> str:
 
 def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, fraction: float) -> str:
     blend_part = f"{fraction:.2%} of the sequences; " if fraction < 1 else ""
-    sequences = fraction * run.train.steps * run.train.global_batch
+    sequences = fraction * num_own_steps(run) * run.train.global_batch
     if manifest.examples:
         num_examples = manifest.num_documents // 2
         content, times = f"{num_examples:,} examples of {manifest.examples.task}", sequences / max(1, num_examples)
@@ -178,5 +181,5 @@ def _dataset_line(run: RunConfig, folder: Path, manifest: Manifest, fraction: fl
         times = sequences * run.train.seq_len_tokens / max(1, manifest.num_tokens)
     return (
         f"{folder}: {blend_part}{manifest.num_tokens:,} tokens in {content}, "
-        f"segments {manifest.rule.spec}; the run reads it {times:.2f} times\n"
+        f"segments {manifest.rule.spec}; the {'branch' if branch_step(run) else 'run'} reads it {times:.2f} times\n"
     )

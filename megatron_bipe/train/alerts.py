@@ -52,7 +52,7 @@ _log = logging.getLogger(__name__)
 Facts = Mapping[str, Any]
 _SENTENCES: Mapping[str, Callable[[Facts], str]] = {
     START: lambda facts: f"started at step {facts['step']} on {facts['ranks']} rank{'s' * (facts['ranks'] > 1)}",
-    STOP: lambda facts: f"was asked to stop, and has saved step {facts['step']}",
+    STOP: lambda facts: f"was asked to stop, and has stopped after step {facts['step']}",
     DONE: lambda facts: f"is done: step {facts['step']}",
     RETURN: lambda facts: (
         f"rolled back from step {facts['step']} to step {facts['to_step']}, skipping samples {facts['samples'][0]} to "
@@ -216,6 +216,10 @@ def kept_webhook(run_dir: Path) -> str | None:
 
 def record_and_alert(run: RunConfig, failure: Mapping[str, Any]) -> None:
     """Record why a launch ends, as `record_failure` does, and send a message about it."""
-    alerts = Alerts(webhook_of(run), run.run_dir)
+    try:
+        url = webhook_of(run)
+    except ConfigError:  # only the main rank has checked it, and BIPE_WEBHOOK may differ on this host
+        url = None
+    alerts = Alerts(url, run.run_dir)
     record_failure(run.run_dir, failure, alerts.add)
     alerts.close()

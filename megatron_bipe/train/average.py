@@ -13,7 +13,7 @@ from torch import Tensor
 from megatron_bipe.checkpoint.find import Checkpoint, list_steps
 from megatron_bipe.checkpoint.manifest import fingerprint_of
 from megatron_bipe.checkpoint.verify import CheckpointWeights, read_run
-from megatron_bipe.config import RunConfig
+from megatron_bipe.config import AlertsConfig, RunConfig, TrackingConfig
 from megatron_bipe.data.dataset import check_recorded_tokenizer
 from megatron_bipe.data.manifest import TOKENIZER_FOLDER, DataRecord
 from megatron_bipe.data.tokenizer import load_tokenizer
@@ -62,7 +62,7 @@ def write_average(checkpoints: Sequence[Checkpoint], output: Path, overwrite: bo
     """Write the mean of checkpoints as checkpoint 0 of the run folder `output`, and return the checkpoint's folder.
 
     The configuration and the data record are those of the first checkpoint's run, without the model or the run that
-    it began from.
+    it began from, trackers and alerts.
 
     Raises:
         ConfigError: fewer than two checkpoints are given, or one of them twice.
@@ -78,17 +78,17 @@ def write_average(checkpoints: Sequence[Checkpoint], output: Path, overwrite: bo
     tokenizer = load_tokenizer(first / TOKENIZER_FOLDER, bool(record.special_in_text))
     check_recorded_tokenizer(tokenizer, record.tokenizer, first / "data.json")
     weights = MeanWeights(checkpoints)
-    for name in weights:
-        _ = weights[name]  # verifies all files before anything is written
-        break
+    _ = next(iter(weights.values()))  # verifies all files before anything is written
     train = sources[0].run.train.model_copy(update={"init_from": None, "branch_from": None})
-    run = sources[0].run.model_copy(update={"run_dir": output, "train": train})
-    write_run_folder(run, record, tokenizer)
+    silent = {"alerts": AlertsConfig(), "tracking": TrackingConfig()}
+    run = sources[0].run.model_copy(update={"run_dir": output, "train": train} | silent)
     facts = [
         {"run": str(run_dir), "step": step, "fingerprint": fingerprint_of(folder)}
         for folder, run_dir, step in checkpoints
     ]
-    Events(output, is_main=True).add(AVERAGE, sources=facts)
+    output.mkdir(parents=True, exist_ok=True)
+    Events(output, is_main=True).add(AVERAGE, sources=facts)  # first: it marks an output that is incomplete, too
+    write_run_folder(run, record, tokenizer)
     return write_step_zero(run, record, weights)
 
 

@@ -7,10 +7,8 @@ change the loss curve. Of the learning rate, only the updates that were already 
 from collections.abc import Collection, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from pydantic import ValidationError
-
 from megatron_bipe.checkpoint.find import find_trunk, list_steps, newest_first, read_data_record, split_step
-from megatron_bipe.checkpoint.manifest import load_index, unusable_checkpoint
+from megatron_bipe.checkpoint.manifest import load_config, load_index
 from megatron_bipe.config import ALLOWABLE, RunConfig, load_run_config
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.dataset import describe_special_in_text, special_in_text_differs
@@ -130,14 +128,10 @@ def check_branch(run: RunConfig, record: DataRecord | None, allow: Collection[st
             remedy=f"Set train.steps to more than {trunk.step}",
             location="train.steps",
         )
-    index = load_index(trunk.folder)
-    try:
-        old_run = RunConfig.model_validate(index.config)
-    except ValidationError as error:
-        raise unusable_checkpoint(trunk.folder, f"its configuration cannot be read: {error}") from error
+    old_run, old_record = load_config(trunk.folder), load_index(trunk.folder).data
     found = [difference for difference in _differences(old_run, run, trunk.step) if difference.key != _INIT]
-    if record is not None and index.data is not None:
-        found += _data_differences(index.data, record)
+    if record is not None and old_record is not None:
+        found += _data_differences(old_record, record)
     if refused := _refused(found, allow):
         raise CheckpointError(
             f"the run cannot branch from {spec}: {_listed(refused)}",

@@ -14,16 +14,15 @@ Also the summaries that a run logs at its start and end.
 
 import shlex
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from functools import partial
 
 import torch
-from pydantic import ValidationError
 
 from megatron_bipe.checkpoint.commit import tidy
 from megatron_bipe.checkpoint.disk_space import plan_disk
-from megatron_bipe.checkpoint.find import branch_step, find_trunk, list_steps, newest_first
-from megatron_bipe.checkpoint.manifest import load_index
+from megatron_bipe.checkpoint.find import branch_step, find_trunk, list_steps, newest_first, num_own_steps
+from megatron_bipe.checkpoint.manifest import load_config
 from megatron_bipe.config import (
     AUTO,
     ComputePrecision,
@@ -91,16 +90,22 @@ def lock_run_dir(run: RunConfig, record: DataRecord, allow: Collection[str], is_
         DataError: another launch holds the lock (transient).
         CheckpointError, ConfigError: as in `check_same_run` and `check_branch`.
     """
+    is_new = is_main and not run.run_dir.exists()
     lock = locked(
         run.run_dir / LOCK_FOLDER,
         partial(tidy, run.run_dir),
         job=batch_job(),
         progress=partial(last_step_text, run.run_dir),
     )
-    with lock if is_main else nullcontext():
-        check_branch(run, record, allow)  # first: it names a run that would branch from itself
-        check_same_run(run, record, allow)
-        yield
+    try:
+        with lock if is_main else nullcontext():
+            check_branch(run, record, allow)  # first: it names a run that would branch from itself
+            check_same_run(run, record, allow)
+            yield
+    finally:
+        if is_new:
+            with suppress(OSError):
+                run.run_dir.rmdir()  # of a start that was refused; succeeds only if it is empty
 
 
 def _precision_to_keep(run: RunConfig, allow: Collection[str]) -> ComputePrecision | None:
@@ -118,8 +123,8 @@ def _precision_to_keep(run: RunConfig, allow: Collection[str]) -> ComputePrecisi
 
 def _precision_of(trunk: str) -> Precision:
     try:
-        return RunConfig.model_validate(load_index(find_trunk(trunk).folder).config).train.precision
-    except (CheckpointError, ValidationError):  # which `check_branch` reports
+        return load_config(find_trunk(trunk).folder).train.precision
+    except CheckpointError:  # which `check_branch` reports
         return AUTO
 
 
@@ -143,7 +148,7 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, choi
     """
     train, replicas = run.train, mesh.data_ranks
     tokens_per_step = train.global_batch * train.seq_len_tokens
-    threads = torch.get_num_threads()
+    own_steps, threads = num_own_steps(run), torch.get_num_threads()
     per_rank = f"{threads} thread{'s' * (threads > 1)} each" if mesh.device.type == "cpu" else "one GPU each"
     axes = {"tensor": mesh.tensor, "context": mesh.context, "pipeline": mesh.pipeline, "data": replicas}
     layout = " x ".join(f"{size} {axis}" for axis, size in axes.items() if size > 1) or "one model replica"
@@ -156,8 +161,8 @@ def start_summary(run: RunConfig, ds_config: dict[str, object], mesh: Mesh, choi
         "layout": f"{layout}, ZeRO {zero_stage(ds_config)}",
         "batch": f"{tokens_per_step:,} tokens a step: {replicas} x {accumulation_steps(train, replicas)} micro-batches "
         f"of {train.micro_batch} x {train.seq_len_tokens}",
-        "length": f"{train.steps:,} steps, {train.steps * tokens_per_step:,} tokens",
-        **({"begins with": str(train.branch_from)} if train.branch_from and not list_steps(run.run_dir) else {}),
+        "length": f"{own_steps:,} steps, {own_steps * tokens_per_step:,} tokens",
+        **({"branch of": f"{train.branch_from}, up to step {train.steps:,}"} if train.branch_from else {}),
         "run folder": str(run.run_dir),
         "checkpoints": str(plan_disk(run, num_parameters)),
     }

@@ -6,7 +6,8 @@ from collections.abc import Callable, Collection, Iterator
 
 from megatron_bipe.checkpoint.commit import FREE_SPACE
 from megatron_bipe.checkpoint.disk_space import plan_disk
-from megatron_bipe.checkpoint.find import find_model, list_steps
+from megatron_bipe.checkpoint.find import find_model, find_trunk, list_steps
+from megatron_bipe.checkpoint.manifest import load_config
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.errors import BipeError, ConfigError
@@ -33,7 +34,7 @@ def check_start(run: RunConfig, mesh: Mesh, allow: Collection[str] = ()) -> None
 
 
 def start_warnings(run: RunConfig) -> list[str]:
-    """Return warnings about a run that may start or resume, whose folder holds the configuration of its last start."""
+    """Return warnings about a run that may start or resume; its folder has the configuration of its last start."""
     found = plan_disk(run, sum(count_parameters(run.model))).warnings()
     end = run.decay_end
     if end is not None and run.train.steps > end and run.optimizer.min_lr == 0:
@@ -41,8 +42,9 @@ def start_warnings(run: RunConfig) -> list[str]:
             f"the learning rate is 0 from step {end} on, where its decay ends: the last {run.train.steps - end} steps "
             "will change nothing. Set optimizer.min_lr, or a later optimizer.decay_steps"
         )
-    if list_steps(run.run_dir):
-        before, now = (_validation(config) for config in (load_run_config(run.run_dir / "config.yaml"), run))
+    continued = _continued(run)
+    if continued is not None:
+        before, now = _validation(continued), _validation(run)
         found += [
             f"{key} was {before[key]} and is now {value}: validation losses before and after this start may be of "
             "different samples or lengths"
@@ -52,8 +54,15 @@ def start_warnings(run: RunConfig) -> list[str]:
     return found
 
 
+def _continued(run: RunConfig) -> RunConfig | None:
+    """Return the configuration of the last start of a run, or of the checkpoint that a new branch begins with."""
+    if list_steps(run.run_dir):
+        return load_run_config(run.run_dir / "config.yaml")
+    return load_config(find_trunk(run.train.branch_from).folder) if run.train.branch_from else None
+
+
 def _validation(run: RunConfig) -> dict[str, object]:
-    """Return what decides which validations a run has: it may change on resumption, but curves break there."""
+    """Return what decides which validations a run has; it may change on resumption, but curves break there."""
     sets = {name: str(folder) for name, folder in run.data.valid_sets.items()}
     lengths = list(run.valid_lengths)
     return {"data.valid": sets, "train.valid_samples": run.train.valid_samples, "train.valid_lengths": lengths}

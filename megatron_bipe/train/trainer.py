@@ -88,7 +88,7 @@ class Trainer:
         events = self.events
         self.stop_request.agree_by(engine.host.any_rank)
         events.add(START, step=state.step, ranks=mesh.num_ranks, **origin, **self.provenance)
-        began_at_s = next((event["time"] for event in read_events(config.run_dir)), None) if mesh.is_main else None
+        began_at_s = self._began_at_s()
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         if mesh.is_main:
             for tracker in open_trackers(
@@ -109,6 +109,11 @@ class Trainer:
             self.after_save.close(config.parallel.timeout_s, self.watchdog.heartbeat)
         self.alerts.close()
         return finished
+
+    def _began_at_s(self) -> float | None:
+        """Return the time of the first start of the run; None on other ranks than the main one."""
+        events = read_events(self.config.run_dir) if self.mesh.is_main else []
+        return next((event["time"] for event in events if event["event"] == START), None)
 
     def train(self, state: TrainState, metrics: Metrics, rollback: Rollback, stop_step: int) -> TrainState:
         """Make updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.

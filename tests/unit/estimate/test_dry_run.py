@@ -45,6 +45,17 @@ def test_describe_existing_data_says_how_often_it_is_read(tmp_path, write_datase
     assert "reads it 51.20 times" in described(run, {}, num_ranks=1)
 
 
+def test_describe_branch_counts_its_own_steps_and_data_only(tmp_path, write_dataset):
+    write_dataset(tmp_path / "data", [[[1] * 1000]])
+    settings = [*BF16, f"data.path={tmp_path / 'data'}", "train.steps=1002", "train.seq_len_tokens=100"]
+    run = load_run_config(None, [*settings, "train.branch_from=runs/trunk@1000"])
+    text = described(run, {}, num_ranks=1, gpu=H100)
+    assert "\n2 steps x 25,600 tokens = 51,200 tokens" in text and "the branch reads it 51.20 times" in text
+    assert "steps 1,001 to 1,002" in text and "0.0 days" in text
+    beyond = load_run_config(None, [*settings, "train.branch_from=runs/trunk@2000"])  # refused after this text
+    assert "\n0 steps" in described(beyond, {}, num_ranks=1)
+
+
 def test_describe_blend_says_share_and_epochs_of_each_dataset(tmp_path, write_dataset):
     for name, tokens in (("small", 1000), ("big", 4000)):
         write_dataset(tmp_path / name, [[[1] * tokens]])

@@ -144,6 +144,12 @@ def test_alert_of_a_failure_is_sent_before_the_process_ends_also_while_the_disk_
         assert [(received["event"], received["rank"]) for received in server.received] == [("failed", 1)]
 
 
+def test_failure_is_recorded_where_no_address_is_usable(tmp_path, monkeypatch):
+    monkeypatch.setenv("BIPE_WEBHOOK", "host/without-scheme")  # on this host; the main rank has another one
+    record_and_alert(load_run_config(None, [f"run_dir={tmp_path}"]), {"rank": 1, "name": "b", "reason": "x"})
+    assert [(event["event"], event["rank"]) for event in read_events(tmp_path)] == [("failed", 1)]
+
+
 def test_alert_events_of_a_complete_run_are_sent_by_the_main_rank_only(tmp_path, caplog, monkeypatch):
     def train(folder, mesh, url):
         folder.mkdir()

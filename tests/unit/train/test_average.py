@@ -1,6 +1,7 @@
 """The mean of checkpoints, and what cannot be averaged."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from megatron_bipe.eval.eval_model import load_eval_model
 from megatron_bipe.eval.training_facts import training_facts
 from megatron_bipe.model import build_model
 from megatron_bipe.run_files import read_events
+from megatron_bipe.train import average
 from megatron_bipe.train.average import write_average
 from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.run_folder import write_run_folder
@@ -84,6 +86,31 @@ def test_average_is_a_run_folder_with_its_sources(tmp_path: Path, weights: Weigh
     facts = training_facts(find_checkpoint(output), run, record)
     assert facts["Mean of"] == "`a` step 10, `a` step 20, `b` step 30" and "Step" not in facts
     assert training_facts(find_checkpoint(f"{tmp_path}/a@10"), run, record)["Step"] == "10"
+
+
+def test_average_sends_nothing_to_trackers_or_a_webhook_of_its_sources(tmp_path: Path, text_dataset: Path) -> None:
+    settings = "alerts.webhook=http://host/SECRET", "tracking={trackio: {}}"
+    weights = write_run(text_dataset, tmp_path / "a", *settings, steps=(10, 20))
+    write_average([find_checkpoint(spec) for spec in weights], tmp_path / "mean", overwrite=False)
+    run = load_run_config(tmp_path / "mean" / "config.yaml")
+    assert run.alerts.webhook is None and run.tracking.trackio is None
+
+
+def test_average_that_was_interrupted_can_be_repeated(
+    tmp_path: Path, weights: Weights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoints, output = [find_checkpoint(spec) for spec in weights], tmp_path / "mean"
+
+    def interrupted(*arguments: Any) -> None:
+        write_run_folder(*arguments)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(average, "write_run_folder", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_average(checkpoints, output, overwrite=False)
+    monkeypatch.undo()
+    write_average(checkpoints, output, overwrite=True)
+    assert find_checkpoint(output).step == 0
 
 
 @pytest.mark.parametrize("named", [["a@10"], ["a"], ["a@10", "a@10"], ["a@10,20", "a@20"], ["a@10,20", "./a@10"]])

@@ -219,6 +219,17 @@ def test_lock_run_dir_refuses_another_launch_until_it_is_released(run, record, m
     assert not (run.run_dir / "running").exists()
 
 
+@pytest.mark.parametrize("exists", [False, True])
+def test_lock_run_dir_of_a_refused_start_leaves_no_folder_that_it_made(run, record, exists):
+    folder = run.run_dir.with_name("new")
+    if exists:
+        folder.mkdir()
+    refused = load_run_config(None, [f"run_dir={folder}", "train.branch_from=absent@10"])
+    with raises(CheckpointError), lock_run_dir(refused, record, (), is_main=True):
+        pass
+    assert folder.exists() == exists
+
+
 def test_lock_run_dir_removes_a_broken_save(run, record):
     broken = run.run_dir / "checkpoints" / "writing-step-00000010-ab"
     broken.mkdir(parents=True)

@@ -5,7 +5,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from megatron_bipe.checkpoint.commit import begin as begin_folder
+from megatron_bipe.checkpoint.commit import publish
 from megatron_bipe.checkpoint.find import step_folder
+from megatron_bipe.checkpoint.manifest import CheckpointInfo
+from megatron_bipe.checkpoint.shard_files import write_index
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.data.dataset import open_tokenizer
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
@@ -104,6 +108,24 @@ def test_start_warnings_tell_of_another_validation_in_a_resumed_run(make, tmp_pa
     [lengths] = start_warnings(make("train.valid_lengths=[8, 16]"))
     assert "train.valid_lengths" in lengths and "[8]" in lengths and "[8, 16]" in lengths
     assert start_warnings(make("data.valid_path=null")) != []
+
+
+def test_start_warnings_tell_of_another_validation_than_that_of_the_trunk(make, tmp_path):
+    trunk = make(f"run_dir={tmp_path / 'trunk'}")
+    loader = BatchLoader(trunk, MESH)
+    write_run_folder(
+        make(f"run_dir={tmp_path / 'trunk'}", "train.valid_samples=16"), loader.record, open_tokenizer(loader.dataset)
+    )
+    folder = begin_folder(trunk.run_dir, 10, "test", 0)
+    config = trunk.model_dump(mode="json")
+    write_index(folder, CheckpointInfo(10, 10, {"ranks": 1}, config, loader.record, {}), {})
+    publish(folder, trunk.run_dir, 10, {})
+    of_trunk = f"train.branch_from={trunk.run_dir}@10"
+    assert start_warnings(make(of_trunk)) == []  # the settings of the checkpoint count
+    [lengths] = start_warnings(make(of_trunk, "train.valid_lengths=[8, 16]"))
+    assert "train.valid_lengths" in lengths and "[8, 16]" in lengths
+    begin(make(of_trunk, "train.valid_lengths=[8, 16]"), 12)
+    assert start_warnings(make(of_trunk, "train.valid_lengths=[8, 16]")) == []
 
 
 def test_start_warnings_tell_of_a_disk_that_is_too_small(make):

@@ -13,6 +13,13 @@ from tests.helpers.loop import MAIN, Notes
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
 
 
+def test_goodput_counts_from_the_first_start(tmp_path):
+    (tmp_path / "events.jsonl").write_text('{"time": 0, "event": "average", "sources": []}\n')
+    run, notes = load_run_config(None, [*BF16, f"run_dir={tmp_path}", "train.steps=2"]), Notes(tmp_path)
+    assert Trainer(run, MAIN, notes, notes, notes, StopRequest(), Profile(0, tmp_path, MAIN)).run(2)
+    assert read_events(tmp_path)[-1]["goodput"] > 1e-6
+
+
 @pytest.mark.parametrize(("stop", "steps"), [(4, 0), (6, 0), (8, 2)])
 def test_run_past_its_last_step_is_finished_and_nothing_is_done(tmp_path, stop, steps, caplog):
     run, notes = load_run_config(None, [*BF16, f"run_dir={tmp_path}", "train.steps=8"]), Notes(tmp_path)
