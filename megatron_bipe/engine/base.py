@@ -338,6 +338,9 @@ class DeepSpeedEngine:
     def _foreign(self, index: CheckpointManifest) -> str:
         return belongs_to_another_run(index, self._run, self._data)
 
+    def finish_save(self) -> None:
+        self._saver.finish()
+
     def load(self, folder: Path) -> dict[str, Any]:
         self._saver.finish()
         reader = StateReader(folder)

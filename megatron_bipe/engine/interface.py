@@ -80,6 +80,9 @@ class Engine(Protocol):
             CheckpointError: on all ranks, if `final` and the checkpoint could not be written.
         """
 
+    def finish_save(self) -> None:
+        """Wait for a checkpoint that is being written in the background."""
+
     def load(self, folder: Path) -> dict[str, Any]:
         """Load a checkpoint of any layout and return its loop state.
 

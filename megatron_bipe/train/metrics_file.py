@@ -7,8 +7,8 @@ A run that resumes from a checkpoint repeats the steps after it, so opening metr
 checkpoint; a kill comes either before or after this single system call. The lines of a checkpoint's steps are on disk
 before the checkpoint is (`sync`), so none are missing.
 
-Lines of events.jsonl are only appended. All starts of a run append to one file: its first line shows when the run
-began, and its last line how it ended.
+Lines of events.jsonl are only appended. All starts of a run append to one file: the first `start` shows when the
+run began, and the last event of a launch how it ended.
 """
 
 import logging

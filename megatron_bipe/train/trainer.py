@@ -79,26 +79,20 @@ class Trainer:
             True if the run has reached `stop_step`, False if it was preempted. A run that is already beyond `stop_step`
             is not trained.
         """
-        config, mesh, engine = self.config, self.mesh, self.engine
-        engine.observe(RunObserver(self.events, self.watchdog.heartbeat, self.after_save))
+        config, mesh, engine, events = self.config, self.mesh, self.engine, self.events
+        engine.observe(RunObserver(events, self.watchdog.heartbeat, self.after_save))
         state, origin = self._load_state()
         if state.step > stop_step:
             _log.info("the run is already at step %d, beyond the requested %d", state.step, stop_step)
         keep_freed_memory(mesh.device)  # start-up and loading have already returned their memory
-        events = self.events
         self.stop_request.agree_by(engine.host.any_rank)
         events.add(START, step=state.step, ranks=mesh.num_ranks, **origin, **self.provenance)
-        began_at_s = self._began_at_s()
-        metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
-        if mesh.is_main:
-            for tracker in open_trackers(
-                config, lambda name, why: events.add(TRACKER_FAILED, tracker=name, reason=why)
-            ):
-                metrics.attach(tracker)
+        metrics = self._open_metrics(state)
         rollback = Rollback(config, engine, self.loader, events, state)
         state = self.train(state, metrics, rollback, stop_step)
         self.profile.close()
         metrics.close()
+        engine.finish_save()  # its event and its after_save command belong to this launch
         finished = state.step >= stop_step and not (self.stop_request.is_agreed and state.valid_owed)
         goodput = metrics.goodput() if mesh.is_main else None
         events.add(DONE if finished else STOP, step=state.step, goodput=goodput)
@@ -110,10 +104,17 @@ class Trainer:
         self.alerts.close()
         return finished
 
-    def _began_at_s(self) -> float | None:
-        """Return the time of the first start of the run; None on other ranks than the main one."""
-        events = read_events(self.config.run_dir) if self.mesh.is_main else []
-        return next((event["time"] for event in events if event["event"] == START), None)
+    def _open_metrics(self, state: TrainState) -> Metrics:
+        """Open the metrics of a start of the run, whose event is recorded, and its trackers."""
+        config, mesh, events = self.config, self.mesh, self.events
+        starts = (event["time"] for event in read_events(config.run_dir) if event["event"] == START)
+        began_at_s = next(starts, None) if mesh.is_main else None
+        metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
+        if mesh.is_main:
+            trackers = open_trackers(config, lambda name, why: events.add(TRACKER_FAILED, tracker=name, reason=why))
+            for tracker in trackers:
+                metrics.attach(tracker)
+        return metrics
 
     def train(self, state: TrainState, metrics: Metrics, rollback: Rollback, stop_step: int) -> TrainState:
         """Make updates until `stop_step` are done or a stop is requested, and save a checkpoint after the last one.

@@ -60,6 +60,9 @@ class Notes:
     def observe(self, observer):
         pass
 
+    def finish_save(self):
+        pass
+
     def heartbeat(self):
         pass
 

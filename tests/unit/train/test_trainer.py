@@ -2,6 +2,7 @@
 
 import pytest
 
+from megatron_bipe.checkpoint.find import step_folder
 from megatron_bipe.config.load import load_run_config
 from megatron_bipe.run_files import read_events
 from megatron_bipe.runtime.preemption import StopRequest
@@ -11,6 +12,19 @@ from megatron_bipe.train.trainer import Trainer
 from tests.helpers.loop import MAIN, Notes
 
 BF16 = ["train.precision=bf16"]  # tests mean the same on every machine
+
+
+def test_save_that_ends_after_the_last_step_is_recorded_before_the_end_of_the_run(tmp_path):
+    class Saving(Notes):
+        def observe(self, observer):
+            self.finish_save = lambda: observer.saved(1, num_bytes=10, seconds=0.5)
+
+    step_folder(tmp_path, 1).mkdir(parents=True)
+    settings = f"run_dir={tmp_path}", "train.steps=2", f"checkpoint.after_save='echo $BIPE_STEP > {tmp_path}/uploaded'"
+    run, notes = load_run_config(None, [*BF16, *settings]), Saving(tmp_path)
+    assert Trainer(run, MAIN, notes, notes, notes, StopRequest(), Profile(0, tmp_path, MAIN)).run(2)
+    assert [event["event"] for event in read_events(tmp_path)][-2:] == ["saved", "done"]
+    assert (tmp_path / "uploaded").read_text() == "1\n"
 
 
 def test_goodput_counts_from_the_first_start(tmp_path):
