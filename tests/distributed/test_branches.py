@@ -11,7 +11,7 @@ from megatron_bipe.checkpoint.find import list_steps, step_folder
 from megatron_bipe.checkpoint.manifest import fingerprint_of
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.parallel.mesh import Mesh
-from megatron_bipe.train.metrics_file import read_events
+from megatron_bipe.run_files import read_events
 from tests.helpers.commands import options
 from tests.helpers.docs import assert_events_are_documented
 from tests.helpers.errors import assert_error

@@ -16,8 +16,9 @@ from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import load_eval_model
 from megatron_bipe.eval.training_facts import training_facts
 from megatron_bipe.model import build_model
+from megatron_bipe.run_files import read_events
 from megatron_bipe.train.average import write_average
-from megatron_bipe.train.metrics_file import Events, read_events
+from megatron_bipe.train.metrics_file import Events
 from megatron_bipe.train.run_folder import write_run_folder
 from tests.helpers.checkpoints import write_checkpoint
 from tests.helpers.errors import raises
