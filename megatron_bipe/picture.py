@@ -4,6 +4,7 @@ matplotlib takes a second to import, so only the functions that draw import it.
 """
 
 import io
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -61,6 +62,7 @@ def drawing() -> Iterator[None]:
         "svg.hashsalt": "megatron_bipe",  # ids that do not change from one file to the next
         "axes.linewidth": 0.6,
     }
+    logging.getLogger("fontTools").setLevel(logging.WARNING)  # it logs each table of a font that it embeds
     with mpl.rc_context(settings):
         yield
 

@@ -12,9 +12,10 @@ from tests.helpers.errors import raises
 from tests.helpers.paths import ROOT
 
 DRAW = """
-import hashlib, sys
+import logging, sys
 from megatron_bipe.eval.chart import Line, draw_chart, perplexity_chart
 from megatron_bipe.picture import picture_files
+logging.basicConfig(level=logging.INFO)  # as tools do
 band = [(16, 19.0, 21.0), (32, 28.0, 33.0)]
 lines = [Line("rope $x$ 5% <&>", [(16, 20.0), (32, 30.0)], 0, 16, band, encoding="rope")]
 for name, content in picture_files("p", draw_chart(perplexity_chart(lines, "Häufig $a_b", band_label="seeds"))).items():
@@ -29,7 +30,8 @@ def drawn(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     for seed, folder in enumerate(folders):
         command = [sys.executable, "-c", DRAW, str(folder)]
         environment = {"PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed), "PATH": "", "MPLCONFIGDIR": str(folder)}
-        subprocess.run(command, check=True, env=environment)
+        with (folder / "log").open("w") as log:
+            subprocess.run(command, check=True, env=environment, stderr=log)
     return folders
 
 
@@ -44,6 +46,10 @@ def test_pdf_embeds_truetype_fonts_and_has_no_date(drawn: list[Path]) -> None:
     content = (drawn[0] / "p.pdf").read_bytes()
     assert b"/FontFile2" in content and b"/Type3" not in content
     assert b"CreationDate" not in content
+
+
+def test_embedded_fonts_are_not_described_in_the_log(drawn: list[Path]) -> None:
+    assert "fontTools" not in (drawn[0] / "log").read_text()
 
 
 def test_svg_has_names_and_titles_as_text(drawn: list[Path]) -> None:
