@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from megatron_bipe.checkpoint.find import Checkpoint
+from megatron_bipe.checkpoint.find import Checkpoint, branch_step, split_step
 from megatron_bipe.config import RunConfig
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import DataRecord
@@ -21,6 +21,9 @@ def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -
         facts = {"Mean of": ", ".join(sources)}
     if run.train.init_from is not None:
         facts["Initialized from"] = f"`{Path(run.train.init_from).name}`"
+    if run.train.branch_from is not None:
+        trunk, _ = split_step(run.train.branch_from)
+        facts["Branch of"] = f"`{trunk.name}` step {branch_step(run):,}"
     for name, key in (("Training", "loss/train_nats"), ("Validation", "loss/valid_nats")):
         if isinstance(loss := metrics.get(key), float):
             facts[f"{name} loss at this step"] = f"{loss:.4f} nats per token"
@@ -33,7 +36,8 @@ def training_facts(checkpoint: Checkpoint, run: RunConfig, record: DataRecord) -
 def recipe(run: RunConfig) -> dict[str, str]:
     """Return the settings of the run by their dotted names, without those of folders, trackers and messages."""
     hidden: dict[str, Any] = {"run_dir": True, "data": True, "tracking": True, "alerts": True}
-    return dict(_flat(run.model_dump(mode="json", exclude=hidden | {"checkpoint": {"after_save"}})))
+    hidden |= {"checkpoint": {"after_save"}, "train": {"init_from", "branch_from"}}  # the facts have their names
+    return dict(_flat(run.model_dump(mode="json", exclude=hidden)))
 
 
 def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from megatron_bipe.data.dataset import TokenDataset, open_tokenizer
 from megatron_bipe.data.segments import SegmentRule
 from megatron_bipe.errors import CheckpointError, ConfigError
 from megatron_bipe.eval.eval_model import load_eval_model
-from megatron_bipe.eval.training_facts import training_facts
+from megatron_bipe.eval.training_facts import recipe, training_facts
 from megatron_bipe.model import build_model
 from megatron_bipe.run_files import read_events
 from megatron_bipe.train import average
@@ -86,6 +86,14 @@ def test_average_is_a_run_folder_with_its_sources(tmp_path: Path, weights: Weigh
     facts = training_facts(find_checkpoint(output), run, record)
     assert facts["Mean of"] == "`a` step 10, `a` step 20, `b` step 30" and "Step" not in facts
     assert training_facts(find_checkpoint(f"{tmp_path}/a@10"), run, record)["Step"] == "10"
+
+
+def test_model_card_names_the_trunk_of_a_branch_without_its_folder(tmp_path: Path, text_dataset: Path) -> None:
+    settings = "train.init_from=null", f"train.branch_from={tmp_path}/secret-disk/trunk@1000"
+    [spec] = write_run(text_dataset, tmp_path / "branch", *settings, steps=(1200,))
+    run, checkpoint = load_run_config(tmp_path / "branch" / "config.yaml"), find_checkpoint(spec)
+    assert training_facts(checkpoint, run, read_data_record(checkpoint.run_dir))["Branch of"] == "`trunk` step 1,000"
+    assert "secret-disk" not in str(recipe(run))
 
 
 def test_average_sends_nothing_to_trackers_or_a_webhook_of_its_sources(tmp_path: Path, text_dataset: Path) -> None:
