@@ -23,8 +23,8 @@ from megatron_bipe.run_files import (
     METRICS,
     START,
     STOP,
-    TAIL_BYTES,
     TIME,
+    last_launch_event,
     read_events,
     read_last_lines,
 )
@@ -99,8 +99,7 @@ class _Folder(NamedTuple):
     @property
     def launch(self) -> Mapping[str, Any]:
         """Last event that begins or ends a launch; empty if there is none."""
-        kinds = (START, STOP, DONE, FAILED)
-        return next((event for event in reversed(self.events) if event["event"] in kinds), {})
+        return last_launch_event(self.events)
 
     @property
     def saved(self) -> Mapping[str, Any]:
@@ -139,7 +138,8 @@ def read_status(run_dir: Path, limits: Limits, now_s: float) -> RunStatus:
     """
     folder = _read(run_dir)
     state = _state(folder, limits, now_s)
-    step = _number(folder.last_line, "step") or _number(folder.launch, "step")
+    recorded = [_number(folder.last_line, "step"), _number(folder.launch, "step")]
+    step = next((number for number in recorded if number is not None), folder.checkpoint and folder.checkpoint.step)
     steps = folder.config.train.steps if folder.config else None
     finish_at_s = None
     if state == "training" and steps and step is not None and folder.step_s and folder.line_at_s:
@@ -178,19 +178,8 @@ def _read(run_dir: Path) -> _Folder:
     except (BipeError, OSError):  # it is being written, or damaged; the rest is shown
         config = None
     checkpoints = newest_first(run_dir)
-    return _Folder(
-        run_dir, config, _last_steps(run_dir / METRICS), read_events(run_dir), checkpoints[0] if checkpoints else None
-    )
-
-
-def _last_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the last steps; more is read if a long line, such as of a validation, fills the end."""
-    size, num_bytes = path.stat().st_size if path.is_file() else 0, TAIL_BYTES
-    while True:
-        lines = read_last_lines(path, {"step", LOSS}, num_bytes)
-        if lines or num_bytes >= size:
-            return lines
-        num_bytes *= 4
+    lines = read_last_lines(run_dir / METRICS, {"step", LOSS})
+    return _Folder(run_dir, config, lines, read_events(run_dir), checkpoints[0] if checkpoints else None)
 
 
 def _state(folder: _Folder, limits: Limits, now_s: float) -> State:
