@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.run_files import EVALUATIONS, METRICS, TIME, parse_line, read_events, read_lines
+from megatron_bipe.run_files import EVALUATIONS, METRICS, START, TIME, parse_line, read_events, read_lines
 from megatron_bipe.train.metrics_file import STEP_TIME
 
 FloatArray = npt.NDArray[np.float64]
@@ -52,6 +52,18 @@ class RunHistory(NamedTuple):
         """Number of the last recorded step; 0 before the first."""
         steps_N = self.columns_N["step"]
         return int(steps_N[-1]) if steps_N.size else 0
+
+    @property
+    def last_start(self) -> dict[str, Any]:
+        """Event of the last launch that began; empty if there is none."""
+        return next((event for event in reversed(self.events) if event["event"] == START), {})
+
+    @property
+    def ds_settings(self) -> dict[str, Any] | None:
+        """Content of the DeepSpeed file of the last launch that began; None: not recorded, as in earlier versions."""
+        recorded = self.last_start.get("deepspeed")
+        settings = recorded.get("settings") if isinstance(recorded, dict) else None
+        return settings if isinstance(settings, dict) else None
 
     @property
     def began_at_s(self) -> float | None:
