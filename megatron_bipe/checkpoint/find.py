@@ -78,6 +78,11 @@ def branch_step(run: RunConfig) -> int:
     return int(step) if step.isdecimal() else 0
 
 
+def num_own_steps(run: RunConfig) -> int:
+    """Return the number of steps that a run trains: of a branch, those after the step that it begins with."""
+    return max(0, run.train.steps - branch_step(run))
+
+
 def find_model(spec: str) -> Checkpoint | None:
     """Resolve the folder of an exported model, or `RUN_DIR[@STEP]`.
 

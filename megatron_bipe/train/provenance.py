@@ -13,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+import orjson
 import psutil
 
 import megatron_bipe
 from megatron_bipe.config import RunConfig, zero_stage
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.parallel import Mesh
-from megatron_bipe.run_files import METRICS, TIME, read_last_lines
+from megatron_bipe.run_files import METRICS, TIME
 from megatron_bipe.runtime.child_processes import run_command
 from megatron_bipe.runtime.environment import batch_job
 from megatron_bipe.runtime.hardware import Choices, device_name
@@ -33,6 +34,7 @@ HIDDEN = "(hidden)"
 _GIT_TIMEOUT_S = 5.0
 _MAX_HOSTS = 64  # listed by name; more are counted
 _MAX_TEXT = 4000  # characters of the command line
+_TAIL_BYTES = 2**16  # of metrics.jsonl, in which its last line is searched
 
 
 class Given(NamedTuple):
@@ -138,8 +140,18 @@ def count_hosts(names: Sequence[str]) -> dict[str, Any]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """Return step and time of the last complete line of metrics.jsonl, before a resume truncates it; None: no line."""
-    lines = read_last_lines(path, {"step"})
-    return {"step": lines[-1]["step"], TIME: lines[-1].get(TIME)} if lines else None
+    with path.open("rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - _TAIL_BYTES))
+        lines = file.read().splitlines(keepends=True)
+    for line in reversed(lines):
+        try:
+            values = orjson.loads(line) if line.endswith(b"\n") else None
+        except ValueError:
+            continue
+        if isinstance(values, dict) and "step" in values:
+            return {"step": values["step"], TIME: values.get(TIME)}
+    return None
 
 
 def _or_none(find: Callable[[], T]) -> T | None:
