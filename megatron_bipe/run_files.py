@@ -42,6 +42,11 @@ def last_launch_event(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return next((event for event in reversed(events) if event["event"] in (START, STOP, DONE, FAILED)), {})
 
 
+def first_start_s(events: Iterable[dict[str, Any]]) -> float | None:
+    """Return the time of a run's first start, from which goodput counts; None if there is none."""
+    return next((float(event[TIME]) for event in events if event["event"] == START), None)
+
+
 def last_record(events: Iterable[dict[str, Any]]) -> str:
     """Return the last of START, STOP and DONE among events; "" if there is none."""
     found = ""

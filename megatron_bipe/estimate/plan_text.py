@@ -93,7 +93,8 @@ def _cluster(cluster: Cluster) -> str:
     gpu, mfu = cluster.gpu, cluster.mfu
     compute = "predicted" if mfu is None else f"scaled to {mfu:.1%} MFU on one GPU"
     return (
-        f"{cluster.num_gpus:,} x {gpu.name}, {cluster.num_nodes:,} nodes of {gpu.gpus_per_machine}; "
+        f"{cluster.num_gpus:,} x {gpu.name}, {cluster.num_nodes:,} node{'s' * (cluster.num_nodes != 1)} of "
+        f"{gpu.gpus_per_machine}; "
         f"{gpu.link_bytes_s / 1e9:g} GB/s in a node, {gpu.network_bytes_s * 8 / 1e9:g} Gbit/s per GPU between nodes\n"
         f"memory: {cluster.usable_bytes / GIB:.1f} of {gpu.memory_gib:.1f} GiB are planned with, a margin of "
         f"{cluster.margin:.0%}\ntime of computation: {compute}; nothing was measured here\n"

@@ -18,7 +18,16 @@ import numpy.typing as npt
 
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.run_files import EVALUATIONS, METRICS, START, TIME, parse_line, read_events, read_lines
+from megatron_bipe.run_files import (
+    EVALUATIONS,
+    METRICS,
+    START,
+    TIME,
+    first_start_s,
+    parse_line,
+    read_events,
+    read_lines,
+)
 from megatron_bipe.train.metrics_file import STEP_TIME
 
 FloatArray = npt.NDArray[np.float64]
@@ -68,7 +77,7 @@ class RunHistory(NamedTuple):
     @property
     def began_at_s(self) -> float | None:
         """Time of the first start, since 1970; None if there is none."""
-        return self.events[0]["time"] if self.events else None
+        return first_start_s(self.events)
 
 
 def read_history(run_dir: Path) -> RunHistory:

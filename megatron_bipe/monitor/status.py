@@ -29,6 +29,7 @@ from megatron_bipe.run_files import (
     read_last_lines,
 )
 from megatron_bipe.train.metrics_file import SAVED, STEP_TIME
+from megatron_bipe.train.supervise import ON_FAILURE_LIMIT_S
 
 State = Literal["not started", "starting", "training", "stalled", "done", "stopped", "waiting", "failed", "killed"]
 ATTENTION: dict[State, str] = {
@@ -39,7 +40,7 @@ ATTENTION: dict[State, str] = {
 LOSS, RATE = "loss/train_nats", "rate/tokens_per_s"
 DAY_S, GIB = 86_400.0, 2**30
 PROGRESS_LINES = 3  # of training, which a launch that makes progress writes in the time after which it is stalled
-LAUNCH_S = 120.0  # from the end of a supervisor's wait until the next launch has locked the folder
+LAUNCH_S = ON_FAILURE_LIMIT_S + 120.0  # of a supervisor besides its wait, until the next launch has locked the folder
 
 
 class Limits(NamedTuple):

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -45,15 +45,13 @@ def evaluations(run_dir: Path) -> dict[tuple[int, int], Any]:
     return found
 
 
-def wait_for(condition: Callable[[], bool]) -> None:
+def wait_for_lines(run_dir: Path, count: int, process: subprocess.Popen[str]) -> None:
+    """Wait until a follower that runs has written lines."""
     until_s = time.monotonic() + patience(LIMIT_S)
-    while not condition():
+    while content(run_dir).count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
         assert time.monotonic() < until_s
-        time.sleep(0.02)
-
-
-def wait_for_lines(run_dir: Path, count: int) -> None:
-    wait_for(lambda: content(run_dir).count(b"\n") >= count)
+        time.sleep(0.05)
 
 
 @pytest.mark.slow
@@ -63,13 +61,13 @@ def test_killed_follower_evaluates_each_checkpoint_of_a_training_run_once(
     run_dir = tmp_path / "run"
     given = arguments(train_and_valid, run_dir, f"train.valid_lengths={list(LENGTHS)}", steps=STEPS)
     run_pretrain([*given, "--stop-step", 2], tmp_path / "logs")
-    with follower(run_dir, "--keep-going"):
-        wait_for_lines(run_dir, 1)
+    with follower(run_dir, "--keep-going") as killed:
+        wait_for_lines(run_dir, 1, killed)
     before = content(run_dir)
     assert (run_dir / "following" / "lock").exists()  # it had no time to leave
     with follower(run_dir, "--keep-going") as first:
         run_pretrain(given, tmp_path / "logs")
-        wait_for_lines(run_dir, 3)  # the last one is of a checkpoint that did not exist when it began
+        wait_for_lines(run_dir, 3, first)  # the last one is of a checkpoint that did not exist when it began
         with follower(run_dir) as second:
             output = second.communicate(timeout=patience(LIMIT_S))[1]
         assert second.returncode == 1 and f"process {first.pid}" in output, output

@@ -88,7 +88,8 @@ def test_status_of_a_run_that_trains(make_run):
         ([start(), ("done", 10, {}), ("saved", 5, {"step": 7})], "done", False),
         ([start(), ("failed", 10, {"rank": 3})], "failed", True),
         ([start(), ("failed", 90, {"by": "supervisor", "wait_s": 60})], "waiting", False),
-        ([start(), ("failed", 190, {"by": "supervisor", "wait_s": 60})], "failed", True),
+        ([start(), ("failed", 390, {"by": "supervisor", "wait_s": 60})], "waiting", False),  # --on-failure takes long
+        ([start(), ("failed", 490, {"by": "supervisor", "wait_s": 60})], "failed", True),
         ([start(), ("failed", 10, {"by": "supervisor", "wait_s": None})], "failed", True),
     ],
 )
