@@ -305,6 +305,14 @@ def test_status_command_exit_code_and_files(make_run, tmp_path):
     assert (one["state"], other["state"], other["run_dir"]) == ("done", "failed", str(bad))
 
 
+def test_status_command_skips_other_folders_among_runs(make_run, tmp_path):
+    run_dir, other = make_run(), tmp_path / "empty"
+    other.mkdir()
+    shown = call_tool("status", run_dir, other, "--stalled-after", "10m").output
+    assert "not started" in shown and "empty" in shown
+    assert_refuses("status", [other], CheckpointError, location=other)
+
+
 def test_status_command_bad_input(make_run, tmp_path):
     run_dir = make_run()
     assert_refuses("status", [run_dir, tmp_path / "absent"], CheckpointError, location="absent")
