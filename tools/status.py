@@ -53,8 +53,8 @@ def _read(run_dirs: Sequence[Path], limits: Limits, now_s: float) -> list[RunSta
             refused.append(error)
     if refused and not runs:
         raise refused[0]
-    for error in refused:
-        _log.warning("skipped: %s", error)
+    for problem in refused:
+        _log.warning("skipped: %s", problem)
     return runs
 
 
