@@ -10,7 +10,7 @@ they append the next one. docs/run_folder.md lists the keys of all lines.
 """
 
 import os
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Sequence, Set
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,22 @@ TAIL_BYTES = 1 << 18  # more than a thousand lines of steps
 
 def read_events(run_dir: Path) -> list[dict[str, Any]]:
     """Return the events of a run in order, as `read_lines` does."""
-    return read_lines(run_dir / EVENTS, {TIME, "event"})
+    return [line for line in read_lines(run_dir / EVENTS, {TIME, "event"}) if _is_event(line)]
+
+
+def _is_event(line: Mapping[str, Any]) -> bool:
+    is_named = isinstance(line["event"], str) and isinstance(line[TIME], int | float)
+    return is_named and isinstance(line.get("step", 0), int)
+
+
+def last_launch_event(events: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the last event that begins or ends a launch; empty if there is none."""
+    return next((event for event in reversed(events) if event["event"] in (START, STOP, DONE, FAILED)), {})
+
+
+def first_start_s(events: Iterable[dict[str, Any]]) -> float | None:
+    """Return the time of a run's first start, from which goodput counts; None if there is none."""
+    return next((float(event[TIME]) for event in events if event["event"] == START), None)
 
 
 def last_record(events: Iterable[dict[str, Any]]) -> str:
@@ -53,19 +68,23 @@ def read_lines(path: Path, required: Set[str]) -> list[dict[str, Any]]:
 
 
 def read_last_lines(path: Path, required: Set[str], num_bytes: int = TAIL_BYTES) -> list[dict[str, Any]]:
-    """Return the lines in the last `num_bytes` of a file as `read_lines` does, whatever the size of the file."""
+    """Return the lines in the last `num_bytes` of a file as `read_lines` does, whatever the size of the file.
 
-    def read() -> bytes:
+    More is read if none of these lines has all required keys, such as after a long line of a validation.
+    """
+
+    def read() -> tuple[bytes, bool]:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - num_bytes))
-            return file.read()
+            return file.read(), num_bytes >= size
 
     try:
-        content = read_again(read)
+        content, is_all = read_again(read)
     except (FileNotFoundError, NotADirectoryError):
-        content = b""
-    return _with_keys(content, required)  # the first line is probably truncated at its front
+        return []
+    lines = _with_keys(content, required)  # the first line is probably truncated at its front
+    return lines if lines or is_all else read_last_lines(path, required, 4 * num_bytes)
 
 
 def parse_line(line: bytes) -> dict[str, Any]:

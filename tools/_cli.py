@@ -113,14 +113,15 @@ def parse_range(text: str) -> range:
     return range(int(first), int(last if dots else first) + 1)
 
 
-def add_device_options(parser: argparse.ArgumentParser, dtype: Precision = "fp32") -> None:
-    """Add both options; `dtype` is the default of `--dtype`."""
+def add_device_options(parser: argparse.ArgumentParser, dtype: Precision | None = "fp32") -> None:
+    """Add both options; `dtype` is the default of `--dtype`, None: the command takes that of the run."""
     parser.add_argument("--device", default=AUTO, help="auto (the default), cpu, cuda, cuda:1, ...")
     parser.add_argument(
         "--dtype",
         choices=PRECISIONS,
         default=dtype,
-        help="precision the model runs in; auto: bf16 if the device multiplies it natively (default: %(default)s)",
+        help="precision the model runs in; auto: bf16 if the device multiplies it natively "
+        f"(default: {dtype or 'train.precision of the run'})",
     )
 
 

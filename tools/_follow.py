@@ -17,7 +17,7 @@ from _evaluation import (
     verify_data,
 )
 from megatron_bipe.config import RunConfig, load_run_config
-from megatron_bipe.data.prompt_answer import open_text
+from megatron_bipe.data.prompt_answer import open_dataset, open_text
 from megatron_bipe.errors import FAILED, CheckpointError, ConfigError
 from megatron_bipe.eval.sequences import parse_lengths
 
@@ -42,8 +42,9 @@ def add_follow(command: argparse.ArgumentParser) -> None:
     add(
         "--do", type=_kinds, default=["perplexity"], metavar="KIND,...", help=f"{', '.join(KINDS)} (default: the first)"
     )
-    add("--data", type=Path, nargs="+", metavar="DIR", help="dataset folders (default: the run's validation sets)")
-    lengths = "sequence lengths in tokens (default: the run's train.valid_lengths, else its training length)"
+    sets = "the run's validation sets, and of each the text that its validations read"
+    add("--data", type=Path, nargs="+", metavar="DIR", help=f"dataset folders (default: {sets})")
+    lengths = "sequence lengths in tokens (default: those of the run's validations)"
     add("--lengths", metavar="N,N,...", help=lengths)
     add_text_options(command)
     add("--tasks", metavar="NAME,NAME,...", help="tasks, groups or patterns of lm-evaluation-harness")
@@ -57,7 +58,7 @@ def add_follow(command: argparse.ArgumentParser) -> None:
     until = command.add_mutually_exclusive_group()
     until.add_argument("--once", action="store_true", help="end when all checkpoints that exist are evaluated")
     until.add_argument("--keep-going", action="store_true", help="do not end when the run is done")
-    add_device_options(command)
+    add_device_options(command, dtype=None)
     add_trust_option(command)
     command.set_defaults(run=follow_run)
 
@@ -128,17 +129,16 @@ def _evaluations(given: argparse.Namespace, run: RunConfig) -> "list[Evaluation]
 
     disable_progress_bar()
     set_verbosity_error()
+    given.dtype = given.dtype or run.train.precision
     settings, found = eval_settings(given), []
     if settings.device == "cpu":
         torch.set_num_threads(given.threads)
     if "perplexity" in given.do:
         datasets = _datasets(given, run)
-        lengths = (
-            parse_lengths(given.lengths)
-            if given.lengths
-            else sorted(set(run.train.valid_lengths or [run.train.seq_len_tokens]))
-        )
-        found += follow_kinds.perplexities(given.run_dir, run, datasets, lengths, settings)
+        lengths = parse_lengths(given.lengths) if given.lengths else sorted(set(run.valid_lengths))
+        is_validation = not given.data and given.max_tokens is None
+        limited = settings._replace(max_tokens=run.valid_tokens) if is_validation else settings
+        found += follow_kinds.perplexities(given.run_dir, run, datasets, lengths, limited)
         verify_data(given, [*datasets.values()])
     if "harness" in given.do:
         found += _harness_evaluations(given, settings)
@@ -149,18 +149,23 @@ def _evaluations(given: argparse.Namespace, run: RunConfig) -> "list[Evaluation]
 
 
 def _datasets(given: argparse.Namespace, run: RunConfig) -> "dict[str, TokenDataset]":
-    """Return the datasets of --data by the names of their folders, or the validation sets of the run."""
+    """Return the datasets of --data by the names of their folders, or the validation sets of the run that are text."""
     from megatron_bipe.eval.extrapolation import subset_names
 
-    folders = given.data or list(run.data.valid_sets.values())
-    if not folders:
+    if given.data:
+        return {name: open_text(folder) for name, folder in zip(subset_names(given.data), given.data, strict=True)}
+    opened = {name: open_dataset(folder) for name, folder in run.data.valid_sets.items()}
+    texts = {name: dataset for name, dataset in opened.items() if dataset.manifest.examples is None}
+    if not texts:
         raise ConfigError(
-            "the run has no validation set to evaluate perplexity on",
-            remedy="Name dataset folders with --data",
+            f"the run has {len(opened)} validation sets, and none of text to evaluate perplexity on",
+            remedy="Name dataset folders with --data, or other kinds with --do",
             location="--data",
         )
-    names = subset_names(folders) if given.data else run.data.valid_sets
-    return {name: open_text(folder) for name, folder in zip(names, folders, strict=True)}
+    if len(texts) < len(opened):
+        skipped = ", ".join(opened.keys() - texts.keys())
+        _log.warning("validation sets of prompts and answers have no perplexity of text and are skipped: %s", skipped)
+    return texts
 
 
 def _harness_evaluations(given: argparse.Namespace, settings: "EvalSettings") -> "list[Evaluation]":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from _cli import check_output_file, command
-from megatron_bipe.config import Sources, load_run_config, read_ds_config, validate_run
+from megatron_bipe.config import Sources, load_run_config, read_ds_config, validate_run, zero_stage
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.io import write_atomically
 from megatron_bipe.runtime.gpus import Gpu, named_gpu, with_network
@@ -94,18 +94,22 @@ def _compared(given: argparse.Namespace, gpu: Gpu) -> tuple[str, dict[str, Any]]
     )
 
     history = read_history(given.compare)
-    num_ranks, zero = num_ranks_of(history), saved_zero_stage(history) if given.ds_config is None else None
-    if given.ds_config is None and zero is None:
-        raise ConfigError(
-            "the run has no checkpoint, which would record its ZeRO stage",
-            remedy="Give its DeepSpeed file with --ds_config",
-            location=given.compare,
-        )
-    ds_config = given.ds_config or DS_CONFIGS / f"zero{zero}.json"
+    num_ranks, ds_values = num_ranks_of(history), history.ds_settings
+    if given.ds_config is not None:
+        ds_values = read_ds_config(given.ds_config)
+    elif ds_values is None:  # a run of an earlier version
+        zero = saved_zero_stage(history)
+        if zero is None:
+            raise ConfigError(
+                "the run records neither its DeepSpeed settings nor a checkpoint, which would record its ZeRO stage",
+                remedy="Give its DeepSpeed file with --ds_config",
+                location=given.compare,
+            )
+        ds_values = read_ds_config(DS_CONFIGS / f"zero{zero}.json")
     write_gb_s = given.write_gb_s or Assumptions().write_gb_s
-    rows = compare_with_plan(history, read_ds_config(ds_config), gpu, write_gb_s * 1e9)
+    rows = compare_with_plan(history, ds_values, gpu, write_gb_s * 1e9)
     head = (
-        f"{given.compare}: {history.num_steps:,} steps, {num_ranks} ranks, {ds_config.name}; "
+        f"{given.compare}: {history.num_steps:,} steps, {num_ranks} ranks, ZeRO {zero_stage(ds_values)}; "
         f"planned for {gpu.name}, checkpoints at {write_gb_s:g} GB/s\n"
     )
     return head + comparison_text(rows), {row.figure: row._asdict() | {"ratio": row.ratio} for row in rows}
@@ -170,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--stall-s", type=float, metavar="S", help="stall per checkpoint written in the background (default: 1)")
     add("--write-gb-s", type=float, metavar="R", help="GB/s at which checkpoints are written (default: 5)")
     add("--compare", type=Path, metavar="RUN_DIR", help="show what is planned for this run, and what it measured")
-    add("--ds_config", type=Path, metavar="FILE", help="for --compare: its DeepSpeed file (default: by its checkpoint)")
+    add("--ds_config", type=Path, metavar="FILE", help="for --compare: its DeepSpeed file (default: as recorded)")
     add("--json", type=Path, metavar="FILE", help="also write all figures as JSON")
     add("--overwrite", action="store_true", help="replace FILE")
     return parser

@@ -6,6 +6,7 @@ Example: python tools/status.py runs/* --stalled-after 30m --prometheus /var/lib
 """
 
 import argparse
+import logging
 import math
 import sys
 import time
@@ -13,11 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from _cli import check_output_file, command
-from megatron_bipe.errors import FAILED, ConfigError
+from megatron_bipe.errors import FAILED, CheckpointError, ConfigError
 from megatron_bipe.io import write_atomically
-from megatron_bipe.monitor.status import Limits, read_status
+from megatron_bipe.monitor.status import Limits, RunStatus, read_status
 from megatron_bipe.monitor.status_text import as_json, as_prometheus, as_table
 from megatron_bipe.runtime.preemption import parse_duration
+
+_log = logging.getLogger(__name__)
 
 
 @command
@@ -31,11 +34,28 @@ def main(argv: Sequence[str] | None) -> None:
         check_output_file(given.prometheus, overwrite=True)
     stalled_after_s = parse_duration(given.stalled_after, "--stalled-after") if given.stalled_after else None
     limits, now_s = Limits(stalled_after_s, given.least_free_gib), time.time()
-    runs = [read_status(run_dir, limits, now_s) for run_dir in dict.fromkeys(given.run_dir)]
+    runs = _read(given.run_dir, limits, now_s)
     if given.prometheus:
         write_atomically(given.prometheus, as_prometheus(runs).encode())
     print(as_json(runs) if given.json else as_table(runs, now_s))
     sys.exit(FAILED if any(run.problems for run in runs) else 0)
+
+
+def _read(run_dirs: Sequence[Path], limits: Limits, now_s: float) -> list[RunStatus]:
+    """Return the states of runs; among several, folders that are not of a run are skipped: one must not hide others."""
+    runs, refused = [], []
+    for run_dir in dict.fromkeys(run_dirs):
+        try:
+            runs.append(read_status(run_dir, limits, now_s))
+        except CheckpointError as error:
+            if not run_dir.exists():
+                raise
+            refused.append(error)
+    if refused and not runs:
+        raise refused[0]
+    for problem in refused:
+        _log.warning("skipped: %s", problem)
+    return runs
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -292,6 +292,11 @@ class RunConfig(Section):
     """Messages about events."""
 
     @property
+    def valid_tokens(self) -> int:
+        """Largest number of tokens of a set that a validation reads."""
+        return self.train.valid_samples * self.train.seq_len_tokens
+
+    @property
     def valid_lengths(self) -> tuple[int, ...]:
         """Sequence lengths of the validations, with the default applied."""
         return self.train.valid_lengths or (self.train.seq_len_tokens,)

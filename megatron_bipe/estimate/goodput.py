@@ -1,15 +1,17 @@
-"""Checkpoints of a long run, and its simulated goodput: the share of its time that goes into steps that are kept.
+"""Checkpoints of a long run, and its simulated goodput: the time of the steps that are kept, divided by the total time.
 
-A run of a given length is simulated on nodes that fail independently of each other. A failure costs the work since the
-last checkpoint, the time until it is detected, and the time until the first step is done again; a failure in that
-time restarts it. Saving stalls training for a while. A failed node is replaced within the restart. The checkpoint
-interval follows the formula of Young and Daly.
+This is the definition of `run/goodput` in metrics.jsonl, but validation, the first start and queues are not simulated,
+so that of a real run is lower. A run of a given length is simulated on nodes that fail independently of each other. A
+failure costs the work since the last checkpoint, the time until it is detected, and the time until the first step is
+done again; a failure in that time restarts it. Saving stalls training for a while. A failed node is replaced within the
+restart. The checkpoint interval follows the formula of Young and Daly.
 """
 
 import math
 import random
 from typing import NamedTuple
 
+from megatron_bipe.checkpoint.find import num_own_steps
 from megatron_bipe.config import RunConfig
 from megatron_bipe.estimate.memory import STATE_BYTES
 
@@ -117,14 +119,15 @@ def plan_checkpoints(
     A checkpoint that is written in the background protects from a failure once it is complete, so a failure costs the
     steps of that time, too, and checkpoints cannot follow each other faster.
     """
-    num_bytes, work_s = num_parameters * STATE_BYTES, run.train.steps * step_s
+    num_steps = max(1, num_own_steps(run))
+    num_bytes, work_s = num_parameters * STATE_BYTES, num_steps * step_s
     write_s, mtbf_s = num_bytes / (assumptions.write_gb_s * 1e9), assumptions.node_mtbf_hours * HOUR_S / num_nodes
     in_background = run.checkpoint.asynchronous
     stall_s, delay_s = (assumptions.stall_s, write_s) if in_background else (write_s, 0.0)
     costs = Costs(stall_s, assumptions.detect_s, assumptions.restart_s + delay_s)
     interval_s = max(daly_interval_s(stall_s, mtbf_s), delay_s)
-    save_every = min(run.train.steps, max(1, round(interval_s / step_s)))
+    save_every = min(num_steps, max(1, round(interval_s / step_s)))
     share, failures = goodput(work_s, save_every * step_s, 1 / mtbf_s, costs)
-    configured_s = (run.train.save_every or run.train.steps) * step_s
+    configured_s = (run.train.save_every or num_steps) * step_s
     configured, _ = goodput(work_s, configured_s, 1 / mtbf_s, costs)
     return CheckpointPlan(num_bytes, write_s, stall_s, mtbf_s, interval_s, save_every, share, failures, configured)

@@ -3,6 +3,7 @@
 import shlex
 from typing import Any
 
+from megatron_bipe.checkpoint.find import branch_step, num_own_steps
 from megatron_bipe.config import RunConfig, accumulation_steps
 from megatron_bipe.estimate.dry_run import describe_data
 from megatron_bipe.estimate.goodput import HOUR_S
@@ -92,7 +93,8 @@ def _cluster(cluster: Cluster) -> str:
     gpu, mfu = cluster.gpu, cluster.mfu
     compute = "predicted" if mfu is None else f"scaled to {mfu:.1%} MFU on one GPU"
     return (
-        f"{cluster.num_gpus:,} x {gpu.name}, {cluster.num_nodes:,} nodes of {gpu.gpus_per_machine}; "
+        f"{cluster.num_gpus:,} x {gpu.name}, {cluster.num_nodes:,} node{'s' * (cluster.num_nodes != 1)} of "
+        f"{gpu.gpus_per_machine}; "
         f"{gpu.link_bytes_s / 1e9:g} GB/s in a node, {gpu.network_bytes_s * 8 / 1e9:g} Gbit/s per GPU between nodes\n"
         f"memory: {cluster.usable_bytes / GIB:.1f} of {gpu.memory_gib:.1f} GiB are planned with, a margin of "
         f"{cluster.margin:.0%}\ntime of computation: {compute}; nothing was measured here\n"
@@ -110,10 +112,15 @@ def _unusable(search: Search, cluster: Cluster) -> str:
 
 
 def _length(plan: RunPlan) -> str:
-    train = plan.request.run.train
-    per_parameter = plan.tokens / plan.num_parameters
-    return (
-        f"{train.steps:,} steps x {train.global_batch * train.seq_len_tokens:,} tokens = {plan.tokens:,} tokens, "
+    run, begin = plan.request.run, branch_step(plan.request.run)
+    tokens_per_step = run.train.global_batch * run.train.seq_len_tokens
+    per_parameter = run.train.steps * tokens_per_step / plan.num_parameters
+    branch = (
+        f"a branch: steps {begin + 1:,} to {run.train.steps:,}, after {run.train.branch_from}; tokens per parameter "
+        "count all steps\n"
+    )
+    return branch * bool(begin) + (
+        f"{num_own_steps(run):,} steps x {tokens_per_step:,} tokens = {plan.tokens:,} tokens, "
         f"{per_parameter:,.1f} for each of {plan.num_parameters:,} parameters, {plan.flops:.3g} FLOPs\n"
         f"{plan.step_hours:,.1f} hours of steps; {plan.hours:,.1f} hours with checkpoints, failures and restarts, "
         f"without validation = {plan.gpu_hours:,.0f} GPU-hours{_price(plan)}\n"
@@ -163,12 +170,18 @@ def describe_budget(plan: RunPlan, hours: float, larger: RunPlan | None) -> str:
         larger: the plan on the fewest GPUs that do all steps in this time; None: none is known.
     """
     run, steps = plan.request.run, plan.steps_in(hours)
-    tokens = steps * run.train.global_batch * run.train.seq_len_tokens
-    share = f"{steps:,} of {run.train.steps:,} steps" if steps < run.train.steps else f"all {run.train.steps:,} steps"
+    tokens_per_step, begin, own = (
+        run.train.global_batch * run.train.seq_len_tokens,
+        branch_step(run),
+        num_own_steps(run),
+    )
+    share = f"{steps:,} of {own:,} steps" if steps < own else f"all {own:,} steps"
     fits = f"{hours:g} hours: {share}"
-    if steps >= run.train.steps:
+    if steps >= own:
         return f"{fits} ({plan.hours:,.1f} hours); up to {steps:,} steps would fit\n"
-    fewer = f"--set train.steps={steps}, {tokens:,} tokens, {tokens / plan.num_parameters:,.1f} per parameter"
+    tokens, last = steps * tokens_per_step, begin + steps
+    per_parameter = last * tokens_per_step / plan.num_parameters
+    fewer = f"--set train.steps={last}, {tokens:,} tokens, {per_parameter:,.1f} per parameter"
     if larger is None:
         return f"{fits} ({fewer}); no multiple of these GPUs up to 64 times does all of them in this time\n"
     gpus, needed = larger.request.cluster.num_gpus, f"{larger.hours:,.1f} hours, {larger.gpu_hours:,.0f} GPU-hours"

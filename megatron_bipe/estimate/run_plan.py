@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+from megatron_bipe.checkpoint.find import num_own_steps
 from megatron_bipe.config import RunConfig
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.estimate.goodput import HOUR_S, Assumptions, CheckpointPlan, plan_checkpoints
@@ -47,8 +48,9 @@ class RunPlan(NamedTuple):
 
     @property
     def tokens(self) -> int:
+        """Tokens that the run reads; of a branch, those after the step that it begins with."""
         train = self.request.run.train
-        return train.steps * train.global_batch * train.seq_len_tokens
+        return num_own_steps(self.request.run) * train.global_batch * train.seq_len_tokens
 
     @property
     def flops(self) -> float:
@@ -57,8 +59,8 @@ class RunPlan(NamedTuple):
 
     @property
     def step_hours(self) -> float:
-        """Time of all steps."""
-        return self.request.run.train.steps * self.best.step.total_s / HOUR_S
+        """Time of all steps of the run."""
+        return num_own_steps(self.request.run) * self.best.step.total_s / HOUR_S
 
     @property
     def hours(self) -> float:

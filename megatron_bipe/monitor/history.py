@@ -15,11 +15,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-import orjson
 
 from megatron_bipe.config import RunConfig, load_run_config
 from megatron_bipe.errors import CheckpointError
-from megatron_bipe.run_files import EVALUATIONS, METRICS, TIME, read_events, read_lines
+from megatron_bipe.run_files import (
+    EVALUATIONS,
+    METRICS,
+    START,
+    TIME,
+    first_start_s,
+    parse_line,
+    read_events,
+    read_lines,
+)
 from megatron_bipe.train.metrics_file import STEP_TIME
 
 FloatArray = npt.NDArray[np.float64]
@@ -55,9 +63,21 @@ class RunHistory(NamedTuple):
         return int(steps_N[-1]) if steps_N.size else 0
 
     @property
+    def last_start(self) -> dict[str, Any]:
+        """Event of the last launch that began; empty if there is none."""
+        return next((event for event in reversed(self.events) if event["event"] == START), {})
+
+    @property
+    def ds_settings(self) -> dict[str, Any] | None:
+        """Content of the DeepSpeed file of the last launch that began; None: not recorded, as in earlier versions."""
+        recorded = self.last_start.get("deepspeed")
+        settings = recorded.get("settings") if isinstance(recorded, dict) else None
+        return settings if isinstance(settings, dict) else None
+
+    @property
     def began_at_s(self) -> float | None:
         """Time of the first start, since 1970; None if there is none."""
-        return self.events[0]["time"] if self.events else None
+        return first_start_s(self.events)
 
 
 def read_history(run_dir: Path) -> RunHistory:
@@ -80,14 +100,9 @@ def read_history(run_dir: Path) -> RunHistory:
         load_run_config(config),
         columns_N,
         validations,
-        [event for event in read_events(run_dir) if _is_event(event)],
+        read_events(run_dir),
         read_lines(run_dir / EVALUATIONS, {"step"}),
     )
-
-
-def _is_event(line: Mapping[str, Any]) -> bool:
-    step = line.get("step", 0)
-    return isinstance(line["event"], str) and isinstance(line[TIME], int | float) and isinstance(step, int)
 
 
 def _read_metrics(path: Path) -> tuple[dict[str, FloatArray], list[Validation]]:
@@ -96,7 +111,7 @@ def _read_metrics(path: Path) -> tuple[dict[str, FloatArray], list[Validation]]:
     validations: list[Validation] = []
     with path.open("rb") if path.is_file() else BytesIO() as file:
         while raw := list(islice(file, _LINES_AT_ONCE)):
-            lines = [values for values in map(_parsed, raw) if isinstance(values.get("step"), int)]
+            lines = [values for values in map(parse_line, raw) if isinstance(values.get("step"), int)]
             parts.append(_columns([line for line in lines if STEP_TIME in line]))
             validations += [
                 Validation(line["step"], _number(line, TIME), line) for line in lines if STEP_TIME not in line
@@ -118,12 +133,3 @@ def _columns(lines: list[dict[str, Any]]) -> dict[str, FloatArray]:
 def _number(line: Mapping[str, Any], key: str) -> float:
     value = line.get(key)
     return value if isinstance(value, int | float) else math.nan
-
-
-def _parsed(line: bytes) -> dict[str, Any]:
-    """Return the object on a complete line; empty if the line is truncated or damaged."""
-    try:
-        values = orjson.loads(line) if line.endswith(b"\n") else {}
-    except ValueError:
-        return {}
-    return values if isinstance(values, dict) else {}

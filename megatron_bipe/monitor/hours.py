@@ -8,7 +8,7 @@ time. Kept steps lie on the timeline by the time at which their lines were writt
     start      kept steps, validations, checkpoints        lost steps   end of launch              start
       |- starts -|- steps -|- validation -|- checkpoints -|- repeated -|- waiting -|- starts ------|
 
-`goodput` is the share of the kept steps, which is what `run/goodput` in metrics.jsonl means, too.
+`goodput` is the time of the kept steps, divided by the sum of all parts, as `run/goodput` in metrics.jsonl is.
 """
 
 import math

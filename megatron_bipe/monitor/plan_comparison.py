@@ -18,7 +18,6 @@ from megatron_bipe.estimate.memory import STATE_BYTES, outside_bytes, stage_memo
 from megatron_bipe.estimate.step_time import predict_step, unpredictable
 from megatron_bipe.model import count_parameters, train_flops_per_token
 from megatron_bipe.monitor.history import RunHistory
-from megatron_bipe.run_files import START
 from megatron_bipe.runtime.gpus import Gpu
 from megatron_bipe.text_table import text_table
 from megatron_bipe.train.metrics_file import SAVED, STEP_TIME
@@ -51,14 +50,16 @@ def num_ranks_of(history: RunHistory) -> int:
     Raises:
         CheckpointError: no launch or no step is recorded.
     """
-    starts = [event["ranks"] for event in history.events if event["event"] == START and "ranks" in event]
-    if not starts or not history.num_steps:
+    num_ranks = history.last_start.get("ranks")
+    if not isinstance(num_ranks, int) or not history.num_steps:
+        start = "a start" if history.last_start else "no start"
         raise CheckpointError(
-            f"the run has {len(starts)} recorded starts and {history.num_steps} recorded steps: nothing was measured",
+            f"the run has {start} of {num_ranks or 'no'} ranks and {history.num_steps} recorded steps: nothing was "
+            "measured",
             remedy="Compare a run that has trained",
             location=history.run_dir,
         )
-    return int(starts[-1])
+    return num_ranks
 
 
 def compare_with_plan(

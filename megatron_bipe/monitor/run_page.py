@@ -25,7 +25,7 @@ from megatron_bipe.monitor.run_sections import (
     training_section,
     wall_hours,
 )
-from megatron_bipe.monitor.run_state import RunState, run_state
+from megatron_bipe.monitor.status import Limits, RunStatus, read_status
 from megatron_bipe.monitor.svg_chart import Plot, Series, draw, mean_by_column, short
 from megatron_bipe.train.provenance import HIDDEN, SECRETS, flat_settings
 
@@ -82,30 +82,35 @@ def run_names(run_dirs: Sequence[Path]) -> list[str]:
 
 
 def _lead(history: RunHistory, hours: Hours, now_s: float) -> str:
-    state = run_state(history, hours, now_s)
+    status = read_status(history.run_dir, Limits(), now_s)
     train = history.config.train
     loss_N = history.columns_N.get(_LOSS, np.empty(0))
     tokens = history.num_steps * train.global_batch * train.seq_len_tokens
     curve = main_curve(history)
-    tiles = [(f"{state.step:,}", f"of {train.steps:,} steps"), (short(tokens), "tokens")]
+    tiles = [(f"{history.num_steps:,}", f"of {train.steps:,} steps"), (short(tokens), "tokens")]
     tiles += [(f"{np.nanmean(loss_N[-train.log_every :]):.4g}", "training loss, nats")] if _has_value(loss_N) else []
     tiles += [(f"{curve.nats[-1]:.4g}", f"validation loss, {curve.label}")] if curve else []
     tiles += [(f"{hours.goodput:.1%}", f"goodput in {duration(hours.wall_s)}")] if hours.steps else []
-    if state.finishes_at_s is not None:
-        left = duration(max(state.finishes_at_s - now_s, 0))
-        tiles.append((left, f"left at this rate, until {moment(state.finishes_at_s)}"))
+    if status.finish_at_s is not None:
+        left = duration(max(status.finish_at_s - now_s, 0))
+        tiles.append((left, f"left at this rate, until {moment(status.finish_at_s)}"))
     model = history.config.model
     about = f"{model.encoding}, {model.num_layers} layers of width {model.hidden_size}, in {history.run_dir}"
-    return paragraph(escape(about), "lead") + paragraph(_state_html(state, now_s)) + facts(tiles)
+    return paragraph(escape(about), "lead") + paragraph(_state_html(status, now_s)) + facts(tiles)
 
 
 def _has_value(values_N: FloatArray) -> bool:
     return bool(np.isfinite(values_N[-10:]).any())
 
 
-def _state_html(state: RunState, now_s: float) -> str:
-    age = "" if state.age_s is None else f" Last line {duration(max(state.age_s, 0))} before this page was made,"
-    return f'<span class="state {state.name.replace(" ", "-")}">{state.name}</span>{age} {moment(now_s)}'
+def _state_html(status: RunStatus, now_s: float) -> str:
+    age_s = None if status.line_at_s is None else max(now_s - status.line_at_s, 0)
+    age = "" if age_s is None else f", {duration(age_s)} after the last step was recorded"
+    return f"{_state_label(status)} Seen at {moment(now_s)}{age}"
+
+
+def _state_label(status: RunStatus) -> str:
+    return f'<span class="state {status.state.replace(" ", "-")}">{status.state}</span>'
 
 
 def _lead_of_several(now_s: float) -> str:
@@ -116,10 +121,10 @@ def _several(histories: Sequence[RunHistory], names: Sequence[str], now_s: float
     rows, hour_rows = [], []
     for history, name in zip(histories, names, strict=True):
         hours, curve = account_hours(history), main_curve(history)
-        state = run_state(history, hours, now_s)
+        status = read_status(history.run_dir, Limits(), now_s)
         loss = f"{curve.nats[-1]:.4f}" if curve else ""
-        step = f"{state.step:,} of {history.config.train.steps:,}"
-        rows.append([escape(name), f'<span class="state {state.name}">{state.name}</span>', step, loss])
+        step = f"{history.num_steps:,} of {history.config.train.steps:,}"
+        rows.append([escape(name), _state_label(status), step, loss])
         shares = (f"{seconds / hours.wall_s:.1%}" if hours.wall_s > 0 else "" for seconds in hours)
         hour_rows.append([escape(name), duration(hours.wall_s), *shares])
     return [

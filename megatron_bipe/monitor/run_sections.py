@@ -127,12 +127,12 @@ def _memory_rows(history: RunHistory) -> list[list[str]]:
 
 def _estimated_gib(history: RunHistory) -> tuple[float, str] | None:
     """Return the estimated memory of a rank of the first stage; None if the DeepSpeed settings are not recorded."""
-    start = next((event for event in reversed(history.events) if "deepspeed" in event), None)
-    if start is None:
+    start = history.last_start
+    if history.ds_settings is None:
         return None
     try:
         on_gpu = start["device_type"] == "cuda"
-        ds_config = engine_config(history.config, start["deepspeed"]["settings"], start["ranks"], "events.jsonl")
+        ds_config = engine_config(history.config, history.ds_settings, start["ranks"], "events.jsonl")
         stage = stage_memories(history.config, ds_config, start["ranks"], on_gpu=on_gpu)[0]
     except (BipeError, AssertionError, KeyError, TypeError, ValueError, ArithmeticError):
         return None  # recorded by another version

@@ -23,12 +23,13 @@ from megatron_bipe.run_files import (
     METRICS,
     START,
     STOP,
-    TAIL_BYTES,
     TIME,
+    last_launch_event,
     read_events,
     read_last_lines,
 )
 from megatron_bipe.train.metrics_file import SAVED, STEP_TIME
+from megatron_bipe.train.supervise import ON_FAILURE_LIMIT_S
 
 State = Literal["not started", "starting", "training", "stalled", "done", "stopped", "waiting", "failed", "killed"]
 ATTENTION: dict[State, str] = {
@@ -39,7 +40,7 @@ ATTENTION: dict[State, str] = {
 LOSS, RATE = "loss/train_nats", "rate/tokens_per_s"
 DAY_S, GIB = 86_400.0, 2**30
 PROGRESS_LINES = 3  # of training, which a launch that makes progress writes in the time after which it is stalled
-LAUNCH_S = 120.0  # from the end of a supervisor's wait until the next launch has locked the folder
+LAUNCH_S = ON_FAILURE_LIMIT_S + 120.0  # of a supervisor besides its wait, until the next launch has locked the folder
 
 
 class Limits(NamedTuple):
@@ -99,8 +100,7 @@ class _Folder(NamedTuple):
     @property
     def launch(self) -> Mapping[str, Any]:
         """Last event that begins or ends a launch; empty if there is none."""
-        kinds = (START, STOP, DONE, FAILED)
-        return next((event for event in reversed(self.events) if event["event"] in kinds), {})
+        return last_launch_event(self.events)
 
     @property
     def saved(self) -> Mapping[str, Any]:
@@ -139,7 +139,8 @@ def read_status(run_dir: Path, limits: Limits, now_s: float) -> RunStatus:
     """
     folder = _read(run_dir)
     state = _state(folder, limits, now_s)
-    step = _number(folder.last_line, "step") or _number(folder.launch, "step")
+    recorded = [_number(folder.last_line, "step"), _number(folder.launch, "step")]
+    step = next((number for number in recorded if number is not None), folder.checkpoint and folder.checkpoint.step)
     steps = folder.config.train.steps if folder.config else None
     finish_at_s = None
     if state == "training" and steps and step is not None and folder.step_s and folder.line_at_s:
@@ -178,19 +179,8 @@ def _read(run_dir: Path) -> _Folder:
     except (BipeError, OSError):  # it is being written, or damaged; the rest is shown
         config = None
     checkpoints = newest_first(run_dir)
-    return _Folder(
-        run_dir, config, _last_steps(run_dir / METRICS), read_events(run_dir), checkpoints[0] if checkpoints else None
-    )
-
-
-def _last_steps(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of the last steps; more is read if a long line, such as of a validation, fills the end."""
-    size, num_bytes = path.stat().st_size if path.is_file() else 0, TAIL_BYTES
-    while True:
-        lines = read_last_lines(path, {"step", LOSS}, num_bytes)
-        if lines or num_bytes >= size:
-            return lines
-        num_bytes *= 4
+    lines = read_last_lines(run_dir / METRICS, {"step", LOSS})
+    return _Folder(run_dir, config, lines, read_events(run_dir), checkpoints[0] if checkpoints else None)
 
 
 def _state(folder: _Folder, limits: Limits, now_s: float) -> State:

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from megatron_bipe.config import RunConfig, load_run_config, validate_run
 from megatron_bipe.errors import FAILED as EXIT_FAILED
 from megatron_bipe.errors import USER_ERROR, BipeError, ConfigError, is_transient
-from megatron_bipe.run_files import DONE, EVENTS, FAILED, START, STOP, read_events
+from megatron_bipe.run_files import DONE, EVENTS, FAILED, STOP, last_launch_event, read_events
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE
 from megatron_bipe.train.alerts import Alerts, kept_webhook
 from megatron_bipe.train.metrics_file import Events
@@ -254,6 +254,5 @@ def run_on_failure(command: Sequence[str], supervisor: Supervisor, failure: Fail
 
 def _goodput_text(run_dir: Path) -> str:
     """Format the goodput with which the last launch has ended; return "" if it did not end normally."""
-    ends = [event for event in read_events(run_dir) if event["event"] in (START, STOP, DONE, FAILED)]
-    last = (ends or [{}])[-1]
+    last = last_launch_event(read_events(run_dir))
     return f" (goodput {last['goodput']:.1%} since the first start)" if last.get("goodput") is not None else ""

@@ -20,7 +20,7 @@ from megatron_bipe.checkpoint.find import newest_first
 from megatron_bipe.config import ParallelConfig, load_run_config
 from megatron_bipe.errors import USER_ERROR, ConfigError
 from megatron_bipe.io import lock_holder
-from megatron_bipe.run_files import DONE, LOCK_FOLDER, START, STOP, read_events
+from megatron_bipe.run_files import DONE, LOCK_FOLDER, START, STOP, last_record, read_events
 from megatron_bipe.runtime.child_processes import GRACE_S, STOP_SIGNALS, ChildProcess
 from megatron_bipe.runtime.environment import FAILURE_FILE
 from megatron_bipe.runtime.preemption import EXIT_RESUMABLE, SECOND_AFTER_S, install_stop_handlers
@@ -80,8 +80,7 @@ def mark(run_dir: Path) -> Mark:
 
 def record_since(run_dir: Path, before: Mark) -> str:
     """Return the last of START, STOP and DONE that the run has recorded since `before`; "" if there is none."""
-    events = [event["event"] for event in read_events(run_dir)[before.num_events :]]
-    return next((event for event in reversed(events) if event in (START, STOP, DONE)), "")
+    return last_record(read_events(run_dir)[before.num_events :])
 
 
 class Supervisor:

@@ -151,8 +151,7 @@ def main_result(results: Sequence[ValidResult], seq_len_tokens: int) -> ValidRes
 
 def _of_text(run: RunConfig, name: str, dataset: TokenDataset) -> list[Validation]:
     train = run.train
-    max_tokens = train.valid_samples * train.seq_len_tokens
-    text = select_text(dataset, max_tokens)
+    text = select_text(dataset, run.valid_tokens)
     longest = max(run.valid_lengths)
     if text.num_tokens <= longest:
         is_part = text is not dataset

@@ -75,6 +75,19 @@ def test_budget_says_how_many_steps_fit_and_how_many_gpus_all_steps_need() -> No
     assert gpus_for_budget(plan, 0.01) is None and "up to 64 times" in describe_budget(plan, 0.01, None)
 
 
+def test_branch_is_planned_for_its_own_steps() -> None:
+    plan = plan_run(request("bipe_rope_151m", 8, "train.branch_from=runs/trunk@400000"))
+    assert plan.tokens == 100_000 * plan.best.run.train.global_batch * plan.best.run.train.seq_len_tokens
+    assert plan.step_hours * 3600 == pytest.approx(100_000 * plan.best.step.total_s)
+    assert plan.checkpoints.save_every <= 100_000
+    text = describe_plan(plan, "", 1)
+    assert "steps 400,001 to 500,000, after runs/trunk@400000" in text and "100,000 steps x" in text
+    assert f"{5 * plan.tokens / plan.num_parameters:,.1f} for each" in text
+    steps = plan.steps_in(plan.hours / 2)
+    assert f"train.steps={400_000 + steps}," in describe_budget(plan, plan.hours / 2, None)
+    assert "all 100,000 steps" in describe_budget(plan, 2 * plan.hours, plan)
+
+
 def test_run_that_does_not_fit_says_how_much_it_needs_and_what_would_fit() -> None:
     asked = request("bipe_rope_1.6b", 1, gpu=L4)
     with raises(ConfigError, "29.0 GiB of 19.7", "recompute=full", location="--gpus", remedy="--gpus 2") as caught:

@@ -10,6 +10,7 @@ import torch
 import yaml
 
 from megatron_bipe.data.dataset import TokenDataset
+from megatron_bipe.data.manifest import PromptAnswerRecord
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.eval import follow as follower
 from megatron_bipe.eval import follow_kinds
@@ -118,14 +119,33 @@ def test_follow_makes_all_kinds_of_evaluations_with_the_values_of_their_commands
     assert found["generate", None]["values"]["text"] in printed
 
 
-def test_follow_reads_the_validation_sets_and_lengths_of_the_run(run, text_data):
-    config = yaml.safe_load((run / "config.yaml").read_text())
-    config["data"] = {"valid": {"books": str(text_data.path)}}
-    config["train"] |= {"valid_lengths": [16, 8]}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
+def configure(run_dir, valid, **train):
+    config = yaml.safe_load((run_dir / "config.yaml").read_text())
+    config["data"] = {"valid": {name: str(folder) for name, folder in valid.items()}}
+    config["train"] |= train
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def test_follow_reads_the_text_of_the_run_s_validations_in_its_precision(run, text_data):
+    settings = {"valid_lengths": [16, 8], "valid_samples": 3, "seq_len_tokens": 16, "precision": "bf16"}
+    configure(run, {"books": text_data.path}, **settings)
     call_tool("evaluate", "follow", run, "--device", "cpu", "--once", "--threads", 2)
     assert [(line["data"], line["length_tokens"]) for line in lines(run)] == [("books", 8), ("books", 16)] * 2
+    assert {(line["max_tokens"], line["dtype"], line["protocol"]) for line in lines(run)} == {(48, "bfloat16", "full")}
+    assert {line["values"]["num_predictions"] for line in lines(run)} == {47}
     assert torch.get_num_threads() == 2
+    call_tool("evaluate", "follow", run, "--device", "cpu", "--once", "--max-tokens", 30, "--dtype", "fp32")
+    assert {(line["max_tokens"], line["dtype"]) for line in lines(run)[4:]} == {(30, "float32")}
+
+
+def test_follow_skips_validation_sets_of_prompts_and_answers(run, text_data, tmp_path, write_dataset):
+    examples = PromptAnswerRecord(task="noise", seq_len_tokens=8)
+    write_dataset(tmp_path / "qa", [[[3, 4], [6]] * 9], examples=examples)
+    configure(run, {"qa": tmp_path / "qa", "books": text_data.path}, seq_len_tokens=8)
+    assert "qa" in call_tool("evaluate", "follow", run, "--device", "cpu", "--once").output
+    assert {line["data"] for line in lines(run)} == {"books"}
+    configure(run, {"qa": tmp_path / "qa"})
+    assert_refuses("evaluate", ("follow", run, "--once"), ConfigError, "1 validation", location="--data")
 
 
 def test_follow_exit_code_is_1_after_a_failure_and_names_it(run, text_data):

@@ -8,11 +8,11 @@ import pytest
 from megatron_bipe.config import engine_config, load_run_config
 from megatron_bipe.errors import CheckpointError, ConfigError, DataError
 from megatron_bipe.estimate.memory import stage_memories
-from megatron_bipe.monitor.event_text import duration, event_text
+from megatron_bipe.io import locked
+from megatron_bipe.monitor.event_text import duration, event_text, moment
 from megatron_bipe.monitor.history import read_history
-from megatron_bipe.monitor.hours import account_hours
 from megatron_bipe.monitor.run_page import run_names, run_page, settings_table
-from megatron_bipe.monitor.run_state import run_state
+from megatron_bipe.monitor.status import Limits, read_status
 from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, extremes_by_column, noisy, short
 from megatron_bipe.train.metrics_file import valid_key
 from tests.helpers.errors import raises
@@ -55,7 +55,7 @@ def busy(tmp_path_factory):
 def test_page_of_a_run_has_all_parts(busy):
     outline = assert_self_contained(run_page([read_history(busy.run_dir)], busy.time_s + 5))
     text = outline.text
-    for part in ("running", "Last line 5 s", "80 of 1,000", "16 steps were repeated", "2 launches", "GPU X x 8"):
+    for part in ("killed", "6 s after", "80 of 1,000", "16 steps were repeated", "2 launches", "GPU X x 8"):
         assert part in text
     for part in ("pile, 32 tokens", "3.25", "64 tokens", "perplexity <k>", "<u>said</u>", "0123456789, modified"):
         assert part in text
@@ -151,37 +151,19 @@ def test_missing_and_other_folders_are_one_error(tmp_path):
             read_history(folder)
 
 
-@pytest.mark.parametrize(
-    ("later", "ages_s", "name"),
-    [
-        (None, 5, "running"),
-        (None, 3600, "silent"),
-        (("stop", {}), 3600, "stopped"),
-        (("done", {}), 3600, "stopped"),  # of --stop-step
-        (("failed", {"reason": "x"}), 5, "failed"),
-    ],
-)
-def test_states(tmp_path, later, ages_s, name):
-    run = RecordedRun(tmp_path).start().steps(100)
-    if later:
-        run.event(later[0], step=100, **later[1])
-    history = read_history(run.write())
-    state = run_state(history, account_hours(history), run.time_s + ages_s)
-    assert (state.name, state.age_s, state.step) == (name, ages_s, 100)
-    assert state.finishes_at_s == (run.time_s + 900 * 0.5 if name == "running" else None)
-
-
-def test_finishing_date_counts_lost_time(tmp_path):
-    run = RecordedRun(tmp_path).start().steps(100).save().steps(100).fail(100).start().steps(100)
-    history = read_history(run.write())
-    hours = account_hours(history)
-    assert hours.goodput == 2 / 3
-    assert run_state(history, hours, run.time_s).finishes_at_s == pytest.approx(run.time_s + 800 * 0.5 * 1.5)
-
-
-def test_done_run(tmp_path):
-    history = read_history(RecordedRun(tmp_path, "train.steps=8").start().steps(8).stop("done").write())
-    assert run_state(history, account_hours(history), 2e9).name == "done"
+def test_state_and_end_are_those_of_the_status_command(tmp_path):
+    run = RecordedRun(tmp_path).start().steps(100, 7200.0)
+    for line in run.lines:  # a line after each step
+        line["time"] = 1.7e9 + line["step"] * 7200.0
+    run_dir, now_s = run.write(), run.time_s + 5
+    with locked(run_dir / "running", lambda: None):
+        text = assert_self_contained(run_page([read_history(run_dir)], now_s)).text
+        status = read_status(run_dir, Limits(), now_s)
+        assert "training" in text and "5 s after" in text and moment(status.finish_at_s) in text
+        assert "75 d left" in text
+        pair = [read_history(run_dir), read_history(RecordedRun(tmp_path / "other").write())]
+        assert "100 of 1,000" in assert_self_contained(run_page(pair, now_s)).text
+    assert "killed" in assert_self_contained(run_page([read_history(run_dir)], now_s)).text
 
 
 def test_long_curves_are_small_and_keep_spikes():

@@ -88,7 +88,8 @@ def test_status_of_a_run_that_trains(make_run):
         ([start(), ("done", 10, {}), ("saved", 5, {"step": 7})], "done", False),
         ([start(), ("failed", 10, {"rank": 3})], "failed", True),
         ([start(), ("failed", 90, {"by": "supervisor", "wait_s": 60})], "waiting", False),
-        ([start(), ("failed", 190, {"by": "supervisor", "wait_s": 60})], "failed", True),
+        ([start(), ("failed", 390, {"by": "supervisor", "wait_s": 60})], "waiting", False),  # --on-failure takes long
+        ([start(), ("failed", 490, {"by": "supervisor", "wait_s": 60})], "failed", True),
         ([start(), ("failed", 10, {"by": "supervisor", "wait_s": None})], "failed", True),
     ],
 )
@@ -198,6 +199,42 @@ def test_status_of_damaged_files_shows_what_is_there(make_run):
     assert (found.state, found.step, found.steps) == ("done", 3, None)
 
 
+@pytest.mark.parametrize(
+    "line", [{"time": "x", "event": "start"}, {"time": 1.0, "event": 5}, {"time": 1.0, "event": "start", "step": "x"}]
+)
+def test_status_skips_events_with_values_of_other_types(make_run, line):
+    run_dir = make_run(start(), ("done", 60, {"step": 3}), steps=range(1, 4))
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(line) + "\n")
+    assert status(run_dir).state == "done"
+
+
+def test_status_of_a_branch_that_has_begun_shows_the_step_of_the_trunk(make_run):
+    run_dir = make_run(start(age_s=20.0, step=400, branch_from={"run": "trunk", "step": 400}))
+    with locked(run_dir / "running", lambda: None):
+        assert (status(run_dir).state, status(run_dir).step) == ("starting", 400)
+        (run_dir / "metrics.jsonl").write_text(
+            "".join(
+                json.dumps({"step": 400 + n, "time": NOW_S - 10 + 2 * n, "loss/train_nats": 3.0}) + "\n" for n in (1, 2)
+            )
+        )
+        found = status(run_dir)
+    assert (found.state, found.step, found.finish_at_s) == ("training", 402, NOW_S - 6 + 598 * 2)
+
+
+def test_status_of_a_checkpoint_that_nobody_has_trained_from(make_run):
+    run_dir = make_run(("average", HOUR_S, {"sources": []}))
+    (run_dir / "checkpoints" / "step-00000000").mkdir(parents=True)
+    found = status(run_dir)
+    assert (found.state, found.step, found.checkpoint_step, found.problems) == ("not started", 0, 0, ())
+
+
+def test_status_of_a_run_whose_upload_failed_after_its_end(make_run):
+    late = ("after save failed", 5, {"step": 3, "reason": "exit code 1"})
+    found = status(make_run(start(), ("done", 10, {"step": 3}), late, steps=range(1, 4)))
+    assert (found.state, found.step, found.problems) == ("done", 3, ())
+
+
 def test_status_writes_nothing_and_needs_no_permission_to(make_run):
     run_dir = make_run(start(), steps=range(1, 4))
     with locked(run_dir / "running", lambda: None):
@@ -266,6 +303,14 @@ def test_status_command_exit_code_and_files(make_run, tmp_path):
     assert file.read_text().count("needs_attention{") == 1
     [one, other] = json.loads(call_tool("status", good, bad, "--json", code=1).output)
     assert (one["state"], other["state"], other["run_dir"]) == ("done", "failed", str(bad))
+
+
+def test_status_command_skips_other_folders_among_runs(make_run, tmp_path):
+    run_dir, other = make_run(), tmp_path / "empty"
+    other.mkdir()
+    shown = call_tool("status", run_dir, other, "--stalled-after", "10m").output
+    assert "not started" in shown and "empty" in shown
+    assert_refuses("status", [other], CheckpointError, location=other)
 
 
 def test_status_command_bad_input(make_run, tmp_path):

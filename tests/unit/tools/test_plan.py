@@ -110,7 +110,18 @@ def test_compare_shows_planned_measured_and_their_ratio(tmp_path: Path) -> None:
         10.46, abs=0.01
     )
     assert found["MFU"]["ratio"] == pytest.approx(found["tokens/s"]["ratio"])
-    assert "4 steps, 8 ranks, zero1.json" in text and f"{found['MFU']['ratio']:.4g}" in text
+    assert "4 steps, 8 ranks, ZeRO 1" in text and f"{found['MFU']['ratio']:.4g}" in text
+
+
+def test_compare_uses_the_deepspeed_settings_that_the_last_start_recorded(tmp_path: Path) -> None:
+    run_dir = recorded(tmp_path / "run")
+    settings = json.loads((ROOT / "ds_configs" / "zero2.json").read_text())
+    start = {"time": 2, "event": "start", "step": 2, "ranks": 8, "deepspeed": {"file": "x.json", "settings": settings}}
+    with (run_dir / "events.jsonl").open("a") as file:
+        file.write(json.dumps(start) + "\n")
+    options = ["--compare", run_dir, "--gpu", "h100"]
+    assert "8 ranks, ZeRO 2" in call_tool("plan", *options).output
+    assert "8 ranks, ZeRO 1" in call_tool("plan", *options, "--ds_config", "ds_configs/zero1.json").output
 
 
 def test_compare_leaves_out_what_is_not_predicted(tmp_path: Path) -> None:
