@@ -33,7 +33,6 @@ HIDDEN = "(hidden)"
 _GIT_TIMEOUT_S = 5.0
 _MAX_HOSTS = 64  # listed by name; more are counted
 _MAX_TEXT = 4000  # characters of the command line
-_TAIL_BYTES = 2**16  # of metrics.jsonl, in which its last line is searched
 
 
 class Given(NamedTuple):
@@ -144,7 +143,7 @@ def count_hosts(names: Sequence[str]) -> dict[str, Any]:
 
 def last_line(path: Path) -> dict[str, Any] | None:
     """Return step and time of the last complete line of metrics.jsonl, before a resume truncates it; None: no line."""
-    lines = read_last_lines(path, {"step"}, _TAIL_BYTES)
+    lines = read_last_lines(path, {"step"})
     return {"step": lines[-1]["step"], TIME: lines[-1].get(TIME)} if lines else None
 
 

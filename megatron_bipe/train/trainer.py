@@ -10,7 +10,7 @@ from megatron_bipe.checkpoint.manifest import fingerprint_of
 from megatron_bipe.config import RunConfig
 from megatron_bipe.engine.interface import Engine
 from megatron_bipe.parallel import Mesh
-from megatron_bipe.run_files import DONE, START, STOP, read_events
+from megatron_bipe.run_files import DONE, START, STOP, first_start_s, read_events
 from megatron_bipe.runtime.exit_handling import rank_name, write_stderr
 from megatron_bipe.runtime.hardware import DTYPES, keep_freed_memory, peak_flops
 from megatron_bipe.runtime.preemption import StopRequest
@@ -107,8 +107,7 @@ class Trainer:
     def _open_metrics(self, state: TrainState) -> Metrics:
         """Open the metrics of a start of the run, whose event is recorded, and its trackers."""
         config, mesh, events = self.config, self.mesh, self.events
-        starts = (event["time"] for event in read_events(config.run_dir) if event["event"] == START)
-        began_at_s = next(starts, None) if mesh.is_main else None
+        began_at_s = first_start_s(read_events(config.run_dir)) if mesh.is_main else None
         metrics = Metrics(config, mesh, state, peak_flops(mesh.device, DTYPES[config.train.precision]), began_at_s)
         if mesh.is_main:
             trackers = open_trackers(config, lambda name, why: events.add(TRACKER_FAILED, tracker=name, reason=why))
