@@ -12,6 +12,7 @@ from tests.helpers.paths import ROOT
 
 CASES = {  # script -> arguments, exit code, what it prints
     "pretrain": ("--ds_config none.json", 2, "none.json"),
+    "average": ("none@1,2 --output {out}", 2, "none"),
     "corpus": ("--output {out} --max-bytes 0", 2, "--max-bytes"),
     "download_data": ("--dataset org/name --endpoint {hub} --output {out}", 0, "all complete; 1 fetched"),
     "evaluate": ("perplexity --model none --data none --lengths 8 --output {out}", 2, "none"),
@@ -21,10 +22,12 @@ CASES = {  # script -> arguments, exit code, what it prints
     "import_hf": ("--input none --output {out}", 2, "none"),
     "inspect_data": ("show {data} --tokens 2", 0, "<bos> h"),
     "plan": ("--gpus 12 --gpu h100", 2, "8 or 16"),
+    "plot": ("{data} --output {out}.pdf", 2, "config.yaml"),
     "preflight": ("--ds_config none.json --write-mib 1 --json {out}", 1, "none.json"),
     "prepare_task": ("arithmetic --operators 1 --problems 2 --length 64 --output {out}", 0, "2 examples"),
     "preprocess": ("--input {text} --tokenizer {data}/tokenizer --segments newline --output {out}", 0, "30 documents"),
     "quickstart": ("--set none=1 --output {out}", 2, "none"),
+    "report": ("{data} --output {out}.html", 2, "config.yaml"),
     "status": ("{data}", 2, "config.yaml"),
     "study": ("none.yaml --output {out}", 2, "none"),
     "supervise": ("{out} -- bash -c 'echo hello; exit 2'", 2, "hello\nsupervise: exit code 2"),
