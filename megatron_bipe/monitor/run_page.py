@@ -105,7 +105,11 @@ def _has_value(values_N: FloatArray) -> bool:
 
 def _state_html(state: RunState, now_s: float) -> str:
     age = "" if state.age_s is None else f" Last line {duration(max(state.age_s, 0))} before this page was made,"
-    return f'<span class="state {state.name.replace(" ", "-")}">{state.name}</span>{age} {moment(now_s)}'
+    return f"{_name_html(state)}{age} {moment(now_s)}"
+
+
+def _name_html(state: RunState) -> str:
+    return f'<span class="state {state.name.replace(" ", "-")}">{state.name}</span>'
 
 
 def _lead_of_several(now_s: float) -> str:
@@ -119,7 +123,7 @@ def _several(histories: Sequence[RunHistory], names: Sequence[str], now_s: float
         state = run_state(history, hours, now_s)
         loss = f"{curve.nats[-1]:.4f}" if curve else ""
         step = f"{state.step:,} of {history.config.train.steps:,}"
-        rows.append([escape(name), f'<span class="state {state.name}">{state.name}</span>', step, loss])
+        rows.append([escape(name), _name_html(state), step, loss])
         shares = (f"{seconds / hours.wall_s:.1%}" if hours.wall_s > 0 else "" for seconds in hours)
         hour_rows.append([escape(name), duration(hours.wall_s), *shares])
     return [

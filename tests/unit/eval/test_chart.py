@@ -70,13 +70,13 @@ def test_round_ticks_are_round_numbers_inside(low, high, expected):
     assert round_ticks(low, high, 7) == pytest.approx(expected)
 
 
-@pytest.mark.parametrize(
-    "lines", [[FLAT], [FLAT, EXPLODING], [EXPLODING], [Line("point", [(64, 12.0)], train_len_tokens=16)]]
-)
 def _draw_png(chart):
     return save_figure(draw_chart(chart), "png")
 
 
+@pytest.mark.parametrize(
+    "lines", [[FLAT], [FLAT, EXPLODING], [EXPLODING], [Line("point", [(64, 12.0)], train_len_tokens=16)]]
+)
 def test_draw_png_gives_a_picture_of_readme_size(lines):
     picture = _draw_png(perplexity_chart(lines, "Perplexity"))
     assert picture.startswith(PNG_MAGIC)
