@@ -211,9 +211,12 @@ def _metric_charts(kind: str, numbers: Mapping[tuple[str, str], Mapping[int, Any
 
 def _names(facts: Sequence[Mapping[str, Any]]) -> list[str]:
     """Return a name for each evaluation of a kind: what it is of, and the options in which it differs from others."""
-    keys = dict.fromkeys(key for each in facts for key in each)
-    differing = {key for key in keys if len({json.dumps(each.get(key)) for each in facts}) > 1}
-    return [", ".join(_fact(key, each[key]) for key in each if key in _SUBJECTS or key in differing) for each in facts]
+    names = []
+    for each in facts:
+        same = [other for other in facts if all(other.get(key) == each.get(key) for key in _SUBJECTS)]
+        differing = [key for key in each if any(other.get(key) != each[key] for other in same)]
+        names.append(", ".join(_fact(key, each[key]) for key in each if key in _SUBJECTS or key in differing))
+    return names
 
 
 def _fact(key: str, value: Any) -> str:
