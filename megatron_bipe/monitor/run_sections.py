@@ -86,7 +86,8 @@ def event_marks(history: RunHistory) -> list[Mark]:
     for event in history.events:
         kind, step = _MARK_KINDS.get(event["event"]), event.get("step")
         if kind and isinstance(step, int) and (kind != "start" or step > 0):
-            marks.append(Mark(step, "branch" if event.get("branch_from") else kind, event_text(event)))
+            is_branch = bool(event.get("branch_from"))  # the curves begin with the step after it
+            marks.append(Mark(step + is_branch, "branch" if is_branch else kind, event_text(event)))
     return marks[-_MAX_MARKS:]
 
 

@@ -13,7 +13,7 @@ from megatron_bipe.monitor.history import read_history
 from megatron_bipe.monitor.hours import account_hours
 from megatron_bipe.monitor.provenance_section import provenance_section
 from megatron_bipe.monitor.run_page import run_names, run_page, settings_table
-from megatron_bipe.monitor.run_sections import event_marks
+from megatron_bipe.monitor.run_sections import event_marks, training_section
 from megatron_bipe.monitor.run_state import run_state
 from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, extremes_by_column, noisy, short
 from megatron_bipe.train.metrics_file import valid_key
@@ -297,7 +297,8 @@ def test_marks_are_branches_where_the_start_has_one(tmp_path):
     run.start(branch_from=trunk).steps(8).fail(40).start(branch_from=trunk).steps(8).save().stop().start().steps(8)
     history = read_history(run.write())
     marks = event_marks(history)
-    assert [(mark.x, mark.kind) for mark in marks] == [(40, "branch"), (40, "branch"), (48, "start")]
+    assert [(mark.x, mark.kind) for mark in marks] == [(41, "branch"), (41, "branch"), (48, "start")]
+    assert 'class="mark branch"' in training_section(history)
     assert "branch from step 40 of trunk" in marks[0].text
     assert "branch_from" not in provenance_section(history)
 

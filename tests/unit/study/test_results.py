@@ -112,6 +112,16 @@ def test_page_states_the_range_of_what_members_do_not_share(
     assert plots(results)["perplexity.svg"]
 
 
+def test_diverged_seeds_have_results(plan: Plan, write_losses: WriteLosses, tmp_path: Path) -> None:
+    for job in plan.jobs(tmp_path):
+        diverged = {2: math.nan, 3: 9000.0}.get(job.seed, 20.0) if job.member.name == "rope" else 20.0
+        write_losses(job, {16: [20.0], 32: [diverged]})
+    results = read_results(plan, tmp_path)
+    assert "nan ± nan" in tables(results)
+    assert "inf" in results_csv(results) and "bipe_rope" in differences_csv(results)
+    assert "nan ± nan" in study_page(results, tmp_path) and plots(results)
+
+
 def test_page_has_the_members_the_method_and_the_settings(results: Results, tmp_path: Path) -> None:
     html = study_page(results, tmp_path)
     for text in ("Two encodings", "5 of 6", "bipe_rope", "+0.200*", "Owen 2007", "base.yaml", "protocol full"):
