@@ -1,6 +1,7 @@
 """Pages of runs: complete, self-contained, escaped, small, and there is one for whatever a run folder holds."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -92,6 +93,12 @@ def test_comparison_switches_axes_without_scripts_and_lists_differences(busy, tm
     assert len(radios) == 8 and sum("checked" in radio for radio in radios) == 2
     assert html.count('class="view"') == 8
     assert "optimizer.lr 0.0001 0.5" in outline.text and "SECRET" not in html and "(hidden)" in outline.text
+
+
+def test_curves_of_ten_runs_differ(tmp_path):
+    runs = [RecordedRun(tmp_path / f"run-{number}").start().steps(8).write() for number in range(10)]
+    html = run_page([read_history(run) for run in runs], 2e9)
+    assert len(set(re.findall(r'<li class="(\w+ s\d)"', html))) == 10
 
 
 def test_equal_runs_have_no_differing_settings(busy):
