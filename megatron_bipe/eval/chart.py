@@ -26,6 +26,7 @@ from megatron_bipe.eval.chart_axes import (
     PAPER,
     band_entry,
     draw_lines,
+    drawable,
     legend_entries,
     name_lines,
     train_length_entry,
@@ -47,6 +48,7 @@ from megatron_bipe.picture import (
     GRID,
     WIDTHS_IN,
     PictureSettings,
+    Width,
     drawing,
     printable,
 )
@@ -61,6 +63,7 @@ BEHIND = "#d4d4d4"
 PAGE_COLOURS = {colour: f"var(--line{number})" for number, colour in enumerate(COLOURS)} | {
     GREY: "var(--soft)",
     GRID: "var(--faint)",
+    BEHIND: "var(--rule)",
     PAPER: "var(--page)",
 }
 PAGE_FONT = 13.0
@@ -81,8 +84,7 @@ def draw_chart(chart: Chart, settings: PictureSettings = DEFAULT_PICTURE) -> Fig
     """Return one chart with names at the line ends, or in a legend if they do not fit; many lines become panels."""
     chart = chart._replace(title=settings.title or chart.title)
     is_column, width = settings.width == "column", 72 * WIDTHS_IN[settings.width]
-    panels = _by_family(chart)
-    if sum(bool(line.name) for line in chart.lines) > MOST_LINES and len(panels) > 1:
+    if panels := _by_family(chart):
         return _small_multiples(chart, panels, settings)
     font = COLUMN_FONT if is_column else FONT
     names = max((len(line.name) for line in chart.lines), default=0) * CHARACTER * font
@@ -126,7 +128,10 @@ def draw_panels(rows: Sequence[Sequence[Chart]], settings: PictureSettings = DEF
 
 
 def draw_svg(chart: Chart, summary: str) -> str:
-    """Return two `<svg>` elements, classes `wide` and `narrow`; `summary` is their text for screen readers."""
+    """Return two `<svg>` elements, classes `wide` and `narrow`; many lines become panels, as in `draw_chart`.
+
+    `summary` is their text for screen readers.
+    """
     with drawing():
         return "".join(_as_page_svg(chart, kind, summary) for kind in PAGE_SIZES)
 
@@ -143,12 +148,13 @@ def _end_together(chart: Chart) -> bool:
 
 
 def _by_family(chart: Chart) -> dict[str, list[Line]]:
-    """Return the named lines by panel; a single one if a line has no encoding."""
+    """Return the named lines by panel; empty if one chart shows them all: few lines, or a line without encoding."""
     families: dict[str, list[Line]] = {}
     for line in chart.lines:
         if line.name:
             families.setdefault(panel_name(line.encoding), []).append(line)
-    return {} if "" in families else families
+    num_lines = sum(map(len, families.values()))
+    return families if num_lines > MOST_LINES and len(families) > 1 and "" not in families else {}
 
 
 def _small_multiples(chart: Chart, panels: Mapping[str, Sequence[Line]], settings: PictureSettings) -> Figure:
@@ -156,10 +162,11 @@ def _small_multiples(chart: Chart, panels: Mapping[str, Sequence[Line]], setting
     columns = min(2 if settings.width == "column" else 3, len(panels))
     font, width = COLUMN_FONT, 72 * WIDTHS_IN[settings.width] / columns
     with drawing():
-        figure, found = _figure(settings, -(-len(panels) // columns), columns, 125)
+        more_names = max(0, max(map(len, panels.values())) - 3)
+        figure, found = _figure(settings, -(-len(panels) // columns), columns, 125 + 1.5 * font * more_names)
         for number, (axes, lines) in enumerate(zip(found, panels.values(), strict=False)):
             for other in chart.lines:
-                axes.plot(*zip(*other.points, strict=True), color=BEHIND, linewidth=0.7, zorder=0)
+                axes.plot(*zip(*drawable(chart, other), strict=True), color=BEHIND, linewidth=0.7, zorder=0)
             is_lowest = number + columns >= len(panels)
             shown = chart._replace(lines=lines, x_label=chart.x_label if is_lowest else "", y_label="")
             draw_lines(axes, shown, font, 0.8 * width)
@@ -234,36 +241,46 @@ def _side_margins(chart: Chart, font: float) -> tuple[float, float]:
 
 def _as_page_svg(chart: Chart, kind: str, summary: str) -> str:
     """Draw a chart as SVG without the parts of matplotlib's file that do not suit a page."""
+    panels = _by_family(chart)
+    charts = [chart._replace(lines=lines) for lines in panels.values()] or [chart]
     # The salt makes the ids of clip paths and markers unique in the page.
-    with mpl.rc_context({"svg.hashsalt": f"{kind} {summary}"}):
-        margins = Margins(*_side_margins(chart, PAGE_FONT), 3.7 * PAGE_FONT, 3.7 * PAGE_FONT)
-        figure = _single(chart, PAGE_SIZES[kind], margins, PAGE_FONT)
-        axes = figure.axes[0]
-        axes.yaxis.label.set(rotation=0, ha="left", va="top")
-        axes.yaxis.set_label_coords(0, 1, transform=figure.transFigure)
+    with mpl.rc_context({"svg.hashsalt": f"{kind} {summary}", "text.color": GREY}):
+        figure = _page_panels(chart, panels, kind) if panels else _page_chart(chart, kind)
         FigureCanvasSVG(figure)
         buffer = io.BytesIO()
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     root = ElementTree.fromstring(buffer.getvalue())
-    return _adapt(root, chart, kind, summary)
+    return _adapt(root, charts, kind, summary)
 
 
-def _adapt(root: ElementTree.Element, chart: Chart, kind: str, summary: str) -> str:
+def _page_panels(chart: Chart, panels: Mapping[str, Sequence[Line]], kind: str) -> Figure:
+    width: Width = "page" if kind == "wide" else "column"
+    return _small_multiples(chart, panels, PictureSettings(width=width))
+
+
+def _page_chart(chart: Chart, kind: str) -> Figure:
+    margins = Margins(*_side_margins(chart, PAGE_FONT), 3.7 * PAGE_FONT, 3.7 * PAGE_FONT)
+    figure = _single(chart, PAGE_SIZES[kind], margins, PAGE_FONT)
+    axes = figure.axes[0]
+    axes.yaxis.label.set(rotation=0, ha="left", va="top")
+    axes.yaxis.set_label_coords(0, 1, transform=figure.transFigure)
+    return figure
+
+
+def _adapt(root: ElementTree.Element, charts: Sequence[Chart], kind: str, summary: str) -> str:
     """Add a text alternative and titles of the points; use the page's font and colours."""
     for name in [name for name in root.attrib if name != "viewBox"]:
         del root.attrib[name]
     root.attrib |= {"class": f"chart {kind}", "role": "img", "aria-label": summary}
+    root.set("fill", PAGE_COLOURS["#000000"])  # matplotlib writes no fill for black
     for child in list(root):
         if child.tag == f"{{{_SVG}}}metadata" or child.find(f"{{{_SVG}}}style") is not None:
             root.remove(child)
-    low, high = chart.y_range
+    groups = [group for group in root.iter(f"{{{_SVG}}}g") if group.get("id", "").startswith("axes_")]
+    for group, chart in zip(groups, charts, strict=True):
+        _add_titles(group, chart)
     for group in root.iter(f"{{{_SVG}}}g"):
-        kind_of_group, _, number = group.attrib.pop("id", "").partition(":")
-        if kind_of_group == "dots":
-            line = chart.lines[int(number)]
-            shown = [(x, y) for x, y in line.points if low <= y <= high]
-            for dot, (x, y) in zip(list(group.iter(f"{{{_SVG}}}use")), shown, strict=True):
-                ElementTree.SubElement(dot, f"{{{_SVG}}}title").text = f"{line.name}: {y:,.2f} at {chart.show_x(x)}"
+        group.attrib.pop("id", None)
     for text in root.iter(f"{{{_SVG}}}text"):
         text.set("style", re.sub("font-family:[^;]*;", "", text.get("style", "")))
     ElementTree.register_namespace("", _SVG)
@@ -272,3 +289,15 @@ def _adapt(root: ElementTree.Element, chart: Chart, kind: str, summary: str) -> 
     for colour, variable in PAGE_COLOURS.items():
         html = html.replace(colour, variable)
     return html + "\n"
+
+
+def _add_titles(axes: ElementTree.Element, chart: Chart) -> None:
+    """Add a title to each point of the axes that show a chart."""
+    low, high = chart.y_range
+    for group in axes.iter(f"{{{_SVG}}}g"):
+        kind, _, number = group.get("id", "").partition(":")
+        if kind == "dots":
+            line = chart.lines[int(number)]
+            shown = [(x, y) for x, y in line.points if low <= y <= high]
+            for dot, (x, y) in zip(list(group.iter(f"{{{_SVG}}}use")), shown, strict=True):
+                ElementTree.SubElement(dot, f"{{{_SVG}}}title").text = f"{line.name}: {y:,.2f} at {chart.show_x(x)}"

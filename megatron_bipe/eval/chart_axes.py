@@ -38,10 +38,9 @@ def draw_lines(axes: Axes, chart: Chart, font: float, axes_width: float) -> None
     styled = list(zip(chart.lines, line_styles(chart.lines), strict=True))
     for line, style in sorted(styled, key=lambda item: bool(item[0].name)):  # background lines first
         look = line_look(line, style) | {"marker": ""}
-        # Matplotlib cannot draw to infinity; a finite value shows the line leaving the chart.
-        drawn = [(x, min(y, 100 * high)) for x, y in line.points]
         width = 0.19 if line.name and not line.is_published and _has_markers(line, font, axes_width) else 0.12
-        axes.plot(*zip(*drawn, strict=True), linewidth=width * font, alpha=1 if line.name else 0.5, **look)
+        look |= {"linewidth": width * font, "alpha": 1 if line.name else 0.5}
+        axes.plot(*zip(*drawable(chart, line), strict=True), **look)
         if line.band:
             xs, lows, highs = zip(*line.band, strict=True)
             axes.fill_between(xs, lows, highs, color=look["color"], alpha=BAND_OPACITY, linewidth=0)
@@ -56,6 +55,11 @@ def draw_lines(axes: Axes, chart: Chart, font: float, axes_width: float) -> None
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.spines["bottom"].set_color(GREY)
+
+
+def drawable(chart: Chart, line: Line) -> list[tuple[float, float]]:
+    """Return finite points: matplotlib cannot draw to infinity, and a large value shows the line leaving the chart."""
+    return [(x, min(y, 100 * chart.y_range[1])) for x, y in line.points]
 
 
 def _draw_markers(axes: Axes, chart: Chart, line: Line, style: Style, font: float, axes_width: float) -> None:
@@ -178,7 +182,7 @@ def line_look(line: Line, style: Style) -> dict[str, Any]:
     colour = COLOURS[style.colour]
     if line.is_published:
         return {"color": colour, "marker": "x", "linestyle": ":"}
-    look = {"color": colour, "marker": MARKERS[style.marker], "linestyle": DASHES[style.dashes if line.name else 0]}
+    look = {"color": colour, "marker": MARKERS[style.marker], "linestyle": DASHES[style.dashes]}
     return look | ({"markerfacecolor": PAPER} if style.is_hollow else {})
 
 

@@ -5,7 +5,6 @@ encoding that such a one is built on has the same colour, dashes and hollow mark
 """
 
 import math
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
@@ -104,26 +103,38 @@ class Style(NamedTuple):
 def line_styles(lines: Sequence[Line]) -> list[Style]:
     """Return the style of each line of a figure.
 
-    Encodings determine the styles if all named lines have one, unless there are several lines and all have the same.
+    Encodings determine the styles if all models have one, unless there are several models and all have the same one, or
+    two models would have the same colour and dashes. A background line has the style of its model: the named line with
+    the same `style` and encoding.
     """
     models = [line for line in lines if line.name and not line.is_published]
     encodings = {line.encoding for line in models}
-    if not all(_is_known(encoding) for encoding in encodings) or len(encodings) == 1 < len(models):
-        return [_numbered_style(line.style) for line in lines]
-    seen: Counter[str] = Counter()
-    styles = []
-    for line in lines:
-        repeat = seen[line.encoding]
-        seen[line.encoding] += bool(line.name) and not line.is_published
-        base = _encoding_style(line.encoding) if _is_known(line.encoding) else _numbered_style(line.style)
-        styles.append(base if repeat == 0 or not line.name else _varied(base, repeat))
-    return styles
+    styles = list[Style]()
+    if all(map(_is_known, encodings)) and not len(encodings) == 1 < len(models):
+        repeats = [sum(other.encoding == line.encoding for other in models[:at]) for at, line in enumerate(models)]
+        bases = [_encoding_style(line.encoding) for line in models]
+        styles = [_varied(base, repeat) if repeat else base for base, repeat in zip(bases, repeats, strict=True)]
+    if len({(style.colour, style.dashes) for style in styles}) < len(models):
+        are_distinct = len({line.style for line in models}) == len(models)
+        styles = [_numbered_style(line.style if are_distinct else at) for at, line in enumerate(models)]
+    by_model = {(line.style, line.encoding): style for line, style in zip(models, styles, strict=True)}
+    in_order = iter(styles)
+    return [
+        next(in_order)
+        if line.name and not line.is_published
+        else by_model.get((line.style, line.encoding), _alone(line))
+        for line in lines
+    ]
 
 
 def panel_name(encoding: str) -> str:
     """Return the small multiple that shows an encoding: the name of the flat encoding that it is built on."""
     flat = encoding.removeprefix(_BILEVEL)
     return _PANELS.get(flat, flat)
+
+
+def _alone(line: Line) -> Style:
+    return _encoding_style(line.encoding) if _is_known(line.encoding) else _numbered_style(line.style)
 
 
 def _is_known(encoding: str) -> bool:

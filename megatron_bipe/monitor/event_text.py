@@ -5,8 +5,18 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from megatron_bipe.run_files import DONE, FAILED, START, STOP, TIME
-from megatron_bipe.train.metrics_file import FELL_BACK, SAVE_FAILED, SAVED, VALIDATION
+from megatron_bipe.run_files import AVERAGE, DONE, FAILED, START, STOP, TIME
+from megatron_bipe.train.metrics_file import (
+    AFTER_SAVE_FAILED,
+    BAD_STEP,
+    FELL_BACK,
+    RETURN,
+    SAVE_FAILED,
+    SAVED,
+    SLOW_RANK,
+    TRACKER_FAILED,
+    VALIDATION,
+)
 
 ROUTINE = (SAVED, VALIDATION)  # counted, not listed
 _MAX_TEXT = 600  # characters of a reason
@@ -46,6 +56,9 @@ def moment(time_s: float) -> str:
 
 def _start(event: Mapping[str, Any]) -> str:
     ranks = f"{event['ranks']} rank{'s' * (event['ranks'] != 1)}"
+    trunk = event.get("branch_from")
+    if trunk:
+        return f"A launch of {ranks} began a branch from step {trunk['step']:,} of {trunk['run']}"
     return f"A launch of {ranks} began" + (f" after step {event['step']:,}" if event["step"] else "")
 
 
@@ -74,6 +87,11 @@ def _fell_back(event: Mapping[str, Any]) -> str:
     return _cut(f"Continued from the checkpoint of step {event['to_step']:,}, as newer ones are unusable: {skipped}")
 
 
+def _average(event: Mapping[str, Any]) -> str:
+    sources = ", ".join(f"step {source['step']:,} of {source['run']}" for source in event["sources"])
+    return _cut(f"The weights of step 0 were made by tools/average.py: the mean of {sources}")
+
+
 def _slow_rank(event: Mapping[str, Any]) -> str:
     return (
         f"{event['name']} was slow up to step {event['step']:,}: it computed for {event['own_s']:.3g} s in "
@@ -88,11 +106,18 @@ _TEXTS: dict[str, Callable[[Mapping[str, Any]], str]] = {
     FAILED: _failed,
     SAVED: lambda event: f"Saved step {event['step']:,}: {event['bytes'] / 1e9:.3g} GB in {duration(event['seconds'])}",
     SAVE_FAILED: lambda event: _cut(f"The checkpoint of step {event['step']:,} was not written: {event['reason']}"),
+    AFTER_SAVE_FAILED: lambda event: _cut(
+        f"checkpoint.after_save failed for the checkpoint of step {event['step']:,}: {event['reason']}"
+    ),
+    TRACKER_FAILED: lambda event: _cut(
+        f"The tracker {event['tracker']} failed, and receives nothing more from this launch: {event['reason']}"
+    ),
     FELL_BACK: _fell_back,
     VALIDATION: lambda event: f"Validation after step {event['step']:,}: {event['loss_nats']:.4f} nats per token",
-    "bad step": _bad_step,
-    "return": _return,
-    "slow rank": _slow_rank,
+    BAD_STEP: _bad_step,
+    RETURN: _return,
+    SLOW_RANK: _slow_rank,
+    AVERAGE: _average,
 }
 
 

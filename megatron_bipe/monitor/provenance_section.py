@@ -15,7 +15,7 @@ from megatron_bipe.monitor.history import RunHistory
 from megatron_bipe.run_files import START, TIME
 
 # Keys that differ at every start.
-_OWN = {TIME, "event", "step", "launched_at", "before", "job"}
+_OWN = {TIME, "event", "step", "launched_at", "before", "job", "branch_from"}
 # Facts that follow from others, which are compared.
 _DERIVED = {"command", "precision.reason", "compile.reason"}
 _MAX_STARTS = 50

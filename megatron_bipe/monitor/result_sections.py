@@ -1,5 +1,6 @@
 """Results on a run's page: validation by set, length and position, and the evaluations of its checkpoints."""
 
+import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from html import escape
@@ -9,10 +10,16 @@ import numpy as np
 
 from megatron_bipe.eval.page import details, table
 from megatron_bipe.monitor.history import RunHistory
-from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, short
+from megatron_bipe.monitor.svg_chart import NUM_STYLES, Mark, Plot, Series, draw, short
+from megatron_bipe.run_files import TIME
 from megatron_bipe.train.metrics_file import VALID_LOSS
 
-_MAX_CURVES = 5
+_MAX_CURVES = 5  # of one set at several steps
+_MAX_SHOWN, _MAX_CHARTS, _MAX_NAME = 6, 6, 60  # steps in a table, charts of a kind, characters of a name
+# Keys of a line of evaluations.jsonl that are not what an evaluation is of; docs/run_folder.md lists all.
+_NOT_FACTS = {TIME, "step", "fingerprint", "kind", "values"}
+_SUBJECTS = ("data", "length_tokens", "task", "prompt")  # always part of a name
+_NOT_DRAWN = ("perplexity", "bits_per_byte", "num_predictions")  # they follow from the nats per token
 _NATS, _BY_POSITION = "nats", "nats_by_position"
 
 
@@ -27,6 +34,15 @@ class ValidCurve(NamedTuple):
     @property
     def label(self) -> str:
         return f"{self.name}, {self.length_tokens:,} tokens"
+
+
+class _Evaluated(NamedTuple):
+    """The results of one evaluation of several checkpoints."""
+
+    facts: dict[str, Any]
+    """What identifies it, such as its data, sequence length and options."""
+    values: dict[int, dict[str, Any]]
+    """Its results by step and metric."""
 
 
 def valid_curves(history: RunHistory) -> list[ValidCurve]:
@@ -143,44 +159,79 @@ def _spread(steps: Sequence[int]) -> list[int]:
 
 
 def evaluations_section(history: RunHistory) -> str:
-    """Return the numbers that `tools/evaluate.py follow` has appended, by kind and step; "" if there are none."""
-    by_kind: dict[str, dict[int, dict[str, Any]]] = {}
+    """Return the results that `tools/evaluate.py follow` has appended, by kind and step; "" if there are none."""
+    by_kind: dict[str, dict[str, _Evaluated]] = {}
     for line in history.evaluations:
         if isinstance(line.get("values"), dict) and isinstance(line["step"], int):
-            by_kind.setdefault(str(line.get("kind", "evaluation")), {})[line["step"]] = dict(_flat(line["values"]))
-    return "".join(_evaluation(kind, by_step) for kind, by_step in by_kind.items())
+            facts = {key: value for key, value in line.items() if key not in _NOT_FACTS}
+            same_kind = by_kind.setdefault(str(line.get("kind", "evaluation")), {})
+            evaluated = same_kind.setdefault(json.dumps(facts, sort_keys=True), _Evaluated(facts, {}))
+            evaluated.values[line["step"]] = line["values"]  # of a repeated step, the last line is the present one
+    return "".join(_evaluations(kind, list(same_kind.values())) for kind, same_kind in by_kind.items())
 
 
-def _evaluation(kind: str, by_step: Mapping[int, Mapping[str, Any]]) -> str:
-    steps = sorted(by_step)
-    names = list(dict.fromkeys(name for step in steps for name in by_step[step]))
-    numbers = [name for name in names if any(isinstance(by_step[step].get(name), int | float) for step in steps)]
-    series = []
-    for style, name in enumerate(numbers[:_MAX_CURVES]):
-        values = np.array([_number(by_step[step].get(name)) for step in steps])
-        series.append(Series(name, np.array(steps, float), values, style, has_dots=True))
-    shown = steps[-6:]
-    rows = [[escape(name), *(_cell(by_step[step].get(name)) for step in shown)] for name in numbers]
+def _evaluations(kind: str, evaluated: Sequence[_Evaluated]) -> str:
+    """Return charts of the metrics, a table of the last steps, and texts."""
+    by_step: dict[tuple[str, str], dict[int, Any]] = {}  # by name of the evaluation and metric
+    for name, each in zip(_names([each.facts for each in evaluated]), evaluated, strict=True):
+        for step, values in each.values.items():
+            for metric, value in values.items():
+                by_step.setdefault((name, metric), {})[step] = value
+    numbers = {key: found for key, found in by_step.items() if not any(map(_is_text, found.values()))}
+    steps = sorted({step for found in by_step.values() for step in found})
+    shown = steps[-_MAX_SHOWN:]
+    rows = [[escape(_row_name(*key)), *(_cell(found.get(step)) for step in shown)] for key, found in numbers.items()]
     texts = [
-        [f"step {step:,}, {escape(name)}", escape(str(by_step[step][name])[:2000])]
+        [f"step {step:,}, {escape(name)}", escape(str(found[step])[:2000])]
         for step in shown
-        for name in names
-        if name not in numbers and name in by_step[step]
+        for (name, metric), found in by_step.items()
+        if (name, metric) not in numbers and step in found
     ]
     return (
         f"<h3>{escape(kind)}</h3>\n"
-        + (draw(Plot(series, "step", kind)) if len(steps) > 1 and series else "")
+        + _metric_charts(kind, numbers)
         + (table(["", *(f"step {step:,}" for step in shown)], rows) if rows else "")
         + (details("Texts", table(["", ""], texts, kind="texts")) if texts else "")
     )
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key} ")
-        else:
-            yield f"{prefix}{key}", value
+def _metric_charts(kind: str, numbers: Mapping[tuple[str, str], Mapping[int, Any]]) -> str:
+    """Return a chart of each metric that does not follow from another one, with a curve for each evaluation."""
+    metrics: dict[str, list[Series]] = {}
+    for (name, metric), found in numbers.items():
+        task, _, quantity = metric.rpartition("/")
+        if len(found) > 1 and quantity not in _NOT_DRAWN:
+            series = metrics.setdefault(quantity, [])
+            values = np.array([_number(found[step]) for step in sorted(found)])
+            shown = ", ".join(part for part in (name, task) if part)
+            series.append(Series(shown, np.array(sorted(found), float), values, len(series), has_dots=True))
+    drawn = [(metric, series) for metric, series in metrics.items() if not metric.endswith("_stderr")][:_MAX_CHARTS]
+    return "".join(draw(Plot(series[:NUM_STYLES], "step", f"{kind}: {metric}")) for metric, series in drawn)
+
+
+def _names(facts: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Return a name for each evaluation of a kind: what it is of, and the options in which it differs from others."""
+    names = []
+    for each in facts:
+        same = [other for other in facts if all(other.get(key) == each.get(key) for key in _SUBJECTS)]
+        differing = [key for key in each if any(other.get(key) != each[key] for other in same)]
+        names.append(", ".join(_fact(key, each[key]) for key in each if key in _SUBJECTS or key in differing))
+    return names
+
+
+def _fact(key: str, value: Any) -> str:
+    if key == "length_tokens" and isinstance(value, int):
+        return f"{value:,} tokens"
+    text = str(value) if key in _SUBJECTS else f"{key} {value}"
+    return text if len(text) <= _MAX_NAME else f"{text[:_MAX_NAME]}..."
+
+
+def _row_name(name: str, metric: str) -> str:
+    return f"{name}: {metric}" if name else metric
+
+
+def _is_text(value: Any) -> bool:
+    return value is not None and not isinstance(value, int | float)
 
 
 def _number(value: Any) -> float:

@@ -26,10 +26,11 @@ from megatron_bipe.monitor.run_sections import (
     wall_hours,
 )
 from megatron_bipe.monitor.status import Limits, RunStatus, read_status
-from megatron_bipe.monitor.svg_chart import Plot, Series, draw, mean_by_column, short
+from megatron_bipe.monitor.svg_chart import NUM_STYLES, Plot, Series, draw, mean_by_column, short
 from megatron_bipe.train.provenance import HIDDEN, SECRETS, flat_settings
 
 _STYLE = "run_page.css"  # in this package
+_SHAPES = ("line", "dotted")  # the second one when the colours are used up
 _LOSS, _TOKENS = "loss/train_nats", "tokens"
 
 
@@ -149,7 +150,7 @@ def _overlay(
     views, buttons = "", ""
     for number, axis in enumerate(("step", "tokens", "FLOPs", "hours since the first start")):
         series = [
-            Series(name, *curve(history, axis), style, has_dots=key == "valid")
+            Series(name, *curve(history, axis), style, _SHAPES[style // NUM_STYLES % 2], has_dots=key == "valid")
             for style, (history, name) in enumerate(zip(histories, names, strict=True))
         ]
         chart = draw(Plot(series, axis, label))

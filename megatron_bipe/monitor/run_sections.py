@@ -16,7 +16,7 @@ from megatron_bipe.monitor.hours import Hours, list_attempts
 from megatron_bipe.monitor.result_sections import main_curve
 from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, noisy
 from megatron_bipe.run_files import START, TIME
-from megatron_bipe.train.metrics_file import STEP_TIME
+from megatron_bipe.train.metrics_file import BAD_STEP, RETURN, SAVED, SLOW_RANK, STEP_TIME, VALIDATION
 
 PART_TEXTS = {
     "steps": "steps that are kept",
@@ -27,7 +27,7 @@ PART_TEXTS = {
     "waiting": "between launches",
     "other": "other",
 }
-_MARK_KINDS = {START: "start", "return": "rollback", "bad step": "bad step"}
+_MARK_KINDS = {START: "start", RETURN: "rollback", BAD_STEP: "bad step"}
 _MAX_EVENTS, _MAX_MARKS = 200, 200
 
 
@@ -86,8 +86,8 @@ def event_marks(history: RunHistory) -> list[Mark]:
     for event in history.events:
         kind, step = _MARK_KINDS.get(event["event"]), event.get("step")
         if kind and isinstance(step, int) and (kind != "start" or step > 0):
-            is_branch = kind == "start" and not marks and history.config.train.branch_from is not None
-            marks.append(Mark(step, "branch" if is_branch else kind, event_text(event)))
+            is_branch = bool(event.get("branch_from"))  # the curves begin with the step after it
+            marks.append(Mark(step + is_branch, "branch" if is_branch else kind, event_text(event)))
     return marks[-_MAX_MARKS:]
 
 
@@ -106,7 +106,7 @@ def speed_section(history: RunHistory) -> str:
     mfu_N = history.columns_N.get("util/mfu", np.empty(0))
     if np.isfinite(mfu_N).any():
         rows.append(["model FLOPs utilization, median", f"{np.nanmedian(mfu_N):.1%}"])
-    slow = Counter(str(event.get("name")) for event in history.events if event["event"] == "slow rank")
+    slow = Counter(str(event.get("name")) for event in history.events if event["event"] == SLOW_RANK)
     rows += [[f"slow: {escape(name)}", f"{count} times"] for name, count in slow.most_common(5)]
     rows += _memory_rows(history)
     log_every = history.config.train.log_every
@@ -144,10 +144,10 @@ def events_section(history: RunHistory) -> str:
     listed = [event for event in history.events if event["event"] not in ROUTINE]
     counts = Counter(event["event"] for event in history.events)
     seconds = [event["seconds"] for event in history.events if isinstance(event.get("seconds"), int | float)]
-    text = f"{counts['saved']:,} checkpoints were saved"
+    text = f"{counts[SAVED]:,} checkpoints were saved"
     if seconds:
         text += f", in {duration(statistics.median(seconds))} each (median, in the background where asynchronous)"
-    text += f", and {counts['validation']:,} validations made."
+    text += f", and {counts[VALIDATION]:,} validations made."
     rows = [[moment(event[TIME]), escape(event_text(event))] for event in reversed(listed[-_MAX_EVENTS:])]
     hidden = len(listed) - len(rows)
     more = paragraph(f"{hidden:,} earlier events are in events.jsonl.", "note") if hidden else ""

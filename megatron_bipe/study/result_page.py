@@ -1,6 +1,6 @@
 """The plot of a study, and one self-contained page with all of its results."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from html import escape
 from pathlib import Path
 
@@ -11,6 +11,7 @@ from megatron_bipe.picture import picture_files
 from megatron_bipe.study.results import Results, difference_rows, perplexity_rows
 from megatron_bipe.study.statistics import INTERVAL, METHOD
 
+ENCODING_KEY = "model.encoding"
 _ONE_SEED = "One seed: nothing here shows how much results vary with it."
 PAGE_NAME = "study.html"
 
@@ -21,18 +22,25 @@ def plots(results: Results) -> dict[str, bytes]:
 
 
 def perplexity_lines(results: Results, title: str = "") -> Chart:
-    """Return the chart of mean perplexity by length; bands are the least and greatest value over the seeds."""
-    encodings = [member.run.model.encoding for member in results.plan.members]
-    by_encoding = len(set(encodings)) == len(encodings)
+    """Return the chart of mean perplexity by length; bands are the least and greatest value over the seeds.
+
+    Colours are those of the encodings if these differ. Members with equal other values have one style number, so they
+    have the same style where each encoding has its own panel.
+    """
+    members = results.plan.members
+    differ = len({member.run.model.encoding for member in members}) > 1
+    others = [tuple(value for key, value in member.values.items() if key != ENCODING_KEY) for member in members]
+    numbers = dict(zip(dict.fromkeys(others), range(len(others)), strict=False)) if differ else {}
     lines = []
-    for style, member in enumerate(results.plan.members):
+    for number, (member, values) in enumerate(zip(members, others, strict=True)):
         if member.name in results.losses:
             found = [(length, results.over_seeds(member, length)) for length in results.lengths_of(member)]
             known = [(length, value) for length, value in found if value is not None]
             points = [(length, value.mean) for length, value in known]
             band = [(length, *value.extremes) for length, value in known if len(results.losses[member.name]) > 1]
-            encoding = encodings[style] if by_encoding else ""
-            lines.append(Line(member.name, points, style, member.run.train.seq_len_tokens, band, encoding=encoding))
+            encoding = member.run.model.encoding if differ else ""
+            style, trained = numbers.get(values, number), member.run.train.seq_len_tokens
+            lines.append(Line(member.name, points, style, trained, band, encoding=encoding))
     return perplexity_chart(lines, title, band_label="range of the seeds")
 
 
@@ -50,19 +58,26 @@ def study_page(results: Results, folder: Path) -> str:
 
 
 def _summary(results: Results) -> str:
-    first = results.plan.members[0].run
-    tokens = first.train.steps * first.train.global_batch * first.train.seq_len_tokens
+    trains = [member.run.train for member in results.plan.members]
+    tokens = {train.steps * train.global_batch * train.seq_len_tokens for train in trains}
     return (
-        f"{len(results.members)} members of {', '.join(results.plan.study.grid)}, each trained on {tokens / 1e6:,.1f} "
-        f"million tokens in {first.train.steps:,} steps, with seeds {', '.join(map(str, results.plan.study.seeds))}."
+        f"{len(results.members)} members, which differ in {' and '.join(results.plan.study.grid)}, each trained on "
+        f"{_range(tokens, 1e-6, '.1f')} million tokens in {_range({train.steps for train in trains})} steps, with "
+        f"seeds {', '.join(map(str, results.plan.study.seeds))}."
     )
+
+
+def _range(values: Collection[int], factor: float = 1, digits: str = ".0f") -> str:
+    """Return a number that all members share, or the least and the greatest."""
+    return " to ".join(f"{factor * value:,{digits}}" for value in dict.fromkeys([min(values), max(values)]))
 
 
 def _facts(results: Results) -> Iterable[tuple[str, str]]:
     runs = sum(map(len, results.losses.values()))
     yield str(len(results.members)), "members"
     yield f"{runs} of {runs + len(results.missing)}", "runs evaluated"
-    yield f"{results.plan.members[0].run.train.seq_len_tokens:,}", "training length in tokens"
+    lengths = {member.run.train.seq_len_tokens for member in results.plan.members}
+    yield _range(lengths), "training length in tokens"
     counts_M = next(iter(next(iter(next(iter(results.losses.values())).values())).values())).counts_M
     yield f"{counts_M.sum():,}", f"predictions at each length, in {(counts_M > 0).sum():,} documents"
 

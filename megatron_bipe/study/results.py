@@ -12,6 +12,12 @@ from megatron_bipe.study.statistics import Difference, OverSeeds, paired_differe
 from megatron_bipe.text_table import csv_text
 
 RESULTS_NAME, DIFFERENCES_NAME, TABLE_NAME = "results.csv", "differences.csv", "table.md"
+MAX_EXPONENT = 700.0  # exp(710) is not a float
+
+
+def perplexity(nats_per_token: float) -> float:
+    """Return the exponential; infinity where a diverged model's loss exceeds its range."""
+    return math.exp(nats_per_token) if not nats_per_token > MAX_EXPONENT else math.inf
 
 
 class Results(NamedTuple):
@@ -43,7 +49,7 @@ class Results(NamedTuple):
     def lengths_of(self, member: Member) -> list[int]:
         return sorted({length for by_length in self.losses[member.name].values() for length in by_length})
 
-    def over_seeds(self, member: Member, length: int, value: Callable[[float], float] = math.exp) -> OverSeeds | None:
+    def over_seeds(self, member: Member, length: int, value: Callable[[float], float] = perplexity) -> OverSeeds | None:
         """Return `value` (the perplexity by default) of the loss per token of each seed; None if there is none."""
         runs = self.losses[member.name].values()
         values = tuple(value(by_length[length].nats_per_token) for by_length in runs if length in by_length)
@@ -87,7 +93,7 @@ def results_csv(results: Results) -> str:
             for length, sums in by_length.items():
                 nats, rate = sums.nats_per_token, results.tokens_per_byte.get(member.name)
                 bits = "" if rate is None else nats / math.log(2) * rate
-                values = [nats, math.exp(nats), bits, int(sums.counts_M.sum())]
+                values = [nats, perplexity(nats), bits, int(sums.counts_M.sum())]
                 rows.append([member.name, *member.values.values(), seed, length, *values])
     return csv_text(rows)
 

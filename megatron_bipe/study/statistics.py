@@ -3,6 +3,7 @@
 S seeds · M documents · R resamples
 """
 
+import math
 from collections.abc import Mapping
 from statistics import fmean, stdev
 from typing import NamedTuple
@@ -33,8 +34,10 @@ class OverSeeds(NamedTuple):
 
     @property
     def deviation(self) -> float | None:
-        """Sample standard deviation (n - 1); None for a single seed."""
-        return stdev(self.values) if len(self.values) > 1 else None
+        """Sample standard deviation (n - 1); None for a single seed, NaN if a seed has diverged."""
+        if len(self.values) == 1:
+            return None
+        return stdev(self.values) if all(map(math.isfinite, self.values)) else math.nan
 
     @property
     def extremes(self) -> tuple[float, float]:

@@ -20,6 +20,7 @@ from megatron_bipe.eval.chart import (
     line_styles,
     perplexity_chart,
 )
+from megatron_bipe.eval.chart_axes import line_look
 from megatron_bipe.eval.chart_content import round_ticks, spread, thin_ticks, values_beyond, visible_range
 from megatron_bipe.picture import COLOURS, DASHES, PictureSettings, save_figure
 
@@ -139,6 +140,24 @@ def test_lines_of_one_encoding_differ_in_colour_and_several_of_two_encodings_in_
     assert [style.colour for style in line_styles(named(["rope", "of mine"]))] == [0, 1]
 
 
+def test_lines_that_encodings_cannot_distinguish_are_numbered():
+    lines = [Line(f"{name} {lr}", [(16, 20.0)], lr, encoding=name) for name in ("rope", "bipe_rope") for lr in range(4)]
+    looks = [(style.colour, DASHES[style.dashes]) for style in line_styles(lines)]
+    assert len(set(looks)) == 8
+
+
+@pytest.mark.parametrize("encodings", [("bipe_rope", "rope"), ("rope", "rope", "alibi"), ("", "")])
+def test_background_lines_look_like_their_models(encodings):
+    models = named(encodings)
+    behind = [line._replace(name="") for line in models]
+    mixed = [line for pair in zip(behind, models, strict=True) for line in pair]
+    styles = line_styles(mixed)
+    assert styles[::2] == styles[1::2] == line_styles(models)
+    looks = [line_look(line, style) for line, style in zip(mixed, styles, strict=True)]
+    dashes = [(look["color"], look["linestyle"]) for look in looks]
+    assert dashes[::2] == dashes[1::2] and len(set(dashes)) == len(encodings)
+
+
 def test_a_chart_of_many_encodings_becomes_panels_of_flat_against_bilevel():
     chart = perplexity_chart(named(ENCODINGS, train_len_tokens=16), "All")
     figure = draw_chart(chart)
@@ -253,6 +272,20 @@ def test_draw_svg_lines_differ_without_colour():
     shapes = {p.get("d") for p in svg.iter(f"{SVG}path") if p.get("id") and style(p)["stroke"] == "var(--page)"}
     assert len(set(dashes)) == 2 and len(shapes) == 2
     assert next(title.text for title in svg.iter(f"{SVG}title")) == "rising <1>: 12.00 at 64"
+
+
+def test_draw_svg_of_many_encodings_has_panels_with_titles_of_their_own_points():
+    chart = perplexity_chart([*named(ENCODINGS), Line("gone", [(16, 20.0), (32, math.inf)], encoding="rope")])
+    html = draw_svg(chart, "all")
+    wide, narrow = ElementTree.fromstring(f"<p>{html}</p>")
+    for svg in (wide, narrow):
+        titles = [title.text for title in svg.iter(f"{SVG}title")]
+        assert sorted(titles) == sorted(
+            f"{line.name}: {y:.2f} at {x}" for line in chart.lines for x, y in line.points if y < math.inf
+        )
+        assert {line.name for line in chart.lines} <= set(texts(svg))
+        assert svg.get("fill") == "var(--line6)"  # of black markers, for which matplotlib writes no fill
+    assert not any(colour in html for colour in (*COLOURS, "#d4d4d4"))
 
 
 def test_draw_svg_names_keep_their_distance():

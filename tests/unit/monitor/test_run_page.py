@@ -1,6 +1,7 @@
 """Pages of runs: complete, self-contained, escaped, small, and there is one for whatever a run folder holds."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -11,7 +12,9 @@ from megatron_bipe.estimate.memory import stage_memories
 from megatron_bipe.io import locked
 from megatron_bipe.monitor.event_text import duration, event_text, moment
 from megatron_bipe.monitor.history import read_history
+from megatron_bipe.monitor.provenance_section import provenance_section
 from megatron_bipe.monitor.run_page import run_names, run_page, settings_table
+from megatron_bipe.monitor.run_sections import event_marks, training_section
 from megatron_bipe.monitor.status import Limits, read_status
 from megatron_bipe.monitor.svg_chart import Mark, Plot, Series, draw, extremes_by_column, noisy, short
 from megatron_bipe.train.metrics_file import valid_key
@@ -43,7 +46,7 @@ def busy(tmp_path_factory):
             "time": 1.0,
             "step": step,
             "kind": "perplexity <k>",
-            "values": {"ppl": {"64": step / 2}, "text": "<u>said</u>"},
+            "values": {"ppl": step / 2, "text": "<u>said</u>"},
         }
         for step in (40, 80)
     ]
@@ -90,6 +93,12 @@ def test_comparison_switches_axes_without_scripts_and_lists_differences(busy, tm
     assert len(radios) == 8 and sum("checked" in radio for radio in radios) == 2
     assert html.count('class="view"') == 8
     assert "optimizer.lr 0.0001 0.5" in outline.text and "SECRET" not in html and "(hidden)" in outline.text
+
+
+def test_curves_of_ten_runs_differ(tmp_path):
+    runs = [RecordedRun(tmp_path / f"run-{number}").start().steps(8).write() for number in range(10)]
+    html = run_page([read_history(run) for run in runs], 2e9)
+    assert len(set(re.findall(r'<li class="(\w+ s\d)"', html))) == 10
 
 
 def test_equal_runs_have_no_differing_settings(busy):
@@ -237,3 +246,61 @@ def test_settings_of_old_versions_name_the_file(tmp_path):
     with raises(ConfigError, "depth", location=run.run_dir / "config.yaml"):
         read_history(run.run_dir)
     assert load_run_config(None).model.num_layers > 0
+
+
+def evaluation(step, kind, values, **facts):
+    return {"time": 1.0, "step": step, "fingerprint": "f", "kind": kind, "values": values, "dtype": "fp32"} | facts
+
+
+def test_evaluations_are_told_apart_by_data_length_and_options(tmp_path):
+    run = RecordedRun(tmp_path).start().steps(8)
+    run.write()
+    lines = [
+        evaluation(
+            step,
+            "perplexity",
+            {"perplexity": 9.0, "nats_per_token": number + step / 10, "num_predictions": 7},
+            data=data,
+            length_tokens=length,
+            max_tokens=None,
+        )
+        for step in (4, 8)
+        for number, (data, length) in enumerate([("pile", 32), ("pile", 64), ("code <c>", 32)], 1)
+    ]
+    lines += [evaluation(8, "generate", {"text": f"{prompt} end"}, prompt=prompt) for prompt in ("one", "two")]
+    lines.append(evaluation(8, "harness", {"acc": 0.25, "acc_stderr": None}, task="lambada", num_fewshot=5))
+    (tmp_path / "evaluations.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    html = run_page([read_history(tmp_path)], run.time_s)
+    text = assert_self_contained(html).text
+    for row in ("pile, 32 tokens: nats_per_token 1.4 1.8", "pile, 64 tokens: nats_per_token 2.4 2.8"):
+        assert row in text
+    for row in ("code <c>, 32 tokens: nats_per_token 3.4 3.8", "one end", "two end", "lambada: acc 0.25"):
+        assert row in text
+    assert text.count("perplexity: nats_per_token") == 1 and "perplexity: num_predictions" not in text
+
+
+def test_marks_are_branches_where_the_start_has_one(tmp_path):
+    run = RecordedRun(tmp_path, "train.branch_from=trunk@40")
+    run.step = 40
+    trunk = {"run": "trunk", "step": 40, "fingerprint": "f"}
+    run.start(branch_from=trunk).steps(8).fail(40).start(branch_from=trunk).steps(8).save().stop().start().steps(8)
+    history = read_history(run.write())
+    marks = event_marks(history)
+    assert [(mark.x, mark.kind) for mark in marks] == [(41, "branch"), (41, "branch"), (48, "start")]
+    assert 'class="mark branch"' in training_section(history)
+    assert "branch from step 40 of trunk" in marks[0].text
+    assert "branch_from" not in provenance_section(history)
+
+
+@pytest.mark.parametrize(
+    ("event", "words"),
+    [
+        ({"event": "after save failed", "step": 9, "reason": "exit code 3"}, "checkpoint.after_save failed"),
+        ({"event": "tracker failed", "tracker": "wandb", "reason": "no disk"}, "tracker wandb failed"),
+        ({"event": "average", "sources": [{"run": "a", "step": 9, "fingerprint": "f"}]}, "mean of step 9 of a"),
+    ],
+)
+def test_events_of_commands_trackers_and_averages_are_sentences(event, words):
+    text = event_text({"time": 1.0} | event)
+    assert words in text and ": step 9" not in text
+    assert event.get("reason", "") in text

@@ -85,6 +85,43 @@ def test_plot_has_means_with_bands_of_the_extremes(results: Results) -> None:
     assert made["perplexity.png"].startswith(b"\x89PNG") and made["perplexity.pdf"].startswith(b"%PDF")
 
 
+def test_members_have_the_style_of_their_other_values_and_the_colour_of_their_encoding(
+    write_study: WriteStudy, write_losses: WriteLosses, tmp_path: Path
+) -> None:
+    plan = load_plan(write_study(seeds=[1], grid={"model.encoding": ["rope", "alibi"], "optimizer.lr": [0.1, 0.2]}))
+    for job in plan.jobs(tmp_path):
+        write_losses(job, {16: [20.0], 32: [40.0]})
+    lines = perplexity_lines(read_results(plan, tmp_path)).lines
+    assert [(line.encoding, line.style) for line in lines] == [("rope", 0), ("rope", 1), ("alibi", 0), ("alibi", 1)]
+    plan = load_plan(write_study(seeds=[1], grid={"optimizer.lr": [0.1, 0.2]}, data={"corpus": {}}))
+    for job in plan.jobs(tmp_path):
+        write_losses(job, {16: [20.0], 32: [40.0]})
+    lines = perplexity_lines(read_results(plan, tmp_path)).lines
+    assert [(line.encoding, line.style) for line in lines] == [("", 0), ("", 1)]
+
+
+def test_page_states_the_range_of_what_members_do_not_share(
+    write_study: WriteStudy, write_losses: WriteLosses, tmp_path: Path
+) -> None:
+    plan = load_plan(write_study(title="a <b> $x$ é", seeds=[1], grid={"train.steps": [4, 4000]}, reference="4000"))
+    for job in plan.jobs(tmp_path):
+        write_losses(job, {16: [20.0], 32: [40.0]})
+    results = read_results(plan, tmp_path)
+    html = study_page(results, tmp_path)
+    assert "0.0 to 0.3 million tokens in 4 to 4,000 steps" in html and "a &lt;b&gt; $x$ é" in html
+    assert plots(results)["perplexity.svg"]
+
+
+def test_diverged_seeds_have_results(plan: Plan, write_losses: WriteLosses, tmp_path: Path) -> None:
+    for job in plan.jobs(tmp_path):
+        diverged = {2: math.nan, 3: 9000.0}.get(job.seed, 20.0) if job.member.name == "rope" else 20.0
+        write_losses(job, {16: [20.0], 32: [diverged]})
+    results = read_results(plan, tmp_path)
+    assert "nan ± nan" in tables(results)
+    assert "inf" in results_csv(results) and "bipe_rope" in differences_csv(results)
+    assert "nan ± nan" in study_page(results, tmp_path) and plots(results)
+
+
 def test_page_has_the_members_the_method_and_the_settings(results: Results, tmp_path: Path) -> None:
     html = study_page(results, tmp_path)
     for text in ("Two encodings", "5 of 6", "bipe_rope", "+0.200*", "Owen 2007", "base.yaml", "protocol full"):
