@@ -163,10 +163,16 @@ def time_limit_s(layouts: Collection[object]) -> float:
     return TIME_LIMIT_S + LAYOUT_S * len(layouts)
 
 
-def held_out_by_position(engine: Any, mesh: Mesh, micro: int) -> list[float]:
-    """Return held-out losses of the parts of sequences at the training length, and at twice of it, with weights."""
-    longer = batches(98, mesh, micro=max(1, micro // 2), seq_len_tokens=32)
-    weights_BT = (torch.arange(32) % 8 >= 4).float().expand(longer[0].tokens_BT.shape).contiguous()  # half of the parts
+def held_out_by_position(engine: Any, mesh: Mesh, micro: int, longest: int | None) -> list[float]:
+    """Return held-out losses of the parts of sequences at the training length, and with weights at a longer one.
+
+    The longer one is 32 tokens, or the longest that the encoding supports (None: any).
+    """
+    num_tokens = min(32, longest or 32)
+    longer = batches(98, mesh, micro=max(1, micro // 2), seq_len_tokens=num_tokens)
+    weights_BT = (
+        (torch.arange(num_tokens) % 8 >= 4).float().expand(longer[0].tokens_BT.shape).contiguous()
+    )  # half of the parts
     weighted = [batch._replace(weights_BT=weights_BT) for batch in longer]
     sums = [engine.eval_loss(each) for each in (batches(99, mesh, micro=micro), weighted)]
     return [nats for each in sums for nats in each.nats_by_position]
@@ -193,7 +199,8 @@ def train_layout(mesh: Mesh, layout: Layout, run_dir: Path, steps: int) -> Outco
     engine, mesh_here = start(layout, mesh, run_dir)
     losses, norms = train_steps(engine, mesh_here, range(steps), layout.micro)
     held_out = engine.eval_loss(batches(99, mesh_here, micro=layout.micro)).mean_nats
-    by_position = held_out_by_position(engine, mesh_here, layout.micro)
+    longest = run_config(layout, run_dir).model.max_seq_len_tokens
+    by_position = held_out_by_position(engine, mesh_here, layout.micro, longest)
     engine.save(run_dir, steps)
     if not mesh.is_main:
         return Outcome(losses, norms, held_out, by_position, None)
