@@ -163,7 +163,9 @@ def _small_multiples(chart: Chart, panels: Mapping[str, Sequence[Line]], setting
     font, width = COLUMN_FONT, 72 * WIDTHS_IN[settings.width] / columns
     with drawing():
         more_names = max(0, max(map(len, panels.values())) - 3)
-        figure, found = _figure(settings, -(-len(panels) // columns), columns, 125 + 1.5 * font * more_names)
+        rows = -(-len(panels) // columns)
+        around = 110 / rows  # title, legend and label of the x axis, which all rows share
+        figure, found = _figure(settings, rows, columns, 110 + around + 1.7 * font * more_names)
         for number, (axes, lines) in enumerate(zip(found, panels.values(), strict=False)):
             for other in chart.lines:
                 axes.plot(*zip(*drawable(chart, other), strict=True), color=BEHIND, linewidth=0.7, zorder=0)
