@@ -2,7 +2,15 @@
 
 from megatron_bipe.config.deepspeed import engine_config, offloads, read_ds_config, zero_stage
 from megatron_bipe.config.encodings import ABSOLUTE, ENCODINGS
-from megatron_bipe.config.load import Sources, dump_yaml, load_run_config, nearest, read_yaml, validation_problems
+from megatron_bipe.config.load import (
+    Sources,
+    dump_yaml,
+    flatten,
+    load_run_config,
+    nearest,
+    read_yaml,
+    validation_problems,
+)
 from megatron_bipe.config.model_schema import ModelConfig, Positive, RopeScaling, Section
 from megatron_bipe.config.schema import (
     ALLOWABLE,
@@ -52,6 +60,7 @@ __all__ = [
     "check_data",
     "dump_yaml",
     "engine_config",
+    "flatten",
     "load_run_config",
     "nearest",
     "offloads",

@@ -64,6 +64,14 @@ def dump_yaml(config: BaseModel) -> str:
     return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
 
 
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested mappings by dotted name; an empty mapping has none."""
+    result: dict[str, Any] = {}
+    for key, value in values.items():
+        result |= flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return result
+
+
 class _Loader(yaml.SafeLoader):
     """YAML loader that rejects duplicate keys in a mapping, which PyYAML accepts."""
 

@@ -16,7 +16,7 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP1
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel, ValidationError
 
-from megatron_bipe.config import AUTO, Precision, nearest, offloads, validation_problems, zero_stage
+from megatron_bipe.config import AUTO, Precision, flatten, nearest, offloads, validation_problems, zero_stage
 from megatron_bipe.errors import ConfigError
 
 _MODELS: dict[str, type[BaseModel]] = {
@@ -140,7 +140,7 @@ def check_settings(ds_values: dict[str, Any], location: str | Path) -> None:
 
 def ignored_settings(ds_values: dict[str, Any], precision: Precision) -> list[str]:
     """Return a reason for each setting that has no effect in this precision; those that are off are not listed."""
-    found = _flat(ds_values)
+    found = flatten(ds_values)
     lines = [f"{key}: {reason}" for key, reason in _IGNORED.items() if found.get(key) not in (None, False, AUTO)]
     if zero_stage(ds_values) != 3:
         keys = [key for key in found if key.startswith("zero_optimization.stage3_") and key not in _IGNORED]
@@ -174,7 +174,7 @@ def _unknown_keys(ds_values: dict[str, Any]) -> Iterator[str]:
 
 
 def _refused_keys(ds_values: dict[str, Any]) -> Iterator[str]:
-    found = ds_values | _flat(ds_values)
+    found = ds_values | flatten(ds_values)
     for key, reason in _REFUSED.items():
         if reason and not _is_off(found.get(key)):
             yield f"{key} is not used: {reason}"
@@ -205,7 +205,7 @@ def _wrong_values(ds_values: dict[str, Any]) -> Iterator[str]:
     for section in sorted(sections & ds_values.keys()):
         if not isinstance(ds_values[section], dict):
             yield f"{section}={json.dumps(ds_values[section])}: a section must be a JSON object"
-    found = _flat(ds_values)
+    found = flatten(ds_values)
     for key, types in _VALUES.items():
         value = found.get(key)
         fits = isinstance(value, types) and (bool in types or not isinstance(value, bool))
@@ -219,7 +219,7 @@ def _wrong_values(ds_values: dict[str, Any]) -> Iterator[str]:
 
 
 def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:
-    stage, found = _stage(ds_values), _flat(ds_values)
+    stage, found = _stage(ds_values), flatten(ds_values)
     for name, lowest in (("offload_optimizer", 1), ("offload_param", 3)):
         device = found.get(f"zero_optimization.{name}.device")
         if isinstance(stage, int) and stage < lowest and device not in (None, "none"):
@@ -228,7 +228,7 @@ def _useless_offload(ds_values: dict[str, Any]) -> Iterator[str]:
 
 def _refused_rescaling(ds_values: dict[str, Any]) -> Iterator[str]:
     """Yield settings at which DeepSpeed's ZeRO 2 and 3 would fail with an assertion."""
-    found = _flat(ds_values)
+    found = flatten(ds_values)
     if _stage(ds_values) in (2, 3) and found.get("zero_optimization.reduce_scatter") is not False:
         for key in _rescaled(found):
             yield f"{key}={json.dumps(found[key])} needs zero_optimization.reduce_scatter=false, or ZeRO 0 or 1"
@@ -243,10 +243,3 @@ def _is_off(value: Any) -> bool:
     if isinstance(value, dict):
         return value.get("enabled") is False or all(map(_is_off, value.values()))
     return not value
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, value in values.items():
-        result |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return result

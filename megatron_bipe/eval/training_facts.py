@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_bipe.checkpoint.find import Checkpoint, branch_step, split_step
-from megatron_bipe.config import RunConfig
+from megatron_bipe.config import RunConfig, flatten
 from megatron_bipe.data.blend import PATTERN_SLOTS
 from megatron_bipe.data.manifest import DataRecord
 from megatron_bipe.run_files import AVERAGE, METRICS, parse_line, read_events
@@ -37,7 +37,7 @@ def recipe(run: RunConfig) -> dict[str, str]:
     """Return the settings of the run by their dotted names, without those of folders, trackers and messages."""
     hidden: dict[str, Any] = {"run_dir": True, "data": True, "tracking": True, "alerts": True}
     hidden |= {"checkpoint": {"after_save"}, "train": {"init_from", "branch_from"}}  # the facts have their names
-    return dict(_flat(run.model_dump(mode="json", exclude=hidden)))
+    return {key: json.dumps(value) for key, value in flatten(run.model_dump(mode="json", exclude=hidden)).items()}
 
 
 def _metrics_of(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -68,11 +68,3 @@ def _data(run: RunConfig, record: DataRecord) -> Iterator[str]:
         yield f"`{run.data.folders[0].name}`"
     for member in record.blend:
         yield f"{member.slots / PATTERN_SLOTS:.2%} `{Path(member.path).name}`"
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, json.dumps(value)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from megatron_bipe.checkpoint.find import read_data_record, step_folder
-from megatron_bipe.config import AUTO, RunConfig, load_run_config, validate_run
+from megatron_bipe.config import AUTO, RunConfig, flatten, load_run_config, validate_run
 from megatron_bipe.data.manifest import MANIFEST_NAME, Manifest
 from megatron_bipe.errors import ConfigError
 from megatron_bipe.study.definition import RULE_KEY, SEED_KEY, Study, find_base, read_study, setting_text
@@ -221,7 +221,7 @@ def _differences(job: Job, found: RunConfig) -> Iterator[str]:
     planned = job.member.run.model_copy(
         update={"train": job.member.run.train.model_copy(update={"seed": job.seed})},
     )
-    here, there = (dict(_fields(run.model_dump(mode="json"))) for run in (planned, found))
+    here, there = (flatten(run.model_dump(mode="json")) for run in (planned, found))
     for key, value in here.items():
         if key.startswith(_NOT_COMPARED) or value == AUTO or there.get(key) == value:
             continue
@@ -237,14 +237,6 @@ def _data_differences(plan: Plan, job: Job) -> Iterator[str]:
     train, _ = plan.data_folders(job.member, job.folder)
     if (train / MANIFEST_NAME).is_file() and Manifest.load(train).fingerprint != record.fingerprint:
         yield f"it was trained on other data than {train}"
-
-
-def _fields(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, dict):
-            yield from _fields(value, f"{prefix}{key}.")
-        else:
-            yield prefix + key, value
 
 
 def _safe(text: str) -> str:
